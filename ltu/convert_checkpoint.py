@@ -1,0 +1,264 @@
+"""Released files and small parts -> one of our checkpoint folders, every key accounted for.
+
+    python -m ltu.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE.bin --output_dir DIR      an original
+    trainable-only file
+    python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --ear FILE_OR_DIR --output_dir DIR   the folder that stage 1
+    starts from
+
+Notable:
+- Each key of a file is placed, renamed, or dropped by a rule with a reason; one left over or missing is an error.
+- Pickles are opened with `weights_only=True` alone. The language model's weights are not read, except its embeddings
+  for `--init`.
+- A file without an ear gives a random one, and says so loudly.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.utils import cached_file
+
+from ltu.configuration_ltu import CavMaeConfig, LtuConfig, hash_language_model
+from ltu.modeling_ltu import LtuForConditionalGeneration, LtuMultiModalProjector
+from ltu.processing_ltu import LtuProcessor
+
+# (pattern, replacement, None) places or renames a key; (pattern, None, reason) drops it. The first match decides.
+ORIGINAL_KEYS = [
+    (r"model\.audio_encoder\.(.+)", r"audio_tower.\1", None),
+    (r"model\.audio_proj\.1\.(weight|bias)", r"multi_modal_projector.linear.\1", None),
+    (r"(model\.layers\..+\.lora_[AB])(?:\.default)?\.weight", r"language_model.\1.default.weight", None),
+    (r".+\.rotary_emb\.inv_freq", None, "a constant that the language model computes"),
+]
+CAV_MAE_KEYS = [
+    (r"(patch_embed_a\.proj\..+|pos_embed_a|modality_a|blocks_a\..+|blocks_u\..+|norm_a\..+)", r"audio_tower.\1", None),
+    (r"(patch_embed_v|pos_embed_v|modality_v|blocks_v|norm_v)(\..+)?", None, "the branch that sees"),
+    (r"(norm|mlp_head\w*)(\..+)?", None, "the classifier of fine-tuning"),
+    (r"(decoder_\w+|mask_token)(\..+)?", None, "the decoder of pre-training"),
+]
+
+
+def load_pickle(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a `.bin` or `.pth` file; never runs code from it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there. --checkpoint and --ear take a file on this disk.")
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a state dict (name -> tensor).")
+    return state
+
+
+def rename_keys(
+    state: dict[str, Tensor], rules: list[tuple], prefixes: tuple[str, ...], path: str | Path
+) -> tuple[dict, dict]:
+    """Apply `rules` to every key of a file.
+
+    Returns:
+        the tensors under our names, and why each of the others was dropped.
+
+    Raises:
+        KeyError: a key that no rule knows, or two that land on one name.
+    """
+    placed, dropped, unknown = {}, {}, []
+    for key, tensor in state.items():
+        bare = key
+        for prefix in prefixes:
+            bare = bare.removeprefix(prefix)
+        for pattern, replacement, reason in rules:
+            match = re.fullmatch(pattern, bare)
+            if match is None:
+                continue
+            if replacement is None:
+                dropped[key] = reason
+                break
+            name = match.expand(replacement)
+            if name in placed:
+                raise KeyError(f"{path}: {key} and another key both mean {name}.")
+            placed[name] = tensor
+            break
+        else:
+            unknown.append(key)
+    if unknown:
+        raise KeyError(
+            f"{path}: {len(unknown)} keys that no rule knows: {unknown[:5]}. It is not a file of the kind asked for."
+        )
+    return placed, dropped
+
+
+def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict | None:
+    """Rank and targets as the keys show them; alpha and dropout are in no file (the original: 16 and 0.05)."""
+    ranks = {tensor.shape[0] for key, tensor in state.items() if ".lora_A." in key}
+    if not ranks:
+        return None
+    if len(ranks) > 1:
+        raise ValueError(f"LoRA of several ranks in one file: {sorted(ranks)}.")
+    targets = sorted({key.split(".lora_A.")[0].split(".")[-1] for key in state if ".lora_A." in key})
+    return {"r": ranks.pop(), "alpha": alpha, "dropout": dropout, "target_modules": targets}
+
+
+def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
+    """Width and depth as the tensors show them. Heads cannot be seen: 64 channels each, as all ViTs of that family."""
+    width = state["audio_tower.pos_embed_a"].shape[-1]
+    blocks = {key.split(".attn.")[0] for key in state if ".attn.qkv.weight" in key}
+    inner = state["audio_tower.blocks_a.0.mlp.fc1.weight"].shape[0]
+    return CavMaeConfig(
+        hidden_size=width, num_hidden_layers=len(blocks), num_attention_heads=width // 64, intermediate_size=inner
+    )
+
+
+def load_ear(path: str | None) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+    """Config, tensors and dropped keys of an ear: a CAV-MAE `.pth`, a folder of ours (YAMNet), or none (random)."""
+    if path is None:
+        print(
+            "NO EAR FILE: the audio encoder is RANDOM. It hears nothing until it has been trained on a lot of sound.",
+            file=sys.stderr,
+        )
+        config = CavMaeConfig()
+        state = {f"audio_tower.{key}": value for key, value in AutoModel.from_config(config).state_dict().items()}
+        return config, state, {}
+    if Path(path).is_dir():
+        config = AutoConfig.from_pretrained(path)
+        state = load_file(Path(path) / "model.safetensors")
+        return config, {f"audio_tower.{key}": value for key, value in state.items()}, {}
+    state, dropped = rename_keys(load_pickle(path), CAV_MAE_KEYS, ("module.",), path)
+    return cav_mae_config(state), state, dropped
+
+
+def init_projector(config: LtuConfig, llm: str | Path) -> dict[str, Tensor]:
+    """A fresh projection whose vectors are about as long as the language model's token embeddings, so that stage 1
+    starts on scale."""
+    projector = LtuMultiModalProjector(config)
+    std = (
+        _embedding_std(llm) / config.audio_config.hidden_size**0.5
+    )  # LayerNorm gives unit variance to each input channel.
+    torch.nn.init.normal_(projector.linear.weight, std=std)
+    torch.nn.init.zeros_(projector.linear.bias)
+    return {f"multi_modal_projector.{key}": value for key, value in projector.state_dict().items()}
+
+
+def _embedding_std(llm: str | Path) -> float:
+    index = cached_file(llm, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    weight_map = json.loads(Path(index).read_text())["weight_map"] if index else None
+    names = (
+        "model.embed_tokens.weight",
+        "gpt_neox.embed_in.weight",
+        "transformer.wte.weight",
+        "model.language_model.embed_tokens.weight",
+    )
+    for name in names:
+        if weight_map is not None and name not in weight_map:
+            continue
+        file = cached_file(
+            llm, weight_map[name] if weight_map else "model.safetensors", _raise_exceptions_for_missing_entries=False
+        )
+        if file is None:
+            break
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():
+                return float(tensors.get_tensor(name).float().std())
+    return 0.02  # The usual initializer range, where the embeddings lie in a pickle or under another name.
+
+
+def write_folder(
+    output_dir: str | Path, config: LtuConfig, state: dict[str, Tensor], tokenizer: str | Path, record: dict
+) -> None:
+    """Write a checkpoint folder after holding every key and shape against the model that the config describes.
+
+    Raises:
+        KeyError: a key is missing or left over, or has another shape.
+    """
+    output_dir = Path(output_dir)
+    with torch.device("meta"):
+        model = LtuForConditionalGeneration(config)
+    wanted = {key: value.shape for key, value in model.state_dict().items() if model._is_own(key)}
+    missing, left_over = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    wrong = [
+        f"{k}: {tuple(state[k].shape)} for {tuple(wanted[k])}"
+        for k in wanted
+        if k in state and state[k].shape != wanted[k]
+    ]
+    if missing or left_over or wrong:
+        raise KeyError(
+            f"The file does not fill the model: {len(missing)} keys missing {missing[:3]}, {len(left_over)} left "
+            f"over {left_over[:3]}, "
+            f"{len(wrong)} of another shape {wrong[:3]}. Is it the right --llm and the right kind of file?"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(output_dir)
+    model.generation_config.save_pretrained(output_dir)
+    save_file(
+        {key: value.float().contiguous() for key, value in state.items()},
+        output_dir / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    LtuProcessor.from_config(config, tokenizer).save_pretrained(output_dir)
+    record["parameters"] = {"all": model.num_parameters(), "stored": sum(shape.numel() for shape in wanted.values())}
+    (output_dir / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--llm", required=True, help="folder or hub id of the language model that the checkpoint was trained with"
+    )
+    parser.add_argument("--checkpoint", help="an original trainable-only file (.bin)")
+    parser.add_argument("--init", action="store_true", help="write the folder that stage 1 starts from")
+    parser.add_argument("--ear", help="with --init: a CAV-MAE .pth, or a folder with an ear of ours; none: random")
+    parser.add_argument("--lora_alpha", type=int, default=16, help="not stored in original files")
+    parser.add_argument("--lora_dropout", type=float, default=0.05, help="not stored in original files")
+    parser.add_argument("--seed", type=int, default=42, help="of random parts")
+    parser.add_argument("--output_dir", required=True)
+    args = parser.parse_args(argv)
+    if args.init == bool(args.checkpoint) or (args.ear and not args.init):
+        parser.error("give either --checkpoint FILE, or --init with an optional --ear")
+    torch.manual_seed(args.seed)
+    text_config = AutoConfig.from_pretrained(args.llm)
+    origin = {
+        "text_config": text_config,
+        "language_model": str(args.llm),
+        "language_model_sha256": hash_language_model(args.llm),
+    }
+    if args.init:
+        audio_config, state, dropped = load_ear(args.ear)
+        config = LtuConfig(audio_config=audio_config, **origin)
+        state |= init_projector(config, args.llm)
+    else:
+        state, dropped = rename_keys(
+            load_pickle(args.checkpoint), ORIGINAL_KEYS, ("base_model.model.",), args.checkpoint
+        )
+        lora = lora_settings(state, args.lora_alpha, args.lora_dropout)
+        config = LtuConfig(audio_config=cav_mae_config(state), lora=lora, **origin)
+    parent = args.checkpoint or args.ear
+    record = {
+        "stage": "init" if args.init else "converted",
+        "parent": None if parent is None else {"name": Path(parent).name, "sha256": sha256_of(parent)},
+        "dropped_keys": dropped,
+    }
+    write_folder(args.output_dir, config, state, args.llm, record)
+    print(f"{args.output_dir}: {len(state)} keys placed, {len(dropped)} dropped, none missing, none left over.")
+    for reason in sorted(set(dropped.values())):
+        print(f"  dropped, {reason}: {sum(value == reason for value in dropped.values())} keys")
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hash of a file, or of the weights in a folder."""
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

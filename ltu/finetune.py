@@ -1,0 +1,262 @@
+"""Train one stage.
+
+    python -m ltu.finetune --base_model exp/init --data_path data.json --output_dir exp/stage1 --trainable_params proj
+    torchrun --nproc_per_node 4 -m ltu.finetune ...          the same global batch on four GPUs
+    python -m ltu.finetune ... --show_batch                  a batch as the model gets it; no training
+    python -m ltu.finetune ... --plan                        steps, sizes and what is trained; no training
+
+Notable:
+- The original's flags by name. `--base_model` is a checkpoint folder: of `ltu.convert_checkpoint`, or of the stage
+  before.
+- What the folder says (ear, LoRA's rank, prompt template) is not typed again; a flag that contradicts it is an error.
+- The logged learning rate is the one after the step, and the epoch counts micro-batches, as in the original's logs.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, random_split
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ltu.arguments import DataArguments, ModelArguments, RunArguments, parse_args, parse_list
+from ltu.collator import LtuCollator, describe_batch
+from ltu.convert_checkpoint import sha256_of
+from ltu.micro_batches import MicroBatches, total_steps
+from ltu.modeling_ltu import LtuForConditionalGeneration
+from ltu.processing_ltu import LtuProcessor
+from ltu.qa_dataset import QaDataset, check_audio, read_rows
+
+DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+
+
+def device_has_bf16() -> bool:
+    """Whether training in bf16 is native here: CUDA from Ampere on, or a CPU with AMX (there it is about 3 times as
+    fast as fp32)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return not torch.backends.mps.is_available() and amx is not None and bool(amx())
+
+
+def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
+    """The model of `--base_model`, with LoRA if the plan trains one, frozen as the plan says."""
+    llm_dtype = torch.bfloat16 if bf16 else torch.float32
+    model = LtuForConditionalGeneration.from_pretrained(args.base_model, language_model=args.llm, dtype=llm_dtype)
+    asked = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
+    asked["target_modules"] = parse_list(args.lora_target_modules) if args.lora_target_modules is not None else None
+    asked = {key: value for key, value in asked.items() if value is not None}
+    no_lora = asked.get("target_modules") == ["dummy"] or args.trainable_params == "proj"
+    has = model.config.lora
+    if has is None and not no_lora:
+        model.add_lora(**(DEFAULT_LORA | asked))
+    elif has is not None and not no_lora:
+        differs = {
+            key: (value, has[key]) for key, value in asked.items() if sorted_if_list(value) != sorted_if_list(has[key])
+        }
+        if differs:
+            raise ValueError(
+                f"{args.base_model} already has LoRA {has}; these flags differ: {differs}. Leave them out to train "
+                "it on."
+            )
+    template = model.config.prompt_template.get("name")
+    if args.prompt_template_name not in (None, "", template):
+        raise ValueError(
+            f"{args.base_model} was made with the template {template!r}, not {args.prompt_template_name!r}. Leave "
+            "the flag out."
+        )
+    model.set_trainable(args.trainable_params)
+    return model
+
+
+def sorted_if_list(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+class LtuTrainer(Trainer):
+    """The stock Trainer with the original's order of rows, count of steps and way of logging."""
+
+    def __init__(self, *args: Any, micro_batches: MicroBatches, record: dict, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.micro_batches = micro_batches
+        self.record = record
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Not prepared by accelerate: the batch sampler knows its rank, and its epochs end where the original's do.
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.micro_batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "learning_rate" in logs:
+            logs["learning_rate"] = self._get_learning_rate()
+        if self.model.training or "loss" in logs:
+            done = self.state.global_step * self.args.gradient_accumulation_steps
+            self.state.epoch = done / self.micro_batches.per_epoch
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        record = self.record | {
+            "step": self.state.global_step,
+            "finished": self.state.global_step >= self.state.max_steps,
+        }
+        record["skipped"] = self.train_dataset.skipped if isinstance(self.train_dataset, QaDataset) else []
+        (Path(output_dir or self.args.output_dir) / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+class EvaluateAtSave(TrainerCallback):
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: bool) -> TrainingArguments:
+    """What the original sets (AdamW 0.9/0.999/1e-8, no decay of weights, clip 1.0, linear schedule) and what the flags
+    say."""
+    if run.wandb_project:
+        os.environ["WANDB_PROJECT"] = run.wandb_project
+        os.environ |= {
+            k: v for k, v in {"WANDB_WATCH": run.wandb_watch, "WANDB_LOG_MODEL": run.wandb_log_model}.items() if v
+        }
+    reports = ["wandb"] * bool(run.wandb_project) + ["tensorboard"] * run.tensorboard
+    return TrainingArguments(
+        output_dir=run.output_dir,
+        run_name=run.wandb_run_name or None,
+        per_device_train_batch_size=run.micro_batch_size,
+        per_device_eval_batch_size=run.micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        learning_rate=run.learning_rate,
+        warmup_steps=run.warmup_steps,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=bf16,
+        gradient_checkpointing=run.gradient_checkpointing,
+        logging_steps=run.logging_steps,
+        logging_nan_inf_filter=False,  # A loss that is not a number must be seen.
+        save_steps=run.save_steps,
+        save_total_limit=run.save_total_limit,
+        dataloader_num_workers=run.num_workers,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=True,  # Unused norms of the ear; batches without audio.
+        report_to=reports or "none",
+        seed=run.seed,
+    )
+
+
+def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcessor) -> tuple[QaDataset, Dataset | None]:
+    """Rows to train on, and the held-out ones if `--val_set_size` asks for some."""
+    rows = read_rows(data.data_path, data.audio_root)
+    if data.check_audio and (bad := check_audio(rows)):
+        shown = "\n".join(f"  {error}" for error in list(bad.values())[:20])
+        raise ValueError(f"{len(bad)} clips of {data.data_path} cannot be heard:\n{shown}")
+    if data.val_set_size >= len(rows):
+        raise ValueError(
+            f"--val_set_size {data.val_set_size} leaves nothing of the {len(rows)} rows of {data.data_path} to "
+            "train on."
+        )
+    held_out = []
+    if data.val_set_size > 0:
+        sizes = [len(rows) - data.val_set_size, data.val_set_size]
+        parts = random_split(range(len(rows)), sizes, generator=torch.Generator().manual_seed(run.seed))
+        rows, held_out = ([rows[index] for index in part] for part in parts)
+
+    def make(part: list[dict]) -> QaDataset:
+        return QaDataset(
+            part,
+            encode=lambda row: processor.encode_example(row, data.cutoff_len, data.train_on_inputs),
+            extract=lambda waveform: processor.feature_extractor([waveform]).input_features[0],
+            max_bad=data.max_bad,
+        )
+
+    return make(rows), make(held_out) if held_out else None
+
+
+def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
+    """Everything that a run needs, before its first step."""
+    set_seed(run.seed)
+    processor = LtuProcessor.from_pretrained(model_args.base_model)
+    train_set, held_out = make_datasets(data, run, processor)
+    bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
+    model = load_model(model_args, bf16)
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    accumulation = run.batch_size // run.micro_batch_size // world_size
+    steps = total_steps(len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs)
+    steps = run.max_steps if run.max_steps > 0 else steps
+    batches = MicroBatches(
+        train_set.lengths,
+        run.micro_batch_size,
+        accumulation,
+        run.num_epochs,
+        run.group_by_length,
+        run.seed,
+        rank,
+        world_size,
+    )
+    batches.epochs = max(run.num_epochs, -(-steps * accumulation // batches.per_epoch))
+    parent = Path(model_args.base_model)
+    weights = sorted(parent.glob("model*.safetensors"))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record = {
+        "stage": Path(run.output_dir).name,
+        "parent": {"name": parent.name, "sha256": [sha256_of(file) for file in weights]},
+        "parameters": {"trainable": trainable, "all": model.num_parameters()},
+        "rows": len(train_set),
+        "total_steps": steps,
+        "arguments": {k: v for part in (model_args, data, run) for k, v in dataclasses.asdict(part).items()},
+    }
+    return LtuTrainer(
+        model=model,
+        args=training_arguments(run, steps, accumulation, bf16),
+        data_collator=LtuCollator(processor, data.original_positions),
+        train_dataset=train_set,
+        eval_dataset=held_out,
+        processing_class=processor,
+        callbacks=[EvaluateAtSave()] if held_out else None,
+        micro_batches=batches,
+        record=record,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data, run = parse_args(argv)
+    trainer = make_trainer(model_args, data, run)
+    record = trainer.record
+    if trainer.is_world_process_zero():
+        percent = 100 * record["parameters"]["trainable"] / record["parameters"]["all"]
+        print(
+            f"trainable params: {record['parameters']['trainable']} || all params: {record['parameters']['all']} || "
+            f"trainable%: {percent}"
+        )
+        print(
+            f"{record['rows']} rows, {record['total_steps']} steps of {run.batch_size}, bf16: {trainer.args.bf16}, "
+            f"{trainer.args.device}"
+        )
+    if data.plan:
+        return
+    if data.show_batch:
+        print(describe_batch(next(iter(trainer.get_train_dataloader())), trainer.processing_class))
+        return
+    resume = run.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero() and trainer.train_dataset.skipped:
+        print(
+            f"{len(trainer.train_dataset.skipped)} rows skipped: {trainer.train_dataset.skipped[:10]}", file=sys.stderr
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""LTU: what the ear hears becomes a few vectors of the language model's width, in front of the question.
+
+Notable:
+- The language model is any stock Hugging Face causal LM; LoRA is injected into it by peft. Nothing is forked or
+  patched.
+- A sequence is `[audio placeholders][pads][text]`. Placeholders carry an id one past the vocabulary; the model goes by
+  id and mask, so
+  pads may stand anywhere and one audio prefix can be shared by many questions.
+- A checkpoint holds what was trained, and the name and hash of its language model, not a copy of it, unless that was
+  trained too.
+- Ear, projection and LoRA stay in fp32, in memory and on disk; a frozen language model may be bf16. Autocast does the
+  rest.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ltu.configuration_ltu import LtuConfig, hash_language_model
+from ltu.generation_ltu import LtuGenerationMixin
+
+# What each plan trains: prefixes of parameter names, or the infix of LoRA's. The original's names for the plans.
+TRAINABLE_PLANS = {
+    "proj": ("multi_modal_projector.",),
+    "all": ("audio_tower.", "multi_modal_projector.", ".lora_"),
+}
+
+
+class LtuMultiModalProjector(nn.Module):
+    """LayerNorm without weights, then one linear map into the width of the language model."""
+
+    def __init__(self, config: LtuConfig):
+        super().__init__()
+        width = config.audio_config.hidden_size
+        self.layer_norm = nn.LayerNorm(width, eps=config.projector_layer_norm_eps, elementwise_affine=False)
+        self.linear = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, audio_hidden: Tensor) -> Tensor:
+        return self.linear(self.layer_norm(audio_hidden))  # (clips, tokens, hidden)
+
+
+class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
+    """An ear (`audio_tower`), a projection (`multi_modal_projector`) and a causal language model (`language_model`).
+
+    Args:
+        config: sizes of all three.
+        language_model: a loaded causal LM. Without one it is built from `config.text_config` with random weights.
+    """
+
+    config_class = LtuConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    # The loss is a mean over each micro-batch, averaged over accumulation steps; the Trainer would divide by all tokens
+    # instead.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LtuConfig, language_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.audio_tower = AutoModel.from_config(config.audio_config)
+        self.multi_modal_projector = LtuMultiModalProjector(config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model.requires_grad_(False)
+        if config.lora:
+            self._inject_lora()
+        with no_init_weights():  # Every part has initialised itself; a loaded language model must not be drawn anew.
+            self.post_init()
+
+    def _inject_lora(self) -> None:
+        lora = self.config.lora
+        peft_config = LoraConfig(
+            r=lora["r"],
+            lora_alpha=lora["alpha"],
+            lora_dropout=lora["dropout"],
+            target_modules=lora["target_modules"],
+            bias="none",
+        )
+        inject_adapter_in_model(peft_config, self.language_model)
+        for name, parameter in self.language_model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+
+    def add_lora(self, r: int, alpha: int, dropout: float, target_modules: list[str]) -> None:
+        """Give the language model a fresh LoRA, whose product is zero at first.
+
+        Raises:
+            ValueError: the model has one already.
+        """
+        if self.config.lora:
+            raise ValueError(
+                f"The model already has LoRA {self.config.lora}. Continue with it: leave the --lora_* flags out."
+            )
+        self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": list(target_modules)}
+        self._inject_lora()
+
+    def set_trainable(self, plan: str) -> None:
+        """Freeze everything but what `plan` names: "proj", or "all" (ear, projection and LoRA)."""
+        marks = TRAINABLE_PLANS[plan]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(
+                any(mark in name if mark.startswith(".") else name.startswith(mark) for mark in marks)
+            )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_audio_features(self, input_features: Tensor) -> Tensor:
+        """(clips, frames, mel bins) spectrograms -> (clips, num_audio_tokens, hidden) vectors for the language
+        model."""
+        weight = self.multi_modal_projector.linear.weight
+        audio_hidden = self.audio_tower(input_features.to(weight.device, weight.dtype))  # (clips, tokens, audio hidden)
+        return self.multi_modal_projector(
+            audio_hidden / self.config.audio_config.feature_divisor
+        )  # (clips, tokens, hidden)
+
+    def _embed(self, input_ids: Tensor, input_features: Tensor | None, audio_index: Tensor | None) -> Tensor:
+        """Token embeddings with the audio vectors in the places of the placeholders: (batch, length, hidden)."""
+        is_audio = input_ids == self.config.audio_token_id  # (batch, length)
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
+        placeholders, tokens = int(is_audio.sum()), self.config.num_audio_tokens
+        clips = 0 if input_features is None else len(input_features)
+        runs = clips if audio_index is None else len(audio_index)
+        if placeholders != runs * tokens:
+            raise ValueError(
+                f"{placeholders} audio placeholders in input_ids, but {runs} clips x {tokens} tokens = "
+                f"{runs * tokens} audio vectors. "
+                f"Each clip needs one run of {tokens} placeholders (id {self.config.audio_token_id}); LtuProcessor "
+                "writes them."
+            )
+        if not runs:
+            return embeds
+        audio = self.get_audio_features(input_features)  # (clips, tokens, hidden)
+        audio = audio if audio_index is None else audio[audio_index.to(audio.device)]  # (runs, tokens, hidden)
+        return embeds.masked_scatter(is_audio[..., None], audio.to(embeds))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        audio_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, length, vocabulary), and the loss where there are `labels` (batch, length; -100 carries none).
+
+        Args:
+            input_ids: (batch, length) text ids and runs of `num_audio_tokens` placeholders `audio_token_id`, anywhere.
+            attention_mask: (batch, past + length), 1 for audio and text, 0 for pads. Ones when absent.
+            input_features: (clips, frames, mel bins), one for each run, row by row.
+            position_ids: (batch, length); by default they count what the mask shows. The original's training counts
+                pads too.
+            audio_index: (runs,) which clip each run hears, when several runs share a clip.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, input_features, audio_index)
+        batch, length = inputs_embeds.shape[:2]
+        if attention_mask is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=inputs_embeds.device)
+        if position_ids is None and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            **kwargs,
+        )
+
+    def _is_own(self, key: str) -> bool:
+        """Whether a checkpoint of ours holds this key of the state dict."""
+        return self.config.language_model is None or ".lora_" in key or not key.startswith("language_model.")
+
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Write `config.json` and `model.safetensors`: ear, projection and LoRA; the language model only if it has no
+        other home."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        super().save_pretrained(
+            save_directory, state_dict={k: v for k, v in state_dict.items() if self._is_own(k)}, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: LtuConfig | None = None,
+        language_model: str | Path | None = None,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        **hub_kwargs: Any,
+    ) -> "LtuForConditionalGeneration":
+        """Open a checkpoint folder, or a hub id that holds one.
+
+        Args:
+            language_model: another place of the same language model, instead of the one that the folder names.
+            dtype: of the frozen language model; "auto" keeps the stored one. What was trained stays fp32.
+            device_map: handed to the language model; ear and projection go where its embeddings are.
+
+        Raises:
+            ValueError: the language model is not the one that the folder was trained with.
+            KeyError: a key of the checkpoint is missing or left over.
+        """
+        hub_kwargs = {
+            k: v
+            for k, v in hub_kwargs.items()
+            if k in ("cache_dir", "revision", "token", "local_files_only", "force_download")
+        }
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(pretrained_model_name_or_path), **hub_kwargs))
+        config = config or cls.config_class.from_pretrained(folder)
+        llm = None
+        if config.language_model is not None:
+            config.language_model = str(language_model) if language_model else config.find_language_model(folder)
+            _check_language_model(config, folder)
+            llm = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, device_map=device_map)
+            config.text_config = llm.config
+        model = cls(config, language_model=llm)
+        model._load_own(folder)
+        if llm is not None:
+            device = llm.get_input_embeddings().weight.device
+            model.audio_tower.to(device)
+            model.multi_modal_projector.to(device)
+        elif dtype != "auto" and dtype is not None:
+            model.language_model.to(dtype)
+        return model.eval()
+
+    def _load_own(self, folder: Path) -> None:
+        files = sorted(folder.glob("model*.safetensors"))
+        if not files:
+            raise FileNotFoundError(
+                f"{folder} holds no model.safetensors. Write one with: python -m ltu.convert_checkpoint"
+            )
+        state = {key: value for file in files for key, value in load_file(file).items()}
+        wanted = {key for key in self.state_dict() if self._is_own(key)}
+        missing, left_over = wanted - set(state) - set(self.all_tied_weights_keys), set(state) - wanted
+        if missing or left_over:
+            raise KeyError(
+                f"{folder} does not fit its own config: {len(missing)} keys missing {sorted(missing)[:3]}, "
+                f"{len(left_over)} left over "
+                f"{sorted(left_over)[:3]}. Write the folder again with: python -m ltu.convert_checkpoint"
+            )
+        self.load_state_dict(state, strict=False)
+
+
+def _check_language_model(config: LtuConfig, folder: Path) -> None:
+    found = hash_language_model(config.language_model)
+    if config.language_model_sha256 not in (None, found):
+        raise ValueError(
+            f"{folder} was trained with a language model whose hash is {config.language_model_sha256[:12]}, but "
+            f"{config.language_model} "
+            f"has {found[:12]}. Name the right one: --llm DIR_OR_ID (language_model=... in Python)."
+        )
+
+
+AutoModelForCausalLM.register(LtuConfig, LtuForConditionalGeneration)
+AutoModel.register(LtuConfig, LtuForConditionalGeneration)

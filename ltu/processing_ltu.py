@@ -1,0 +1,178 @@
+"""Prompt, question and clip -> tensors.
+
+Notable:
+- The wire format is `[audio placeholders][pads][text]`: audio comes before `<s>`. A row without audio has pads in its
+  place.
+- The beginning-of-sequence token is put in front by hand. Whether a tokenizer adds it depends on its version and its
+  config.
+- What a user types stays text: a literal `</s>` in a question is five characters, not the end of the sequence.
+- A training row is tokenised whole, prompt and answer in one string, as the released checkpoints were.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, LlamaTokenizer, ProcessorMixin
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+
+from ltu.audio import load_audio
+from ltu.configuration_ltu import ALPACA_SHORT, LtuConfig
+
+IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
+AudioSource = str | Path | bytes | np.ndarray | None
+
+
+class LtuProcessor(ProcessorMixin):
+    """A feature extractor for the ear, a tokenizer for the language model, and the prompt between them.
+
+    Args:
+        feature_extractor: waveform -> what the ear takes.
+        tokenizer: of the language model.
+        num_audio_tokens, audio_token_id: as in the model's config.
+        prompt_template: `{"prompt_no_input", "prompt_input"}`, as in the model's config.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: Any = None,
+        tokenizer: Any = None,
+        num_audio_tokens: int = 32,
+        audio_token_id: int | None = None,
+        prompt_template: dict | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(feature_extractor, tokenizer, **kwargs)
+        self.num_audio_tokens = num_audio_tokens
+        self.audio_token_id = audio_token_id
+        self.prompt_template = dict(prompt_template or ALPACA_SHORT)
+        tokenizer.split_special_tokens = True
+
+    @classmethod
+    def from_config(cls, config: LtuConfig, tokenizer_name: str | Path) -> "LtuProcessor":
+        """The processor that fits a model's config, with the tokenizer of its language model (a folder or hub id)."""
+        extractor_class = FEATURE_EXTRACTOR_MAPPING[type(config.audio_config)]
+        return cls(
+            extractor_class(num_mel_bins=config.audio_config.num_mel_bins, num_frames=config.audio_config.num_frames),
+            AutoTokenizer.from_pretrained(tokenizer_name),
+            num_audio_tokens=config.num_audio_tokens,
+            audio_token_id=config.audio_token_id,
+            prompt_template=config.prompt_template,
+        )
+
+    @property
+    def pad_token_id(self) -> int:
+        """The original pads with id 0 (`<unk>`); pads are masked, so any id does."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    @property
+    def bos_ids(self) -> list[int]:
+        """`[<s>]` for a language model that was trained with one, else `[]`."""
+        tokenizer = self.tokenizer
+        if tokenizer.bos_token_id is None:
+            return []
+        # Old Llama folders do not say that their tokenizer adds <s>; it always did.
+        adds = isinstance(tokenizer, LlamaTokenizer) or getattr(tokenizer, "add_bos_token", False)
+        return [tokenizer.bos_token_id] if adds or tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+
+    def prompt(self, question: str, transcript: str | None = None) -> str:
+        """The text in front of the answer."""
+        if transcript:
+            return self.prompt_template["prompt_input"].format(instruction=question, input=transcript)
+        return self.prompt_template["prompt_no_input"].format(instruction=question)
+
+    def encode(self, text: str) -> list[int]:
+        return self.bos_ids + self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode_example(self, row: dict, cutoff_len: int, train_on_inputs: bool = True) -> tuple[list[int], list[int]]:
+        """Ids and labels of one training row, both (length <= cutoff_len,). Audio does not count.
+
+        The end token is there only when the text is shorter than the cutoff: a truncated answer has no end.
+        """
+        prompt = self.prompt(row["instruction"], row.get("input"))
+        eos = self.tokenizer.eos_token_id
+        ids = self.encode(prompt + row["output"])[:cutoff_len]
+        if len(ids) < cutoff_len and ids[-1] != eos:
+            ids.append(eos)
+        labels = list(ids)
+        if not train_on_inputs:
+            masked = len(self.encode(prompt)[:cutoff_len])
+            labels[:masked] = [IGNORED] * min(masked, len(labels))
+        return ids, labels
+
+    def __call__(
+        self,
+        text: str | list[str],
+        audio: AudioSource | list[AudioSource] = None,
+        transcript: str | list[str | None] | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Questions about clips -> what `LtuForConditionalGeneration.generate` takes.
+
+        Args:
+            text: one question a row.
+            audio: one clip a row: a path, the bytes of a file, a 16 kHz mono waveform (samples,), or None for a
+                question alone.
+            transcript: what is said in the clip, one a row; None or "" for none.
+
+        Returns:
+            `input_ids` and `attention_mask` (batch, tokens + longest text), and `input_features` (clips, frames, mel
+            bins) if a row has audio.
+
+        Raises:
+            ltu.audio.AudioError: a clip cannot be heard; the message has its path and the reason.
+            ValueError: the lists have unequal lengths.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' (torch tensors) is made here.")
+        questions = [text] if isinstance(text, str) else list(text)
+        clips = _as_list(audio, len(questions), "audio")
+        transcripts = _as_list(transcript, len(questions), "transcript")
+        ids = [self.encode(self.prompt(q, t)) for q, t in zip(questions, transcripts, strict=True)]
+        batch = self.lay_out(ids, [clip is not None for clip in clips])
+        waveforms = [load_audio(clip) for clip in clips if clip is not None]
+        if waveforms:
+            batch["input_features"] = self.feature_extractor(
+                waveforms, sampling_rate=16_000, return_tensors="pt"
+            ).input_features
+        return BatchFeature(batch)
+
+    def lay_out(self, ids: list[list[int]], has_audio: list[bool], multiple_of: int = 1) -> dict[str, Tensor]:
+        """`[audio placeholders][pads][text]`: `input_ids` and `attention_mask`, both (batch, tokens + longest text).
+
+        Args:
+            ids: text of each row, `<s>` first.
+            has_audio: whether a row hears a clip; otherwise pads stand in that place.
+            multiple_of: the text part is padded to a multiple of this (8 in training).
+        """
+        width = -(-max(map(len, ids)) // multiple_of) * multiple_of
+        tokens, pad = self.num_audio_tokens if any(has_audio) else 0, self.pad_token_id
+        input_ids = torch.full((len(ids), tokens + width), pad)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (text, hears) in enumerate(zip(ids, has_audio, strict=True)):
+            input_ids[row, tokens + width - len(text) :] = torch.tensor(text)
+            attention_mask[row, tokens + width - len(text) :] = 1
+            if hears:
+                input_ids[row, :tokens] = self.audio_token_id
+                attention_mask[row, :tokens] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def decode_answer(self, ids: Tensor | list[int]) -> str:
+        """The text of newly generated ids, without control tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _as_list(value: Any, length: int, name: str) -> list:
+    if value is None:
+        return [None] * length
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if len(values) != length:
+        raise ValueError(
+            f"{length} questions, but {len(values)} entries of {name}. Give one a question, None where there is none."
+        )
+    return values
+
+
+AutoProcessor.register(LtuConfig, LtuProcessor)
