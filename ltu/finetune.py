@@ -35,12 +35,11 @@ DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj
 
 
 def device_has_bf16() -> bool:
-    """Whether training in bf16 is native here: CUDA from Ampere on, or a CPU with AMX (there it is about 3 times as
-    fast as fp32)."""
+    """Whether the device multiplies in bf16: CUDA from Ampere on, or a CPU with AMX or AVX512-BF16 (2 to 3 times fp32)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return not torch.backends.mps.is_available() and amx is not None and bool(amx())
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return not torch.backends.mps.is_available() and any(check is not None and check() for check in checks)
 
 
 def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:

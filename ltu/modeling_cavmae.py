@@ -58,10 +58,11 @@ class CavMaeMlp(nn.Module):
 class CavMaeBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block with the norms of three modalities.
 
-    CAV-MAE keeps six LayerNorms per block: joint (`norm1`, `norm2`), audio (`_a`) and image (`_v`). LTU calls `blocks_a`
-    with the joint pair and `blocks_u` with the audio pair. The other four stay as parameters because released files hold
-    them and the published counts include them, but the forward pass never touches them. The original adds 0 times the sum
-    of all six instead, so that DDP sees a gradient for each; `CavMaeModel.unused_parameter_names` lists them for DDP.
+    CAV-MAE keeps six LayerNorms per block: joint (`norm1`, `norm2`), audio (`_a`) and image (`_v`). LTU calls
+    `blocks_a` with the joint pair and `blocks_u` with the audio pair. The other four stay as parameters because
+    released files hold them and the published counts include them, but the forward pass never touches them. The
+    original adds 0 times the sum of all six instead, so that DDP sees a gradient for each;
+    `CavMaeModel.unused_parameter_names` lists them for DDP.
     """
 
     def __init__(self, config: CavMaeConfig, is_shared: bool):
@@ -91,7 +92,10 @@ class CavMaePreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
+    # It always calls scaled_dot_product_attention, which chooses flash kernels itself where the device has them; a choice
+    # of attention for the whole of LTU is meant for its language model and must not fail here.
     _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["CavMaeBlock"]
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """The small ear: YAMNet, a MobileNet of 3.7 M parameters trained on AudioSet, from a log-mel picture to 32 vectors.
 
 Notable:
-- architecture and TensorFlow's SAME padding as in tensorflow/models, research/audioset/yamnet; batch norm is folded into
-  the convolutions;
+- architecture and TensorFlow's SAME padding as in tensorflow/models, research/audioset/yamnet; batch norm is folded
+  into the convolutions;
 - it was trained on 0.96 s patches; here the whole 10.24 s goes in at once and the mean is taken over frequency only, so
   that a 1024 x 64 picture gives a token every 0.32 s, as LTU's ear does;
 - `feature_mean` and `feature_std` (zeros and ones unless filled) make channels comparable: most are near zero mostly.
@@ -55,6 +55,8 @@ class YamnetModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_features"
     input_modalities = ("audio",)
+    _supports_sdpa = True  # It has no attention, so whatever is chosen for the language model fits.
+    _supports_flash_attn = True
     _no_split_modules = ["YamnetBlock"]
 
     def __init__(self, config: YamnetConfig):

@@ -48,6 +48,7 @@ class LtuProcessor(ProcessorMixin):
         self.num_audio_tokens = num_audio_tokens
         self.audio_token_id = audio_token_id
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
+        self._bos_ids: list[int] | None = None
         tokenizer.split_special_tokens = True
 
     @classmethod
@@ -70,12 +71,13 @@ class LtuProcessor(ProcessorMixin):
     @property
     def bos_ids(self) -> list[int]:
         """`[<s>]` for a language model that was trained with one, else `[]`."""
-        tokenizer = self.tokenizer
-        if tokenizer.bos_token_id is None:
-            return []
-        # Old Llama folders do not say that their tokenizer adds <s>; it always did.
-        adds = isinstance(tokenizer, LlamaTokenizer) or getattr(tokenizer, "add_bos_token", False)
-        return [tokenizer.bos_token_id] if adds or tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+        if self._bos_ids is None:
+            bos = self.tokenizer.bos_token_id
+            # Old Llama folders do not say that their tokenizer adds <s>; it always did.
+            adds = isinstance(self.tokenizer, LlamaTokenizer) or getattr(self.tokenizer, "add_bos_token", False)
+            adds = bos is not None and (adds or self.tokenizer("a").input_ids[0] == bos)
+            self._bos_ids = [bos] if adds else []
+        return self._bos_ids
 
     def prompt(self, question: str, transcript: str | None = None) -> str:
         """The text in front of the answer."""
@@ -84,7 +86,14 @@ class LtuProcessor(ProcessorMixin):
         return self.prompt_template["prompt_no_input"].format(instruction=question)
 
     def encode(self, text: str) -> list[int]:
-        return self.bos_ids + self.tokenizer(text, add_special_tokens=False).input_ids
+        """Ids of a text, `<s>` first where the language model knows one."""
+        ids = self.bos_ids + self.tokenizer(text, add_special_tokens=False).input_ids
+        if self.audio_token_id is not None and max(ids, default=0) >= self.audio_token_id:
+            raise ValueError(
+                f"The tokenizer writes id {max(ids)}, but the language model has {self.audio_token_id} tokens. "
+                "It is the tokenizer of another model: convert the checkpoint with the right --llm."
+            )
+        return ids
 
     def encode_example(self, row: dict, cutoff_len: int, train_on_inputs: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of one training row, both (length <= cutoff_len,). Audio does not count.
