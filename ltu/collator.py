@@ -57,10 +57,9 @@ def describe_batch(batch: dict[str, Tensor], processor: LtuProcessor) -> str:
     """
     lines = [f"{name}: {tuple(value.shape)} {value.dtype}" for name, value in batch.items()]
     positions = batch.get("position_ids", (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
-    response = processor.tokenizer(processor.prompt("").splitlines()[-1], add_special_tokens=False).input_ids
     for row, ids in enumerate(batch["input_ids"].tolist()):
         lines.append(f"--- row {row}")
-        answer_from = _end_of_last(ids, response)
+        answer_from = _start_of_answer(ids, processor)
         for column, token in enumerate(ids):
             mask, label = int(batch["attention_mask"][row, column]), int(batch["labels"][row, column])
             visible = "answer" if column >= answer_from else "prompt"
@@ -71,9 +70,11 @@ def describe_batch(batch: dict[str, Tensor], processor: LtuProcessor) -> str:
     return "\n".join(lines)
 
 
-def _end_of_last(ids: list[int], pattern: list[int]) -> int:
-    """Where the last occurrence of `pattern` ends; the length of `ids` if there is none."""
-    for start in range(len(ids) - len(pattern), -1, -1):
-        if ids[start : start + len(pattern)] == pattern:
-            return start + len(pattern)
+def _start_of_answer(ids: list[int], processor: LtuProcessor) -> int:
+    """The first place behind the last line of the prompt; the length of `ids` if a cutoff ended the text before it."""
+    mark = processor.prompt("").splitlines(keepends=True)[-1]
+    for place in range(1, len(ids)):
+        text = [token for token in ids[:place] if token != processor.audio_token_id]
+        if processor.tokenizer.decode(text).endswith(mark):
+            return place
     return len(ids)

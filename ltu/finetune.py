@@ -141,7 +141,7 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=bf16,
-        gradient_checkpointing=run.gradient_checkpointing,
+        **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
         logging_steps=run.logging_steps,
         logging_nan_inf_filter=False,  # A loss that is not a number must be seen.
         save_steps=run.save_steps,

@@ -92,8 +92,8 @@ class CavMaePreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
-    # It always calls scaled_dot_product_attention, which chooses flash kernels itself where the device has them; a choice
-    # of attention for the whole of LTU is meant for its language model and must not fail here.
+    # It always calls scaled_dot_product_attention, which takes flash kernels by itself where the device has them; a
+    # choice of attention for the whole of LTU is meant for its language model and must not fail here.
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["CavMaeBlock"]
