@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ from ltu.collator import LtuCollator, describe_batch
 from ltu.convert_checkpoint import sha256_of
 from ltu.micro_batches import MicroBatches, total_steps
 from ltu.modeling_ltu import LtuForConditionalGeneration
-from ltu.processing_ltu import LtuProcessor
+from ltu.processing_ltu import IGNORED, LtuProcessor
 from ltu.qa_dataset import QaDataset, check_audio, read_rows
 
 DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
 
 def device_has_bf16() -> bool:
-    """Whether the device multiplies in bf16: CUDA from Ampere on, or a CPU with AMX or AVX512-BF16 (2 to 3 times fp32)."""
+    """Whether the device multiplies in bf16: CUDA from Ampere on, or a CPU with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
@@ -83,6 +84,7 @@ class LtuTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
+        self.takes_logits_to_keep = "logits_to_keep" in signature(self.model.language_model.forward).parameters
 
     def get_train_dataloader(self) -> DataLoader:
         # Not prepared by accelerate: the batch sampler knows its rank, and its epochs end where the original's do.
@@ -93,6 +95,15 @@ class LtuTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Logits are computed from the place before the first label on: audio, and masked questions, need none."""
+        if self.takes_logits_to_keep:
+            labelled = (inputs["labels"] != IGNORED).any(0).nonzero()  # (columns with a label, 1)
+            first = int(labelled[0]) if len(labelled) else 0
+            keep = inputs["labels"].shape[1] - max(first - 1, 0)
+            inputs = inputs | {"labels": inputs["labels"][:, -keep:], "logits_to_keep": keep}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "learning_rate" in logs:

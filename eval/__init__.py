@@ -1,0 +1,1 @@
+"""Scores of predictions, beside baselines on the same data. Run from the repository root."""

@@ -1,0 +1,270 @@
+"""The toy data: the committed split, the words, and what the builder makes of them."""
+
+import json
+import re
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import soundfile
+
+from data.toy import build, rows
+from data.toy.attribution import write_attribution
+from data.toy.render import WINDOW, centred
+from data.toy.sounds import AUDIO, HERE, make_split, read_fold, read_json, read_manifest, recording_of
+from ltu.qa_dataset import read_rows
+
+SOUNDS = read_manifest()
+BY_FILE = {sound["file"]: sound for sound in SOUNDS}
+SPLIT = read_json("split.json")
+HELDOUT = [file for fold in SPLIT["folds"] for file in fold]
+STAGES = [f"stage{number}" for number in build.STAGES]
+
+
+def arguments(folder: Path, **changes) -> Namespace:
+    small = dict(fold=0, seed=0, rows=[230, 60, 120, 160], crops=2, mixtures=6, pairs=6, output_dir=str(folder))
+    return Namespace(**(small | changes))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "fold0"
+    build.build(arguments(folder))
+    return folder
+
+
+def load(folder: Path, name: str):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def normalised(question: str) -> str:
+    question = question.removeprefix(rows.QUESTIONS["closed_prefix"])
+    return re.sub(r"[^a-z0-9]+", " ", question.lower()).strip()
+
+
+# The committed files
+
+
+def test_manifest_and_audio_agree():
+    assert sorted(BY_FILE) == sorted(path.name for path in AUDIO.glob("*.flac")) and len(SOUNDS) == 246
+    for sound in SOUNDS:
+        info = soundfile.info(AUDIO / sound["file"])
+        assert (info.samplerate, info.channels) == (16_000, 1), sound["file"]
+        assert abs(info.duration - sound["seconds"]) < 0.01 and info.frames <= WINDOW, sound["file"]
+        assert sound["licence"] and sound["author"] and sound["package"] and sound["source_file"], sound["file"]
+    assert not re.search(r"/(work|home|tmp|root)/", (HERE / "manifest.jsonl").read_text(encoding="utf-8"))
+
+
+def test_attribution_is_what_the_manifest_says(tmp_path):
+    write_attribution(SOUNDS, tmp_path / "ATTRIBUTION.md")
+    text = (tmp_path / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert text == (HERE / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert all(f"| {sound['file']} | {sound['source_file']} |" in text for sound in SOUNDS)
+
+
+def test_split_is_what_the_rule_says():
+    assert make_split(SOUNDS) == SPLIT
+    assert make_split(SOUNDS[::-1])["folds"] == SPLIT["folds"]
+
+
+def test_split_holds_out_what_may_be_held_out():
+    assert len(SPLIT["folds"]) == 5 and len(HELDOUT) == len(set(HELDOUT)) >= 120
+    assert sorted(HELDOUT + SPLIT["training_only"]) == sorted(BY_FILE)
+    labels = Counter(sound["label"] for sound in SOUNDS)
+    assert not [file for file in HELDOUT if labels[BY_FILE[file]["label"]] < 2]
+    assert not [file for file in HELDOUT if "lincity" in BY_FILE[file]["package"]]
+
+
+@pytest.mark.parametrize("fold", range(5))
+def test_fold_keeps_other_recordings_of_each_label_in_training(fold):
+    training, heldout = read_fold(fold)
+    assert len(training) + len(heldout) == len(SOUNDS)
+    assert {sound["label"] for sound in heldout} <= {sound["label"] for sound in training}
+    assert not {recording_of(sound) for sound in heldout} & {recording_of(sound) for sound in training}
+
+
+def test_folds_are_alike():
+    sizes = [len(fold) for fold in SPLIT["folds"]]
+    assert max(sizes) - min(sizes) <= 2
+    for category in {sound["category"] for sound in SOUNDS}:
+        counts = [sum(BY_FILE[file]["category"] == category for file in fold) for fold in SPLIT["folds"]]
+        assert max(counts) - min(counts) <= 3, (category, counts)
+
+
+def test_a_fold_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="no fold 5"):
+        read_fold(5)
+
+
+# The words
+
+
+def test_every_label_and_category_has_words():
+    labels, categories = rows.WORDS["labels"], rows.WORDS["categories"]
+    assert set(labels) == {sound["label"] for sound in SOUNDS} and len(labels) == 95
+    assert set(categories) == {sound["category"] for sound in SOUNDS}
+    assert not set(labels) & set(categories), "a label that is a category's name could not be scored"
+    for name, words in labels.items():
+        assert words["phrase"] and len(words["descriptions"]) == len(set(words["descriptions"])) >= 2, name
+        for description in words["descriptions"]:
+            assert not re.search(r"->|[.:;\n]", description), (name, description)
+            assert not set(categories) & set(re.findall(r"\w+", description)), (name, description)
+
+
+def test_test_questions_are_never_training_questions():
+    for kind in ("closed", "open"):
+        for task, texts in rows.QUESTIONS[kind].items():
+            assert len(set(texts["train"])) == len(texts["train"]) >= (20 if kind == "closed" else 3), task
+            assert len(set(texts["test"])) == len(texts["test"]) >= 2, task
+    tasks = [texts for kind in ("closed", "open") for texts in rows.QUESTIONS[kind].values()]
+    train = {normalised(question) for texts in tasks for question in texts["train"]}
+    assert not train & {normalised(question) for texts in tasks for question in texts["test"]}
+
+
+# The built rows
+
+
+def test_same_seed_same_bytes(built, tmp_path):
+    build.build(arguments(tmp_path / "fold0"))
+    made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
+    assert made == sorted(path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*"))
+    for path in made:
+        first, second = built / path, tmp_path / "fold0" / path
+        if path.suffix == ".flac":
+            assert first.read_bytes() == second.read_bytes(), path
+        else:  # the way to the committed clips depends on where the output folder lies
+            way = r'"[./\w-]*data/toy/audio/'
+            assert re.sub(way, '"', first.read_text()) == re.sub(way, '"', second.read_text()), path
+
+
+def test_another_seed_gives_other_rows(built, tmp_path):
+    build.build(arguments(tmp_path, seed=1, crops=1, mixtures=1, pairs=1))
+    assert load(built, "stage1") != load(tmp_path, "stage1")
+
+
+def test_stages_hold_the_rows_asked_for(built):
+    for stage, count in zip(STAGES, [230, 60, 120, 160], strict=True):
+        made = load(built, stage)
+        assert len(made) == count
+        assert {row["task"] for row in made} <= set(build.STAGES[int(stage[-1])])
+        assert all(set(row) == {"instruction", "input", "audio_id", "dataset", "task", "output"} for row in made)
+    assert {row["task"] for row in load(built, "stage1")} == {"cla_label", "cla_label_des"}
+    assert {row["task"] for row in load(built, "stage4")} == set(build.STAGES[4])
+    for shares in build.STAGES.values():
+        assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_rows_are_read_and_heard_by_the_trainer(built):
+    for name in (*STAGES, "heldout_right", "heldout_wrong", "heldout_none", "heldout_show"):
+        for row in read_rows(built / f"{name}.json"):
+            assert row["audio"] is None if name == "heldout_none" else Path(row["audio"]).is_file()
+
+
+def test_training_has_no_test_question_and_test_no_training_question(built):
+    asked = {normalised(row["instruction"]) for stage in STAGES for row in load(built, stage)}
+    tested = {normalised(row["instruction"]) for name in ("right", "show") for row in load(built, f"heldout_{name}")}
+    assert not asked & tested
+
+
+def test_half_of_the_closed_questions_have_the_prefix(built):
+    made = [row for stage in STAGES for row in load(built, stage)]
+    prefixed = [row["instruction"].startswith("Closed-ended question: ") for row in made if row["task"] in build.CLOSED]
+    assert 0.4 < np.mean(prefixed) < 0.6
+    open_rows = [row for row in made if row["task"] not in build.CLOSED]
+    assert open_rows and not any(row["instruction"].startswith("Closed") for row in open_rows)
+
+
+def test_draws_favour_rare_categories_and_forget_no_clip():
+    training, _ = read_fold(0)
+    drawn = Counter(sound["file"] for sound in build.draw(training, 1200, Random(0)))
+    assert sum(drawn.values()) == 1200 and set(drawn) == {sound["file"] for sound in training}
+    of = {category: [s["file"] for s in training if s["category"] == category] for category in ("drums", "instruments")}
+    drums, instruments = (np.mean([drawn[file] for file in of[category]]) for category in ("drums", "instruments"))
+    assert instruments > 3 * drums
+
+
+# Leakage: from the sources that the builder names, and from the sound itself
+
+
+def test_no_held_out_clip_or_recording_in_training_audio(built):
+    heldout = {recording_of(BY_FILE[file]) for file in SPLIT["folds"][0]}
+    sources = load(built, "sources")
+    for stage in STAGES:
+        for row in load(built, stage):
+            if row["audio_id"] in sources:
+                clips = [part["clip"] for part in sources[row["audio_id"]]["parts"]]
+            else:
+                clips = [Path(row["audio_id"]).name]
+                assert (built / row["audio_id"]).resolve() == (AUDIO / clips[0]).resolve()
+            assert not {recording_of(BY_FILE[clip]) for clip in clips} & heldout, row
+    assert {path.name for path in (built / "audio").iterdir()} == {Path(audio_id).name for audio_id in sources}
+
+
+def test_training_audio_is_what_its_recipe_says(built):
+    for audio_id, recipe in load(built, "sources").items():
+        waveform, rate = soundfile.read(built / audio_id, dtype="float32")
+        assert rate == 16_000 and len(waveform) == round(recipe["seconds"] * rate) <= WINDOW
+        assert 0.01 < np.abs(waveform).max() < 1.0, audio_id
+        expected = np.zeros_like(waveform)
+        half = (WINDOW - recipe["parts"][-1]["at"]) if recipe["kind"] == "pair" else len(waveform)
+        for part in recipe["parts"]:
+            clip = centred(part["clip"])[part["start"] : part["start"] + part["samples"]] * part["gain"]
+            length = len(clip) if recipe["kind"] == "crop" else half
+            expected[part["at"] : part["at"] + length] += np.resize(clip, length)
+        error = np.abs(waveform - expected)
+        if recipe["kind"] == "pair":  # faded over 10 ms at the ends of both halves
+            for edge in (0, half, WINDOW - half, WINDOW):
+                error[max(0, edge - 160) : edge + 160] = 0.0
+        assert error.max() < 1e-4, audio_id
+
+
+def test_answers_say_what_the_sources_are(built):
+    sources = load(built, "sources")
+    for row in [row for stage in STAGES for row in load(built, stage)]:
+        recipe = sources.get(row["audio_id"], {"parts": [{"clip": Path(row["audio_id"]).name}]})
+        sounds = [BY_FILE[part["clip"]] for part in recipe["parts"]]
+        assert len(sounds) == (2 if row["task"] in rows.MIXTURE_TASKS + rows.PAIR_TASKS else 1), row
+        if row["task"].startswith(("cla_label", "temporal")):
+            found = [row["output"].index(sound["label"]) for sound in sounds]
+            assert found == sorted(found), row
+        if row["task"].startswith("cla_label"):
+            assert row["output"].endswith(f"{sounds[0]['label']}; {sounds[0]['category']}."), row
+        if row["task"].startswith("caption"):
+            assert all(sound["caption"] in row["output"] for sound in sounds), row
+        assert "{" not in row["instruction"] + row["output"], row
+
+
+# The test questions
+
+
+def test_heldout_questions(built):
+    right, wrong, none = (load(built, f"heldout_{name}") for name in ("right", "wrong", "none"))
+    heldout = SPLIT["folds"][0]
+    assert sorted(Path(row["audio_id"]).name for row in right) == heldout
+    for row, with_wrong, without in zip(right, wrong, none, strict=True):
+        assert (built / row["audio_id"]).resolve().parent == AUDIO.resolve(), "held-out clips are not touched"
+        assert row | {"audio_id": None} == with_wrong | {"audio_id": None} == without | {"audio_id": None}
+        sound, other = BY_FILE[Path(row["audio_id"]).name], BY_FILE[Path(with_wrong["audio_id"]).name]
+        assert other["file"] in heldout and other["category"] != sound["category"]
+        assert row["output"] == f"Labels: {sound['label']}; {sound['category']}." and without["audio_id"] == "empty"
+    show = load(built, "heldout_show")
+    assert [row["task"] for row in show] == list(build.SHOWN)
+    assert len({BY_FILE[Path(row["audio_id"]).name]["category"] for row in show}) == 5
+    assert {Path(row["audio_id"]).name for row in show} <= set(heldout)
+
+
+# The command line
+
+
+@pytest.mark.parametrize("bad", [["--rows", "1,2,3"], ["--rows", "a,b,c,d"], ["--crop", "3"], ["--pairs", "0"]])
+def test_bad_arguments_stop(bad, capsys):
+    with pytest.raises(SystemExit):
+        build.parse(bad)
+    assert bad[0] in capsys.readouterr().err
+
+
+def test_default_output_folder_names_the_fold():
+    assert build.parse(["--fold", "3"]).output_dir == "exp/toy_data/fold3"

@@ -1,0 +1,269 @@
+"""Scores of the toy test on predictions made by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import toy_baselines
+from eval.toy import (
+    PredictionError,
+    Reader,
+    Toy,
+    evaluate,
+    fold_of,
+    format_show,
+    format_table,
+    main,
+    rate,
+    read_predictions,
+    score,
+    wilson,
+)
+
+TOY = Toy.load()
+READER = TOY.reader
+
+
+def prediction(pred: str | None, ref: str = "Labels: snare drum; drums.", audio_id: str = "empty") -> dict:
+    return {"prompt": "?", "pred": pred, "ref": ref, "audio_id": audio_id}
+
+
+def perfect(fold: int) -> list[dict]:
+    made = []
+    for file in TOY.folds[fold]:
+        text = f"Labels: {TOY.clips[file]['label']}; {TOY.clips[file]['category']}."
+        made.append(prediction(text, text, f"../data/toy/audio/{file}"))
+    return made
+
+
+def write_fold(folder: Path, fold: int, stages: int = 2, below: str = "") -> Path:
+    for stage in range(1, stages + 1):
+        place = folder / f"stage{stage}_name" / below
+        place.mkdir(parents=True)
+        right = perfect(fold)
+        guessed = [row | {"pred": "Labels: bass drum; drums.", "audio_id": "empty"} for row in right]
+        for name, rows in (("right", right), ("wrong", guessed), ("none", guessed)):
+            (place / f"{name}.json").write_text(json.dumps(rows))
+    return folder
+
+
+# Reading an answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Labels: snare drum; drums.",
+        "Labels: snare drum; drums",
+        "  labels:  Snare Drum ;  Drums .\n",
+        "Labels: short, bright and snappy -> snare drum; drums.",
+        "Labels: like human speech and music -> snare drum; drums.",  # words of a description are no categories
+    ],
+)
+def test_right_answers(answer):
+    assert READER.read(answer) == ("snare drum", "drums")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "drums",
+        "snare drum; drums.",
+        "Labels: drums.",
+        "Labels: snare drum.",
+        "Labels: ; drums.",
+        "Labels: snare drum; drum.",
+        "Labels: snare drum; drumsticks.",
+        "Labels: snare drum; drums; music.",
+        "Labels: snare drum; drums, music.",
+        "Labels: snare drum; music and drums.",
+        "Labels: human; drums.",
+        "Labels: music, human; drums.",
+        "Labels: speech and music; drums.",
+        "Labels: snare drum; drums. Labels: dog; animals.",
+        "Labels: dog; animals. Labels: snare drum; drums.",
+        "Labels: snare drum; drums.\nLabels: dog; animals.",
+        "Labels: alerts; ambience; animals; domestic; drums.",
+        "It is a snare drum, so the category is drums.",
+        "Labels: sharp -> dog; animals -> snare drum; drums.",
+        "I cannot tell. drums",
+    ],
+)
+def test_answers_that_do_not_count(answer):
+    assert READER.read(answer) is None
+
+
+def test_two_labels_are_one_category_and_no_exact_label():
+    hits = score([prediction("Labels: tom drum; snare drum; drums.")], READER)
+    assert hits == {"category": [True], "label": [False], "in_form": [True]}
+
+
+def test_a_label_that_holds_a_category_word_is_only_a_label():
+    assert READER.read("Labels: drum beat; music.") == ("drum beat", "music")
+    assert READER.read("Labels: music box; alerts.") == ("music box", "alerts")
+
+
+def test_score_counts_category_label_and_form():
+    answers = [
+        "Labels: snare drum; drums.",
+        "Labels: tom drum; drums.",
+        "Labels: dog; animals.",
+        "Labels: snare drum; animals.",
+        "A snare drum.",
+        None,
+    ]
+    hits = score([prediction(answer) for answer in answers], READER)
+    assert hits["category"] == [True, True, False, False, False, False]
+    assert hits["label"] == [True, False, False, True, False, False]
+    assert hits["in_form"] == [True, True, True, True, False, False]
+
+
+def test_answering_with_everything_scores_nothing():
+    everything = "Labels: " + "; ".join([*sorted({c["label"] for c in TOY.clips.values()}), *sorted(READER.categories)])
+    hits = score([row | {"pred": everything + "."} for row in perfect(0)], READER)
+    assert not any(hits["category"]) and not any(hits["label"])
+
+
+def test_every_reference_of_the_data_can_be_read():
+    for fold in range(5):
+        hits = score(perfect(fold), READER)
+        assert all(hits["category"]) and all(hits["label"]) and all(hits["in_form"])
+
+
+def test_another_answer_format_needs_no_other_code():
+    reader = Reader(["A {label}, a sound of {category}."], READER.categories)
+    assert reader.read("A snare drum, a sound of drums.") == ("snare drum", "drums")
+    assert reader.read("A snare drum, a sound of drums and music.") is None
+    assert reader.read("A dog or music, a sound of drums.") == ("dog or music", "drums")
+    assert Reader(["{category}: {label}"], READER.categories).read("drums: snare drum") == ("snare drum", "drums")
+
+
+def test_a_reference_in_another_form_is_an_error():
+    with pytest.raises(PredictionError, match="no answer format"):
+        score([prediction("Labels: dog; animals.", ref="A dog.")], READER)
+
+
+# Intervals
+
+
+def test_wilson_against_published_values():
+    # Newcombe (1998), Statistics in Medicine 17, table I, method 3: 81/263, 15/148, 0/20 and 1/29.
+    for right, count, low, high in [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ]:
+        assert wilson(right, count) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+def test_wilson_is_symmetric_and_bounded():
+    assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(7, 34)
+    assert wilson(27, 34) == (pytest.approx(1 - high), pytest.approx(1 - low))
+    assert wilson(34, 34)[1] == pytest.approx(1.0)
+    assert rate([True, False])["share"] == 0.5 and rate([])["share"] == 0.0
+
+
+# Baselines
+
+
+def clips_of(*lines: tuple[str, str, str]) -> dict[str, dict]:
+    return {str(n): {"category": c, "label": label, "package": p} for n, (c, label, p) in enumerate(lines)}
+
+
+def test_majority_and_package_know_the_training_clips_only():
+    clips = clips_of(
+        ("a", "x", "P"), ("a", "x", "P"), ("b", "y", "Q"), ("b", "z", "Q"), ("a", "x", "Q"), ("c", "w", "Q")
+    )
+    training, heldout = ["0", "1", "2", "3"], ["4", "5"]
+    assert toy_baselines.majority(clips, training, heldout, "category") == ["a", "a"]
+    assert toy_baselines.package(clips, training, heldout, "category") == ["b", "b"]
+    assert toy_baselines.package(clips, training, heldout, "label") == ["y", "y"]  # a tie: the first of the alphabet
+
+
+def test_baselines_of_all_folds():
+    def share(method, key):
+        hits = []
+        for fold, heldout in enumerate(TOY.folds):
+            guesses = method(TOY.clips, TOY.training(fold), heldout, key)
+            hits += [guess == TOY.clips[file][key] for guess, file in zip(guesses, heldout, strict=True)]
+        return np.mean(hits)
+
+    assert share(toy_baselines.majority, "category") == pytest.approx(63 / 170)
+    assert 0.5 < share(toy_baselines.package, "category") < 0.65
+
+
+def test_ridge_classify_equals_the_primal_solution():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(30, 50)), rng.normal(size=(9, 50))
+    classes = [str(index % 3) for index in range(30)]
+    train[:, 0] += 3 * np.array([index % 3 for index in range(30)])
+    mean, deviation = train.mean(0), train.std(0) + 1e-3
+    scaled, targets = (train - mean) / deviation, np.eye(3)[[int(value) for value in classes]]
+    weights = np.linalg.solve(scaled.T @ scaled + 5.0 * np.eye(50), scaled.T @ (targets - targets.mean(0)))
+    expected = (((test - mean) / deviation) @ weights + targets.mean(0)).argmax(1)
+    assert toy_baselines.ridge_classify(train, classes, test, 5.0) == [str(index) for index in expected]
+
+
+def test_probe_separates_what_is_separable():
+    clips = clips_of(*[("ab"[index % 2], "x", "P") for index in range(20)])
+    means = {file: np.array([1.0 if clip["category"] == "a" else -1.0, 0.0]) for file, clip in clips.items()}
+    names = list(clips)
+    guesses = toy_baselines.probe(means, clips, names[:16], names[16:], "category")
+    assert guesses == [clips[file]["category"] for file in names[16:]]
+
+
+# Folders of predictions
+
+
+@pytest.mark.parametrize("below", ["", "answers"])
+def test_evaluate_pools_folds(tmp_path, below):
+    folders = [write_fold(tmp_path / str(fold), fold, below=below) for fold in (0, 3)]
+    result = evaluate(folders, ear=None)
+    count = len(TOY.folds[0]) + len(TOY.folds[3])
+    drums = sum(TOY.clips[file]["category"] == "drums" for fold in (0, 3) for file in TOY.folds[fold])
+    assert result["clips"] == count and result["folds"] == [0, 3]
+    by_name = {row["name"]: row for row in result["rows"]}
+    assert list(by_name) == ["stage1", "stage2", "majority", "source package alone"]
+    assert by_name["stage1"]["right"]["right"] == by_name["stage1"]["label"]["right"] == count
+    assert by_name["stage2"]["none"]["right"] == by_name["stage2"]["wrong"]["right"] == drums
+    assert by_name["majority"]["right"]["right"] == drums
+    text = format_table(result["rows"], result["clips"], result["folds"])
+    assert "stage2" in text and "1.00 [0.95, 1.00]" in text
+    assert len(result["show"]) == 5 and format_show(result["show"]).count("reference:") == 5
+
+
+def test_a_missing_condition_is_a_dash(tmp_path):
+    folder = write_fold(tmp_path, 1, stages=1)
+    (folder / "stage1_name" / "none.json").unlink()
+    result = evaluate([folder], ear=None)
+    assert "none" not in result["rows"][0]
+    assert " - " in format_table(result["rows"], result["clips"], result["folds"])
+
+
+def test_main_prints_and_writes(tmp_path, capsys):
+    main(["--folds", str(write_fold(tmp_path, 2)), "--no_probe"])
+    assert "source package alone" in capsys.readouterr().out
+    assert json.loads((tmp_path / "table.json").read_text())["folds"] == [2]
+
+
+def test_predictions_that_cannot_be_scored(tmp_path, capsys):
+    with pytest.raises(PredictionError, match="no stage"):
+        read_predictions(tmp_path)
+    folder = write_fold(tmp_path / "a", 0, stages=1)
+    with pytest.raises(PredictionError, match="each fold once"):
+        evaluate([folder, folder], ear=None)
+    with pytest.raises(PredictionError, match="not the held-out clips of any fold"):
+        fold_of(perfect(0)[1:], TOY)
+    mislabelled = perfect(0)
+    mislabelled[0] = mislabelled[0] | {"ref": "Labels: dog; animals."}
+    with pytest.raises(PredictionError, match="not what the manifest says"):
+        fold_of(mislabelled, TOY)
+    (folder / "stage1_name" / "wrong.json").write_text(json.dumps(perfect(0)[::-1]))
+    with pytest.raises(SystemExit):
+        main(["--folds", str(folder)])
+    assert "does not ask the questions of right.json" in capsys.readouterr().err
