@@ -20,6 +20,7 @@ class ModelArguments:
     trainable_params: str = field(
         default="all", metadata={"help": "proj: the projection; all: ear, projection and LoRA"}
     )
+    freeze_audio_tower: bool = field(default=False, metadata={"help": "the ear stays as it is (for few clips)"})
     lora_r: int | None = field(
         default=None, metadata={"help": "rank of a fresh LoRA (8); a folder that has LoRA keeps its own"}
     )

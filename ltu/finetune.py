@@ -70,6 +70,8 @@ def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
             "the flag out."
         )
     model.set_trainable(args.trainable_params)
+    if args.freeze_audio_tower:
+        model.audio_tower.requires_grad_(False)
     return model
 
 
