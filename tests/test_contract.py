@@ -69,7 +69,8 @@ def test_collator_pads_to_eight_and_labels_the_text(processor):
     length = plain["input_ids"].shape[1]
     assert "position_ids" not in plain and torch.equal(original["position_ids"][1], torch.arange(length))
     start = length - len(items[0]["input_ids"])
-    assert plain["labels"][0, start] == -100 and original["labels"][0, start] == 1  # <s>, predicted from the pad before it
+    # The original predicts <s> from the pad before it.
+    assert plain["labels"][0, start] == -100 and original["labels"][0, start] == 1
     assert plain["labels"][0, start + 1 :].tolist() == items[0]["labels"][1:]
     assert (plain["labels"][:, :2] == -100).all()
 
@@ -179,7 +180,8 @@ def test_rows_with_two_clips_expand_by_row(model, processor, decoding):
     for row, clips in ((0, [0, 1]), (1, [2])):
         seen = batch["attention_mask"][row].bool()
         ids = batch["input_ids"][row][seen][None]
-        single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": batch["input_features"][clips]}
+        features = batch["input_features"][clips]
+        single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": features}
         alone.append(answers(model, single, **decoding)[0])
     assert answers(model, batch, **decoding) == alone
     assert alone[0] != alone[1]

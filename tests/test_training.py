@@ -44,7 +44,7 @@ def losses(output):
 
 # --- steps, rates, losses
 
-# (rows, micro batch, accumulation, ranks, epochs, steps): the released logs and the README's toy run (facts of the original).
+# (rows, micro batch, accumulation, ranks, epochs, steps) of the released logs and the toy runs in the original's README.
 RELEASED_RUNS = [
     (2_072_481, 8, 8, 4, 2, 16_190),
     (2_072_481, 6, 10, 4, 2, 17_270),
@@ -65,7 +65,7 @@ def test_logged_epoch_of_the_released_runs():
 
 
 def test_leftover_micro_batches_join_the_next_epoch(start, rows, tmp_path):
-    """11 rows are 6 micro-batches of 2 (the last has 1 row) in each of 2 epochs; 4 a step make 2 * (6 // 4) = 2 steps."""
+    """11 rows are 6 micro-batches (the last has 1 row) in each of 2 epochs; 4 a step make 2 * (6 // 4) = 2 steps."""
     main(flags(start, rows, tmp_path / "run", batch_size=8, num_epochs=2))
     history = losses(tmp_path / "run")
     assert [entry["step"] for entry in history] == [1, 2]
@@ -75,7 +75,7 @@ def test_leftover_micro_batches_join_the_next_epoch(start, rows, tmp_path):
 
 @pytest.mark.parametrize("group", [False, True])
 def test_loss_is_a_mean_of_micro_batch_means(start, rows, tmp_path, group):
-    """Also across the end of an epoch: step 2 has micro-batches 5 and 6 of the first epoch and 1 and 2 of the second."""
+    """Also across epochs: step 2 has micro-batches 5 and 6 of the first and 1 and 2 of the second."""
     arguments = flags(start, rows, tmp_path / "run", batch_size=8, num_epochs=2, group_by_length=group)
     trainer = make_trainer(*parse_args(arguments))
     micro = list(trainer.micro_batches)
