@@ -32,6 +32,9 @@ class ModelArguments:
     prompt_template_name: str | None = field(
         default=None, metadata={"help": "only checked: the folder holds its template"}
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "of the language model: eager, sdpa, flash_attention_2 (its own default)"}
+    )
     llm: str | None = field(default=None, metadata={"help": "another place of the folder's language model"})
 
 

@@ -47,6 +47,8 @@ def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
     """The model of `--base_model`, with LoRA if the plan trains one, frozen as the plan says."""
     llm_dtype = torch.bfloat16 if bf16 else torch.float32
     model = LtuForConditionalGeneration.from_pretrained(args.base_model, language_model=args.llm, dtype=llm_dtype)
+    if args.attn_implementation:
+        model.language_model.set_attn_implementation(args.attn_implementation)
     asked = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
     asked["target_modules"] = parse_list(args.lora_target_modules) if args.lora_target_modules is not None else None
     asked = {key: value for key, value in asked.items() if value is not None}
@@ -103,8 +105,10 @@ class LtuTrainer(Trainer):
         if self.takes_logits_to_keep:
             labelled = (inputs["labels"] != IGNORED).any(0).nonzero()  # (columns with a label, 1)
             first = int(labelled[0]) if len(labelled) else 0
-            keep = inputs["labels"].shape[1] - max(first - 1, 0)
-            inputs = inputs | {"labels": inputs["labels"][:, -keep:], "logits_to_keep": keep}
+            # Places, not a count: a slice would not be contiguous, and the product with the vocabulary then takes
+            # a slow path on CPUs that copies the weight for every row.
+            keep = torch.arange(max(first - 1, 0), inputs["labels"].shape[1], device=labelled.device)
+            inputs = inputs | {"labels": inputs["labels"][:, keep], "logits_to_keep": keep}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -154,6 +158,7 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
         weight_decay=0.0,
         max_grad_norm=1.0,
         bf16=bf16,
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
         logging_steps=run.logging_steps,
         logging_nan_inf_filter=False,  # A loss that is not a number must be seen.

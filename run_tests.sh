@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes the environment if there is none, then ruff and pytest. Further arguments go to pytest: bash run_tests.sh -m slow
+set -euo pipefail
+cd "$(dirname "$0")"
+source train_scripts/venv.sh
+setup_venv dev
+
+# A waiting OpenMP thread must sleep: when it spins, two processes on two cores slow each other down fifty-fold.
+export OMP_WAIT_POLICY=PASSIVE
+.venv/bin/python -m ruff check .
+.venv/bin/python -m pytest "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Stage 1 of 4: the projection alone learns, from classification (paper: 1,190,489 rows, 9,300 steps).
+# BASE: folder of ltu.convert_checkpoint --init. DATA: folder of stage1.json. EXP: where the stages are written.
+# Further flags go to ltu.finetune and override these: bash train_scripts/ltu/stage1_proj_cla.sh --micro_batch_size 4
+source "$(dirname "$0")/../run.sh"
+
+finetune \
+    --base_model "${BASE:-pretrained_mdls/ltu_init}" \
+    --data_path "${DATA:-data/openaqa}/stage1.json" \
+    --output_dir "${EXP:-exp/ltu}/stage1_proj_cla" \
+    --trainable_params proj \
+    --lora_target_modules '["dummy"]' \
+    --batch_size 256 \
+    --micro_batch_size 8 \
+    --num_epochs 2 \
+    --learning_rate 1e-3 \
+    --warmup_steps 100 \
+    --cutoff_len 108 \
+    --train_on_inputs \
+    --group_by_length \
+    --original_positions \
+    --save_steps 1000 \
+    "$@"

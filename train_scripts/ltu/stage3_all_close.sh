@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Stage 3 of 4: ear, projection and LoRA learn, from all closed questions (paper: 1,917,894 rows, 7,491 steps).
+# DATA: folder of stage3.json. EXP: where the stages are written, and where the one before lies.
+source "$(dirname "$0")/../run.sh"
+
+finetune \
+    --base_model "${EXP:-exp/ltu}/stage2_all_cla" \
+    --data_path "${DATA:-data/openaqa}/stage3.json" \
+    --output_dir "${EXP:-exp/ltu}/stage3_all_close" \
+    --trainable_params all \
+    --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 \
+    --lora_target_modules '[q_proj,v_proj]' \
+    --batch_size 256 \
+    --micro_batch_size 4 \
+    --num_epochs 1 \
+    --learning_rate 1e-4 \
+    --warmup_steps 100 \
+    --cutoff_len 108 \
+    --train_on_inputs \
+    --group_by_length \
+    --original_positions \
+    --save_steps 1000 \
+    "$@"
