@@ -1,13 +1,14 @@
 """Ask one clip one question.
 
-python -m ltu.ask CLIP "What can be inferred from the audio?" --model exp/quickstart/stage4
-python -m ltu.ask none "What is the capital of France?" --model exp/quickstart/stage4      without audio
+python -m ltu.ask CLIP "What can be inferred from the audio?" --model exp/quickstart/seed0/stage4_all_mix
+python -m ltu.ask none "What is the capital of France?" --model DIR      without audio
 """
 
 import argparse
 import sys
 
 from ltu.pipeline_ltu import ORIGINAL_DECODING, LtuPipeline, Request
+from ltu.qa_dataset import RowError
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,4 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (FileNotFoundError, RowError) as error:  # The user's to mend; a traceback would hide the message.
+        sys.exit(f"error: {error}")

@@ -40,7 +40,9 @@ class LtuCollator:
             start = length - len(item["labels"])
             labels[row, start:] = torch.tensor(item["labels"])
             pads = start - (self.processor.num_audio_tokens if clips else 0)
-            if self.processor.bos_ids and not (self.original_positions and pads):
+            # A pad of a row without audio sees nothing, so what it predicts depends on the attention kernel.
+            predicted = self.original_positions and pads > 0 and item["input_features"] is not None
+            if self.processor.bos_ids and not predicted:
                 labels[row, start] = IGNORED
         batch["labels"] = labels
         if clips:

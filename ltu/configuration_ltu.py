@@ -15,6 +15,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -187,6 +188,29 @@ class LtuConfig(PreTrainedConfig):
         """Where the language model of the checkpoint in `folder` lies: its hub id, or its folder."""
         name = self.language_model
         return str((Path(folder) / name).resolve()) if name.startswith(".") else name
+
+
+def find_checkpoint(name: str | os.PathLike, **hub_kwargs: Any) -> Path:
+    """The folder of a checkpoint: `name` itself, or where the hub's copy of it was put.
+
+    Raises:
+        FileNotFoundError: it is neither a folder nor a hub id, or the folder holds no checkpoint.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"The checkpoint {name} is not there. Give a folder of a finished stage, or write one with: "
+                "python -m ltu.convert_checkpoint"
+            )
+        folder = Path(snapshot_download(str(name), **hub_kwargs))
+    missing = [file for file in ("config.json", "processor_config.json") if not (folder / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint of ours: it has no {' and no '.join(missing)}. "
+            "Write one with: python -m ltu.convert_checkpoint"
+        )
+    return folder
 
 
 def hash_language_model(name: str | os.PathLike) -> str:

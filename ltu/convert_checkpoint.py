@@ -105,6 +105,8 @@ def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict 
 
 def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
     """Width and depth as the tensors show them. Heads cannot be seen: 64 channels each, as all ViTs of that family."""
+    if "audio_tower.pos_embed_a" not in state:
+        raise KeyError("The file holds no audio encoder (audio_tower.pos_embed_a): not a whole checkpoint of LTU.")
     width = state["audio_tower.pos_embed_a"].shape[-1]
     blocks = {key.split(".attn.")[0] for key in state if ".attn.qkv.weight" in key}
     inner = state["audio_tower.blocks_a.0.mlp.fc1.weight"].shape[0]

@@ -26,11 +26,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ltu.arguments import DataArguments, ModelArguments, RunArguments, parse_args, parse_list
 from ltu.collator import LtuCollator, describe_batch
+from ltu.configuration_ltu import find_checkpoint
 from ltu.convert_checkpoint import sha256_of
 from ltu.micro_batches import MicroBatches, total_steps
 from ltu.modeling_ltu import LtuForConditionalGeneration
 from ltu.processing_ltu import IGNORED, LtuProcessor
-from ltu.qa_dataset import QaDataset, check_audio, read_rows
+from ltu.qa_dataset import QaDataset, RowError, check_audio, read_rows
 
 DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
@@ -203,7 +204,7 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
 def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
     """Everything that a run needs, before its first step."""
     set_seed(run.seed)
-    processor = LtuProcessor.from_pretrained(model_args.base_model)
+    processor = LtuProcessor.from_pretrained(find_checkpoint(model_args.base_model))
     train_set, held_out = make_datasets(data, run, processor)
     bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
     model = load_model(model_args, bf16)
@@ -276,4 +277,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, RowError) as error:  # The user's to mend; a traceback would hide the message.
+        sys.exit(f"error: {error}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ltu.ask import add_decoding_flags, decoding_of
 from ltu.pipeline_ltu import Answer, LtuPipeline, Request
-from ltu.qa_dataset import read_rows
+from ltu.qa_dataset import RowError, read_rows
 
 
 def prediction(row: dict, answer: Answer) -> dict:
@@ -68,4 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (FileNotFoundError, RowError) as error:  # The user's to mend; a traceback would hide the message.
+        sys.exit(f"error: {error}")

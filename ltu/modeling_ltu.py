@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ltu.configuration_ltu import LtuConfig, hash_language_model
+from ltu.configuration_ltu import LtuConfig, find_checkpoint, hash_language_model
 from ltu.generation_ltu import LtuGenerationMixin
 
 # What each plan trains: prefixes of parameter names, or the infix of LoRA's. The original's names for the plans.
@@ -225,9 +224,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             for k, v in hub_kwargs.items()
             if k in ("cache_dir", "revision", "token", "local_files_only", "force_download")
         }
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(str(pretrained_model_name_or_path), **hub_kwargs))
+        folder = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         config = config or cls.config_class.from_pretrained(folder)
         llm = None
         if config.language_model is not None:

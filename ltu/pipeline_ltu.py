@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, BatchFeature
 
 import ltu  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.audio import SAMPLING_RATE, AudioError, load_audio
+from ltu.configuration_ltu import find_checkpoint
 from ltu.processing_ltu import AudioSource
 
 # How the papers' numbers were produced.
@@ -80,6 +81,7 @@ class LtuPipeline:
             dtype: of the language model.
             language_model: another place of the folder's language model.
         """
+        folder = find_checkpoint(folder)
         llm = {} if language_model is None else {"language_model": language_model}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **llm)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

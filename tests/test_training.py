@@ -44,7 +44,7 @@ def losses(output):
 
 # --- steps, rates, losses
 
-# (rows, micro batch, accumulation, ranks, epochs, steps) of the released logs and the toy runs in the original's README.
+# (rows, micro batch, accumulation, ranks, epochs, steps) of the released logs and the original README's toy runs.
 RELEASED_RUNS = [
     (2_072_481, 8, 8, 4, 2, 16_190),
     (2_072_481, 6, 10, 4, 2, 17_270),

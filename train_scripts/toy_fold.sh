@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # One fold of the toy experiment: rows, a start, the stages, and the held-out clips asked after each of them.
-# bash train_scripts/toy_fold.sh FOLD SEED DIR
+# bash train_scripts/toy_fold.sh FOLD SEED DIR [FLAGS of ltu.finetune]
 # STAGES: names of stage scripts in order (all four). ROWS: rows of stages 1 to 4 (data.toy.build's own).
 # What is finished is not done again.
 source "$(dirname "$0")/run.sh"
 fold=$1 seed=$2
-export EXP=$3 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false NPROC=${NPROC:-1} PYTHON=${PYTHON:-.venv/bin/python}
+export EXP=$3
+shift 3
+export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false NPROC=${NPROC:-1} PYTHON=${PYTHON:-.venv/bin/python}
 export DATA=$EXP/data BASE=$EXP/init
 stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_close stage4_all_mix}
 step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
@@ -23,7 +25,7 @@ for stage in $stages; do
     step "$stage"
     answers=$EXP/$stage/answers trained=""
     if ! grep -qs '"finished": true' "$EXP/$stage/ltu_state.json"; then trained=yes; fi
-    bash "train_scripts/ltu/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/tiny.args)
+    bash "train_scripts/ltu/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/tiny.args) "$@"
     if [ -n "$trained" ] || [ ! -f "$answers/show.json" ]; then
         "$PYTHON" -m ltu.inference_batch --model "$EXP/$stage" --batch_size 34 --max_new_tokens 40 \
             --data_path "$DATA"/heldout_{right,wrong,none,show}.json --output_path "$answers"/{right,wrong,none,show}.json

@@ -34,6 +34,7 @@ CLOSED = {"cla_label": 0.5, "cla_label_des": 0.15, "caption": 0.1, "caption_mixt
     "temporal_order": 0.1,
 }
 STAGES = {1: CLASSIFY, 2: CLASSIFY, 3: CLOSED, 4: {task: 0.7 * share for task, share in CLOSED.items()} | OPEN_SHARE}
+ROWS = "240,1500,700,600"  # of stages 1 to 4, by default
 BALANCE = 0.25  # share of the draws that gives every category the same chance; the rest gives every clip the same
 SHOWN = ("cla_label", "cla_label_des", "caption", "identify_why", "scene")  # one for each clip on display
 
@@ -169,7 +170,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fold", type=int, default=0, help="0 to 4: whose clips are held out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default=None, help="default: exp/toy_data/fold{K}")
-    parser.add_argument("--rows", default="240,1500,700,600", help="rows of stages 1 to 4; steps = rows / batch size")
+    parser.add_argument("--rows", default=ROWS, help="rows of stages 1 to 4; steps = rows / batch size")
     parser.add_argument("--crops", type=int, default=6, help="versions of each training clip, with the untouched one")
     parser.add_argument("--mixtures", type=int, default=120, help="training clips of two sounds at once")
     parser.add_argument("--pairs", type=int, default=160, help="training clips of two sounds in order")

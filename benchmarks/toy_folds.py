@@ -1,0 +1,63 @@
+"""All five folds of the toy experiment, and what the curriculum is worth: four stages against stage 4 alone.
+
+    python -m benchmarks.toy_folds --output_dir exp/toy                     five folds, four stages each
+    python -m benchmarks.toy_folds --output_dir exp/toy --alone             the same number of steps, all of stage 4
+
+Notable:
+- Each fold is `train_scripts/toy_fold.sh`, which is also what the quickstart runs: the stage scripts with `tiny.args`.
+- What is finished is not done again, so the benchmark can be stopped and goes on.
+- Writes OUTPUT_DIR/results.json (results_alone.json): the table, pooled over the folds, and seconds of training.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from data.toy.build import ROWS
+from eval import toy
+
+STAGE4 = "stage4_all_mix"
+
+
+def run_fold(fold: int, seed: int, folder: Path, alone: bool) -> None:
+    """Train and ask one fold; `alone` gives stage 4 the start, and the rows, so the steps, of all stages together."""
+    environment, flags = dict(os.environ), []
+    if alone:
+        *before, last = (int(number) for number in ROWS.split(","))
+        environment |= {"ROWS": ",".join(map(str, [*before, sum(before) + last])), "STAGES": STAGE4}
+        flags = ["--base_model", str(folder / "init")]
+    command = ["bash", "train_scripts/toy_fold.sh", str(fold), str(seed), str(folder), *flags]
+    subprocess.run(command, env=environment, check=True)
+
+
+def seconds_of_training(folder: Path) -> float:
+    """Sum over the stages of a fold of what the Trainer measured."""
+    histories = [json.loads(path.read_text())["log_history"] for path in folder.glob("stage*/trainer_state.json")]
+    return sum(entry.get("train_runtime", 0.0) for history in histories for entry in history)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("exp/toy"))
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alone", action="store_true", help="stage 4 alone, for as many steps as the four stages")
+    args = parser.parse_args(argv)
+    name = "alone" if args.alone else "fold"
+    folders = [args.output_dir / f"{name}{fold}" for fold in args.folds]
+    for fold, folder in zip(args.folds, folders, strict=True):
+        run_fold(fold, args.seed, folder, args.alone)
+    result = toy.evaluate(folders, Path("pretrained_mdls/yamnet"))
+    result["seconds_of_training"] = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
+    path = args.output_dir / ("results_alone.json" if args.alone else "results.json")
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(toy.format_table(result["rows"], result["clips"], result["folds"]))
+    print(f"\nSeconds of training: {result['seconds_of_training']}. The table as JSON: {path}")
+
+
+if __name__ == "__main__":
+    main()

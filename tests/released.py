@@ -1,0 +1,73 @@
+"""The tiny golden model as the original would have released it: the folder of a language model, and a file of the rest.
+
+Every value comes from `golden/rule_init.py`, names and shapes from `golden/layout_ltu.json`. The language model is
+tiny, the ear has its full size: the file is of 340 MB.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ltu.convert_checkpoint import ORIGINAL_KEYS, main, rename_keys
+from tests.golden.rule_init import PREFIX, rule
+
+GOLDEN = Path(__file__).parent / "golden"
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def read(name: str) -> dict | list:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def our_name(key: str) -> str:
+    """A key of the original under our name, by the rules of the conversion."""
+    placed, _ = rename_keys({key: None}, ORIGINAL_KEYS, (PREFIX,), "the layout")
+    return next(iter(placed))
+
+
+def trained_state() -> dict[str, torch.Tensor]:
+    """What the original's Trainer saves: LoRA, ear and projection."""
+    shapes = read("layout_ltu")["tiny.lora_all"]["saved_by_trainer"]
+    return {key: torch.from_numpy(rule(key, tuple(shape))) for key, shape in shapes.items()}
+
+
+def write_llm(folder: Path) -> Path:
+    """A Hugging Face folder with tokenizer, such as the original was trained on."""
+    shutil.copytree(GOLDEN / "tokenizer", folder)
+    shapes = read("layout_ltu")["tiny.lora_all"]["base_state_dict"]
+    kept = {key: tuple(shape) for key, shape in shapes.items() if "audio" not in key and "rotary" not in key}
+    tensors = {key: torch.from_numpy(rule(key, shape)) for key, shape in kept.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+def convert(state: dict[str, torch.Tensor], llm: Path, folder: Path) -> Path:
+    """Save a state dict as the original does, and make a checkpoint folder of it. LoRA has no dropout."""
+    file = folder.with_suffix(".bin")
+    torch.save(state, file)
+    flags = {"llm": llm, "checkpoint": file, "output_dir": folder, "lora_dropout": 0}
+    try:
+        main([word for flag, value in flags.items() for word in (f"--{flag}", str(value))])
+    finally:
+        file.unlink()
+    return folder
