@@ -38,6 +38,21 @@ def seconds_of_training(folder: Path) -> float:
     return sum(entry.get("train_runtime", 0.0) for history in histories for entry in history)
 
 
+def verdicts(rows: list[dict]) -> dict[str, bool]:
+    """What was promised before measuring, and whether the last stage keeps it."""
+    named = {row["name"]: row for row in rows}
+    last = named[max(name for name in named if name.startswith("stage"))]
+    share = {key: last[key]["share"] for key in ("right", "wrong", "label")}
+    probe, package = (named[name]["right"]["share"] for name in ("linear probe on the ear", "source package alone"))
+    return {
+        f"category {share['right']:.3f} >= 0.65": share["right"] >= 0.65,
+        f"category {share['right']:.3f} >= linear probe {probe:.3f} - 0.05": share["right"] >= probe - 0.05,
+        f"category {share['right']:.3f} >= source package {package:.3f} + 0.08": share["right"] >= package + 0.08,
+        f"exact label {share['label']:.3f} >= 0.55": share["label"] >= 0.55,
+        f"category with another category's audio {share['wrong']:.3f} <= 0.10": share["wrong"] <= 0.10,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -53,9 +68,12 @@ def main(argv: list[str] | None = None) -> None:
         run_fold(fold, args.seed, folder, args.alone)
     result = toy.evaluate(folders, Path("pretrained_mdls/yamnet"))
     result["seconds_of_training"] = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
+    result["verdicts"] = verdicts(result["rows"])
     path = args.output_dir / ("results_alone.json" if args.alone else "results.json")
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(toy.format_table(result["rows"], result["clips"], result["folds"]))
+    for promise, kept in result["verdicts"].items():
+        print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
     print(f"\nSeconds of training: {result['seconds_of_training']}. The table as JSON: {path}")
 
 

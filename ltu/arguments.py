@@ -98,6 +98,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
         parser.error(f"--trainable_params {model_args.trainable_params}: choose from {', '.join(TRAINABLE_PLANS)}")
     if run_args.bf16 not in ("auto", "True", "False"):
         parser.error(f"--bf16 {run_args.bf16}: choose from auto, True, False")
+    for name in ("batch_size", "micro_batch_size", "num_epochs", "logging_steps", "save_steps"):
+        if getattr(run_args, name) < 1:
+            parser.error(f"--{name} {getattr(run_args, name)}: it must be at least 1")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if run_args.batch_size // run_args.micro_batch_size // world_size < 1:
         parser.error(

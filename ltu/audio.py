@@ -7,6 +7,7 @@ Notable:
 """
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,16 +87,20 @@ def load_audio(source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int])
 
 
 def _read_file(path: str) -> tuple[np.ndarray, int]:
-    if not Path(path).is_file():
-        detail = "is a folder, not a file" if Path(path).is_dir() else "no such file"
+    if not os.path.isfile(path):  # pathlib's raises where a folder cannot be entered, or a name is too long.
+        detail = "is a folder, not a file" if os.path.isdir(path) else "no such file"
         raise AudioError(path, "missing", detail)
-    return _decode(path, path)
+    try:
+        with open(path, "rb") as stream:
+            return _decode(stream, path)
+    except OSError as error:
+        raise AudioError(path, "unreadable", str(error)) from error
 
 
-def _decode(file: str | io.BytesIO, name: str) -> tuple[np.ndarray, int]:
+def _decode(file: io.BufferedIOBase, name: str) -> tuple[np.ndarray, int]:
     try:
         waveform, rate = soundfile.read(file, dtype="float32", always_2d=True)  # (samples, channels)
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(". ")
         raise AudioError(name, "unreadable", f"libsndfile cannot decode it ({reason})") from error
     return np.ascontiguousarray(waveform[:, 0]), rate  # (samples,)

@@ -3,9 +3,9 @@
 Notable:
 - `[audio][pads][text]`, text padded on the left to a multiple of 8, as the original lays it out.
 - With `original_positions`, positions count pads as the original's training does, and `<s>` carries a label wherever a
-  pad stands before
-  it: there the original predicts it, from the pad. Otherwise positions count what the mask shows and `<s>` carries no
-      label.
+  pad stands before it: there the original predicts it, from the pad. (The pads of a row without audio see nothing, so
+  what they predict depends on the attention kernel; eager equals the original.) Otherwise positions count what the mask
+  shows and `<s>` carries no label.
 """
 
 from typing import Any
@@ -40,15 +40,13 @@ class LtuCollator:
             start = length - len(item["labels"])
             labels[row, start:] = torch.tensor(item["labels"])
             pads = start - (self.processor.num_audio_tokens if clips else 0)
-            # A pad of a row without audio sees nothing, so what it predicts depends on the attention kernel.
-            predicted = self.original_positions and pads > 0 and item["input_features"] is not None
-            if self.processor.bos_ids and not predicted:
+            if self.processor.bos_ids and not (self.original_positions and pads):
                 labels[row, start] = IGNORED
         batch["labels"] = labels
         if clips:
             batch["input_features"] = torch.stack(clips)  # (clips, frames, mel bins)
         if self.original_positions:
-            batch["position_ids"] = torch.arange(length).expand(len(items), -1)  # (batch, tokens + text)
+            batch["position_ids"] = torch.arange(length).repeat(len(items), 1)  # (batch, tokens + text)
         return batch
 
 

@@ -190,8 +190,14 @@ class LtuConfig(PreTrainedConfig):
         return str((Path(folder) / name).resolve()) if name.startswith(".") else name
 
 
-def find_checkpoint(name: str | os.PathLike, **hub_kwargs: Any) -> Path:
+CHECKPOINT_FILES = ("config.json", "processor_config.json")
+
+
+def find_checkpoint(name: str | os.PathLike, needed: tuple[str, ...] = ("config.json",), **hub_kwargs: Any) -> Path:
     """The folder of a checkpoint: `name` itself, or where the hub's copy of it was put.
+
+    Args:
+        needed: files that the folder must hold.
 
     Raises:
         FileNotFoundError: it is neither a folder nor a hub id, or the folder holds no checkpoint.
@@ -204,7 +210,7 @@ def find_checkpoint(name: str | os.PathLike, **hub_kwargs: Any) -> Path:
                 "python -m ltu.convert_checkpoint"
             )
         folder = Path(snapshot_download(str(name), **hub_kwargs))
-    missing = [file for file in ("config.json", "processor_config.json") if not (folder / file).is_file()]
+    missing = [file for file in needed if not (folder / file).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a checkpoint of ours: it has no {' and no '.join(missing)}. "

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import sys
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ltu.arguments import DataArguments, ModelArguments, RunArguments, parse_args, parse_list
 from ltu.collator import LtuCollator, describe_batch
-from ltu.configuration_ltu import find_checkpoint
+from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.convert_checkpoint import sha256_of
 from ltu.micro_batches import MicroBatches, total_steps
 from ltu.modeling_ltu import LtuForConditionalGeneration
@@ -110,6 +111,7 @@ class LtuTrainer(Trainer):
             # a slow path on CPUs that copies the weight for every row.
             keep = torch.arange(max(first - 1, 0), inputs["labels"].shape[1], device=labelled.device)
             inputs = inputs | {"labels": inputs["labels"][:, keep], "logits_to_keep": keep}
+        inputs = inputs | {"use_cache": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -120,8 +122,15 @@ class LtuTrainer(Trainer):
             self.state.epoch = done / self.micro_batches.per_epoch
         super().log(logs, *args, **kwargs)
 
+    def gather_skipped(self) -> None:
+        """Every rank learns which rows the others skipped."""
+        is_bad = self.train_dataset.is_bad
+        is_bad |= self.accelerator.reduce(is_bad.int().to(self.args.device), "sum").cpu().bool()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         record = self.record | {
             "step": self.state.global_step,
             "finished": self.state.global_step >= self.state.max_steps,
@@ -145,7 +154,7 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
             k: v for k, v in {"WANDB_WATCH": run.wandb_watch, "WANDB_LOG_MODEL": run.wandb_log_model}.items() if v
         }
     reports = ["wandb"] * bool(run.wandb_project) + ["tensorboard"] * run.tensorboard
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=run.output_dir,
         run_name=run.wandb_run_name or None,
         per_device_train_batch_size=run.micro_batch_size,
@@ -171,6 +180,9 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
         report_to=reports or "none",
         seed=run.seed,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # One process is one GPU; DataParallel would split clips and rows differently.
+    return arguments
 
 
 def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcessor) -> tuple[QaDataset, Dataset | None]:
@@ -193,8 +205,8 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
     def make(part: list[dict]) -> QaDataset:
         return QaDataset(
             part,
-            encode=lambda row: processor.encode_example(row, data.cutoff_len, data.train_on_inputs),
-            extract=lambda waveform: processor.feature_extractor([waveform]).input_features[0],
+            encode=partial(processor.encode_example, cutoff_len=data.cutoff_len, train_on_inputs=data.train_on_inputs),
+            extract=processor.extract,
             max_bad=data.max_bad,
         )
 
@@ -204,7 +216,8 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
 def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
     """Everything that a run needs, before its first step."""
     set_seed(run.seed)
-    processor = LtuProcessor.from_pretrained(find_checkpoint(model_args.base_model))
+    parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
+    processor = LtuProcessor.from_pretrained(parent)
     train_set, held_out = make_datasets(data, run, processor)
     bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
     model = load_model(model_args, bf16)
@@ -213,7 +226,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     steps = total_steps(len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs)
     steps = run.max_steps if run.max_steps > 0 else steps
     batches = MicroBatches(
-        train_set.lengths,
+        train_set.lengths.tolist(),
         run.micro_batch_size,
         accumulation,
         run.num_epochs,
@@ -223,12 +236,10 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         world_size,
     )
     batches.epochs = max(run.num_epochs, -(-steps * accumulation // batches.per_epoch))
-    parent = Path(model_args.base_model)
-    weights = sorted(parent.glob("model*.safetensors"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {
         "stage": Path(run.output_dir).name,
-        "parent": {"name": parent.name, "sha256": [sha256_of(file) for file in weights]},
+        "parent": {"name": parent.name, "sha256": sha256_of(parent)},
         "parameters": {"trainable": trainable, "all": model.num_parameters()},
         "rows": len(train_set),
         "total_steps": steps,
@@ -268,6 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     resume = run.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    trainer.gather_skipped()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero() and trainer.train_dataset.skipped:

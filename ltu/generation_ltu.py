@@ -81,9 +81,9 @@ class LtuGenerationMixin(GenerationMixin):
         penalty = kwargs.pop("repetition_penalty", None) or generation_config.repetition_penalty
         if input_ids is not None:
             attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            kwargs["repetition_penalty"] = 1.0  # The stock processor must not run, whatever generation_config says.
             if penalty is not None and penalty != 1.0:
                 is_text = attention_mask.bool() & (input_ids != self.config.audio_token_id)
                 own = TextRepetitionPenalty(penalty, is_text)
                 kwargs["logits_processor"] = LogitsProcessorList([own, *(kwargs.get("logits_processor") or [])])
-                kwargs["repetition_penalty"] = 1.0
         return super().generate(input_ids, attention_mask=attention_mask, **kwargs)

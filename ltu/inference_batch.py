@@ -10,6 +10,7 @@ Exits with 1 when more than `--max_bad` clips could not be heard.
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if len(args.data_path) != len(args.output_path):
         parser.error(f"{len(args.data_path)} files of questions, but {len(args.output_path)} --output_path")
+    for path in args.output_path:  # Before hours of work, not after.
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            parser.error(f"--output_path {path} is a folder; name a file in it")
     files = [read_rows(path, args.audio_root, need_output=False) for path in args.data_path]
     pipeline = LtuPipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, language_model=args.llm)
     statuses: Counter = Counter()
@@ -55,9 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         requests = [Request(row["instruction"], row["audio"], row.get("input") or None) for row in rows]
         answers = pipeline(requests, args.batch_size, seed=args.seed, progress=True, **decoding_of(args))
         predictions = [prediction(row, answer) for row, answer in zip(rows, answers, strict=True)]
-        Path(output_path).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(predictions, indent=1, ensure_ascii=False)
-        Path(output_path).write_text(text + "\n", encoding="utf-8")
+        Path(f"{output_path}.tmp").write_text(text + "\n", encoding="utf-8")
+        os.replace(f"{output_path}.tmp", output_path)  # Never half a file.
         counts = Counter(answer.status for answer in answers)
         shown = ", ".join(f"{status} {count}" for status, count in counts.most_common())
         print(f"{output_path}: {len(answers)} answers; {shown}")

@@ -28,8 +28,8 @@ def batches_per_rank(rows: int, micro_batch_size: int, world_size: int) -> int:
 
 
 def total_steps(rows: int, micro_batch_size: int, accumulation: int, world_size: int, epochs: int) -> int:
-    """Optimizer steps of a whole run, at least one."""
-    return max(1, epochs * (batches_per_rank(rows, micro_batch_size, world_size) // accumulation))
+    """Optimizer steps of a whole run, at least one an epoch."""
+    return epochs * max(1, batches_per_rank(rows, micro_batch_size, world_size) // accumulation)
 
 
 class MicroBatches:
@@ -83,7 +83,7 @@ class MicroBatches:
     def _split(self, order: list[int]) -> Iterator[list[int]]:
         """This rank's share. The first rows come again at the end, where the ranks would have unequal shares."""
         per_rank = ceil(len(order) / self.world_size)
-        order = order + order[: per_rank * self.world_size - len(order)]
+        order = (order * self.world_size)[: per_rank * self.world_size]
         start = 0
         for batch in range(self.per_epoch):
             size = min(self.micro_batch_size, per_rank - batch * self.micro_batch_size)

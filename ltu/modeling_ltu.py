@@ -1,11 +1,9 @@
 """LTU: what the ear hears becomes a few vectors of the language model's width, in front of the question.
 
 Notable:
-- The language model is any stock Hugging Face causal LM; LoRA is injected into it by peft. Nothing is forked or
-  patched.
+- The language model is any stock Hugging Face causal LM; peft injects LoRA into it. Nothing is forked or patched.
 - A sequence is `[audio placeholders][pads][text]`. Placeholders carry an id one past the vocabulary; the model goes by
-  id and mask, so
-  pads may stand anywhere and one audio prefix can be shared by many questions.
+  id and mask, so pads may stand anywhere and one audio prefix can be shared by many questions.
 - A checkpoint holds what was trained, and the name and hash of its language model, not a copy of it, unless that was
   trained too.
 - Ear, projection and LoRA stay in fp32, in memory and on disk; a frozen language model may be bf16. Autocast does the
@@ -31,6 +29,11 @@ TRAINABLE_PLANS = {
     "proj": ("multi_modal_projector.",),
     "all": ("audio_tower.", "multi_modal_projector.", ".lora_"),
 }
+
+# What `from_pretrained` hands to the hub, and to the language model.
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+AUTO_ARGUMENTS = ("trust_remote_code", "adapter_kwargs", "code_revision")  # The Auto classes' own.
+LLM_ARGUMENTS = ("attn_implementation", "quantization_config", "max_memory", "offload_folder")
 
 
 class LtuMultiModalProjector(nn.Module):
@@ -197,6 +200,20 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             save_directory, state_dict={k: v for k, v in state_dict.items() if self._is_own(k)}, **kwargs
         )
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock `push_to_hub`, once the language model has a name that others can find it by.
+
+        Raises:
+            ValueError: the language model is a folder of this machine.
+        """
+        name = self.config.language_model
+        if name is not None and Path(name).is_dir():
+            raise ValueError(
+                f"The checkpoint names its language model as {name}, which others do not have. Set "
+                "model.config.language_model to the hub id of the same model first."
+            )
+        return super().push_to_hub(*args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -206,7 +223,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         language_model: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
-        **hub_kwargs: Any,
+        **kwargs: Any,
     ) -> "LtuForConditionalGeneration":
         """Open a checkpoint folder, or a hub id that holds one.
 
@@ -219,18 +236,21 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             ValueError: the language model is not the one that the folder was trained with.
             KeyError: a key of the checkpoint is missing or left over.
         """
-        hub_kwargs = {
-            k: v
-            for k, v in hub_kwargs.items()
-            if k in ("cache_dir", "revision", "token", "local_files_only", "force_download")
-        }
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        dtype = kwargs.pop("torch_dtype", dtype)
+        llm_kwargs = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs}
+        left_over = [name for name in kwargs if not name.startswith("_") and name not in AUTO_ARGUMENTS]
+        if left_over:
+            raise TypeError(f"from_pretrained of LTU does not take {left_over}.")
         folder = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         config = config or cls.config_class.from_pretrained(folder)
         llm = None
         if config.language_model is not None:
             config.language_model = str(language_model) if language_model else config.find_language_model(folder)
             _check_language_model(config, folder)
-            llm = AutoModelForCausalLM.from_pretrained(config.language_model, dtype=dtype, device_map=device_map)
+            llm = AutoModelForCausalLM.from_pretrained(
+                config.language_model, dtype=dtype, device_map=device_map, **llm_kwargs
+            )
             config.text_config = llm.config
         model = cls(config, language_model=llm)
         model._load_own(folder)
@@ -239,7 +259,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             model.audio_tower.to(device)
             model.multi_modal_projector.to(device)
         elif dtype != "auto" and dtype is not None:
-            model.language_model.to(dtype)
+            model.language_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model.eval()
 
     def _load_own(self, folder: Path) -> None:

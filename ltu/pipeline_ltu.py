@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, BatchFeature
 
 import ltu  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.audio import SAMPLING_RATE, AudioError, load_audio
-from ltu.configuration_ltu import find_checkpoint
+from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.processing_ltu import AudioSource
 
 # How the papers' numbers were produced.
@@ -81,8 +81,11 @@ class LtuPipeline:
             dtype: of the language model.
             language_model: another place of the folder's language model.
         """
-        folder = find_checkpoint(folder)
-        llm = {} if language_model is None else {"language_model": language_model}
+        folder = find_checkpoint(folder, CHECKPOINT_FILES)
+        llm = {}
+        if language_model is not None:  # Absolute, because a relative place in a config is meant from its folder.
+            is_folder = Path(language_model).is_dir()
+            llm["language_model"] = str(Path(language_model).resolve()) if is_folder else language_model
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **llm)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return cls(model.to(device or best), AutoProcessor.from_pretrained(folder))
@@ -154,7 +157,7 @@ class LtuPipeline:
 
 
 def _identity(audio: AudioSource) -> Any:
-    return id(audio) if isinstance(audio, np.ndarray) else hash(audio) if isinstance(audio, bytes) else str(audio)
+    return str(audio) if isinstance(audio, str | Path) else audio if isinstance(audio, bytes) else id(audio)
 
 
 def _until_end(ids: list[int], eos: int | list[int] | None) -> list[int]:

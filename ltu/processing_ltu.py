@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, LlamaTokenizer, ProcessorMixin
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from ltu.audio import load_audio
+from ltu.audio import SAMPLING_RATE, load_audio
 from ltu.configuration_ltu import ALPACA_SHORT, LtuConfig
 
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
@@ -33,6 +33,10 @@ class LtuProcessor(ProcessorMixin):
         tokenizer: of the language model.
         num_audio_tokens, audio_token_id: as in the model's config.
         prompt_template: `{"prompt_no_input", "prompt_input"}`, as in the model's config.
+        add_bos: whether texts begin with the tokenizer's `<s>`; by default, what its folder says.
+
+    Raises:
+        ValueError: the tokenizer has no end token, so no answer could end.
     """
 
     def __init__(
@@ -42,13 +46,16 @@ class LtuProcessor(ProcessorMixin):
         num_audio_tokens: int = 32,
         audio_token_id: int | None = None,
         prompt_template: dict | None = None,
+        add_bos: bool | None = None,
         **kwargs: Any,
     ):
         super().__init__(feature_extractor, tokenizer, **kwargs)
         self.num_audio_tokens = num_audio_tokens
         self.audio_token_id = audio_token_id
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
-        self._bos_ids: list[int] | None = None
+        self.add_bos = _adds_bos(tokenizer) if add_bos is None else add_bos
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"The tokenizer of {tokenizer.name_or_path} has no end token; set its eos_token first.")
         tokenizer.split_special_tokens = True
 
     @classmethod
@@ -71,13 +78,8 @@ class LtuProcessor(ProcessorMixin):
     @property
     def bos_ids(self) -> list[int]:
         """`[<s>]` for a language model that was trained with one, else `[]`."""
-        if self._bos_ids is None:
-            bos = self.tokenizer.bos_token_id
-            # Old Llama folders do not say that their tokenizer adds <s>; it always did.
-            adds = isinstance(self.tokenizer, LlamaTokenizer) or getattr(self.tokenizer, "add_bos_token", False)
-            adds = bos is not None and (adds or self.tokenizer("a").input_ids[0] == bos)
-            self._bos_ids = [bos] if adds else []
-        return self._bos_ids
+        bos = self.tokenizer.bos_token_id
+        return [bos] if self.add_bos and bos is not None else []
 
     def prompt(self, question: str, transcript: str | None = None) -> str:
         """The text in front of the answer."""
@@ -144,7 +146,7 @@ class LtuProcessor(ProcessorMixin):
         waveforms = [load_audio(clip) for clip in clips if clip is not None]
         if waveforms:
             batch["input_features"] = self.feature_extractor(
-                waveforms, sampling_rate=16_000, return_tensors="pt"
+                waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt"
             ).input_features
         return BatchFeature(batch)
 
@@ -168,15 +170,28 @@ class LtuProcessor(ProcessorMixin):
                 attention_mask[row, :tokens] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+    def extract(self, waveform: np.ndarray) -> Tensor:
+        """(samples,) at 16 kHz -> (frames, mel bins)."""
+        return self.feature_extractor([waveform], sampling_rate=SAMPLING_RATE).input_features[0]
+
     def decode_answer(self, ids: Tensor | list[int]) -> str:
         """The text of newly generated ids, without control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def _adds_bos(tokenizer: Any) -> bool:
+    """What the tokenizer's folder says. Old Llama folders say nothing: their tokenizer always added `<s>`."""
+    said = tokenizer.init_kwargs.get("add_bos_token")
+    if said is not None:
+        return said
+    ids = tokenizer("a").input_ids
+    return isinstance(tokenizer, LlamaTokenizer) or (bool(ids) and ids[0] == tokenizer.bos_token_id)
+
+
 def _as_list(value: Any, length: int, name: str) -> list:
     if value is None:
         return [None] * length
-    values = list(value) if isinstance(value, list | tuple) else [value]
+    values = value if isinstance(value, list) else [value]  # A tuple is one clip: (array, rate).
     if len(values) != length:
         raise ValueError(
             f"{length} questions, but {len(values)} entries of {name}. Give one a question, None where there is none."

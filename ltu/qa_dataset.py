@@ -3,8 +3,7 @@
 Notable:
 - Everything that can be wrong with a row is found before training, in seconds, and said with file and row number.
 - A clip that cannot be heard is skipped, counted and named; its row's place is taken by the next one, so steps and
-  batch sizes stay.
-  Features are never made up. More than `max_bad` such rows stop the run.
+  batch sizes stay. Features are never made up. More than `max_bad` such rows stop the run.
 """
 
 import json
@@ -69,11 +68,11 @@ def read_rows(
 
 def _parse(path: Path) -> Iterator[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if text.lstrip()[:1] == "[":
             yield from json.loads(text)
             return
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
@@ -129,19 +128,23 @@ class QaDataset(Dataset):
 
     def __init__(self, rows: list[dict], encode: Callable, extract: Callable, max_bad: int = 0):
         self.rows = rows
+        self.encode = encode
         self.extract = extract
         self.max_bad = max_bad
-        self.encoded = [encode(row) for row in tqdm(rows, desc="tokenising", unit="row", disable=len(rows) < 20_000)]
+        self.lengths = torch.zeros(len(rows), dtype=torch.int32)  # Text ids of each row, by which batches are grouped.
+        for index, row in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=len(rows) < 20_000)):
+            ids, labels = encode(row)
+            if max(labels) < 0:
+                raise RowError(
+                    f"Row {index + 1}: no answer is left within --cutoff_len: the question alone fills it. Raise "
+                    f"--cutoff_len or shorten the question: {row['instruction'][:80]!r}"
+                )
+            self.lengths[index] = len(ids)
         # Shared memory, because each worker of the data loader is a process of its own.
         self.is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Text ids of each row, by which batches are grouped."""
-        return [len(ids) for ids, _ in self.encoded]
 
     @property
     def skipped(self) -> list[str]:
@@ -156,7 +159,7 @@ class QaDataset(Dataset):
             except AudioError as error:
                 self._skip(row, error)
                 continue
-            ids, labels = self.encoded[row]
+            ids, labels = self.encode(self.rows[row])
             return {"input_ids": ids, "labels": labels, "input_features": features}
         raise RowError(f"None of the {len(self)} rows has a clip that can be heard.")
 

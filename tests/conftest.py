@@ -5,6 +5,8 @@ import os
 # torch's idle threads spin by default; beside another process on few cores that costs more than the work itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # No test may need the network.
+if not os.environ.get("LTU_TEST_GPU"):  # The golden numbers are a CPU's; so is what every machine has.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Dynami
 
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
 from ltu.collator import LtuCollator
-from tests.tiny import LORA, clip, write_checkpoint, write_llm
+from tests.tiny import GOLDEN, LORA, clip, write_checkpoint, write_llm
 
 FIXED = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
 
@@ -227,6 +227,21 @@ def test_any_causal_lm(tmp_path, model_type):
     assert answers(model, processor(text=QUESTIONS, audio=CLIPS), repetition_penalty=1.0) == alone
 
 
+@pytest.mark.parametrize("said", [None, True, False])
+def test_old_llama_folders_add_bos(folder, processor, tmp_path, said):
+    """An old Llama folder does not say that its tokenizer adds <s>; what one says is kept through saving."""
+    for file in (GOLDEN / "tokenizer").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["add_bos_token"] = said
+    settings = {key: value for key, value in settings.items() if value is not None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    fresh = LtuProcessor.from_config(LtuConfig.from_pretrained(folder), tmp_path)
+    fresh.save_pretrained(tmp_path / "saved")
+    for made in (fresh, LtuProcessor.from_pretrained(tmp_path / "saved")):
+        assert made.encode("a dog") == processor.encode("a dog")[said is False :]
+
+
 def test_a_language_model_without_bos(folder, processor):
     plain = LtuProcessor.from_pretrained(folder)
     plain.tokenizer.bos_token = None
@@ -264,6 +279,24 @@ def test_save_then_load(folder, model, processor, tmp_path):
     batch = processor(text=QUESTIONS, audio=CLIPS)
     with torch.no_grad():
         torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=0, rtol=0)
+
+
+def test_a_local_language_model_is_not_pushed(folder):
+    with pytest.raises(ValueError, match="hub id"):
+        LtuForConditionalGeneration.from_pretrained(folder).push_to_hub("someone/ltu")
+
+
+def test_unknown_arguments_are_refused(folder):
+    with pytest.raises(TypeError, match="no_such"):
+        LtuForConditionalGeneration.from_pretrained(folder, no_such=1)
+
+
+def test_a_penalty_of_one_is_no_penalty(model, processor):
+    batch = processor(text=QUESTIONS[:2], audio=CLIPS[:2])
+    plain = answers(model, batch)
+    model.generation_config.repetition_penalty = 2.0
+    assert answers(model, batch, repetition_penalty=1.0) == plain != answers(model, batch)
+    model.generation_config.repetition_penalty = 1.0
 
 
 def test_a_trained_language_model_is_saved_whole(folder, model, processor, tmp_path):

@@ -11,7 +11,7 @@ OURS = {"ltu", "ltu_as", "eval", "data", "qa_generation", "benchmarks"}
 ARROWS = {
     "ltu": set(),
     "ltu_as": {"ltu"},
-    "eval": {"ltu", "ltu_as", "data", "qa_generation.llm"},
+    "eval": {"ltu", "ltu_as", "qa_generation.llm"},
     "data": {"ltu.audio", "ltu.qa_dataset"},
     "qa_generation": set(),
 }

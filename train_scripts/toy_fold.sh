@@ -17,7 +17,7 @@ if [ ! -f "$DATA/finished" ]; then
     "$PYTHON" -m data.toy.build --fold "$fold" --seed "$seed" --output_dir "$DATA" ${ROWS:+--rows "$ROWS"}
     touch "$DATA/finished"
 fi
-if [ ! -f "$BASE/model.safetensors" ]; then
+if [ ! -f "$BASE/ltu_state.json" ]; then
     "$PYTHON" -m ltu.convert_checkpoint --init --llm pretrained_mdls/smollm2-135m-instruct \
         --ear pretrained_mdls/yamnet --seed "$seed" --output_dir "$BASE"
 fi
