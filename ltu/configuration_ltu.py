@@ -126,8 +126,7 @@ class LtuConfig(PreTrainedConfig):
         audio_config: config of the ear, or its dict; `model_type` chooses the class.
         text_config: config of the language model, or its dict, whole: any Hugging Face causal LM.
         language_model: where the frozen weights of the language model lie: a hub id, or a folder. On disk the folder is
-            written
-            relative to the checkpoint. None: the checkpoint itself holds the language model.
+            written relative to the checkpoint. None: the checkpoint itself holds the language model.
         language_model_sha256: hash of that model's `config.json` and weight index; another hash refuses to load.
         lora: `{"r", "alpha", "dropout", "target_modules"}`, or None where the language model has no adapter (stage 1).
         prompt_template: `{"name", "prompt_no_input", "prompt_input"}`; the default is what the released checkpoints

@@ -1,9 +1,9 @@
 """Released files and small parts -> one of our checkpoint folders, every key accounted for.
 
-    python -m ltu.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE.bin --output_dir DIR      an original
-    trainable-only file
-    python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --ear FILE_OR_DIR --output_dir DIR   the folder that stage 1
-    starts from
+    python -m ltu.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE.bin --output_dir DIR
+    python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --ear FILE_OR_DIR --output_dir DIR
+
+The first opens an original trainable-only file; the second writes the folder that stage 1 starts from.
 
 Notable:
 - Each key of a file is placed, renamed, or dropped by a rule with a reason; one left over or missing is an error.
@@ -134,12 +134,10 @@ def load_ear(path: str | None) -> tuple[PreTrainedConfig, dict[str, Tensor], dic
 
 
 def init_projector(config: LtuConfig, llm: str | Path) -> dict[str, Tensor]:
-    """A fresh projection whose vectors are about as long as the language model's token embeddings, so that stage 1
-    starts on scale."""
+    """A fresh projection whose vectors are about as long as token embeddings, so that stage 1 starts on scale."""
     projector = LtuMultiModalProjector(config)
-    std = (
-        _embedding_std(llm) / config.audio_config.hidden_size**0.5
-    )  # LayerNorm gives unit variance to each input channel.
+    # LayerNorm gives each input channel unit variance.
+    std = _embedding_std(llm) / config.audio_config.hidden_size**0.5
     torch.nn.init.normal_(projector.linear.weight, std=std)
     torch.nn.init.zeros_(projector.linear.bias)
     return {f"multi_modal_projector.{key}": value for key, value in projector.state_dict().items()}
@@ -263,4 +261,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, KeyError, ValueError) as error:  # The user's to mend; a traceback would hide it.
+        sys.exit(f"error: {error.args[-1] if isinstance(error, KeyError) else error}")

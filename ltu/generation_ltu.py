@@ -17,7 +17,7 @@ class TextRepetitionPenalty(LogitsProcessor):
     """Repetition penalty over the text that the model has seen, as the original's.
 
     The stock processor indexes the vocabulary by every id of the sequence: it dies on audio placeholders and counts
-        pads as text.
+    pads as text.
 
     Args:
         penalty: divides positive and multiplies negative scores of ids that have occurred.

@@ -47,8 +47,7 @@ class Answer:
     """What the model says, and what it heard.
 
     `status` is "ok", or why the clip cannot be heard ("missing", "unreadable", "too_short", "silent"); then `text` is
-    empty and `error`
-    says more. Seconds are 0 for a question without audio.
+    empty and `error` says more. Seconds are 0 for a question without audio.
     """
 
     text: str
@@ -93,8 +92,7 @@ class LtuPipeline:
     def __call__(
         self, requests: list[Request], batch_size: int = 8, seed: int = 42, progress: bool = False, **decoding: Any
     ) -> list[Answer]:
-        """Answer requests, in their order. `decoding` goes to `generate`, over greedy decoding of at most 400
-        tokens."""
+        """Answer requests, in their order. `decoding` goes to `generate`; by default greedy, at most 400 tokens."""
         torch.manual_seed(seed)
         answers: list[Answer | None] = [None] * len(requests)
         order = sorted(range(len(requests)), key=lambda i: (requests[i].audio is None, len(requests[i].question), i))
