@@ -27,9 +27,16 @@ def run_fold(fold: int, seed: int, folder: Path, alone: bool) -> None:
     if alone:
         *before, last = (int(number) for number in ROWS.split(","))
         environment |= {"ROWS": ",".join(map(str, [*before, sum(before) + last])), "STAGES": STAGE4}
-        flags = ["--base_model", str(folder / "init")]
+        flags = ["--base_model", str(folder / "init"), *learning_rate()]
     command = ["bash", "train_scripts/toy_fold.sh", str(fold), str(seed), str(folder), *flags]
     subprocess.run(command, env=environment, check=True)
+
+
+def learning_rate() -> list[str]:
+    """The rate of the stages before: alone, stage 4 has their work to do."""
+    words = Path("train_scripts/tiny.args").read_text().split()
+    place = words.index("--learning_rate")
+    return words[place : place + 2]
 
 
 def seconds_of_training(folder: Path) -> float:

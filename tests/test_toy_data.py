@@ -183,7 +183,7 @@ def test_draws_favour_rare_categories_and_forget_no_clip():
     assert sum(drawn.values()) == 1200 and set(drawn) == {sound["file"] for sound in training}
     of = {category: [s["file"] for s in training if s["category"] == category] for category in ("drums", "instruments")}
     drums, instruments = (np.mean([drawn[file] for file in of[category]]) for category in ("drums", "instruments"))
-    assert instruments > 3 * drums
+    assert instruments > 1.5 * drums  # A quarter of the draws is balanced (build.BALANCE).
 
 
 # Leakage: from the sources that the builder names, and from the sound itself
