@@ -44,6 +44,12 @@ class DataArguments:
     audio_root: str | None = field(
         default=None, metadata={"help": "folder of relative audio_ids (default: that of the data file)"}
     )
+    feature_root: str | None = field(
+        default=None, metadata={"help": "LTU-AS: folder of ltu_as.extract_whisper_feature, or of the original's .npz"}
+    )
+    feature_precision: str | None = field(
+        default=None, metadata={"help": "LTU-AS: fp16 or fp32, of Whisper's encoder (default: the folder's own)"}
+    )
     cutoff_len: int = field(default=108, metadata={"help": "text ids of a row; audio does not count"})
     val_set_size: int = field(default=0, metadata={"help": "rows held out; their loss is logged at each save"})
     train_on_inputs: bool = field(

@@ -8,7 +8,8 @@ import argparse
 import sys
 
 from ltu.pipeline_ltu import ORIGINAL_DECODING, LtuPipeline, Request
-from ltu.qa_dataset import RowError
+
+MODES = ("joint", "audio_only", "asr_only")
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,20 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         "--original_decoding", action="store_true", help="sample as the papers did (temperature 0.1, top-p 0.95)"
     )
     parser.add_argument("--seed", type=int, default=42, help="of sampling")
+    whisper = parser.add_argument_group("LTU-AS only")
+    whisper.add_argument("--mode", choices=MODES, default="joint", help="leave out the transcript, or the sound")
+    whisper.add_argument("--whisper", help="another place of the Whisper that gives features: a name, or a .pt file")
+    whisper.add_argument("--transcription_model", help="another Whisper for the transcript")
+    whisper.add_argument("--feature_precision", help="fp16 or fp32, of Whisper's encoder (default: as trained)")
+    whisper.add_argument("--feature_root", help="folder of ltu_as.extract_whisper_feature, or of the original's .npz")
+
+
+def open_pipeline(args: argparse.Namespace) -> LtuPipeline:
+    """The pipeline that the flags ask for."""
+    pipeline = LtuPipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, language_model=args.llm)
+    names = ("whisper", "transcription_model", "feature_precision", "feature_root")
+    pipeline.processor.use(**{name: getattr(args, name) for name in names})
+    return pipeline
 
 
 def decoding_of(args: argparse.Namespace) -> dict:
@@ -35,17 +50,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("clip", help="an audio file, or 'none'")
     parser.add_argument("question")
-    parser.add_argument("--transcript", help="what is said in the clip")
+    parser.add_argument("--transcript", help="what is said in the clip; '' for nothing (LTU-AS transcribes by default)")
     add_decoding_flags(parser)
     args = parser.parse_args(argv)
-    pipeline = LtuPipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, language_model=args.llm)
-    request = Request(args.question, None if args.clip == "none" else args.clip, args.transcript)
+    pipeline = open_pipeline(args)
+    clip = None if args.clip == "none" else args.clip
+    request = Request(args.question, clip, args.transcript, audio_id=clip, mode=args.mode)
     answer = pipeline([request], seed=args.seed, **decoding_of(args))[0]
     if answer.status != "ok":
         print(answer.error, file=sys.stderr)
         return 1
     print(answer.text)
     if request.audio is not None:
+        if answer.transcript:
+            print(f"(transcript: {answer.transcript})", file=sys.stderr)
         print(f"(heard {answer.seconds_heard:.2f} of {answer.seconds_total:.2f} seconds)", file=sys.stderr)
     return 0
 
@@ -53,5 +71,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (FileNotFoundError, RowError) as error:  # The user's to mend; a traceback would hide the message.
+    except (FileNotFoundError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
         sys.exit(f"error: {error}")

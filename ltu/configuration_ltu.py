@@ -10,13 +10,14 @@ Notable:
 """
 
 import hashlib
+import json
 import os
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 # The released checkpoints were trained on these strings, to the character.
@@ -214,6 +215,12 @@ def find_checkpoint(name: str | os.PathLike, needed: tuple[str, ...] = ("config.
         raise FileNotFoundError(
             f"{folder} is not a checkpoint of ours: it has no {' and no '.join(missing)}. "
             "Write one with: python -m ltu.convert_checkpoint"
+        )
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise FileNotFoundError(
+            f"{folder} holds a model of kind {kind!r}, which is not known here. For 'ltu_as' use the commands of "
+            "ltu_as (python -m ltu_as.ask ...; in Python: import ltu_as)."
         )
     return folder
 

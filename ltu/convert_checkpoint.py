@@ -23,14 +23,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import cached_file
 
 from ltu.configuration_ltu import CavMaeConfig, LtuConfig, hash_language_model
-from ltu.modeling_ltu import LtuForConditionalGeneration, LtuMultiModalProjector
+from ltu.modeling_ltu import LtuMultiModalProjector
 from ltu.processing_ltu import LtuProcessor
 
-# (pattern, replacement, None) places or renames a key; (pattern, None, reason) drops it. The first match decides.
+# (pattern, replacement, None) places or renames a key; (pattern, None, reason) drops it; a reason that begins with
+# REFUSED refuses the file. The first match decides.
 ORIGINAL_KEYS = [
     (r"model\.audio_encoder\.(.+)", r"audio_tower.\1", None),
     (r"model\.audio_proj\.1\.(weight|bias)", r"multi_modal_projector.linear.\1", None),
@@ -43,6 +44,11 @@ CAV_MAE_KEYS = [
     (r"(norm|mlp_head\w*)(\..+)?", None, "the classifier of fine-tuning"),
     (r"(decoder_\w+|mask_token)(\..+)?", None, "the decoder of pre-training"),
 ]
+
+# A folder of the original that holds its language model too (vicuna_ltu, vicuna_ltuas): ear and projection are taken.
+REFUSED = "refused: "
+FOLDER_KEYS = [*ORIGINAL_KEYS[:2], (r"(model|lm_head)\..+", None, "the language model's own, which --llm names")]
+EARS = ("cavmae", "yamnet", "tltr")
 
 
 def load_pickle(path: str | Path) -> dict[str, Tensor]:
@@ -75,6 +81,8 @@ def rename_keys(
             match = re.fullmatch(pattern, bare)
             if match is None:
                 continue
+            if replacement is None and reason.startswith(REFUSED):
+                raise ValueError(f"{path}, key {key}: {reason}.")
             if replacement is None:
                 dropped[key] = reason
                 break
@@ -115,22 +123,65 @@ def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
     )
 
 
-def load_ear(path: str | None) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
-    """Config, tensors and dropped keys of an ear: a CAV-MAE `.pth`, a folder of ours (YAMNet), or none (random)."""
+class LtuKind:
+    """What the conversion must know of a model of the family; LTU-AS overrides it."""
+
+    config_class = LtuConfig
+    processor_class = LtuProcessor
+    ear_keys = CAV_MAE_KEYS
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Flags of this kind alone."""
+
+    def ear_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> PreTrainedConfig:
+        """Config of the ear whose tensors are `state`; of a random one if that is empty."""
+        return cav_mae_config(state) if state else CavMaeConfig()
+
+    def extractor_settings(self, args: argparse.Namespace) -> dict:
+        """Settings of the feature extractor beside its sizes."""
+        return {}
+
+
+def load_ear(kind: LtuKind, args: argparse.Namespace) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+    """Config, tensors and dropped keys of an ear: its own `.pth`, a folder of ours, a released folder of the original
+    (with its projection), or none (random)."""
+    path = args.ear
     if path is None:
         print(
             "NO EAR FILE: the audio encoder is RANDOM. It hears nothing until it has been trained on a lot of sound.",
             file=sys.stderr,
         )
-        config = CavMaeConfig()
+        config = kind.ear_config({}, args)
         state = {f"audio_tower.{key}": value for key, value in AutoModel.from_config(config).state_dict().items()}
         return config, state, {}
-    if Path(path).is_dir():
-        config = AutoConfig.from_pretrained(path)
+    if not Path(path).is_dir():
+        state, dropped = rename_keys(load_pickle(path), kind.ear_keys, ("module.",), path)
+    elif (Path(path) / "model.safetensors").is_file() and AutoConfig.from_pretrained(path).model_type in EARS:
         state = load_file(Path(path) / "model.safetensors")
-        return config, {f"audio_tower.{key}": value for key, value in state.items()}, {}
-    state, dropped = rename_keys(load_pickle(path), CAV_MAE_KEYS, ("module.",), path)
-    return cav_mae_config(state), state, dropped
+        return AutoConfig.from_pretrained(path), {f"audio_tower.{key}": value for key, value in state.items()}, {}
+    else:
+        state, dropped = rename_keys(load_shards(Path(path)), FOLDER_KEYS, (), path)
+    return kind.ear_config(state, args), state, dropped
+
+
+def load_shards(folder: Path) -> dict[str, Tensor]:
+    """Every key of a released folder, with at least the tensors of ear and projection.
+
+    Raises:
+        FileNotFoundError: the folder holds no weights.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no weights (*.safetensors or pytorch_model*.bin). Is it the folder meant?"
+        )
+    if files[0].suffix == ".bin":
+        return {key: value for file in files for key, value in load_pickle(file).items()}
+    state = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:  # The language model's are named, not read.
+            state |= {key: tensors.get_tensor(key) if ".audio_" in key else None for key in tensors.keys()}
+    return state
 
 
 def init_projector(config: LtuConfig, llm: str | Path) -> dict[str, Tensor]:
@@ -167,7 +218,7 @@ def _embedding_std(llm: str | Path) -> float:
 
 
 def write_folder(
-    output_dir: str | Path, config: LtuConfig, state: dict[str, Tensor], tokenizer: str | Path, record: dict
+    output_dir: str | Path, config: LtuConfig, state: dict[str, Tensor], processor: LtuProcessor, record: dict
 ) -> None:
     """Write a checkpoint folder after holding every key and shape against the model that the config describes.
 
@@ -176,7 +227,7 @@ def write_folder(
     """
     output_dir = Path(output_dir)
     with torch.device("meta"):
-        model = LtuForConditionalGeneration(config)
+        model = AutoModelForCausalLM.from_config(config)
     wanted = {key: value.shape for key, value in model.state_dict().items() if model._is_own(key)}
     missing, left_over = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
     wrong = [
@@ -199,12 +250,13 @@ def write_folder(
         output_dir / "model.safetensors",
         metadata={"format": "pt"},
     )
-    LtuProcessor.from_config(config, tokenizer).save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
     record["parameters"] = {"all": model.num_parameters(), "stored": sum(shape.numel() for shape in wanted.values())}
     (output_dir / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:
+    kind = kind or LtuKind()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -213,11 +265,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", help="an original trainable-only file (.bin)")
     parser.add_argument("--init", action="store_true", help="write the folder that stage 1 starts from")
-    parser.add_argument("--ear", help="with --init: a CAV-MAE .pth, or a folder with an ear of ours; none: random")
+    parser.add_argument(
+        "--ear", help="with --init: a .pth, a folder with an ear of ours, or a released vicuna folder; none: random"
+    )
     parser.add_argument("--lora_alpha", type=int, default=16, help="not stored in original files")
     parser.add_argument("--lora_dropout", type=float, default=0.05, help="not stored in original files")
     parser.add_argument("--seed", type=int, default=42, help="of random parts")
     parser.add_argument("--output_dir", required=True)
+    kind.add_flags(parser)
     args = parser.parse_args(argv)
     if args.init == bool(args.checkpoint) or (args.ear and not args.init):
         parser.error("give either --checkpoint FILE, or --init with an optional --ear")
@@ -229,29 +284,32 @@ def main(argv: list[str] | None = None) -> None:
         "language_model_sha256": hash_language_model(args.llm),
     }
     if args.init:
-        audio_config, state, dropped = load_ear(args.ear)
-        config = LtuConfig(audio_config=audio_config, **origin)
-        state |= init_projector(config, args.llm)
+        audio_config, state, dropped = load_ear(kind, args)
+        config = kind.config_class(audio_config=audio_config, **origin)
+        state = init_projector(config, args.llm) | state
     else:
         state, dropped = rename_keys(
             load_pickle(args.checkpoint), ORIGINAL_KEYS, ("base_model.model.",), args.checkpoint
         )
         lora = lora_settings(state, args.lora_alpha, args.lora_dropout)
-        config = LtuConfig(audio_config=cav_mae_config(state), lora=lora, **origin)
+        config = kind.config_class(audio_config=kind.ear_config(state, args), lora=lora, **origin)
+    processor = kind.processor_class.from_config(config, args.llm, **kind.extractor_settings(args))
     parent = args.checkpoint or args.ear
     record = {
         "stage": "init" if args.init else "converted",
         "parent": None if parent is None else {"name": Path(parent).name, "sha256": sha256_of(parent)},
         "dropped_keys": dropped,
     }
-    write_folder(args.output_dir, config, state, args.llm, record)
+    write_folder(args.output_dir, config, state, processor, record)
     print(f"{args.output_dir}: {len(state)} keys placed, {len(dropped)} dropped, none missing, none left over.")
     for reason in sorted(set(dropped.values())):
         print(f"  dropped, {reason}: {sum(value == reason for value in dropped.values())} keys")
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hash of a file, or of the weights in a folder."""
+    """Hash of a file, or of the weights in a folder; of a folder in shards, that of `hash_language_model`."""
+    if Path(path).is_dir() and not (Path(path) / "model.safetensors").is_file():
+        return hash_language_model(path)
     path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     digest = hashlib.sha256()
     with open(path, "rb") as stream:

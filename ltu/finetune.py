@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, random_split
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ltu.arguments import DataArguments, ModelArguments, RunArguments, parse_args, parse_list
 from ltu.collator import LtuCollator, describe_batch
@@ -31,6 +31,7 @@ from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.convert_checkpoint import sha256_of
 from ltu.micro_batches import MicroBatches, total_steps
 from ltu.modeling_ltu import LtuForConditionalGeneration
+from ltu.pipeline_ltu import open_model
 from ltu.processing_ltu import IGNORED, LtuProcessor
 from ltu.qa_dataset import QaDataset, RowError, check_audio, read_rows
 
@@ -48,7 +49,7 @@ def device_has_bf16() -> bool:
 def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
     """The model of `--base_model`, with LoRA if the plan trains one, frozen as the plan says."""
     llm_dtype = torch.bfloat16 if bf16 else torch.float32
-    model = LtuForConditionalGeneration.from_pretrained(args.base_model, language_model=args.llm, dtype=llm_dtype)
+    model = open_model(args.base_model, llm_dtype, args.llm)
     if args.attn_implementation:
         model.language_model.set_attn_implementation(args.attn_implementation)
     asked = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
@@ -187,7 +188,7 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
 
 def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcessor) -> tuple[QaDataset, Dataset | None]:
     """Rows to train on, and the held-out ones if `--val_set_size` asks for some."""
-    rows = read_rows(data.data_path, data.audio_root)
+    rows = processor.complete_rows(read_rows(data.data_path, data.audio_root))
     if data.check_audio and (bad := check_audio(rows)):
         shown = "\n".join(f"  {error}" for error in list(bad.values())[:20])
         raise ValueError(f"{len(bad)} clips of {data.data_path} cannot be heard:\n{shown}")
@@ -206,7 +207,7 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
         return QaDataset(
             part,
             encode=partial(processor.encode_example, cutoff_len=data.cutoff_len, train_on_inputs=data.train_on_inputs),
-            extract=processor.extract,
+            read_features=processor.read_features,
             max_bad=data.max_bad,
         )
 
@@ -217,7 +218,8 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     """Everything that a run needs, before its first step."""
     set_seed(run.seed)
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
-    processor = LtuProcessor.from_pretrained(parent)
+    processor = AutoProcessor.from_pretrained(parent)
+    processor.use(feature_root=data.feature_root, feature_precision=data.feature_precision)
     train_set, held_out = make_datasets(data, run, processor)
     bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
     model = load_model(model_args, bf16)

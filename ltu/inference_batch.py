@@ -15,8 +15,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ltu.ask import add_decoding_flags, decoding_of
-from ltu.pipeline_ltu import Answer, LtuPipeline, Request
+from ltu.ask import add_decoding_flags, decoding_of, open_pipeline
+from ltu.pipeline_ltu import Answer, Request
 from ltu.qa_dataset import RowError, read_rows
 
 
@@ -31,6 +31,7 @@ def prediction(row: dict, answer: Answer) -> dict:
         "error": answer.error,
         "seconds_heard": round(answer.seconds_heard, 3),
         "seconds_total": round(answer.seconds_total, 3),
+        "transcript": answer.transcript,
     }
 
 
@@ -54,10 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         if Path(path).is_dir():
             parser.error(f"--output_path {path} is a folder; name a file in it")
     files = [read_rows(path, args.audio_root, need_output=False) for path in args.data_path]
-    pipeline = LtuPipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, language_model=args.llm)
+    pipeline = open_pipeline(args)
     statuses: Counter = Counter()
     for rows, output_path in zip(files, args.output_path, strict=True):
-        requests = [Request(row["instruction"], row["audio"], row.get("input") or None) for row in rows]
+        requests = [
+            Request(row["instruction"], row["audio"], row.get("input"), row.get("audio_id"), args.mode) for row in rows
+        ]
         answers = pipeline(requests, args.batch_size, seed=args.seed, progress=True, **decoding_of(args))
         predictions = [prediction(row, answer) for row, answer in zip(rows, answers, strict=True)]
         text = json.dumps(predictions, indent=1, ensure_ascii=False)

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, BatchFeature
 
 import ltu  # noqa: F401  registers the classes that the Auto classes look up
-from ltu.audio import SAMPLING_RATE, AudioError, load_audio
+from ltu.audio import AudioError
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
-from ltu.processing_ltu import AudioSource
+from ltu.processing_ltu import AudioSource, Heard
 
 # How the papers' numbers were produced.
 ORIGINAL_DECODING = {
@@ -35,11 +34,17 @@ GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
 
 @dataclass
 class Request:
-    """A question about a clip (path, bytes of a file, or 16 kHz mono waveform), or about none."""
+    """A question about a clip (path, bytes of a file, or 16 kHz mono waveform), or about none.
+
+    Without a `transcript` LTU-AS transcribes the clip; "" says that it has none. `audio_id` is the clip's name in a
+    feature folder. `mode` is "joint", "audio_only" (the transcript is left out) or "asr_only" (the sound is).
+    """
 
     question: str
     audio: AudioSource = None
     transcript: str | None = None
+    audio_id: str | None = None
+    mode: str = "joint"
 
 
 @dataclass
@@ -47,7 +52,7 @@ class Answer:
     """What the model says, and what it heard.
 
     `status` is "ok", or why the clip cannot be heard ("missing", "unreadable", "too_short", "silent"); then `text` is
-    empty and `error` says more. Seconds are 0 for a question without audio.
+    empty and `error` says more. Seconds are 0 for a question without audio. `transcript` is what was in the prompt.
     """
 
     text: str
@@ -56,6 +61,16 @@ class Answer:
     seconds_heard: float = 0.0
     seconds_total: float = 0.0
     new_tokens: int = 0
+    transcript: str = ""
+
+
+def open_model(folder: str | Path, dtype: Any = "auto", language_model: str | None = None) -> Any:
+    """The model of a checkpoint folder, of whichever kind; arguments as of `LtuForConditionalGeneration`."""
+    if language_model is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if Path(language_model).is_dir():  # Absolute, because a relative place in a config is meant from its folder.
+        language_model = str(Path(language_model).resolve())
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, language_model=language_model)
 
 
 class LtuPipeline:
@@ -81,11 +96,7 @@ class LtuPipeline:
             language_model: another place of the folder's language model.
         """
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
-        llm = {}
-        if language_model is not None:  # Absolute, because a relative place in a config is meant from its folder.
-            is_folder = Path(language_model).is_dir()
-            llm["language_model"] = str(Path(language_model).resolve()) if is_folder else language_model
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **llm)
+        model = open_model(folder, dtype, language_model)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return cls(model.to(device or best), AutoProcessor.from_pretrained(folder))
 
@@ -106,15 +117,16 @@ class LtuPipeline:
 
     def _answer(self, requests: list[Request], decoding: dict) -> list[Answer]:
         """One batch."""
-        answers, waveforms, heard = [], {}, {}
+        answers: list[Answer] = []
+        clips: dict[Any, Heard] = {}
         for request in requests:
             answer = Answer(text="")
             if request.audio is not None:
                 key = _identity(request.audio)
                 try:
-                    if key not in waveforms:
-                        waveforms[key] = load_audio(request.audio)
-                    answer.seconds_total = len(waveforms[key]) / SAMPLING_RATE
+                    if key not in clips:
+                        clips[key] = self.processor.hear(request.audio, request.audio_id)
+                    answer.seconds_total = clips[key].seconds
                     answer.seconds_heard = min(answer.seconds_total, self.processor.feature_extractor.window_seconds)
                 except AudioError as error:
                     answer.status, answer.error = error.reason, str(error)
@@ -123,11 +135,12 @@ class LtuPipeline:
         if not good:
             return answers
         asked = [requests[index] for index in good]
-        keys = [None if request.audio is None else _identity(request.audio) for request in asked]
-        for key in keys:
-            if key is not None:
-                heard.setdefault(key, len(heard))
-        batch = self._inputs(asked, keys, heard, waveforms)
+        heard = [None if request.audio is None else clips[_identity(request.audio)] for request in asked]
+        given = ["" if request.mode == "audio_only" else request.transcript for request in asked]
+        transcripts = self.processor.complete_transcripts(heard, given)
+        for index, transcript in zip(good, transcripts, strict=True):
+            answers[index].transcript = transcript
+        batch = self._inputs(asked, heard, transcripts)
         prompt_length = batch["input_ids"].shape[1]
         output = self.model.generate(
             **batch, **(GREEDY_DECODING | {"pad_token_id": self.processor.pad_token_id} | decoding)
@@ -138,19 +151,17 @@ class LtuPipeline:
             answers[index].new_tokens = len(ids)
         return answers
 
-    def _inputs(
-        self, requests: list[Request], keys: list, heard: dict, waveforms: dict[Any, np.ndarray]
-    ) -> BatchFeature:
+    def _inputs(self, requests: list[Request], clips: list[Heard | None], transcripts: list[str]) -> BatchFeature:
         """What `generate` takes, on its device; each distinct clip once."""
         processor = self.processor
-        ids = [processor.encode(processor.prompt(request.question, request.transcript)) for request in requests]
-        batch = processor.lay_out(ids, [key is not None for key in keys])
-        if heard:
-            clips = [waveforms[key] for key in heard]
-            batch["input_features"] = processor.feature_extractor(
-                clips, sampling_rate=SAMPLING_RATE, return_tensors="pt"
-            ).input_features
-            batch["audio_index"] = torch.tensor([heard[key] for key in keys if key is not None])
+        texts = [processor.prompt(request.question, text) for request, text in zip(requests, transcripts, strict=True)]
+        clips = [None if request.mode == "asr_only" else clip for request, clip in zip(requests, clips, strict=True)]
+        batch = processor.lay_out([processor.encode(text) for text in texts], [clip is not None for clip in clips])
+        distinct = {id(clip): clip for clip in clips if clip is not None}
+        if distinct:
+            place = {key: index for index, key in enumerate(distinct)}
+            batch["input_features"] = processor.features_of(list(distinct.values()))
+            batch["audio_index"] = torch.tensor([place[id(clip)] for clip in clips if clip is not None])
         return BatchFeature(batch).to(self.model.get_input_embeddings().weight.device)
 
 

@@ -9,6 +9,7 @@ Notable:
 - A training row is tokenised whole, prompt and answer in one string, as the released checkpoints were.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cros
 AudioSource = str | Path | bytes | np.ndarray | None
 
 
+@dataclass
+class Heard:
+    """A clip before the ear: its waveform (samples,) at 16 kHz, or what a feature folder holds of it."""
+
+    source: AudioSource
+    seconds: float
+    waveform: np.ndarray | None = None
+    features: Tensor | None = None
+    transcript: str | None = None
+
+
 class LtuProcessor(ProcessorMixin):
     """A feature extractor for the ear, a tokenizer for the language model, and the prompt between them.
 
@@ -38,6 +50,9 @@ class LtuProcessor(ProcessorMixin):
     Raises:
         ValueError: the tokenizer has no end token, so no answer could end.
     """
+
+    # What the extractor must know of the ear: its argument -> the field of `audio_config`.
+    extractor_sizes = {"num_mel_bins": "num_mel_bins", "num_frames": "num_frames"}
 
     def __init__(
         self,
@@ -59,11 +74,12 @@ class LtuProcessor(ProcessorMixin):
         tokenizer.split_special_tokens = True
 
     @classmethod
-    def from_config(cls, config: LtuConfig, tokenizer_name: str | Path) -> "LtuProcessor":
+    def from_config(cls, config: LtuConfig, tokenizer_name: str | Path, **extractor_settings: Any) -> "LtuProcessor":
         """The processor that fits a model's config, with the tokenizer of its language model (a folder or hub id)."""
         extractor_class = FEATURE_EXTRACTOR_MAPPING[type(config.audio_config)]
+        sizes = {ours: getattr(config.audio_config, ears) for ours, ears in cls.extractor_sizes.items()}
         return cls(
-            extractor_class(num_mel_bins=config.audio_config.num_mel_bins, num_frames=config.audio_config.num_frames),
+            extractor_class(**sizes, **extractor_settings),
             AutoTokenizer.from_pretrained(tokenizer_name),
             num_audio_tokens=config.num_audio_tokens,
             audio_token_id=config.audio_token_id,
@@ -126,7 +142,7 @@ class LtuProcessor(ProcessorMixin):
             text: one question a row.
             audio: one clip a row: a path, the bytes of a file, a 16 kHz mono waveform (samples,), or None for a
                 question alone.
-            transcript: what is said in the clip, one a row; None or "" for none.
+            transcript: what is said in the clip, one a row; "" for none. None is none for LTU; LTU-AS transcribes.
 
         Returns:
             `input_ids` and `attention_mask` (batch, tokens + longest text), and `input_features` (clips, frames, mel
@@ -141,13 +157,12 @@ class LtuProcessor(ProcessorMixin):
         questions = [text] if isinstance(text, str) else list(text)
         clips = _as_list(audio, len(questions), "audio")
         transcripts = _as_list(transcript, len(questions), "transcript")
+        heard = [None if clip is None else self.hear(clip) for clip in clips]
+        transcripts = self.complete_transcripts(heard, transcripts)
         ids = [self.encode(self.prompt(q, t)) for q, t in zip(questions, transcripts, strict=True)]
         batch = self.lay_out(ids, [clip is not None for clip in clips])
-        waveforms = [load_audio(clip) for clip in clips if clip is not None]
-        if waveforms:
-            batch["input_features"] = self.feature_extractor(
-                waveforms, sampling_rate=SAMPLING_RATE, return_tensors="pt"
-            ).input_features
+        if found := [clip for clip in heard if clip is not None]:
+            batch["input_features"] = self.features_of(found)
         return BatchFeature(batch)
 
     def lay_out(self, ids: list[list[int]], has_audio: list[bool], multiple_of: int = 1) -> dict[str, Tensor]:
@@ -170,9 +185,42 @@ class LtuProcessor(ProcessorMixin):
                 attention_mask[row, :tokens] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def extract(self, waveform: np.ndarray) -> Tensor:
-        """(samples,) at 16 kHz -> (frames, mel bins)."""
-        return self.feature_extractor([waveform], sampling_rate=SAMPLING_RATE).input_features[0]
+    def hear(self, audio: AudioSource, audio_id: str | None = None) -> Heard:
+        """A clip. `audio_id` is its name in a row, by which LTU-AS finds it in a feature folder.
+
+        Raises:
+            ltu.audio.AudioError: it cannot be heard.
+        """
+        waveform = load_audio(audio)
+        return Heard(audio, len(waveform) / SAMPLING_RATE, waveform)
+
+    def features_of(self, clips: list[Heard]) -> Tensor:
+        """What the ear takes: (clips, frames, mel bins)."""
+        todo = [clip.waveform for clip in clips if clip.features is None]
+        made = iter(self.feature_extractor(todo, sampling_rate=SAMPLING_RATE).input_features if todo else ())
+        return torch.stack([next(made) if clip.features is None else clip.features for clip in clips])
+
+    def read_features(self, row: dict) -> Tensor:
+        """What the ear takes of a row's clip: (frames, mel bins)."""
+        return self.features_of([self.hear(row["audio"], row.get("audio_id"))])[0]
+
+    def complete_transcripts(self, clips: list[Heard | None], transcripts: list[str | None]) -> list[str]:
+        """Transcripts of clips, where None is given: LTU knows none, LTU-AS asks Whisper."""
+        return [transcript or "" for transcript in transcripts]
+
+    def complete_rows(self, rows: list[dict]) -> list[dict]:
+        """Rows with `input`, where it is absent: "" for LTU, Whisper's transcript for LTU-AS."""
+        return [row | {"input": row.get("input") or ""} for row in rows]
+
+    def use(self, **settings: str | None) -> None:
+        """Change what LTU-AS hears with: its Whisper, that one's precision, a folder of features.
+
+        Raises:
+            ValueError: a setting is not None, and the checkpoint is of LTU.
+        """
+        asked = [f"--{name}" for name, value in settings.items() if value is not None]
+        if asked:
+            raise ValueError(f"{', '.join(asked)}: only LTU-AS listens with Whisper; this checkpoint is of LTU.")
 
     def decode_answer(self, ids: Tensor | list[int]) -> str:
         """The text of newly generated ids, without control tokens."""

@@ -8,6 +8,7 @@ Notable:
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from ltu.audio import AudioError, load_audio
 
 logger = logging.getLogger(__name__)
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
+# What Whisper writes for silence: it learned from the subtitles of videos. In three casings, no others.
+FAREWELL = re.compile(
+    "|".join(
+        f(f"{thanks} for watching") + "[.!]?" for thanks in ("Thanks", "Thank you") for f in (str, str.lower, str.upper)
+    )
+)
 
 
 class RowError(ValueError):
@@ -105,6 +112,11 @@ def _what_is_wrong(row: Any, need_output: bool) -> str | None:
     return None
 
 
+def clean_transcript(text: str) -> str:
+    """Whisper's transcript without its farewells to a video's viewers, and without white space at its ends."""
+    return FAREWELL.sub("", text).strip()
+
+
 def check_audio(rows: list[dict]) -> dict[str, AudioError]:
     """Load every clip once; what cannot be heard, by path."""
     bad = {}
@@ -122,14 +134,14 @@ class QaDataset(Dataset):
     Args:
         rows: of `read_rows`.
         encode: row -> (ids, labels); `LtuProcessor.encode_example` with its settings.
-        extract: waveform (samples,) -> features (frames, mel bins).
+        read_features: row -> what the ear takes; `LtuProcessor.read_features`.
         max_bad: how many different rows may be skipped because their clip cannot be heard.
     """
 
-    def __init__(self, rows: list[dict], encode: Callable, extract: Callable, max_bad: int = 0):
+    def __init__(self, rows: list[dict], encode: Callable, read_features: Callable, max_bad: int = 0):
         self.rows = rows
         self.encode = encode
-        self.extract = extract
+        self.read_features = read_features
         self.max_bad = max_bad
         self.lengths = torch.zeros(len(rows), dtype=torch.int32)  # Text ids of each row, by which batches are grouped.
         for index, row in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=len(rows) < 20_000)):
@@ -155,17 +167,13 @@ class QaDataset(Dataset):
         for offset in range(len(self)):
             row = (index + offset) % len(self)
             try:
-                features = self._features(row)
+                features = None if self.rows[row]["audio"] is None else self.read_features(self.rows[row])
             except AudioError as error:
                 self._skip(row, error)
                 continue
             ids, labels = self.encode(self.rows[row])
             return {"input_ids": ids, "labels": labels, "input_features": features}
         raise RowError(f"None of the {len(self)} rows has a clip that can be heard.")
-
-    def _features(self, row: int) -> torch.Tensor | None:
-        audio = self.rows[row]["audio"]
-        return None if audio is None else self.extract(load_audio(audio))  # (frames, mel bins)
 
     def _skip(self, row: int, error: AudioError) -> None:
         if not self.is_bad[row]:

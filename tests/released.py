@@ -1,11 +1,12 @@
 """The tiny golden model as the original would have released it: the folder of a language model, and a file of the rest.
 
-Every value comes from `golden/rule_init.py`, names and shapes from `golden/layout_ltu.json`. The language model is
-tiny, the ear has its full size: the file is of 340 MB.
+Every value comes from `golden/rule_init.py`, names and shapes from `golden/layout_*.json`. The language model is tiny,
+the ear has its full size: the file is of 340 MB (LTU) or 160 MB (LTU-AS).
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,9 +45,9 @@ def our_name(key: str) -> str:
     return next(iter(placed))
 
 
-def trained_state() -> dict[str, torch.Tensor]:
+def trained_state(layout: str = "layout_ltu") -> dict[str, torch.Tensor]:
     """What the original's Trainer saves: LoRA, ear and projection."""
-    shapes = read("layout_ltu")["tiny.lora_all"]["saved_by_trainer"]
+    shapes = read(layout)["tiny.lora_all"]["saved_by_trainer"]
     return {key: torch.from_numpy(rule(key, tuple(shape))) for key, shape in shapes.items()}
 
 
@@ -61,7 +62,7 @@ def write_llm(folder: Path) -> Path:
     return folder
 
 
-def convert(state: dict[str, torch.Tensor], llm: Path, folder: Path) -> Path:
+def convert(state: dict[str, torch.Tensor], llm: Path, folder: Path, main: Callable = main) -> Path:
     """Save a state dict as the original does, and make a checkpoint folder of it. LoRA has no dropout."""
     file = folder.with_suffix(".bin")
     torch.save(state, file)

@@ -6,32 +6,37 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
+from ltu_as import LtuAsConfig
 from tests.golden.rule_init import PREFIX, rule
 from tests.released import LLAMA, convert, our_name, read, write_llm
 
 # --- parameters
 
 LAYOUTS = [f"{size}.{stage}" for size in ("tiny", "real7b") for stage in ("stage1_proj", "stage2_all", "lora_all")]
+CONFIGS = {"layout_ltu": LtuConfig, "layout_ltu_as": LtuAsConfig}
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_names_and_counts(golden_report, name: str) -> None:
+def test_names_and_counts(golden_report, name: str, kind: str) -> None:
     """On the meta device: every parameter of the original has its place here, and the same ones are trained."""
-    layout = read("layout_ltu")[name]
+    layout = read(kind)[name]
     targets = [] if layout["lora_target_modules"] == ["dummy"] else layout["lora_target_modules"]
     lora = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": targets} if targets else None
     text_config = LLAMA if name.startswith("tiny") else {"model_type": "llama"}
     with torch.device("meta"):
-        model = LtuForConditionalGeneration(LtuConfig(text_config=text_config, language_model="llm", lora=lora))
+        config = CONFIGS[kind](text_config=text_config, language_model="llm", lora=lora)
+        model = AutoModelForCausalLM.from_config(config)
     model.set_trainable(layout["trainable_params"])
     ours = {key: list(value.shape) for key, value in model.state_dict().items()}
     trained = {key: parameter.numel() for key, parameter in model.named_parameters() if parameter.requires_grad}
 
     def report(what: str, found: dict, expected: dict) -> None:
         different = [key for key in found | expected if found.get(key) != expected.get(key)]
-        golden_report("names", f"{name}, {what} {different[:3]}", len(different), 0)
+        golden_report("names", f"{kind} {name}, {what} {different[:3]}", len(different), 0)
 
     language_model = {}
     for key, shape in layout["peft_state_dict"].items():
@@ -44,8 +49,8 @@ def test_names_and_counts(golden_report, name: str) -> None:
     report("saved", {key: shape for key, shape in ours.items() if model._is_own(key)}, saved)
     report("all", ours, saved | language_model)
     report("trained", dict.fromkeys(trained, 0), {our_name(key): 0 for key in layout["trainable_names"]})
-    golden_report("names", f"{name}, count", sum(p.numel() for p in model.parameters()) != layout["n_params"], 0)
-    golden_report("names", f"{name}, trainable", sum(trained.values()) != layout["n_trainable"], 0)
+    golden_report("names", f"{kind} {name}, count", sum(p.numel() for p in model.parameters()) != layout["n_params"], 0)
+    golden_report("names", f"{kind} {name}, trainable", sum(trained.values()) != layout["n_trainable"], 0)
 
 
 # --- checkpoint files
@@ -106,11 +111,15 @@ def processor(llm: Path) -> LtuProcessor:
     return LtuProcessor.from_config(LtuConfig(text_config=LLAMA), llm)
 
 
-@pytest.mark.parametrize("source", ["toy_ltu", "edge_text"])
-def test_ids_and_labels(golden_report, processor: LtuProcessor, source: str) -> None:
-    for case in (case for case in read("tokenization_ltu") if source.startswith(case["source"])):
-        row, name = read(source)[case["index"]], f"{case['source']} {case['index']}"
-        if name == "edge 3":  # A control token that a user types: see the next test.
+SOURCES = [("tokenization_ltu", "toy_ltu"), ("tokenization_ltu", "edge_text")]
+SOURCES += [("tokenization_ltu_as", "toy_ltu_as"), ("tokenization_ltu_as", "edge_text")]  # With transcripts.
+
+
+@pytest.mark.parametrize("cases, source", SOURCES)
+def test_ids_and_labels(golden_report, processor: LtuProcessor, cases: str, source: str) -> None:
+    for case in (case for case in read(cases) if source.startswith(case["source"])):
+        row, name = read(source)[case["index"]], f"{cases}, {case['source']} {case['index']}"
+        if name.endswith("edge 3"):  # A control token that a user types: see the next test.
             continue
         prompt = processor.prompt(row["instruction"], row["input"])
         golden_report("tokenization", f"{name}, prompt", prompt != case["prompt_infer"], 0)

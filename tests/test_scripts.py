@@ -23,14 +23,15 @@ TINY = [line for line in (ROOT / "train_scripts/tiny.args").read_text().splitlin
 
 
 def run_script(name: str, tmp_path: Path, *flags: str, exit_code: int = 0, **environment: str) -> tuple[int, list[str]]:
-    """Run a stage script with a stand-in for Python: its exit status, and the arguments that Python got."""
+    """Run a stage script (of ltu, or `ltu_as/NAME`) with a stand-in for Python: its exit status, what Python got."""
+    name = name if "/" in name else f"ltu/{name}"
     stub, seen = tmp_path / "python", tmp_path / "argv"
     stub.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {shlex.quote(str(seen))}\nexit {exit_code}\n')
     stub.chmod(0o755)
     seen.unlink(missing_ok=True)
     variables = {key: value for key, value in os.environ.items() if key not in ("BASE", "DATA", "EXP")}
     variables |= {"PYTHON": str(stub), "NPROC": "1", **environment}
-    done = subprocess.run(["bash", f"train_scripts/ltu/{name}.sh", *flags], cwd=ROOT, env=variables, timeout=30)
+    done = subprocess.run(["bash", f"train_scripts/{name}.sh", *flags], cwd=ROOT, env=variables, timeout=30)
     return done.returncode, seen.read_text().split("\0")[:-1] if seen.is_file() else []
 
 
@@ -47,7 +48,7 @@ def test_stage_scripts_are_short(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 25
 
 
-# Paper's Table 9 and the original's scripts: plan, rows per step, per pass, epochs, learning rate, text ids.
+# The papers' tables and the original's scripts: plan, rows per pass, epochs, learning rate, text ids.
 @pytest.mark.parametrize(
     ("name", "plan", "micro", "epochs", "rate", "cutoff"),
     [
@@ -56,11 +57,16 @@ def test_stage_scripts_are_short(script: Path) -> None:
         ("stage3_all_close", "all", 4, 1, 1e-4, 108),
         ("stage4_all_mix", "all", 4, 1, 1e-4, 108),
         ("finetune_toy", "all", 4, 1, 1e-4, 100),
+        ("ltu_as/stage1_proj_cla", "proj", 8, 2, 1e-3, 108),
+        ("ltu_as/stage2_all_cla", "all", 8, 2, 1e-4, 108),
+        ("ltu_as/stage3_all_mix_v1", "all", 8, 1, 2e-4, 108),
+        ("ltu_as/stage3_all_mix_v2", "all", 4, 1, 2e-4, 160),
+        ("ltu_as/finetune_toy", "all", 4, 1, 2e-4, 160),
     ],
 )
 def test_hyper_parameters(name, plan, micro, epochs, rate, cutoff, tmp_path: Path) -> None:
     status, argv = run_script(name, tmp_path)
-    assert status == 0 and argv[:2] == ["-m", "ltu.finetune"]
+    assert status == 0 and argv[:2] == ["-m", f"{name.split('/')[0] if '/' in name else 'ltu'}.finetune"]
     model, data, run = parse_args(argv[2:])
     assert model.trainable_params == plan
     assert model.lora_target_modules == ('["dummy"]' if plan == "proj" else "[q_proj,v_proj]")
@@ -77,6 +83,18 @@ def test_each_stage_starts_where_the_one_before_ended(tmp_path: Path) -> None:
         assert model.base_model == before and run.output_dir == f"out dir/{name}"
         assert data.data_path == f"rows/{name.split('_')[0]}.json"
         before = run.output_dir
+
+
+def test_stages_of_ltu_as(tmp_path: Path) -> None:
+    """Both kinds of stage 3 start from stage 2; features come from a folder if one is named."""
+    found = {}
+    for name in ("stage1_proj_cla", "stage2_all_cla", "stage3_all_mix_v1", "stage3_all_mix_v2"):
+        _, argv = run_script(f"ltu_as/{name}", tmp_path, BASE="my_init", EXP="out dir", FEATURES="my features")
+        found[name], data, run = parse_args(argv[2:])
+        assert run.output_dir == f"out dir/{name}" and data.feature_root == "my features"
+    starts = [Path(model.base_model).name for model in found.values()]
+    assert starts == ["my_init", "stage1_proj_cla", "stage2_all_cla", "stage2_all_cla"]
+    assert parse_args(run_script("ltu_as/stage1_proj_cla", tmp_path)[1][2:])[1].feature_root is None
 
 
 @pytest.mark.parametrize("name", [*STAGES, "finetune_toy"])

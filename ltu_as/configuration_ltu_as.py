@@ -1,0 +1,62 @@
+"""The numbers that LTU-AS adds: its ear, TLTR, on the layers of Whisper's encoder."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ltu.configuration_ltu import LtuConfig
+
+
+class TltrConfig(PreTrainedConfig):
+    """The time-and-layer-wise transformer of Whisper-AT: LTU-AS's ear.
+
+    Args:
+        hidden_size: width of the Whisper encoder.
+        num_whisper_layers: blocks of that encoder, each of which gives its output.
+        num_audio_tokens: time steps of 0.4 s; 25 are 10 s.
+        num_time_heads, num_layer_heads: heads of the transformer over time, and of the one over layers.
+        feature_divisor: see `ltu.CavMaeConfig`; TLTR needs none.
+    """
+
+    model_type = "tltr"
+
+    def __init__(
+        self,
+        hidden_size: int = 1280,
+        num_whisper_layers: int = 32,
+        num_audio_tokens: int = 25,
+        num_time_heads: int = 1,
+        num_layer_heads: int = 8,
+        layer_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        feature_divisor: float = 1.0,
+        **kwargs: Any,
+    ):
+        for name, heads in (("num_time_heads", num_time_heads), ("num_layer_heads", num_layer_heads)):
+            if hidden_size % heads:
+                raise ValueError(
+                    f"hidden_size {hidden_size} does not divide by {name} {heads}. Choose a divisor of it."
+                )
+        self.hidden_size = hidden_size
+        self.num_whisper_layers = num_whisper_layers
+        self.num_audio_tokens = num_audio_tokens
+        self.num_time_heads = num_time_heads
+        self.num_layer_heads = num_layer_heads
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        self.feature_divisor = feature_divisor
+        super().__init__(**kwargs)
+
+
+class LtuAsConfig(LtuConfig):
+    """`LtuConfig` whose ear is TLTR unless `audio_config` says otherwise."""
+
+    model_type = "ltu_as"
+    default_audio_model_type = "tltr"
+
+    def __init__(self, **kwargs: Any):  # Without it transformers generates one that skips LtuConfig's.
+        super().__init__(**kwargs)
+
+
+AutoConfig.register("tltr", TltrConfig)
+AutoConfig.register("ltu_as", LtuAsConfig)

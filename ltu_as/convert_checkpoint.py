@@ -1,0 +1,85 @@
+"""Released files and small parts -> a checkpoint folder of LTU-AS, every key accounted for.
+
+    python -m ltu_as.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE.bin --output_dir DIR
+    python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --ear whisper_at_large_v1.pth --output_dir DIR
+    python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --ear vicuna_ltuas --output_dir DIR
+    python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --whisper whisper-tiny.en/whisper.pt --output_dir DIR
+
+`--ear` is the TLTR of a Whisper-AT file ("ori", the full width), of a released folder, or none: random, said loudly.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
+from ltu import convert_checkpoint
+from ltu.convert_checkpoint import REFUSED, LtuKind
+from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
+from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
+from ltu_as.processing_ltu_as import LtuAsProcessor
+
+TLTR_KEYS = [
+    (r"((?:time|layer)_tr\..+)", r"audio_tower.\1", None),
+    (r"mlp_layer\..+", None, "the classifier of AudioSet's 527 classes"),
+    (r"down_layer\..+", None, f"{REFUSED}a 'low' Whisper-AT, 512 wide behind a layer that LTU-AS has not; take 'ori'"),
+]
+# (Blocks, width) of Whisper's encoder; a file of one says so itself.
+WHISPER_SIZES = {"tiny": (4, 384), "base": (6, 512), "small": (12, 768), "medium": (24, 1024), "large": (32, 1280)}
+
+
+class LtuAsKind(LtuKind):
+    config_class = LtuAsConfig
+    processor_class = LtuAsProcessor
+    ear_keys = TLTR_KEYS
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--whisper", default="large-v1", help="gives features: a name, or an openai-whisper .pt file"
+        )
+        parser.add_argument("--transcription_model", help="gives transcripts (large-v2 beside large-v1, else the same)")
+        parser.add_argument("--feature_precision", default="fp16", choices=("fp16", "fp32"), help="of its encoder")
+        parser.add_argument("--num_time_heads", type=int, default=1, help="of TLTR; no file shows it")
+        parser.add_argument("--num_layer_heads", type=int, default=8, help="of TLTR; no file shows it")
+
+    def ear_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> TltrConfig:
+        """Sizes of the Whisper, held against the tensors, if there are any."""
+        if Path(args.whisper).is_file():
+            layers, _, width = LtuAsFeatureExtractor.shape_of(args.whisper)
+        else:
+            layers, width = WHISPER_SIZES.get(args.whisper.split(".")[0].split("-")[0], (None, None))
+        if width is None:
+            raise ValueError(
+                f"--whisper {args.whisper!r} is no file and no known name. Give a name such as large-v1, or the path "
+                "of an openai-whisper .pt file."
+            )
+        query = state.get("audio_tower.time_tr.attn.query.weight")
+        if state and query is None:
+            raise KeyError("The file holds no TLTR (time_tr.attn.query.weight): not a whole checkpoint of LTU-AS.")
+        if state and len(query) != width:
+            raise ValueError(
+                f"The file holds a TLTR of width {len(query)}, but Whisper {args.whisper} gives features of width "
+                f"{width}. Name the Whisper that it was trained with: --whisper"
+            )
+        heads = {"num_time_heads": args.num_time_heads, "num_layer_heads": args.num_layer_heads}
+        return TltrConfig(hidden_size=width, num_whisper_layers=layers, **heads)
+
+    def extractor_settings(self, args: argparse.Namespace) -> dict:
+        text_model = args.transcription_model or ("large-v2" if args.whisper == "large-v1" else None)
+        settings = {"whisper_model": args.whisper, "transcription_model": text_model}
+        if Path(args.whisper).is_file():
+            settings["whisper_fingerprint"] = LtuAsFeatureExtractor.fingerprint_of(args.whisper)
+        return settings | {"feature_precision": args.feature_precision}
+
+
+def main(argv: list[str] | None = None) -> None:
+    convert_checkpoint.main(argv, LtuAsKind())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (FileNotFoundError, KeyError, ValueError) as error:  # The user's to mend; a traceback would hide it.
+        sys.exit(f"error: {error.args[-1] if isinstance(error, KeyError) else error}")

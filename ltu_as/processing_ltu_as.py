@@ -1,0 +1,145 @@
+"""What LTU-AS does with a clip before its ear: features of Whisper's layers, computed or stored, and a transcript."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoFeatureExtractor, AutoProcessor
+
+from ltu.audio import AudioError, load_audio
+from ltu.processing_ltu import AudioSource, Heard, LtuProcessor
+from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
+from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
+from ltu_as.feature_store import FeatureError, FeatureStore
+
+MODELS = ("whisper_model", "transcription_model")  # Settings of the extractor that may be files.
+
+
+class LtuAsProcessor(LtuProcessor):
+    """`LtuProcessor` with Whisper: where no transcript is given it writes one; "" says that there is none.
+
+    Args:
+        feature_extractor: `LtuAsFeatureExtractor`; others as for `LtuProcessor`.
+    """
+
+    extractor_sizes = {"num_layers": "num_whisper_layers", "hidden_size": "hidden_size"}
+    store: FeatureStore | None = None
+
+    def use(
+        self,
+        feature_root: str | None = None,
+        feature_precision: str | None = None,
+        whisper: str | None = None,
+        transcription_model: str | None = None,
+    ) -> None:
+        """Change what the model hears with. Another precision than it was trained with is a warning, and is kept.
+
+        Args:
+            feature_root: folder of `ltu_as.extract_whisper_feature`, or of the original's `.npz` files.
+            feature_precision: "fp16" or "fp32", of Whisper's encoder.
+            whisper, transcription_model: the same models in another place, each a name or a `.pt` file.
+
+        Raises:
+            ValueError: the store's features are another Whisper's.
+        """
+        extractor = self.feature_extractor
+        extractor.whisper_model = whisper or extractor.whisper_model
+        extractor.transcription_model = transcription_model or extractor.transcription_model
+        if feature_root is not None:
+            self.store = FeatureStore(feature_root)
+            self._check_store(self.store.description)
+            feature_precision = feature_precision or self.store.description.get("feature_precision")
+        if feature_precision not in (None, extractor.feature_precision):
+            warnings.warn(
+                f"This checkpoint was made with features of {extractor.feature_precision}, now they are of "
+                f"{feature_precision}: answers may be a little worse. Use --feature_precision "
+                f"{extractor.feature_precision}, or features extracted with it.",
+                stacklevel=2,
+            )
+            extractor.feature_precision = feature_precision
+
+    def _check_store(self, store: dict) -> None:
+        extractor = self.feature_extractor
+        shape = [extractor.num_layers, extractor.num_tokens, extractor.hidden_size]
+        mine, theirs = extractor.whisper_fingerprint, store.get("fingerprint")
+        if store.get("shape", shape) != shape or (mine and theirs and mine != theirs):
+            raise ValueError(
+                f"The features in {self.store.folder} are of Whisper {store.get('whisper_model')} (fingerprint "
+                f"{str(theirs)[:12]}, shape {store.get('shape')}), the checkpoint's of {extractor.whisper_model} "
+                f"({str(mine)[:12]}, {shape}). Extract them anew: python -m ltu_as.extract_whisper_feature --model DIR"
+            )
+
+    def hear(self, audio: AudioSource, audio_id: str | None = None) -> Heard:
+        """A clip, from the feature folder if that holds it; `LtuProcessor.hear` says what is raised."""
+        try:
+            stored = self.store.read(audio_id) if self.store is not None and audio_id else None
+        except FeatureError as error:
+            raise AudioError(str(audio_id), "unreadable", str(error)) from error
+        if stored is None:
+            return super().hear(audio)
+        seconds = self.feature_extractor.window_seconds if stored.seconds is None else stored.seconds
+        return Heard(audio, seconds, features=stored.features, transcript=stored.transcript)
+
+    def complete_transcripts(self, clips: list[Heard | None], transcripts: list[str | None]) -> list[str]:
+        """Whisper's transcript for each clip that has None. A question without a clip has none."""
+        pairs = list(zip(clips, transcripts, strict=True))
+        todo = {id(c): c for c, text in pairs if text is None and c is not None and c.transcript is None}.values()
+        if todo:
+            waveforms = [load_audio(clip.source) if clip.waveform is None else clip.waveform for clip in todo]
+            for clip, text in zip(todo, self.feature_extractor.transcribe(waveforms), strict=True):
+                clip.transcript = text
+        return [(clip.transcript if clip else "") if text is None else text for clip, text in pairs]
+
+    def complete_rows(self, rows: list[dict], batch_size: int = 16) -> list[dict]:
+        """Rows with `input`: as it is, or Whisper's transcript where it is absent. A clip that cannot be heard has
+        none; training skips and counts it."""
+        wanted = {row["audio"]: row.get("audio_id") for row in rows if row.get("input") is None and row["audio"]}
+        texts: dict[str, str] = {}
+        names = list(wanted)
+        for start in tqdm(range(0, len(names), batch_size), desc="transcripts", unit="batch", disable=not names):
+            clips = {}
+            for audio in names[start : start + batch_size]:
+                try:
+                    clip = self.hear(audio, wanted[audio])
+                    has_words = clip.transcript is not None or clip.waveform is not None
+                    clips[audio] = clip if has_words else super().hear(audio)
+                except AudioError:
+                    continue
+            texts |= dict(zip(clips, self.complete_transcripts(list(clips.values()), [None] * len(clips)), strict=True))
+        return [row | {"input": texts.get(row["audio"], "")} if row.get("input") is None else row for row in rows]
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the stock method; where features lie is not part of a processor."""
+        return {name: value for name, value in super().to_dict(*args, **kwargs).items() if name != "store"}
+
+    # Where the weights of Whisper lie is written relative to the folder, so that both can move together.
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
+        """As the stock method, the places of Whisper's files relative to the folder."""
+        extractor = self.feature_extractor
+        kept = {name: getattr(extractor, name) for name in MODELS}
+        try:
+            for name, place in kept.items():
+                if place is not None and Path(place).is_file():
+                    relative = os.path.relpath(Path(place).resolve(), Path(save_directory).resolve())
+                    setattr(extractor, name, relative if relative.startswith(".") else f"./{relative}")
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            for name, place in kept.items():
+                setattr(extractor, name, place)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "LtuAsProcessor":
+        """As the stock method."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for name in MODELS:
+            place = getattr(processor.feature_extractor, name)
+            if place is not None and place.startswith("."):
+                setattr(processor.feature_extractor, name, str((Path(pretrained_model_name_or_path) / place).resolve()))
+        return processor
+
+
+AutoFeatureExtractor.register(TltrConfig, LtuAsFeatureExtractor)
+AutoProcessor.register(LtuAsConfig, LtuAsProcessor)

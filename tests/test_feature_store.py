@@ -1,0 +1,271 @@
+"""The folder of features: its files, the original's files, and their extraction, killed and shared."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ltu_as import extract_whisper_feature
+from ltu_as.feature_store import FeatureError, FeatureStore, original_name
+from tests.whisper_tiny import save_whisper
+
+ROOT = Path(__file__).parents[1]
+SHAPE = [4, 25, 64]
+DESCRIPTION = {"whisper_model": "tiny.pt", "fingerprint": "ab" * 32, "feature_precision": "fp32", "shape": SHAPE}
+
+
+def features(seed: int = 0, shape: list[int] = SHAPE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore.create(tmp_path / "store", DESCRIPTION)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [SHAPE, [1, 1, 3]])
+def test_read_is_what_was_written(tmp_path: Path, dtype: torch.dtype, shape: list[int]) -> None:
+    store = FeatureStore.create(tmp_path, DESCRIPTION | {"shape": shape})
+    content = features(shape=shape, dtype=dtype)
+    content.view(-1)[:3] = torch.tensor([0.0, -1e-7, 6e4])
+    store.write("a/ö clip.wav", content, "He said “no”.", 1.5)
+    stored = store.read("a/ö clip.wav")
+    assert torch.equal(stored.features, content) and stored.features.dtype == dtype
+    assert (stored.transcript, stored.seconds) == ("He said “no”.", 1.5)
+    assert store.has("a/ö clip.wav", with_transcript=True)
+    store.write("b/ö clip.wav", content, None, None)  # The same stem in another folder is another clip.
+    assert store.has("b/ö clip.wav") and not store.has("b/ö clip.wav", with_transcript=True)
+    assert store.read("c/ö clip.wav") is None and not store.has("c/ö clip.wav")
+
+
+def test_opened_again(store: FeatureStore) -> None:
+    store.write("a.wav", features(), "", 1.0)
+    opened = FeatureStore(store.folder)
+    assert opened.description == DESCRIPTION and opened.read("a.wav").transcript == ""
+    assert FeatureStore.create(store.folder, DESCRIPTION | {"whisper_model": "moved.pt"}).has("a.wav")
+    with pytest.raises(FileNotFoundError, match="holds no features.*extract_whisper_feature"):
+        FeatureStore(store.folder / "nothing")
+
+
+def test_damage_is_found(store: FeatureStore) -> None:
+    store.write("a.wav", features(), "hello", 1.0)
+    path = store.path_of("a.wav")
+    whole = path.read_bytes()
+    for content in (b"", whole[:4], whole[:300], whole[:-1], whole + b"x"):
+        path.write_bytes(content)
+        with pytest.raises(FeatureError, match=f"{path.name}.*damaged.*Delete it and run"):
+            store.read("a.wav")
+        assert not store.has("a.wav")
+    for place in (len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with pytest.raises(FeatureError, match="its sum does not fit"):
+            store.read("a.wav")
+    error = pickle.loads(pickle.dumps(FeatureError("p", "r", "w")))
+    assert (error.path, error.reason, error.way_out, str(error)) == ("p", "r", "w", "p: r. w")
+
+
+def test_another_model_is_refused(store: FeatureStore) -> None:
+    for change, words in (
+        ({"fingerprint": "cd" * 32, "whisper_model": "large-v1"}, "tiny.pt.*large-v1.*abab.*there, cdcd.*now"),
+        ({"shape": [6, 25, 512]}, r"\[4, 25, 64\] there, \[6, 25, 512\] now"),
+        ({"feature_precision": "fp16"}, "feature_precision fp32 there, fp16 now"),
+        ({"computed_in": "fp32"}, "computed_in None there, fp32 now"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s){words}.*Choose another folder"):
+            FeatureStore.create(store.folder, DESCRIPTION | change)
+
+
+def test_wrong_width_names_both(store: FeatureStore, tmp_path: Path) -> None:
+    with pytest.raises(FeatureError, match=r"\[4, 25, 32\] is not the store's \[4, 25, 64\]"):
+        store.write("a.wav", features(shape=[4, 25, 32]), "", 1.0)
+    other = FeatureStore.create(tmp_path / "other", DESCRIPTION | {"shape": [4, 25, 32]})
+    other.write("a.wav", features(shape=[4, 25, 32]), "", 1.0)
+    store.path_of("a.wav").parent.mkdir()
+    other.path_of("a.wav").rename(store.path_of("a.wav"))
+    with pytest.raises(FeatureError, match=r"= \[4, 25, 32\], needed are \[4, 25, 64\]. It is another Whisper's"):
+        store.read("a.wav")
+
+
+def test_failed_clips_have_a_mark_and_no_features(store: FeatureStore) -> None:
+    store.fail("a.wav", "missing", "a.wav: no such file")
+    assert store.read("a.wav") is None and not store.has("a.wav")
+    assert store.failures() == [{"audio_id": "a.wav", "reason": "missing", "detail": "a.wav: no such file"}]
+    store.write("a.wav", features(), "", 1.0)
+    assert store.failures() == []
+
+
+def test_original_names(golden: Path) -> None:
+    names = json.loads((golden / "whisper.json").read_text())["file_names"]["training"]
+    assert {path: original_name(path) for path in names} == {path: f"{name}.npz" for path, name in names.items()}
+
+
+def test_original_folders_are_read(tmp_path: Path) -> None:
+    content = features().half()
+    np.savez_compressed(tmp_path / "b_c_d_clip.npz", content.numpy())
+    np.savez_compressed(tmp_path / "e.f.npz", content.numpy() + 1)
+    np.savez_compressed(tmp_path / "x_failed.npz", np.zeros((32, 25, 1280), np.float32))
+    (tmp_path / "x_bad.npz").write_bytes(b"PK")
+    store = FeatureStore(tmp_path)
+    assert store.description == {}
+    assert torch.equal(store.read("/a/b/c/d/clip.wav").features, content)
+    assert torch.equal(store.read("/p/q/e.f.mp3").features, content + 1)  # inference_batch of the original: the stem
+    assert store.read("/p/q/e.f.mp3")[1:] == (None, None)
+    assert store.read("x/failed.wav") is None and not store.has("x/failed.wav") and store.has("e.f.wav")
+    with pytest.raises(FeatureError, match="x_bad.npz: no features of the original"):
+        store.read("x/bad.wav")
+    (tmp_path / "x_bad.npz").unlink()
+    assert [(mark["audio_id"], mark["reason"]) for mark in store.failures()] == [("x_failed.npz", "zeros")]
+    with pytest.raises(FeatureError, match=r"\[4, 25, 64\], needed are \[32, 25, 1280\]"):
+        FeatureStore(tmp_path, shape=[32, 25, 1280]).read("/a/b/c/d/clip.wav")
+    for write in (lambda: store.write("a.wav", content, "", 1.0), lambda: FeatureStore.create(tmp_path, DESCRIPTION)):
+        with pytest.raises(ValueError, match="npz files of the original, which are only read"):
+            write()
+
+
+# Extraction.
+
+CLIPS = 30
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    save_whisper(folder / "tiny.pt", n_audio_layer=2)
+    rows = []
+    for number in range(CLIPS):
+        sound = np.random.default_rng(number).standard_normal(4000 + 900 * number) * 0.1
+        soundfile.write(folder / f"clip{number}.wav", sound, 16_000)
+        row = {"instruction": "What is it?", "audio_id": f"clip{number}.wav", "input": "words" if number % 3 else None}
+        rows.append(row if number % 3 else {key: row[key] for key in row if key != "input"})
+    rows.append({"instruction": "No sound?", "audio_id": "empty"})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def flags(data: Path, folder: Path, *more: str) -> list[str]:
+    settings = {"data_path": data / "rows.json", "output_dir": folder, "whisper": data / "tiny.pt"}
+    settings |= {"feature_precision": "fp32", "batch_size": "4", "device": "cpu"}
+    return [*(word for name, value in settings.items() for word in (f"--{name}", str(value))), *more]
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory) -> dict[str, str]:
+    """The files of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert extract_whisper_feature.main(flags(data, folder)) == 0
+    return files_of(folder)
+
+
+def start(data: Path, folder: Path, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ltu_as.extract_whisper_feature", *flags(data, folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_extraction_keeps_what_is_wanted(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    assert extract_whisper_feature.main(flags(data, tmp_path)) == 0
+    assert files_of(tmp_path) == whole and len(whole) == CLIPS + 2
+    store = FeatureStore(tmp_path)
+    stored = [store.read(f"clip{number}.wav") for number in range(CLIPS)]
+    assert all(clip.features.any() and clip.features.dtype == torch.float32 for clip in stored)
+    assert [clip.transcript is not None for clip in stored] == [number % 3 == 0 for number in range(CLIPS)]
+    assert stored[4].seconds == (4000 + 900 * 4) / 16_000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert extract_whisper_feature.main(flags(data, tmp_path)) == 0  # Nothing is done twice ...
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert extract_whisper_feature.main(flags(data, tmp_path, "--transcribe", "all")) == 0  # ... but words are added.
+    assert all(store.has(f"clip{number}.wav", with_transcript=True) for number in range(CLIPS))
+
+
+def test_killed_at_random_and_run_again(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    chance = random.Random(0)
+    partial = []
+    for _ in range(3):
+        process = start(data, tmp_path)
+        done = len(files_of(tmp_path))
+        wanted = done + chance.randint(1, 8)  # Files come to be from the first batch on; then at any moment.
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.rglob("*"))) < wanted and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        partial.append(len(list(tmp_path.rglob("*.safetensors"))))
+    assert 0 < partial[0] < CLIPS, "the run was to be killed on its way"
+    cut = next(tmp_path.rglob("*.safetensors"))
+    cut.write_bytes(cut.read_bytes()[:-100])  # What a power cut may leave.
+    cut.with_name(f"{cut.name}.tmp").write_bytes(b"half")  # And what kill -9 may.
+    assert extract_whisper_feature.main(flags(data, tmp_path)) == 0
+    assert files_of(tmp_path) == whole
+
+
+def test_two_processes_make_the_same_files(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    ranks = [start(data, tmp_path, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    assert [rank.communicate() and rank.returncode for rank in ranks] == [0, 0]
+    assert files_of(tmp_path) == whole
+
+
+def test_failures_are_named_and_never_zeros(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (data / "noise.wav").write_bytes(b"RIFF")
+    rows = [{"instruction": "?", "audio_id": name, "input": ""} for name in ("clip1.wav", "noise.wav", "gone.wav")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    command = flags(data, tmp_path / "out", "--audio_root", str(data))
+    command[1] = str(tmp_path / "rows.jsonl")
+    assert extract_whisper_feature.main(command) == 1
+    assert "gone.wav: no such file" in capsys.readouterr().err
+    assert extract_whisper_feature.main([*command, "--max_bad", "2"]) == 0
+    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    assert {key: ledger[key] for key in ("clips", "stored", "failed", "not_done")} == {
+        "clips": 3, "stored": 1, "failed": 2, "not_done": 0,
+    }  # fmt: skip
+    assert ledger["reasons"] == {"missing": 1, "unreadable": 1}
+    store = FeatureStore(tmp_path / "out")
+    assert store.read("gone.wav") is None and len(list(store.folder.rglob("*.safetensors"))) == 1
+    (data / "gone.wav").write_bytes((data / "clip2.wav").read_bytes())
+    assert extract_whisper_feature.main([*command, "--max_bad", "1"]) == 0
+    (data / "gone.wav").unlink()
+    assert [mark["audio_id"] for mark in store.failures()] == ["noise.wav"]
+
+
+def test_overflow_is_a_failure(data: Path, tmp_path: Path, monkeypatch) -> None:
+    whisper_features = extract_whisper_feature.LtuAsFeatureExtractor.__call__
+
+    def overflow(self, *args, **kwargs):
+        batch = whisper_features(self, *args, **kwargs)
+        batch.input_features[0, 0, 0, 0] = float("inf")
+        return batch
+
+    monkeypatch.setattr(extract_whisper_feature.LtuAsFeatureExtractor, "__call__", overflow)
+    assert extract_whisper_feature.main(flags(data, tmp_path, "--transcribe", "none", "--max_bad", "7")) == 1
+    assert json.loads((tmp_path / "ledger.json").read_text())["reasons"] == {"not_finite": 8}  # one a batch
+
+
+def test_extraction_refuses_what_does_not_fit(data: Path, whole, tmp_path: Path) -> None:
+    FeatureStore.create(tmp_path, DESCRIPTION)
+    with pytest.raises(ValueError, match="fingerprint abab"):
+        extract_whisper_feature.main(flags(data, tmp_path))
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "q.json").write_text(json.dumps([{"instruction": "?", "audio_id": "clip0.wav"}]))
+    command = flags(data, tmp_path / "out", "--data_path", str(tmp_path / "x/q.json"), str(tmp_path / "y/q.json"))
+    with pytest.raises(ValueError, match="clip0.wav' is .*x/clip0.wav and .*y/clip0.wav"):
+        extract_whisper_feature.main(command)
+    process = start(data, tmp_path)
+    assert b"error: " in process.communicate()[1] and process.returncode == 1

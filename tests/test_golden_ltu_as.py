@@ -1,0 +1,193 @@
+"""LTU-AS against what the original gave: TLTR, audio tokens, logits, loss, gradients and five steps of training.
+
+Notable:
+- the tiny model goes through `ltu_as.convert_checkpoint`, and the features lie in a folder as the original wrote them
+  (`.npz`, its own names), so the numbers hold the conversion and the reading too;
+- the features are noise by `golden/rule_init.py`.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ltu.arguments import parse_args
+from ltu.collator import LtuCollator
+from ltu.finetune import make_trainer
+from ltu.micro_batches import MicroBatches
+from ltu.processing_ltu import IGNORED
+from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
+from ltu_as.convert_checkpoint import main
+from tests.golden.rule_init import seeded
+from tests.released import GOLDEN, convert, our_name, read, trained_state, write_llm
+
+CUTOFF = 96
+BOUND = 1e-5
+RELATIVE = 2e-5  # Of gradients and of what training gives: sums of many terms, each rounded to 6e-8.
+
+
+def worst(found: torch.Tensor, expected: np.ndarray) -> float:
+    assert tuple(found.shape) == expected.shape
+    return float(np.abs(found.detach().numpy() - expected).max())
+
+
+def stored(name: str) -> dict[str, np.ndarray]:
+    return np.load(GOLDEN / f"{name}.npz")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Checkpoint folders "all" and "no_lora", and the features of the toy rows."""
+    folder, state = tmp_path_factory.mktemp("golden_as"), trained_state("layout_ltu_as")
+    llm = write_llm(folder / "llm")
+    convert(state, llm, folder / "all", main)
+    convert({key: value for key, value in state.items() if "lora" not in key}, llm, folder / "no_lora", main)
+    (folder / "features").mkdir()
+    for index, row in enumerate(read("toy_ltu_as")):
+        parts = row["audio_id"].removesuffix(".flac").split("/")  # The original's name: three folders and the file.
+        features = seeded(f"ltuas.feat.clip{index}", (32, 25, 1280), -2, 2)
+        np.savez_compressed(folder / "features" / f"{'_'.join(parts[-4:])}.npz", features)
+    yield folder
+    shutil.rmtree(folder)  # 700 MB, and pytest keeps the folders of three runs.
+
+
+@pytest.fixture(scope="module")
+def model(root: Path) -> LtuAsForConditionalGeneration:
+    return LtuAsForConditionalGeneration.from_pretrained(root / "all")
+
+
+@pytest.fixture(scope="module")
+def processor(root: Path) -> LtuAsProcessor:
+    processor = LtuAsProcessor.from_pretrained(root / "all")
+    processor.use(feature_root=str(root / "features"))
+    return processor
+
+
+def collate(processor: LtuAsProcessor, rows: list[int], audio: bool = True) -> dict[str, torch.Tensor]:
+    """These toy rows as a batch of the original's training."""
+    items = []
+    for row in (read("toy_ltu_as")[index] for index in rows):
+        ids, labels = processor.encode_example(row, CUTOFF)
+        features = processor.read_features(row | {"audio": row["audio_id"]}) if audio else None
+        items.append({"input_ids": ids, "labels": labels, "input_features": features})
+    return LtuCollator(processor, original_positions=True)(items)
+
+
+@torch.no_grad()
+def test_ear(golden_report, model, processor) -> None:
+    features, arrays, seen = collate(processor, [0, 1])["input_features"], stored("encoder_ltu_as"), []
+    hook = model.audio_tower.time_tr.register_forward_hook(lambda *call: seen.append(call[2]))
+    heard = model.audio_tower(features)
+    hook.remove()
+    time = seen[0].unflatten(0, (2, 32))[:, ::4, ::4, ::64]
+    golden_report("TLTR", "over time", worst(time, arrays["time_tr_strided"]), BOUND)
+    golden_report("TLTR", "output", worst(heard, arrays["tltr_out"]), BOUND)
+    golden_report("TLTR", "audio tokens", worst(model.get_audio_features(features), arrays["audio_tokens"]), BOUND)
+    # Neither transformer knows positions: layers may come in any order, and time steps move with their vectors.
+    golden_report("TLTR", "layers reversed", worst(model.audio_tower(features.flip(1)), arrays["tltr_out"]), BOUND)
+    backwards = model.audio_tower(features.flip(2))
+    golden_report("TLTR", "time reversed", worst(backwards.flip(1), arrays["tltr_out"]), BOUND)
+    assert worst(backwards, arrays["tltr_out"]) > 1  # The bounds can be broken.
+
+
+@pytest.mark.parametrize("name", ["b3", "b1"])
+def test_forward_and_gradients(golden_report, model, processor, name: str) -> None:
+    figures, arrays = read("forward_ltu_as")[name], stored("forward_ltu_as")
+    batch = collate(processor, figures["examples"])
+    model.set_trainable("all")
+    output = model(**batch)
+    text = slice(-arrays[f"{name}.input_ids"].shape[1], None)
+    golden_report("LTU-AS forward", f"{name}, ids", worst(batch["input_ids"][:, text], arrays[f"{name}.input_ids"]), 0)
+    golden_report("LTU-AS forward", f"{name}, logits", worst(output.logits[:, text], arrays[f"{name}.logits"]), BOUND)
+    golden_report("LTU-AS forward", f"{name}, loss", abs(output.loss.item() - figures["loss"]), BOUND)
+    labels = arrays[f"{name}.labels"].copy()
+    for row, length in enumerate(figures["lengths"]):
+        if length == labels.shape[1]:  # No pad before <s>: what stands there is audio, and that predicts no label.
+            labels[row, 0] = IGNORED
+    golden_report("LTU-AS forward", f"{name}, labels", worst(batch["labels"][:, text], labels), 0)
+    mask = arrays[f"{name}.attention_mask"]
+    golden_report("LTU-AS forward", f"{name}, mask", worst(batch["attention_mask"], mask), 0)
+
+    output.loss.backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    total = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
+    golden_report("LTU-AS gradients", f"{name}, norm of all", abs(total / figures["grad_norm_total"] - 1), RELATIVE)
+    for key, norm in figures["grad_norms"].items():
+        gradient = gradients.pop(our_name(key))
+        error = abs(gradient.norm().item() - norm) / norm
+        golden_report("LTU-AS gradients", f"{name}, norm of {our_name(key)}", error, RELATIVE)
+        if f"{name}.grad.{key}" in arrays:
+            sample = arrays[f"{name}.grad.{key}"]
+            stride = 101 if "audio_proj.1.weight" in key else 1009 if "audio_encoder" in key else 1
+            error = worst(gradient.flatten()[::stride].reshape(sample.shape), sample) / np.abs(sample).max()
+            golden_report("LTU-AS gradients", f"{name}, {our_name(key)}", error, RELATIVE)
+    assert not gradients
+
+
+@torch.no_grad()
+def test_variants(golden_report, root, model, processor) -> None:
+    """No mask; no LoRA; positions that do not count pads; text only."""
+    figures, arrays = read("forward_ltu_as"), stored("forward_ltu_as")
+    batch = collate(processor, figures["b3"]["examples"])
+
+    def compare(variant: str, model: LtuAsForConditionalGeneration, batch: dict) -> None:
+        output = model(**batch)
+        error = abs(output.loss.item() - figures[variant]["loss"])
+        golden_report("LTU-AS variants", f"{variant}, loss", error, BOUND)
+        if f"{variant}.logits_strided" in arrays:
+            error = worst(output.logits[:, -CUTOFF:][:, ::8], arrays[f"{variant}.logits_strided"])
+            golden_report("LTU-AS variants", f"{variant}, logits", error, BOUND)
+
+    compare("b3_nomask", model, {key: value for key, value in batch.items() if key != "attention_mask"})
+    compare("b3_nolora", LtuAsForConditionalGeneration.from_pretrained(root / "no_lora"), batch)
+    compare("b3_cumsum_positions", model, batch | {"position_ids": None})
+    model.language_model.set_attn_implementation("eager")  # What pads see depends on the kernel: test_golden_model.py.
+    try:
+        compare("b3_textonly", model, collate(processor, figures["b3"]["examples"], audio=False))
+    finally:
+        model.language_model.set_attn_implementation("sdpa")
+
+
+def test_five_steps(golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ear, projection and a fresh LoRA, by the trainer's own flags, from a folder of features."""
+    monkeypatch.setattr(MicroBatches, "order", lambda self, epoch: list(range(len(self.lengths))))
+    figures, arrays = read("traj_ltu_as_all"), stored("traj_ltu_as_all")
+    names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
+    flags = {name: figures["args"][name] for name in (*names, "batch_size", "micro_batch_size", "num_epochs")}
+    flags |= {name: figures["trainer_args"][name] for name in ("warmup_steps", "max_steps", "seed")}
+    flags |= {"base_model": root / "all", "data_path": GOLDEN / "toy_ltu_as.json", "output_dir": tmp_path}
+    flags |= {"feature_root": root / "features", "original_positions": True, "bf16": False, "logging_steps": 1}
+    trainer = make_trainer(*parse_args([word for flag, value in flags.items() for word in (f"--{flag}", str(value))]))
+    trainer.args.save_strategy = "no"
+    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    start, shapes = {name: parameter.detach().clone() for name, parameter in trained.items()}, []
+    trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: shapes.append(list(kwargs["attention_mask"].shape)), with_kwargs=True
+    )
+    trainer.train()
+
+    def report(name: str, error: float, bound: float) -> None:
+        golden_report("LTU-AS, five steps", name, error, bound)
+
+    report("names", set(trained) != {our_name(key) for key in figures["trainable_names"]}, 0)
+    report("shapes", shapes != [shape["attention_mask"] for shape in figures["micro_shapes"]], 0)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for index, (entry, expected) in enumerate(zip(logged, figures["log_history"][:5], strict=True)):
+        norm = figures["grad_norm_before_clip"][index]
+        report(f"rate logged at step {index + 1}", entry["learning_rate"] != expected["learning_rate"], 0)
+        report(f"loss of step {index + 1}", abs(entry["loss"] - figures["micro_losses"][index]), BOUND)
+        report(f"gradient norm of step {index + 1}", abs(entry["grad_norm"] / norm - 1), RELATIVE)
+    for key, length in figures["final_param_l2"].items():
+        name = our_name(key)
+        value = trained[name].detach().double()
+        report(f"length of {name}", abs(value.norm().item() / length - 1), RELATIVE)
+        moved = (value - start[name].double()).norm().item()
+        report(f"way of {name}", abs(moved / figures["final_param_delta_l2"][key] - 1), 1e-3)
+    for key, expected in arrays.items():
+        value = trained[our_name(key)].detach().flatten()
+        sample = value[:: max(1, -(-len(value) // expected.size))].reshape(-1)[: expected.size]
+        report(f"values of {our_name(key)}", worst(sample, expected.flatten()), 1e-5)

@@ -1,0 +1,265 @@
+"""The promises of LTU-AS at tiny size: with a real (random) Whisper file, from raw audio and from a feature folder."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+import ltu_as
+from ltu import LtuForConditionalGeneration
+from ltu.arguments import parse_args
+from ltu.finetune import make_trainer
+from ltu.inference_batch import main as inference_batch
+from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu_as.convert_checkpoint import main as convert
+from ltu_as.extract_whisper_feature import main as extract
+from tests import tiny
+from tests.whisper_tiny import save_whisper
+
+QUESTIONS = ["What is it?", "Who says what, and why do you think so?", "Loud?"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Whisper, a language model, a start folder, and rows about clips of noise: with, with empty, without input."""
+    folder = tmp_path_factory.mktemp("ltu_as")
+    save_whisper(folder / "whisper.pt")
+    tiny.write_llm(folder / "llm")
+    flags = f"--init --llm {folder}/llm --whisper {folder}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
+    convert(f"{flags} --output_dir {folder}/init".split())
+    rows = []
+    for index in range(6):
+        soundfile.write(folder / f"{index}.wav", tiny.clip(index, 0.6 + index / 2), 16_000)
+        row = {"instruction": QUESTIONS[index % 3], "audio_id": f"{index}.wav", "output": "rain and a dog"}
+        rows.append(row | ({}, {"input": ""}, {"input": "good morning"})[index % 3])
+    rows.append({"instruction": "Name an animal.", "input": "", "audio_id": "empty", "output": "dog"})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(root: Path) -> Path:
+    extract(f"--data_path {root}/rows.json --output_dir {root}/features --model {root}/init".split())
+    return root / "features"
+
+
+def make(root: Path, output: Path, *flags: str):
+    words = f"--base_model {root}/init --data_path {root}/rows.json --output_dir {output} --batch_size 2"
+    words += " --micro_batch_size 2 --max_steps 3 --warmup_steps 1 --bf16 False --num_workers 0 --logging_steps 1"
+    return make_trainer(*parse_args([*words.split(), "--learning_rate", "1e-3", *flags]))
+
+
+def losses(trainer) -> list[float]:
+    trainer.args.save_strategy = "no"
+    torch.manual_seed(0)  # Of LoRA's dropout: several trainers are made before the first one runs.
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_raw_audio_and_folder_train_alike(root: Path, features: Path, tmp_path: Path) -> None:
+    """Raw, from a folder, and from a folder that lacks half of the clips: the same rows, the same losses."""
+    raw = make(root, tmp_path / "raw")
+    stored = make(root, tmp_path / "stored", "--feature_root", str(features))
+    half = tmp_path / "half"
+    extract(f"--data_path {_some(root, tmp_path)} --audio_root {root} --output_dir {half} --model {root}/init".split())
+    both = make(root, tmp_path / "both", "--feature_root", str(half))
+    for one, other in zip(raw.train_dataset.rows, stored.train_dataset.rows, strict=True):
+        assert one["input"] == other["input"]
+    for index in range(6):
+        heard = raw.train_dataset[index]["input_features"]
+        assert torch.allclose(stored.train_dataset[index]["input_features"], heard, atol=1e-5)
+        assert torch.allclose(both.train_dataset[index]["input_features"], heard, atol=1e-5)
+    expected = losses(raw)
+    assert losses(stored) == pytest.approx(expected, abs=1e-5)
+    assert losses(both) == pytest.approx(expected, abs=1e-5)
+
+
+def _some(root: Path, tmp_path: Path) -> Path:
+    rows = json.loads((root / "rows.json").read_text())
+    (tmp_path / "some.json").write_text(json.dumps(rows[:3]))
+    return tmp_path / "some.json"
+
+
+def test_input_of_a_row(root: Path) -> None:
+    """As it is; "" is none; absent, Whisper writes it."""
+    processor = AutoProcessor.from_pretrained(root / "init")
+    asked = []
+    processor.feature_extractor.transcribe = lambda waveforms: (
+        asked.append(len(waveforms)) or ["words"] * len(waveforms)
+    )
+    rows = [
+        {"audio": str(root / "0.wav"), "audio_id": "0.wav", **given} for given in ({}, {"input": ""}, {"input": " x "})
+    ]
+    assert [row["input"] for row in processor.complete_rows(rows)] == ["words", "", " x "] and asked == [1]
+    batch = processor(text=["Q"] * 3, audio=[str(root / "0.wav")] * 3, transcript=[None, "", "x"])
+    texts = [processor.tokenizer.decode([i for i in ids if i < 512]) for ids in batch["input_ids"].tolist()]
+    assert "words" in texts[0] and "Input" not in texts[1] and "x" in texts[2]
+    assert batch["input_features"].shape == (3, 4, 25, 64)
+
+
+def test_save_and_load(root: Path, tmp_path: Path) -> None:
+    """A trained folder opens by the Auto classes, finds its Whisper from where it lies, and answers as before."""
+    trainer = make(root, tmp_path / "stage")
+    losses(trainer)
+    trainer.save_model()
+    assert json.loads((tmp_path / "stage" / "ltu_state.json").read_text())["stage"] == "stage"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stage")
+    processor = AutoProcessor.from_pretrained(tmp_path / "stage")
+    assert type(model) is ltu_as.LtuAsForConditionalGeneration and type(processor) is ltu_as.LtuAsProcessor
+    assert Path(processor.feature_extractor.whisper_model).samefile(root / "whisper.pt")
+    inputs = processor(text=QUESTIONS[0], audio=str(root / "1.wav"), transcript="")
+    with torch.no_grad():
+        again = model(**inputs).logits
+        assert torch.allclose(trainer.model.eval()(**inputs).logits, again, atol=1e-5)
+        other = model(**inputs | {"input_features": inputs["input_features"].flip(2)}).logits
+        assert not torch.allclose(other, again, atol=1e-3)
+
+
+def test_no_forward_of_its_own() -> None:
+    assert "forward" not in vars(ltu_as.LtuAsForConditionalGeneration)
+
+
+def test_batch_equals_single_and_modes(root: Path) -> None:
+    pipeline = LtuPipeline.from_pretrained(root / "init", device="cpu")
+    requests = [Request(q, str(root / f"{i}.wav"), t) for i, q in enumerate(QUESTIONS) for t in ("", "a dog", None)]
+    together = pipeline(requests, batch_size=9, max_new_tokens=8)
+    alone = [pipeline([request], max_new_tokens=8)[0] for request in requests]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+
+    def answer(**changes) -> tuple[str, str]:
+        found = pipeline([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", **changes)], max_new_tokens=8)[0]
+        return found.text, found.transcript
+
+    assert answer(mode="audio_only") == (alone[3].text, "")
+    text_only = pipeline([Request(QUESTIONS[1], None, "a dog")], max_new_tokens=8)[0].text
+    assert answer(mode="asr_only") == (text_only, "a dog")
+
+
+def test_inference_batch_from_the_feature_folder_alone(root: Path, features: Path, tmp_path: Path) -> None:
+    """The clips themselves are not there: what the folder holds is enough, words included."""
+    for name in ("rows.json",):
+        (tmp_path / name).write_text((root / name).read_text())
+    common = f"--model {root}/init --device cpu --max_new_tokens 6 --data_path"
+    status = inference_batch(
+        f"{common} {tmp_path}/rows.json --output_path {tmp_path}/p.json --feature_root {features}".split()
+    )
+    assert status == 0
+    assert inference_batch(f"{common} {root}/rows.json --output_path {tmp_path}/raw.json".split()) == 0
+    found, raw = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("p", "raw"))
+    assert [row["pred"] for row in found] == [row["pred"] for row in raw]
+    assert [row["transcript"] for row in found] == [row["transcript"] for row in raw]
+
+
+def test_other_precision_is_a_warning_that_names_both(root: Path, features: Path) -> None:
+    processor = AutoProcessor.from_pretrained(root / "init")
+    with pytest.warns(UserWarning, match="fp32.*fp16"):
+        processor.use(feature_precision="fp16")
+    assert processor.feature_extractor.feature_precision == "fp16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoProcessor.from_pretrained(root / "init").use(feature_root=str(features))
+
+
+def test_features_of_another_whisper_are_refused(root: Path, features: Path, tmp_path: Path) -> None:
+    save_whisper(tmp_path / "other.pt", suffix="other")
+    flags = f"--init --llm {root}/llm --whisper {tmp_path}/other.pt --feature_precision fp32 --num_layer_heads 2"
+    convert(f"{flags} --output_dir {tmp_path}/other".split())
+    processor = AutoProcessor.from_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="whisper.pt.*other.pt"):
+        processor.use(feature_root=str(features))
+
+
+def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
+    """Kind is read from the folder; LTU refuses what only LTU-AS has."""
+    ltu_folder = tiny.write_checkpoint(tmp_path / "ltu", root / "llm")
+    pipelines = [LtuPipeline.from_pretrained(folder, device="cpu") for folder in (ltu_folder, root / "init")]
+    assert [type(pipeline.model) for pipeline in pipelines] == [
+        LtuForConditionalGeneration,
+        ltu_as.LtuAsForConditionalGeneration,
+    ]
+    for pipeline in pipelines:
+        assert pipeline([Request("What?", tiny.clip(3))], max_new_tokens=4)[0].status == "ok"
+    with pytest.raises(ValueError, match="only LTU-AS"):
+        pipelines[0].processor.use(feature_precision="fp16")
+
+
+def test_kinds_of_start(root: Path, tmp_path: Path) -> None:
+    """A Whisper-AT file: TLTR is taken, the classifier dropped by name; a 'low' one, or another part, is refused."""
+    start = AutoModelForCausalLM.from_pretrained(root / "init")
+    tltr = {f"module.{key}": value for key, value in start.audio_tower.state_dict().items()}
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out --ear"
+
+    def init(extra: dict) -> Path:
+        torch.save(tltr | extra, tmp_path / "tltr.pth")
+        convert([*flags.split(), str(tmp_path / "tltr.pth")])
+        return tmp_path / "out"
+
+    folder = init({"module.mlp_layer.1.weight": torch.zeros(527, 64)})
+    state = json.loads((folder / "ltu_state.json").read_text())
+    assert list(state["dropped_keys"]) == ["module.mlp_layer.1.weight"]
+    opened = AutoModelForCausalLM.from_pretrained(folder).audio_tower.state_dict()
+    assert all(torch.equal(opened[key.removeprefix("module.")], value) for key, value in tltr.items())
+    with pytest.raises(ValueError, match="low"):
+        init({"down_layer.0.weight": torch.zeros(1)})
+    with pytest.raises(KeyError, match="no rule knows"):
+        init({"time_tr2.weight": torch.zeros(1)})
+
+
+def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
+    """A vicuna_ltuas folder: ear and projection are taken, the language model's keys are dropped by name."""
+    from safetensors.torch import save_file
+
+    start = AutoModelForCausalLM.from_pretrained(root / "init")
+    rng = torch.Generator().manual_seed(0)
+    ear = {
+        f"model.audio_encoder.{k}": torch.randn(v.shape, generator=rng)
+        for k, v in start.audio_tower.state_dict().items()
+    }
+    proj = {
+        f"model.audio_proj.1.{k}": torch.randn(v.shape, generator=rng)
+        for k, v in start.multi_modal_projector.linear.state_dict().items()
+    }
+    folder = tmp_path / "vicuna_ltuas"
+    folder.mkdir()
+    save_file(ear | {"model.embed_tokens.weight": torch.zeros(2, 2)}, folder / "model-00001-of-00002.safetensors")
+    save_file(proj | {"lm_head.weight": torch.zeros(2, 2)}, folder / "model-00002-of-00002.safetensors")
+    (folder / "config.json").write_text((root / "llm" / "config.json").read_text())
+    index = {"weight_map": {}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out"
+    convert(f"{flags} --ear {folder}".split())
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(
+        opened.audio_tower.time_tr.attn.query.weight, ear["model.audio_encoder.time_tr.attn.query.weight"]
+    )
+    assert torch.equal(opened.multi_modal_projector.linear.weight, proj["model.audio_proj.1.weight"])
+    assert len(json.loads((tmp_path / "out" / "ltu_state.json").read_text())["dropped_keys"]) == 2
+
+
+def test_wrong_features_name_both_shapes(root: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / "init")
+    with pytest.raises(ValueError, match=r"4, 25, 64.*2, 25, 64"):
+        model.audio_tower(torch.zeros(1, 2, 25, 64))
+    with pytest.raises(ValueError, match="does not divide"):
+        ltu_as.TltrConfig(hidden_size=10, num_layer_heads=4)
+
+
+def test_one_head_equals_whispers_own_block() -> None:
+    """The merged products of one head, and the mean taken early, against stock Whisper's block."""
+    from whisper.model import ResidualAttentionBlock
+
+    from ltu_as.modeling_tltr import TltrBlock
+
+    hidden = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 7, 32)).astype(np.float32))
+    for heads in (1, 4):
+        theirs = ResidualAttentionBlock(32, heads)
+        ours = TltrBlock(32, heads, 1e-5)
+        ours.load_state_dict(theirs.state_dict())
+        with torch.no_grad():
+            assert torch.allclose(ours(hidden), theirs(hidden), atol=1e-5)
+            assert torch.allclose(ours(hidden, mean=True), theirs(hidden).mean(1), atol=1e-5)

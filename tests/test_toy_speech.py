@@ -1,0 +1,267 @@
+"""The spoken clips of the toy data, and their rows for LTU-AS."""
+
+import json
+import re
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from data.toy import build_as, speech_rows
+from data.toy.attribution import write_speech_attribution
+from data.toy.sounds import read_fold, read_json, read_manifest
+from data.toy.speech import (
+    PEAK,
+    RATE,
+    SPEECH,
+    cut_offs,
+    median_f0,
+    name_of,
+    pitch_and_speed,
+    read_speech,
+    spoken_span,
+    syllables,
+)
+from eval import toy_speech
+from ltu.audio import load_audio
+from ltu.qa_dataset import read_rows
+
+CLIPS = read_speech()
+BY_FILE = {clip["file"]: clip for clip in CLIPS}
+TRAIN, TEST = ([clip for clip in CLIPS if clip["split"] == split] for split in ("train", "test"))
+TEST_VOICES = {"slt_hts", "awb", "kal"}
+HELD_OUT = ["gender", "gender_empty", "words_right", "words_whisper", "words_wrong", "words_none", "pitch", "speed"]
+FIELDS = {"file", "text", "voice", "speaker", "gender", "split", "speed", "pitch", "f0_hz", "syllables_per_second"}
+FIELDS |= {"seconds", "package", "licence", "author", "transcript_check"}
+
+
+def arguments(folder: Path, **changes) -> Namespace:
+    small = dict(fold=0, seed=0, rows=[100, 150, 200], crops=1, mixtures=2, pairs=2, versions=2)
+    return Namespace(**(small | changes | {"output_dir": str(folder)}))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy_as") / "fold0"
+    build_as.make(arguments(folder))
+    return folder
+
+
+def load(folder: Path, name: str):
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def plain(text: str) -> str:
+    text = text.removeprefix(speech_rows.QUESTIONS["closed_prefix"])
+    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+
+
+def spoken_rows(folder: Path, *stages: int) -> list[dict]:
+    rows = [row for stage in stages or (1, 2, 3) for row in load(folder, f"stage{stage}")]
+    return [row for row in rows if row["dataset"] == speech_rows.DATASET]
+
+
+# The committed clips
+
+
+def test_manifest_and_files_agree():
+    assert sorted(BY_FILE) == sorted(path.name for path in SPEECH.glob("*.flac")) and len(CLIPS) == 193
+    assert sum(path.stat().st_size for path in SPEECH.glob("*.flac")) < 6e6
+    for clip in CLIPS:
+        info = soundfile.info(SPEECH / clip["file"])
+        assert (info.samplerate, info.channels, info.subtype) == (RATE, 1, "PCM_16"), clip["file"]
+        assert abs(info.duration - clip["seconds"]) < 0.01 and 1.4 < info.duration < 10, clip["file"]
+        assert set(clip) - {"source_file", "command"} == FIELDS and all(clip[key] for key in FIELDS), clip["file"]
+        assert ("source_file" in clip) != ("command" in clip) and len(clip["text"].split()) >= 4
+    assert not re.search(r"/(work|home|tmp|root)/", (SPEECH / "manifest.jsonl").read_text(encoding="utf-8"))
+
+
+def test_every_clip_has_the_same_band_and_peak():
+    for clip in CLIPS:
+        waveform, _ = soundfile.read(SPEECH / clip["file"])
+        assert abs(np.abs(waveform).max() - PEAK) < 1e-3, clip["file"]
+        power = np.abs(np.fft.rfft(waveform)) ** 2
+        frequencies = np.fft.rfftfreq(len(waveform), 1 / RATE)
+        assert power[(frequencies < 25) | (frequencies > 3650)].sum() < 1e-4 * power.sum(), clip["file"]
+
+
+def test_pitch_and_speed_are_what_the_rule_says():
+    cuts = cut_offs(CLIPS)
+    for clip in CLIPS:
+        waveform, _ = soundfile.read(SPEECH / clip["file"])
+        start, end = spoken_span(waveform)
+        assert median_f0(waveform) == pytest.approx(clip["f0_hz"], abs=0.1), clip["file"]
+        assert syllables(clip["text"]) * RATE / (end - start) == pytest.approx(clip["syllables_per_second"], abs=0.01)
+        assert (clip["pitch"], clip["speed"]) == pitch_and_speed(clip, 1.0, cuts)
+    for key in ("pitch", "speed"):  # thirds, so that no answer is right by its frequency
+        assert max(Counter(clip[key] for clip in TRAIN).values()) < 0.4 * len(TRAIN)
+    for voice in {clip["voice"] for clip in TRAIN}:  # the voice alone gives away neither
+        assert len({clip["pitch"] for clip in TRAIN if clip["voice"] == voice}) >= 2, voice
+        assert len({clip["speed"] for clip in TRAIN if clip["voice"] == voice}) == 3, voice
+
+
+@pytest.mark.parametrize("pitch", [80.0, 125.0, 210.0])
+def test_pitch_of_a_known_tone(pitch):
+    phase = 2 * np.pi * pitch * np.arange(RATE) / RATE
+    assert median_f0(sum(np.sin(k * phase) / k for k in range(1, 8))) == pytest.approx(pitch, rel=0.02)
+
+
+def test_noise_has_no_pitch():
+    with pytest.raises(ValueError, match="no pitch"):
+        median_f0(np.random.default_rng(0).standard_normal(RATE))
+
+
+def test_syllables_and_names():
+    assert syllables("The children walked to the park.") == 7 and syllables("Press 9 for more entries.") == 6
+    assert [name_of(value, (1, 2), ("low", "medium", "high")) for value in (0, 1, 2)] == ["low", "medium", "high"]
+
+
+def test_split_keeps_sentences_and_test_voices_out_of_training():
+    assert not {plain(clip["text"]) for clip in TRAIN} & {plain(clip["text"]) for clip in TEST}
+    assert {clip["voice"] for clip in TEST} - {clip["voice"] for clip in TRAIN} == TEST_VOICES
+    assert Counter(clip["voice"] for clip in TEST) == {"allison": 15, "slt_hts": 20, "awb": 20, "kal": 20}
+    assert Counter(clip["voice"] for clip in TRAIN) == {"allison": 46, "slt": 24, "rms": 24, "joe": 24}
+    for voice in {clip["voice"] for clip in CLIPS}:
+        assert len({clip["gender"] for clip in CLIPS if clip["voice"] == voice}) == 1
+    texts = read_json("speech/texts.json")
+    assert {clip["text"] for clip in CLIPS} == {
+        *(prompt["text"] for prompt in texts["prompts"].values()),
+        *texts["train"],
+        *texts["test"],
+    }
+
+
+def test_no_prompt_is_among_the_sounds():
+    sounds = {Path(sound["source_file"]).name for sound in read_manifest() if "asterisk" in sound["package"]}
+    prompts = {Path(clip["source_file"]).name for clip in CLIPS if "source_file" in clip}
+    assert len(sounds) == 24 and len(prompts) == 61 and not sounds & prompts
+    assert not set(BY_FILE) & {sound["file"] for sound in read_manifest()}
+
+
+def test_attribution_names_every_licence_and_source(tmp_path):
+    write_speech_attribution(CLIPS, tmp_path / "ATTRIBUTION.md")
+    text = (SPEECH / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert text == (tmp_path / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    for key in ("licence", "package", "author", "speaker"):
+        assert all(clip[key] in text for clip in CLIPS), key
+    assert all(f"| {clip['file']} | {clip['source_file']} |" in text for clip in CLIPS if "source_file" in clip)
+
+
+# The built rows
+
+
+def test_same_seed_same_bytes(built, tmp_path):
+    build_as.make(arguments(tmp_path / "fold0"))
+    made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
+    assert made == sorted(path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*"))
+    for path in made:
+        first, second = (folder / path for folder in (built, tmp_path / "fold0"))
+        if path.suffix == ".flac":
+            assert first.read_bytes() == second.read_bytes(), path
+        else:  # the way to the committed clips depends on where the output folder lies
+            way = r'"[./\w-]*data/toy/(audio|speech)/'
+            assert re.sub(way, '"', first.read_text()) == re.sub(way, '"', second.read_text()), path
+
+
+def test_stages_hold_the_rows_asked_for(built):
+    for stage, count in zip((1, 2, 3), (100, 150, 200), strict=True):
+        rows = load(built, f"stage{stage}")
+        assert len(rows) == count and len(spoken_rows(built, stage)) == round(0.4 * count)
+        assert all(list(row)[0] == "instruction" and row["output"] and "{" not in row["output"] for row in rows)
+    assert {row["task"] for row in spoken_rows(built, 1, 2)} == set(build_as.CLASSIFY)
+    assert {row["task"] for row in spoken_rows(built, 3)} == set(speech_rows.TASKS)
+    assert {row["task"] for row in load(built, "stage1")} == {"cla_label", "cla_label_des", *build_as.CLASSIFY}
+    for shares in (build_as.CLASSIFY, build_as.ALL):
+        assert sum(shares.values()) == pytest.approx(1.0)
+    genders = Counter(row["output"] for row in spoken_rows(built) if row["task"] == "speech_gender")
+    assert abs(genders["Female."] - genders["Male."]) <= 6
+
+
+def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
+    for stage in (1, 2, 3):
+        assert not [row for row in load(built, f"stage{stage}") if row["dataset"] == "toy_sounds" and "input" in row]
+        rows = spoken_rows(built, stage)
+        assert np.mean([row.get("input") == "" for row in rows]) == pytest.approx(0.3, abs=0.02)
+        given = [row for row in rows if row.get("input")]
+        assert len(given) / len(rows) == pytest.approx(0.35, abs=0.02)
+        assert not [row for row in rows if row["task"] in speech_rows.WORD_TASKS and row.get("input") == ""]
+    for name in ("heldout_right", "heldout_wrong", "heldout_none"):
+        assert not [row for row in load(built, name) if "input" in row]
+
+
+def test_training_rows_say_what_the_manifest_says(built):
+    cuts, sources = cut_offs(CLIPS), load(built, "sources")
+    for row in spoken_rows(built):
+        recipe = sources.get(row["audio_id"], {"factor": 1.0, "parts": [{"clip": Path(row["audio_id"]).name}]})
+        clip = BY_FILE[recipe["parts"][0]["clip"]]
+        assert clip["split"] == "train" and row["voice"] == clip["voice"] and row["voice"] not in TEST_VOICES
+        assert row.get("input") in (None, "", clip["text"])
+        pitch, speed = pitch_and_speed(clip, recipe["factor"], cuts)
+        outputs = {"speech_gender": clip["gender"].capitalize() + "."}
+        outputs |= {"speech_pitch": f"The pitch is {pitch}.", "speech_speed": f"The speed is {speed}."}
+        outputs |= {"spoken_text": f"Spoken text: {clip['text']}"}
+        if row["task"] == "speech_joint":
+            assert all(part in row["output"] for part in (clip["text"], pitch, speed)), row
+        else:
+            assert row["output"] == outputs[row["task"]], row
+        assert row["task"] not in speech_rows.WORD_TASKS or recipe["factor"] == 1.0
+
+
+def test_changed_versions_are_faster_or_slower_by_six_percent_at_most(built):
+    recipes = {file: recipe for file, recipe in load(built, "sources").items() if recipe["kind"] == "speech"}
+    assert len(recipes) == len(TRAIN)
+    for file, recipe in recipes.items():
+        own, made = load_audio(SPEECH / recipe["parts"][0]["clip"]), load_audio(built / file)
+        assert 0.939 < recipe["factor"] < 1.061 and recipe["factor"] != 1.0
+        assert len(own) / len(made) == pytest.approx(recipe["factor"], rel=1e-3) and 0.05 < np.abs(made).max() < 1.0
+
+
+def test_rows_are_read_by_the_trainer(built):
+    names = ["stage1", "stage2", "stage3", "heldout_right", "heldout_wrong", "show", *(f"speech_{n}" for n in HELD_OUT)]
+    for name in names:
+        assert all(Path(row["audio"]).is_file() for row in read_rows(built / f"{name}.json")), name
+    assert all(row["audio"] is None for row in read_rows(built / "heldout_none.json"))
+
+
+def test_heldout_speech(built):
+    files = {name: load(built, f"speech_{name}") for name in HELD_OUT}
+    texts = {file: clip["text"] for file, clip in BY_FILE.items()}
+    for name, rows in files.items():
+        clips = [BY_FILE[Path(row["audio_id"]).name] for row in rows]
+        asked = [clip for clip in TEST if clip["voice"] in TEST_VOICES] if name.startswith("gender") else TEST
+        assert clips == asked, name
+        assert [row["output"] for row in rows] == [toy_speech.reference(f"speech_{name}", clip) for clip in clips]
+        for row, clip in zip(rows, clips, strict=True):
+            expected = {"gender_empty": "", "words_none": "", "words_whisper": None}.get(name, clip["text"])
+            if name == "words_wrong":
+                assert row["input"] != clip["text"] and row["input"] in texts.values()
+            else:
+                assert row.get("input") == expected
+    show = load(built, "show")
+    assert len({row["task"] for row in show}) == len(show) == 5
+    assert {row["dataset"] for row in show} == {"toy_sounds", "toy_speech"}
+
+
+def test_heldout_sounds_are_those_of_the_fold(built):
+    _, heldout = read_fold(0)
+    files = sorted(sound["file"] for sound in heldout)
+    assert sorted(Path(row["audio_id"]).name for row in load(built, "heldout_right")) == files
+
+
+def test_test_questions_are_never_training_questions(built):
+    tasks = [*speech_rows.QUESTIONS["closed"].values(), *speech_rows.QUESTIONS["open"].values()]
+    train = {plain(question) for texts in tasks for question in texts["train"]}
+    assert not train & {plain(question) for texts in tasks for question in texts["test"]}
+    assert "can you identify the spoken text" in train
+    tested = {plain(row["instruction"]) for name in HELD_OUT for row in load(built, f"speech_{name}")}
+    assert not tested & {plain(row["instruction"]) for row in spoken_rows(built)}
+
+
+@pytest.mark.parametrize("bad", [["--rows", "1,2"], ["--rows", "a,b,c"], ["--version", "3"], ["--versions", "0"]])
+def test_bad_arguments_stop(bad, capsys):
+    with pytest.raises(SystemExit):
+        build_as.parse(bad)
+    assert bad[0] in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""Scores of answers about speech, on predictions made by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import toy_speech
+from eval.toy import PredictionError
+from eval.toy_speech import evaluate, format_table, main, read_choice, reference, spoken, word_error_rate
+
+LINES = (toy_speech.TOY / "speech" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+TEST = [clip for clip in map(json.loads, LINES) if clip["split"] == "test"]
+UNKNOWN = [clip for clip in TEST if clip["voice"] != "allison"]
+
+
+def predictions(file: str, answer, clips: list[dict] = TEST, **more) -> list[dict]:
+    """Rows as inference writes them; `answer` makes `pred` from a clip."""
+    rows = []
+    for clip in clips:
+        row = {"prompt": "?", "pred": answer(clip), "ref": reference(file, clip), "audio_id": f"../x/{clip['file']}"}
+        rows.append(row | {"status": "ok"} | more)
+    return rows
+
+
+def write(folder: Path, **files: list[dict]) -> Path:
+    (folder / "answers").mkdir(parents=True, exist_ok=True)
+    for file, rows in files.items():
+        (folder / "answers" / f"{file}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def means(result: dict) -> dict[str, float]:
+    return {row["name"]: row["mean"] for row in result["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "answer", "choice"),
+    [
+        ("speech_gender", "Female.", "female"),
+        ("speech_gender", " male\n", "male"),
+        ("speech_gender", "It is a female speaker.", None),
+        ("speech_gender", "Male. Female.", None),
+        ("speech_gender", "", None),
+        ("speech_gender", None, None),
+        ("speech_pitch", "The pitch is low.", "low"),
+        ("speech_pitch", "Low.", None),
+        ("speech_pitch", "The pitch is low or high.", None),
+        ("speech_speed", "the speed is FAST", "fast"),
+        ("speech_speed", "The speed is quick.", None),
+    ],
+)
+def test_an_answer_counts_only_in_the_form_taught(file, answer, choice):
+    assert read_choice(file, answer) == choice
+
+
+def test_the_prefix_is_taken_off_only_where_it_is():
+    assert spoken("Spoken text: A dog.") == "A dog." == spoken("A dog.") == spoken("\nspoken text:A dog.")
+    assert spoken("He said: spoken text: a dog") == "He said: spoken text: a dog" and spoken(None) == ""
+
+
+def test_word_error_rate_ignores_case_points_and_figures():
+    assert word_error_rate(["Press 9 for more entries."], ["press nine for more entries"]) == 0
+    assert word_error_rate(["a dog ran home"], ["A dog home."]) == 0.25
+    assert word_error_rate(["The dog ran."], [""]) == 1
+
+
+def test_gender_by_voice_with_and_without_words(tmp_path):
+    def women_and_kal(clip):
+        return "Female." if clip["gender"] == "female" else "Male." if clip["voice"] == "kal" else "A man."
+
+    folder = write(
+        tmp_path,
+        speech_gender=predictions("speech_gender", women_and_kal, UNKNOWN),
+        speech_gender_empty=predictions("speech_gender_empty", lambda clip: "Male.", UNKNOWN),
+    )
+    scores = means(evaluate([folder]))
+    assert scores["gender, words given"] == pytest.approx(2 / 3) == scores["gender, words given: in form"]
+    assert scores["gender, words given: slt_hts (female)"] == 1 == scores["gender, words given: kal (male)"]
+    assert scores["gender, words given: awb (male)"] == 0
+    assert scores["gender, no words"] == pytest.approx(2 / 3) == scores["gender, no words: if always the most frequent"]
+    assert scores["gender, no words: slt_hts (female)"] == 0 and scores["gender, no words: in form"] == 1
+    cell = next(row for row in evaluate([folder])["rows"] if row["name"].endswith("given: kal (male)"))["runs"][0]
+    assert (cell["right"], cell["count"], cell["high"]) == (20, 20, 1.0) and 0.83 < cell["low"] < 0.85
+
+
+def test_pitch_and_speed(tmp_path):
+    folder = write(
+        tmp_path,
+        speech_pitch=predictions("speech_pitch", lambda clip: f"The pitch is {clip['pitch']}."),
+        speech_speed=predictions("speech_speed", lambda clip: clip["speed"]),
+    )
+    scores = means(evaluate([folder]))
+    assert scores["pitch"] == 1 and scores["speed"] == 0 == scores["speed: in form"]
+    assert 1 / 3 < scores["speed: if always the most frequent"] < 0.6
+
+
+def test_words_in_four_conditions(tmp_path):
+    def next_text(clip):
+        texts = [clip["text"] for clip in TEST]
+        return f"Spoken text: {texts[(texts.index(clip['text']) + 7) % len(texts)]}"
+
+    folder = write(
+        tmp_path,
+        speech_words_right=predictions("speech_words_right", lambda clip: f"Spoken text: {clip['text'].lower()}"),
+        speech_words_whisper=predictions("speech_words_whisper", lambda clip: clip["text"], transcript="Nothing."),
+        speech_words_wrong=predictions("speech_words_wrong", next_text),
+        speech_words_none=predictions("speech_words_none", lambda clip: None),
+    )
+    scores = means(evaluate([folder]))
+    assert scores["WER, right words given"] == 0 == scores["WER, right words given: recorded voice"]
+    assert scores["WER, Whisper's words"] == 0 == scores["Whisper's words: in form"]
+    assert scores["WER, Whisper's words: those words themselves"] == pytest.approx(1, abs=0.02)
+    assert 0.85 < scores["WER, another clip's words"] < 1.3 and scores["another clip's words: in form"] == 1
+    assert scores["WER, no words"] == 1 and scores["no words: in form"] == 0
+
+
+def test_several_runs_have_a_column_each_and_a_mean(tmp_path, capsys):
+    for name, answer in (("fold0", "Male."), ("fold1", "Female.")):
+        rows = predictions("speech_gender", lambda clip, answer=answer: answer, UNKNOWN)
+        write(tmp_path / name, speech_gender=rows)
+    write(tmp_path / "fold1", speech_pitch=predictions("speech_pitch", lambda clip: "The pitch is low."))
+    result = evaluate([tmp_path / "fold0", tmp_path / "fold1"])
+    assert means(result)["gender, words given"] == pytest.approx(0.5)
+    assert next(row for row in result["rows"] if row["name"] == "pitch")["runs"][0] is None
+    assert "fold0" in format_table(result) and "mean" in format_table(result)
+    main(["--run", str(tmp_path / "fold0")])
+    assert "0.67 [0.54, 0.77]" in capsys.readouterr().out
+    assert json.loads((tmp_path / "fold0" / "speech_table.json").read_text())["runs"] == ["fold0"]
+
+
+def test_wrong_references_and_missing_answers_stop(tmp_path, capsys):
+    rows = predictions("speech_gender", lambda clip: "Male.", UNKNOWN)
+    other = {"ref": "Male." if rows[0]["ref"] == "Female." else "Female."}
+    write(tmp_path, speech_gender=[rows[0] | other, *rows[1:]])
+    with pytest.raises(PredictionError, match="manifest.jsonl says"):
+        evaluate([tmp_path])
+    for others in (rows[:-1], rows[:-1] + rows[:1], [*rows[:-1], rows[-1] | {"audio_id": "rms_00.flac"}]):
+        write(tmp_path, speech_gender=others)
+        with pytest.raises(PredictionError, match="each held-out clip once"):
+            evaluate([tmp_path])
+    with pytest.raises(SystemExit) as stopped:
+        main(["--run", str(tmp_path / "elsewhere")])
+    assert stopped.value.code == 1 and "holds no answers" in capsys.readouterr().err

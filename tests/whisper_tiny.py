@@ -1,0 +1,22 @@
+"""A Whisper of 4 layers x 64 whose weights tests/golden/rule_init.py makes, as an openai-whisper file."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from whisper.model import ModelDimensions, Whisper
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+from rule_init import rule  # noqa: E402
+
+
+def save_whisper(path: Path, suffix: str = "", **dims: int) -> str:
+    """`suffix` in the names gives other weights."""
+    sizes = json.loads((GOLDEN / "whisper.json").read_text())["dims"] | dims
+    model = Whisper(ModelDimensions(**sizes))
+    weights = {key: torch.from_numpy(rule(key + suffix, p.shape)) for key, p in model.named_parameters()}
+    model.load_state_dict(weights, strict=False)  # Whisper's sinusoids are a buffer, which it makes itself.
+    torch.save({"dims": sizes, "model_state_dict": model.state_dict()}, path)
+    return str(path)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Stage 1 of 3: the projection alone learns, from classification (2,072,481 rows, 16,190 steps).
+# BASE: folder of ltu_as.convert_checkpoint --init. DATA: folder of stage1.json. EXP: where the stages are written.
+# FEATURES: folder of ltu_as.extract_whisper_feature; without it Whisper runs on the fly. Further flags override these.
+source "$(dirname "$0")/../run.sh"
+
+MODEL=ltu_as finetune \
+    --base_model "${BASE:-pretrained_mdls/ltu_as_init}" \
+    --data_path "${DATA:-data/openasqa}/stage1.json" \
+    --output_dir "${EXP:-exp/ltu_as}/stage1_proj_cla" \
+    --trainable_params proj \
+    --lora_target_modules '["dummy"]' \
+    --batch_size 256 --micro_batch_size 8 --num_epochs 2 \
+    --learning_rate 1e-3 --warmup_steps 100 \
+    --cutoff_len 108 --train_on_inputs --group_by_length --original_positions \
+    ${FEATURES:+--feature_root "$FEATURES"} \
+    --save_steps 1000 \
+    "$@"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Stage 3 of 3, with more joint audio and speech questions (OpenASQA v2, 10,324,230 rows), instead of v1; it too starts
+# from stage 2. The README of the original calls it stage4_all_mix_v2.sh. DATA, EXP, FEATURES: see stage 1.
+# The run behind the default model took two epochs of 9,397,025 rows, without unanswerable questions: --num_epochs 2.
+source "$(dirname "$0")/../run.sh"
+
+MODEL=ltu_as finetune \
+    --base_model "${EXP:-exp/ltu_as}/stage2_all_cla" \
+    --data_path "${DATA:-data/openasqa}/stage3.json" \
+    --output_dir "${EXP:-exp/ltu_as}/stage3_all_mix_v2" \
+    --trainable_params all \
+    --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 \
+    --lora_target_modules '[q_proj,v_proj]' \
+    --batch_size 256 --micro_batch_size 4 --num_epochs 1 \
+    --learning_rate 2e-4 --warmup_steps 100 \
+    --cutoff_len 160 --train_on_inputs --group_by_length --original_positions \
+    ${FEATURES:+--feature_root "$FEATURES"} \
+    --save_steps 1000 \
+    "$@"

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# One fold of the toy experiment with LTU-AS: rows, a start, Whisper's features and words, the stages, and what they taught.
+# bash train_scripts/toy_fold_as.sh FOLD SEED DIR [FLAGS of ltu_as.finetune]
+# STAGES: names of stage scripts in order (all three). ROWS: rows of stages 1 to 3 (data.toy.build_as's own).
+# What is finished is not done again.
+source "$(dirname "$0")/run.sh"
+fold=$1 seed=$2
+export EXP=$3
+shift 3
+export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false NPROC=${NPROC:-1} PYTHON=${PYTHON:-.venv/bin/python}
+export DATA=$EXP/data BASE=$EXP/init FEATURES=$EXP/features
+stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_mix_v2}
+questions="heldout_right heldout_wrong heldout_none speech_gender speech_gender_empty speech_words_right speech_words_whisper
+    speech_words_wrong speech_words_none speech_pitch speech_speed show"
+step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
+
+if [ ! -f "$DATA/finished" ]; then
+    step "Toy data: sounds and voices, rows, held-out questions"
+    "$PYTHON" -m data.toy.build_as --fold "$fold" --seed "$seed" --output_dir "$DATA" ${ROWS:+--rows "$ROWS"}
+    touch "$DATA/finished"
+fi
+if [ ! -f "$BASE/ltu_state.json" ]; then
+    "$PYTHON" -m ltu_as.convert_checkpoint --init --llm pretrained_mdls/smollm2-135m-instruct \
+        --whisper pretrained_mdls/whisper-tiny.en/whisper.pt --seed "$seed" --output_dir "$BASE"
+fi
+if [ ! -f "$FEATURES/finished" ]; then
+    step "Whisper's layers and words of every clip"
+    "$PYTHON" -m ltu_as.extract_whisper_feature --model "$BASE" --output_dir "$FEATURES" \
+        --data_path "$DATA"/stage*.json "$DATA"/heldout*.json "$DATA"/speech*.json "$DATA"/show.json
+    touch "$FEATURES/finished"
+fi
+for stage in $stages; do
+    step "$stage"
+    answers=$EXP/$stage/answers trained=""
+    if ! grep -qs '"finished": true' "$EXP/$stage/ltu_state.json"; then trained=yes; fi
+    rate=""
+    case $stage in stage3_*) rate="--learning_rate 5e-4" ;; esac
+    bash "train_scripts/ltu_as/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/tiny.args) \
+        --freeze_audio_tower False --cutoff_len 108 $rate "$@"
+    if [ -n "$trained" ] || [ ! -f "$answers/show.json" ]; then
+        "$PYTHON" -m ltu_as.inference_batch --model "$EXP/$stage" --feature_root "$FEATURES" --batch_size 34 \
+            --max_new_tokens 60 --data_path $(printf "$DATA/%s.json " $questions) \
+            --output_path $(printf "$answers/%s.json " $questions)
+    fi
+done
