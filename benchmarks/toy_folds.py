@@ -2,9 +2,13 @@
 
     python -m benchmarks.toy_folds --output_dir exp/toy                     five folds, four stages each
     python -m benchmarks.toy_folds --output_dir exp/toy --alone             the same number of steps, all of stage 4
+    python -m benchmarks.toy_folds --output_dir exp/as --kind ltu_as        LTU-AS: five folds, three stages each
 
 Notable:
-- Each fold is `train_scripts/toy_fold.sh`, which is also what the quickstart runs: the stage scripts with `tiny.args`.
+- Each fold is `train_scripts/toy_fold.sh` (`toy_fold_as.sh`), which is also what the quickstart runs: the stage scripts
+  with `tiny.args`.
+- LTU-AS: the folds differ in their sounds. The voices and sentences held out are the same in each, so their shares are
+  means over runs, not pools.
 - What is finished is not done again, so the benchmark can be stopped and goes on.
 - Writes OUTPUT_DIR/results.json (results_alone.json): the table, pooled over the folds, and seconds of training.
 """
@@ -16,19 +20,20 @@ import subprocess
 from pathlib import Path
 
 from data.toy.build import ROWS
-from eval import toy
+from eval import toy, toy_speech
 
 STAGE4 = "stage4_all_mix"
+SCRIPTS = {"ltu": "toy_fold.sh", "ltu_as": "toy_fold_as.sh"}
 
 
-def run_fold(fold: int, seed: int, folder: Path, alone: bool) -> None:
+def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None:
     """Train and ask one fold; `alone` gives stage 4 the start, and the rows, so the steps, of all stages together."""
     environment, flags = dict(os.environ), []
     if alone:
         *before, last = (int(number) for number in ROWS.split(","))
         environment |= {"ROWS": ",".join(map(str, [*before, sum(before) + last])), "STAGES": STAGE4}
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
-    command = ["bash", "train_scripts/toy_fold.sh", str(fold), str(seed), str(folder), *flags]
+    command = ["bash", f"train_scripts/{SCRIPTS[kind]}", str(fold), str(seed), str(folder), *flags]
     subprocess.run(command, env=environment, check=True)
 
 
@@ -60,6 +65,20 @@ def verdicts(rows: list[dict]) -> dict[str, bool]:
     }
 
 
+def verdicts_as(rows: list[dict], speech: list[dict]) -> dict[str, bool]:
+    """What was promised of LTU-AS before measuring, and whether the last stage keeps it."""
+    category = max((row for row in rows if row["name"].startswith("stage")), key=lambda row: row["name"])["right"][
+        "share"
+    ]
+    found = {f"category {category:.3f} >= 0.65": category >= 0.65}
+    for row in speech:
+        if "gender" in row["name"].lower() and row["name"].endswith(")"):
+            found[f"{row['name']} {row['mean']:.3f} >= 0.80"] = row["mean"] >= 0.80
+        if row["name"] == f"WER, {toy_speech.WORDS['speech_words_right']}":
+            found[f"{row['name']} {row['mean']:.3f} <= 0.10"] = row["mean"] <= 0.10
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -67,18 +86,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("exp/toy"))
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(SCRIPTS), default="ltu")
     parser.add_argument("--alone", action="store_true", help="stage 4 alone, for as many steps as the four stages")
     args = parser.parse_args(argv)
+    if args.alone and args.kind != "ltu":
+        parser.error("--alone is of LTU")
     name = "alone" if args.alone else "fold"
     folders = [args.output_dir / f"{name}{fold}" for fold in args.folds]
     for fold, folder in zip(args.folds, folders, strict=True):
-        run_fold(fold, args.seed, folder, args.alone)
-    result = toy.evaluate(folders, Path("pretrained_mdls/yamnet"))
+        run_fold(args.kind, fold, args.seed, folder, args.alone)
+    result = toy.evaluate(folders, Path("pretrained_mdls/yamnet") if args.kind == "ltu" else None)
     result["seconds_of_training"] = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
-    result["verdicts"] = verdicts(result["rows"])
+    if args.kind == "ltu_as":
+        result["speech"] = toy_speech.evaluate([max(folder.glob("stage3*")) for folder in folders])
+        result["speech"]["runs"] = [folder.name for folder in folders]
+        result["verdicts"] = verdicts_as(result["rows"], result["speech"]["rows"])
+    else:
+        result["verdicts"] = verdicts(result["rows"])
     path = args.output_dir / ("results_alone.json" if args.alone else "results.json")
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(toy.format_table(result["rows"], result["clips"], result["folds"]))
+    if args.kind == "ltu_as":
+        print(f"\n{toy_speech.format_table(result['speech'])}")
     for promise, kept in result["verdicts"].items():
         print(f"{'kept  ' if kept else 'BROKEN'} {promise}")
     print(f"\nSeconds of training: {result['seconds_of_training']}. The table as JSON: {path}")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu import convert_checkpoint
-from ltu.convert_checkpoint import REFUSED, LtuKind
+from ltu.convert_checkpoint import LtuKind
+from ltu.original_files import REFUSED
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
 from ltu_as.processing_ltu_as import LtuAsProcessor

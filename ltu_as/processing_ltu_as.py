@@ -48,8 +48,9 @@ class LtuAsProcessor(LtuProcessor):
         extractor.whisper_model = whisper or extractor.whisper_model
         extractor.transcription_model = transcription_model or extractor.transcription_model
         if feature_root is not None:
-            self.store = FeatureStore(feature_root)
-            self._check_store(self.store.description)
+            shape = [extractor.num_layers, extractor.num_tokens, extractor.hidden_size]
+            self.store = FeatureStore(feature_root, shape)
+            self._check_store(self.store.description, shape)
             feature_precision = feature_precision or self.store.description.get("feature_precision")
         if feature_precision not in (None, extractor.feature_precision):
             warnings.warn(
@@ -60,9 +61,8 @@ class LtuAsProcessor(LtuProcessor):
             )
             extractor.feature_precision = feature_precision
 
-    def _check_store(self, store: dict) -> None:
+    def _check_store(self, store: dict, shape: list[int]) -> None:
         extractor = self.feature_extractor
-        shape = [extractor.num_layers, extractor.num_tokens, extractor.hidden_size]
         mine, theirs = extractor.whisper_fingerprint, store.get("fingerprint")
         if store.get("shape", shape) != shape or (mine and theirs and mine != theirs):
             raise ValueError(

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ltu.convert_checkpoint import ORIGINAL_KEYS, main, rename_keys
+from ltu.convert_checkpoint import main
+from ltu.original_files import ORIGINAL_KEYS, rename_keys
 from tests.golden.rule_init import PREFIX, rule
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -197,7 +197,7 @@ def test_extraction_keeps_what_is_wanted(data: Path, whole: dict[str, str], tmp_
 def test_killed_at_random_and_run_again(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
     chance = random.Random(0)
     partial = []
-    for _ in range(3):
+    for _ in range(2):
         process = start(data, tmp_path)
         done = len(files_of(tmp_path))
         wanted = done + chance.randint(1, 8)  # Files come to be from the first batch on; then at any moment.

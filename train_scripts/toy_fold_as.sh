@@ -10,8 +10,9 @@ shift 3
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false NPROC=${NPROC:-1} PYTHON=${PYTHON:-.venv/bin/python}
 export DATA=$EXP/data BASE=$EXP/init FEATURES=$EXP/features
 stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_mix_v2}
-questions="heldout_right heldout_wrong heldout_none speech_gender speech_gender_empty speech_words_right speech_words_whisper
-    speech_words_wrong speech_words_none speech_pitch speech_speed show"
+sounds="right wrong none"
+spoken="show speech_gender speech_gender_empty speech_words_right speech_words_whisper speech_words_wrong speech_words_none
+    speech_pitch speech_speed"
 step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 if [ ! -f "$DATA/finished" ]; then
@@ -36,10 +37,14 @@ for stage in $stages; do
     rate=""
     case $stage in stage3_*) rate="--learning_rate 5e-4" ;; esac
     bash "train_scripts/ltu_as/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/tiny.args) \
-        --freeze_audio_tower False --cutoff_len 108 $rate "$@"
-    if [ -n "$trained" ] || [ ! -f "$answers/show.json" ]; then
+        --freeze_audio_tower False --cutoff_len 160 $rate "$@"
+    # About voices and words only after the last stage: asking costs minutes.
+    if [ "$stage" != "${stages##* }" ]; then others=""; else others=$spoken; fi
+    if [ -n "$trained" ] || [ ! -f "$answers/none.json" ]; then
         "$PYTHON" -m ltu_as.inference_batch --model "$EXP/$stage" --feature_root "$FEATURES" --batch_size 34 \
-            --max_new_tokens 60 --data_path $(printf "$DATA/%s.json " $questions) \
-            --output_path $(printf "$answers/%s.json " $questions)
+            --max_new_tokens 60 --data_path $(printf "$DATA/heldout_%s.json " $sounds) ${others:+$(printf "$DATA/%s.json " $others)} \
+            --output_path $(printf "$answers/%s.json " $sounds $others)
+        "$PYTHON" -m eval.toy --folds "$EXP" --no_probe
+        if [ -n "$others" ]; then "$PYTHON" -m eval.toy_speech --run "$EXP/$stage"; fi
     fi
 done
