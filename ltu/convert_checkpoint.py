@@ -70,6 +70,9 @@ class LtuKind:
         """Config of the ear whose tensors are `state`; of a random one if that is empty."""
         return cav_mae_config(state) if state else CavMaeConfig()
 
+    def finish_ear(self, state: dict[str, Tensor], args: argparse.Namespace) -> None:
+        """What a random ear needs beside its random weights; added to `state`."""
+
     def extractor_settings(self, args: argparse.Namespace) -> dict:
         """Settings of the feature extractor beside its sizes."""
         return {}
@@ -86,6 +89,7 @@ def load_ear(kind: LtuKind, args: argparse.Namespace) -> tuple[PreTrainedConfig,
         )
         config = kind.ear_config({}, args)
         state = {f"audio_tower.{key}": value for key, value in AutoModel.from_config(config).state_dict().items()}
+        kind.finish_ear(state, args)
         return config, state, {}
     if not Path(path).is_dir():
         state, dropped = rename_keys(load_pickle(path), kind.ear_keys, ("module.",), path)

@@ -15,6 +15,9 @@ class TltrConfig(PreTrainedConfig):
         num_whisper_layers: blocks of that encoder, each of which gives its output.
         num_audio_tokens: time steps of 0.4 s; 25 are 10 s.
         num_time_heads, num_layer_heads: heads of the transformer over time, and of the one over layers.
+        standardize: bring each channel of each layer to mean 0 and deviation 1 first, by numbers kept with the weights.
+            A TLTR trained on AudioSet needs none; a fresh one does, because few channels of Whisper, large and
+            constant, fill what the LayerNorm of the projection lets through.
         feature_divisor: see `ltu.CavMaeConfig`; TLTR needs none.
     """
 
@@ -29,6 +32,7 @@ class TltrConfig(PreTrainedConfig):
         num_layer_heads: int = 8,
         layer_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
+        standardize: bool = False,
         feature_divisor: float = 1.0,
         **kwargs: Any,
     ):
@@ -44,6 +48,7 @@ class TltrConfig(PreTrainedConfig):
         self.num_layer_heads = num_layer_heads
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
+        self.standardize = standardize
         self.feature_divisor = feature_divisor
         super().__init__(**kwargs)
 

@@ -18,8 +18,10 @@ import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu import convert_checkpoint
 from ltu.convert_checkpoint import LtuKind
 from ltu.original_files import REFUSED
+from ltu.qa_dataset import read_rows
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
+from ltu_as.feature_store import FeatureStore
 from ltu_as.processing_ltu_as import LtuAsProcessor
 
 TLTR_KEYS = [
@@ -42,6 +44,8 @@ class LtuAsKind(LtuKind):
         )
         parser.add_argument("--transcription_model", help="gives transcripts (large-v2 beside large-v1, else the same)")
         parser.add_argument("--feature_precision", default="fp16", choices=("fp16", "fp32"), help="of its encoder")
+        parser.add_argument("--feature_root", help="with --standardize_on: where the features of its clips lie")
+        parser.add_argument("--standardize_on", help="rows; a random TLTR then takes channels with their mean and std")
         parser.add_argument("--num_time_heads", type=int, default=1, help="of TLTR; no file shows it")
         parser.add_argument("--num_layer_heads", type=int, default=8, help="of TLTR; no file shows it")
 
@@ -64,8 +68,28 @@ class LtuAsKind(LtuKind):
                 f"The file holds a TLTR of width {len(query)}, but Whisper {args.whisper} gives features of width "
                 f"{width}. Name the Whisper that it was trained with: --whisper"
             )
+        if args.standardize_on and (state or not args.feature_root):
+            raise ValueError("--standardize_on is for a random TLTR (no --ear), and needs --feature_root.")
         heads = {"num_time_heads": args.num_time_heads, "num_layer_heads": args.num_layer_heads}
-        return TltrConfig(hidden_size=width, num_whisper_layers=layers, **heads)
+        scale = {"standardize": bool(args.standardize_on)}
+        return TltrConfig(hidden_size=width, num_whisper_layers=layers, **heads, **scale)
+
+    def finish_ear(self, state: dict[str, Tensor], args: argparse.Namespace) -> None:
+        """Mean and deviation of each channel of each layer over the clips of `--standardize_on`."""
+        if not args.standardize_on:
+            return
+        store, count, total, squares = FeatureStore(args.feature_root), 0, 0.0, 0.0
+        names = {row["audio_id"] for row in read_rows(args.standardize_on) if row["audio"]}
+        for stored in map(store.read, sorted(names)):
+            if stored is not None:
+                features = stored.features.double()  # (layers, time, width)
+                total, squares = total + features.sum(1, True), squares + features.square().sum(1, True)
+                count += features.shape[1]
+        if not count:
+            raise ValueError(f"{args.feature_root} holds features of no clip of {args.standardize_on}.")
+        mean = total / count
+        state["audio_tower.feature_mean"] = mean.float()  # (layers, 1, width)
+        state["audio_tower.feature_std"] = (squares / count - mean.square()).clamp(min=1e-10).sqrt().float()
 
     def extractor_settings(self, args: argparse.Namespace) -> dict:
         text_model = args.transcription_model or ("large-v2" if args.whisper == "large-v1" else None)

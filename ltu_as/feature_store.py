@@ -50,7 +50,7 @@ class Stored(NamedTuple):
 def replace_file(path: Path, content: bytes) -> None:
     """Write a whole file, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Of its own: several processes write the ledger.
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
 

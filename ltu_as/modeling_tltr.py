@@ -7,6 +7,7 @@ Notable:
 - names of parameters are those of the released files.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
@@ -74,6 +75,10 @@ class TltrModel(PreTrainedModel):
         super().__init__(config)
         self.time_tr = TltrBlock(config.hidden_size, config.num_time_heads, config.layer_norm_eps)
         self.layer_tr = TltrBlock(config.hidden_size, config.num_layer_heads, config.layer_norm_eps)
+        if config.standardize:
+            shape = (config.num_whisper_layers, 1, config.hidden_size)
+            self.register_buffer("feature_mean", torch.zeros(shape))
+            self.register_buffer("feature_std", torch.ones(shape))
         self.post_init()
 
     def forward(self, input_features: Tensor, **kwargs) -> Tensor:
@@ -89,6 +94,8 @@ class TltrModel(PreTrainedModel):
                 f"TLTR takes features (batch, layers, time, width) = (batch, {', '.join(map(str, wanted))}), got "
                 f"{tuple(input_features.shape)}. Make them with the Whisper that the checkpoint names."
             )
+        if config.standardize:
+            input_features = (input_features - self.feature_mean) / self.feature_std
         batch, layers, time, _ = input_features.shape
         hidden = self.time_tr(input_features.flatten(0, 1))  # (batch x layers, time, width)
         hidden = hidden.unflatten(0, (batch, layers)).transpose(1, 2)  # (batch, time, layers, width)

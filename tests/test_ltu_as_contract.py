@@ -210,6 +210,23 @@ def test_kinds_of_start(root: Path, tmp_path: Path) -> None:
         init({"time_tr2.weight": torch.zeros(1)})
 
 
+def test_a_fresh_ear_is_standardised(root: Path, features: Path, tmp_path: Path) -> None:
+    """Over the clips named, each channel of each layer has mean 0 and deviation 1; the numbers are kept."""
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out"
+    convert(f"{flags} --standardize_on {root}/rows.json --feature_root {features}".split())
+    ear = AutoModelForCausalLM.from_pretrained(tmp_path / "out").audio_tower
+    processor = AutoProcessor.from_pretrained(root / "init")
+    heard = torch.stack([processor.read_features({"audio": root / f"{i}.wav"}) for i in range(6)])
+    seen: list[torch.Tensor] = []
+    ear.time_tr.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    ear(heard)
+    channels = seen[0].unflatten(0, (6, 4)).transpose(0, 1).flatten(1, 2)  # (layers, clips x time, width)
+    assert torch.allclose(channels.mean(1), torch.zeros(4, 64), atol=1e-3)
+    assert torch.allclose(channels.std(1, correction=0), torch.ones(4, 64), atol=1e-2)
+    with pytest.raises(ValueError, match="random TLTR"):
+        convert(f"{flags} --standardize_on {root}/rows.json".split())
+
+
 def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
     """A vicuna_ltuas folder: ear and projection are taken, the language model's keys are dropped by name."""
     from safetensors.torch import save_file

@@ -275,4 +275,4 @@ def test_a_skipped_row_is_replaced_not_invented(tmp_path):
     assert torch.equal(dataset[1]["input_features"], dataset[3]["input_features"])
     assert dataset.skipped == ["1.wav", "2.wav"]
     with pytest.raises(AudioError):
-        dataset._features(1)
+        dataset.read_features(dataset.rows[1])

@@ -9,6 +9,7 @@ export EXP=$3
 shift 3
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false NPROC=${NPROC:-1} PYTHON=${PYTHON:-.venv/bin/python}
 export DATA=$EXP/data BASE=$EXP/init FEATURES=$EXP/features
+WHISPER=pretrained_mdls/whisper-tiny.en/whisper.pt
 stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_mix_v2}
 sounds="right wrong none"
 spoken="show speech_gender speech_gender_empty speech_words_right speech_words_whisper speech_words_wrong speech_words_none
@@ -20,15 +21,15 @@ if [ ! -f "$DATA/finished" ]; then
     "$PYTHON" -m data.toy.build_as --fold "$fold" --seed "$seed" --output_dir "$DATA" ${ROWS:+--rows "$ROWS"}
     touch "$DATA/finished"
 fi
-if [ ! -f "$BASE/ltu_state.json" ]; then
-    "$PYTHON" -m ltu_as.convert_checkpoint --init --llm pretrained_mdls/smollm2-135m-instruct \
-        --whisper pretrained_mdls/whisper-tiny.en/whisper.pt --seed "$seed" --output_dir "$BASE"
-fi
 if [ ! -f "$FEATURES/finished" ]; then
     step "Whisper's layers and words of every clip"
-    "$PYTHON" -m ltu_as.extract_whisper_feature --model "$BASE" --output_dir "$FEATURES" \
+    "$PYTHON" -m ltu_as.extract_whisper_feature --whisper "$WHISPER" --feature_precision fp16 --output_dir "$FEATURES" \
         --data_path "$DATA"/stage*.json "$DATA"/heldout*.json "$DATA"/speech*.json "$DATA"/show.json
     touch "$FEATURES/finished"
+fi
+if [ ! -f "$BASE/ltu_state.json" ]; then
+    "$PYTHON" -m ltu_as.convert_checkpoint --init --llm pretrained_mdls/smollm2-135m-instruct --whisper "$WHISPER" \
+        --standardize_on "$DATA/stage2.json" --feature_root "$FEATURES" --seed "$seed" --output_dir "$BASE"
 fi
 for stage in $stages; do
     step "$stage"
