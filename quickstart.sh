@@ -42,7 +42,9 @@ step "Model parts (pretrained_mdls)"
 "$PYTHON" -m train_scripts.fetch_parts $from_hub
 
 EXP=exp/quickstart/seed$seed
-if [ -n "$fresh" ]; then rm -rf "$EXP"; fi
+if [ -n "$fresh" ]; then
+    case $only in ltu) rm -rf "$EXP"/data "$EXP"/init "$EXP"/stage* ;; ltu_as) rm -rf "$EXP/ltu_as" ;; *) rm -rf "$EXP" ;; esac
+fi
 if [ "$only" != ltu_as ]; then
     bash train_scripts/toy_fold.sh 0 "$seed" "$EXP"
     step "LTU: what the four stages taught, beside the baselines"

@@ -1,7 +1,7 @@
 """The spoken part of the toy test of LTU-AS: who speaks, how, and what.
 
-    python -m eval.toy_speech --run exp/quickstart_as/fold0
-    python -m eval.toy_speech --run exp/toy_as/fold0 exp/toy_as/fold1
+    python -m eval.toy_speech --run exp/quickstart/seed0/ltu_as/stage3_all_mix_v2
+    python -m eval.toy_speech --run exp/as/fold0/stage3_all_mix_v2 exp/as/fold1/stage3_all_mix_v2
 
 A run's folder holds `answers/<name>.json`, what `ltu_as.inference_batch` wrote to the question files `speech_*.json` of
 `data.toy.build_as`. Files that are not there leave their lines out.

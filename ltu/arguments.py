@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 
 from ltu.modeling_ltu import TRAINABLE_PLANS
 
+WHISPER_FLAGS = ("whisper", "transcription_model", "feature_precision", "feature_root")  # What LTU-AS listens with.
+
 
 @dataclass
 class ModelArguments:
@@ -50,6 +52,8 @@ class DataArguments:
     feature_precision: str | None = field(
         default=None, metadata={"help": "LTU-AS: fp16 or fp32, of Whisper's encoder (default: the folder's own)"}
     )
+    whisper: str | None = field(default=None, metadata={"help": "LTU-AS: another place of its Whisper"})
+    transcription_model: str | None = field(default=None, metadata={"help": "LTU-AS: another Whisper for the words"})
     cutoff_len: int = field(default=108, metadata={"help": "text ids of a row; audio does not count"})
     val_set_size: int = field(default=0, metadata={"help": "rows held out; their loss is logged at each save"})
     train_on_inputs: bool = field(

@@ -7,6 +7,7 @@ python -m ltu.ask none "What is the capital of France?" --model DIR      without
 import argparse
 import sys
 
+from ltu.arguments import WHISPER_FLAGS
 from ltu.pipeline_ltu import ORIGINAL_DECODING, LtuPipeline, Request
 
 MODES = ("joint", "audio_only", "asr_only")
@@ -33,8 +34,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 def open_pipeline(args: argparse.Namespace) -> LtuPipeline:
     """The pipeline that the flags ask for."""
     pipeline = LtuPipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, language_model=args.llm)
-    names = ("whisper", "transcription_model", "feature_precision", "feature_root")
-    pipeline.processor.use(**{name: getattr(args, name) for name in names})
+    pipeline.processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
     return pipeline
 
 

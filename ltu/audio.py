@@ -22,6 +22,7 @@ WAYS_OUT = {
     "missing": "Check the path; relative paths are looked up from the data file or from --audio_root.",
     "unreadable": "Convert it to wav, flac, ogg or mp3, or leave it out.",
     "too_short": "Use a clip of at least 25 ms, or leave it out.",
+    "damaged": "Remove its file of features and extract them again.",
     "silent": "Use a clip with sound in its first channel, or leave it out.",
 }
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, random_split
 from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ltu.arguments import DataArguments, ModelArguments, RunArguments, parse_args, parse_list
+from ltu.arguments import WHISPER_FLAGS, DataArguments, ModelArguments, RunArguments, parse_args, parse_list
 from ltu.collator import LtuCollator, describe_batch
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.convert_checkpoint import sha256_of
@@ -33,7 +33,7 @@ from ltu.micro_batches import MicroBatches, total_steps
 from ltu.modeling_ltu import LtuForConditionalGeneration
 from ltu.pipeline_ltu import open_model
 from ltu.processing_ltu import IGNORED, LtuProcessor
-from ltu.qa_dataset import QaDataset, RowError, check_audio, read_rows
+from ltu.qa_dataset import QaDataset, check_audio, read_rows
 
 DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
@@ -91,6 +91,9 @@ class LtuTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
+        on_gpu = "cuda" in str(getattr(self.processing_class.feature_extractor, "device", ""))
+        if on_gpu and self.processing_class.store is None:
+            self.args.dataloader_num_workers = 0  # A Whisper on a GPU cannot be used from a process that was forked.
         self.takes_logits_to_keep = "logits_to_keep" in signature(self.model.language_model.forward).parameters
 
     def get_train_dataloader(self) -> DataLoader:
@@ -219,7 +222,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     set_seed(run.seed)
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
-    processor.use(feature_root=data.feature_root, feature_precision=data.feature_precision)
+    processor.use(**{name: getattr(data, name) for name in WHISPER_FLAGS})
     train_set, held_out = make_datasets(data, run, processor)
     bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
     model = load_model(model_args, bf16)
@@ -293,5 +296,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, RowError) as error:  # The user's to mend; a traceback would hide the message.
+    except (FileNotFoundError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
         sys.exit(f"error: {error}")

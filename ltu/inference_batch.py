@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ltu.ask import add_decoding_flags, decoding_of, open_pipeline
 from ltu.pipeline_ltu import Answer, Request
-from ltu.qa_dataset import RowError, read_rows
+from ltu.qa_dataset import read_rows
 
 
 def prediction(row: dict, answer: Answer) -> dict:
@@ -78,5 +78,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (FileNotFoundError, RowError) as error:  # The user's to mend; a traceback would hide the message.
+    except (FileNotFoundError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
         sys.exit(f"error: {error}")

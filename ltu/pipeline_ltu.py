@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, BatchFeature
 
 import ltu  # noqa: F401  registers the classes that the Auto classes look up
-from ltu.audio import AudioError
+from ltu.audio import AudioError, load_audio
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.processing_ltu import AudioSource, Heard
 
@@ -98,7 +98,10 @@ class LtuPipeline:
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
         model = open_model(folder, dtype, language_model)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return cls(model.to(device or best), AutoProcessor.from_pretrained(folder))
+        processor = AutoProcessor.from_pretrained(folder)
+        if hasattr(processor.feature_extractor, "device"):  # LTU-AS's is a Whisper.
+            processor.feature_extractor.device = device or best
+        return cls(model.to(device or best), processor)
 
     def __call__(
         self, requests: list[Request], batch_size: int = 8, seed: int = 42, progress: bool = False, **decoding: Any
@@ -126,7 +129,11 @@ class LtuPipeline:
                 try:
                     if key not in clips:
                         clips[key] = self.processor.hear(request.audio, request.audio_id)
-                    answer.seconds_total = clips[key].seconds
+                    clip = clips[key]
+                    has_words = clip.transcript is not None or request.transcript is not None
+                    if clip.waveform is None and not has_words and request.mode != "audio_only":
+                        clip.waveform = load_audio(clip.source)  # The feature folder has no words of it.
+                    answer.seconds_total = clip.seconds
                     answer.seconds_heard = min(answer.seconds_total, self.processor.feature_extractor.window_seconds)
                 except AudioError as error:
                     answer.status, answer.error = error.reason, str(error)

@@ -20,7 +20,7 @@ from ltu.convert_checkpoint import LtuKind
 from ltu.original_files import REFUSED
 from ltu.qa_dataset import read_rows
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
-from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
+from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
 from ltu_as.processing_ltu_as import LtuAsProcessor
 
@@ -29,8 +29,6 @@ TLTR_KEYS = [
     (r"mlp_layer\..+", None, "the classifier of AudioSet's 527 classes"),
     (r"down_layer\..+", None, f"{REFUSED}a 'low' Whisper-AT, 512 wide behind a layer that LTU-AS has not; take 'ori'"),
 ]
-# (Blocks, width) of Whisper's encoder; a file of one says so itself.
-WHISPER_SIZES = {"tiny": (4, 384), "base": (6, 512), "small": (12, 768), "medium": (24, 1024), "large": (32, 1280)}
 
 
 class LtuAsKind(LtuKind):
@@ -51,15 +49,7 @@ class LtuAsKind(LtuKind):
 
     def ear_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> TltrConfig:
         """Sizes of the Whisper, held against the tensors, if there are any."""
-        if Path(args.whisper).is_file():
-            layers, _, width = LtuAsFeatureExtractor.shape_of(args.whisper)
-        else:
-            layers, width = WHISPER_SIZES.get(args.whisper.split(".")[0].split("-")[0], (None, None))
-        if width is None:
-            raise ValueError(
-                f"--whisper {args.whisper!r} is no file and no known name. Give a name such as large-v1, or the path "
-                "of an openai-whisper .pt file."
-            )
+        layers, width = LtuAsFeatureExtractor.shape_of(args.whisper)
         query = state.get("audio_tower.time_tr.attn.query.weight")
         if state and query is None:
             raise KeyError("The file holds no TLTR (time_tr.attn.query.weight): not a whole checkpoint of LTU-AS.")
@@ -92,10 +82,10 @@ class LtuAsKind(LtuKind):
         state["audio_tower.feature_std"] = (squares / count - mean.square()).clamp(min=1e-10).sqrt().float()
 
     def extractor_settings(self, args: argparse.Namespace) -> dict:
-        text_model = args.transcription_model or ("large-v2" if args.whisper == "large-v1" else None)
+        text_model = args.transcription_model or TEXT_MODELS.get(args.whisper)
         settings = {"whisper_model": args.whisper, "transcription_model": text_model}
-        if Path(args.whisper).is_file():
-            settings["whisper_fingerprint"] = LtuAsFeatureExtractor.fingerprint_of(args.whisper)
+        if Path(args.whisper).is_file():  # Of an official name it is taken at the first use.
+            settings["whisper_fingerprint"] = LtuAsFeatureExtractor(None, None, args.whisper).describe()["fingerprint"]
         return settings | {"feature_precision": args.feature_precision}
 
 

@@ -22,8 +22,9 @@ from transformers import AutoProcessor
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.audio import SAMPLING_RATE, AudioError, load_audio
+from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.qa_dataset import RowError, read_rows
-from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
+from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore, replace_file
 
 SETTINGS = ("transcription_model", "feature_precision", "language")
@@ -86,15 +87,22 @@ def write_ledger(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> dic
         reasons = [mark["reason"] for mark in failures]
         by_reason = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         before, ledger = ledger, counts | {"reasons": by_reason, "failures": failures}
-        replace_file(store.folder / "ledger.json", json.dumps(ledger, indent=1, ensure_ascii=False).encode())
+        replace_file(
+            store.folder / "ledger.json", json.dumps(ledger, indent=1, ensure_ascii=False).encode(), shared=True
+        )
     return ledger
 
 
 def extractor_of(args: argparse.Namespace) -> LtuAsFeatureExtractor:
     """That of a checkpoint, or one of any Whisper; flags override its settings."""
-    extractor = LtuAsFeatureExtractor(None, None, args.whisper, None)
     if args.model:
-        extractor = AutoProcessor.from_pretrained(args.model).feature_extractor
+        extractor = AutoProcessor.from_pretrained(find_checkpoint(args.model, CHECKPOINT_FILES)).feature_extractor
+        if not isinstance(extractor, LtuAsFeatureExtractor):
+            raise ValueError(
+                f"{args.model} is of LTU, which has no Whisper. Give a checkpoint of LTU-AS, or --whisper."
+            )
+    else:
+        extractor = LtuAsFeatureExtractor(None, None, args.whisper, TEXT_MODELS.get(args.whisper))
     for name in SETTINGS:
         if getattr(args, name) is not None:
             setattr(extractor, name, getattr(args, name))

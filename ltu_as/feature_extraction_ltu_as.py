@@ -30,6 +30,10 @@ from ltu.qa_dataset import clean_transcript
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 CPU_BATCH = 2  # clips: gains nothing on a CPU by size, and loses where tensors outgrow what malloc keeps
+TEXT_MODELS = {"large-v1": "large-v2"}  # The papers' pair: what reads the words beside the model of the features.
+# (Blocks, width) of the encoders of official models, by the first part of their names.
+SIZES = {"tiny": (4, 384), "base": (6, 512), "small": (12, 768), "medium": (24, 1024)}
+SIZES |= {"large": (32, 1280), "turbo": (32, 1280)}
 SEED = 0  # of Whisper's sampling, which it falls back to where greedy decoding fails
 _decoding = threading.Lock()  # Whisper hangs the cache of its decoder on the model, so one at a time.
 
@@ -56,7 +60,7 @@ def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper
             model = whisper.load_model(name, device=device).eval().requires_grad_(False)
     except OSError as error:
         raise FileNotFoundError(f"Whisper {name!r} cannot be read or downloaded ({error}). {ways_out}") from error
-    except (KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{name} is no checkpoint of openai-whisper ({error!r}). {ways_out}") from error
     digest = hashlib.sha256()
     for key, parameter in sorted(model.encoder.named_parameters()):
@@ -126,19 +130,25 @@ class LtuAsFeatureExtractor(_WindowFeatureExtractor):
         self._device: str | None = None
 
     @classmethod
-    def shape_of(cls, whisper_model: str) -> list[int]:
-        """(layers, 25, width) of a model's features; loads it."""
-        return cls(None, None, whisper_model, feature_precision="fp32").describe()["shape"]
+    def shape_of(cls, whisper_model: str) -> tuple[int, int]:
+        """(layers, width) of a model's features; loads it if it is a file.
 
-    @classmethod
-    def fingerprint_of(cls, whisper_model: str) -> str:
-        """What tells a model's encoder from another's; loads it."""
-        return cls(None, None, whisper_model, feature_precision="fp32").describe()["fingerprint"]
+        Raises:
+            FileNotFoundError: neither a file nor the name of an official model.
+        """
+        if whisper_model in whisper.available_models():
+            return SIZES[whisper_model.split(".")[0].split("-")[0]]
+        layers, _, width = cls(None, None, whisper_model, feature_precision="fp32").describe()["shape"]
+        return layers, width
 
     @property
     def device(self) -> torch.device:
         """Where Whisper runs: a GPU of CUDA if there is one, else the CPU. Can be set; is not saved."""
-        return torch.device(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self._device is not None:
+            return torch.device(self._device)
+        if not torch.cuda.is_available() or torch.utils.data.get_worker_info() is not None:
+            return torch.device("cpu")  # A forked worker of a data loader cannot use CUDA.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
     @device.setter
     def device(self, device: str | torch.device | None) -> None:
@@ -176,6 +186,7 @@ class LtuAsFeatureExtractor(_WindowFeatureExtractor):
                 f"Whisper {self.whisper_model} has fingerprint {fingerprint[:12]}, but the checkpoint was trained with "
                 f"{self.whisper_fingerprint[:12]}: another model of the same size. Give that one."
             )
+        self.whisper_fingerprint = fingerprint
         self.num_layers, self.hidden_size = sizes
         self.num_mel_bins = self.feature_size = model.dims.n_mels
         return model, fingerprint
@@ -191,6 +202,8 @@ class LtuAsFeatureExtractor(_WindowFeatureExtractor):
             "fingerprint": fingerprint,
             "feature_precision": self.feature_precision,
             "shape": [self.num_layers, self.num_tokens, self.hidden_size],
+            "transcription_model": os.path.basename(self.transcription_model or self.whisper_model),
+            "language": self.language,
         }
         rounded = self.device.type == "cpu" and self.feature_precision == "fp16"
         return description | ({"computed_in": "fp32"} if rounded else {})

@@ -39,6 +39,10 @@ class FeatureError(ValueError):
         return type(self), (self.path, self.reason, self.way_out)
 
 
+class DamagedFeatures(FeatureError):
+    """One file is cut or changed; the others may be whole."""
+
+
 class Stored(NamedTuple):
     """What is kept of a clip; None is what the original's files do not hold."""
 
@@ -47,10 +51,10 @@ class Stored(NamedTuple):
     seconds: float | None = None
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file, or none."""
+def replace_file(path: Path, content: bytes, shared: bool = False) -> None:
+    """Write a whole file, or none. A `shared` one may be written by several processes at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # Of its own: several processes write the ledger.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)
 
@@ -95,11 +99,11 @@ class FeatureStore:
         if not file.is_file() and any(file.parent.glob("*.npz")):
             raise ValueError(f"{folder} holds .npz files of the original, which are only read. Choose another folder.")
         if not file.is_file():
-            replace_file(file, json.dumps({"format": 1, "features": description}, indent=1).encode())
+            replace_file(file, json.dumps({"format": 1, "features": description}, indent=1).encode(), shared=True)
         store = cls(folder)
         different = [
             f"{key} {store.description.get(key)} there, {description.get(key)} now"
-            for key in ("fingerprint", "shape", "feature_precision", "computed_in")
+            for key in ("fingerprint", "shape", "feature_precision", "computed_in", "transcription_model", "language")
             if store.description.get(key) != description.get(key)
         ]
         if different:
@@ -183,13 +187,13 @@ def _load(path: Path) -> Stored | None:
         with safe_open(path, "np") as file:
             clip, high, low = json.loads(file.metadata()["clip"]), file.get_tensor("high"), file.get_tensor("low")
         if _sum(high) + _sum(low) != clip["sum"]:
-            raise FeatureError(path, "damaged: its sum does not fit")
+            raise DamagedFeatures(path, "damaged: its sum does not fit")
         words = np.frombuffer(CODEC.decompress(high, decompressed_size=low.shape[1]), np.uint8)
         words = words.astype(WORDS[clip["dtype"]])
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError) as error:
-        raise FeatureError(path, f"damaged ({error})") from error
+        raise DamagedFeatures(path, f"damaged ({error})") from error
     for plane in low:
         words <<= 8
         words |= plane
@@ -207,7 +211,7 @@ def _load_npz(path: Path) -> np.ndarray:
         with np.load(path) as file:
             return file["arr_0"]
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise FeatureError(path, f"no features of the original ({error})", "Extract them again.") from error
+        raise DamagedFeatures(path, f"no features of the original ({error})", "Extract them again.") from error
 
 
 def _is_zeros(path: Path) -> bool:

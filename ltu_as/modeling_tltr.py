@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ltu_as.configuration_ltu_as import TltrConfig
 
@@ -41,7 +42,7 @@ class TltrAttention(nn.Module):
         return out(mixed.transpose(1, 2).flatten(2))
 
 
-class TltrBlock(nn.Module):
+class TltrBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block."""
 
     def __init__(self, width: int, num_heads: int, eps: float):
@@ -67,6 +68,7 @@ class TltrModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_features"
     input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True  # Its own attention is always sdpa; whatever is chosen for the language model fits.
     _no_split_modules = ["TltrBlock"]

@@ -5,6 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoProcessor
 
@@ -12,7 +14,7 @@ from ltu.audio import AudioError, load_audio
 from ltu.processing_ltu import AudioSource, Heard, LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
-from ltu_as.feature_store import FeatureError, FeatureStore
+from ltu_as.feature_store import DamagedFeatures, FeatureStore
 
 MODELS = ("whisper_model", "transcription_model")  # Settings of the extractor that may be files.
 
@@ -45,13 +47,21 @@ class LtuAsProcessor(LtuProcessor):
             ValueError: the store's features are another Whisper's.
         """
         extractor = self.feature_extractor
+        if feature_precision not in (None, "fp16", "fp32"):
+            raise ValueError(f"--feature_precision is fp16 or fp32, not {feature_precision!r}.")
         extractor.whisper_model = whisper or extractor.whisper_model
         extractor.transcription_model = transcription_model or extractor.transcription_model
         if feature_root is not None:
             shape = [extractor.num_layers, extractor.num_tokens, extractor.hidden_size]
             self.store = FeatureStore(feature_root, shape)
             self._check_store(self.store.description, shape)
-            feature_precision = feature_precision or self.store.description.get("feature_precision")
+            theirs = self.store.description.get("feature_precision")
+            if feature_precision and theirs and feature_precision != theirs:
+                raise ValueError(
+                    f"--feature_precision {feature_precision}, but the features in {feature_root} are of {theirs}. "
+                    "Leave the flag out, or extract them anew."
+                )
+            feature_precision = feature_precision or theirs
         if feature_precision not in (None, extractor.feature_precision):
             warnings.warn(
                 f"This checkpoint was made with features of {extractor.feature_precision}, now they are of "
@@ -63,24 +73,42 @@ class LtuAsProcessor(LtuProcessor):
 
     def _check_store(self, store: dict, shape: list[int]) -> None:
         extractor = self.feature_extractor
-        mine, theirs = extractor.whisper_fingerprint, store.get("fingerprint")
-        if store.get("shape", shape) != shape or (mine and theirs and mine != theirs):
+        names = os.path.basename(extractor.whisper_model), store.get("whisper_model")
+        prints = extractor.whisper_fingerprint, store.get("fingerprint")
+        # A checkpoint made from an official name knows no fingerprint before its first use.
+        differ = prints[0] != prints[1] if all(prints) else names[0] != names[1]
+        if store and (store["shape"] != shape or differ):
             raise ValueError(
-                f"The features in {self.store.folder} are of Whisper {store.get('whisper_model')} (fingerprint "
-                f"{str(theirs)[:12]}, shape {store.get('shape')}), the checkpoint's of {extractor.whisper_model} "
-                f"({str(mine)[:12]}, {shape}). Extract them anew: python -m ltu_as.extract_whisper_feature --model DIR"
+                f"The features in {self.store.folder} are of Whisper {names[1]} (fingerprint {str(prints[1])[:12]}, "
+                f"shape {store['shape']}), the checkpoint's of {names[0]} ({str(prints[0])[:12]}, {shape}). Extract "
+                "them anew: python -m ltu_as.extract_whisper_feature --model DIR"
             )
+        extractor.whisper_fingerprint = prints[0] or prints[1]
 
     def hear(self, audio: AudioSource, audio_id: str | None = None) -> Heard:
         """A clip, from the feature folder if that holds it; `LtuProcessor.hear` says what is raised."""
+        stored = None
         try:
-            stored = self.store.read(audio_id) if self.store is not None and audio_id else None
-        except FeatureError as error:
-            raise AudioError(str(audio_id), "unreadable", str(error)) from error
+            if self.store is not None and audio_id:
+                stored = self.store.read(audio_id)
+                if stored is None and self.store.is_original:  # Named by the whole path, or by what is in the row.
+                    stored = self.store.read(str(audio))
+        except DamagedFeatures as error:
+            raise AudioError(str(audio_id), "damaged", str(error)) from error
         if stored is None:
             return super().hear(audio)
         seconds = self.feature_extractor.window_seconds if stored.seconds is None else stored.seconds
         return Heard(audio, seconds, features=stored.features, transcript=stored.transcript)
+
+    def features_of(self, clips: list[Heard]) -> Tensor:
+        """What the ear takes: (clips, layers, time, width)."""
+        features = super().features_of(clips)
+        if not torch.isfinite(features).all():
+            names = [
+                str(clip.source) for clip, own in zip(clips, features, strict=True) if not torch.isfinite(own).all()
+            ]
+            raise ValueError(f"Whisper's features of {names[:3]} overflow. Use --feature_precision fp32.")
+        return features
 
     def complete_transcripts(self, clips: list[Heard | None], transcripts: list[str | None]) -> list[str]:
         """Whisper's transcript for each clip that has None. A question without a clip has none."""

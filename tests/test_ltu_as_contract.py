@@ -1,6 +1,7 @@
 """The promises of LTU-AS at tiny size: with a real (random) Whisper file, from raw audio and from a feature folder."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -172,6 +173,36 @@ def test_features_of_another_whisper_are_refused(root: Path, features: Path, tmp
     processor = AutoProcessor.from_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="whisper.pt.*other.pt"):
         processor.use(feature_root=str(features))
+
+
+def test_a_whisper_known_by_name_only_is_held_to_it(root: Path, features: Path) -> None:
+    """A checkpoint converted with an official name has no fingerprint before its first use."""
+    processor = AutoProcessor.from_pretrained(root / "init")
+    processor.feature_extractor.whisper_fingerprint = None
+    processor.use(feature_root=str(features))
+    assert processor.feature_extractor.whisper_fingerprint  # Taken from the folder, and saved from now on.
+    processor.feature_extractor.whisper_fingerprint = None
+    with pytest.raises(ValueError, match="whisper.pt.*large-v1"):
+        processor.use(feature_root=str(features), whisper="large-v1")
+
+
+def test_a_flag_that_contradicts_the_features_is_refused(root: Path, features: Path) -> None:
+    processor = AutoProcessor.from_pretrained(root / "init")
+    with pytest.raises(ValueError, match="fp16.*fp32"):
+        processor.use(feature_root=str(features), feature_precision="fp16")
+    with pytest.raises(ValueError, match="bf16"):
+        processor.use(feature_precision="bf16")
+
+
+def test_damaged_features_are_one_clips_failure(root: Path, features: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(features, tmp_path / "features")
+    file = next(folder.glob("*/1-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-9])
+    pipeline = LtuPipeline.from_pretrained(root / "init", device="cpu")
+    pipeline.processor.use(feature_root=str(folder))
+    requests = [Request("What?", str(root / f"{i}.wav"), "", audio_id=f"{i}.wav") for i in (0, 1)]
+    answers = pipeline(requests, max_new_tokens=4)
+    assert [answer.status for answer in answers] == ["ok", "damaged"] and "extract" in answers[1].error
 
 
 def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:

@@ -210,12 +210,12 @@ def test_training_rows_say_what_the_manifest_says(built):
         assert row["task"] not in speech_rows.WORD_TASKS or recipe["factor"] == 1.0
 
 
-def test_changed_versions_are_faster_or_slower_by_six_percent_at_most(built):
+def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
     recipes = {file: recipe for file, recipe in load(built, "sources").items() if recipe["kind"] == "speech"}
     assert len(recipes) == len(TRAIN)
     for file, recipe in recipes.items():
         own, made = load_audio(SPEECH / recipe["parts"][0]["clip"]), load_audio(built / file)
-        assert 0.939 < recipe["factor"] < 1.061 and recipe["factor"] != 1.0
+        assert 0.879 < recipe["factor"] < 1.121 and recipe["factor"] != 1.0
         assert len(own) / len(made) == pytest.approx(recipe["factor"], rel=1e-3) and 0.05 < np.abs(made).max() < 1.0
 
 

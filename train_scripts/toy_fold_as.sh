@@ -38,10 +38,12 @@ for stage in $stages; do
     rate=""
     case $stage in stage3_*) rate="--learning_rate 5e-4" ;; esac
     bash "train_scripts/ltu_as/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/tiny.args) \
-        --freeze_audio_tower False --cutoff_len 160 $rate "$@"
+        --cutoff_len 160 $rate "$@"
+    case $stage in stage1_*) continue ;; esac  # It has not learned to answer in form yet.
     # About voices and words only after the last stage: asking costs minutes.
     if [ "$stage" != "${stages##* }" ]; then others=""; else others=$spoken; fi
-    if [ -n "$trained" ] || [ ! -f "$answers/none.json" ]; then
+    last=$(printf '%s\n' $sounds $others | tail -n 1)
+    if [ -n "$trained" ] || [ ! -f "$answers/$last.json" ]; then
         "$PYTHON" -m ltu_as.inference_batch --model "$EXP/$stage" --feature_root "$FEATURES" --batch_size 34 \
             --max_new_tokens 60 --data_path $(printf "$DATA/heldout_%s.json " $sounds) ${others:+$(printf "$DATA/%s.json " $others)} \
             --output_path $(printf "$answers/%s.json " $sounds $others)

@@ -29,7 +29,7 @@ CLASSIFY = {"speech_gender": 0.5, "speech_pitch": 0.25, "speech_speed": 0.25}
 ALL = {"spoken_text": 0.35, "speech_gender": 0.25, "speech_pitch": 0.125, "speech_speed": 0.125, "speech_joint": 0.15}
 # Stage of LTU-AS -> stage of data.toy.build whose sound tasks it has, and the shares of the speech tasks.
 STAGES = {1: (1, CLASSIFY), 2: (2, CLASSIFY), 3: (4, ALL)}
-ROWS = "240,1200,1200"  # of stages 1 to 3, by default
+ROWS = "160,1440,1200"  # of stages 1 to 3, by default
 
 
 def render_speech(clips: list[Clip], args: argparse.Namespace, folder: Path) -> tuple[dict, dict]:
@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--crops", type=int, default=2, help="versions of each training sound, with the untouched one")
     parser.add_argument("--mixtures", type=int, default=40, help="training clips of two sounds at once")
     parser.add_argument("--pairs", type=int, default=40, help="training clips of two sounds in order")
-    parser.add_argument("--versions", type=int, default=2, help="of each spoken training clip, with the untouched one")
+    parser.add_argument("--versions", type=int, default=5, help="of each spoken training clip, with the untouched one")
     args = parser.parse_args(argv)
     numbers = args.rows.split(",")
     if len(numbers) != len(STAGES) or not all(number.strip().isdigit() for number in numbers):
