@@ -27,8 +27,9 @@ from ltu.audio import SAMPLING_RATE
 SPEECH_SHARE = 0.4  # of the rows of every stage
 CLASSIFY = {"speech_gender": 0.5, "speech_pitch": 0.25, "speech_speed": 0.25}
 ALL = {"spoken_text": 0.35, "speech_gender": 0.25, "speech_pitch": 0.125, "speech_speed": 0.125, "speech_joint": 0.15}
-# Stage of LTU-AS -> stage of data.toy.build whose sound tasks it has, and the shares of the speech tasks.
-STAGES = {1: (1, CLASSIFY), 2: (2, CLASSIFY), 3: (4, ALL)}
+# Stage of LTU-AS -> stages of data.toy.build whose sound tasks it has, in equal parts, and shares of the speech tasks.
+# The last one goes on with classification: without, so few steps forget the form of its answers.
+STAGES = {1: ([1], CLASSIFY), 2: ([2], CLASSIFY), 3: ([2, 4], ALL)}
 ROWS = "160,1440,1200"  # of stages 1 to 3, by default
 
 
@@ -87,7 +88,13 @@ def make(args: argparse.Namespace) -> Counter:
     for (stage, (of, shares)), count in zip(STAGES.items(), args.rows, strict=True):
         rng = Random(f"{name}/stage{stage}")
         spoken = round(SPEECH_SHARE * count)
-        rows = without_input(build.stage_rows(of, count - spoken, training, pools, rng))
+        parts = [(count - spoken + number) // len(of) for number in range(len(of))]
+        rows = [
+            row
+            for kind, part in zip(of, parts, strict=True)
+            for row in build.stage_rows(kind, part, training, pools, rng)
+        ]
+        rows = without_input(rows)
         rows += speech_rows.stage_rows(shares, spoken, train, versions, cuts, rng)
         rng.shuffle(rows)
         files[f"stage{stage}"] = rows

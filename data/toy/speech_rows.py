@@ -22,7 +22,7 @@ QUESTIONS = read_json("speech/questions.json")
 DATASET = "toy_speech"
 TASKS = ("speech_gender", "speech_pitch", "speech_speed", "spoken_text", "speech_joint")
 WORD_TASKS = ("spoken_text", "speech_joint")  # Their answers repeat the words, so that `input` is never empty.
-EMPTY_SHARE = 0.3  # of the speech rows of a stage; half of the others have the reference text, half no `input`
+EMPTY_SHARE = 0.3  # of the speech rows of a stage; others have the clip's text; of committed clips half have no key
 PERCENT = (88, 91, 94, 97, 103, 106, 109, 112)  # of the speed; four voices alone would be learned by heart
 LOUDEST = 0.98
 
