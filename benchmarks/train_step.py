@@ -191,9 +191,7 @@ def alternate(args: argparse.Namespace, dtype: str) -> dict[str, list[float]]:
     return seconds
 
 
-def compare(args: argparse.Namespace, dtype: str) -> dict:
-    # Memory first: on Linux a child's peak starts at what its parent had resident, so the parent must still be small.
-    peaks = {"bare": peak_of("bare", args, reference_of(args, dtype)), "ours": peak_of("ours", args, dtype)}
+def compare(args: argparse.Namespace, dtype: str, peaks: dict[str, int]) -> dict:
     seconds = alternate(args, dtype)
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     result = {"dtype": dtype, "seconds": seconds, "median_seconds": medians, "peak_bytes": peaks}
@@ -229,7 +227,12 @@ def main() -> int:
         step()
         print(peak_bytes(args.device))
         return 0
-    results = [compare(args, dtype) for dtype in args.dtypes]
+    # Memory first, for all: on Linux a child's peak starts at what its parent had resident, which must still be small.
+    peaks = {
+        dtype: {"bare": peak_of("bare", args, reference_of(args, dtype)), "ours": peak_of("ours", args, dtype)}
+        for dtype in args.dtypes
+    }
+    results = [compare(args, dtype, peaks[dtype]) for dtype in args.dtypes]
     depth = f", {args.num_layers} layers" if args.kind == "ltu" else ""
     size = f"{args.kind}, batch {args.batch_size} x {args.text_tokens} text tokens{depth}"
     print(f"\n{args.device}, {args.threads} threads, {size}, torch {torch.__version__}")
