@@ -177,8 +177,7 @@ class LtuConfig(PreTrainedConfig):
         """Write `config.json`, the folder of the language model relative to it, so that both can move together."""
         kept = self.language_model
         if kept is not None and Path(kept).is_dir():
-            relative = os.path.relpath(Path(kept).resolve(), Path(save_directory).resolve())
-            self.language_model = relative if relative.startswith(".") else f"./{relative}"
+            self.language_model = relative_place(kept, save_directory)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
@@ -188,6 +187,12 @@ class LtuConfig(PreTrainedConfig):
         """Where the language model of the checkpoint in `folder` lies: its hub id, or its folder."""
         name = self.language_model
         return str((Path(folder) / name).resolve()) if name.startswith(".") else name
+
+
+def relative_place(place: str | os.PathLike, folder: str | os.PathLike) -> str:
+    """Where a file or folder lies, seen from a checkpoint folder; begins with a dot, which no hub id does."""
+    relative = os.path.relpath(Path(place).resolve(), Path(folder).resolve())
+    return relative if relative.startswith(".") else f"./{relative}"
 
 
 CHECKPOINT_FILES = ("config.json", "processor_config.json")

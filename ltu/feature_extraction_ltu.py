@@ -21,7 +21,7 @@ FRAME_LENGTH = 400  # samples, 25 ms: window of both front ends
 FRAME_SHIFT = 160  # samples, 10 ms
 
 
-class _WindowFeatureExtractor(SequenceFeatureExtractor):
+class WindowFeatureExtractor(SequenceFeatureExtractor):
     """Waveforms of any length to `(clips, num_frames, num_mel_bins)`; subclasses define `features_of`."""
 
     model_input_names = ["input_features"]
@@ -80,7 +80,7 @@ class _WindowFeatureExtractor(SequenceFeatureExtractor):
         raise NotImplementedError
 
 
-class LtuFeatureExtractor(_WindowFeatureExtractor):
+class LtuFeatureExtractor(WindowFeatureExtractor):
     """The filterbank that CAV-MAE reads.
 
     Args:
@@ -118,7 +118,7 @@ class LtuFeatureExtractor(_WindowFeatureExtractor):
         return (padded - self.mean) / self.std
 
 
-class YamnetFeatureExtractor(_WindowFeatureExtractor):
+class YamnetFeatureExtractor(WindowFeatureExtractor):
     """The log-mel picture that YAMNet reads (parameters: tensorflow/models, research/audioset/yamnet/params.py).
 
     Args:

@@ -6,6 +6,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ltu.configuration_ltu import LtuConfig
 
+# (Blocks, width) of the encoders of OpenAI's models, by the first part of their names; a file says its own.
+WHISPER_SIZES = {"tiny": (4, 384), "base": (6, 512), "small": (12, 768), "medium": (24, 1024)}
+WHISPER_SIZES |= {"large": (32, 1280), "turbo": (32, 1280)}
+
 
 class TltrConfig(PreTrainedConfig):
     """The time-and-layer-wise transformer of Whisper-AT: LTU-AS's ear.

@@ -25,15 +25,13 @@ from transformers import BatchFeature
 from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
 from ltu.audio import SAMPLING_RATE
-from ltu.feature_extraction_ltu import _WindowFeatureExtractor
+from ltu.feature_extraction_ltu import WindowFeatureExtractor
 from ltu.qa_dataset import clean_transcript
+from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 CPU_BATCH = 2  # clips: gains nothing on a CPU by size, and loses where tensors outgrow what malloc keeps
 TEXT_MODELS = {"large-v1": "large-v2"}  # The papers' pair: what reads the words beside the model of the features.
-# (Blocks, width) of the encoders of official models, by the first part of their names.
-SIZES = {"tiny": (4, 384), "base": (6, 512), "small": (12, 768), "medium": (24, 1024)}
-SIZES |= {"large": (32, 1280), "turbo": (32, 1280)}
 SEED = 0  # of Whisper's sampling, which it falls back to where greedy decoding fails
 _decoding = threading.Lock()  # Whisper hangs the cache of its decoder on the model, so one at a time.
 
@@ -86,7 +84,7 @@ class _FirstWindowKnown:
         return result or self._model.decode(mel, options)
 
 
-class LtuAsFeatureExtractor(_WindowFeatureExtractor):
+class LtuAsFeatureExtractor(WindowFeatureExtractor):
     """Whisper as an ear: `(clips, layers, 25, width)` and transcripts.
 
     Args:
@@ -137,7 +135,7 @@ class LtuAsFeatureExtractor(_WindowFeatureExtractor):
             FileNotFoundError: neither a file nor the name of an official model.
         """
         if whisper_model in whisper.available_models():
-            return SIZES[whisper_model.split(".")[0].split("-")[0]]
+            return WHISPER_SIZES[whisper_model.split(".")[0].split("-")[0]]
         layers, _, width = cls(None, None, whisper_model, feature_precision="fp32").describe()["shape"]
         return layers, width
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoProcessor
 
 from ltu.audio import AudioError, load_audio
+from ltu.configuration_ltu import relative_place
 from ltu.processing_ltu import AudioSource, Heard, LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
@@ -151,8 +152,7 @@ class LtuAsProcessor(LtuProcessor):
         try:
             for name, place in kept.items():
                 if place is not None and Path(place).is_file():
-                    relative = os.path.relpath(Path(place).resolve(), Path(save_directory).resolve())
-                    setattr(extractor, name, relative if relative.startswith(".") else f"./{relative}")
+                    setattr(extractor, name, relative_place(place, save_directory))
             return super().save_pretrained(save_directory, **kwargs)
         finally:
             for name, place in kept.items():

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -34,6 +35,20 @@ LLAMA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+
+
+CUTOFF = 96  # Text ids of a row, in all golden batches.
+RELATIVE = 2e-5  # Bound of gradients and of what training gives: sums of many terms, each rounded to 6e-8.
+
+
+def worst(found: torch.Tensor, expected: np.ndarray) -> float:
+    """The largest difference of two arrays of one shape."""
+    assert tuple(found.shape) == expected.shape
+    return float(np.abs(found.detach().numpy() - expected).max())
+
+
+def stored(name: str) -> dict[str, np.ndarray]:
+    return np.load(GOLDEN / f"{name}.npz")
 
 
 def read(name: str) -> dict | list:

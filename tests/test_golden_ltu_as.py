@@ -22,20 +22,20 @@ from ltu.processing_ltu import IGNORED
 from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
 from ltu_as.convert_checkpoint import main
 from tests.golden.rule_init import seeded
-from tests.released import GOLDEN, convert, our_name, read, trained_state, write_llm
+from tests.released import (
+    CUTOFF,
+    GOLDEN,
+    RELATIVE,
+    convert,
+    our_name,
+    read,
+    stored,
+    trained_state,
+    worst,
+    write_llm,
+)
 
-CUTOFF = 96
 BOUND = 1e-5
-RELATIVE = 2e-5  # Of gradients and of what training gives: sums of many terms, each rounded to 6e-8.
-
-
-def worst(found: torch.Tensor, expected: np.ndarray) -> float:
-    assert tuple(found.shape) == expected.shape
-    return float(np.abs(found.detach().numpy() - expected).max())
-
-
-def stored(name: str) -> dict[str, np.ndarray]:
-    return np.load(GOLDEN / f"{name}.npz")
 
 
 @pytest.fixture(scope="module")

@@ -24,21 +24,21 @@ from ltu.collator import LtuCollator
 from ltu.finetune import LtuTrainer, make_trainer
 from ltu.micro_batches import MicroBatches
 from ltu.processing_ltu import IGNORED
-from tests.released import GOLDEN, convert, our_name, read, trained_state, write_llm
+from tests.released import (
+    CUTOFF,
+    GOLDEN,
+    RELATIVE,
+    convert,
+    our_name,
+    read,
+    stored,
+    trained_state,
+    worst,
+    write_llm,
+)
 
-CUTOFF = 96  # Text ids of a row, in all golden batches.
 NOISE, CHIRP = 1e-5, 1e-4  # Bounds of logits; see above.
 CHIRPS = (2,)  # Rows of toy_ltu.json in golden batches whose clip is one.
-RELATIVE = 2e-5  # Bound of gradients and of what training gives: sums of many terms, each rounded to 6e-8.
-
-
-def worst(found: torch.Tensor, expected: np.ndarray) -> float:
-    assert tuple(found.shape) == expected.shape
-    return float(np.abs(found.detach().numpy() - expected).max())
-
-
-def stored(name: str) -> dict[str, np.ndarray]:
-    return np.load(GOLDEN / f"{name}.npz")
 
 
 @pytest.fixture(scope="module")
