@@ -134,7 +134,9 @@ class LtuPipeline:
                     if clip.waveform is None and not has_words and request.mode != "audio_only":
                         clip.waveform = load_audio(clip.source)  # The feature folder has no words of it.
                     answer.seconds_total = clip.seconds
-                    answer.seconds_heard = min(answer.seconds_total, self.processor.feature_extractor.window_seconds)
+                    if request.mode != "asr_only":  # Then the sound is left out.
+                        window = self.processor.feature_extractor.window_seconds
+                        answer.seconds_heard = min(answer.seconds_total, window)
                 except AudioError as error:
                     answer.status, answer.error = error.reason, str(error)
             answers.append(answer)

@@ -139,6 +139,8 @@ def test_batch_equals_single_and_modes(root: Path) -> None:
     assert answer(mode="audio_only") == (alone[3].text, "")
     text_only = pipeline([Request(QUESTIONS[1], None, "a dog")], max_new_tokens=8)[0].text
     assert answer(mode="asr_only") == (text_only, "a dog")
+    left_out = pipeline([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", mode="asr_only")], max_new_tokens=2)[0]
+    assert left_out.seconds_heard == 0 < left_out.seconds_total
 
 
 def test_inference_batch_from_the_feature_folder_alone(root: Path, features: Path, tmp_path: Path) -> None:
