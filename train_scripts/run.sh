@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# step WORDS...: a headline with the minutes and seconds so far.
+step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
+
 finetune() {
     local python=${PYTHON:-.venv/bin/python} nproc=${NPROC:-1} output_dir="" previous="" flag
     for flag in "$@"; do

@@ -10,7 +10,6 @@ shift 3
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false NPROC=${NPROC:-1} PYTHON=${PYTHON:-.venv/bin/python}
 export DATA=$EXP/data BASE=$EXP/init
 stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_close stage4_all_mix}
-step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: 246 sounds, rows, held-out questions"

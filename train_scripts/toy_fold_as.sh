@@ -14,7 +14,6 @@ stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_mix_v2}
 sounds="right wrong none"
 spoken="show speech_gender speech_gender_empty speech_words_right speech_words_whisper speech_words_wrong speech_words_none
     speech_pitch speech_speed"
-step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: sounds and voices, rows, held-out questions"
