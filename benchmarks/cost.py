@@ -189,7 +189,9 @@ def main() -> None:
     parser.add_argument("--kind", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--micro_batches", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--passes", type=int, default=6, help="timed passes of each setting")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    parser.add_argument(
+        "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     parser.add_argument("--no_asking", action="store_true")
     parser.add_argument("--output_path", type=Path)
     args = parser.parse_args()

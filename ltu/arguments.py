@@ -29,7 +29,7 @@ class ModelArguments:
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of a fresh LoRA (16)"})
     lora_dropout: float | None = field(default=None, metadata={"help": "of a fresh LoRA (0.05)"})
     lora_target_modules: str | None = field(
-        default=None, metadata={"help": "'[q_proj,v_proj]'; '[\"dummy\"]' adds no LoRA, as in the original"}
+        default=None, metadata={"help": "'[q_proj,v_proj]' (found in the language model); '[\"dummy\"]' adds no LoRA"}
     )
     prompt_template_name: str | None = field(
         default=None, metadata={"help": "only checked: the folder holds its template"}
@@ -38,6 +38,9 @@ class ModelArguments:
         default=None, metadata={"help": "of the language model: eager, sdpa, flash_attention_2 (its own default)"}
     )
     llm: str | None = field(default=None, metadata={"help": "another place of the folder's language model"})
+    device_map: str | None = field(
+        default=None, metadata={"help": "auto: one process, layers of the language model spread over all visible GPUs"}
+    )
 
 
 @dataclass

@@ -40,7 +40,8 @@ class LtuCollator:
             start = length - len(item["labels"])
             labels[row, start:] = torch.tensor(item["labels"])
             pads = start - (self.processor.num_audio_tokens if clips else 0)
-            if self.processor.bos_ids and not (self.original_positions and pads):
+            starts_with_bos = item["input_ids"][0] == self.processor.tokenizer.bos_token_id
+            if starts_with_bos and not (self.original_positions and pads):
                 labels[row, start] = IGNORED
         batch["labels"] = labels
         if clips:
@@ -71,8 +72,8 @@ def describe_batch(batch: dict[str, Tensor], processor: LtuProcessor) -> str:
 
 
 def _start_of_answer(ids: list[int], processor: LtuProcessor) -> int:
-    """The first place behind the last line of the prompt; the length of `ids` if a cutoff ended the text before it."""
-    mark = processor.prompt("").splitlines(keepends=True)[-1]
+    """The first place behind what follows a question; the length of `ids` if a cutoff ended the text before it."""
+    mark = processor.prompt("\ufdd2").rpartition("\ufdd2")[2]
     for place in range(1, len(ids)):
         text = [token for token in ids[:place] if token != processor.audio_token_id]
         if processor.tokenizer.decode(text).endswith(mark):

@@ -130,8 +130,8 @@ class LtuConfig(PreTrainedConfig):
             written relative to the checkpoint. None: the checkpoint itself holds the language model.
         language_model_sha256: hash of that model's `config.json` and weight index; another hash refuses to load.
         lora: `{"r", "alpha", "dropout", "target_modules"}`, or None where the language model has no adapter (stage 1).
-        prompt_template: `{"name", "prompt_no_input", "prompt_input"}`; the default is what the released checkpoints
-            know.
+        prompt_template: `{"name", "prompt_no_input", "prompt_input"}`, and `"chat_template"` where the language model's
+            own is used; the default is what the released checkpoints know.
     """
 
     model_type = "ltu"

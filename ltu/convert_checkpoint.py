@@ -1,36 +1,39 @@
-"""Released files and small parts -> one of our checkpoint folders, every key accounted for.
+"""Released files and small parts -> one of our checkpoint folders, every key accounted for; and back.
 
-    python -m ltu.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE.bin --output_dir DIR
+    python -m ltu.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE_OR_DIR --output_dir DIR
     python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --ear FILE_OR_DIR --output_dir DIR
+    python -m ltu.convert_checkpoint --model DIR --to_original FILE.bin
+    python -m ltu.convert_checkpoint --model DIR --merge --output_dir DIR
 
-The first opens an original trainable-only file; the second writes the folder that stage 1 starts from.
+The first opens an original file, trainable parameters alone or a whole model (then `--llm` gives config and tokenizer,
+and the new folder holds the language model). The second writes what stage 1 starts from, the third a file as the
+original's Trainer would have, the fourth a folder that needs no other.
 
 Notable:
 - Each key of a file is placed, renamed, or dropped by a rule with a reason; one left over or missing is an error.
-- Pickles are opened with `weights_only=True` alone. The language model's weights are not read, except its embeddings
-  for `--init`.
+- Pickles are opened with `weights_only=True` alone. Of a language model that is not copied, only the embeddings are
+  read, for `--init`.
 - A file without an ear gives a random one, and says so loudly.
 """
 
 import argparse
-import hashlib
-import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from ltu.configuration_ltu import CavMaeConfig, LtuConfig, hash_language_model
+from ltu.configuration_ltu import CavMaeConfig, LtuConfig, find_checkpoint, hash_language_model
+from ltu.export_checkpoint import find_weights, is_llm, merge, sha256_of, to_original, write_folder
 from ltu.modeling_ltu import LtuMultiModalProjector
-from ltu.original_files import CAV_MAE_KEYS, FOLDER_KEYS, ORIGINAL_KEYS, load_pickle, load_shards, rename_keys
+from ltu.original_files import CAV_MAE_KEYS, FOLDER_KEYS, ORIGINAL_KEYS, PREFIX, check_ear, load_state, rename_keys
 from ltu.processing_ltu import LtuProcessor
 
 EARS = ("cavmae", "yamnet", "tltr")  # Folders with an ear of ours.
+EMBEDDINGS = ("model.embed_tokens", "gpt_neox.embed_in", "transformer.wte", "wte", "model.language_model.embed_tokens")
 
 
 def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict | None:
@@ -46,8 +49,6 @@ def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict 
 
 def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
     """Width and depth as the tensors show them. Heads cannot be seen: 64 channels each, as all ViTs of that family."""
-    if "audio_tower.pos_embed_a" not in state:
-        raise KeyError("The file holds no audio encoder (audio_tower.pos_embed_a): not a whole checkpoint of LTU.")
     width = state["audio_tower.pos_embed_a"].shape[-1]
     blocks = {key.split(".attn.")[0] for key in state if ".attn.qkv.weight" in key}
     inner = state["audio_tower.blocks_a.0.mlp.fc1.weight"].shape[0]
@@ -92,12 +93,13 @@ def load_ear(kind: LtuKind, args: argparse.Namespace) -> tuple[PreTrainedConfig,
         kind.finish_ear(state, args)
         return config, state, {}
     if not Path(path).is_dir():
-        state, dropped = rename_keys(load_pickle(path), kind.ear_keys, ("module.",), path)
+        state, dropped = rename_keys(load_state(path), kind.ear_keys, ("module.",), path)
     elif (Path(path) / "model.safetensors").is_file() and AutoConfig.from_pretrained(path).model_type in EARS:
-        state = load_file(Path(path) / "model.safetensors")
+        state = load_state(Path(path) / "model.safetensors")
         return AutoConfig.from_pretrained(path), {f"audio_tower.{key}": value for key, value in state.items()}, {}
     else:
-        state, dropped = rename_keys(load_shards(Path(path)), FOLDER_KEYS, (), path)
+        state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
+    check_ear(state, kind.config_class.model_type, path)
     return kind.ear_config(state, args), state, dropped
 
 
@@ -112,104 +114,73 @@ def init_projector(config: LtuConfig, llm: str | Path) -> dict[str, Tensor]:
 
 
 def _embedding_std(llm: str | Path) -> float:
-    index = cached_file(llm, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    weight_map = json.loads(Path(index).read_text())["weight_map"] if index else None
-    names = (
-        "model.embed_tokens.weight",
-        "gpt_neox.embed_in.weight",
-        "transformer.wte.weight",
-        "model.language_model.embed_tokens.weight",
-    )
-    for name in names:
-        if weight_map is not None and name not in weight_map:
-            continue
-        file = cached_file(
-            llm, weight_map[name] if weight_map else "model.safetensors", _raise_exceptions_for_missing_entries=False
-        )
-        if file is None:
-            break
-        with safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():
-                return float(tensors.get_tensor(name).float().std())
-    return 0.02  # The usual initializer range, where the embeddings lie in a pickle or under another name.
+    state = load_state(find_weights(llm))
+    found = [state[f"{name}.weight"] for name in EMBEDDINGS if f"{name}.weight" in state]
+    return float(found[0].float().std()) if found else 0.02  # The usual initializer range.
 
 
-def write_folder(
-    output_dir: str | Path, config: LtuConfig, state: dict[str, Tensor], processor: LtuProcessor, record: dict
-) -> None:
-    """Write a checkpoint folder after holding every key and shape against the model that the config describes.
-
-    Raises:
-        KeyError: a key is missing or left over, or has another shape.
-    """
-    output_dir = Path(output_dir)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    wanted = {key: value.shape for key, value in model.state_dict().items() if model._is_own(key)}
-    missing, left_over = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    wrong = [
-        f"{k}: {tuple(state[k].shape)} for {tuple(wanted[k])}"
-        for k in wanted
-        if k in state and state[k].shape != wanted[k]
-    ]
-    if missing or left_over or wrong:
-        raise KeyError(
-            f"The file does not fill the model: {len(missing)} keys missing {missing[:3]}, {len(left_over)} left "
-            f"over {left_over[:3]}, "
-            f"{len(wrong)} of another shape {wrong[:3]}. Is it the right --llm and the right kind of file?"
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(output_dir)
-    model.generation_config.save_pretrained(output_dir)
-    save_file(
-        {key: value.float().contiguous() for key, value in state.items()},
-        output_dir / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    processor.save_pretrained(output_dir)
-    record["parameters"] = {"all": model.num_parameters(), "stored": sum(shape.numel() for shape in wanted.values())}
-    (output_dir / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:
-    kind = kind or LtuKind()
+def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--llm", required=True, help="folder or hub id of the language model that the checkpoint was trained with"
-    )
-    parser.add_argument("--checkpoint", help="an original trainable-only file (.bin)")
+    parser.add_argument("--llm", help="folder or hub id of the language model that the checkpoint was trained with")
+    parser.add_argument("--checkpoint", help="an original file (.bin), or a folder with all of a model's")
     parser.add_argument("--init", action="store_true", help="write the folder that stage 1 starts from")
     parser.add_argument(
         "--ear", help="with --init: a .pth, a folder with an ear of ours, or a released vicuna folder; none: random"
     )
+    parser.add_argument("--model", help="a checkpoint folder of ours, for --to_original or --merge")
+    parser.add_argument("--to_original", metavar="FILE", help="write it as the original's trainable-only file")
+    parser.add_argument("--merge", action="store_true", help="write it with its language model, LoRA merged in")
     parser.add_argument("--lora_alpha", type=int, default=16, help="not stored in original files")
     parser.add_argument("--lora_dropout", type=float, default=0.05, help="not stored in original files")
+    parser.add_argument("--llm_dtype", choices=("float32", "float16", "bfloat16"), help="of an LLM that is written")
     parser.add_argument("--seed", type=int, default=42, help="of random parts")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--output_dir")
     kind.add_flags(parser)
     args = parser.parse_args(argv)
-    if args.init == bool(args.checkpoint) or (args.ear and not args.init):
-        parser.error("give either --checkpoint FILE, or --init with an optional --ear")
-    torch.manual_seed(args.seed)
-    text_config = AutoConfig.from_pretrained(args.llm)
-    origin = {
-        "text_config": text_config,
-        "language_model": str(args.llm),
-        "language_model_sha256": hash_language_model(args.llm),
-    }
-    if args.init:
-        audio_config, state, dropped = load_ear(kind, args)
-        config = kind.config_class(audio_config=audio_config, **origin)
-        state = init_projector(config, args.llm) | state
-    else:
-        state, dropped = rename_keys(
-            load_pickle(args.checkpoint), ORIGINAL_KEYS, ("base_model.model.",), args.checkpoint
+    commands = [bool(flag) for flag in (args.checkpoint, args.init, args.to_original, args.merge)]
+    out, in_folder = any(commands[2:]), args.checkpoint or args.merge
+    fits = bool(args.model) == out and (out or args.llm) and bool(args.output_dir) != bool(args.to_original)
+    if sum(commands) != 1 or not fits or (args.ear and not args.init) or (args.llm_dtype and not in_folder):
+        parser.error(
+            "give --llm and --output_dir with --checkpoint or --init (and its --ear); --model with --to_original; or "
+            "--model and --output_dir with --merge. --llm_dtype is for --checkpoint and --merge"
         )
-        lora = lora_settings(state, args.lora_alpha, args.lora_dropout)
-        config = kind.config_class(audio_config=kind.ear_config(state, args), lora=lora, **origin)
+    for source in (args.llm, args.checkpoint, args.ear, args.model):
+        if source and args.output_dir and Path(source).resolve() == Path(args.output_dir).resolve():
+            parser.error(f"--output_dir {args.output_dir} is what is read. Name another folder.")
+    return args
+
+
+def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:
+    kind = kind or LtuKind()
+    args = parse_args(argv, kind)
+    torch.manual_seed(args.seed)
+    if args.model:
+        folder = find_checkpoint(args.model)
+        config = AutoConfig.from_pretrained(folder)
+        if (package := config.model_type) != kind.config_class.model_type:
+            raise ValueError(f"{folder} is of {package}. Use: python -m {package}.convert_checkpoint")
+        if args.to_original:
+            return report(args.to_original, *to_original(config, folder, Path(args.to_original)))
+        processor = kind.processor_class.from_pretrained(folder)
+        return report(args.output_dir, *merge(config, folder, args.output_dir, processor, args.llm, args.llm_dtype))
+    parts = {"text_config": AutoConfig.from_pretrained(args.llm)}
+    if args.init:
+        parts["audio_config"], state, dropped = load_ear(kind, args)
+    else:
+        state, dropped = rename_keys(load_state(args.checkpoint), ORIGINAL_KEYS, (PREFIX,), args.checkpoint)
+        check_ear(state, kind.config_class.model_type, args.checkpoint)
+        parts["audio_config"] = kind.ear_config(state, args)
+        parts["lora"] = lora_settings(state, args.lora_alpha, args.lora_dropout)
+    if not any(map(is_llm, state)):  # Else it was trained too, and the folder holds it.
+        if args.llm_dtype:
+            raise ValueError(f"{args.checkpoint} holds no language model; --llm_dtype has nothing to say about it.")
+        parts |= {"language_model": str(args.llm), "language_model_sha256": hash_language_model(args.llm)}
+    config = kind.config_class(**parts)
+    if args.init:
+        state = init_projector(config, args.llm) | state
     processor = kind.processor_class.from_config(config, args.llm, **kind.extractor_settings(args))
     parent = args.checkpoint or args.ear
     record = {
@@ -217,26 +188,23 @@ def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:
         "parent": None if parent is None else {"name": Path(parent).name, "sha256": sha256_of(parent)},
         "dropped_keys": dropped,
     }
-    write_folder(args.output_dir, config, state, processor, record)
-    print(f"{args.output_dir}: {len(state)} keys placed, {len(dropped)} dropped, none missing, none left over.")
-    for reason in sorted(set(dropped.values())):
-        print(f"  dropped, {reason}: {sum(value == reason for value in dropped.values())} keys")
+    report(args.output_dir, write_folder(args.output_dir, config, state, processor, record, args.llm_dtype), dropped)
 
 
-def sha256_of(path: str | Path) -> str:
-    """Hash of a file, or of the weights in a folder; of a folder in shards, that of `hash_language_model`."""
-    if Path(path).is_dir() and not (Path(path) / "model.safetensors").is_file():
-        return hash_language_model(path)
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def report(place: str | Path, placed: int, dropped: dict[str, str]) -> None:
+    print(f"{place}: {placed} keys placed, {len(dropped)} dropped, none missing, none left over.")
+    for reason, count in sorted(Counter(dropped.values()).items()):
+        print(f"  dropped, {reason}: {count} keys")
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command; what is the user's to mend is one line, which a traceback would hide."""
+    try:
+        command()
+    except (OSError, KeyError, ValueError) as error:
+        message = error.args[-1] if isinstance(error, KeyError) else error
+        sys.exit(f"error: {' '.join(str(message).split())}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, KeyError, ValueError) as error:  # The user's to mend; a traceback would hide it.
-        sys.exit(f"error: {error.args[-1] if isinstance(error, KeyError) else error}")
+    run(main)

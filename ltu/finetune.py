@@ -35,7 +35,7 @@ from ltu.pipeline_ltu import open_model
 from ltu.processing_ltu import IGNORED, LtuProcessor
 from ltu.qa_dataset import QaDataset, check_audio, read_rows
 
-DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05}
 
 
 def device_has_bf16() -> bool:
@@ -49,7 +49,7 @@ def device_has_bf16() -> bool:
 def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
     """The model of `--base_model`, with LoRA if the plan trains one, frozen as the plan says."""
     llm_dtype = torch.bfloat16 if bf16 else torch.float32
-    model = open_model(args.base_model, llm_dtype, args.llm)
+    model = open_model(args.base_model, llm_dtype, args.llm, args.device_map)
     if args.attn_implementation:
         model.language_model.set_attn_implementation(args.attn_implementation)
     asked = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
@@ -94,7 +94,10 @@ class LtuTrainer(Trainer):
         on_gpu = "cuda" in str(getattr(self.processing_class.feature_extractor, "device", ""))
         if on_gpu and self.processing_class.store is None:
             self.args.dataloader_num_workers = 0  # A Whisper on a GPU cannot be used from a process that was forked.
-        self.takes_logits_to_keep = "logits_to_keep" in signature(self.model.language_model.forward).parameters
+        takes = signature(self.model.language_model.forward).parameters
+        # Spread over several devices, places would be looked up on another one than they lie on.
+        is_spread = len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
+        self.takes_logits_to_keep = "logits_to_keep" in takes and not is_spread
 
     def get_train_dataloader(self) -> DataLoader:
         # Not prepared by accelerate: the batch sampler knows its rank, and its epochs end where the original's do.
@@ -291,6 +294,9 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{len(trainer.train_dataset.skipped)} rows skipped: {trainer.train_dataset.skipped[:10]}", file=sys.stderr
         )
+    # A process that leaves while others still write would abort, and take the rendezvous of several nodes with it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

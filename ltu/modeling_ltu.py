@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -23,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.configuration_ltu import LtuConfig, find_checkpoint, hash_language_model
 from ltu.generation_ltu import LtuGenerationMixin
+from ltu.lora import find_targets, inject_lora
 
 # What each plan trains: prefixes of parameter names, or the infix of LoRA's. The original's names for the plans.
 TRAINABLE_PLANS = {
@@ -73,36 +73,23 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.language_model.requires_grad_(False)
         if config.lora:
-            self._inject_lora()
+            inject_lora(self.language_model, config.lora)
         with no_init_weights():  # Every part has initialised itself; a loaded language model must not be drawn anew.
             self.post_init()
 
-    def _inject_lora(self) -> None:
-        lora = self.config.lora
-        peft_config = LoraConfig(
-            r=lora["r"],
-            lora_alpha=lora["alpha"],
-            lora_dropout=lora["dropout"],
-            target_modules=lora["target_modules"],
-            bias="none",
-        )
-        inject_adapter_in_model(peft_config, self.language_model)
-        for name, parameter in self.language_model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.float()
-
-    def add_lora(self, r: int, alpha: int, dropout: float, target_modules: list[str]) -> None:
-        """Give the language model a fresh LoRA, whose product is zero at first.
+    def add_lora(self, r: int, alpha: int, dropout: float, target_modules: list[str] | None = None) -> None:
+        """Give the language model a fresh LoRA, whose product is zero at first; `find_targets` says where by default.
 
         Raises:
-            ValueError: the model has one already.
+            ValueError: the model has one already, or no such layers.
         """
         if self.config.lora:
             raise ValueError(
                 f"The model already has LoRA {self.config.lora}. Continue with it: leave the --lora_* flags out."
             )
-        self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": list(target_modules)}
-        self._inject_lora()
+        targets = find_targets(self.language_model, target_modules)
+        self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets}
+        inject_lora(self.language_model, self.config.lora)
 
     def set_trainable(self, plan: str) -> None:
         """Freeze everything but what `plan` names: "proj", or "all" (ear, projection and LoRA)."""
@@ -258,6 +245,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             device = llm.get_input_embeddings().weight.device
             model.audio_tower.to(device)
             model.multi_modal_projector.to(device)
+            if hasattr(llm, "hf_device_map"):  # The Trainer must leave the parts where they are.
+                model.hf_device_map = {f"language_model.{name}": place for name, place in llm.hf_device_map.items()}
         elif dtype != "auto" and dtype is not None:
             model.language_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model.eval()

@@ -64,13 +64,16 @@ class Answer:
     transcript: str = ""
 
 
-def open_model(folder: str | Path, dtype: Any = "auto", language_model: str | None = None) -> Any:
+def open_model(
+    folder: str | Path, dtype: Any = "auto", language_model: str | None = None, device_map: str | None = None
+) -> Any:
     """The model of a checkpoint folder, of whichever kind; arguments as of `LtuForConditionalGeneration`."""
-    if language_model is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    if Path(language_model).is_dir():  # Absolute, because a relative place in a config is meant from its folder.
-        language_model = str(Path(language_model).resolve())
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, language_model=language_model)
+    given = {} if device_map is None else {"device_map": device_map}
+    if language_model is not None:
+        # Absolute, because a relative place in a config is meant from its folder.
+        is_folder = Path(language_model).is_dir()
+        given["language_model"] = str(Path(language_model).resolve()) if is_folder else language_model
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
 
 
 class LtuPipeline:

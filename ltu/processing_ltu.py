@@ -1,8 +1,7 @@
 """Prompt, question and clip -> tensors.
 
 Notable:
-- The wire format is `[audio placeholders][pads][text]`: audio comes before `<s>`. A row without audio has pads in its
-  place.
+- The wire format is `[audio placeholders][pads][text]`: audio comes before `<s>`; pads take its place if there is none.
 - The beginning-of-sequence token is put in front by hand. Whether a tokenizer adds it depends on its version and its
   config.
 - What a user types stays text: a literal `</s>` in a question is five characters, not the end of the sequence.
@@ -21,6 +20,7 @@ from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_M
 
 from ltu.audio import SAMPLING_RATE, load_audio
 from ltu.configuration_ltu import ALPACA_SHORT, LtuConfig
+from ltu.prompt_template import CUT, Turn, control_tokens, disarm, read_conversation, turn_after
 
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
 AudioSource = str | Path | bytes | np.ndarray | None
@@ -43,8 +43,7 @@ class LtuProcessor(ProcessorMixin):
     Args:
         feature_extractor: waveform -> what the ear takes.
         tokenizer: of the language model.
-        num_audio_tokens, audio_token_id: as in the model's config.
-        prompt_template: `{"prompt_no_input", "prompt_input"}`, as in the model's config.
+        num_audio_tokens, audio_token_id, prompt_template: as in the model's config.
         add_bos: whether texts begin with the tokenizer's `<s>`; by default, what its folder says.
 
     Raises:
@@ -68,6 +67,7 @@ class LtuProcessor(ProcessorMixin):
         self.num_audio_tokens = num_audio_tokens
         self.audio_token_id = audio_token_id
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
+        self.controls = control_tokens(tokenizer, self.prompt_template.get("chat_template"))
         self.add_bos = _adds_bos(tokenizer) if add_bos is None else add_bos
         if tokenizer.eos_token_id is None:
             raise ValueError(f"The tokenizer of {tokenizer.name_or_path} has no end token; set its eos_token first.")
@@ -75,21 +75,29 @@ class LtuProcessor(ProcessorMixin):
 
     @classmethod
     def from_config(cls, config: LtuConfig, tokenizer_name: str | Path, **extractor_settings: Any) -> "LtuProcessor":
-        """The processor that fits a model's config, with the tokenizer of its language model (a folder or hub id)."""
+        """The processor that fits a model's config, with the tokenizer of its language model (a folder or hub id).
+
+        The token that ends its answers joins `config.eos_token_id`, for generation to stop there.
+        """
         extractor_class = FEATURE_EXTRACTOR_MAPPING[type(config.audio_config)]
         sizes = {ours: getattr(config.audio_config, ears) for ours, ears in cls.extractor_sizes.items()}
-        return cls(
+        processor = cls(
             extractor_class(**sizes, **extractor_settings),
             AutoTokenizer.from_pretrained(tokenizer_name),
             num_audio_tokens=config.num_audio_tokens,
             audio_token_id=config.audio_token_id,
             prompt_template=config.prompt_template,
         )
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if (end := processor.turn([_user("")]).end_id) not in ends:
+            config.eos_token_id = end if ends == [None] else [*ends, end]
+        return processor
 
     @property
     def pad_token_id(self) -> int:
-        """The original pads with id 0 (`<unk>`); pads are masked, so any id does."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        """The original pads with id 0 (`<unk>`); pads are masked, so any id that the language model has does."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None and pad < (self.audio_token_id or pad + 1) else 0
 
     @property
     def bos_ids(self) -> list[int]:
@@ -97,15 +105,21 @@ class LtuProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token_id
         return [bos] if self.add_bos and bos is not None else []
 
+    def turn(self, messages: list[dict]) -> Turn:
+        """What stands around the answer to messages of `read_conversation`."""
+        return turn_after(messages, self.prompt_template, self.controls, self.tokenizer)
+
     def prompt(self, question: str, transcript: str | None = None) -> str:
         """The text in front of the answer."""
-        if transcript:
-            return self.prompt_template["prompt_input"].format(instruction=question, input=transcript)
-        return self.prompt_template["prompt_no_input"].format(instruction=question)
+        return self.turn([_user(question, transcript)]).prompt
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, `<s>` first where the language model knows one."""
-        ids = self.bos_ids + self.tokenizer(text, add_special_tokens=False).input_ids
+        """Ids of a text, `<s>` first where the language model knows one. A chat template writes its own."""
+        if self.controls is None:
+            ids = self.bos_ids + self.tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            settings = {"add_special_tokens": False, "split_special_tokens": False}
+            ids = [token for part in text.split(CUT) for token in self.tokenizer(part, **settings).input_ids]
         if self.audio_token_id is not None and max(ids, default=0) >= self.audio_token_id:
             raise ValueError(
                 f"The tokenizer writes id {max(ids)}, but the language model has {self.audio_token_id} tokens. "
@@ -118,14 +132,13 @@ class LtuProcessor(ProcessorMixin):
 
         The end token is there only when the text is shorter than the cutoff: a truncated answer has no end.
         """
-        prompt = self.prompt(row["instruction"], row.get("input"))
-        eos = self.tokenizer.eos_token_id
-        ids = self.encode(prompt + row["output"])[:cutoff_len]
-        if len(ids) < cutoff_len and ids[-1] != eos:
-            ids.append(eos)
+        turn = self.turn([_user(row["instruction"], row.get("input"))])
+        ids = self.encode(turn.prompt + turn.spaces + disarm(row["output"], self.controls) + turn.end)[:cutoff_len]
+        if len(ids) < cutoff_len and ids[-1] != turn.end_id:
+            ids.append(turn.end_id)
         labels = list(ids)
         if not train_on_inputs:
-            masked = len(self.encode(prompt)[:cutoff_len])
+            masked = len(self.encode(turn.prompt)[:cutoff_len])
             labels[:masked] = [IGNORED] * min(masked, len(labels))
         return ids, labels
 
@@ -157,10 +170,43 @@ class LtuProcessor(ProcessorMixin):
         questions = [text] if isinstance(text, str) else list(text)
         clips = _as_list(audio, len(questions), "audio")
         transcripts = _as_list(transcript, len(questions), "transcript")
-        heard = [None if clip is None else self.hear(clip) for clip in clips]
-        transcripts = self.complete_transcripts(heard, transcripts)
-        ids = [self.encode(self.prompt(q, t)) for q, t in zip(questions, transcripts, strict=True)]
-        batch = self.lay_out(ids, [clip is not None for clip in clips])
+        return self._batch([[_user(*row)] for row in zip(questions, transcripts, clips, strict=True)])
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+        add_generation_prompt: bool = True,
+        padding: bool = True,
+    ) -> str | list[str] | Tensor | BatchFeature:
+        """One or several conversations, as `read_conversation` takes them -> what `__call__` returns.
+
+        Without `return_dict` it is `input_ids` alone, without `tokenize` the text, less what Whisper would write. The
+        last three have no other values.
+
+        Raises:
+            ValueError: the prompt template or the model cannot express a conversation.
+        """
+        if return_tensors != "pt" or not add_generation_prompt or not padding:
+            raise ValueError("A prompt ends where the answer begins, in padded rows of torch tensors ('pt').")
+        several = bool(conversation) and isinstance(conversation[0], list)
+        read = [read_conversation(each, self.prompt_template) for each in (conversation if several else [conversation])]
+        if not tokenize:
+            texts = [self.turn(messages).prompt.replace(CUT, "") for messages in read]
+            return texts if several else texts[0]
+        batch = self._batch(read)
+        return batch if return_dict else batch["input_ids"]
+
+    def _batch(self, conversations: list[list[dict]]) -> BatchFeature:
+        asked = [next((m for m in each if m.get("audio") is not None), each[-1]) for each in conversations]
+        heard = [None if message.get("audio") is None else self.hear(message["audio"]) for message in asked]
+        texts = self.complete_transcripts(heard, [message.get("transcript") for message in asked])
+        for message, transcript in zip(asked, texts, strict=True):
+            message["transcript"] = transcript
+        ids = [self.encode(self.turn(messages).prompt) for messages in conversations]
+        batch = self.lay_out(ids, [clip is not None for clip in heard])
         if found := [clip for clip in heard if clip is not None]:
             batch["input_features"] = self.features_of(found)
         return BatchFeature(batch)
@@ -225,6 +271,10 @@ class LtuProcessor(ProcessorMixin):
     def decode_answer(self, ids: Tensor | list[int]) -> str:
         """The text of newly generated ids, without control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _user(text: str, transcript: str | None = None, audio: AudioSource = None) -> dict:
+    return {"role": "user", "content": text, "transcript": transcript, "audio": audio}
 
 
 def _adds_bos(tokenizer: Any) -> bool:

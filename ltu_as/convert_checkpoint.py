@@ -1,15 +1,16 @@
 """Released files and small parts -> a checkpoint folder of LTU-AS, every key accounted for.
 
-    python -m ltu_as.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE.bin --output_dir DIR
+    python -m ltu_as.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE_OR_DIR --output_dir DIR
     python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --ear whisper_at_large_v1.pth --output_dir DIR
     python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --ear vicuna_ltuas --output_dir DIR
     python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --whisper whisper-tiny.en/whisper.pt --output_dir DIR
+    python -m ltu_as.convert_checkpoint --model DIR --to_original FILE.bin
+    python -m ltu_as.convert_checkpoint --model DIR --merge --output_dir DIR
 
 `--ear` is the TLTR of a Whisper-AT file ("ori", the full width), of a released folder, or none: random, said loudly.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from torch import Tensor
@@ -51,8 +52,6 @@ class LtuAsKind(LtuKind):
         """Sizes of the Whisper, held against the tensors, if there are any."""
         layers, width = LtuAsFeatureExtractor.shape_of(args.whisper)
         query = state.get("audio_tower.time_tr.attn.query.weight")
-        if state and query is None:
-            raise KeyError("The file holds no TLTR (time_tr.attn.query.weight): not a whole checkpoint of LTU-AS.")
         if state and len(query) != width:
             raise ValueError(
                 f"The file holds a TLTR of width {len(query)}, but Whisper {args.whisper} gives features of width "
@@ -94,7 +93,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, KeyError, ValueError) as error:  # The user's to mend; a traceback would hide it.
-        sys.exit(f"error: {error.args[-1] if isinstance(error, KeyError) else error}")
+    convert_checkpoint.run(main)

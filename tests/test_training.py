@@ -146,6 +146,31 @@ def test_two_processes_equal_one(start, tmp_path):
     assert [e["grad_norm"] for e in two] == pytest.approx([e["grad_norm"] for e in one], rel=1e-3)
 
 
+def test_two_machines_meet(start, tmp_path):
+    """A stage script that runs on two machines at once, as `slurm.sh` starts it, ends well on both."""
+    (tmp_path / "stage1_proj_cla").symlink_to(start)
+    write_rows(tmp_path / "data", 16, without_audio=4).rename(tmp_path / "data" / "stage2.json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": endpoint, "PYTHON": sys.executable}
+    environment |= {"DATA": str(tmp_path / "data"), "EXP": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    flags = "--batch_size 8 --micro_batch_size 2 --num_epochs 1 --logging_steps 1 --bf16 False --num_workers 0"
+    command = ["bash", "train_scripts/ltu/stage2_all_cla.sh", *flags.split(), "--lora_r", "4", "--lora_alpha", "8"]
+    command += ["--lora_dropout", "0"]
+    machines = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    state = json.loads((tmp_path / "stage2_all_cla" / "ltu_state.json").read_text())
+    assert state["finished"] and state["total_steps"] == 2
+    rates = [entry["learning_rate"] for entry in losses(tmp_path / "stage2_all_cla")]
+    assert rates == pytest.approx([1e-6, 2e-6], rel=1e-12)
+
+
 # --- stages
 
 

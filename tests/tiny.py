@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,21 +32,33 @@ def audio_config() -> CavMaeConfig:
     )
 
 
-def write_llm(folder: Path, model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """A language model with random weights and the golden tokenizer, as Hugging Face folders are."""
+def write_llm(
+    folder: Path,
+    model_type: str = "llama",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    **settings: Any,
+) -> Path:
+    """A language model with random weights and a tokenizer (the golden one), as Hugging Face folders are."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **LLM, **SPECIAL, max_position_embeddings=2048)
+    config = AutoConfig.for_model(model_type, **(LLM | SPECIAL | settings), max_position_embeddings=2048)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # Larger than the usual init, so that one token differs clearly from another.
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     model.to(dtype).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return folder
     for file in (GOLDEN / "tokenizer").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
 
 
-def write_checkpoint(folder: Path, llm: Path, lora: dict | None = None, seed: int = 0) -> Path:
+def write_checkpoint(
+    folder: Path, llm: Path, lora: dict | None = None, seed: int = 0, prompt_template: dict | None = None
+) -> Path:
     """A checkpoint folder around that language model; a LoRA in it does something."""
     torch.manual_seed(seed)
     text_config = AutoConfig.from_pretrained(llm)
@@ -55,14 +68,18 @@ def write_checkpoint(folder: Path, llm: Path, lora: dict | None = None, seed: in
         language_model=str(llm),
         language_model_sha256=hash_language_model(llm),
         lora=lora,
+        prompt_template=prompt_template,
     )
+    # AutoTokenizer opens the golden tokenizer in a Qwen2 folder as a Qwen2 tokenizer without words.
+    golden = (llm / "tokenizer.model").is_file()
+    processor = LtuProcessor.from_config(config, GOLDEN / "tokenizer" if golden else llm)
     model = LtuForConditionalGeneration(config, language_model=AutoModelForCausalLM.from_pretrained(llm))
     torch.nn.init.normal_(model.multi_modal_projector.linear.weight, std=0.3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
-    LtuProcessor.from_config(config, GOLDEN / "tokenizer").save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

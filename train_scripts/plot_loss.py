@@ -4,21 +4,9 @@ python -m train_scripts.plot_loss --output_path exp/ltu/loss.png exp/ltu/stage1_
 """
 
 import argparse
-import json
 from pathlib import Path
 
-
-def read_log(folder: Path) -> list[dict]:
-    """The Trainer's log history of a stage, from its folder or its last checkpoint.
-
-    Raises:
-        FileNotFoundError: the folder has no trainer_state.json.
-    """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-    for place in (folder, *reversed(checkpoints)):
-        if (place / "trainer_state.json").is_file():
-            return json.loads((place / "trainer_state.json").read_text())["log_history"]
-    raise FileNotFoundError(f"{folder} has no trainer_state.json: is it the --output_dir of a finished ltu.finetune?")
+from ltu.compare_log import read_log
 
 
 def plot(folders: list[Path], output_path: Path) -> None:

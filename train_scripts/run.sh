@@ -1,6 +1,7 @@
 # Sourced by the stage scripts; paths are then relative to the repository root.
 # finetune FLAGS...: $MODEL.finetune (ltu) on NPROC processes (all visible GPUs, else 1), unless its --output_dir is finished.
-# Of a flag that comes twice the last counts. PYTHON: another interpreter than .venv's.
+# Of a flag that comes twice the last counts. PYTHON: another interpreter than .venv's. Several machines: run the same
+# script on each, with NNODES (how many) and RDZV_ENDPOINT (HOST:PORT of one of them); slurm.sh does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,7 +27,11 @@ finetune() {
         nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-    if [ "$nproc" -gt 1 ]; then
+    if [ "${NNODES:-1}" -gt 1 ]; then
+        : "${RDZV_ENDPOINT:?NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, a machine that all of them reach}"
+        "$python" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc" --rdzv_id "${RDZV_ID:-ltu}" \
+            --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" -m "${MODEL:-ltu}.finetune" "$@"
+    elif [ "$nproc" -gt 1 ]; then
         "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" -m "${MODEL:-ltu}.finetune" "$@"
     else
         "$python" -m "${MODEL:-ltu}.finetune" "$@"

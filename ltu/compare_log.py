@@ -1,0 +1,216 @@
+"""Hold a run's log against the schedule that it should have had, and against a released log.
+
+    python -m ltu.compare_log exp/ltu/stage2_all_cla --output_path stage2.png
+    python -m ltu.compare_log exp/ltu/stage2_all_cla --with checkpoint-9200/trainer_state.json --output_path stage2.png
+    python -m ltu.compare_log exp/ltu/finetune_toy --expected 10:0.6383,20:0.6052
+
+A log is a `trainer_state.json`, a folder of a run that holds one, or a CSV with step, epoch, learning_rate and loss.
+
+Notable:
+- Steps, epochs and rates are checked exactly. The rate logged at step s is the one after it: s / warm-up of the full
+  one, then linear to zero at step T. T follows from rows, batch and processes; a log without them must fit one T alone.
+- Losses are compared as means of 50 steps: rows grouped by length make a sawtooth of that period in the released logs.
+- Exit status 1: the schedule is another than it should be, or an expected loss is missed by more than the tolerance.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from ltu.micro_batches import batches_per_rank, total_steps
+
+PERIOD = 50  # steps of the sawtooth
+MAX_ERROR = 1e-15  # relative, of a rate: a few roundings of a double
+
+
+@dataclass
+class Schedule:
+    """Full rate, steps of warm-up and in total; micro-batches of a rank in a step and in an epoch, where known."""
+
+    base: float
+    warmup: int
+    total: int
+    accumulation: int | None = None
+    per_epoch: int | None = None
+
+    def rate(self, step: int) -> float:
+        """The rate after `step` optimizer steps."""
+        if step < self.warmup:
+            return self.base * step / self.warmup
+        return self.base * max(0, self.total - step) / max(1, self.total - self.warmup)
+
+
+def find_state(folder: Path) -> Path:
+    """The `trainer_state.json` of a run: its own, or that of its last checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    for place in (folder, *reversed(checkpoints)):
+        if (place / "trainer_state.json").is_file():
+            return place / "trainer_state.json"
+    raise FileNotFoundError(f"{folder} has no trainer_state.json: is it the --output_dir of a run of ltu.finetune?")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a log in their order: step, epoch, learning_rate, loss; of a run also its other entries.
+
+    Raises:
+        FileNotFoundError: no log is there.
+        ValueError: the file is no log.
+    """
+    path = find_state(path) if path.is_dir() else path
+    try:
+        if path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as stream:
+                rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+            return [row | {"step": int(row["step"])} for row in rows]
+        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no log ({error!r}). Give a trainer_state.json, or a CSV with a head line."
+        ) from error
+
+
+def own_schedule(folder: Path) -> Schedule | None:
+    """What `ltu_state.json` says that the run was to be; None where the file is not."""
+    if not (folder / "ltu_state.json").is_file():
+        return None
+    state = json.loads((folder / "ltu_state.json").read_text(encoding="utf-8"))
+    given = state["arguments"]
+    # The number of processes is not recorded; it is the one that gives the recorded number of steps.
+    for world in range(1, given["batch_size"] // given["micro_batch_size"] + 1):
+        accumulation = given["batch_size"] // given["micro_batch_size"] // world
+        steps = total_steps(state["rows"], given["micro_batch_size"], accumulation, world, given["num_epochs"])
+        if given["max_steps"] > 0 or steps == state["total_steps"]:
+            per_epoch = batches_per_rank(state["rows"], given["micro_batch_size"], world)
+            total = given["max_steps"] if given["max_steps"] > 0 else steps
+            return Schedule(given["learning_rate"], given["warmup_steps"], total, accumulation, per_epoch)
+    raise ValueError(f"{folder}: {state['total_steps']} steps do not follow from its rows, batch and epochs.")
+
+
+def fitted_schedule(log: list[dict], warmup: int = 100) -> Schedule:
+    """The schedule that a log without a record must have had: the full rate from its first entry, T from its last.
+
+    Raises:
+        ValueError: the log ends before the rate falls.
+    """
+    rates = [(entry["step"], entry["learning_rate"]) for entry in log if "loss" in entry]
+    step, rate = next(((s, r) for s, r in rates if s <= warmup), rates[0])
+    base = float(f"{rate * warmup / step:.12g}")  # Full rates are short decimals.
+    step, rate = rates[-1]
+    if step <= warmup:
+        raise ValueError(f"The log ends at step {step}, within its {warmup} steps of warm-up: T cannot be told.")
+    return Schedule(base, warmup, round((step - warmup * rate / base) / (1 - rate / base)))
+
+
+def check(log: list[dict], schedule: Schedule) -> list[str]:
+    """What differs from the schedule; nothing if all is as it should be."""
+    wrong = []
+    entries = [entry for entry in log if "loss" in entry]
+    for entry in entries:
+        step, expected = entry["step"], schedule.rate(entry["step"])
+        if abs(entry["learning_rate"] - expected) > MAX_ERROR * max(expected, schedule.base * MAX_ERROR):
+            wrong.append(f"step {step}: rate {entry['learning_rate']!r}, expected {expected!r}")
+        if schedule.per_epoch and entry["epoch"] != step * schedule.accumulation / schedule.per_epoch:
+            expected = step * schedule.accumulation / schedule.per_epoch
+            wrong.append(f"step {step}: epoch {entry['epoch']!r}, expected {expected!r}")
+    steps = [entry["step"] for entry in entries]
+    if steps != sorted(set(steps)) or (steps and steps[-1] > schedule.total):
+        wrong.append(f"steps are not in order, or go on after step {schedule.total}")
+    return wrong
+
+
+def means(log: list[dict], period: int = PERIOD) -> dict[int, float]:
+    """Mean loss of each whole period of steps, by its last step."""
+    parts: dict[int, list[float]] = {}
+    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    for step, loss in losses:
+        parts.setdefault(-(-step // period) * period, []).append(loss)
+    return {step: mean(values) for step, values in parts.items() if losses[-1][0] >= step}
+
+
+def plot(logs: list[tuple[Path, list[dict]]], output_path: Path) -> None:
+    """Write the PNG: losses, thin as logged and thick as means, above rates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for number, (path, log) in enumerate(logs):
+        entries, style = [entry for entry in log if "loss" in entry], {"color": f"C{number}"}
+        steps = [entry["step"] for entry in entries]
+        above.plot(steps, [entry["loss"] for entry in entries], alpha=0.35, linewidth=0.8, **style)
+        smooth = means(log) if len(means(log)) > 1 else dict(zip(steps, (e["loss"] for e in entries), strict=True))
+        above.plot(list(smooth), list(smooth.values()), label=path.name, **style)
+        below.plot(steps, [entry["learning_rate"] for entry in entries], **style)
+    losses = sorted(entry["loss"] for _, log in logs for entry in log if "loss" in entry)
+    above.set(
+        ylabel="loss (nats per token)", ylim=(0, 1.3 * losses[int(0.97 * (len(losses) - 1))])
+    )  # Not the first few.
+    below.set(xlabel="step", ylabel="learning rate")
+    above.legend(frameon=False)
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output_path, dpi=150)
+
+
+def compare_expected(log: list[dict], expected: dict[int, float], tolerance: float) -> bool:
+    """Print the losses logged at these steps beside the expected ones; whether all are within the tolerance."""
+    found = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    for step, loss in expected.items():
+        verdict = "not logged" if step not in found else f"{found[step]:.4f}, off by {found[step] - loss:+.4f}"
+        print(f"step {step}: expected {loss:.4f} +- {tolerance}, {verdict}")
+    return all(step in found and abs(found[step] - loss) <= tolerance for step, loss in expected.items())
+
+
+def parse_expected(text: str) -> dict[int, float]:
+    """`10:0.6383,20:0.6052`"""
+    return {int(step): float(loss) for step, loss in (part.split(":") for part in text.split(","))}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, help="--output_dir of ltu.finetune, or a log")
+    parser.add_argument("--with", dest="other", type=Path, help="a released log")
+    parser.add_argument("--expected", type=parse_expected, default={}, help="losses at steps: 10:0.6383,20:0.6052")
+    parser.add_argument("--tolerance", type=float, default=0.03, help="of --expected (the author's own runs differ so)")
+    parser.add_argument("--warmup_steps", type=int, default=100, help="of logs that do not say it")
+    parser.add_argument("--output_path", type=Path, help="a PNG")
+    args = parser.parse_args(argv)
+    logs = [(path, read_log(path)) for path in (args.run, args.other) if path]
+    schedules, is_right = [], True
+    for path, log in logs:
+        record = own_schedule(path) if path.is_dir() else None
+        schedules.append(record or fitted_schedule(log, args.warmup_steps))
+        wrong = check(log, schedules[-1])
+        is_right &= not wrong
+        kind = "as recorded" if record else "fitted"
+        print(f"{path}: {len(log)} entries, {schedules[-1]}, {kind}: {'exact' if not wrong else wrong[:5]}")
+    if args.other:
+        run, other = schedules
+        is_same = (run.base, run.warmup, run.total) == (other.base, other.warmup, other.total)
+        is_right &= is_same
+        print(f"The two schedules are {'the same' if is_same else 'NOT the same'}.")
+        ours, theirs = (means(log) for _, log in logs)
+        print(f"{'step':>7}{'loss':>10}{'other':>10}{'difference':>12}   means of {PERIOD} steps")
+        shared = [step for step in ours if step in theirs]
+        for step in shared[:: max(1, len(shared) // 20)]:
+            print(f"{step:7}{ours[step]:10.4f}{theirs[step]:10.4f}{ours[step] - theirs[step]:+12.4f}")
+    is_right &= compare_expected(logs[0][1], args.expected, args.tolerance)
+    if args.output_path:
+        plot(logs, args.output_path)
+        print(f"Picture: {args.output_path}")
+    return 0 if is_right else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (FileNotFoundError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
+        sys.exit(f"error: {error}")

@@ -1,0 +1,460 @@
+"""Every kind of original file in, and out again: keys and shapes from the golden layouts, values from the golden rule.
+
+The ears are narrow (CAV-MAE 64 wide with two blocks; TLTR of Whisper tiny), so that a file is small. What a file of
+several gigabytes costs, `test_a_file_of_several_gigabytes` shows (slow: 4 GB of disk twice).
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import ltu_as.convert_checkpoint  # noqa: F401  registers LTU-AS with the Auto classes
+from ltu import LtuConfig, LtuProcessor, convert_checkpoint, export_checkpoint
+from ltu.original_files import ORIGINAL_KEYS, PREFIX, TO_ORIGINAL, rename_keys
+from ltu_as import LtuAsConfig
+from tests import tiny
+from tests.golden.rule_init import rule
+from tests.released import narrow, read, write_llm
+
+COMMANDS = {"ltu": convert_checkpoint.main, "ltu_as": ltu_as.convert_checkpoint.main}
+FLAGS = {"ltu": [], "ltu_as": ["--whisper", "tiny"]}
+CONFIGS = {"ltu": LtuConfig, "ltu_as": LtuAsConfig}
+# A stage of the layout, which of its lists, and a change of its keys: the files that the original's users have.
+FILES = {
+    "trainable_only": ("tiny.lora_all", "saved_by_trainer", str),
+    "stage1": ("tiny.stage1_proj", "saved_by_trainer", str),
+    "unprefixed": ("tiny.lora_all", "saved_by_trainer", lambda key: key.removeprefix(PREFIX)),
+    "mixed": ("tiny.lora_all", "saved_by_trainer", lambda key: key.removeprefix(PREFIX) if "norm" in key else key),
+    "without_default": ("tiny.lora_all", "saved_by_trainer", lambda key: key.replace(".default", "")),
+    "full": ("tiny.stage2_all", "peft_state_dict", str),
+    "full_unprefixed": ("tiny.stage2_all", "peft_state_dict", lambda key: key.removeprefix(PREFIX)),
+    "full_with_lora": ("tiny.lora_all", "peft_state_dict", str),
+}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llm(tmp_path_factory.mktemp("originals") / "llm")
+
+
+@pytest.fixture(scope="module")
+def nameplate(llm: Path) -> Path:
+    """Config and tokenizer of the language model, without its weights."""
+    shutil.copytree(llm, llm.parent / "nameplate", ignore=shutil.ignore_patterns("*.safetensors"))
+    return llm.parent / "nameplate"
+
+
+def content(kind: str, name: str) -> dict[str, torch.Tensor]:
+    stage, which, change = FILES[name]
+    shapes = narrow(read(f"layout_{kind}")[stage][which])
+    return {change(key): torch.from_numpy(rule(key, tuple(shape))) for key, shape in shapes.items()}
+
+
+def command(kind: str, *words: str | Path) -> None:
+    COMMANDS[kind]([str(word) for word in words])
+
+
+def convert(kind: str, state: dict | Path, llm: Path, folder: Path, *flags: str) -> Path:
+    file = state if isinstance(state, Path) else folder.with_suffix(".bin")
+    if not isinstance(state, Path):
+        torch.save(state, file)
+    command(kind, "--llm", llm, "--checkpoint", file, "--output_dir", folder, *FLAGS[kind], *flags)
+    return folder
+
+
+def logits(folder: Path, **options) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    generator, ear = torch.Generator().manual_seed(0), model.config.audio_config
+    audio = (ear.num_mel_bins, ear.num_frames)[::-1] if hasattr(ear, "num_mel_bins") else (4, 25, 384)
+    ids = [model.config.audio_token_id] * model.config.num_audio_tokens + list(range(1, 9))
+    with torch.no_grad():
+        return model(torch.tensor([ids]), input_features=torch.randn(1, *audio, generator=generator)).logits
+
+
+# --- every kind of file in, and out again
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_round_trip(golden_report, llm: Path, nameplate: Path, tmp_path: Path, kind: str, name: str) -> None:
+    """File -> folder -> file: keys in the order that the original's Trainer writes, and every value."""
+    state, full = content(kind, name), name.startswith("full")
+    folder = convert(kind, state, nameplate if full else llm, tmp_path / "folder")
+    command(kind, "--model", folder, "--to_original", tmp_path / "back.bin")
+    back = torch.load(tmp_path / "back.bin", weights_only=True)
+    stage, which, _ = FILES[name]
+    expected = [key for key in read(f"layout_{kind}")[stage][which] if "rotary" not in key]
+    expected = list(narrow(dict.fromkeys(expected, ())))
+    order = sorted if full else list  # Llama's up_proj and down_proj have changed places since.
+    golden_report("original files", f"{kind} {name}, keys in order", order(back) != order(expected), 0)
+    theirs, change = content(kind, name), FILES[name][2]
+    different = [key for key in back if not torch.equal(back[key], theirs[change(key)])]
+    golden_report("original files", f"{kind} {name}, values {different[:3]}", len(different), 0)
+    record = json.loads((folder / "ltu_state.json").read_text())
+    assert set(record["dropped_keys"]) == {key for key in state if "rotary" in key}
+    assert (record.get("language_model") == "in this folder") == full
+    assert (AutoConfig.from_pretrained(folder).language_model is None) == full
+    assert (tmp_path / "back.bin").stat().st_size < 1.05 * sum(value.nbytes for value in back.values()) + 2e5
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_full_file_answers_as_its_parts(llm: Path, nameplate: Path, tmp_path: Path, kind: str, monkeypatch) -> None:
+    """The golden rule gives one language model, whether it lies in its own folder or in the file; shards or not."""
+    parts = logits(convert(kind, content(kind, "trainable_only"), llm, tmp_path / "parts"))
+    monkeypatch.setattr(export_checkpoint, "SHARD", "500KB")
+    whole = convert(kind, content(kind, "full_with_lora"), nameplate, tmp_path / "whole")
+    assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2 and (whole / "model.safetensors.index.json").is_file()
+    assert torch.equal(logits(whole), parts)
+    monkeypatch.undo()  # Written again in one file: the shards must go.
+    assert torch.equal(logits(convert(kind, content(kind, "full_with_lora"), nameplate, whole)), parts)
+    assert [file.name for file in whole.glob("model*")] == ["model.safetensors"]
+    half = convert(kind, content(kind, "full"), nameplate, tmp_path / "half", "--llm_dtype", "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(half)
+    assert (
+        model.language_model.dtype == torch.bfloat16 and model.multi_modal_projector.linear.weight.dtype.itemsize == 4
+    )
+    kept = {key: value for key, value in content(kind, "full").items() if "lm_head" not in key}
+    with pytest.raises(KeyError, match="lm_head"):
+        convert(kind, kept, nameplate, tmp_path / "lacking")
+
+
+def test_a_released_vicuna_folder(llm: Path, tmp_path: Path) -> None:
+    """vicuna_ltu, two .bin shards with ear and projection: language model, start of stage 1, or one whole model."""
+    state = content("ltu", "full_unprefixed")
+    shutil.copytree(llm, tmp_path / "vicuna_ltu", ignore=shutil.ignore_patterns("*.safetensors"))
+    for index, odd in enumerate((False, True)):
+        shard = {key: value for place, (key, value) in enumerate(state.items()) if place % 2 == odd}
+        torch.save(shard, tmp_path / "vicuna_ltu" / f"pytorch_model-0000{index + 1}-of-00002.bin")
+    weight_map = {key: f"pytorch_model-0000{place % 2 + 1}-of-00002.bin" for place, key in enumerate(state)}
+    (tmp_path / "vicuna_ltu" / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    vicuna = tmp_path / "vicuna_ltu"
+    command("ltu", "--init", "--llm", vicuna, "--ear", vicuna, "--output_dir", tmp_path / "init")
+    whole = convert("ltu", vicuna, vicuna, tmp_path / "whole")
+    assert torch.equal(logits(tmp_path / "init"), logits(whole))
+    merged = convert("ltu", content("ltu", "trainable_only"), vicuna, tmp_path / "converted")
+    command("ltu", "--model", merged, "--merge", "--output_dir", tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(merged), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["legacy", "safetensors", "unlike_name"])
+def test_a_file_is_what_its_bytes_say(llm: Path, tmp_path: Path, form: str) -> None:
+    state, file = (
+        content("ltu", "trainable_only"),
+        tmp_path / ("pytorch_model.bin" if form != "unlike_name" else "x.zip"),
+    )
+    if form == "safetensors":
+        save_file(state, file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=form != "legacy")
+    folder = convert("ltu", file, llm, tmp_path / "folder")
+    command("ltu", "--model", folder, "--to_original", tmp_path / "back.bin")
+    back = torch.load(tmp_path / "back.bin", weights_only=True)
+    assert all(torch.equal(back[key], value) for key, value in state.items()) and len(back) == len(state)
+
+
+# --- refused: one line that says what, where and the way out; nothing is written
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("a pickle ran code",))
+
+
+def cut(state: dict, file: Path, share: float, **options) -> None:
+    torch.save(state, file, **options)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+
+
+def without(part: str) -> Callable[[dict, Path], None]:
+    return lambda state, file: torch.save({key: value for key, value in state.items() if part not in key}, file)
+
+
+REFUSED = {
+    "truncated": (lambda state, file: cut(state, file, 0.7), "cannot be read.*cut short, download it again"),
+    "truncated_legacy": (
+        lambda state, file: cut(state, file, 0.7, _use_new_zipfile_serialization=False),
+        "cannot be read.*cut short, download it again",
+    ),
+    "truncated_header": (lambda state, file: cut(state, file, 1e-5), "neither|cut short"),
+    "truncated_safetensors": (
+        lambda state, file: (save_file(state, file), file.write_bytes(file.read_bytes()[:-9])),
+        "cannot be read.*cut short, download it again",
+    ),
+    "empty": (lambda state, file: file.touch(), "is empty. Download"),
+    "web_page": (lambda state, file: file.write_text("\n<!DOCTYPE html><html>"), "is a web page.*Download"),
+    "noise": (lambda state, file: file.write_bytes(bytes(range(200))), "neither a torch file nor safetensors"),
+    "code": (
+        lambda state, file: torch.save(state | {"a": Evil()}, file),
+        "print.*run code, so it is refused.*safetensors",
+    ),
+    "legacy_code": (
+        lambda state, file: torch.save(state | {"a": Evil()}, file, _use_new_zipfile_serialization=False),
+        "print.*run code, so it is refused.*safetensors",
+    ),
+    "foreign": (lambda state, file: torch.save({"bert.pooler.weight": torch.zeros(3)}, file), "bert.pooler.weight"),
+    "optimizer": (lambda state, file: torch.save({"state": state}, file), "is not a state dict"),
+    "twice": (
+        lambda state, file: torch.save(state | {key.removeprefix(PREFIX): state[key] for key in list(state)[:1]}, file),
+        "both mean",
+    ),
+    "without_ear": (without("audio_encoder"), "no audio encoder"),
+    "without_projection": (without("audio_proj"), "keys missing.*multi_modal_projector"),
+    "another_width": (
+        lambda state, file: torch.save(state | {f"{PREFIX}model.audio_proj.1.bias": torch.zeros(3)}, file),
+        "1 keys of another shape.*linear.bias: .3. for .64.",
+    ),
+    "half_of_lora": (without("lora_B"), "keys missing.*lora_B"),
+    "a_layer_less": (without("layers.1."), "keys missing.*layers.1"),
+    "adapter_alone": (without("audio_"), "no audio encoder"),
+    "absent": (lambda state, file: None, "is not there"),
+}
+
+
+def refused(capsys, kind: str, *words: str | Path) -> str:
+    """The line that a command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        convert_checkpoint.run(lambda: command(kind, *words))
+    message = str(stop.value.code)  # A string: Python prints it and leaves with status 1.
+    assert message.startswith("error: ") and "\n" not in message
+    assert "a pickle ran code" not in capsys.readouterr().out
+    return message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_refused(llm: Path, tmp_path: Path, capsys, kind: str, name: str) -> None:
+    write, pattern = REFUSED[name]
+    write(content(kind, "trainable_only"), tmp_path / "file.bin")
+    words = ("--llm", llm, "--checkpoint", tmp_path / "file.bin", "--output_dir", tmp_path / "out", *FLAGS[kind])
+    message = refused(capsys, kind, *words)
+    assert re.search(pattern, message), message
+    assert "file.bin" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind, other", [("ltu", "ltu_as"), ("ltu_as", "ltu")])
+def test_the_other_kind(llm: Path, tmp_path: Path, capsys, kind: str, other: str) -> None:
+    """A file or folder of LTU given to LTU-AS's command, and the other way round: named, with the right command."""
+    torch.save(content(other, "trainable_only"), tmp_path / "file.bin")
+    words = ("--llm", llm, "--checkpoint", tmp_path / "file.bin", "--output_dir", tmp_path / "out", *FLAGS[kind])
+    message = refused(capsys, kind, *words)
+    assert f"not the ear of {kind}." in message and f"python -m {other}.convert_checkpoint" in message
+    folder = convert(other, content(other, "trainable_only"), llm, tmp_path / "folder")
+    for words in (("--to_original", tmp_path / "back.bin"), ("--merge", "--output_dir", tmp_path / "out")):
+        assert f"python -m {other}.convert_checkpoint" in refused(capsys, kind, "--model", folder, *words)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "back.bin").exists()
+
+
+def test_wrong_use(llm: Path, tmp_path: Path, capsys) -> None:
+    folder = convert("ltu", content("ltu", "trainable_only"), llm, tmp_path / "folder")
+    for words in (
+        ["--llm", llm, "--output_dir", tmp_path / "out"],
+        ["--model", folder, "--merge"],
+        ["--model", folder, "--to_original", "x.bin", "--output_dir", "out"],
+        ["--to_original", "x.bin"],
+        ["--checkpoint", "x.bin", "--output_dir", "out"],
+        ["--model", folder, "--merge", "--output_dir", folder],
+        ["--llm", llm, "--checkpoint", "x.bin", "--output_dir", llm],
+        ["--llm", llm, "--init", "--output_dir", "out", "--llm_dtype", "float16"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command("ltu", *words)
+        assert stop.value.code == 2
+    assert "nowhere" in refused(
+        capsys, "ltu", "--llm", tmp_path / "nowhere", "--checkpoint", tmp_path / "folder.bin", "--output_dir", "out"
+    )
+    another = tiny.write_llm(tmp_path / "another")
+    message = refused(capsys, "ltu", "--model", folder, "--merge", "--llm", another, "--output_dir", tmp_path / "out")
+    assert "hash" in message and not (tmp_path / "out").exists()
+    assert "not ours" in refused(capsys, "ltu", "--model", folder, "--merge", "--output_dir", llm)
+    assert (llm / "model.safetensors").is_file()
+    words = ("--llm", llm, "--checkpoint", tmp_path / "folder.bin", "--output_dir", tmp_path / "out")
+    assert "nothing to say" in refused(capsys, "ltu", *words, "--llm_dtype", "float16")
+    command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
+    message = refused(capsys, "ltu", "--model", tmp_path / "merged", "--merge", "--output_dir", tmp_path / "out")
+    assert "nothing to merge" in message
+
+
+# --- merging
+
+LLMS = {  # Linear, Conv1D (fan_in_fan_out), one matrix for three, tied embeddings.
+    "llama": ["q_proj", "v_proj", "down_proj", "lm_head"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "gpt_neox": ["query_key_value"],
+    "qwen2": ["q_proj", "v_proj"],
+}
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_merged_answers_equal(tmp_path: Path, name: str, monkeypatch) -> None:
+    """fp32, to 1e-5, from a folder that stands alone: the language model's is gone. Written in several shards."""
+    monkeypatch.setattr(export_checkpoint, "SHARD", "100KB")
+    if name == "qwen2":
+        monkeypatch.setitem(tiny.LLM, "tie_word_embeddings", True)
+    llm = tiny.write_llm(tmp_path / "llm", name)
+    folder = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA | {"target_modules": LLMS[name]})
+    unmerged, plain = logits(folder), logits(tiny.write_checkpoint(tmp_path / "plain", llm))
+    assert (unmerged - plain).abs().max() > 1e-2  # LoRA says something.
+    command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
+    shutil.rmtree(llm)
+    shutil.rmtree(folder)
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.lora is None and config.language_model is None and config.language_model_sha256 is None
+    assert json.loads((tmp_path / "merged" / "ltu_state.json").read_text())["language_model"] == "in this folder"
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+    torch.testing.assert_close(logits(tmp_path / "merged"), unmerged, atol=1e-5, rtol=0)
+    LtuProcessor.from_pretrained(tmp_path / "merged")
+
+
+def test_merge_keeps_the_stored_dtype(tmp_path: Path) -> None:
+    llm = tiny.write_llm(tmp_path / "llm", dtype=torch.bfloat16)
+    folder = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA)
+    unmerged = logits(folder, dtype=torch.float32)
+    for flags, dtype in (((), torch.bfloat16), (("--llm_dtype", "float32"), torch.float32)):
+        command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged", *flags)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert model.language_model.dtype == dtype and model.multi_modal_projector.linear.weight.dtype == torch.float32
+    torch.testing.assert_close(logits(tmp_path / "merged"), unmerged, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_merge_of_ltu_as(llm: Path, nameplate: Path, tmp_path: Path, full: bool) -> None:
+    """Of a named language model, and of one in the folder whose LoRA is beside it."""
+    state = content("ltu_as", "full_with_lora" if full else "trainable_only")
+    folder = convert("ltu_as", state, nameplate if full else llm, tmp_path / "folder")
+    command("ltu_as", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(folder), atol=1e-5, rtol=0)
+    record = json.loads((tmp_path / "merged" / "ltu_state.json").read_text())
+    assert {"merged"} == set(record["dropped_keys"].values()) and len(record["dropped_keys"]) == 8
+
+
+def test_lora_on_a_tied_weight_is_not_merged(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(tiny.LLM, "tie_word_embeddings", True)
+    llm = tiny.write_llm(tmp_path / "llm")
+    folder = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA | {"target_modules": ["lm_head"]})
+    message = refused(capsys, "ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "out")
+    assert "cannot be merged" in message and not (tmp_path / "out").exists()
+
+
+# --- 7B and 13B, on the meta device
+
+
+def as_13b(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The layout of 13B by that of 7B: 5120 and 13824 wide, 40 layers. 4096 stands for no width of an ear."""
+    wide = {4096: 5120, 11008: 13824}
+    shapes = {key: [wide.get(size, size) for size in shape] for key, shape in shapes.items()}
+    first = {key: shape for key, shape in shapes.items() if ".layers.0." in key}
+    return shapes | {key.replace(".0.", f".{n}.", 1): shape for key, shape in first.items() for n in range(32, 40)}
+
+
+SIZES = {"7B": {}, "13B": {"hidden_size": 5120, "intermediate_size": 13824}}
+SIZES["13B"] |= {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("which", ["saved_by_trainer", "peft_state_dict"])
+@pytest.mark.parametrize("stage", ["real7b.stage1_proj", "real7b.lora_all"])
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_keys_of_7b_and_13b(golden_report, kind: str, stage: str, which: str, size: str) -> None:
+    """Every key of the file is placed, none is missing, and all go back to their names; the folder is small."""
+    shapes = read(f"layout_{kind}")[stage][which]
+    shapes = as_13b(shapes) if size == "13B" else shapes
+    file = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    state, dropped = rename_keys(file, ORIGINAL_KEYS, (PREFIX,), "the layout")
+    config = CONFIGS[kind](
+        text_config={"model_type": "llama"} | SIZES[size],
+        language_model="llm" if which == "saved_by_trainer" else None,
+        lora=convert_checkpoint.lora_settings(state, 16, 0.05),
+    )
+    keys = export_checkpoint.fit(state, export_checkpoint.build_on_meta(config), "the file")
+    assert all("rotary" in key for key in dropped)
+    back, _ = rename_keys(dict.fromkeys(keys), TO_ORIGINAL, (), "the folder")
+    golden_report("names", f"{kind} {stage} {which} {size}, back", set(back) != set(shapes) - set(dropped), 0)
+    stored = sum(state[key].numel() for key in keys)
+    if which == "saved_by_trainer":
+        golden_report("names", f"{kind} {stage} {size}, bytes of the folder", 4 * stored, 400e6)
+        if (size, stage) == ("7B", "real7b.lora_all"):
+            golden_report("names", f"{kind}, count", stored != read(f"layout_{kind}")[stage]["n_trainable"], 0)
+
+
+# --- a file larger than what a conversion may need
+
+MEASURE = """
+import json, resource, sys, threading, time
+from ltu.convert_checkpoint import main
+
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e6
+
+peak, done = status("RssAnon"), threading.Event()
+start = peak
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, status("RssAnon"))
+watcher = threading.Thread(target=watch)
+watcher.start()
+began = time.time()
+main(sys.argv[1:])
+done.set()
+watcher.join()
+resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(json.dumps({"start": start, "peak": peak, "resident": resident, "seconds": time.time() - began}))
+"""
+WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 3, "vocab_size": 32_000}
+WIDE |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+
+
+def measure(*words: str | Path) -> dict[str, float]:
+    """GB that a command needs in a process of its own.
+
+    `peak` counts memory that is the process's own (RssAnon, read every 2 ms), `resident` also pages of mapped files,
+    which the kernel keeps while there is room and drops when there is none.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, words)], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_a_file_of_several_gigabytes(golden_report, nameplate: Path, tmp_path: Path) -> None:
+    """Three layers of 7B in fp32, with LoRA: converted, and merged, in the memory of a large tensor."""
+    config = json.loads((nameplate / "config.json").read_text()) | WIDE
+    shutil.copytree(nameplate, tmp_path / "llm")
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
+    shapes = read("layout_ltu")["real7b.lora_all"]["peft_state_dict"]
+    shapes = {key: shape for key, shape in shapes.items() if not re.search(r"layers\.([3-9]|\d\d)\.", key)}
+    state = {key: torch.rand(shape) for key, shape in shapes.items()}
+    torch.save(state, tmp_path / "full_ft.bin")
+    size = (tmp_path / "full_ft.bin").stat().st_size / 1e9
+    assert size > 3.5
+    figures = measure(
+        "--llm", tmp_path / "llm", "--checkpoint", tmp_path / "full_ft.bin", "--output_dir", tmp_path / "whole"
+    )
+    print(f"full fine-tuned, {size:.2f} GB: {figures}")
+    golden_report("memory", "GB to convert a full fine-tuned file", figures["peak"] - figures["start"], 0.6)
+    key = "lm_head.weight"
+    index = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())["weight_map"]
+    with safe_open(tmp_path / "whole" / index[f"language_model.{key}"], "pt") as stored:
+        assert torch.equal(stored.get_tensor(f"language_model.{key}"), state[PREFIX + key])
+    del state
+    (tmp_path / "full_ft.bin").unlink()
+    figures = measure("--model", tmp_path / "whole", "--merge", "--output_dir", tmp_path / "merged")
+    print(f"merged: {figures}")
+    golden_report("memory", "GB to merge LoRA", figures["peak"] - figures["start"], 0.6)
+    shutil.rmtree(tmp_path)
