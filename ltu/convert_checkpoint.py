@@ -27,10 +27,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from ltu.configuration_ltu import CavMaeConfig, LtuConfig, find_checkpoint, hash_language_model
-from ltu.export_checkpoint import find_weights, is_llm, merge, sha256_of, to_original, write_folder
+from ltu.export_checkpoint import build_on_meta, find_weights, is_llm, merge, sha256_of, to_original, write_folder
 from ltu.modeling_ltu import LtuMultiModalProjector
 from ltu.original_files import CAV_MAE_KEYS, FOLDER_KEYS, ORIGINAL_KEYS, PREFIX, check_ear, load_state, rename_keys
 from ltu.processing_ltu import LtuProcessor
+from ltu.prompt_template import load_prompt_template
 
 EARS = ("cavmae", "yamnet", "tltr")  # Folders with an ear of ours.
 EMBEDDINGS = ("model.embed_tokens", "gpt_neox.embed_in", "transformer.wte", "wte", "model.language_model.embed_tokens")
@@ -108,6 +109,8 @@ def init_projector(config: LtuConfig, llm: str | Path) -> dict[str, Tensor]:
     projector = LtuMultiModalProjector(config)
     # LayerNorm gives each input channel unit variance.
     std = _embedding_std(llm) / config.audio_config.hidden_size**0.5
+    # Gemma multiplies its embeddings by sqrt(hidden), and what is put in their place not.
+    std *= getattr(build_on_meta(config).get_input_embeddings(), "scalar_embed_scale", 1.0)
     torch.nn.init.normal_(projector.linear.weight, std=std)
     torch.nn.init.zeros_(projector.linear.bias)
     return {f"multi_modal_projector.{key}": value for key, value in projector.state_dict().items()}
@@ -135,6 +138,7 @@ def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
     parser.add_argument("--lora_alpha", type=int, default=16, help="not stored in original files")
     parser.add_argument("--lora_dropout", type=float, default=0.05, help="not stored in original files")
     parser.add_argument("--llm_dtype", choices=("float32", "float16", "bfloat16"), help="of an LLM that is written")
+    parser.add_argument("--prompt_template", default="alpaca_short", help="of --init: that, a JSON file, or chat")
     parser.add_argument("--seed", type=int, default=42, help="of random parts")
     parser.add_argument("--output_dir")
     kind.add_flags(parser)
@@ -142,10 +146,11 @@ def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
     commands = [bool(flag) for flag in (args.checkpoint, args.init, args.to_original, args.merge)]
     out, in_folder = any(commands[2:]), args.checkpoint or args.merge
     fits = bool(args.model) == out and (out or args.llm) and bool(args.output_dir) != bool(args.to_original)
-    if sum(commands) != 1 or not fits or (args.ear and not args.init) or (args.llm_dtype and not in_folder):
+    is_new = args.ear or args.prompt_template != "alpaca_short"
+    if sum(commands) != 1 or not fits or (is_new and not args.init) or (args.llm_dtype and not in_folder):
         parser.error(
-            "give --llm and --output_dir with --checkpoint or --init (and its --ear); --model with --to_original; or "
-            "--model and --output_dir with --merge. --llm_dtype is for --checkpoint and --merge"
+            "give --llm and --output_dir with --checkpoint or --init (and its --ear, --prompt_template); --model "
+            "with --to_original; or --model and --output_dir with --merge. --llm_dtype is for --checkpoint and --merge"
         )
     for source in (args.llm, args.checkpoint, args.ear, args.model):
         if source and args.output_dir and Path(source).resolve() == Path(args.output_dir).resolve():
@@ -168,6 +173,7 @@ def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:
         return report(args.output_dir, *merge(config, folder, args.output_dir, processor, args.llm, args.llm_dtype))
     parts = {"text_config": AutoConfig.from_pretrained(args.llm)}
     if args.init:
+        parts["prompt_template"] = load_prompt_template(args.prompt_template, args.llm)
         parts["audio_config"], state, dropped = load_ear(kind, args)
     else:
         state, dropped = rename_keys(load_state(args.checkpoint), ORIGINAL_KEYS, (PREFIX,), args.checkpoint)

@@ -239,6 +239,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 config.language_model, dtype=dtype, device_map=device_map, **llm_kwargs
             )
             config.text_config = llm.config
+        elif language_model is not None:
+            raise ValueError(f"{folder} holds its language model, which was trained too: leave {language_model} out.")
         model = cls(config, language_model=llm)
         model._load_own(folder)
         if llm is not None:

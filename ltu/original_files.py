@@ -81,7 +81,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             "it for a plain state dict, or for safetensors."
         ) from error
     except (RuntimeError, EOFError, SafetensorError) as error:
-        what = f"{path} ({path.stat().st_size:,} bytes) cannot be read: {str(error).strip().splitlines()[0]}"
+        reason = re.split(r"\. |\n", str(error).strip())[0]
+        what = f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}"
         raise ValueError(f"{what}. If it is damaged or cut short, download it again.") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a state dict (name -> tensor).")
@@ -89,15 +90,14 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load_torch(path: Path, is_zip: bool) -> dict:
-    options = {"map_location": "cpu", "weights_only": True, "mmap": is_zip}
     try:
-        return torch.load(path, **options)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except RuntimeError as error:
         if "unable to mmap" not in str(error):
             raise
     # Linux refuses a private map of a file larger than its memory, but not a shared one. Nothing here writes to it.
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        return torch.load(path, **options)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_ear(state: dict[str, Tensor], package: str, path: str | Path) -> None:

@@ -217,7 +217,8 @@ class LtuAsFeatureExtractor(WindowFeatureExtractor):
         mels = super().__call__(raw_speech, *args, **kwargs).input_features.to(self.device)  # (clips, mels, frames)
         is_cpu = self.device.type == "cpu"
         mels = mels if is_cpu else mels.to(DTYPES[self.feature_precision])
-        parts = [self._layers(encoder, part) for part in mels.split(CPU_BATCH if is_cpu else len(mels))]
+        with torch.backends.cudnn.flags(allow_tf32=False):  # Else "fp32" convolutions of a new GPU have 10 bits.
+            parts = [self._layers(encoder, part) for part in mels.split(CPU_BATCH if is_cpu else len(mels))]
         features = torch.cat(parts).to("cpu", DTYPES[self.feature_precision])
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
 

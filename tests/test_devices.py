@@ -10,7 +10,9 @@ from transformers.integrations import accelerate as placing
 
 from ltu.finetune import main as finetune
 from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu_as import LtuAsFeatureExtractor
 from tests import tiny
+from tests.whisper_tiny import save_whisper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -66,6 +68,16 @@ def test_layers_on_two_devices_train_like_one(folder: Path, monkeypatch: pytest.
 def test_bf16_trains(folder: Path) -> None:
     found = losses(folder, "bf16", "--bf16", "True")
     assert found[-1] < found[0]
+
+
+def test_whisper_features_in_fp32_are_those_of_a_cpu(tmp_path: Path) -> None:
+    """On a new GPU, convolutions would have 10 bits of mantissa by default."""
+    extractor = LtuAsFeatureExtractor(None, None, save_whisper(tmp_path / "w.pt"), None, "fp32")
+    found = {}
+    for device in ("cpu", "cuda"):
+        extractor.device = device
+        found[device] = extractor([tiny.clip(n, 10.0) for n in range(3)]).input_features
+    assert (found["cpu"] - found["cuda"]).abs().max() < 5e-5
 
 
 def test_answers_are_those_of_a_cpu(folder: Path) -> None:
