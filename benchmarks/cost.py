@@ -9,11 +9,12 @@ Notable:
 - the language model is frozen in bf16, what is trained is fp32, under autocast, as in `ltu.finetune`; a batch of 256 is
   256 / micro-batch passes and one AdamW step, and both are timed; loading and decoding of clips are not;
 - hours follow from the rows of the papers' stages and the measured rate: one GPU, derived;
-- asking: five questions on each of 16 clips, 64 new tokens each, one by one and 16 at a time.
+- asking: five questions on each of 16 clips (one by one: of two), 64 new tokens each, one by one and 16 at a time.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -48,16 +49,17 @@ STAGES = {
 }
 
 
-def make_model(kind: str, size: str, device: torch.device) -> torch.nn.Module:
-    """A model of random weights as `ltu.finetune` holds it: language model in bf16, the rest in fp32."""
+def make_model(kind: str, size: str, trains: str, device: torch.device) -> torch.nn.Module:
+    """A model of random weights as `ltu.finetune` holds it: LLM in bf16, the rest in fp32; LoRA where it is trained."""
     torch.manual_seed(0)
+    lora = None if trains == "proj" else LORA
     text_config = LlamaConfig(vocab_size=32000, **LLMS[size], dtype=torch.bfloat16)
     with torch.device(device):
         llm = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
         if kind == "ltu":
-            config = LtuConfig(audio_config=CavMaeConfig(), text_config=text_config, lora=LORA)
+            config = LtuConfig(audio_config=CavMaeConfig(), text_config=text_config, lora=lora)
         else:
-            config = LtuAsConfig(audio_config=TltrConfig(), text_config=text_config, lora=LORA)
+            config = LtuAsConfig(audio_config=TltrConfig(), text_config=text_config, lora=lora)
         model = {"ltu": LtuForConditionalGeneration, "ltu_as": LtuAsForConditionalGeneration}[kind](config, llm)
     wrong = {p.dtype for n, p in model.named_parameters() if ".lora_" in n or not n.startswith("language_model.")}
     assert wrong == {torch.float32}, wrong
@@ -125,10 +127,10 @@ def train(model: torch.nn.Module, plan: str, micro_batch: int, text_tokens: int,
     return statistics.median(times["pass"][1:]), times["step"][-1], peak
 
 
-def training_rows(kind: str, size: str, model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
+def training_rows(kind: str, size: str, trains: str, model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
     """One row for each plan, cut-off, micro-batch and way of keeping activations."""
     rows = []
-    settings = sorted({(plan, cutoff) for _, plan, cutoff, _, _ in STAGES[kind]}, reverse=True)
+    settings = sorted({(plan, cutoff) for _, plan, cutoff, _, _ in STAGES[kind] if plan == trains})
     for plan, cutoff in settings:
         for micro_batch in args.micro_batches:
             for checkpointing in (False, True):
@@ -168,8 +170,7 @@ def ask(model: torch.nn.Module, batch: int, clips: int, questions: int, prompt_t
             owners = [(start + row) // questions for row in range(number)]
             index = torch.tensor([owner - owners[0] for owner in owners], device=device)
             heard = features.expand(owners[-1] - owners[0] + 1, *features.shape[1:])
-            with torch.autocast(device.type, torch.bfloat16):
-                model.generate(input_ids=ids, attention_mask=mask, input_features=heard, audio_index=index, **options)
+            model.generate(input_ids=ids, attention_mask=mask, input_features=heard, audio_index=index, **options)
 
     run(batch)
     if device.type == "cuda":
@@ -187,32 +188,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(LLMS), default=["7b"])
     parser.add_argument("--kind", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--micro_batches", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--micro_batches", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--passes", type=int, default=6, help="timed passes of each setting")
     parser.add_argument(
         "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    parser.add_argument("--no_asking", action="store_true")
+    parser.add_argument(
+        "--trains", nargs="+", choices=("proj", "all"), default=["proj", "all"], help="asking goes with all"
+    )
     parser.add_argument("--output_path", type=Path)
     args = parser.parse_args()
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     report = {"device": device, "torch": torch.__version__, "batch": BATCH, "training": [], "asking": []}
-    for size in args.size:
-        for kind in args.kind:
-            model = make_model(kind, size, args.device)
-            report["training"] += training_rows(kind, size, model, args)
-            for batch in [] if args.no_asking else [1, 16]:
-                clips = 16 if batch > 1 else 2
-                row = dict(kind=kind, llm=size) | ask(model, batch, clips, 5, 40, 64)
-                print(json.dumps(row), flush=True)
-                report["asking"].append(row)
-            del model
-            gc.collect()
-            if args.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if args.output_path:  # After each model: a run that is cut off keeps what it measured.
-                args.output_path.parent.mkdir(parents=True, exist_ok=True)
-                args.output_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for size, kind, trains in itertools.product(args.size, args.kind, args.trains):
+        model = make_model(kind, size, trains, args.device)
+        report["training"] += training_rows(kind, size, trains, model, args)
+        for batch in [1, 16] if trains == "all" else []:
+            row = dict(kind=kind, llm=size) | ask(model, batch, 16 if batch > 1 else 2, 5, 40, 64)
+            print(json.dumps(row), flush=True)
+            report["asking"].append(row)
+        del model
+        gc.collect()
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if args.output_path:  # After each model: a run that is cut off keeps what it measured.
+            args.output_path.parent.mkdir(parents=True, exist_ok=True)
+            args.output_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

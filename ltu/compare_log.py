@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from ltu.micro_batches import batches_per_rank, total_steps
+from ltu.micro_batches import batches_per_rank
 
 PERIOD = 50  # steps of the sawtooth
 MAX_ERROR = 1e-15  # relative, of a rate: a few roundings of a double
@@ -62,36 +62,38 @@ def read_log(path: Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: no log is there.
-        ValueError: the file is no log.
+        ValueError: the file is no log, or holds no losses.
     """
     path = find_state(path) if path.is_dir() else path
     try:
         if path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8") as stream:
                 rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
-            return [row | {"step": int(row["step"])} for row in rows]
-        return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+            log = [row | {"step": int(row["step"])} for row in rows]
+        else:
+            log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no log ({error!r}). Give a trainer_state.json, or a CSV with a head line."
-        ) from error
+        raise ValueError(f"{path} is no log ({error!r}). Give a trainer_state.json, or a CSV with a header.") from error
+    if not any("loss" in entry for entry in log):
+        raise ValueError(f"{path} holds no losses: has the run come to its first --logging_steps?")
+    return log
 
 
-def own_schedule(folder: Path) -> Schedule | None:
-    """What `ltu_state.json` says that the run was to be; None where the file is not."""
-    if not (folder / "ltu_state.json").is_file():
+def with_loss(log: list[dict]) -> list[dict]:
+    """The entries of training: not those of held-out rows, nor the last one, which sums up."""
+    return [entry for entry in log if "loss" in entry]
+
+
+def own_schedule(path: Path) -> Schedule | None:
+    """What the run at `path`, or of the log there, was to be by its `ltu_state.json`; None without one."""
+    record = (find_state(path) if path.is_dir() else path).parent / "ltu_state.json"
+    if not record.is_file():
         return None
-    state = json.loads((folder / "ltu_state.json").read_text(encoding="utf-8"))
-    given = state["arguments"]
-    # The number of processes is not recorded; it is the one that gives the recorded number of steps.
-    for world in range(1, given["batch_size"] // given["micro_batch_size"] + 1):
-        accumulation = given["batch_size"] // given["micro_batch_size"] // world
-        steps = total_steps(state["rows"], given["micro_batch_size"], accumulation, world, given["num_epochs"])
-        if given["max_steps"] > 0 or steps == state["total_steps"]:
-            per_epoch = batches_per_rank(state["rows"], given["micro_batch_size"], world)
-            total = given["max_steps"] if given["max_steps"] > 0 else steps
-            return Schedule(given["learning_rate"], given["warmup_steps"], total, accumulation, per_epoch)
-    raise ValueError(f"{folder}: {state['total_steps']} steps do not follow from its rows, batch and epochs.")
+    state = json.loads(record.read_text(encoding="utf-8"))
+    given, world = state["arguments"], state.get("world_size", 1)
+    accumulation = given["batch_size"] // given["micro_batch_size"] // world
+    per_epoch = batches_per_rank(state["rows"], given["micro_batch_size"], world)
+    return Schedule(given["learning_rate"], given["warmup_steps"], state["total_steps"], accumulation, per_epoch)
 
 
 def fitted_schedule(log: list[dict], warmup: int = 100) -> Schedule:
@@ -100,8 +102,10 @@ def fitted_schedule(log: list[dict], warmup: int = 100) -> Schedule:
     Raises:
         ValueError: the log ends before the rate falls.
     """
-    rates = [(entry["step"], entry["learning_rate"]) for entry in log if "loss" in entry]
-    step, rate = next(((s, r) for s, r in rates if s <= warmup), rates[0])
+    rates = [(entry["step"], entry["learning_rate"]) for entry in with_loss(log)]
+    step, rate = rates[0]
+    if not 0 < step <= warmup:
+        raise ValueError(f"The log begins at step {step}, after the {warmup} of warm-up: its full rate is unknown.")
     base = float(f"{rate * warmup / step:.12g}")  # Full rates are short decimals.
     step, rate = rates[-1]
     if step <= warmup:
@@ -112,7 +116,7 @@ def fitted_schedule(log: list[dict], warmup: int = 100) -> Schedule:
 def check(log: list[dict], schedule: Schedule) -> list[str]:
     """What differs from the schedule; nothing if all is as it should be."""
     wrong = []
-    entries = [entry for entry in log if "loss" in entry]
+    entries = with_loss(log)
     for entry in entries:
         step, expected = entry["step"], schedule.rate(entry["step"])
         if abs(entry["learning_rate"] - expected) > MAX_ERROR * max(expected, schedule.base * MAX_ERROR):
@@ -129,7 +133,7 @@ def check(log: list[dict], schedule: Schedule) -> list[str]:
 def means(log: list[dict], period: int = PERIOD) -> dict[int, float]:
     """Mean loss of each whole period of steps, by its last step."""
     parts: dict[int, list[float]] = {}
-    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    losses = [(entry["step"], entry["loss"]) for entry in with_loss(log)]
     for step, loss in losses:
         parts.setdefault(-(-step // period) * period, []).append(loss)
     return {step: mean(values) for step, values in parts.items() if losses[-1][0] >= step}
@@ -142,13 +146,13 @@ def plot(logs: list[tuple[Path, list[dict]]], output_path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for number, (path, log) in enumerate(logs):
-        entries, style = [entry for entry in log if "loss" in entry], {"color": f"C{number}"}
+        entries, style = with_loss(log), {"color": f"C{number}"}
         steps = [entry["step"] for entry in entries]
         above.plot(steps, [entry["loss"] for entry in entries], alpha=0.35, linewidth=0.8, **style)
         smooth = means(log) if len(means(log)) > 1 else dict(zip(steps, (e["loss"] for e in entries), strict=True))
         above.plot(list(smooth), list(smooth.values()), label=path.name, **style)
         below.plot(steps, [entry["learning_rate"] for entry in entries], **style)
-    losses = sorted(entry["loss"] for _, log in logs for entry in log if "loss" in entry)
+    losses = sorted(entry["loss"] for _, log in logs for entry in with_loss(log))
     above.set(
         ylabel="loss (nats per token)", ylim=(0, 1.3 * losses[int(0.97 * (len(losses) - 1))])
     )  # Not the first few.
@@ -160,7 +164,7 @@ def plot(logs: list[tuple[Path, list[dict]]], output_path: Path) -> None:
 
 def compare_expected(log: list[dict], expected: dict[int, float], tolerance: float) -> bool:
     """Print the losses logged at these steps beside the expected ones; whether all are within the tolerance."""
-    found = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    found = {entry["step"]: entry["loss"] for entry in with_loss(log)}
     for step, loss in expected.items():
         verdict = "not logged" if step not in found else f"{found[step]:.4f}, off by {found[step] - loss:+.4f}"
         print(f"step {step}: expected {loss:.4f} +- {tolerance}, {verdict}")
@@ -186,12 +190,13 @@ def main(argv: list[str] | None = None) -> int:
     logs = [(path, read_log(path)) for path in (args.run, args.other) if path]
     schedules, is_right = [], True
     for path, log in logs:
-        record = own_schedule(path) if path.is_dir() else None
+        record = own_schedule(path)
         schedules.append(record or fitted_schedule(log, args.warmup_steps))
         wrong = check(log, schedules[-1])
         is_right &= not wrong
         kind = "as recorded" if record else "fitted"
-        print(f"{path}: {len(log)} entries, {schedules[-1]}, {kind}: {'exact' if not wrong else wrong[:5]}")
+        reached = f"step {with_loss(log)[-1]['step']} of {schedules[-1].total}"
+        print(f"{path}: {reached}, {schedules[-1]}, {kind}: {'exact' if not wrong else wrong[:5]}")
     if args.other:
         run, other = schedules
         is_same = (run.base, run.warmup, run.total) == (other.base, other.warmup, other.total)

@@ -151,6 +151,8 @@ class LtuConfig(PreTrainedConfig):
     ):
         self.audio_config = _as_config(audio_config, self.default_audio_model_type)
         self.text_config = _as_config(text_config, "llama")
+        if not hasattr(self.text_config, "vocab_size"):
+            raise ValueError(f"{self.text_config.model_type} is no causal language model; name one that is text alone.")
         self.language_model = language_model
         self.language_model_sha256 = language_model_sha256
         self.lora = lora
@@ -207,12 +209,13 @@ def find_checkpoint(name: str | os.PathLike, needed: tuple[str, ...] = ("config.
     Raises:
         FileNotFoundError: it is neither a folder nor a hub id, or the folder holds no checkpoint.
     """
-    folder = Path(name)
+    folder = Path(name) if Path(name).is_dir() or "/" in str(name) else Path("pretrained_mdls", name)
     if not folder.is_dir():
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
             raise FileNotFoundError(
-                f"The checkpoint {name} is not there. Give a folder of a finished stage, or write one with: "
-                "python -m ltu.convert_checkpoint"
+                f"The checkpoint {name} is not there. Give a folder of a finished stage, or the name of one in "
+                "pretrained_mdls, where train_scripts/*/prep_train.sh puts released ones (python -m ltu.released lists "
+                "them). Write one with: python -m ltu.convert_checkpoint"
             )
         folder = Path(snapshot_download(str(name), **hub_kwargs))
     missing = [file for file in needed if not (folder / file).is_file()]

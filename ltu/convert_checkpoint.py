@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
@@ -207,7 +208,7 @@ def run(command: Callable[[], None]) -> None:
     """Run a command; what is the user's to mend is one line, which a traceback would hide."""
     try:
         command()
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         message = error.args[-1] if isinstance(error, KeyError) else error
         sys.exit(f"error: {' '.join(str(message).split())}")
 

@@ -17,6 +17,7 @@ import stat
 import time
 import urllib.request
 import zipfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -186,7 +187,7 @@ def unpack(archive: Path, place: Path) -> None:
         try:
             scratch.mkdir(parents=True)
             opened.extractall(scratch, members)
-        except (zipfile.BadZipFile, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             shutil.rmtree(scratch)
             raise ReleasedError(f"{archive} is damaged ({error}). Run the same again.") from error
     os.replace(scratch, place)

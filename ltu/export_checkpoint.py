@@ -8,6 +8,8 @@ Notable:
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ltu.configuration_ltu import LtuConfig, hash_language_model
+from ltu.configuration_ltu import LtuConfig
 from ltu.modeling_ltu import LtuForConditionalGeneration, _check_language_model
-from ltu.original_files import TO_ORIGINAL, load_state, rename_keys
+from ltu.original_files import TO_ORIGINAL, load_state, rename_keys, weight_files
 from ltu.processing_ltu import LtuProcessor
 
 SHARD = "1GB"  # What a conversion has in memory at once.
+CONVERTED = ("init", "converted", "merged")  # Stages that a conversion may replace: it made them.
 
 
 def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:
@@ -38,8 +41,13 @@ def is_llm(key: str) -> bool:
 
 def find_weights(name: str | Path) -> Path:
     """The folder of a language model: `name` itself, or where the hub's copy of it was put."""
-    patterns = ["*.json", "model*.safetensors", "pytorch_model*.bin"]
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=patterns))
+    if Path(name).is_dir():
+        return Path(name)
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):  # Not both: many have both.
+        folder = Path(snapshot_download(str(name), allow_patterns=["*.json", weights]))
+        if any(folder.glob(weights)):
+            break
+    return folder
 
 
 def write_folder(
@@ -62,37 +70,48 @@ def write_folder(
 
     Raises:
         KeyError: a key is missing or left over, or has another shape.
-        ValueError: another model lies in `output_dir`.
+        ValueError: something else lies in `output_dir`.
     """
     output_dir, model = Path(output_dir), build_on_meta(config)
-    old = list(output_dir.glob("model*.safetensors*"))
-    if old and not (output_dir / "ltu_state.json").is_file():
-        raise ValueError(f"{output_dir} holds weights that are not ours ({old[0].name}). Name another --output_dir.")
+    old = output_dir / "ltu_state.json"
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        stage = json.loads(old.read_text()).get("stage") if old.is_file() else None
+        if stage not in CONVERTED:
+            what = f"a trained checkpoint ({stage})" if stage else "files that are not ours"
+            raise ValueError(f"{output_dir} holds {what}, which would be lost. Name another --output_dir.")
     plan = {}  # On the meta device: what the files will hold.
     for key in fit(state, model, (record["parent"] or {}).get("name", "what was read")):
         dtype = torch.float32
         if is_llm(key):
             dtype = config.text_config.dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
         plan[key] = torch.empty_like(state[key], dtype=dtype, device="meta")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    # Beside its place, where a relative path of the language model is the same; what is there is replaced when all is
+    # written.
+    part = output_dir.absolute().with_name(f".{output_dir.absolute().name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     config.architectures = [type(model).__name__]
-    config.save_pretrained(output_dir)
-    model.generation_config.save_pretrained(output_dir)
+    config.save_pretrained(part)
+    model.generation_config.save_pretrained(part)
     shards = split_torch_state_dict_into_shards(plan, max_shard_size=SHARD)
-    for file in old:  # Of an earlier run, perhaps of another number of shards.
-        file.unlink()
     for file, keys in shards.filename_to_tensors.items():
         tensors = {key: finish(key, state[key]).to(plan[key].dtype).contiguous() for key in keys}
-        save_file(tensors, output_dir / file, metadata={"format": "pt"})
+        first = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+        for key, tensor in tensors.items():  # Two names of one storage, which safetensors does not write.
+            tensors[key] = tensor if first[tensor.data_ptr()] == key else tensor.clone()
+        save_file(tensors, part / file, metadata={"format": "pt"})
         del tensors  # Before the next shard's are made.
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (output_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    processor.save_pretrained(output_dir)
+        (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    processor.save_pretrained(part)
     if config.language_model is None:
         record["language_model"] = "in this folder"
     record["parameters"] = {"all": model.num_parameters(), "stored": sum(value.numel() for value in plan.values())}
-    (output_dir / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
+    (part / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
+    if output_dir.is_dir():
+        shutil.rmtree(output_dir)
+    os.replace(part, output_dir)
     return len(plan)
 
 
@@ -102,8 +121,8 @@ def fit(state: dict[str, Tensor], model: LtuForConditionalGeneration, source: st
     for key in own:
         if ".base_layer." in key and key not in state and (bare := key.replace(".base_layer.", ".")) in state:
             state[key] = state.pop(bare)
-    for key, source in model.all_tied_weights_keys.items():  # One tensor under two names is stored once.
-        if key in state and source in state and torch.equal(state[key], state[source]):
+    for key, twin in model.all_tied_weights_keys.items():  # One tensor under two names is stored once.
+        if key in state and twin in state and torch.equal(state[key], state[twin]):
             del state[key]
     wanted = [key for key in own if key in state]
     found = {
@@ -190,12 +209,10 @@ def merge(
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hash of a file, or of the weights in a folder; of a folder in shards, that of `hash_language_model`."""
-    if Path(path).is_dir() and not (Path(path) / "model.safetensors").is_file():
-        return hash_language_model(path)
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    """Hash of a file, or of the weights in a folder, shard after shard."""
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+    for file in weight_files(Path(path)) if Path(path).is_dir() else [Path(path)]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()

@@ -142,6 +142,8 @@ class LtuTrainer(Trainer):
             "step": self.state.global_step,
             "finished": self.state.global_step >= self.state.max_steps,
         }
+        if self.model.config.language_model is None:
+            record["language_model"] = "in this folder"
         record["skipped"] = self.train_dataset.skipped if isinstance(self.train_dataset, QaDataset) else []
         (Path(output_dir or self.args.output_dir) / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -250,6 +252,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         "parent": {"name": parent.name, "sha256": sha256_of(parent)},
         "parameters": {"trainable": trainable, "all": model.num_parameters()},
         "rows": len(train_set),
+        "world_size": world_size,
         "total_steps": steps,
         "arguments": {k: v for part in (model_args, data, run) for k, v in dataclasses.asdict(part).items()},
     }

@@ -226,6 +226,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         dtype = kwargs.pop("torch_dtype", dtype)
         llm_kwargs = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs}
+        given = llm_kwargs | {"language_model": language_model, "device_map": device_map}
         left_over = [name for name in kwargs if not name.startswith("_") and name not in AUTO_ARGUMENTS]
         if left_over:
             raise TypeError(f"from_pretrained of LTU does not take {left_over}.")
@@ -239,8 +240,10 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 config.language_model, dtype=dtype, device_map=device_map, **llm_kwargs
             )
             config.text_config = llm.config
-        elif language_model is not None:
-            raise ValueError(f"{folder} holds its language model, which was trained too: leave {language_model} out.")
+        elif refused := {name for name, value in given.items() if value is not None}:
+            raise ValueError(f"{folder} holds its language model; these are for one that lies elsewhere: {refused}.")
+        elif dtype not in ("auto", None):  # Of what is built; LoRA is fp32 all the same.
+            config.text_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = cls(config, language_model=llm)
         model._load_own(folder)
         if llm is not None:
@@ -249,8 +252,6 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             model.multi_modal_projector.to(device)
             if hasattr(llm, "hf_device_map"):  # The Trainer must leave the parts where they are.
                 model.hf_device_map = {f"language_model.{name}": place for name, place in llm.hf_device_map.items()}
-        elif dtype != "auto" and dtype is not None:
-            model.language_model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model.eval()
 
     def _load_own(self, folder: Path) -> None:

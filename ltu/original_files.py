@@ -50,6 +50,18 @@ EAR_MARKS = {
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # How torch.save began a file before it wrote zip files.
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold its weights; of two formats, safetensors.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin).")
+    return files
+
+
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a file, or of all weight files of a folder, mapped; never runs code from it.
 
@@ -59,10 +71,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        if not files:
-            raise FileNotFoundError(f"{path} holds no weights (model*.safetensors or pytorch_model*.bin).")
-        return {key: value for file in files for key, value in load_state(file).items()}
+        return {key: value for file in weight_files(path) for key, value in load_state(file).items()}
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. --checkpoint and --ear take a file on this disk.")
     with open(path, "rb") as stream:

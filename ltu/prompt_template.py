@@ -18,6 +18,7 @@ from ltu.configuration_ltu import ALPACA_SHORT
 
 CHAT = {"name": "chat", "prompt_no_input": "{instruction}", "prompt_input": "{instruction}\n\nTranscript: {input}"}
 CUT, ANSWER = "\ufdd0", "\ufdd1"  # Unicode keeps these two free for marks inside a program.
+DATE = "26 Jul 2024"  # What a template that writes the day gets (Llama 3's own default): prompts must not change.
 AUDIO_KEYS = ("audio", "audio_url", "url", "path")
 
 
@@ -53,6 +54,8 @@ def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
         raise ValueError(f"{name} is no prompt template: {error!r}.") from error
     if blanks != [["instruction"], ["input", "instruction"]]:
         raise ValueError(f"{name}: prompt_no_input needs {{instruction}}, prompt_input {{input}} too; it has {blanks}.")
+    if name != ALPACA_SHORT["name"] and Path(name).stem in (ALPACA_SHORT["name"], CHAT["name"]):
+        raise ValueError(f"{name}: a template is kept under its file's name, and {Path(name).stem} means another one.")
     return template | {"name": Path(name).stem}
 
 
@@ -88,7 +91,8 @@ def turn_after(messages: list[dict], template: dict[str, str], controls: re.Patt
         return Turn(filled[-1]["content"], "", "", tokenizer.eos_token_id)
     filled.append({"role": "assistant", "content": ANSWER})
     try:
-        text = tokenizer.apply_chat_template(filled, chat_template=template["chat_template"], tokenize=False)
+        chosen = template["chat_template"]
+        text = tokenizer.apply_chat_template(filled, chat_template=chosen, tokenize=False, date_string=DATE)
     except TemplateError as error:
         raise ValueError(f"The chat template refuses the turns {roles}: {error}") from error
     before, found, behind = text.partition(ANSWER)
@@ -113,7 +117,9 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if other := {part["type"] for part in parts} - {"text", "audio"}:
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"The content of a message is a text, or a list of parts, not {content!r}.")
+        if other := {str(part.get("type")) for part in parts} - {"text", "audio"}:
             raise ValueError(f"A message holds {', '.join(sorted(other))}; text and audio are possible.")
         read.append({"role": message["role"], "content": "\n".join(p["text"] for p in parts if p["type"] == "text")})
         for part in (part for part in parts if part["type"] == "audio"):

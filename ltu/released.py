@@ -145,7 +145,10 @@ def settle(meta: Path, clips: Path, output: Path) -> None:
     Its place is `audio/` and the last three folders of the authors' path: after those their Whisper features are named.
     """
     rows, found, missing = json.loads(meta.read_text(encoding="utf-8")), set(), set()
-    files = {path.name: path for path in clips.rglob("*") if path.is_file()}
+    files: dict[str, list[Path]] = {}
+    for path in sorted(clips.rglob("*")):
+        if path.is_file():
+            files.setdefault(path.name, []).append(path)
     for row in rows:
         parts = [part for part in PurePosixPath(row["audio_id"] or "").parts if part not in ("/", "..")][-4:]
         if row["audio_id"] in NO_AUDIO:
@@ -154,7 +157,9 @@ def settle(meta: Path, clips: Path, output: Path) -> None:
             missing.add(row["audio_id"])
             continue
         row["audio_id"] = "/".join(["audio", *parts])
-        link(files[parts[-1]], output.parent / row["audio_id"])
+        # Of clips with one name, the one whose folders are more like the row's.
+        clip = max(files[parts[-1]], key=lambda path: sum(part in path.parts for part in parts))
+        link(clip, output.parent / row["audio_id"])
         found.add(row["audio_id"])
     if not found:
         raise ReleasedError(f"{meta}: no clip of its {len(rows)} rows is in {clips}. Is that zip the right one?")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ltu.compare_log import check, fitted_schedule, main, means, own_schedule, read_log
+from ltu.compare_log import Schedule, check, fitted_schedule, main, means, own_schedule, read_log
+from ltu.micro_batches import batches_per_rank
 from tests import tiny
 
 # Rates as the released logs of LTU-AS hold them, by step, and the number of steps that facts.md derives from the rows.
@@ -98,14 +99,31 @@ def test_a_released_state_beside_a_run(run: Path, tmp_path: Path, capsys: pytest
     assert main([str(other), "--with", str(other)]) == 0
 
 
+def test_an_interrupted_run_is_held_against_its_record(run: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = run / "checkpoint-12"
+    assert (checkpoint / "ltu_state.json").is_file() and main([str(checkpoint)]) == 0
+    assert "as recorded" in capsys.readouterr().out
+
+
+def test_the_epoch_of_four_processes() -> None:
+    """The authors' toy set: 6,306 rows, micro-batch 4, 16 of them a step on each of four ranks."""
+    schedule = Schedule(1e-4, 100, 24, 16, batches_per_rank(6306, 4, 4))
+    log = [{"step": s, "epoch": s * 16 / 395, "learning_rate": 1e-4 * s / 100, "loss": 0.6} for s in (10, 20)]
+    assert check(log, schedule) == [] and [round(entry["epoch"], 2) for entry in log] == [0.41, 0.81]
+
+
 def test_what_is_no_log_is_named(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(ValueError, match="is no log"):
         read_log(tmp_path)
     with pytest.raises(FileNotFoundError, match="output_dir"):
         read_log(tmp_path / "nothing" if (tmp_path / "nothing").mkdir() else tmp_path / "nothing")
-    with pytest.raises(ValueError, match="warm-up"):
-        fitted_schedule(log_of({10: 1e-5, 20: 2e-5}))
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 3, "eval_loss": 1.0}]}')
+    with pytest.raises(ValueError, match="no losses"):
+        read_log(tmp_path)
+    for rates in ({10: 1e-5, 20: 2e-5}, {500: 1e-4, 600: 9e-5}):
+        with pytest.raises(ValueError, match="warm-up"):
+            fitted_schedule(log_of(rates))
 
 
 @pytest.mark.parametrize("name, total", [("stage1_proj_cla", 16190), ("stage2_all_cla", 17270),

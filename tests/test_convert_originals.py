@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ltu_as.convert_checkpoint  # noqa: F401  registers LTU-AS with the Auto classes
-from ltu import LtuConfig, LtuProcessor, convert_checkpoint, export_checkpoint
+from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor, convert_checkpoint, export_checkpoint
 from ltu.original_files import ORIGINAL_KEYS, PREFIX, TO_ORIGINAL, rename_keys
 from ltu_as import LtuAsConfig
 from tests import tiny
@@ -327,6 +327,58 @@ def test_merge_keeps_the_stored_dtype(tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert model.language_model.dtype == dtype and model.multi_modal_projector.linear.weight.dtype == torch.float32
     torch.testing.assert_close(logits(tmp_path / "merged"), unmerged, atol=1e-5, rtol=0)
+
+
+def test_lora_beside_its_language_model_stays_fp32(tmp_path: Path) -> None:
+    """Also where the language model is opened in bf16; what belongs to one that lies elsewhere is refused."""
+    folder = tiny.write_checkpoint(tmp_path / "folder", tiny.write_llm(tmp_path / "llm"), tiny.LORA)
+    command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    model.add_lora(4, 8, 0.0, ["q_proj"])
+    model.save_pretrained(tmp_path / "trained")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype="bfloat16")
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if ".lora_" in name} == {torch.float32}
+    assert dtypes["language_model.model.embed_tokens.weight"] == torch.bfloat16
+    for given in ({"device_map": "cpu"}, {"language_model": str(tmp_path / "llm")}):
+        with pytest.raises(ValueError, match="holds its language model"):
+            LtuForConditionalGeneration.from_pretrained(tmp_path / "trained", **given)
+
+
+def test_nothing_is_lost(tmp_path: Path, capsys, monkeypatch) -> None:
+    """What a conversion did not make is not overwritten, and one that was stopped can be done again."""
+    llm = tiny.write_llm(tmp_path / "llm")
+    folder, out = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA), tmp_path / "out"
+    words = ("--model", folder, "--merge", "--output_dir", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(LtuProcessor, "save_pretrained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command("ltu", *words)
+    assert not out.exists()
+    command("ltu", *words)
+    command("ltu", *words)  # A conversion may replace one.
+    assert not list(tmp_path.glob(".*.part"))
+    state = json.loads((out / "ltu_state.json").read_text())
+    (out / "ltu_state.json").write_text(json.dumps(state | {"stage": "stage4_all_mix"}))
+    assert "a trained checkpoint (stage4_all_mix)" in refused(capsys, "ltu", *words)
+    (out / "ltu_state.json").unlink()
+    assert "not ours" in refused(capsys, "ltu", *words)
+    pickles = tmp_path / "pickles"
+    pickles.mkdir()
+    (pickles / "pytorch_model.bin").write_bytes(b"x")
+    assert "not ours" in refused(capsys, "ltu", *words[:-1], pickles)
+
+
+def test_a_stage_of_the_originals_trainer(llm: Path, tmp_path: Path) -> None:
+    """Its folder has weights, but no config; and two names of one storage are two tensors."""
+    state = content("ltu", "full")
+    (tmp_path / "checkpoint-9000").mkdir()
+    head = next(key for key in state if key.endswith("lm_head.weight"))
+    state[head] = state[next(key for key in state if key.endswith("embed_tokens.weight"))]
+    torch.save(state, tmp_path / "checkpoint-9000" / "pytorch_model.bin")
+    folder = convert("ltu", tmp_path / "checkpoint-9000", llm, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder).language_model
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("full", [False, True])

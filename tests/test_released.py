@@ -374,6 +374,30 @@ def test_clips_are_found_by_name_and_keep_the_names_of_their_features(tmp_path: 
         settle(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
 
 
+def test_clips_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(json.dumps([{"audio_id": f"/data/{s}/audio/1.wav"} for s in ("clotho", "fsd")]))
+    for name in ("clotho", "fsd"):
+        (tmp_path / "zip" / name).mkdir(parents=True)
+        (tmp_path / "zip" / name / "1.wav").write_text(name)
+    settle(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
+    found = [row["audio_id"] for row in json.loads((tmp_path / "out" / "rows.json").read_text())]
+    assert [(tmp_path / "out" / audio_id).read_text() for audio_id in found] == ["clotho", "fsd"]
+
+
+def test_a_zip_with_wrong_bytes_heals(site: Site, tmp_path: Path) -> None:
+    members = {f"{n}.json": os.urandom(300).hex().encode() for n in range(20)}
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    good, bad = memory.getvalue(), bytearray(memory.getvalue())
+    bad[60:200] = bytes(140)
+    row = a_row(site, "set.zip", bytes(bad))
+    fails(row, tmp_path, "damaged")
+    site.files["set.zip"] = good
+    assert len(list(download(row, tmp_path).iterdir())) == 20
+
+
 @pytest.mark.parametrize("kind", sorted(PREP))
 def test_dry_run_writes_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main(["prep", "--kind", kind, "--full", "--dry_run", "--root", str(tmp_path / "here"), "--llm", "my_llm"])
@@ -424,3 +448,8 @@ def test_prep_from_a_folder_says_which_file_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ReleasedError, match=r"openaqa_toy\.json is not there"):
         main(["prep", "--kind", "ltu", "--from", str(tmp_path), "--root", str(tmp_path / "root")])
     assert dataclasses.asdict(find("vicuna"))["size"] is None
+
+
+def test_the_table_in_the_readme_is_current(capsys: pytest.CaptureFixture) -> None:
+    main(["--markdown"])
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")

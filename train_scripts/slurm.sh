@@ -14,4 +14,5 @@ cd "$SLURM_SUBMIT_DIR"
 export NNODES=$SLURM_JOB_NUM_NODES RDZV_ID=$SLURM_JOB_ID
 RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))
 export RDZV_ENDPOINT
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from sbatch.
 srun bash "$@"
