@@ -65,14 +65,13 @@ def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
         }
         if differs:
             raise ValueError(
-                f"{args.base_model} already has LoRA {has}; these flags differ: {differs}. Leave them out to train "
-                "it on."
+                f"{args.base_model} already has LoRA {has}; these flags differ: {differs}. Leave them out."
             )
     template = model.config.prompt_template.get("name")
     if args.prompt_template_name not in (None, "", template):
+        given = args.prompt_template_name
         raise ValueError(
-            f"{args.base_model} was made with the template {template!r}, not {args.prompt_template_name!r}. Leave "
-            "the flag out."
+            f"{args.base_model} was made with the template {template!r}, not {given!r}: leave the flag out."
         )
     model.set_trainable(args.trainable_params)
     if args.freeze_audio_tower:
@@ -201,10 +200,7 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
         shown = "\n".join(f"  {error}" for error in list(bad.values())[:20])
         raise ValueError(f"{len(bad)} clips of {data.data_path} cannot be heard:\n{shown}")
     if data.val_set_size >= len(rows):
-        raise ValueError(
-            f"--val_set_size {data.val_set_size} leaves nothing of the {len(rows)} rows of {data.data_path} to "
-            "train on."
-        )
+        raise ValueError(f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} rows of {data.data_path}.")
     held_out = []
     if data.val_set_size > 0:
         sizes = [len(rows) - data.val_set_size, data.val_set_size]
@@ -235,16 +231,9 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     accumulation = run.batch_size // run.micro_batch_size // world_size
     steps = total_steps(len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs)
     steps = run.max_steps if run.max_steps > 0 else steps
-    batches = MicroBatches(
-        train_set.lengths.tolist(),
-        run.micro_batch_size,
-        accumulation,
-        run.num_epochs,
-        run.group_by_length,
-        run.seed,
-        rank,
-        world_size,
-    )
+    sizes = (run.micro_batch_size, accumulation, run.num_epochs)
+    order = (run.group_by_length, run.seed, rank, world_size)
+    batches = MicroBatches(train_set.lengths.tolist(), *sizes, *order)
     batches.epochs = max(run.num_epochs, -(-steps * accumulation // batches.per_epoch))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {
@@ -294,9 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero() and trainer.train_dataset.skipped:
-        print(
-            f"{len(trainer.train_dataset.skipped)} rows skipped: {trainer.train_dataset.skipped[:10]}", file=sys.stderr
-        )
+        skipped = trainer.train_dataset.skipped
+        print(f"{len(skipped)} rows skipped: {skipped[:10]}", file=sys.stderr)
     # A process that leaves while others still write would abort, and take the rendezvous of several nodes with it.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
