@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.train_step import LORA
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration
 from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
 
@@ -31,20 +32,19 @@ LLMS = {
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
 }
-LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 BATCH = 256
-# (stage script, what it trains, text cut-off, rows x epochs, micro-batch of the script): facts of the papers' runs.
+# (stage script, what it trains, text cut-off, rows x epochs), as in the scripts and the README.
 STAGES = {
     "ltu": [
-        ("stage1_proj_cla", "proj", 108, 2 * 1_190_489, 8),
-        ("stage2_all_cla", "all", 108, 2 * 1_190_489, 4),
-        ("stage3_all_close", "all", 108, 1_917_894, 4),
-        ("stage4_all_mix", "all", 108, 5_681_708, 4),
+        ("stage1_proj_cla", "proj", 108, 2 * 1_190_489),
+        ("stage2_all_cla", "all", 108, 2 * 1_190_489),
+        ("stage3_all_close", "all", 108, 1_917_894),
+        ("stage4_all_mix", "all", 108, 5_681_708),
     ],
     "ltu_as": [
-        ("stage1_proj_cla", "proj", 108, 2 * 2_072_481, 8),
-        ("stage2_all_cla", "all", 108, 2 * 2_072_481, 8),
-        ("stage3_all_mix_v2", "all", 160, 2 * 9_397_025, 4),
+        ("stage1_proj_cla", "proj", 108, 2 * 2_072_481),
+        ("stage2_all_cla", "all", 108, 2 * 2_072_481),
+        ("stage3_all_mix_v2", "all", 160, 2 * 9_397_025),
     ],
 }
 
@@ -53,7 +53,7 @@ def make_model(kind: str, size: str, trains: str, device: torch.device) -> torch
     """A model of random weights as `ltu.finetune` holds it: LLM in bf16, the rest in fp32; LoRA where it is trained."""
     torch.manual_seed(0)
     lora = None if trains == "proj" else LORA
-    text_config = LlamaConfig(vocab_size=32000, **LLMS[size], dtype=torch.bfloat16)
+    text_config = LlamaConfig(**LLMS[size], dtype=torch.bfloat16)
     with torch.device(device):
         llm = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
         if kind == "ltu":
@@ -75,7 +75,7 @@ def make_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[st
         shape = (ear.num_whisper_layers, ear.num_audio_tokens, ear.hidden_size)
     else:
         shape = (ear.num_frames, ear.num_mel_bins)
-    text = torch.randint(3, 32000, (batch, text_tokens), device=device)
+    text = torch.randint(3, config.text_config.vocab_size, (batch, text_tokens), device=device)
     audio = text.new_full((batch, config.num_audio_tokens), config.audio_token_id)
     ids = torch.cat([audio, text], 1)
     labels = torch.cat([torch.full_like(audio, -100), text], 1)
@@ -130,7 +130,7 @@ def train(model: torch.nn.Module, plan: str, micro_batch: int, text_tokens: int,
 def training_rows(kind: str, size: str, trains: str, model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
     """One row for each plan, cut-off, micro-batch and way of keeping activations."""
     rows = []
-    settings = sorted({(plan, cutoff) for _, plan, cutoff, _, _ in STAGES[kind] if plan == trains})
+    settings = sorted({(plan, cutoff) for _, plan, cutoff, _ in STAGES[kind] if plan == trains})
     for plan, cutoff in settings:
         for micro_batch in args.micro_batches:
             for checkpointing in (False, True):
@@ -144,7 +144,7 @@ def training_rows(kind: str, size: str, trains: str, model: torch.nn.Module, arg
                     rate = BATCH / (in_pass * BATCH / micro_batch + in_step)
                     row |= dict(pass_seconds=in_pass, step_seconds=in_step, peak_gib=peak, samples_per_second=rate)
                     done = [s for s in STAGES[kind] if s[1:3] == (plan, cutoff)]
-                    row["derived_hours"] = {name: count / rate / 3600 for name, _, _, count, _ in done}
+                    row["derived_hours"] = {name: count / rate / 3600 for name, _, _, count in done}
                 model.zero_grad(set_to_none=True)
                 gc.collect()
                 if args.device.type == "cuda":

@@ -73,7 +73,8 @@ def describe_batch(batch: dict[str, Tensor], processor: LtuProcessor) -> str:
 
 def _start_of_answer(ids: list[int], processor: LtuProcessor) -> int:
     """The first place behind what follows a question; the length of `ids` if a cutoff ended the text before it."""
-    mark = processor.prompt("\ufdd2").rpartition("\ufdd2")[2]
+    question = "\ufdd2"  # A code point that no text holds and that is no mark of ltu.prompt_template.
+    mark = processor.prompt(question).rpartition(question)[2]
     for place in range(1, len(ids)):
         text = [token for token in ids[:place] if token != processor.audio_token_id]
         if processor.tokenizer.decode(text).endswith(mark):

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from ltu.micro_batches import batches_per_rank
-
 PERIOD = 50  # steps of the sawtooth
 MAX_ERROR = 1e-15  # relative, of a rate: a few roundings of a double
 
@@ -90,13 +88,11 @@ def own_schedule(path: Path) -> Schedule | None:
     if not record.is_file():
         return None
     state = json.loads(record.read_text(encoding="utf-8"))
-    given, world = state["arguments"], state.get("world_size", 1)
-    accumulation = given["batch_size"] // given["micro_batch_size"] // world
-    per_epoch = batches_per_rank(state["rows"], given["micro_batch_size"], world)
-    return Schedule(given["learning_rate"], given["warmup_steps"], state["total_steps"], accumulation, per_epoch)
+    given, passes = state["arguments"], (state.get("accumulation"), state.get("batches_per_epoch"))
+    return Schedule(given["learning_rate"], given["warmup_steps"], state["total_steps"], *passes)
 
 
-def fitted_schedule(log: list[dict], warmup: int = 100) -> Schedule:
+def infer_schedule(log: list[dict], warmup: int = 100) -> Schedule:
     """The schedule that a log without a record must have had: the full rate from its first entry, T from its last.
 
     Raises:
@@ -191,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     schedules, is_right = [], True
     for path, log in logs:
         record = own_schedule(path)
-        schedules.append(record or fitted_schedule(log, args.warmup_steps))
+        schedules.append(record or infer_schedule(log, args.warmup_steps))
         wrong = check(log, schedules[-1])
         is_right &= not wrong
         kind = "as recorded" if record else "fitted"

@@ -28,9 +28,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from ltu.configuration_ltu import CavMaeConfig, LtuConfig, find_checkpoint, hash_language_model
-from ltu.export_checkpoint import build_on_meta, find_weights, is_llm, merge, sha256_of, to_original, write_folder
+from ltu.export_checkpoint import build_on_meta, find_weights, is_llm, merge, to_original, write_folder
 from ltu.modeling_ltu import LtuMultiModalProjector
-from ltu.original_files import CAV_MAE_KEYS, FOLDER_KEYS, ORIGINAL_KEYS, PREFIX, check_ear, load_state, rename_keys
+from ltu.original_files import (
+    CAV_MAE_KEYS,
+    FOLDER_KEYS,
+    ORIGINAL_KEYS,
+    PREFIX,
+    check_ear,
+    load_state,
+    rename_keys,
+    sha256_of,
+)
 from ltu.processing_ltu import LtuProcessor
 from ltu.prompt_template import load_prompt_template
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ltu.convert_checkpoint import sha256_of
+from ltu.original_files import sha256_of
 
 if TYPE_CHECKING:
     from ltu.released import Released
@@ -69,16 +69,19 @@ def fetch(row: "Released", url: str, folder: Path) -> Path:
         except ReleasedError:
             part.unlink(missing_ok=True)  # Going on with a wrong file would never make it right.
             raise
-        replace(receipt, json.dumps({"url": None if by_hand else url} | came) + "\n")
+        content = json.dumps({"url": None if by_hand else url} | came) + "\n"
+        replace_file(receipt, content.encode())
         for left in (part, Path(f"{part}.json")):
             left.unlink(missing_ok=True)
     return place
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a whole file, or none."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+def replace_file(path: Path, content: bytes, shared: bool = False) -> None:
+    """Write a whole file, or none. A `shared` one may be written by several processes at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
 
 
 def check(row: "Released", path: Path, origin: str) -> dict:

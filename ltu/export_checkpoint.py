@@ -6,7 +6,6 @@ Notable:
 - Merging is peft's own arithmetic, in fp32; the result has the dtype that the language model is stored in.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,8 +19,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ltu.configuration_ltu import LtuConfig
-from ltu.modeling_ltu import LtuForConditionalGeneration, _check_language_model
-from ltu.original_files import TO_ORIGINAL, load_state, rename_keys, weight_files
+from ltu.modeling_ltu import LtuForConditionalGeneration, check_language_model
+from ltu.original_files import TO_ORIGINAL, load_state, rename_keys, sha256_of
 from ltu.processing_ltu import LtuProcessor
 
 SHARD = "1GB"  # What a conversion has in memory at once.
@@ -73,14 +72,9 @@ def write_folder(
         ValueError: something else lies in `output_dir`.
     """
     output_dir, model = Path(output_dir), build_on_meta(config)
-    old = output_dir / "ltu_state.json"
-    if output_dir.is_dir() and any(output_dir.iterdir()):
-        stage = json.loads(old.read_text()).get("stage") if old.is_file() else None
-        if stage not in CONVERTED:
-            what = f"a trained checkpoint ({stage})" if stage else "files that are not ours"
-            raise ValueError(f"{output_dir} holds {what}, which would be lost. Name another --output_dir.")
+    check_replaceable(output_dir)
     plan = {}  # On the meta device: what the files will hold.
-    for key in fit(state, model, (record["parent"] or {}).get("name", "what was read")):
+    for key in match_keys(state, model, (record["parent"] or {}).get("name", "what was read")):
         dtype = torch.float32
         if is_llm(key):
             dtype = config.text_config.dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
@@ -93,17 +87,7 @@ def write_folder(
     config.architectures = [type(model).__name__]
     config.save_pretrained(part)
     model.generation_config.save_pretrained(part)
-    shards = split_torch_state_dict_into_shards(plan, max_shard_size=SHARD)
-    for file, keys in shards.filename_to_tensors.items():
-        tensors = {key: finish(key, state[key]).to(plan[key].dtype).contiguous() for key in keys}
-        first = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
-        for key, tensor in tensors.items():  # Two names of one storage, which safetensors does not write.
-            tensors[key] = tensor if first[tensor.data_ptr()] == key else tensor.clone()
-        save_file(tensors, part / file, metadata={"format": "pt"})
-        del tensors  # Before the next shard's are made.
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    write_shards(part, plan, lambda key: finish(key, state[key]))
     processor.save_pretrained(part)
     if config.language_model is None:
         record["language_model"] = "in this folder"
@@ -115,9 +99,35 @@ def write_folder(
     return len(plan)
 
 
-def fit(state: dict[str, Tensor], model: LtuForConditionalGeneration, source: str | Path) -> list[str]:
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError if a folder holds what a conversion did not make."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    record = folder / "ltu_state.json"
+    stage = json.loads(record.read_text()).get("stage") if record.is_file() else None
+    if stage not in CONVERTED:
+        what = f"a trained checkpoint ({stage})" if stage else "files that are not ours"
+        raise ValueError(f"{folder} holds {what}, which would be lost. Name another --output_dir.")
+
+
+def write_shards(folder: Path, plan: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:
+    """Write the tensors that `plan` holds on the meta device; `get` gives each when its shard is written."""
+    shards = split_torch_state_dict_into_shards(plan, max_shard_size=SHARD)
+    for file, keys in shards.filename_to_tensors.items():
+        tensors = {key: get(key).to(plan[key].dtype).contiguous() for key in keys}
+        first = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+        for key, tensor in tensors.items():  # Two names of one storage, which safetensors does not write.
+            tensors[key] = tensor if first[tensor.data_ptr()] == key else tensor.clone()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors  # Before the next shard's are made.
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def match_keys(state: dict[str, Tensor], model: LtuForConditionalGeneration, source: str | Path) -> list[str]:
     """The keys of `state` in the model's order; those of a layer with LoRA take the name that it has inside peft's."""
-    own = {key: value.shape for key, value in model.state_dict().items() if model._is_own(key)}
+    own = {key: value.shape for key, value in model.state_dict().items() if model.is_own(key)}
     for key in own:
         if ".base_layer." in key and key not in state and (bare := key.replace(".base_layer.", ".")) in state:
             state[key] = state.pop(bare)
@@ -150,7 +160,7 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
         raise ValueError(f"{folder} has {parts[0]} and {parts[1]}; the original opens CAV-MAE or TLTR with Llama only.")
     state = load_state(folder)
     # The original's order: ear and projection are inside the language model, between its layers and lm_head.
-    keys = fit(state, build_on_meta(config), folder)
+    keys = match_keys(state, build_on_meta(config), folder)
     keys.sort(key=lambda key: ("lm_head" in key, not key.startswith("language_model.")))
     placed, _ = rename_keys({key: state[key] for key in keys}, TO_ORIGINAL, (), folder)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -179,13 +189,13 @@ def merge(
     if config.language_model is None and config.lora is None:
         raise ValueError(f"{folder} holds its language model, and has no LoRA: there is nothing to merge.")
     with_lora, own = build_on_meta(config), load_state(folder)
-    fit(own, with_lora, folder)
+    match_keys(own, with_lora, folder)
     state = {key.replace(".base_layer.", "."): value for key, value in own.items() if ".lora_" not in key}
     dropped = {key: "merged" for key in own if ".lora_" in key}
     with_lora.load_state_dict({key: own[key] for key in dropped}, strict=False, assign=True)
     if config.language_model is not None:
         config.language_model = llm or config.find_language_model(folder)
-        _check_language_model(config, folder)
+        check_language_model(config, folder)
         place = config.language_model
         stored = load_state(find_weights(place))
         names = {key.replace(".base_layer.", ".") for key in with_lora.state_dict()} - set(own)
@@ -206,13 +216,3 @@ def merge(
     parent = {"name": folder.resolve().name, "sha256": sha256_of(folder)}
     record = {"stage": "merged", "parent": parent, "dropped_keys": dropped}
     return write_folder(output_dir, config, state, processor, record, llm_dtype, finish), dropped
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hash of a file, or of the weights in a folder, shard after shard."""
-    digest = hashlib.sha256()
-    for file in weight_files(Path(path)) if Path(path).is_dir() else [Path(path)]:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

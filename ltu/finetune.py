@@ -28,9 +28,9 @@ from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArgume
 from ltu.arguments import WHISPER_FLAGS, DataArguments, ModelArguments, RunArguments, parse_args, parse_list
 from ltu.collator import LtuCollator, describe_batch
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
-from ltu.convert_checkpoint import sha256_of
 from ltu.micro_batches import MicroBatches, total_steps
 from ltu.modeling_ltu import LtuForConditionalGeneration
+from ltu.original_files import sha256_of
 from ltu.pipeline_ltu import open_model
 from ltu.processing_ltu import IGNORED, LtuProcessor
 from ltu.qa_dataset import QaDataset, check_audio, read_rows
@@ -241,7 +241,8 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         "parent": {"name": parent.name, "sha256": sha256_of(parent)},
         "parameters": {"trainable": trainable, "all": model.num_parameters()},
         "rows": len(train_set),
-        "world_size": world_size,
+        "accumulation": accumulation,
+        "batches_per_epoch": batches.per_epoch,
         "total_steps": steps,
         "arguments": {k: v for part in (model_args, data, run) for k, v in dataclasses.asdict(part).items()},
     }

@@ -173,7 +173,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             **kwargs,
         )
 
-    def _is_own(self, key: str) -> bool:
+    def is_own(self, key: str) -> bool:
         """Whether a checkpoint of ours holds this key of the state dict."""
         return self.config.language_model is None or ".lora_" in key or not key.startswith("language_model.")
 
@@ -184,7 +184,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         other home."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(
-            save_directory, state_dict={k: v for k, v in state_dict.items() if self._is_own(k)}, **kwargs
+            save_directory, state_dict={k: v for k, v in state_dict.items() if self.is_own(k)}, **kwargs
         )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         llm = None
         if config.language_model is not None:
             config.language_model = str(language_model) if language_model else config.find_language_model(folder)
-            _check_language_model(config, folder)
+            check_language_model(config, folder)
             llm = AutoModelForCausalLM.from_pretrained(
                 config.language_model, dtype=dtype, device_map=device_map, **llm_kwargs
             )
@@ -261,7 +261,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 f"{folder} holds no model.safetensors. Write one with: python -m ltu.convert_checkpoint"
             )
         state = {key: value for file in files for key, value in load_file(file).items()}
-        wanted = {key for key in self.state_dict() if self._is_own(key)}
+        wanted = {key for key in self.state_dict() if self.is_own(key)}
         missing, left_over = wanted - set(state) - set(self.all_tied_weights_keys), set(state) - wanted
         if missing or left_over:
             raise KeyError(
@@ -272,7 +272,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.load_state_dict(state, strict=False)
 
 
-def _check_language_model(config: LtuConfig, folder: Path) -> None:
+def check_language_model(config: LtuConfig, folder: Path) -> None:
     found = hash_language_model(config.language_model)
     if config.language_model_sha256 not in (None, found):
         raise ValueError(

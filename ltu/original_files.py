@@ -5,6 +5,7 @@ Notable:
 - What a file is, its first bytes tell, not its name.
 """
 
+import hashlib
 import mmap
 import re
 from pathlib import Path
@@ -107,6 +108,16 @@ def _load_torch(path: Path, is_zip: bool) -> dict:
     # Linux refuses a private map of a file larger than its memory, but not a shared one. Nothing here writes to it.
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hash of a file, or of the weights in a folder, shard after shard."""
+    digest = hashlib.sha256()
+    for file in weight_files(Path(path)) if Path(path).is_dir() else [Path(path)]:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def check_ear(state: dict[str, Tensor], package: str, path: str | Path) -> None:

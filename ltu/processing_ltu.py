@@ -20,7 +20,7 @@ from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_M
 
 from ltu.audio import SAMPLING_RATE, load_audio
 from ltu.configuration_ltu import ALPACA_SHORT, LtuConfig
-from ltu.prompt_template import CUT, Turn, control_tokens, disarm, read_conversation, turn_after
+from ltu.prompt_template import CUT, Turn, control_tokens, escape_control_tokens, read_conversation, turn_after
 
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
 AudioSource = str | Path | bytes | np.ndarray | None
@@ -133,7 +133,8 @@ class LtuProcessor(ProcessorMixin):
         The end token is there only when the text is shorter than the cutoff: a truncated answer has no end.
         """
         turn = self.turn([_user(row["instruction"], row.get("input"))])
-        ids = self.encode(turn.prompt + turn.spaces + disarm(row["output"], self.controls) + turn.end)[:cutoff_len]
+        answer = turn.leading_space + escape_control_tokens(row["output"], self.controls) + turn.end
+        ids = self.encode(turn.prompt + answer)[:cutoff_len]
         if len(ids) < cutoff_len and ids[-1] != turn.end_id:
             ids.append(turn.end_id)
         labels = list(ids)
@@ -183,8 +184,7 @@ class LtuProcessor(ProcessorMixin):
     ) -> str | list[str] | Tensor | BatchFeature:
         """One or several conversations, as `read_conversation` takes them -> what `__call__` returns.
 
-        Without `return_dict` it is `input_ids` alone, without `tokenize` the text, less what Whisper would write. The
-        last three have no other values.
+        Without `return_dict`: `input_ids` alone; without `tokenize`: the text. The last three have no other values.
 
         Raises:
             ValueError: the prompt template or the model cannot express a conversation.
@@ -196,10 +196,10 @@ class LtuProcessor(ProcessorMixin):
         if not tokenize:
             texts = [self.turn(messages).prompt.replace(CUT, "") for messages in read]
             return texts if several else texts[0]
-        batch = self._batch(read)
-        return batch if return_dict else batch["input_ids"]
+        return self._batch(read) if return_dict else self._batch(read)["input_ids"]
 
     def _batch(self, conversations: list[list[dict]]) -> BatchFeature:
+        """What `__call__` returns, one row a conversation."""
         asked = [next((m for m in each if m.get("audio") is not None), each[-1]) for each in conversations]
         heard = [None if message.get("audio") is None else self.hear(message["audio"]) for message in asked]
         texts = self.complete_transcripts(heard, [message.get("transcript") for message in asked])

@@ -23,11 +23,11 @@ AUDIO_KEYS = ("audio", "audio_url", "url", "path")
 
 
 class Turn(NamedTuple):
-    """What stands around an answer: `prompt`, and spaces that a tokenizer joins to the first word; then `end` and the
-    end token."""
+    """What stands around an answer: `prompt`, and the space that a tokenizer joins to the first word; then `end` and
+    the end token."""
 
     prompt: str
-    spaces: str
+    leading_space: str
     end: str
     end_id: int
 
@@ -68,7 +68,7 @@ def control_tokens(tokenizer: Any, chat_template: str | None) -> re.Pattern | No
     return re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
 
 
-def disarm(text: str, controls: re.Pattern | None) -> str:
+def escape_control_tokens(text: str, controls: re.Pattern | None) -> str:
     """A text with a mark inside each control token, where `LtuProcessor.encode` cuts."""
     if controls is None:
         return text
@@ -86,7 +86,7 @@ def turn_after(messages: list[dict], template: dict[str, str], controls: re.Patt
         text, heard = message["content"], message.get("transcript")
         if role == "user":
             text = template["prompt_input" if heard else "prompt_no_input"].format(instruction=text, input=heard)
-        filled.append({"role": role, "content": disarm(text, controls)})
+        filled.append({"role": role, "content": escape_control_tokens(text, controls)})
     if controls is None:
         return Turn(filled[-1]["content"], "", "", tokenizer.eos_token_id)
     filled.append({"role": "assistant", "content": ANSWER})

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from ltu.download import ReleasedError, fetch, replace
+from ltu.download import ReleasedError, fetch, replace_file
 from ltu.qa_dataset import NO_AUDIO
 
 VICUNA, CAV_MAE, TLTR = "lmsys/vicuna-7b-v1.1", "CAV-MAE", "TLTR on Whisper large-v1"
@@ -139,7 +139,7 @@ def link(file: Path, place: Path) -> None:
         place.symlink_to(os.path.relpath(file, place.parent))
 
 
-def settle(meta: Path, clips: Path, output: Path) -> None:
+def relocate_rows(meta: Path, clips: Path, output: Path) -> None:
     """Write rows again with every `audio_id` relative to them, and link its clip there.
 
     Its place is `audio/` and the last three folders of the authors' path: after those their Whisper features are named.
@@ -163,7 +163,7 @@ def settle(meta: Path, clips: Path, output: Path) -> None:
         found.add(row["audio_id"])
     if not found:
         raise ReleasedError(f"{meta}: no clip of its {len(rows)} rows is in {clips}. Is that zip the right one?")
-    replace(output, json.dumps(rows, indent=1, ensure_ascii=False))
+    replace_file(output, json.dumps(rows, indent=1, ensure_ascii=False).encode())
     print(f"{output}: {len(rows)} rows, {len(found)} clips matched, {len(missing)} not: {sorted(missing)[:5]}")
 
 
@@ -184,7 +184,7 @@ def prep(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     if not meta.is_file():
-        settle(toy / "original" / meta.name, toy / "original" / f"{name}_toy_audio", meta)
+        relocate_rows(toy / "original" / meta.name, toy / "original" / f"{name}_toy_audio", meta)
     if not (folder / "ltu_state.json").is_file():  # Written last.
         # By name, because ltu imports nothing of ltu_as.
         importlib.import_module(f"{args.kind}.convert_checkpoint").main(words)

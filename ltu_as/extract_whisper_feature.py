@@ -23,9 +23,10 @@ from transformers import AutoProcessor
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.audio import SAMPLING_RATE, AudioError, load_audio
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
+from ltu.download import replace_file
 from ltu.qa_dataset import RowError, read_rows
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
-from ltu_as.feature_store import FeatureStore, replace_file
+from ltu_as.feature_store import FeatureStore
 
 SETTINGS = ("transcription_model", "feature_precision", "language")
 

@@ -9,7 +9,6 @@ Notable:
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -21,6 +20,8 @@ import pyarrow
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from ltu.download import replace_file
 
 WORDS = {"float16": np.uint16, "float32": np.uint32}
 CODEC = pyarrow.Codec("zstd", compression_level=1)
@@ -49,14 +50,6 @@ class Stored(NamedTuple):
     features: torch.Tensor  # (layers, 25, width)
     transcript: str | None = None
     seconds: float | None = None
-
-
-def replace_file(path: Path, content: bytes, shared: bool = False) -> None:
-    """Write a whole file, or none. A `shared` one may be written by several processes at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def original_name(audio_id: str) -> str:

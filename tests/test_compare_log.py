@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ltu.compare_log import Schedule, check, fitted_schedule, main, means, own_schedule, read_log
+from ltu.compare_log import Schedule, check, infer_schedule, main, means, own_schedule, read_log
 from ltu.micro_batches import batches_per_rank
 from tests import tiny
 
@@ -29,7 +29,7 @@ def log_of(rates: dict[int, float]) -> list[dict]:
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_rates_fit_one_schedule_exactly(name: str) -> None:
     base, total, rates = RELEASED[name]
-    schedule = fitted_schedule(log_of(rates))
+    schedule = infer_schedule(log_of(rates))
     assert (schedule.base, schedule.total) == (base, total)
     assert check(log_of(rates), schedule) == []
 
@@ -37,7 +37,7 @@ def test_released_rates_fit_one_schedule_exactly(name: str) -> None:
 @pytest.mark.parametrize("step", [10, 110, 36000, 72000])
 def test_a_rate_wrong_in_its_last_digits_is_found(step: int) -> None:
     _, _, rates = RELEASED["stage3_v2"]
-    schedule = fitted_schedule(log_of(rates))
+    schedule = infer_schedule(log_of(rates))
     wrong = check(log_of(rates | {step: rates[step] * (1 + 4e-15)}), schedule)
     assert len(wrong) == 1 and f"step {step}" in wrong[0]
 
@@ -123,7 +123,7 @@ def test_what_is_no_log_is_named(tmp_path: Path) -> None:
         read_log(tmp_path)
     for rates in ({10: 1e-5, 20: 2e-5}, {500: 1e-4, 600: 9e-5}):
         with pytest.raises(ValueError, match="warm-up"):
-            fitted_schedule(log_of(rates))
+            infer_schedule(log_of(rates))
 
 
 @pytest.mark.parametrize("name, total", [("stage1_proj_cla", 16190), ("stage2_all_cla", 17270),
@@ -133,5 +133,5 @@ def test_whole_released_logs(name: str, total: int) -> None:
     if not path.is_file():
         pytest.skip(f"the released logs are not at {path.parent}; set LTU_LOSS_LOGS")
     log = read_log(path)
-    schedule = fitted_schedule(log)
+    schedule = infer_schedule(log)
     assert schedule.total == total and check(log, schedule) == []

@@ -22,18 +22,7 @@ from ltu.processing_ltu import IGNORED
 from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
 from ltu_as.convert_checkpoint import main
 from tests.golden.rule_init import seeded
-from tests.released import (
-    CUTOFF,
-    GOLDEN,
-    RELATIVE,
-    convert,
-    our_name,
-    read,
-    stored,
-    trained_state,
-    worst,
-    write_llm,
-)
+from tests.released import CUTOFF, GOLDEN, RELATIVE, convert, our_name, read, stored, trained_state, worst, write_llm
 
 BOUND = 1e-5
 

@@ -24,18 +24,7 @@ from ltu.collator import LtuCollator
 from ltu.finetune import LtuTrainer, make_trainer
 from ltu.micro_batches import MicroBatches
 from ltu.processing_ltu import IGNORED
-from tests.released import (
-    CUTOFF,
-    GOLDEN,
-    RELATIVE,
-    convert,
-    our_name,
-    read,
-    stored,
-    trained_state,
-    worst,
-    write_llm,
-)
+from tests.released import CUTOFF, GOLDEN, RELATIVE, convert, our_name, read, stored, trained_state, worst, write_llm
 
 NOISE, CHIRP = 1e-5, 1e-4  # Bounds of logits; see above.
 CHIRPS = (2,)  # Rows of toy_ltu.json in golden batches whose clip is one.

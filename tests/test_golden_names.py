@@ -46,7 +46,7 @@ def test_names_and_counts(golden_report, name: str, kind: str) -> None:
             wrapped = key.replace(".weight", ".base_layer.weight") if key.split(".")[-2] in targets else key
             language_model["language_model." + wrapped.removeprefix(PREFIX)] = shape
     saved = {our_name(key): shape for key, shape in layout["saved_by_trainer"].items()}
-    report("saved", {key: shape for key, shape in ours.items() if model._is_own(key)}, saved)
+    report("saved", {key: shape for key, shape in ours.items() if model.is_own(key)}, saved)
     report("all", ours, saved | language_model)
     report("trained", dict.fromkeys(trained, 0), {our_name(key): 0 for key in layout["trainable_names"]})
     golden_report("names", f"{kind} {name}, count", sum(p.numel() for p in model.parameters()) != layout["n_params"], 0)

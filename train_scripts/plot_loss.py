@@ -6,7 +6,7 @@ python -m train_scripts.plot_loss --output_path exp/ltu/loss.png exp/ltu/stage1_
 import argparse
 from pathlib import Path
 
-from ltu.compare_log import read_log
+from ltu.compare_log import read_log, with_loss
 
 
 def plot(folders: list[Path], output_path: Path) -> None:
@@ -18,7 +18,7 @@ def plot(folders: list[Path], output_path: Path) -> None:
     start = 0
     for folder in folders:
         log = read_log(folder)
-        train = [(start + entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+        train = [(start + entry["step"], entry["loss"]) for entry in with_loss(log)]
         held_out = [(start + entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
         if train:
             axes.plot(*zip(*train, strict=True), label=folder.name)
