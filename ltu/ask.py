@@ -8,9 +8,18 @@ import argparse
 import sys
 
 from ltu.arguments import WHISPER_FLAGS
-from ltu.pipeline_ltu import ORIGINAL_DECODING, LtuPipeline, Request
+from ltu.decoding import ORIGINAL_DECODING, check_decoding
+from ltu.pipeline_ltu import LtuPipeline, Request
 
 MODES = ("joint", "audio_only", "asr_only")
+DECODING_FLAGS = ("max_new_tokens", "num_beams", "repetition_penalty", "temperature", "top_p", "top_k")
+
+
+def count_of_windows(text: str) -> int:
+    """A number of windows from 1, or 0 for "all"."""
+    if text != "all" and not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 nor 'all'")
+    return 0 if text == "all" else int(text)
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +27,18 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--llm", help="another place of the folder's language model")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the best of them")
     parser.add_argument("--dtype", default="auto", help="of the language model: auto, float32, bfloat16, float16")
+    parser.add_argument("--load_in", choices=("8bit", "4bit"), help="of the language model's weights (bitsandbytes)")
+    parser.add_argument("--device_map", help="auto: spread the language model over all GPUs")
+    parser.add_argument("--attention", help="of the language model: sdpa, flash_attention_2, eager")
+    parser.add_argument("--compile", action="store_true", help="run the language model through torch.compile")
+    parser.add_argument("--cache_mb", type=float, default=256, help="of clips kept for further questions")
+    parser.add_argument("--windows", type=count_of_windows, default=1, help="heard of a clip: a number, or all")
     parser.add_argument("--max_new_tokens", type=int, help="by default 400")
+    parser.add_argument("--num_beams", type=int, help="search with beams instead of greedily")
+    parser.add_argument("--repetition_penalty", type=float, help="of text that the model has seen")
+    parser.add_argument("--temperature", type=float, help="sample with it; by default answers are greedy")
+    parser.add_argument("--top_p", type=float, help="of sampling")
+    parser.add_argument("--top_k", type=int, help="of sampling")
     parser.add_argument(
         "--original_decoding", action="store_true", help="sample as the papers did (temperature 0.1, top-p 0.95)"
     )
@@ -33,15 +53,26 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_pipeline(args: argparse.Namespace) -> LtuPipeline:
     """The pipeline that the flags ask for."""
-    pipeline = LtuPipeline.from_pretrained(args.model, device=args.device, dtype=args.dtype, language_model=args.llm)
+    settings = {name: getattr(args, name) for name in ("device", "dtype", "device_map", "attention", "compile")}
+    settings |= {"language_model": args.llm, "quantization": args.load_in, "cache_mb": args.cache_mb}
+    pipeline = LtuPipeline.from_pretrained(args.model, **settings)
     pipeline.processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
     return pipeline
 
 
 def decoding_of(args: argparse.Namespace) -> dict:
-    """Settings of `generate` that the flags ask for."""
+    """Settings of `generate` that the flags ask for.
+
+    Raises:
+        ValueError: one of them is impossible.
+    """
     decoding = dict(ORIGINAL_DECODING) if args.original_decoding else {}
-    return decoding | ({"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {})
+    decoding |= {name: getattr(args, name) for name in DECODING_FLAGS if getattr(args, name) is not None}
+    decoding |= {"do_sample": True} if args.temperature is not None else {}
+    if not decoding.get("do_sample") and (args.top_p is not None or args.top_k is not None):
+        raise ValueError("--top_p and --top_k are of sampling: add --temperature, or --original_decoding.")
+    check_decoding(decoding)
+    return decoding
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,11 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--transcript", help="what is said in the clip; '' for nothing (LTU-AS transcribes by default)")
     add_decoding_flags(parser)
     args = parser.parse_args(argv)
+    decoding = decoding_of(args)
     pipeline = open_pipeline(args)
     clip = None if args.clip == "none" else args.clip
-    request = Request(args.question, clip, args.transcript, audio_id=clip, mode=args.mode)
-    answer = pipeline([request], seed=args.seed, **decoding_of(args))[0]
-    if answer.status != "ok":
+    request = Request(args.question, clip, args.transcript, audio_id=clip, mode=args.mode, windows=args.windows)
+    answer = pipeline([request], seed=args.seed, **decoding)[0]
+    if not answer.answered:
         print(answer.error, file=sys.stderr)
         return 1
     print(answer.text)

@@ -175,6 +175,11 @@ class LtuConfig(PreTrainedConfig):
         kwargs["tie_word_embeddings"] = False  # The language model ties its own; the wrapper owns no embedding.
         super().__init__(**kwargs)
 
+    @property
+    def num_positions(self) -> int:
+        """Tokens that the language model has positions for; a million where its config does not say."""
+        return getattr(self.text_config, "max_position_embeddings", None) or 2**20
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `config.json`, the folder of the language model relative to it, so that both can move together."""
         kept = self.language_model

@@ -47,6 +47,7 @@ class WindowFeatureExtractor(SequenceFeatureExtractor):
         raw_speech: np.ndarray | list[np.ndarray],
         sampling_rate: int = SAMPLING_RATE,
         return_tensors: str | None = "pt",
+        windows: list[int] | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Turn waveforms into features.
@@ -55,9 +56,10 @@ class WindowFeatureExtractor(SequenceFeatureExtractor):
             raw_speech: one waveform `(samples,)`, mono, or a list of them, of any lengths from 25 ms.
             sampling_rate: in Hz; must be the extractor's. `ltu.audio.load_audio` resamples.
             return_tensors: "pt" for torch, "np" for numpy.
+            windows: how many windows of each clip are heard, by default the first; at most `count_windows`.
 
         Returns:
-            `input_features`, float32 `(clips, num_frames, num_mel_bins)`.
+            `input_features`, float32 `(clips, num_frames, num_mel_bins)`, where each window counts as a clip.
         """
         if sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -72,8 +74,18 @@ class WindowFeatureExtractor(SequenceFeatureExtractor):
             if len(waveform) < MIN_SAMPLES:
                 milliseconds = 1000 * len(waveform) / self.sampling_rate
                 raise AudioError(f"<waveform {number}>", "too_short", f"{milliseconds:.1f} ms of sound")
-        features = torch.stack([self.features_of(waveform) for waveform in waveforms])  # (clips, frames, bins)
+        heard = zip(waveforms, windows or [1] * len(waveforms), strict=True)
+        features = torch.cat([self.windows_of(waveform, count) for waveform, count in heard])
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
+
+    def count_windows(self, samples: int) -> int:
+        """Windows that a clip fills, the last in part; what is left of it under 25 ms is none."""
+        return max(1, -(-(samples - MIN_SAMPLES + 1) // (self.num_frames * FRAME_SHIFT)))
+
+    def windows_of(self, waveform: torch.Tensor, windows: int) -> torch.Tensor:
+        """`(samples,)` → `(windows, num_frames, num_mel_bins)`, one window after the other."""
+        starts = range(0, windows * self.num_frames * FRAME_SHIFT, self.num_frames * FRAME_SHIFT)
+        return torch.stack([self.features_of(waveform[start:]) for start in starts])
 
     def features_of(self, waveform: torch.Tensor) -> torch.Tensor:
         """`(samples,)` → `(num_frames, num_mel_bins)`"""

@@ -30,8 +30,8 @@ from ltu.collator import LtuCollator, describe_batch
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.micro_batches import MicroBatches, total_steps
 from ltu.modeling_ltu import LtuForConditionalGeneration
+from ltu.open_model import open_model
 from ltu.original_files import sha256_of
-from ltu.pipeline_ltu import open_model
 from ltu.processing_ltu import IGNORED, LtuProcessor
 from ltu.qa_dataset import QaDataset, check_audio, read_rows
 

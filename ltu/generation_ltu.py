@@ -49,8 +49,8 @@ class LtuGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         ids = inputs.get("input_ids")
         if ids is None or not (ids == self.config.audio_token_id).any():  # The cache holds the audio already.
-            inputs.pop("input_features", None)
-            inputs.pop("audio_index", None)
+            for name in ("input_features", "audio_embeds", "audio_index"):
+                inputs.pop(name, None)
         return inputs
 
     def _expand_inputs_for_generation(
@@ -58,7 +58,8 @@ class LtuGenerationMixin(GenerationMixin):
     ) -> tuple:
         """Repeat rows, not clips: a row may hold two clips, and each clip is encoded once however many beams listen to
         it."""
-        features, index = kwargs.pop("input_features", None), kwargs.pop("audio_index", None)
+        name = "input_features" if kwargs.get("audio_embeds") is None else "audio_embeds"
+        features, index = kwargs.pop(name, None), kwargs.pop("audio_index", None)
         runs_per_row = None
         if features is not None and input_ids is not None:
             index = torch.arange(len(features), device=input_ids.device) if index is None else index
@@ -68,15 +69,15 @@ class LtuGenerationMixin(GenerationMixin):
         )
         if runs_per_row is not None and sum(runs_per_row):
             rows = [row for row in index.split(runs_per_row) for _ in range(expand_size)]
-            kwargs |= {"input_features": features, "audio_index": torch.cat(rows)}
+            kwargs |= {name: features, "audio_index": torch.cat(rows)}
         elif features is not None:
-            kwargs |= {"input_features": features, "audio_index": index}
+            kwargs |= {name: features, "audio_index": index}
         return input_ids, kwargs
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any):
-        """Stock `generate`, with a repetition penalty that counts text only. Takes `input_features` and `audio_index`
-        as `forward` does."""
+        """Stock `generate`, with a repetition penalty that counts text only. Takes `input_features`, `audio_embeds`
+        and `audio_index` as `forward` does."""
         generation_config = kwargs.get("generation_config") or self.generation_config
         penalty = kwargs.pop("repetition_penalty", None) or generation_config.repetition_penalty
         if input_ids is not None:

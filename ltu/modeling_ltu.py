@@ -114,12 +114,19 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             audio_hidden / self.config.audio_config.feature_divisor
         )  # (clips, tokens, hidden)
 
-    def _embed(self, input_ids: Tensor, input_features: Tensor | None, audio_index: Tensor | None) -> Tensor:
+    def _embed(
+        self,
+        input_ids: Tensor,
+        input_features: Tensor | None,
+        audio_index: Tensor | None,
+        audio_embeds: Tensor | None = None,
+    ) -> Tensor:
         """Token embeddings with the audio vectors in the places of the placeholders: (batch, length, hidden)."""
         is_audio = input_ids == self.config.audio_token_id  # (batch, length)
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         placeholders, tokens = int(is_audio.sum()), self.config.num_audio_tokens
-        clips = 0 if input_features is None else len(input_features)
+        given = input_features if audio_embeds is None else audio_embeds
+        clips = 0 if given is None else len(given)
         runs = clips if audio_index is None else len(audio_index)
         if placeholders != runs * tokens:
             raise ValueError(
@@ -130,7 +137,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             )
         if not runs:
             return embeds
-        audio = self.get_audio_features(input_features)  # (clips, tokens, hidden)
+        audio = self.get_audio_features(input_features) if audio_embeds is None else audio_embeds.to(embeds.device)
         audio = audio if audio_index is None else audio[audio_index.to(audio.device)]  # (runs, tokens, hidden)
         return embeds.masked_scatter(is_audio[..., None], audio.to(embeds))
 
@@ -144,6 +151,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         audio_index: Tensor | None = None,
+        audio_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, length, vocabulary), and the loss where there are `labels` (batch, length; -100 carries none).
@@ -155,9 +163,10 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             position_ids: (batch, length); by default they count what the mask shows. The original's training counts
                 pads too.
             audio_index: (runs,) which clip each run hears, when several runs share a clip.
+            audio_embeds: (clips, num_audio_tokens, hidden) of `get_audio_features`, in place of `input_features`.
         """
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, input_features, audio_index)
+            inputs_embeds = self._embed(input_ids, input_features, audio_index, audio_embeds)
         batch, length = inputs_embeds.shape[:2]
         if attention_mask is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -1,95 +1,64 @@
-"""Clips and questions -> answers, in batches.
+"""Clips and questions -> answers: in batches, streamed, scored; one encoding for many questions.
 
 Notable:
-- Requests are batched by length and answered in input order; a batch gives each the answer that it gets alone (fp32:
-  token by token).
-- A clip that several requests of a batch ask about is encoded once.
+- Requests are batched by clip and by length and answered in input order; a batch gives each the answer that it gets
+  alone (fp32: token by token).
+- A clip is encoded once however many questions ask about it (`ltu.encoding_cache`).
 - A clip that cannot be heard gives an answer that says so; features are never made up.
 """
 
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoProcessor, BatchFeature
+from transformers import AutoProcessor, BatchFeature, LogitsProcessorList
 
-import ltu  # noqa: F401  registers the classes that the Auto classes look up
-from ltu.audio import AudioError, load_audio
+from ltu.audio import AudioError
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
-from ltu.processing_ltu import AudioSource, Heard
+from ltu.decoding import BatchStreamer, RowSampler, check_decoding
+from ltu.encoding_cache import EncodingCache, Heard
+from ltu.open_model import open_model
+from ltu.original_files import sha256_of
+from ltu.request import Answer, OnText, Request, batches
 
-# How the papers' numbers were produced.
-ORIGINAL_DECODING = {
-    "do_sample": True,
-    "temperature": 0.1,
-    "top_p": 0.95,
-    "top_k": 500,
-    "repetition_penalty": 1.1,
-    "max_new_tokens": 400,
-}
-GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
-
-
-@dataclass
-class Request:
-    """A question about a clip (path, bytes of a file, or 16 kHz mono waveform), or about none.
-
-    Without a `transcript` LTU-AS transcribes the clip; "" says that it has none. `audio_id` is the clip's name in a
-    feature folder. `mode` is "joint", "audio_only" (the transcript is left out) or "asr_only" (the sound is).
-    """
-
-    question: str
-    audio: AudioSource = None
-    transcript: str | None = None
-    audio_id: str | None = None
-    mode: str = "joint"
-
-
-@dataclass
-class Answer:
-    """What the model says, and what it heard.
-
-    `status` is "ok", or why the clip cannot be heard ("missing", "unreadable", "too_short", "silent"); then `text` is
-    empty and `error` says more. Seconds are 0 for a question without audio. `transcript` is what was in the prompt.
-    """
-
-    text: str
-    status: str = "ok"
-    error: str | None = None
-    seconds_heard: float = 0.0
-    seconds_total: float = 0.0
-    new_tokens: int = 0
-    transcript: str = ""
-
-
-def open_model(
-    folder: str | Path, dtype: Any = "auto", language_model: str | None = None, device_map: str | None = None
-) -> Any:
-    """The model of a checkpoint folder, of whichever kind; arguments as of `LtuForConditionalGeneration`."""
-    given = {} if device_map is None else {"device_map": device_map}
-    if language_model is not None:
-        # Absolute, because a relative place in a config is meant from its folder.
-        is_folder = Path(language_model).is_dir()
-        given["language_model"] = str(Path(language_model).resolve()) if is_folder else language_model
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # Settings that stock generate does not get.
+HEARD_ALL = 0.02  # seconds, two frames, that a window may be shorter than a clip of which it heard all
 
 
 class LtuPipeline:
-    """A model and its processor, ready to be asked.
+    """A model and its processor, ready to be asked. Threads may share it; batches are computed one at a time.
 
     Args:
         model, processor: of one checkpoint folder.
+        cache_mb: what is kept of clips for further questions, at most.
+        folder: that checkpoint folder, for the hash in answers.
     """
 
-    def __init__(self, model: Any, processor: Any):
+    def __init__(self, model: Any, processor: Any, cache_mb: float = 256, folder: str | Path | None = None):
         self.model = model.eval()
         self.processor = processor
+        self.cache = EncodingCache(model, processor, cache_mb)
+        self.folder = folder
+        self._generating = threading.Lock()
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | None = None, dtype: Any = "auto", language_model: str | None = None
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        dtype: Any = "auto",
+        language_model: str | None = None,
+        device_map: Any = None,
+        quantization: str | None = None,
+        attention: str | None = None,
+        compile: bool = False,
+        cache_mb: float = 256,
     ) -> "LtuPipeline":
         """Open a checkpoint folder of LTU or LTU-AS on a GPU if there is one.
 
@@ -97,91 +66,228 @@ class LtuPipeline:
             device: "cuda", "mps" or "cpu"; by default the best of them.
             dtype: of the language model.
             language_model: another place of the folder's language model.
+            device_map: spreads the language model over GPUs ("auto"); then `device` is Whisper's only.
+            quantization: "8bit" or "4bit" weights of the language model, by bitsandbytes.
+            attention: "sdpa", "flash_attention_2" or "eager", of the language model.
+            compile: run the language model through torch.compile.
         """
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
-        model = open_model(folder, dtype, language_model)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = device or best
+        device_map = {"": device} if quantization and not device_map else device_map
+        model = open_model(folder, dtype, language_model, device_map, quantization, attention)
         processor = AutoProcessor.from_pretrained(folder)
         if hasattr(processor.feature_extractor, "device"):  # LTU-AS's is a Whisper.
-            processor.feature_extractor.device = device or best
-        return cls(model.to(device or best), processor)
+            processor.feature_extractor.device = device
+        if compile:
+            model.language_model.compile(dynamic=True)
+        return cls(model if device_map else model.to(device), processor, cache_mb, folder)
+
+    @property
+    def kind(self) -> str:
+        """ "ltu" or "ltu_as" """
+        return self.model.config.model_type
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """sha256 of the folder's weights; "" for a model that came from none."""
+        return sha256_of(self.folder) if self.folder else ""
+
+    def clip_hash(self, request: Request) -> str | None:
+        """sha256 of a clip's content; None without a clip, or where it cannot be read."""
+        return self.cache.hash_of(request)
 
     def __call__(
         self, requests: list[Request], batch_size: int = 8, seed: int = 42, progress: bool = False, **decoding: Any
     ) -> list[Answer]:
-        """Answer requests, in their order. `decoding` goes to `generate`; by default greedy, at most 400 tokens."""
-        torch.manual_seed(seed)
+        """Answer requests, in their order. `decoding` as of `check_decoding`; by default greedy, at most 400 tokens."""
         answers: list[Answer | None] = [None] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: (requests[i].audio is None, len(requests[i].question), i))
         with tqdm(total=len(requests), desc="answering", unit="question", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                for index, answer in zip(batch, self._answer([requests[i] for i in batch], decoding), strict=True):
-                    answers[index] = answer
-                bar.update(len(batch))
+            for index, answer in self.run(requests, batch_size, seed, **decoding):
+                answers[index] = answer
+                bar.update()
         return answers
 
-    def _answer(self, requests: list[Request], decoding: dict) -> list[Answer]:
-        """One batch."""
-        answers: list[Answer] = []
-        clips: dict[Any, Heard] = {}
+    def run(
+        self,
+        requests: list[Request],
+        batch_size: int = 8,
+        seed: int = 42,
+        on_text: OnText | None = None,
+        **decoding: Any,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers with the number of their request, as batches are done.
+
+        Args:
+            on_text: called with a request's number and its text so far, which only grows; False cancels that request.
+
+        Raises:
+            ValueError: a decoding setting is impossible, or the prompt template cannot express a history; before
+                anything is asked.
+        """
+        settings = [check_decoding(decoding | request.decoding) for request in requests]
         for request in requests:
-            answer = Answer(text="")
-            if request.audio is not None:
-                key = _identity(request.audio)
-                try:
-                    if key not in clips:
-                        clips[key] = self.processor.hear(request.audio, request.audio_id)
-                    clip = clips[key]
-                    has_words = clip.transcript is not None or request.transcript is not None
-                    if clip.waveform is None and not has_words and request.mode != "audio_only":
-                        clip.waveform = load_audio(clip.source)  # The feature folder has no words of it.
-                    answer.seconds_total = clip.seconds
-                    if request.mode != "asr_only":  # Then the sound is left out.
-                        window = self.processor.feature_extractor.window_seconds
-                        answer.seconds_heard = min(answer.seconds_total, window)
-                except AudioError as error:
-                    answer.status, answer.error = error.reason, str(error)
-            answers.append(answer)
-        good = [index for index, answer in enumerate(answers) if answer.status == "ok"]
-        if not good:
-            return answers
-        asked = [requests[index] for index in good]
-        heard = [None if request.audio is None else clips[_identity(request.audio)] for request in asked]
-        given = ["" if request.mode == "audio_only" else request.transcript for request in asked]
-        transcripts = self.processor.complete_transcripts(heard, given)
-        for index, transcript in zip(good, transcripts, strict=True):
-            answers[index].transcript = transcript
-        batch = self._inputs(asked, heard, transcripts)
-        prompt_length = batch["input_ids"].shape[1]
-        output = self.model.generate(
-            **batch, **(GREEDY_DECODING | {"pad_token_id": self.processor.pad_token_id} | decoding)
-        )
-        for index, ids in zip(good, output[:, prompt_length:].tolist(), strict=True):
-            ids = _until_end(ids, self.model.generation_config.eos_token_id)
-            answers[index].text = self.processor.decode_answer(ids)
-            answers[index].new_tokens = len(ids)
+            self._prompt(request, "")
+        seeds = [seed if request.seed is None else request.seed for request in requests]
+        for batch in batches(requests, settings, batch_size):
+            inner = None if on_text is None else (lambda row, text, batch=batch: on_text(batch[row], text))
+            asked = [requests[index] for index in batch]
+            with self._generating:
+                answers = self._answer(asked, settings[batch[0]], [seeds[index] for index in batch], inner)
+            yield from zip(batch, answers, strict=True)
+
+    def stream(self, request: Request, seed: int = 42, **decoding: Any) -> Iterator[str | Answer]:
+        """The text so far, whenever it has grown, at last the answer. Who stops reading cancels it.
+
+        Raises:
+            ValueError: as of `run`.
+        """
+        queue: SimpleQueue = SimpleQueue()
+        is_left = threading.Event()
+
+        def on_text(_: int, text: str) -> bool:
+            queue.put(text)
+            return not is_left.is_set()
+
+        def work() -> None:
+            try:
+                queue.put(next(self.run([request], 1, seed, on_text, **decoding))[1])
+            except BaseException as error:  # Raised where it can be seen, in the reading thread.
+                queue.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        shown = ""
+        try:
+            while not isinstance(item := queue.get(), Answer):
+                if isinstance(item, BaseException):
+                    raise item
+                if item != shown:
+                    yield (shown := item)
+            yield item
+        finally:
+            is_left.set()
+
+    def score(self, request: Request, candidates: list[str], **settings: Any) -> list[Any]:
+        """Log-likelihood of each candidate as the answer; see `ltu.label_scoring.score_labels`."""
+        from ltu.label_scoring import score_labels
+
+        with self._generating:
+            return score_labels(self, request, candidates, **settings)
+
+    def inputs(self, requests: list[Request]) -> BatchFeature:
+        """What `generate` takes for requests whose clips can be heard.
+
+        Raises:
+            ltu.audio.AudioError: one cannot.
+        """
+        clips = self.cache.listen(requests)
+        if errors := [clip for clip in clips if isinstance(clip, AudioError)]:
+            raise errors[0]
+        rows = [self._row(request, clip, 0) for request, clip in zip(requests, clips, strict=True)]
+        return self._lay_out([row[0] for row in rows], [row[1] for row in rows])
+
+    def _prompt(self, request: Request, transcript: str) -> str:
+        message = {"role": "user", "content": request.question, "transcript": transcript}
+        if request.history and "chat_template" not in self.processor.prompt_template:
+            name = self.processor.prompt_template.get("name")
+            raise ValueError(f"The template {name!r} of this checkpoint knows single questions only, no history.")
+        return self.processor.turn([*request.history, message]).prompt
+
+    def _row(self, request: Request, clip: Heard | None, new_tokens: int) -> tuple[list[int], torch.Tensor | None, str]:
+        """Ids of the text, vectors of as much audio as fits in front of it, and the transcript in it."""
+        transcript = (clip and clip.transcript) or "" if request.transcript is None else request.transcript
+        transcript = "" if request.mode == "audio_only" else transcript
+        ids = self.processor.encode(self._prompt(request, transcript))
+        if clip is None or request.mode == "asr_only":
+            return ids, None, transcript
+        room = (self.model.config.num_positions - len(ids) - new_tokens) // self.model.config.num_audio_tokens
+        return ids, clip.embeds[: max(1, room)], transcript
+
+    def _lay_out(self, ids: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
+        """`[audio][pads][text]` with the clips' vectors, each clip's once, on the device of the language model."""
+        batch = self.processor.lay_out(ids, [0 if own is None else len(own) for own in embeds])
+        batch = BatchFeature(batch).to(self.model.get_input_embeddings().weight.device)
+        if present := [own for own in embeds if own is not None]:
+            batch["audio_embeds"] = torch.cat(present)  # (runs, tokens, hidden)
+        return batch
+
+    @torch.no_grad()
+    def _answer(
+        self, requests: list[Request], settings: dict, seeds: list[int], on_text: OnText | None
+    ) -> list[Answer]:
+        """One batch."""
+        start = time.perf_counter()
+        clips = self.cache.listen(requests)
+        answers = [self._begin(request, clip) for request, clip in zip(requests, clips, strict=True)]
+        good, ids, embeds = [], [], []
+        for index, answer in enumerate(answers):
+            if answer.answered:
+                row = self._row(requests[index], clips[index], settings["max_new_tokens"])
+                if self._fits(answer, clips[index], row):
+                    good.append(index)
+                    ids.append(row[0])
+                    embeds.append(row[1])
+        if good:
+            own_seeds = [f"{seeds[index]} {row}" for index, row in zip(good, ids, strict=True)]
+            inner = None if on_text is None else (lambda row, text: on_text(good[row], text))
+            self._generate(self._lay_out(ids, embeds), settings, own_seeds, [answers[i] for i in good], inner)
+        for answer in answers:
+            answer.seconds = time.perf_counter() - start
         return answers
 
-    def _inputs(self, requests: list[Request], clips: list[Heard | None], transcripts: list[str]) -> BatchFeature:
-        """What `generate` takes, on its device; each distinct clip once."""
-        processor = self.processor
-        texts = [processor.prompt(request.question, text) for request, text in zip(requests, transcripts, strict=True)]
-        clips = [None if request.mode == "asr_only" else clip for request, clip in zip(requests, clips, strict=True)]
-        batch = processor.lay_out([processor.encode(text) for text in texts], [clip is not None for clip in clips])
-        distinct = {id(clip): clip for clip in clips if clip is not None}
-        if distinct:
-            place = {key: index for index, key in enumerate(distinct)}
-            batch["input_features"] = processor.features_of(list(distinct.values()))
-            batch["audio_index"] = torch.tensor([place[id(clip)] for clip in clips if clip is not None])
-        return BatchFeature(batch).to(self.model.get_input_embeddings().weight.device)
+    def _begin(self, request: Request, clip: Heard | AudioError | None) -> Answer:
+        answer = Answer("", model=self.kind, checkpoint=self.checkpoint)
+        if isinstance(clip, AudioError):
+            answer.status, answer.error = clip.reason, str(clip)
+        elif clip is not None:
+            answer.seconds_total = clip.seconds
+            answer.sampling_rate, answer.channels = clip.sampling_rate, clip.channels
+        return answer
 
+    def _fits(self, answer: Answer, clip: Heard | None, row: tuple[list[int], torch.Tensor | None, str]) -> bool:
+        """Notes what is heard, and whether the prompt fits into the positions of the language model."""
+        ids, embeds, answer.transcript = row
+        config = self.model.config
+        answer.prompt_tokens = len(ids) + (0 if embeds is None else len(embeds) * config.num_audio_tokens)
+        if answer.prompt_tokens >= config.num_positions:
+            answer.status = "too_long"
+            answer.error = (
+                f"The prompt has {answer.prompt_tokens} tokens, the language model takes {config.num_positions}: ask "
+                "less, or give a shorter clip or transcript."
+            )
+        elif embeds is not None:
+            answer.windows = len(embeds)
+            window = self.processor.feature_extractor.window_seconds
+            answer.seconds_heard = min(answer.seconds_total, answer.windows * window)
+            if answer.seconds_heard < answer.seconds_total - HEARD_ALL:
+                answer.status = "truncated"
+        return answer.answered
 
-def _identity(audio: AudioSource) -> Any:
-    return str(audio) if isinstance(audio, str | Path) else audio if isinstance(audio, bytes) else id(audio)
-
-
-def _until_end(ids: list[int], eos: int | list[int] | None) -> list[int]:
-    """Ids before the end token: what follows it is padding of a finished row."""
-    ends = set(eos if isinstance(eos, list) else [eos])
-    return next((ids[:place] for place, token in enumerate(ids) if token in ends), ids)
+    def _generate(
+        self,
+        batch: BatchFeature,
+        settings: dict,
+        seeds: list[str],
+        answers: list[Answer],
+        on_text: OnText | None,
+    ) -> None:
+        """Fills in what the model says."""
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        more: dict[str, Any] = {name: value for name, value in settings.items() if name not in SAMPLING}
+        if settings["do_sample"]:
+            drawn = {name: settings[name] for name in SAMPLING[1:] if name in settings}
+            more["logits_processor"] = LogitsProcessorList([RowSampler(seeds, **drawn)])
+        streamer = None
+        if on_text is not None and settings.get("num_beams", 1) == 1:
+            streamer = BatchStreamer(on_text, self.processor.decode_answer, ends)
+            more |= {"streamer": streamer, "stopping_criteria": [streamer]}
+        output = self.model.generate(**batch, do_sample=False, pad_token_id=self.processor.pad_token_id, **more)
+        new = output[:, batch["input_ids"].shape[1] :].tolist()
+        for row, (ids, answer) in enumerate(zip(new, answers, strict=True)):
+            length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+            answer.finish_reason = "stop" if length < len(ids) else "length"
+            if streamer is not None and row in streamer.cancelled:
+                answer.finish_reason, length = "cancelled", len(streamer.ids[row])
+            answer.text = self.processor.decode_answer(ids[:length])
+            answer.new_tokens = length

@@ -8,33 +8,20 @@ Notable:
 - A training row is tokenised whole, prompt and answer in one string, as the released checkpoints were.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature, LlamaTokenizer, ProcessorMixin
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
-from ltu.audio import SAMPLING_RATE, load_audio
+from ltu.audio import SAMPLING_RATE, read_sound
 from ltu.configuration_ltu import ALPACA_SHORT, LtuConfig
+from ltu.encoding_cache import AudioSource, Heard
 from ltu.prompt_template import CUT, Turn, control_tokens, escape_control_tokens, read_conversation, turn_after
 
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
-AudioSource = str | Path | bytes | np.ndarray | None
-
-
-@dataclass
-class Heard:
-    """A clip before the ear: its waveform (samples,) at 16 kHz, or what a feature folder holds of it."""
-
-    source: AudioSource
-    seconds: float
-    waveform: np.ndarray | None = None
-    features: Tensor | None = None
-    transcript: str | None = None
 
 
 class LtuProcessor(ProcessorMixin):
@@ -52,6 +39,7 @@ class LtuProcessor(ProcessorMixin):
 
     # What the extractor must know of the ear: its argument -> the field of `audio_config`.
     extractor_sizes = {"num_mel_bins": "num_mel_bins", "num_frames": "num_frames"}
+    transcribes = False
 
     def __init__(
         self,
@@ -211,40 +199,53 @@ class LtuProcessor(ProcessorMixin):
             batch["input_features"] = self.features_of(found)
         return BatchFeature(batch)
 
-    def lay_out(self, ids: list[list[int]], has_audio: list[bool], multiple_of: int = 1) -> dict[str, Tensor]:
+    def lay_out(self, ids: list[list[int]], has_audio: list[bool | int], multiple_of: int = 1) -> dict[str, Tensor]:
         """`[audio placeholders][pads][text]`: `input_ids` and `attention_mask`, both (batch, tokens + longest text).
 
         Args:
             ids: text of each row, `<s>` first.
-            has_audio: whether a row hears a clip; otherwise pads stand in that place.
+            has_audio: whether a row hears a clip, or how many windows of it; otherwise pads stand in that place.
             multiple_of: the text part is padded to a multiple of this (8 in training).
         """
         width = -(-max(map(len, ids)) // multiple_of) * multiple_of
-        tokens, pad = self.num_audio_tokens if any(has_audio) else 0, self.pad_token_id
+        tokens, pad = self.num_audio_tokens * max(has_audio), self.pad_token_id
         input_ids = torch.full((len(ids), tokens + width), pad)
         attention_mask = torch.zeros_like(input_ids)
         for row, (text, hears) in enumerate(zip(ids, has_audio, strict=True)):
             input_ids[row, tokens + width - len(text) :] = torch.tensor(text)
             attention_mask[row, tokens + width - len(text) :] = 1
-            if hears:
-                input_ids[row, :tokens] = self.audio_token_id
-                attention_mask[row, :tokens] = 1
+            input_ids[row, : hears * self.num_audio_tokens] = self.audio_token_id
+            attention_mask[row, : hears * self.num_audio_tokens] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def hear(self, audio: AudioSource, audio_id: str | None = None) -> Heard:
-        """A clip. `audio_id` is its name in a row, by which LTU-AS finds it in a feature folder.
+    def hear(self, audio: AudioSource, audio_id: str | None = None, windows: int = 1) -> Heard:
+        """A clip, of which `windows` are to be heard, 0 for all that it has. `audio_id` is its name in a row, by which
+        LTU-AS finds it in a feature folder.
 
         Raises:
             ltu.audio.AudioError: it cannot be heard.
         """
-        waveform = load_audio(audio)
-        return Heard(audio, len(waveform) / SAMPLING_RATE, waveform)
+        waveform, rate, channels = (sound := read_sound(audio)).waveform, sound.sampling_rate, sound.channels
+        there = self.feature_extractor.count_windows(len(waveform))
+        heard = {"sampling_rate": rate, "channels": channels, "windows": min(windows or there, there)}
+        return Heard(audio, len(waveform) / SAMPLING_RATE, waveform, **heard)
+
+    def stored(self, audio: AudioSource, audio_id: str | None = None) -> Any | None:
+        """What a feature folder holds of a clip: nothing for LTU."""
+        return None
+
+    @property
+    def hears_with(self) -> tuple:
+        """What can be changed after opening and changes what is heard; equal settings hear the same."""
+        return ()
 
     def features_of(self, clips: list[Heard]) -> Tensor:
-        """What the ear takes: (clips, frames, mel bins)."""
-        todo = [clip.waveform for clip in clips if clip.features is None]
-        made = iter(self.feature_extractor(todo, sampling_rate=SAMPLING_RATE).input_features if todo else ())
-        return torch.stack([next(made) if clip.features is None else clip.features for clip in clips])
+        """What the ear takes: (windows of all clips, frames, mel bins)."""
+        todo = [clip for clip in clips if clip.features is None]
+        waveforms, windows = [clip.waveform for clip in todo], [clip.windows for clip in todo]
+        made = self.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, windows=windows) if todo else None
+        parts = iter(made.input_features.split(windows) if made else ())
+        return torch.cat([next(parts) if clip.features is None else clip.features[None] for clip in clips])
 
     def read_features(self, row: dict) -> Tensor:
         """What the ear takes of a row's clip: (frames, mel bins)."""

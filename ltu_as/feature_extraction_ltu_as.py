@@ -234,7 +234,12 @@ class LtuAsFeatureExtractor(WindowFeatureExtractor):
 
     def features_of(self, waveform: torch.Tensor) -> torch.Tensor:
         """`(samples,)` → `(num_mel_bins, num_frames)`"""
-        return pad_or_trim(log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device), self.num_frames).cpu()
+        return self.windows_of(waveform, 1)[0]
+
+    def windows_of(self, waveform: torch.Tensor, windows: int) -> torch.Tensor:
+        """`(samples,)` → `(windows, num_mel_bins, num_frames)`, cut from the log-mel of the whole clip."""
+        mel = log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu()
+        return pad_or_trim(mel, windows * self.num_frames).unflatten(1, (windows, -1)).transpose(0, 1)
 
     @torch.no_grad()
     def transcribe(self, waveforms: list[np.ndarray], batched: bool | None = None) -> list[str]:

@@ -12,10 +12,11 @@ from transformers import AutoFeatureExtractor, AutoProcessor
 
 from ltu.audio import AudioError, load_audio
 from ltu.configuration_ltu import relative_place
-from ltu.processing_ltu import AudioSource, Heard, LtuProcessor
+from ltu.encoding_cache import AudioSource, Heard
+from ltu.processing_ltu import LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
-from ltu_as.feature_store import DamagedFeatures, FeatureStore
+from ltu_as.feature_store import DamagedFeatures, FeatureStore, Stored
 
 MODELS = ("whisper_model", "transcription_model")  # Settings of the extractor that may be files.
 
@@ -29,6 +30,7 @@ class LtuAsProcessor(LtuProcessor):
 
     extractor_sizes = {"num_layers": "num_whisper_layers", "hidden_size": "hidden_size"}
     store: FeatureStore | None = None
+    transcribes = True
 
     def use(
         self,
@@ -86,18 +88,37 @@ class LtuAsProcessor(LtuProcessor):
             )
         extractor.whisper_fingerprint = prints[0] or prints[1]
 
-    def hear(self, audio: AudioSource, audio_id: str | None = None) -> Heard:
-        """A clip, from the feature folder if that holds it; `LtuProcessor.hear` says what is raised."""
-        stored = None
+    @property
+    def hears_with(self) -> tuple:
+        """Its Whispers, their precision, and the feature folder."""
+        extractor = self.feature_extractor
+        models = extractor.whisper_model, extractor.transcription_model, extractor.language
+        return *models, extractor.feature_precision, self.store and self.store.folder
+
+    def stored(self, audio: AudioSource, audio_id: str | None = None) -> Stored | None:
+        """What the feature folder holds of a clip.
+
+        Raises:
+            ltu.audio.AudioError: its file there is damaged.
+        """
+        if self.store is None or not audio_id:
+            return None
         try:
-            if self.store is not None and audio_id:
-                stored = self.store.read(audio_id)
-                if stored is None and self.store.is_original:  # Named by the whole path, or by what is in the row.
-                    stored = self.store.read(str(audio))
+            stored = self.store.read(audio_id)
+            if stored is None and self.store.is_original:  # Named by the whole path, or by what is in the row.
+                stored = self.store.read(str(audio))
         except DamagedFeatures as error:
             raise AudioError(str(audio_id), "damaged", str(error)) from error
+        return stored
+
+    def hear(self, audio: AudioSource, audio_id: str | None = None, windows: int = 1) -> Heard:
+        """A clip, from the feature folder if that holds it; `LtuProcessor.hear` says what is raised.
+
+        The folder holds a clip's first window only, so more of them are made from its sound.
+        """
+        stored = self.stored(audio, audio_id) if windows == 1 else None
         if stored is None:
-            return super().hear(audio)
+            return super().hear(audio, windows=windows)
         seconds = self.feature_extractor.window_seconds if stored.seconds is None else stored.seconds
         return Heard(audio, seconds, features=stored.features, transcript=stored.transcript)
 
@@ -105,9 +126,8 @@ class LtuAsProcessor(LtuProcessor):
         """What the ear takes: (clips, layers, time, width)."""
         features = super().features_of(clips)
         if not torch.isfinite(features).all():
-            names = [
-                str(clip.source) for clip, own in zip(clips, features, strict=True) if not torch.isfinite(own).all()
-            ]
+            parts = zip(clips, features.split([clip.windows for clip in clips]), strict=True)
+            names = [str(clip.source) for clip, own in parts if not torch.isfinite(own).all()]
             raise ValueError(f"Whisper's features of {names[:3]} overflow. Use --feature_precision fp32.")
         return features
 

@@ -50,7 +50,7 @@ def test_layers_on_two_devices_train_like_one(folder: Path, monkeypatch: pytest.
         seen = []
 
         def open_spread(base: str, dtype: torch.dtype, llm: str | None, device_map: str | None) -> torch.nn.Module:
-            from ltu.pipeline_ltu import open_model
+            from ltu.open_model import open_model
 
             assert device_map == "auto"
             seen.append(open_model(base, dtype, llm, SPREAD))

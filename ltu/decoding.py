@@ -1,0 +1,129 @@
+"""How an answer is drawn: settings of stock `generate`, checked, and what the pipeline adds to its loop.
+
+Notable:
+- Greedy by default. Sampling draws each row's numbers from a seed of its own, so a sampled answer does not depend on
+  the batch, its order, or on whether a run was interrupted.
+- While text grows it is handed out row by row, and a row can be cancelled without the others.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import BaseStreamer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+# How the papers' numbers were produced.
+ORIGINAL_DECODING = {
+    "do_sample": True,
+    "temperature": 0.1,
+    "top_p": 0.95,
+    "top_k": 500,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 400,
+}
+GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
+# Each setting: its types, whether a value is possible, and what is possible in words.
+SETTINGS: dict[str, tuple[tuple, Callable[[Any], bool], str]] = {
+    "do_sample": ((bool,), lambda value: True, "true or false"),
+    "temperature": ((int, float), lambda value: 0 < value <= 100, "above 0, at most 100 (do_sample=False is greedy)"),
+    "top_p": ((int, float), lambda value: 0 < value <= 1, "above 0, at most 1"),
+    "top_k": ((int,), lambda value: value >= 0, "a whole number from 0 (0: no limit)"),
+    "repetition_penalty": ((int, float), lambda value: 0 < value <= 100, "above 0, at most 100"),
+    "max_new_tokens": ((int,), lambda value: value >= 1, "a whole number from 1"),
+    "min_new_tokens": ((int,), lambda value: value >= 0, "a whole number from 0"),
+    "num_beams": ((int,), lambda value: 1 <= value <= 64, "a whole number from 1 to 64"),
+    "length_penalty": ((int, float), lambda value: abs(value) < 100, "a number"),
+}
+
+
+def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they will be used: greedy ones, changed by those given.
+
+    Raises:
+        ValueError: a setting is unknown, or its value impossible.
+    """
+    if unknown := sorted(set(decoding) - set(SETTINGS)):
+        raise ValueError(f"Unknown decoding settings {unknown}; there are {', '.join(SETTINGS)}.")
+    for name, value in decoding.items():
+        types, is_possible, possible = SETTINGS[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not is_possible(value):
+            raise ValueError(f"{name} is {value!r}; possible: {possible}.")
+    settings = GREEDY_DECODING | decoding
+    if settings["do_sample"] and settings.get("num_beams", 1) > 1:
+        raise ValueError("Beams are searched, not sampled: leave num_beams or do_sample out.")
+    return settings
+
+
+class RowSampler(LogitsProcessor):
+    """Samples within greedy decoding: all tokens but the drawn one become impossible.
+
+    Args:
+        seeds: one a row, any text.
+        temperature, top_k, top_p: as of stock sampling, but none where it is not given.
+    """
+
+    def __init__(self, seeds: list[str], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+        # random.Random(text) would do, but hashes of texts are ours to keep stable.
+        digests = [hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest() for seed in seeds]
+        self.rows = [random.Random(int.from_bytes(digest, "big")) for digest in digests]
+        warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+        warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+        self.warpers = LogitsProcessorList(warpers)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probabilities = self.warpers(input_ids, scores).float().softmax(-1)  # (rows, vocabulary)
+        draws = torch.tensor([[row.random()] for row in self.rows], device=scores.device)
+        is_reached = (probabilities.cumsum(-1) > draws) & (probabilities > 0)
+        # Rounding may leave the sum just below a draw near 1: then the likeliest token.
+        chosen = torch.where(is_reached.any(-1), is_reached.int().argmax(-1), probabilities.argmax(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+class BatchStreamer(BaseStreamer, StoppingCriteria):
+    """Hands out the growing text of each row, and stops the rows that nobody waits for.
+
+    Args:
+        on_text: called with row and whole text so far; False cancels the row.
+        decode: ids -> text.
+        ends: end tokens.
+    """
+
+    def __init__(self, on_text: Callable[[int, str], bool | None], decode: Callable[[list[int]], str], ends: set[int]):
+        self.on_text, self.decode, self.ends = on_text, decode, ends
+        self.ids: list[list[int]] = []
+        self.shown: list[str] = []
+        self.is_done: list[bool] = []
+        self.cancelled: set[int] = set()
+
+    def put(self, value: Tensor) -> None:
+        """The prompts first (rows, length), then one new id a row (rows,)."""
+        if not self.ids:
+            self.ids, self.shown = [[] for _ in value], [""] * len(value)
+            self.is_done = [False] * len(value)
+            return
+        for row, token in enumerate(value.tolist()):
+            if self.is_done[row]:
+                continue
+            self.is_done[row] = token in self.ends
+            if self.is_done[row]:
+                continue
+            self.ids[row].append(token)
+            text = self.decode(self.ids[row])
+            # Half a character shows as U+FFFD; and what was shown must stay.
+            if text.endswith("\ufffd") or not text.startswith(self.shown[row]) or text == self.shown[row]:
+                text = self.shown[row]
+            self.shown[row] = text
+            if self.on_text(row, text) is False:
+                self.is_done[row] = True
+                self.cancelled.add(row)
+
+    def end(self) -> None:
+        """Nothing is held back: the whole text is in the answer."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.tensor([row in self.cancelled for row in range(len(input_ids))], device=input_ids.device)

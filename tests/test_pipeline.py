@@ -1,0 +1,272 @@
+"""The answering engine: one answer a request, whatever is asked beside it; one encoding a clip; windows; streaming."""
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from whisper_tiny import save_whisper
+
+from ltu.audio import load_audio
+from ltu.decoding import ORIGINAL_DECODING, RowSampler, check_decoding
+from ltu.encoding_cache import content_hash
+from ltu.pipeline_ltu import LtuPipeline
+from ltu.request import Answer, Request
+from ltu_as.convert_checkpoint import main as convert_as
+
+WORDS = "what do you hear is the dog loud near or far and why say more".split()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipeline")
+    llm = tiny.write_llm(root / "llm")
+    save_whisper(root / "whisper.pt")
+    flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
+    convert_as(f"{flags} --output_dir {root}/ltu_as".split())
+    return {"ltu": tiny.write_checkpoint(root / "ltu", llm, tiny.LORA), "ltu_as": root / "ltu_as"}
+
+
+@pytest.fixture(params=["ltu", "ltu_as"])
+def pipeline(folders, request) -> LtuPipeline:
+    return LtuPipeline.from_pretrained(folders[request.param], device="cpu")
+
+
+@pytest.fixture
+def ltu(folders) -> LtuPipeline:
+    return LtuPipeline.from_pretrained(folders["ltu"], device="cpu")
+
+
+def mixture(seed: int, folder: Path) -> list[Request]:
+    """Requests of every sort, about a handful of clips as paths, bytes and arrays."""
+    rng = random.Random(seed)
+    clips = [None, folder / "nowhere.wav"]
+    for index in range(4):
+        soundfile.write(folder / f"{seed}_{index}.wav", tiny.clip(index, rng.uniform(0.1, 2.0)), 16_000)
+        clips += [str(folder / f"{seed}_{index}.wav"), (folder / f"{seed}_{index}.wav").read_bytes()]
+    clips.append((tiny.clip(9, 1.0), 8_000))
+    decoding = [{}, {}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.7}, dict(ORIGINAL_DECODING)]
+    requests = []
+    for number in range(14):
+        drawn = {"decoding": rng.choice(decoding) | {"max_new_tokens": 5}, "seed": rng.choice([None, 1, 2])}
+        drawn |= {"transcript": rng.choice(["", "a dog", "so far, so good"]), "windows": rng.choice([None, 1, 2, 0])}
+        question = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
+        clip = clips[number] if number < 2 else rng.choice(clips)
+        requests.append(Request(question, clip, **drawn, mode=rng.choice(["joint", "audio_only"])))
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_does_not_depend_on_its_company(pipeline, tmp_path, seed):
+    """Greedy, beams and sampling; clips of all sorts, none, several windows: each alone, together, in another order."""
+    requests = mixture(seed, tmp_path)
+    alone = [pipeline([request])[0] for request in requests]
+    assert {answer.status for answer in alone} >= {"ok", "missing"}
+    assert len({answer.text for answer in alone}) > len(alone) // 2  # They are not all the same anyway.
+    for batch_size in (2, 5, 14):
+        order = random.Random(batch_size).sample(range(len(requests)), len(requests))
+        answers = pipeline([requests[index] for index in order], batch_size)
+        assert answers == [alone[index] for index in order]
+
+
+def test_one_encoding_for_many_questions(ltu, tmp_path):
+    """By content: not by name, and not by whether it comes as a path or as bytes."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        soundfile.write(tmp_path / f"{name}.wav", tiny.clip(seed), 16_000)
+    a, b, c = (str(tmp_path / f"{name}.wav") for name in "abc")
+    questions = ["What?", "Why?", "Where is the dog?"]
+    first = ltu([Request(question, a) for question in questions], batch_size=1, max_new_tokens=4)
+    assert ltu.cache.encoded == 1
+    again = ltu([Request(question, b) for question in questions], max_new_tokens=4)
+    as_bytes = ltu([Request(question, Path(a).read_bytes()) for question in questions], max_new_tokens=4)
+    assert ltu.cache.encoded == 1 and again == as_bytes == first
+    Path(a).write_bytes(Path(c).read_bytes())  # The same name, another clip.
+    other = ltu([Request(question, a) for question in questions], max_new_tokens=4)
+    assert ltu.cache.encoded == 2 and [x.text for x in other] != [x.text for x in first]
+    assert ltu.clip_hash(Request("?", a)) == content_hash(c) != content_hash(b)
+
+
+def test_the_cache_changes_nothing_and_keeps_to_its_size(folders):
+    clips = [tiny.clip(seed) for seed in range(6)]
+    requests = [Request(question, clip) for question in ("What?", "Why is it so?") for clip in clips]
+    answers, encoded = [], []
+    vectors = 2 * tiny.LLM["hidden_size"] * 4 + 1000  # bytes a clip: 2 tokens of fp32, and the entry
+    for megabytes in (256, 0, 3.5 * vectors / 2**20):
+        pipeline = LtuPipeline.from_pretrained(folders["ltu"], device="cpu", cache_mb=megabytes)
+        answers.append(pipeline(requests, batch_size=3, max_new_tokens=6))
+        pipeline(requests[-1:], max_new_tokens=1)
+        encoded.append(pipeline.cache.encoded)
+        assert pipeline.cache.size == sum(1000 + clip.embeds.nbytes for clip in pipeline.cache.kept.values())
+        assert pipeline.cache.size <= megabytes * 2**20
+        assert all(clip.waveform is None for clip in pipeline.cache.kept.values())
+    assert answers[0] == answers[1] == answers[2]
+    assert encoded[0] == 6 < encoded[2] < encoded[1] and len(pipeline.cache.kept) == 3
+
+
+def test_words_and_sound_are_kept_apart(folders):
+    """A clip that was asked about with its words given is not encoded again when Whisper has to write them."""
+    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
+    clip = tiny.clip(1, 1.0)
+    written = pipeline([Request("What?", clip)], max_new_tokens=4)[0]
+    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
+    requests = [Request("What?", clip, ""), Request("What?", clip, "a dog"), Request("What?", clip)]
+    answers = [pipeline([request], max_new_tokens=4)[0] for request in requests]
+    assert [answer.transcript for answer in answers] == ["", "a dog", written.transcript]
+    assert pipeline.cache.encoded == 1 and answers[2] == written
+    assert pipeline([Request("What?", clip)], max_new_tokens=4)[0] == written
+
+
+@pytest.mark.parametrize("decoding", [{}, {"do_sample": True, "temperature": 1.3}, {"num_beams": 2}])
+def test_a_stream_grows_to_the_batchs_answer(pipeline, decoding):
+    requests = [Request("What do you hear?", tiny.clip(3)), Request("And why?"), Request("Who?", b"no sound")]
+    batch = pipeline(requests, max_new_tokens=12, **decoding)
+    for request, answer in zip(requests, batch, strict=True):
+        *texts, last = pipeline.stream(request, max_new_tokens=12, **decoding)
+        assert last == answer and isinstance(last, Answer)
+        assert all(later.startswith(sooner) for sooner, later in pairwise([*texts, last.text]))
+        assert "num_beams" in decoding or len(texts) > 2 or not answer.answered
+
+
+def test_who_stops_listening_stops_the_answer(ltu):
+    requests = [Request("What do you hear?", tiny.clip(3)), Request("And why?")]
+    whole = ltu(requests, max_new_tokens=40, min_new_tokens=40)
+    calls: list[int] = []
+    run = ltu.run(requests, on_text=lambda i, t: calls.append(i) or i == 1, max_new_tokens=40, min_new_tokens=40)
+    found = dict(run)
+    assert found[1] == whole[1] and calls.count(0) == 1
+    assert found[0].finish_reason == "cancelled" and found[0].new_tokens == 1
+    assert whole[0].text.startswith(found[0].text) and whole[0].finish_reason == "length"
+
+
+def test_windows_are_heard_in_order(pipeline):
+    """Each window's vectors are those of the ear on its stretch of the clip; LTU-AS cuts the log-mel of the whole."""
+    extractor, config = pipeline.processor.feature_extractor, pipeline.model.config
+    window = extractor.num_frames * 160
+    clip = tiny.clip(5, 3.4 * window / 16_000)
+    clip[: window // 2] *= 5.0  # The loudest part, in the first window only.
+    for windows, heard in ((None, 1), (2, 2), (3, 3), (9, 4), (0, 4)):
+        request = Request("What?", clip, "", windows=windows)
+        answer = pipeline([request], max_new_tokens=3)[0]
+        assert (answer.windows, answer.status) == (heard, "ok" if heard == 4 else "truncated")
+        assert answer.seconds_heard == pytest.approx(min(heard * window, len(clip)) / 16_000)
+        inputs = pipeline.inputs([request])
+        assert (inputs["input_ids"] == config.audio_token_id).sum() == heard * config.num_audio_tokens
+    whole = pipeline.inputs([Request("What?", clip, "", windows=0)])["audio_embeds"]
+    if pipeline.kind == "ltu":
+        parts = [extractor(clip[start:]).input_features for start in range(0, len(clip), window)]
+    else:
+        mel = extractor.windows_of(torch.from_numpy(clip), 4)
+        lone = extractor.windows_of(torch.from_numpy(clip[window:].copy()), 1)
+        assert not torch.allclose(mel[1:2], lone, atol=1e-2)  # Cut first, its floor would be another.
+        encoder = extractor.load_encoder()[0].encoder
+        parts = [extractor._layers(encoder, mel[i : i + 1]) for i in range(4)]
+    with torch.no_grad():
+        expected = torch.cat([pipeline.model.get_audio_features(part) for part in parts])
+    assert torch.allclose(whole, expected, atol=1e-5)
+    assert not torch.allclose(whole[0], whole[1], atol=1e-3)
+
+
+def test_the_last_window_may_be_short(ltu):
+    """What is left under 25 ms is no window, and counts as heard."""
+    window = ltu.processor.feature_extractor.num_frames * 160
+    for extra, windows in ((0, 1), (240, 1), (399, 1), (400, 2)):
+        assert ltu.processor.feature_extractor.count_windows(window + extra) == windows
+        answer = ltu([Request("What?", tiny.clip(1, 1.0)[: window + extra], windows=0)], max_new_tokens=2)[0]
+        assert (answer.windows, answer.answered) == (windows, True)
+    assert answer.status == "ok"
+
+
+def test_what_does_not_fit_is_said(ltu):
+    """Of an endless clip as many windows as fit are heard; an endless question has no answer."""
+    ltu.model.config.text_config.max_position_embeddings = 128
+    long, short = Request("What?", tiny.clip(1, 60.0), windows=0), Request("Why?", tiny.clip(2))
+    endless = Request("why " * 200, tiny.clip(2))
+    answers = ltu([long, short, endless], max_new_tokens=4)
+    assert [answer.status for answer in answers] == ["truncated", "ok", "too_long"]
+    assert 120 < answers[0].prompt_tokens + 4 <= 128 < answers[2].prompt_tokens and "128" in answers[2].error
+    assert answers[1] == ltu([short], max_new_tokens=4)[0]
+
+
+def test_an_answer_says_what_was_found(ltu, folders, tmp_path):
+    samples = np.stack([tiny.clip(1, 1.0), tiny.clip(2, 1.0)], 1)
+    soundfile.write(tmp_path / "stereo.flac", samples, 44_100)
+    answer = ltu([Request("What?", tmp_path / "stereo.flac", seed=3)], max_new_tokens=4)[0]
+    assert (answer.sampling_rate, answer.channels, answer.model) == (44_100, 2, "ltu")
+    assert answer.seconds_total == pytest.approx(len(load_audio(tmp_path / "stereo.flac")) / 16_000)
+    assert answer.seconds > 0 and answer.finish_reason == "length" and answer.new_tokens == 4
+    assert answer.checkpoint == content_hash(folders["ltu"] / "model.safetensors")
+    assert answer.prompt_tokens == int(ltu.inputs([Request("What?", tmp_path / "stereo.flac")])["attention_mask"].sum())
+
+
+@pytest.mark.parametrize(
+    "decoding, message",
+    [
+        ({"temperatur": 1.0}, "Unknown.*temperatur"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": True}, "top_k"),
+        ({"max_new_tokens": "many"}, "max_new_tokens"),
+        ({"do_sample": True, "num_beams": 3}, "Beams"),
+    ],
+)
+def test_impossible_settings_stop_before_anything_is_asked(ltu, decoding, message):
+    with pytest.raises(ValueError, match=message):
+        check_decoding(decoding)
+    with pytest.raises(ValueError, match=message):
+        ltu([Request("What?", tiny.clip(1)), Request("What?", tiny.clip(1), decoding=decoding)])
+    assert ltu.cache.encoded == 0
+
+
+def test_history_needs_a_chat_template(ltu, tmp_path):
+    history = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A dog."}]
+    with pytest.raises(ValueError, match="single questions only"):
+        ltu([Request("Why?", history=history)])
+    template = ltu.processor.prompt_template | {
+        "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    }
+    llm = Path(ltu.model.config.language_model)
+    chat = LtuPipeline.from_pretrained(tiny.write_checkpoint(tmp_path / "chat", llm, prompt_template=template), "cpu")
+    answer = chat([Request("Why?", tiny.clip(1), history=history)], max_new_tokens=3)[0]
+    ids = chat.inputs([Request("Why?", tiny.clip(1), history=history)])["input_ids"][0].tolist()
+    text = chat.processor.tokenizer.decode([token for token in ids if token < 512])
+    assert text.index("Who?") < text.index("A dog.") < text.index("Why?") and answer.status == "ok"
+
+
+def test_samples_follow_the_stock_distribution():
+    """100,000 draws against the probabilities of the stock processors; a row's draws are its seed's alone."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 12) * 2
+    settings = {"temperature": 0.8, "top_k": 8, "top_p": 0.9}
+    stock = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(8), TopPLogitsWarper(0.9)]
+    wanted = LogitsProcessorList(stock)(None, logits).softmax(-1)[0]
+    rows = 1000
+    sampler = RowSampler([str(row) for row in range(rows)], **settings)
+    counts = torch.zeros(12)
+    for _ in range(100):
+        drawn = sampler(None, logits.expand(rows, -1)).argmax(-1)
+        counts += torch.bincount(drawn, minlength=12)
+    assert ((wanted == 0) == (counts == 0)).all()
+    assert torch.allclose(counts / counts.sum(), wanted, atol=0.006)
+    one, two = RowSampler(["a"], **settings), RowSampler(["b", "a"], **settings)
+    ones = [int(one(None, logits).argmax(-1)) for _ in range(50)]
+    assert ones == [int(two(None, logits.expand(2, -1))[1].argmax()) for _ in range(50)] and len(set(ones)) > 2
+
+
+@pytest.mark.parametrize("setting", [{"quantization": "3bit"}, {"attention": "flash_attention_2"}])
+def test_what_cannot_be_opened_says_why(folders, setting):
+    with pytest.raises(ValueError, match="3bit|(?i:flash)"):
+        LtuPipeline.from_pretrained(folders["ltu"], device="cpu", **setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", [{"compile": True}, {"attention": "eager"}, {"device_map": "auto"}])
+def test_other_ways_to_compute_give_the_same_answers(folders, setting):
+    requests = [Request(question, tiny.clip(1)) for question in ("What?", "Why is it so?")]
+    plain = LtuPipeline.from_pretrained(folders["ltu"], device="cpu")(requests, max_new_tokens=6)
+    other = LtuPipeline.from_pretrained(folders["ltu"], device="cpu", **setting)(requests, max_new_tokens=6)
+    assert other == plain
