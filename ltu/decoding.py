@@ -8,6 +8,7 @@ Notable:
 
 import hashlib
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ ORIGINAL_DECODING = {
     "repetition_penalty": 1.1,
     "max_new_tokens": 400,
 }
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of tokenizers that spell rare characters in bytes
 GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
 # Each setting: its types, whether a value is possible, and what is possible in words.
 SETTINGS: dict[str, tuple[tuple, Callable[[Any], bool], str]] = {
@@ -84,17 +86,37 @@ class RowSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
+class RowLimits(StoppingCriteria):
+    """Stops each row at its own number of new tokens, behind a prompt of `start` tokens."""
+
+    def __init__(self, limits: list[int], start: int):
+        self.limits, self.start = torch.tensor(limits), start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))  # Beams of a row have its limit.
+        return (input_ids.shape[1] - self.start >= limits).to(input_ids.device)
+
+
 class BatchStreamer(BaseStreamer, StoppingCriteria):
     """Hands out the growing text of each row, and stops the rows that nobody waits for.
 
     Args:
         on_text: called with row and whole text so far; False cancels the row.
+        tokenizer: of the language model.
         decode: ids -> text.
         ends: end tokens.
+        limits: new tokens of each row, at most.
     """
 
-    def __init__(self, on_text: Callable[[int, str], bool | None], decode: Callable[[list[int]], str], ends: set[int]):
-        self.on_text, self.decode, self.ends = on_text, decode, ends
+    def __init__(
+        self,
+        on_text: Callable[[int, str], bool | None],
+        tokenizer: Any,
+        decode: Callable[[list[int]], str],
+        ends: set[int],
+        limits: list[int],
+    ):
+        self.on_text, self.tokenizer, self.decode, self.ends, self.limits = on_text, tokenizer, decode, ends, limits
         self.ids: list[list[int]] = []
         self.shown: list[str] = []
         self.is_done: list[bool] = []
@@ -113,12 +135,13 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
             if self.is_done[row]:
                 continue
             self.ids[row].append(token)
+            self.is_done[row] = len(self.ids[row]) == self.limits[row]
             text = self.decode(self.ids[row])
-            # Half a character shows as U+FFFD; and what was shown must stay.
-            if text.endswith("\ufffd") or not text.startswith(self.shown[row]) or text == self.shown[row]:
-                text = self.shown[row]
-            self.shown[row] = text
-            if self.on_text(row, text) is False:
+            # What is shown must stay: half a character shows as U+FFFD, and so do all bytes of a run with a wrong one.
+            is_open = text.endswith("\ufffd") or BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token))
+            if not is_open and text.startswith(self.shown[row]):
+                self.shown[row] = text
+            if self.on_text(row, self.shown[row]) is False:
                 self.is_done[row] = True
                 self.cancelled.add(row)
 

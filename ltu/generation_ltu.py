@@ -45,6 +45,11 @@ class TextRepetitionPenalty(LogitsProcessor):
 class LtuGenerationMixin(GenerationMixin):
     """Greedy, beams and sampling over sequences with audio, by the stock loop."""
 
+    def _supports_logits_to_keep(self) -> bool:
+        # Stock `generate` looks for the argument in `forward`, which hands it to the language model unnamed. Without
+        # it the first pass makes logits of the whole prompt.
+        return self.language_model._supports_logits_to_keep()
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         ids = inputs.get("input_ids")

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, BatchFeature, LogitsProcessorList
+from transformers import AutoProcessor, BatchFeature, LogitsProcessorList, StoppingCriteriaList
 
 from ltu.audio import AudioError
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
-from ltu.decoding import BatchStreamer, RowSampler, check_decoding
+from ltu.decoding import BatchStreamer, RowLimits, RowSampler, check_decoding
 from ltu.encoding_cache import EncodingCache, Heard
 from ltu.open_model import open_model
 from ltu.original_files import sha256_of
+from ltu.prompt_template import Turn
 from ltu.request import Answer, OnText, Request, batches
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # Settings that stock generate does not get.
-HEARD_ALL = 0.02  # seconds, two frames, that a window may be shorter than a clip of which it heard all
 
 
 class LtuPipeline:
@@ -127,13 +127,13 @@ class LtuPipeline:
         """
         settings = [check_decoding(decoding | request.decoding) for request in requests]
         for request in requests:
-            self._prompt(request, "")
+            self.turn(request, "")
         seeds = [seed if request.seed is None else request.seed for request in requests]
         for batch in batches(requests, settings, batch_size):
             inner = None if on_text is None else (lambda row, text, batch=batch: on_text(batch[row], text))
             asked = [requests[index] for index in batch]
             with self._generating:
-                answers = self._answer(asked, settings[batch[0]], [seeds[index] for index in batch], inner)
+                answers = self._answer(asked, [settings[i] for i in batch], [seeds[i] for i in batch], inner)
             yield from zip(batch, answers, strict=True)
 
     def stream(self, request: Request, seed: int = 42, **decoding: Any) -> Iterator[str | Answer]:
@@ -183,27 +183,34 @@ class LtuPipeline:
         clips = self.cache.listen(requests)
         if errors := [clip for clip in clips if isinstance(clip, AudioError)]:
             raise errors[0]
-        rows = [self._row(request, clip, 0) for request, clip in zip(requests, clips, strict=True)]
-        return self._lay_out([row[0] for row in rows], [row[1] for row in rows])
+        rows = [self.row(request, clip, 0) for request, clip in zip(requests, clips, strict=True)]
+        return self.lay_out([row[0] for row in rows], [row[1] for row in rows])
 
-    def _prompt(self, request: Request, transcript: str) -> str:
-        message = {"role": "user", "content": request.question, "transcript": transcript}
+    def turn(self, request: Request, transcript: str | None) -> Turn:
+        """What stands around the answer. The transcript is in the message that has the clip.
+
+        Raises:
+            ValueError: the prompt template cannot express a history.
+        """
         if request.history and "chat_template" not in self.processor.prompt_template:
             name = self.processor.prompt_template.get("name")
             raise ValueError(f"The template {name!r} of this checkpoint knows single questions only, no history.")
-        return self.processor.turn([*request.history, message]).prompt
+        messages = [*request.history, {"role": "user", "content": request.question}]
+        place = next((i for i, message in enumerate(messages) if message.get("audio") is not None), -1)
+        messages[place] = messages[place] | {"transcript": transcript}
+        return self.processor.turn(messages)
 
-    def _row(self, request: Request, clip: Heard | None, new_tokens: int) -> tuple[list[int], torch.Tensor | None, str]:
+    def row(self, request: Request, clip: Heard | None, new_tokens: int) -> tuple[list[int], torch.Tensor | None, str]:
         """Ids of the text, vectors of as much audio as fits in front of it, and the transcript in it."""
         transcript = (clip and clip.transcript) or "" if request.transcript is None else request.transcript
         transcript = "" if request.mode == "audio_only" else transcript
-        ids = self.processor.encode(self._prompt(request, transcript))
+        ids = self.processor.encode(self.turn(request, transcript).prompt)
         if clip is None or request.mode == "asr_only":
             return ids, None, transcript
         room = (self.model.config.num_positions - len(ids) - new_tokens) // self.model.config.num_audio_tokens
         return ids, clip.embeds[: max(1, room)], transcript
 
-    def _lay_out(self, ids: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
+    def lay_out(self, ids: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
         """`[audio][pads][text]` with the clips' vectors, each clip's once, on the device of the language model."""
         batch = self.processor.lay_out(ids, [0 if own is None else len(own) for own in embeds])
         batch = BatchFeature(batch).to(self.model.get_input_embeddings().weight.device)
@@ -213,60 +220,40 @@ class LtuPipeline:
 
     @torch.no_grad()
     def _answer(
-        self, requests: list[Request], settings: dict, seeds: list[int], on_text: OnText | None
+        self, requests: list[Request], settings: list[dict], seeds: list[int], on_text: OnText | None
     ) -> list[Answer]:
-        """One batch."""
+        """One batch, with equal settings but for `max_new_tokens`."""
         start = time.perf_counter()
         clips = self.cache.listen(requests)
-        answers = [self._begin(request, clip) for request, clip in zip(requests, clips, strict=True)]
+        answers = [Answer("", model=self.kind, checkpoint=self.checkpoint) for _ in requests]
         good, ids, embeds = [], [], []
-        for index, answer in enumerate(answers):
+        window = self.processor.feature_extractor.window_seconds
+        for index, (answer, request, clip) in enumerate(zip(answers, requests, clips, strict=True)):
+            answer.note_clip(clip)
             if answer.answered:
-                row = self._row(requests[index], clips[index], settings["max_new_tokens"])
-                if self._fits(answer, clips[index], row):
-                    good.append(index)
-                    ids.append(row[0])
-                    embeds.append(row[1])
+                text, own, answer.transcript = self.row(request, clip, settings[index]["max_new_tokens"])
+                answer.note_prompt(len(text), 0 if own is None else len(own), window, self.model.config)
+            if answer.answered:
+                good.append(index)
+                ids.append(text)
+                embeds.append(own)
         if good:
             own_seeds = [f"{seeds[index]} {row}" for index, row in zip(good, ids, strict=True)]
             inner = None if on_text is None else (lambda row, text: on_text(good[row], text))
-            self._generate(self._lay_out(ids, embeds), settings, own_seeds, [answers[i] for i in good], inner)
+            # Past its last position a language model fails, or talks nonsense.
+            rooms = [self.model.config.num_positions - answers[index].prompt_tokens for index in good]
+            limits = [min(settings[i]["max_new_tokens"], room) for i, room in zip(good, rooms, strict=True)]
+            batch, own_answers = self.lay_out(ids, embeds), [answers[index] for index in good]
+            self._generate(batch, settings[0], limits, own_seeds, own_answers, inner)
         for answer in answers:
             answer.seconds = time.perf_counter() - start
         return answers
-
-    def _begin(self, request: Request, clip: Heard | AudioError | None) -> Answer:
-        answer = Answer("", model=self.kind, checkpoint=self.checkpoint)
-        if isinstance(clip, AudioError):
-            answer.status, answer.error = clip.reason, str(clip)
-        elif clip is not None:
-            answer.seconds_total = clip.seconds
-            answer.sampling_rate, answer.channels = clip.sampling_rate, clip.channels
-        return answer
-
-    def _fits(self, answer: Answer, clip: Heard | None, row: tuple[list[int], torch.Tensor | None, str]) -> bool:
-        """Notes what is heard, and whether the prompt fits into the positions of the language model."""
-        ids, embeds, answer.transcript = row
-        config = self.model.config
-        answer.prompt_tokens = len(ids) + (0 if embeds is None else len(embeds) * config.num_audio_tokens)
-        if answer.prompt_tokens >= config.num_positions:
-            answer.status = "too_long"
-            answer.error = (
-                f"The prompt has {answer.prompt_tokens} tokens, the language model takes {config.num_positions}: ask "
-                "less, or give a shorter clip or transcript."
-            )
-        elif embeds is not None:
-            answer.windows = len(embeds)
-            window = self.processor.feature_extractor.window_seconds
-            answer.seconds_heard = min(answer.seconds_total, answer.windows * window)
-            if answer.seconds_heard < answer.seconds_total - HEARD_ALL:
-                answer.status = "truncated"
-        return answer.answered
 
     def _generate(
         self,
         batch: BatchFeature,
         settings: dict,
+        limits: list[int],
         seeds: list[str],
         answers: list[Answer],
         on_text: OnText | None,
@@ -274,17 +261,23 @@ class LtuPipeline:
         """Fills in what the model says."""
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
+        start, stops = batch["input_ids"].shape[1], []
         more: dict[str, Any] = {name: value for name, value in settings.items() if name not in SAMPLING}
+        if min(limits) < (longest := max(limits)):
+            stops.append(RowLimits(limits, start))
         if settings["do_sample"]:
             drawn = {name: settings[name] for name in SAMPLING[1:] if name in settings}
             more["logits_processor"] = LogitsProcessorList([RowSampler(seeds, **drawn)])
         streamer = None
         if on_text is not None and settings.get("num_beams", 1) == 1:
-            streamer = BatchStreamer(on_text, self.processor.decode_answer, ends)
-            more |= {"streamer": streamer, "stopping_criteria": [streamer]}
-        output = self.model.generate(**batch, do_sample=False, pad_token_id=self.processor.pad_token_id, **more)
-        new = output[:, batch["input_ids"].shape[1] :].tolist()
-        for row, (ids, answer) in enumerate(zip(new, answers, strict=True)):
+            more["streamer"] = streamer = BatchStreamer(
+                on_text, self.processor.tokenizer, self.processor.decode_answer, ends, limits
+            )
+            stops.append(streamer)
+        more |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id, "max_new_tokens": longest}
+        output = self.model.generate(**batch, stopping_criteria=StoppingCriteriaList(stops), **more)
+        for row, (ids, answer) in enumerate(zip(output[:, start:].tolist(), answers, strict=True)):
+            ids = ids[: limits[row]]
             length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
             answer.finish_reason = "stop" if length < len(ids) else "length"
             if streamer is not None and row in streamer.cancelled:

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltu.encoding_cache import AudioSource
+from ltu.audio import AudioError
+from ltu.configuration_ltu import LtuConfig
+from ltu.encoding_cache import AudioSource, Heard
 
+HEARD_ALL = 0.02  # seconds, two frames, that a window may be shorter than a clip of which it heard all
 OnText = Callable[[int, str], bool | None]  # number of a request, its text so far -> False cancels it
 GATHERED_BATCHES = 8  # that are sorted by length together
 
@@ -64,13 +67,35 @@ class Answer:
     def answered(self) -> bool:
         return self.status in ("ok", "truncated")
 
+    def note_clip(self, clip: Heard | AudioError | None) -> None:
+        """What was found, or why nothing can be heard."""
+        if isinstance(clip, AudioError):
+            self.status, self.error = clip.reason, str(clip)
+        elif clip is not None:
+            self.seconds_total, self.sampling_rate, self.channels = clip.seconds, clip.sampling_rate, clip.channels
+
+    def note_prompt(self, text_tokens: int, windows: int, window_seconds: float, config: LtuConfig) -> None:
+        """How much of the clip is heard in front of the text, and whether the language model has positions for both."""
+        self.windows, self.prompt_tokens = windows, text_tokens + windows * config.num_audio_tokens
+        self.seconds_heard = min(self.seconds_total, windows * window_seconds)
+        if self.prompt_tokens >= config.num_positions:
+            self.status, self.windows, self.seconds_heard = "too_long", 0, 0.0
+            self.error = (
+                f"The prompt has {self.prompt_tokens} tokens, the language model takes {config.num_positions}: ask "
+                "less, or give a shorter clip or transcript."
+            )
+        elif windows and self.seconds_heard < self.seconds_total - HEARD_ALL:
+            self.status = "truncated"
+
 
 def batches(requests: list[Request], settings: list[dict], batch_size: int) -> Iterator[list[int]]:
     """Numbers of requests: with equal settings, those about a clip near each other, and of like length."""
     groups: dict[str, list[int]] = {}
     clips: dict[Any, int] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(json.dumps(settings[index], sort_keys=True), []).append(index)
+        is_own = "max_new_tokens" if settings[index].get("num_beams", 1) == 1 else None  # Each row has its own limit.
+        common = {name: value for name, value in settings[index].items() if name != is_own}
+        groups.setdefault(json.dumps(common, sort_keys=True), []).append(index)
         clips.setdefault(_name(request.audio), len(clips))
     for group in groups.values():
         group.sort(key=lambda index: clips[_name(requests[index].audio)])

@@ -6,7 +6,7 @@ import pytest
 import soundfile
 import torch
 
-from ltu import ask, inference_batch
+from ltu import ask
 from ltu.convert_checkpoint import main as convert
 from ltu.modeling_ltu import LtuForConditionalGeneration
 from ltu.pipeline_ltu import LtuPipeline, Request
@@ -105,30 +105,6 @@ def test_ask(folder, clips, capsys):
     assert ask.main(["none", "What is it?", *arguments, "--original_decoding"]) == 0
     assert ask.main([str(clips / "broken.wav"), "What is it?", *arguments]) == 1
     assert "broken.wav" in capsys.readouterr().err
-
-
-def test_inference_batch_names_what_it_could_not_hear(folder, clips, capsys):
-    names = ["good.wav", "silent.wav", "empty", "short.wav", "broken.wav", "nowhere.wav", "good.wav"]
-    rows = [{"instruction": f"Question {index}?", "audio_id": name} for index, name in enumerate(names)]
-    (clips / "q.json").write_text(json.dumps(rows))
-    arguments = [
-        "--model",
-        str(folder),
-        "--data_path",
-        str(clips / "q.json"),
-        "--output_path",
-        str(clips / "out" / "p.json"),
-    ]
-    arguments += ["--max_new_tokens", "5", "--batch_size", "3", "--device", "cpu"]
-    assert inference_batch.main(arguments) == 1
-    assert inference_batch.main([*arguments, "--max_bad", "4"]) == 0
-    predictions = json.loads((clips / "out" / "p.json").read_text())
-    assert [p["prompt"] for p in predictions] == [row["instruction"] for row in rows]
-    statuses = ["ok", "silent", "ok", "too_short", "unreadable", "missing", "ok"]
-    assert [p["status"] for p in predictions] == statuses
-    assert all((p["pred"] == "") == (p["status"] != "ok") for p in predictions)
-    assert predictions[0]["seconds_heard"] == 0.64 and predictions[2]["seconds_heard"] == 0
-    assert "ok 3" in capsys.readouterr().out
 
 
 def test_batched_answers_equal_single_ones(folder):

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from whisper_tiny import save_whisper
 
 from ltu.audio import load_audio
-from ltu.decoding import ORIGINAL_DECODING, RowSampler, check_decoding
+from ltu.decoding import ORIGINAL_DECODING, BatchStreamer, RowSampler, check_decoding
 from ltu.encoding_cache import content_hash
 from ltu.pipeline_ltu import LtuPipeline
 from ltu.request import Answer, Request
@@ -53,7 +53,8 @@ def mixture(seed: int, folder: Path) -> list[Request]:
     decoding = [{}, {}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.7}, dict(ORIGINAL_DECODING)]
     requests = []
     for number in range(14):
-        drawn = {"decoding": rng.choice(decoding) | {"max_new_tokens": 5}, "seed": rng.choice([None, 1, 2])}
+        drawn = {"decoding": rng.choice(decoding) | {"max_new_tokens": rng.choice([5, 5, 2])}}
+        drawn["seed"] = rng.choice([None, 1, 2])
         drawn |= {"transcript": rng.choice(["", "a dog", "so far, so good"]), "windows": rng.choice([None, 1, 2, 0])}
         question = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
         clip = clips[number] if number < 2 else rng.choice(clips)
@@ -187,6 +188,8 @@ def test_what_does_not_fit_is_said(ltu):
     long, short = Request("What?", tiny.clip(1, 60.0), windows=0), Request("Why?", tiny.clip(2))
     endless = Request("why " * 200, tiny.clip(2))
     answers = ltu([long, short, endless], max_new_tokens=4)
+    talkative = ltu([short, Request("What is it?", tiny.clip(3))], max_new_tokens=400, min_new_tokens=400)
+    assert all(a.prompt_tokens + a.new_tokens == 128 and a.finish_reason == "length" for a in talkative)
     assert [answer.status for answer in answers] == ["truncated", "ok", "too_long"]
     assert 120 < answers[0].prompt_tokens + 4 <= 128 < answers[2].prompt_tokens and "128" in answers[2].error
     assert answers[1] == ltu([short], max_new_tokens=4)[0]
@@ -255,6 +258,20 @@ def test_samples_follow_the_stock_distribution():
     one, two = RowSampler(["a"], **settings), RowSampler(["b", "a"], **settings)
     ones = [int(one(None, logits).argmax(-1)) for _ in range(50)]
     assert ones == [int(two(None, logits.expand(2, -1))[1].argmax()) for _ in range(50)] and len(set(ones)) > 2
+
+
+def test_what_is_shown_stays_though_bytes_go_wrong(ltu):
+    """Tokenizers that spell in bytes turn a whole run of them into U+FFFD when one does not fit."""
+    tokenizer, shown = ltu.processor.tokenizer, []
+    ids = tokenizer.convert_tokens_to_ids(["▁a", "<0xC3>", "<0xA9>", "<0xFF>", "▁a", "<0xC3>", "<0xA9>", "▁a"])
+    decode = ltu.processor.decode_answer
+    streamer = BatchStreamer(lambda row, text: shown.append(text), tokenizer, decode, {2}, [len(ids)])
+    streamer.put(torch.zeros(1, 3))
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    whole = decode(ids)
+    assert decode(ids[:3]) == "aé" and not whole.startswith("aé")  # So a stream that showed it would be wrong.
+    assert len(shown) == len(ids) and all(whole.startswith(text) for text in shown) and shown[-1] == whole
 
 
 @pytest.mark.parametrize("setting", [{"quantization": "3bit"}, {"attention": "flash_attention_2"}])

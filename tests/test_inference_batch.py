@@ -1,0 +1,346 @@
+"""Answer files: what a killed run leaves, what counts as the same question, ranks, the ledger, --check_batch."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from ltu import check_batch
+from ltu.answer_file import AnswerFile
+from ltu.inference_batch import main, parse_args
+from ltu.processing_ltu import LtuProcessor
+from tests.tiny import LORA, clip, write_checkpoint, write_llm, write_rows
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    llm = write_llm(tmp_path_factory.mktemp("llm") / "llm")
+    return write_checkpoint(llm.parent / "checkpoint", llm, LORA)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """24 questions; some clips have two, three questions have none, two rows repeat an earlier one."""
+    path = write_rows(tmp_path_factory.mktemp("rows"), 18, without_audio=3)
+    made = json.loads(path.read_text())
+    made += [made[index] | {"instruction": "And how loud?"} for index in range(3, 7)] + made[4:6]
+    path.write_text(json.dumps(made))
+    return path
+
+
+def flags(folder: Path, rows: Path, output: Path, *more: str) -> list[str]:
+    common = f"--model {folder} --data_path {rows} --output_path {output} --device cpu --max_new_tokens 12"
+    return [*common.split(), "--batch_size", "4", *more]
+
+
+def read(path: Path) -> list[dict]:
+    """What must be equal: all but wall times."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in json.loads(path.read_text())]
+
+
+def asked(capsys) -> list[tuple[int, int]]:
+    """(from the partial file, asked) of each ledger printed since the last call."""
+    found = re.findall(r"(\d+) from the partial file; asked (\d+)", capsys.readouterr().out)
+    return [(int(kept), int(new)) for kept, new in found]
+
+
+@pytest.fixture(scope="module")
+def reference(folder, rows, tmp_path_factory) -> Path:
+    """The whole file of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("reference") / "p.json"
+    assert main(flags(folder, rows, output)) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["p.json"]
+    return output
+
+
+def partials(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f"{output.name}.partial*.jsonl"))
+
+
+def count_lines(output: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in partials(output))
+
+
+# --- killed
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("decoding", [(), ("--original_decoding",)], ids=["greedy", "sampled"])
+def test_killed_at_every_step_on_the_disk(folder, rows, tmp_path, monkeypatch, capsys, decoding):
+    """Stopped before and after each sync, renaming and removal, in a run of two outputs; then run again."""
+    made = json.loads(rows.read_text())
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, made[:6])))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, made[-5:])))
+    outputs = [tmp_path / "a.json", tmp_path / "b.json"]
+    command = flags(folder, tmp_path / "a.jsonl", outputs[0], "--audio_root", str(rows.parent), *decoding)
+    for name, path in (("--data_path", tmp_path / "b.jsonl"), ("--output_path", outputs[1])):
+        command.insert(command.index(name) + 2, str(path))
+    ticks, stop_at = 0, 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == stop_at:
+            raise Killed
+
+    def stopping(run):
+        def step(*args, **kwargs):
+            tick()
+            result = run(*args, **kwargs)
+            tick()
+            return result
+
+        return step
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+    assert main(command) == 0
+    expected, last = [read(path) for path in outputs], ticks
+    total = sum(new for _, new in asked(capsys))
+    assert total == 11 and last > 2 * total
+    for stop in range(1, last, 1 if not decoding else 7):
+        for path in tmp_path.glob("?.json*"):
+            if path.suffix != ".jsonl" or "partial" in path.name:
+                path.unlink()
+        ticks, stop_at = 0, stop
+        with pytest.raises(Killed):
+            main(command)
+        stop_at = 0
+        is_finished = all(path.exists() for path in outputs)
+        done = sum(count_lines(path) for path in outputs)
+        capsys.readouterr()
+        assert main(command) == 0
+        if not is_finished:
+            assert done + sum(new for _, new in asked(capsys)) == total
+        assert [read(path) for path in outputs] == expected
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"a.json", "b.json", "a.jsonl", "b.jsonl"}
+
+
+def test_kill_9(folder, rows, tmp_path, reference, capsys):
+    """A process that is killed at random, several times."""
+    output, chance = tmp_path / "p.json", random.Random(0)
+    command = [sys.executable, "-m", "ltu.inference_batch", *flags(folder, rows, output, "--batch_size", "2")]
+    done = 0
+    while done < 10:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = done + chance.randint(2, 6)
+        while count_lines(output) < until and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not output.exists() and count_lines(output) >= done
+        done = count_lines(output)
+    assert main(flags(folder, rows, output)) == 0
+    assert asked(capsys) == [(pytest.approx(done, abs=2), 22 - done)] and read(output) == read(reference)
+
+
+def test_half_a_line_and_strange_lines(folder, rows, tmp_path, reference, capsys):
+    output = tmp_path / "p.json"
+    lines = lines_of(folder, rows, tmp_path)
+    junk = [b"null\n", b"[]\n", b'{"key": 1}\n', b"\xff\x00\n", lines[3].replace(b'"windows"', b'"unknown"')]
+    partials_path = Path(f"{output}.partial.jsonl")
+    partials_path.write_bytes(b"".join([*lines[:3], *junk, *lines[4:7], lines[7][:-20]]))
+    assert main(flags(folder, rows, output)) == 0
+    assert asked(capsys)[-1][1] == 22 - 6 and read(output) == read(reference)
+
+
+def lines_of(folder: Path, rows: Path, tmp_path: Path) -> list[bytes]:
+    """Lines of a partial file with all answers: those of a run that one missing clip keeps."""
+    made = json.loads(rows.read_text())
+    (tmp_path / "and_one.json").write_text(json.dumps([*made, {"instruction": "Q", "audio_id": "not.there"}]))
+    more = ["--audio_root", str(rows.parent)]
+    assert main(flags(folder, tmp_path / "and_one.json", tmp_path / "one.json", *more)) == 1
+    return (tmp_path / "one.json.partial.jsonl").read_bytes().splitlines(keepends=True)
+
+
+# --- what is the same question
+
+
+def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
+    """By content, not by name; the same name with other content is another clip."""
+    for name, seed in (("a.wav", 1), ("copy.wav", 1), ("b.wav", 2)):
+        soundfile.write(tmp_path / name, clip(seed), 16_000)
+    questions = [("What?", "a.wav"), ("What?", "copy.wav"), ("What?", "b.wav"), ("Why?", "a.wav"), ("What?", "empty")]
+    questions += [("What?", "a.wav"), ("What?", "empty")]
+    rows = [{"instruction": text, "audio_id": name, "output": f"{n}"} for n, (text, name) in enumerate(questions)]
+    rows[-2]["input"] = "someone speaks"
+    rows.append({"instruction": "What?", "audio_id": "gone.wav"})  # Keeps the partial file.
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    command = flags(folder, tmp_path / "q.json", tmp_path / "p.json")
+    assert main(command) == 1
+    first = read(tmp_path / "p.json")
+    assert asked(capsys) == [(0, 6)]
+    assert [row["ref"] for row in first[:7]] == list("0123456")
+    assert [row["audio_id"] for row in first] == [name for _, name in questions] + ["gone.wav"]
+    assert first[0]["pred"] == first[1]["pred"] and first[4]["pred"] == first[6]["pred"]
+    assert len({row["pred"] for row in first[:6]}) == 5
+    soundfile.write(tmp_path / "a.wav", clip(3), 16_000)
+    soundfile.write(tmp_path / "gone.wav", clip(1), 16_000)
+    assert main(command) == 0
+    second = read(tmp_path / "p.json")
+    assert asked(capsys) == [(5, 3)]  # Three of the changed clip; gone.wav is what a.wav was.
+    assert second[1:3] == first[1:3] and second[7]["pred"] == first[0]["pred"] != second[0]["pred"]
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "tokens", "sampling", "seed", "dtype", "windows"])
+def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, capsys, change):
+    lines_of(folder, rows, tmp_path)
+    capsys.readouterr()
+    more = ["--audio_root", str(rows.parent), "--max_bad", "1"]
+    if change == "checkpoint":
+        other = tmp_path / "checkpoint"
+        shutil.copytree(folder, other)
+        write_checkpoint(other, folder.parent / "llm", LORA, seed=1)
+    changes = {"tokens": "--max_new_tokens 9", "sampling": "--temperature 0.5", "seed": "--seed 1"}
+    changes |= {"dtype": "--dtype bfloat16", "windows": "--windows all", "checkpoint": f"--model {tmp_path}/checkpoint"}
+    command = flags(folder, tmp_path / "and_one.json", tmp_path / "one.json", *more)
+    assert main([*command, *changes[change].split()]) == 0
+    assert asked(capsys) == [(0, 23)]
+
+
+def test_two_runs_at_once(folder, rows, tmp_path):
+    """An error, also when only a later rank of the other run is left."""
+    output = tmp_path / "p.json"
+    for rank in (0, 1):
+        other = AnswerFile(output, rank)
+        other.lock()
+        with pytest.raises(ValueError, match="Another run is writing .*p.json"):
+            main(flags(folder, rows, output))
+        other.close()
+    assert main(flags(folder, rows, output)) == 0
+
+
+# --- ranks
+
+
+def torchrun(*command: str) -> subprocess.Popen:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command = [*launcher, "-m", "ltu.inference_batch", *command]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_ranks_equal_one(folder, rows, tmp_path, reference):
+    """A rank that is killed fails the run; then one process reads what two left, and two do."""
+    output = tmp_path / "p.json"
+    process = torchrun(*flags(folder, rows, output, "--batch_size", "1"))
+    while len(partials(output)) < 2 or min(path.stat().st_size for path in partials(output)) == 0:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.001)
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
+    process.communicate(timeout=300)
+    done = count_lines(output)
+    assert process.returncode != 0 and not output.exists() and 2 <= done < 22
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert main(flags(folder, rows, output)) == 0 and read(output) == read(reference)
+    process = torchrun(*flags(folder, rows, tmp_path / "copy" / "p.json"))
+    shown, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    assert f"asked {22 - done}," in shown and read(tmp_path / "copy" / "p.json") == read(reference)
+    assert not partials(tmp_path / "copy" / "p.json")
+
+
+def test_each_rank_has_its_gpu(folder, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    command = flags(folder, rows, tmp_path / "p.json")
+    assert parse_args(command).device == "cpu"
+    assert parse_args([*command, "--device", "cuda"]).device == "cuda:3"
+
+
+# --- ledger and exit code
+
+
+def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
+    sounds = {"good.wav": clip(1, 0.5), "long.wav": clip(1, 0.8), "silent.wav": clip(1) * 0, "short.wav": clip(1, 0.02)}
+    for name, samples in sounds.items():
+        soundfile.write(tmp_path / name, samples, 16_000)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF and nothing else")
+    names = ["good.wav", "silent.wav", "empty", "short.wav", "broken.wav", "nowhere.wav", "long.wav"]
+    rows = [{"instruction": f"Question {index}?", "audio_id": name} for index, name in enumerate(names)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    command = flags(folder, tmp_path / "q.json", tmp_path / "out" / "p.json")
+    assert main([*command, "--max_bad", "3"]) == 1
+    assert main([*command, "--max_bad", "4"]) == 0
+    entries = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert [entry["prompt"] for entry in entries] == [row["instruction"] for row in rows]
+    statuses = ["ok", "silent", "ok", "too_short", "unreadable", "missing", "truncated"]
+    assert [entry["status"] for entry in entries] == statuses
+    assert all((entry["pred"] == "") == (entry["status"] not in ("ok", "truncated")) for entry in entries)
+    long = entries[-1]
+    assert (long["seconds_heard"], long["seconds_total"], long["windows"]) == (0.64, 0.8, 1)
+    assert (long["sampling_rate"], long["channels"], long["model"]) == (16_000, 1, "ltu")
+    assert long["new_tokens"] > 0 < long["prompt_tokens"] and long["finish_reason"] in ("stop", "length")
+    assert len(long["checkpoint"]) == 64 and long["seconds"] > 0 and entries[2]["seconds_heard"] == 0
+    out, errors = capsys.readouterr()
+    first, second = out.split(f"{tmp_path / 'out' / 'p.json'}: ")[1:]
+    for ledger in (first, second):
+        assert set(re.split(", ", ledger.splitlines()[0])) == {
+            "ok 2", "truncated 1", "silent 1", "too_short 1", "unreadable 1", "missing 1",
+        }  # fmt: skip
+        assert "answered 3 of 7 questions; heard 1.1 of 1.3 s" in ledger
+    assert "0 from the partial file; asked 7," in first and "3 from the partial file; asked 4," in second
+    assert "nowhere.wav: no such file" in errors and "partial files are kept" in errors
+    assert not partials(tmp_path / "out" / "p.json")
+
+
+def test_what_cannot_be_written_is_said_first(folder, rows, tmp_path, capsys):
+    for output in (rows, tmp_path):
+        with pytest.raises(SystemExit):
+            main(flags(folder, rows, output))
+        assert "--output_path" in capsys.readouterr().err
+
+
+# --- --check_batch
+
+
+def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
+    command = flags(folder, rows, tmp_path / "p.json", "--check_batch")
+    assert main(command) == 0
+    assert "16 questions" in (shown := capsys.readouterr().out) and "batched answers equal" in shown
+    assert main([*command, "5", "--dtype", "float16"]) == 0
+    assert "5 questions" in (shown := capsys.readouterr().out) and "led by less than 0.01 may differ" in shown
+    assert list(tmp_path.iterdir()) == []
+    stock = LtuProcessor.lay_out
+
+    def pads_are_heard(*args, **kwargs):
+        made = stock(*args, **kwargs)
+        return made | {"attention_mask": made["attention_mask"] | 1}
+
+    monkeypatch.setattr(LtuProcessor, "lay_out", pads_are_heard)
+    for dtype in ("float32", "float16"):
+        assert main([*command, "--dtype", dtype]) == 1
+        assert "DIFFERS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype, lead, code", [("float16", 0.009, 0), ("float16", 0.02, 1), ("float32", 0.009, 1)])
+def test_only_near_ties_below_fp32_may_differ(folder, rows, tmp_path, capsys, monkeypatch, dtype, lead, code):
+    """Answers made up here: the second token of every batched one is another."""
+
+    def generate(pipeline, requests, decoding):
+        count = len(requests)
+        return [[7, 8 if count == 1 else 9, 2]] * count, [[5.0, lead, 5.0]] * count
+
+    monkeypatch.setattr(check_batch, "generate", generate)
+    assert main(flags(folder, rows, tmp_path / "p.json", "--check_batch", "--dtype", dtype)) == code
+    row = capsys.readouterr().out.splitlines()[2].split()
+    assert row[:3] == ["1", "2", str(lead)] and row[-1] == ("DIFFERS" if code else "tie")

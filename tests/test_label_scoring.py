@@ -1,0 +1,161 @@
+"""Scores of candidate answers behind one shared prefix equal those of each alone, in a pass without a cache."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ltu.audio import AudioError
+from ltu.label_scoring import LabelScore, _chunks
+from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu.processing_ltu import IGNORED
+from ltu.prompt_template import load_prompt_template
+from ltu_as.convert_checkpoint import main as convert_as
+from tests.test_any_llm import byte_tokenizer
+from tests.tiny import clip, write_checkpoint, write_llm
+from tests.whisper_tiny import save_whisper
+
+QUESTION = "What is it? Rain, a dog, or a far bell that nobody rings?"
+LABELS = [
+    "dog",
+    "dog bark",
+    "rain",
+    "I",
+    "Male speech, man speaking",
+    "dog",
+    "a long answer about a bell, which rings far away, and about rain that falls on a dog who does not mind it " * 2,
+    "",
+    "Ünïcode 雨",
+    "</s> is text",
+]
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+
+
+def pipeline_of(root: Path, kind: str) -> LtuPipeline:
+    """A tiny model with that language model. "sliding": in the prompt the window of every second layer is long full."""
+    if kind == "ltu_as":
+        save_whisper(root / "whisper.pt")
+        llm = write_llm(root / "llm")
+        flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
+        convert_as(f"{flags} --output_dir {root}/checkpoint".split())
+        return LtuPipeline.from_pretrained(root / "checkpoint", device="cpu")
+    settings, lora, template = {}, None, None
+    if kind == "sliding":
+        kind, settings = "gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    elif kind == "all_sliding":
+        kind, settings = "mistral", {"sliding_window": 8}
+    elif kind == "lora":
+        kind, lora = "llama", LORA
+    if kind == "qwen2":
+        settings = {"tokenizer": byte_tokenizer()}
+    llm = write_llm(root / "llm", kind, **settings)
+    template = load_prompt_template("chat", llm) if kind == "qwen2" else None
+    return LtuPipeline.from_pretrained(write_checkpoint(root / "checkpoint", llm, lora, prompt_template=template))
+
+
+def alone(pipeline: LtuPipeline, request: Request, text: str) -> LabelScore:
+    """By the training row of question and answer, whole and without a cache."""
+    processor = pipeline.processor
+    heard = [] if request.audio is None or request.mode == "asr_only" else [processor.hear(request.audio)]
+    given = "" if request.mode == "audio_only" else request.transcript
+    transcript = processor.complete_transcripts(heard, [given])[0] if heard else given or ""
+    row = {"instruction": request.question, "input": transcript, "output": text}
+    ids, labels = processor.encode_example(row, 10_000, train_on_inputs=False)
+    batch = processor.lay_out([ids], [bool(heard)])
+    features = {"input_features": processor.features_of(heard)} if heard else {}
+    with torch.no_grad():
+        logits = pipeline.model(**batch, **features).logits[0].double()
+    before = batch["input_ids"].shape[1] - len(ids)
+    scores = torch.log_softmax(logits, -1)
+    answer = [place for place, label in enumerate(labels) if label != IGNORED]
+    values = [scores[before + place - 1, ids[place]].item() for place in answer]
+    return LabelScore(text, sum(values), len(values))
+
+
+def check(pipeline: LtuPipeline, request: Request, **settings) -> list[LabelScore]:
+    found = pipeline.score(request, LABELS, **settings)
+    for score, text in zip(found, LABELS, strict=True):
+        expected = alone(pipeline, request, text)
+        assert (score.text, score.num_tokens) == (text, expected.num_tokens)
+        assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4), text
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "lora", "gpt2", "gpt_neox", "qwen2", "gemma", "sliding", "all_sliding"])
+def test_equals_each_alone(tmp_path: Path, kind: str) -> None:
+    pipeline = pipeline_of(tmp_path, kind)
+    heard = check(pipeline, Request(QUESTION, clip(1)))
+    assert heard[0] == heard[5]
+    silent = check(pipeline, Request(QUESTION))
+    if kind != "all_sliding":  # Its two layers cannot see as far back as the audio.
+        assert silent[0].log_likelihood != pytest.approx(heard[0].log_likelihood, abs=1e-3)
+    in_threes = pipeline.score(Request(QUESTION, clip(1)), LABELS, tokens_at_once=200)
+    by_one = [pipeline.score(Request(QUESTION, clip(1)), [text])[0] for text in LABELS]
+    for one, three, all_at_once in zip(by_one, in_threes, heard, strict=True):
+        assert one.log_likelihood == pytest.approx(all_at_once.log_likelihood, abs=1e-4)
+        assert three.log_likelihood == pytest.approx(all_at_once.log_likelihood, abs=1e-4)
+
+
+def test_equals_each_alone_with_transcripts(tmp_path: Path) -> None:
+    pipeline = pipeline_of(tmp_path, "ltu_as")
+    sound = clip(2, 1.5)
+    joint = check(pipeline, Request(QUESTION, sound, "good morning"))
+    for mode in ("audio_only", "asr_only"):
+        other = check(pipeline, Request(QUESTION, sound, "good morning", mode=mode))
+        assert other[0].log_likelihood != pytest.approx(joint[0].log_likelihood, abs=1e-3)
+    assert check(pipeline, Request(QUESTION, sound))[0].text == "dog"  # Whisper writes the transcript.
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LtuPipeline:
+    return pipeline_of(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuPipeline) -> None:
+    """Without the end, one-token answers are the model's distribution of its first token, and greedy takes the best."""
+    processor, request = llama.processor, Request(QUESTION, clip(1))
+    prompt = processor.prompt(QUESTION)
+    texts = [processor.tokenizer.decode([token]) for token in range(259, 512)]
+    own = [text for text in texts if len(processor.encode(prompt + text)) == len(processor.encode(prompt)) + 1]
+    scores = llama.score(request, own, with_end=False)
+    assert len(own) > 20 and {score.num_tokens for score in scores} == {1}
+    assert 0 < np.exp([score.log_likelihood for score in scores]).sum() <= 1 + 1e-5
+    with_end = llama.score(request, own[:3])
+    assert all(a.log_likelihood > b.log_likelihood for a, b in zip(scores, with_end, strict=False))
+
+
+def test_the_clip_is_heard_once(llama: LtuPipeline) -> None:
+    before = llama.cache.encoded
+    first = llama.score(Request(QUESTION, clip(9)), LABELS)
+    assert llama.score(Request(QUESTION, clip(9)), LABELS) == first and llama.cache.encoded == before + 1
+
+
+def test_several_windows_are_heard(llama: LtuPipeline) -> None:
+    one = llama.score(Request(QUESTION, clip(3, 2.0)), LABELS[:2])
+    three = llama.score(Request(QUESTION, clip(3, 2.0), windows=3), LABELS[:2])
+    assert one[0].log_likelihood != pytest.approx(three[0].log_likelihood, abs=1e-3)
+
+
+def test_what_cannot_be_scored_is_refused(llama: LtuPipeline) -> None:
+    with pytest.raises(ValueError, match="one or more texts"):
+        llama.score(Request(QUESTION), [])
+    with pytest.raises(ValueError, match="one or more texts"):
+        llama.score(Request(QUESTION), "dog")
+    with pytest.raises(ValueError, match="'' has no tokens"):
+        llama.score(Request(QUESTION), ["dog", ""], with_end=False)
+    with pytest.raises(ValueError, match="language model 2048"):
+        llama.score(Request(QUESTION, clip(1)), ["dog " * 2100])
+    with pytest.raises(AudioError, match="no such file"):
+        llama.score(Request(QUESTION, "nowhere.wav"), ["dog"])
+
+
+def test_chunks_keep_to_their_budget_and_are_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(0, 60, 527).tolist()
+    chunks = _chunks(lengths, 90, 4000)
+    assert sorted(index for chunk in chunks for index in chunk) == list(range(527))
+    for chunk in chunks:
+        longest, shortest = (best(lengths[index] for index in chunk) for best in (max, min))
+        assert len(chunk) * (90 + longest) <= 4000 and shortest >= 0.75 * longest
+    assert len(chunks) < 40
+    assert _chunks([5000], 90, 4000) == [[0]]  # One that is too long for the budget goes alone.
