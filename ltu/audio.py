@@ -146,9 +146,16 @@ class _Bytes(io.BytesIO):
             return self.tell()
 
 
+class _SoundFile(soundfile.SoundFile):
+    """soundfile seeks after each read, which fails in a flac stream of unknown length: not where nothing can seek."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Sound:
     try:
-        with soundfile.SoundFile(file, closefd=False) as opened:
+        with _SoundFile(file, closefd=False) as opened:
             return _hear(_blocks(opened), opened.samplerate, opened.channels, name, max_seconds)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(". ")
@@ -158,7 +165,7 @@ def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Sou
 def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
     """Channel 0, (samples,) at a time."""
     frames = max(1, BLOCK // file.channels)
-    if file.seekable():
+    if soundfile.SoundFile.seekable(file):
         file.seek(0)  # As soundfile.read does: without it some files with a damaged header seem empty.
     while True:
         block = file.read(frames, dtype="float32", always_2d=True)  # (samples, channels)
@@ -170,7 +177,7 @@ def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
 def _hear(blocks: Iterable[np.ndarray], rate: int, channels: int, name: str, max_seconds: float) -> Sound:
     """Blocks (samples,) of the first channel -> a sound, unless something is wrong with them."""
     if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
-        raise AudioError(name, "unreadable", f"a sampling rate of {rate} Hz")
+        raise AudioError(name, "unreadable", f"an impossible sampling rate, {rate} Hz")
     rate, samples, low, high = int(rate), 0, math.inf, -math.inf
 
     def checked() -> Iterator[np.ndarray]:

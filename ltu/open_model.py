@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import ltu  # noqa: F401  registers the classes that the Auto classes look up
 
@@ -36,6 +36,8 @@ def open_model(
         raise ValueError(f"quantization is '4bit' or '8bit', not {quantization!r}.")
     try:
         if quantization is not None:
+            from transformers import BitsAndBytesConfig
+
             compute = torch.bfloat16 if dtype == "auto" else dtype
             bits = BitsAndBytesConfig(**{f"load_in_{quantization}": True}, bnb_4bit_compute_dtype=compute)
             given["quantization_config"] = bits

@@ -132,6 +132,61 @@ def download(row: Released | str, folder: str | Path, source: str | None = None)
     return fetch(row, address(row, source), Path(folder))
 
 
+def conversion(row: Released, models: Path, llm: str) -> list[str]:
+    """Flags of `convert_checkpoint` that make a row's file a checkpoint folder beside it."""
+    words = ["--llm", llm, "--checkpoint", str(models / row.file), "--output_dir", str(models / row.name)]
+    return words + (["--feature_precision", row.precision] if row.precision else [])
+
+
+def make_checkpoint(row: Released, models: Path, llm: str, source: str | None = None) -> Path:
+    """The checkpoint folder of a row, brought and converted unless that was done before.
+
+    Raises:
+        ReleasedError: the row is no single checkpoint.
+    """
+    if row.kind not in PREP or not row.file.endswith(".bin"):
+        raise ReleasedError(
+            f"{row.name} is no single checkpoint. Bring it, python -m ltu.released download {row.name}, and convert "
+            "the file that you want, python -m ltu.convert_checkpoint."
+        )
+    folder = models / row.name
+    if not (folder / "ltu_state.json").is_file():  # Written last.
+        download(row, models, source)
+        # By name, because ltu imports nothing of ltu_as.
+        importlib.import_module(f"{row.kind}.convert_checkpoint").main(conversion(row, models, llm))
+    return folder
+
+
+def newest_checkpoint(kind: str, roots: tuple[str, ...] = ("exp", "pretrained_mdls")) -> Path:
+    """The checkpoint folder of that kind that was written last; one to start training from only if there is no other.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = []
+    for file in (file for root in roots for file in Path(root).rglob("model.safetensors")):
+        config, state = file.with_name("config.json"), file.with_name("ltu_state.json")
+        if config.is_file() and state.is_file() and json.loads(config.read_bytes())["model_type"] == kind:
+            is_start = json.loads(state.read_bytes()).get("stage") == "init"
+            found.append((not is_start, file.stat().st_mtime, file.parent))
+    if not found:
+        raise FileNotFoundError(
+            f"No checkpoint of {kind} is in {' or '.join(roots)}. Name one, --model DIR or a name of python -m "
+            "ltu.released, or train the small one: bash quickstart.sh"
+        )
+    return max(found)[2]
+
+
+def find_or_make(name: str, kind: str, llm: str | None = None, source: str | None = None) -> str:
+    """Where the checkpoint `name` lies: a row of the table is brought and converted; "" is the newest of that kind."""
+    row = next((row for row in TABLE if row.name == name and not Path(name).is_dir()), None)
+    if row is None:
+        return name or str(newest_checkpoint(kind))
+    if row.kind in PREP and row.kind != kind:
+        raise ReleasedError(f"{name} is of {row.kind}: bash {row.kind}/inference.sh --model {name}")
+    return str(make_checkpoint(row, Path("pretrained_mdls"), llm or VICUNA, source))
+
+
 def link(file: Path, place: Path) -> None:
     """Give a file a second name, by a relative link."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -173,21 +228,18 @@ def prep(args: argparse.Namespace) -> None:
     models, toy, data = (args.root / place for place in ("pretrained_mdls", f"data/{name}_toy", f"data/{name}"))
     jobs = [(f"{name}_toy", toy / "original"), (f"{name}_toy_audio", toy / "original"), (checkpoint, models)]
     jobs += [(full_set, data), (f"{name}_subsets", data)] if args.full else []
-    row, meta, folder = find(checkpoint), toy / f"{name}_toy.json", models / checkpoint
-    words = ["--llm", args.llm, "--checkpoint", str(models / row.file), "--output_dir", str(folder)]
-    words += ["--feature_precision", row.precision] if row.precision else []
+    row, meta = find(checkpoint), toy / f"{name}_toy.json"
     for job, place in jobs:
         print(f"{job}: {address(find(job), args.source)} ({size_of(find(job))}) -> {place}", flush=True)
         if not args.dry_run:
             download(job, place, args.source)
-    print(f"{args.kind}: python -m {args.kind}.convert_checkpoint {shlex.join(words)}", flush=True)
+    words = shlex.join(conversion(row, models, args.llm))
+    print(f"{args.kind}: python -m {args.kind}.convert_checkpoint {words}", flush=True)
     if args.dry_run:
         return
     if not meta.is_file():
         relocate_rows(toy / "original" / meta.name, toy / "original" / f"{name}_toy_audio", meta)
-    if not (folder / "ltu_state.json").is_file():  # Written last.
-        # By name, because ltu imports nothing of ltu_as.
-        importlib.import_module(f"{args.kind}.convert_checkpoint").main(words)
+    folder = make_checkpoint(row, models, args.llm, args.source)
     for number, file in enumerate(stages if args.full else (), start=1):
         rows = next(iter(sorted(data.rglob(file))), None)
         if rows is None:
