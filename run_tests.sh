@@ -7,5 +7,7 @@ setup_venv dev
 
 # A waiting OpenMP thread must sleep: when it spins, two processes on two cores slow each other down fifty-fold.
 export OMP_WAIT_POLICY=PASSIVE
+# Screenshots of the demo, to be looked at.
+export LTU_TEST_OUTPUT=${LTU_TEST_OUTPUT:-exp/test_output}
 .venv/bin/python -m ruff check .
 .venv/bin/python -m pytest "$@"

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def measure(pipeline: LtuPipeline, labels: list[str], args: argparse.Namespace) 
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", required=True, help="a text file, one name a line")
     parser.add_argument("--model", required=True, help="checkpoint folder")
@@ -113,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output_path:
         Path(args.output_path).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return int(not is_equal or report["speedup"]["alone"] < NEEDED)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -114,7 +114,7 @@ def look(pid: int) -> tuple[float, int]:
     return int(memory[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--clients", type=int, default=32)
@@ -151,7 +151,8 @@ def main() -> None:
     if output_path:
         Path(output_path).parent.mkdir(parents=True, exist_ok=True)
         Path(output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return int(not report["is_right"] or report["leaks"] or report["speedup"] < MIN_SPEEDUP)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

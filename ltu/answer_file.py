@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from ltu.download import replace_file
 from ltu.request import Answer
 
 # Hash of the clip's content (None without audio), question, transcript, mode, windows; hash of what a run sets for all.
@@ -82,7 +83,8 @@ class AnswerFile:
                 found[key] = answer
         if places:
             self.lines = self.lines.close() if self.lines else None
-            replace(self.partial, (_line(key, answer) for key, answer in found.items() if answer.answered))
+            lines = (_line(key, answer) for key, answer in found.items() if answer.answered)
+            replace_file(self.partial, lines, is_synced=True)
         for place in set(places) - {self.partial}:
             place.unlink()
         return found
@@ -90,22 +92,13 @@ class AnswerFile:
     def write(self, entries: list[dict]) -> None:
         """The whole file."""
         text = json.dumps(entries, indent=1, ensure_ascii=False)
-        replace(self.path, [text.encode("utf-8", "backslashreplace"), b"\n"])  # Names of files may be no UTF-8.
+        content = text.encode("utf-8", "backslashreplace")  # Names of files may be no UTF-8.
+        replace_file(self.path, content + b"\n", is_synced=True)
 
     def finish(self, keep_partial: bool) -> None:
         """Leave nothing but the whole file, and what failed questions want to go on from. Rank 0 only."""
         for place in [self.lock_path] if keep_partial else [self.partial, self.lock_path]:
             place.unlink(missing_ok=True)
-
-
-def replace(path: Path, content: Iterable[bytes]) -> None:
-    """Write a whole file, or none: it is on the disk before it has its name, because what it replaces is then lost."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        file.writelines(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def _line(key: Key, answer: Answer) -> bytes:

@@ -9,9 +9,9 @@ import sys
 
 from ltu.arguments import WHISPER_FLAGS
 from ltu.decoding import ORIGINAL_DECODING, check_decoding
-from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu.pipeline_ltu import LtuPipeline
+from ltu.request import MODES, Request
 
-MODES = ("joint", "audio_only", "asr_only")
 DECODING_FLAGS = ("max_new_tokens", "num_beams", "repetition_penalty", "temperature", "top_p", "top_k")
 
 
@@ -49,6 +49,15 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     whisper.add_argument("--transcription_model", help="another Whisper for the transcript")
     whisper.add_argument("--feature_precision", help="fp16 or fp32, of Whisper's encoder (default: as trained)")
     whisper.add_argument("--feature_root", help="folder of ltu_as.extract_whisper_feature, or of the original's .npz")
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The flags, unless a server is asked for what it cannot do with uploads, streamed."""
+    if args.feature_root is not None:
+        parser.error("--feature_root: an upload has no features in a folder")
+    if args.num_beams not in (None, 1):
+        parser.error("--num_beams: beams are known at the end only, and answers are streamed here")
+    return args
 
 
 def open_pipeline(args: argparse.Namespace) -> LtuPipeline:

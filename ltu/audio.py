@@ -126,7 +126,7 @@ def _read_file(path: str, max_seconds: float) -> Sound:
         with open(path, "rb") as stream:
             # By name, libsndfile would take macOS's `._` file beside it for a part of it, and refuse an mp3.
             return _decode(stream.fileno(), path, max_seconds)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise AudioError(path, "missing", "no such file") from error
     except PermissionError as error:
         raise AudioError(path, "unreadable", "may not be read: permission denied") from error

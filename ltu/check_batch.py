@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor
 
 from ltu.audio import AudioError
 from ltu.decoding import check_decoding
@@ -18,17 +19,29 @@ NEAR_TIE = 1e-2  # between the two highest logits: bf16 and fp16 may round such 
 BFLOAT16_STEPS = 4
 
 
+class TopTwo(LogitsProcessor):
+    """Keeps the two highest scores of each step."""
+
+    def __init__(self):
+        self.values: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.values.append(scores.float().topk(2).values)
+        return scores
+
+
 def generate(pipeline: LtuPipeline, requests: list[Request], decoding: dict[str, Any]) -> tuple[list, list]:
     """Greedy ids of one batch, end token included; and by how much each step's token led, and what may decide it the
     other way. Both a list a request."""
-    batch = pipeline.inputs(requests)
-    settings = {name: value for name, value in decoding.items() if name in ("max_new_tokens", "repetition_penalty")}
-    settings = check_decoding(settings) | {"pad_token_id": pipeline.processor.pad_token_id, "output_scores": True}
-    output = pipeline.model.generate(**batch, **settings, return_dict_in_generate=True)
-    best = torch.stack([scores.float().topk(2).values for scores in output.scores], 1)  # (rows, steps, 2)
+    settings, lead = check_decoding(decoding), TopTwo()
+    batch = pipeline.inputs(requests, settings["max_new_tokens"])
+    room = pipeline.model.config.num_positions - int(batch["attention_mask"].sum(1).max())
+    settings |= {"max_new_tokens": min(settings["max_new_tokens"], room), "logits_processor": [lead]}
+    sequences = pipeline.model.generate(**batch, **settings, pad_token_id=pipeline.processor.pad_token_id)
+    best = torch.stack(lead.values, 1)  # (rows, steps, 2)
     ends = pipeline.model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    ids = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
+    ids = sequences[:, batch["input_ids"].shape[1] :].tolist()
     lengths = [next((step + 1 for step, token in enumerate(row) if token in ends), len(row)) for row in ids]
     near = torch.full_like(best[..., 0], NEAR_TIE)
     if pipeline.model.get_output_embeddings().weight.dtype == torch.bfloat16:
@@ -61,6 +74,8 @@ def differences(pipeline: LtuPipeline, requests: list[Request], decoding: dict[s
 
 def check_batch(pipeline: LtuPipeline, requests: list[Request], decoding: dict[str, Any]) -> int:
     """Print a row for each difference. Returns 1 if one of them is more than rounding, else 0."""
+    if decoding.get("do_sample") or decoding.get("num_beams", 1) > 1:
+        raise ValueError("--check_batch compares greedy answers: leave the flags of sampling and beams out.")
     heard = pipeline.cache.listen(requests)
     for clip in heard:
         if isinstance(clip, AudioError):

@@ -65,25 +65,49 @@ class RowSampler(LogitsProcessor):
 
     Args:
         seeds: one a row, any text.
-        temperature, top_k, top_p: as of stock sampling, but none where it is not given.
+        settings: one a row: `temperature`, `top_k` and `top_p` as of stock sampling, but none where it is not given.
+            A row that does not `do_sample` stays greedy.
     """
 
-    def __init__(self, seeds: list[str], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
+    def __init__(self, seeds: list[str], settings: list[dict[str, Any]]):
         # random.Random(text) would do, but hashes of texts are ours to keep stable.
         digests = [hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest() for seed in seeds]
         self.rows = [random.Random(int.from_bytes(digest, "big")) for digest in digests]
-        warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-        warpers += [TopKLogitsWarper(top_k)] if top_k else []
-        warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-        self.warpers = LogitsProcessorList(warpers)
+        self.alike: dict[tuple, list[int]] = {}  # temperature, top_k, top_p -> rows
+        for row, own in enumerate(settings):
+            key = own.get("temperature", 1.0), own.get("top_k", 0), own.get("top_p", 1.0)
+            if own["do_sample"]:
+                self.alike.setdefault(key, []).append(row)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probabilities = self.warpers(input_ids, scores).float().softmax(-1)  # (rows, vocabulary)
-        draws = torch.tensor([[row.random()] for row in self.rows], device=scores.device)
+        scores = scores.clone()
+        for (temperature, top_k, top_p), rows in self.alike.items():
+            warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+            warpers += [TopKLogitsWarper(top_k)] if top_k else []
+            warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+            warped = LogitsProcessorList(warpers)(input_ids[rows], scores[rows])  # (rows, vocabulary)
+            scores[rows] = self._draw(warped, [self.rows[row] for row in rows])
+        return scores
+
+    def _draw(self, scores: Tensor, rows: list[random.Random]) -> Tensor:
+        probabilities = scores.float().softmax(-1)  # (rows, vocabulary)
+        draws = torch.tensor([[row.random()] for row in rows], device=scores.device)
         is_reached = (probabilities.cumsum(-1) > draws) & (probabilities > 0)
         # Rounding may leave the sum just below a draw near 1: then the likeliest token.
         chosen = torch.where(is_reached.any(-1), is_reached.int().argmax(-1), probabilities.argmax(-1))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+class Cancelling(StoppingCriteria):
+    """Stops the rows of a beam search that nobody waits for: `is_wanted` is called with each row at each step."""
+
+    def __init__(self, is_wanted: Callable[[int], bool], rows: int):
+        self.is_wanted, self.rows, self.cancelled = is_wanted, rows, set[int]()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.cancelled |= {row for row in range(self.rows) if row not in self.cancelled and not self.is_wanted(row)}
+        stops = torch.tensor([row in self.cancelled for row in range(self.rows)], device=input_ids.device)
+        return stops.repeat_interleave(len(input_ids) // self.rows)
 
 
 class RowLimits(StoppingCriteria):
@@ -138,7 +162,7 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
             self.is_done[row] = len(self.ids[row]) == self.limits[row]
             text = self.decode(self.ids[row])
             # What is shown must stay: half a character shows as U+FFFD, and so do all bytes of a run with a wrong one.
-            is_open = text.endswith("\ufffd") or BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token))
+            is_open = text.endswith("\ufffd") or BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or "")
             if not is_open and text.startswith(self.shown[row]):
                 self.shown[row] = text
             if self.on_text(row, self.shown[row]) is False:

@@ -18,6 +18,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,11 +77,16 @@ def fetch(row: "Released", url: str, folder: Path) -> Path:
     return place
 
 
-def replace_file(path: Path, content: bytes, shared: bool = False) -> None:
-    """Write a whole file, or none. A `shared` one may be written by several processes at once."""
+def replace_file(path: Path, content: bytes | Iterable[bytes], shared: bool = False, is_synced: bool = False) -> None:
+    """Write a whole file, or none. A `shared` one may be written by several processes at once; a synced one is on the
+    disk before it has its name, because what it replaces is then lost."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
-    unfinished.write_bytes(content)
+    with unfinished.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+        if is_synced:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 

@@ -8,6 +8,7 @@ Notable:
 
 import hashlib
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -49,14 +50,16 @@ def content_hash(audio: AudioSource) -> str | None:
     """sha256 of a file's bytes, or of an array with its shape, type and rate; None if there is nothing to read."""
     if isinstance(audio, str | Path):
         try:
-            return sha256_of(audio) if os.path.isfile(audio) else None
+            found = os.stat(audio)
+            # A pipe, or a file of the kernel's, which has no size, could be read for ever.
+            return sha256_of(audio) if stat.S_ISREG(found.st_mode) and found.st_size else None
         except (OSError, ValueError):
             return None
     if isinstance(audio, bytes):
         return hashlib.sha256(audio).hexdigest()
-    if audio is None:
+    array, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, None)
+    if not isinstance(array, np.ndarray):  # None; of what is no clip, hearing says what it is.
         return None
-    array, rate = audio if isinstance(audio, tuple) else (audio, None)
     described = f"{array.shape} {array.dtype} {rate}".encode()
     return hashlib.sha256(described + np.ascontiguousarray(array).tobytes()).hexdigest()
 
@@ -70,6 +73,8 @@ class EncodingCache:
     """
 
     def __init__(self, model: Any, processor: Any, megabytes: float = 256):
+        if not megabytes >= 0:
+            raise ValueError(f"{megabytes} MB cannot be kept of clips; give a number from 0.")
         self.model, self.processor = model, processor
         self.limit = int(megabytes * 2**20)
         self.kept: OrderedDict[tuple, Heard] = OrderedDict()
@@ -116,9 +121,9 @@ class EncodingCache:
                 found[key] = clip
                 waiting.append((key, clip, needs_sound, needs_words))
                 if sum(clip.seconds for _, clip, _, _ in waiting) > GATHERED_SECONDS:
-                    self._encode(waiting)
+                    found |= self._encode(waiting)
                     waiting = []
-            self._encode(waiting)
+            found |= self._encode(waiting)
             return [None if key is None else found[key] for key in keys]
 
     def _key(self, request: Any) -> tuple:
@@ -137,25 +142,38 @@ class EncodingCache:
         return clip
 
     @torch.no_grad()
-    def _encode(self, waiting: list[tuple[tuple, Heard, bool, bool]]) -> None:
-        """Transcripts and vectors of clips; then they are kept, without their waveforms."""
+    def _encode(self, waiting: list[tuple[tuple, Heard, bool, bool]]) -> dict[tuple, AudioError]:
+        """Transcripts and vectors of clips; then they are kept, without their waveforms. Returns what failed."""
         words = [clip for _, clip, _, needs_words in waiting if needs_words and clip.transcript is None]
         if words:
             self.processor.complete_transcripts(words, [None] * len(words))
-        sounds = [clip for _, clip, needs_sound, _ in waiting if needs_sound]
-        while sounds:
-            size = 1  # As many clips as fill a pass; a long clip goes alone.
-            while size < len(sounds) and sum(clip.windows for clip in sounds[: size + 1]) <= WINDOWS_AT_ONCE:
-                size += 1
-            clips, sounds = sounds[:size], sounds[size:]
-            features = self.processor.features_of(clips)  # (windows, ...)
-            embeds = torch.cat([self.model.get_audio_features(part) for part in features.split(WINDOWS_AT_ONCE)])
-            for clip, own in zip(clips, embeds.split([clip.windows for clip in clips]), strict=True):
-                clip.embeds = own.clone()  # A view would hold the whole pass in memory.
-            self.encoded += size
+        passes: list[list[Heard]] = []  # As many clips as fill a pass; a long clip goes alone.
+        for clip in (clip for _, clip, needs_sound, _ in waiting if needs_sound):
+            if not passes or sum(own.windows for own in passes[-1]) + clip.windows > WINDOWS_AT_ONCE:
+                passes.append([])
+            passes[-1].append(clip)
+        failed: dict[int, AudioError] = {}
+        while passes:
+            clips = passes.pop()
+            try:
+                self._embed(clips)
+            except AudioError as error:  # One clip's; the others of its pass must not suffer.
+                passes += [[clip] for clip in clips] if len(clips) > 1 else []
+                failed |= {id(clips[0]): error} if len(clips) == 1 else {}
         for key, clip, _, _ in waiting:
             clip.waveform = clip.features = None
-            self._keep(key, clip)
+            if id(clip) not in failed:
+                self._keep(key, clip)
+        return {key: failed[id(clip)] for key, clip, _, _ in waiting if id(clip) in failed}
+
+    def _embed(self, clips: list[Heard]) -> None:
+        features = self.processor.features_of(clips)  # (windows, ...)
+        # On a new GPU convolutions would be rounded to 10 bits, and differ with what else is in the pass.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            embeds = torch.cat([self.model.get_audio_features(part) for part in features.split(WINDOWS_AT_ONCE)])
+        for clip, own in zip(clips, embeds.split([clip.windows for clip in clips]), strict=True):
+            clip.embeds = own.clone()  # A view would hold the whole pass in memory.
+        self.encoded += len(clips)
 
     def _keep(self, key: tuple, clip: Heard) -> None:
         if key[0] is None or self.limit == 0:

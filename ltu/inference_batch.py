@@ -75,6 +75,7 @@ def keys_of(requests: list[Request], pipeline: LtuPipeline, args: argparse.Names
     """What each answer depends on. Each rank reads its share of the clips."""
     config, dtype = pipeline.model.config, pipeline.model.get_input_embeddings().weight.dtype
     settings = [pipeline.kind, pipeline.checkpoint, config.language_model_sha256, str(dtype), args.load_in]
+    settings += [pipeline.processor.to_dict(), pipeline.processor.tokenizer.get_vocab()]  # Prompt and ear among them.
     settings += [pipeline.processor.hears_with, check_decoding(args.decoding), args.seed]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     clips = {(request.audio, request.audio_id): request for request in requests if request.audio}

@@ -32,7 +32,7 @@ from matplotlib.image import imsave
 from starlette.middleware import Middleware
 
 from ltu import released
-from ltu.ask import add_decoding_flags, decoding_of, open_pipeline
+from ltu.ask import add_decoding_flags, decoding_of, open_pipeline, refuse_unused
 from ltu.audio import AudioError, Sound, read_sound
 from ltu.decoding import GREEDY_DECODING, ORIGINAL_DECODING
 from ltu.pipeline_ltu import Answer, LtuPipeline, Request
@@ -277,7 +277,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--share", action="store_true", help="also at a public address of Gradio's, for a week")
     parser.add_argument("--max_seconds", type=float, default=600, help="of a clip")
     parser.add_argument("--max_mb", type=int, default=100, help="of a file")
-    return parser.parse_args(["--model", "", *(sys.argv[1:] if argv is None else argv)])  # "": the newest
+    return refuse_unused(parser, parser.parse_args(["--model", "", *(sys.argv[1:] if argv is None else argv)]))
 
 
 def main(argv: list[str] | None = None, kind: str = "ltu") -> None:

@@ -44,4 +44,4 @@ def open_model(
         given = {name: value for name, value in given.items() if value is not None}
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
     except ImportError as error:  # Among them: a package without metadata, and FlashAttention2.
-        raise ValueError(f"{error} (4 and 8 bit: pip install 'ltu[4bit]'; attention without packages: sdpa)") from error
+        raise ValueError(f"{error} (4 and 8 bit need pip install -e '.[4bit]'; sdpa needs no package)") from error

@@ -21,14 +21,12 @@ from transformers import AutoProcessor, BatchFeature, LogitsProcessorList, Stopp
 
 from ltu.audio import AudioError
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
-from ltu.decoding import BatchStreamer, RowLimits, RowSampler, check_decoding
+from ltu.decoding import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
 from ltu.encoding_cache import EncodingCache, Heard
 from ltu.open_model import open_model
 from ltu.original_files import sha256_of
 from ltu.prompt_template import Turn
-from ltu.request import Answer, OnText, Request, batches
-
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # Settings that stock generate does not get.
+from ltu.request import ROW_SETTINGS, Answer, OnText, Request, batches
 
 
 class LtuPipeline:
@@ -126,10 +124,18 @@ class LtuPipeline:
                 anything is asked.
         """
         settings = [check_decoding(decoding | request.decoding) for request in requests]
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it is at least 1.")
         for request in requests:
+            request.check()
             self.turn(request, "")
         seeds = [seed if request.seed is None else request.seed for request in requests]
         for batch in batches(requests, settings, batch_size):
+            for index in [index for index in batch if on_text is not None and on_text(index, "") is False]:
+                batch.remove(index)  # Nobody waits for it any more.
+                yield index, Answer("", model=self.kind, checkpoint=self.checkpoint, finish_reason="cancelled")
+            if not batch:
+                continue
             inner = None if on_text is None else (lambda row, text, batch=batch: on_text(batch[row], text))
             asked = [requests[index] for index in batch]
             with self._generating:
@@ -174,8 +180,8 @@ class LtuPipeline:
         with self._generating:
             return score_labels(self, request, candidates, **settings)
 
-    def inputs(self, requests: list[Request]) -> BatchFeature:
-        """What `generate` takes for requests whose clips can be heard.
+    def inputs(self, requests: list[Request], new_tokens: int = 0) -> BatchFeature:
+        """What `generate` takes for requests whose clips can be heard, with room for `new_tokens` behind them.
 
         Raises:
             ltu.audio.AudioError: one cannot.
@@ -183,7 +189,7 @@ class LtuPipeline:
         clips = self.cache.listen(requests)
         if errors := [clip for clip in clips if isinstance(clip, AudioError)]:
             raise errors[0]
-        rows = [self.row(request, clip, 0) for request, clip in zip(requests, clips, strict=True)]
+        rows = [self.row(request, clip, new_tokens) for request, clip in zip(requests, clips, strict=True)]
         return self.lay_out([row[0] for row in rows], [row[1] for row in rows])
 
     def turn(self, request: Request, transcript: str | None) -> Turn:
@@ -222,7 +228,7 @@ class LtuPipeline:
     def _answer(
         self, requests: list[Request], settings: list[dict], seeds: list[int], on_text: OnText | None
     ) -> list[Answer]:
-        """One batch, with equal settings but for `max_new_tokens`."""
+        """One batch, with equal settings but for `ROW_SETTINGS`."""
         start = time.perf_counter()
         clips = self.cache.listen(requests)
         answers = [Answer("", model=self.kind, checkpoint=self.checkpoint) for _ in requests]
@@ -244,7 +250,7 @@ class LtuPipeline:
             rooms = [self.model.config.num_positions - answers[index].prompt_tokens for index in good]
             limits = [min(settings[i]["max_new_tokens"], room) for i, room in zip(good, rooms, strict=True)]
             batch, own_answers = self.lay_out(ids, embeds), [answers[index] for index in good]
-            self._generate(batch, settings[0], limits, own_seeds, own_answers, inner)
+            self._generate(batch, [settings[i] for i in good], limits, own_seeds, own_answers, inner)
         for answer in answers:
             answer.seconds = time.perf_counter() - start
         return answers
@@ -252,7 +258,7 @@ class LtuPipeline:
     def _generate(
         self,
         batch: BatchFeature,
-        settings: dict,
+        settings: list[dict],
         limits: list[int],
         seeds: list[str],
         answers: list[Answer],
@@ -261,26 +267,26 @@ class LtuPipeline:
         """Fills in what the model says."""
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
-        start, stops = batch["input_ids"].shape[1], []
-        more: dict[str, Any] = {name: value for name, value in settings.items() if name not in SAMPLING}
+        start, stops, watching = batch["input_ids"].shape[1], [], None
+        more: dict[str, Any] = {name: value for name, value in settings[0].items() if name not in ROW_SETTINGS}
         if min(limits) < (longest := max(limits)):
             stops.append(RowLimits(limits, start))
-        if settings["do_sample"]:
-            drawn = {name: settings[name] for name in SAMPLING[1:] if name in settings}
-            more["logits_processor"] = LogitsProcessorList([RowSampler(seeds, **drawn)])
-        streamer = None
-        if on_text is not None and settings.get("num_beams", 1) == 1:
-            more["streamer"] = streamer = BatchStreamer(
-                on_text, self.processor.tokenizer, self.processor.decode_answer, ends, limits
-            )
-            stops.append(streamer)
+        if any(own["do_sample"] for own in settings):
+            more["logits_processor"] = LogitsProcessorList([RowSampler(seeds, settings)])
+        if on_text is not None and more.get("num_beams", 1) > 1:
+            watching = Cancelling(lambda row: on_text(row, "") is not False, len(settings))
+        elif on_text is not None:
+            tokenizer, decode = self.processor.tokenizer, self.processor.decode_answer
+            more["streamer"] = watching = BatchStreamer(on_text, tokenizer, decode, ends, limits)
+        stops += [watching] if watching is not None else []
         more |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id, "max_new_tokens": longest}
         output = self.model.generate(**batch, stopping_criteria=StoppingCriteriaList(stops), **more)
         for row, (ids, answer) in enumerate(zip(output[:, start:].tolist(), answers, strict=True)):
             ids = ids[: limits[row]]
             length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
             answer.finish_reason = "stop" if length < len(ids) else "length"
-            if streamer is not None and row in streamer.cancelled:
-                answer.finish_reason, length = "cancelled", len(streamer.ids[row])
+            if watching is not None and row in watching.cancelled:
+                answer.finish_reason = "cancelled"
+                length = len(watching.ids[row]) if isinstance(watching, BatchStreamer) else length
             answer.text = self.processor.decode_answer(ids[:length])
             answer.new_tokens = length

@@ -265,8 +265,7 @@ class LtuProcessor(ProcessorMixin):
         Raises:
             ValueError: a setting is not None, and the checkpoint is of LTU.
         """
-        asked = [f"--{name}" for name, value in settings.items() if value is not None]
-        if asked:
+        if asked := [f"--{name}" for name, value in settings.items() if value is not None]:
             raise ValueError(f"{', '.join(asked)}: only LTU-AS listens with Whisper; this checkpoint is of LTU.")
 
     def decode_answer(self, ids: Tensor | list[int]) -> str:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltu.audio import AudioError
+from ltu.audio import MIN_SAMPLES, SAMPLING_RATE, AudioError
 from ltu.configuration_ltu import LtuConfig
 from ltu.encoding_cache import AudioSource, Heard
 
-HEARD_ALL = 0.02  # seconds, two frames, that a window may be shorter than a clip of which it heard all
+ROW_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")  # that rows of a batch may differ in
+UNHEARD = MIN_SAMPLES / SAMPLING_RATE  # seconds: what is left under them is no window, and counts as heard
+MODES = ("joint", "audio_only", "asr_only")
 OnText = Callable[[int, str], bool | None]  # number of a request, its text so far -> False cancels it
 GATHERED_BATCHES = 8  # that are sorted by length together
 
@@ -34,6 +36,13 @@ class Request:
     seed: int | None = None
     windows: int | None = None
     history: list[dict] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ValueError for a mode that there is not, or an impossible number of windows."""
+        if self.mode not in MODES:
+            raise ValueError(f"The mode of a request is {self.mode!r}; there are {', '.join(MODES)}.")
+        if self.windows is not None and (not isinstance(self.windows, int) or self.windows < 0):
+            raise ValueError(f"The windows of a request are {self.windows!r}; give a number from 1, or 0 for all.")
 
 
 @dataclass
@@ -84,7 +93,7 @@ class Answer:
                 f"The prompt has {self.prompt_tokens} tokens, the language model takes {config.num_positions}: ask "
                 "less, or give a shorter clip or transcript."
             )
-        elif windows and self.seconds_heard < self.seconds_total - HEARD_ALL:
+        elif windows and self.seconds_heard < self.seconds_total - UNHEARD:
             self.status = "truncated"
 
 
@@ -93,8 +102,8 @@ def batches(requests: list[Request], settings: list[dict], batch_size: int) -> I
     groups: dict[str, list[int]] = {}
     clips: dict[Any, int] = {}
     for index, request in enumerate(requests):
-        is_own = "max_new_tokens" if settings[index].get("num_beams", 1) == 1 else None  # Each row has its own limit.
-        common = {name: value for name, value in settings[index].items() if name != is_own}
+        own = ROW_SETTINGS if settings[index].get("num_beams", 1) == 1 else ()
+        common = {name: value for name, value in settings[index].items() if name not in own}
         groups.setdefault(json.dumps(common, sort_keys=True), []).append(index)
         clips.setdefault(_name(request.audio), len(clips))
     for group in groups.values():

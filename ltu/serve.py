@@ -28,17 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import uvicorn
-from fastapi import Depends, FastAPI
-from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from ltu.ask import add_decoding_flags, open_pipeline
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI
+    from fastapi import Request as HttpRequest
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ImportError as error:
+    raise SystemExit(f"error: {error}. The server's packages: pip install -e '.[serve]'") from error
+
+from ltu.ask import add_decoding_flags, open_pipeline, refuse_unused
 from ltu.audio import SAMPLING_RATE, AudioError
-from ltu.pipeline_ltu import Answer, LtuPipeline, Request
+from ltu.pipeline_ltu import LtuPipeline
+from ltu.request import Answer, Request
 from ltu.serve_batches import Batcher, Meters, log
 from ltu.serve_requests import ApiError, Job, Reader
 
@@ -56,6 +61,7 @@ FLAGS = {  # name -> default and help
     "timeout": (300.0, "seconds for a request"),
     "shutdown_seconds": (30, "that requests get to end after SIGTERM"),
 }
+BODY_SECONDS = 30  # for a body to arrive
 FROM_ANSWER = "status seconds_heard seconds_total windows transcript sampling_rate channels checkpoint".split()
 
 
@@ -81,8 +87,9 @@ class Service:
         loop = asyncio.get_running_loop()
         self.reading += 1
         try:
-            data = await asyncio.wait_for(self.receive(http), self.args.timeout)
+            data = await asyncio.wait_for(self.receive(http), min(self.args.timeout, BODY_SECONDS))
             job = await loop.run_in_executor(self.threads, self.reader.read, data)
+            del data  # The clip is decoded; both would stay until the answer is there.
         except AudioError as error:
             self.meters.answers.labels(error.reason).inc()
             raise ApiError(400, str(error), "messages", error.reason) from error
@@ -194,6 +201,8 @@ def create_app(service: Service) -> FastAPI:
         return {"object": "list", "data": [card]} if name is None else card
 
     async def health() -> dict:
+        if not service.batcher.is_alive():
+            raise ApiError(503, "The thread that answers has ended; start the server again.", None, "internal_error")
         return {"status": "ok", "model": service.name}
 
     async def metrics() -> Response:
@@ -224,7 +233,10 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add_decoding_flags(parser)
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
-    return parser.parse_args(argv)
+    args = refuse_unused(parser, parser.parse_args(argv))
+    if (args.max_new_tokens or 0) > args.max_tokens:
+        parser.error(f"--max_new_tokens {args.max_new_tokens} is more than --max_tokens {args.max_tokens}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -69,10 +69,13 @@ class Batcher(threading.Thread):
         try:
             for index, answer in self.pipeline.run(requests, len(jobs), on_text=on_text):
                 self._deliver(left.pop(index), answer)
-        except Exception as error:  # Whatever a batch dies of, the server lives on for the others.
+        except Exception as error:  # Whatever a batch dies of, the server lives on, and so do the innocent.
             log(error)
             for job in left.values():
-                job.push(ApiError(500, "The model failed on this batch of requests.", None, "engine_error"))
+                if len(jobs) == 1:
+                    job.push(ApiError(500, "The model failed on this request.", None, "engine_error"))
+                elif not job.is_over:
+                    self._answer([job])
 
     def _deliver(self, job: Job, answer: Answer) -> None:
         reason = "stop" if job.show(answer.text, is_whole=True) else answer.finish_reason

@@ -30,6 +30,7 @@ from ltu.qa_dataset import clean_transcript
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+GPU_BATCH = 32  # windows: a clip may have hundreds
 CPU_BATCH = 2  # clips: gains nothing on a CPU by size, and loses where tensors outgrow what malloc keeps
 TEXT_MODELS = {"large-v1": "large-v2"}  # The papers' pair: what reads the words beside the model of the features.
 SEED = 0  # of Whisper's sampling, which it falls back to where greedy decoding fails
@@ -218,7 +219,7 @@ class LtuAsFeatureExtractor(WindowFeatureExtractor):
         is_cpu = self.device.type == "cpu"
         mels = mels if is_cpu else mels.to(DTYPES[self.feature_precision])
         with torch.backends.cudnn.flags(allow_tf32=False):  # Else "fp32" convolutions of a new GPU have 10 bits.
-            parts = [self._layers(encoder, part) for part in mels.split(CPU_BATCH if is_cpu else len(mels))]
+            parts = [self._layers(encoder, part) for part in mels.split(CPU_BATCH if is_cpu else GPU_BATCH)]
         features = torch.cat(parts).to("cpu", DTYPES[self.feature_precision])
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
 

@@ -16,7 +16,7 @@ from ltu.encoding_cache import AudioSource, Heard
 from ltu.processing_ltu import LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
-from ltu_as.feature_store import DamagedFeatures, FeatureStore, Stored
+from ltu_as.feature_store import FeatureError, FeatureStore, Stored
 
 MODELS = ("whisper_model", "transcription_model")  # Settings of the extractor that may be files.
 
@@ -107,7 +107,7 @@ class LtuAsProcessor(LtuProcessor):
             stored = self.store.read(audio_id)
             if stored is None and self.store.is_original:  # Named by the whole path, or by what is in the row.
                 stored = self.store.read(str(audio))
-        except DamagedFeatures as error:
+        except FeatureError as error:
             raise AudioError(str(audio_id), "damaged", str(error)) from error
         return stored
 
@@ -128,7 +128,7 @@ class LtuAsProcessor(LtuProcessor):
         if not torch.isfinite(features).all():
             parts = zip(clips, features.split([clip.windows for clip in clips]), strict=True)
             names = [str(clip.source) for clip, own in parts if not torch.isfinite(own).all()]
-            raise ValueError(f"Whisper's features of {names[:3]} overflow. Use --feature_precision fp32.")
+            raise AudioError(", ".join(names[:3]), "unreadable", "Whisper's features overflow in fp16 (fp32 may help)")
         return features
 
     def complete_transcripts(self, clips: list[Heard | None], transcripts: list[str | None]) -> list[str]:

@@ -298,6 +298,7 @@ def visit(browser, served, tmp_path: Path) -> Iterator[Callable]:
     yield open_page
     errors = [error for error in errors if not error.startswith(GRADIOS_ERRORS)]
     output = Path(os.environ.get("LTU_TEST_OUTPUT", tmp_path))
+    output.mkdir(parents=True, exist_ok=True)
     test = re.sub(r"\W+", "_", os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]).strip("_")
     for number, page in enumerate(page for page in pages if not page.is_closed()):
         page.screenshot(path=output / f"{test}_{number}.png", full_page=True)

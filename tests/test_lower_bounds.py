@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["contract", "golden_names", "golden_model", "golden_ltu_as", "ltu_as_contract", "any_llm", "convert_originals"]
+TESTS += ["pipeline", "label_scoring", "inference_batch"]
 
 
 def lower_bounds() -> list[str]:

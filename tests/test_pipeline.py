@@ -133,13 +133,27 @@ def test_a_stream_grows_to_the_batchs_answer(pipeline, decoding):
         assert "num_beams" in decoding or len(texts) > 2 or not answer.answered
 
 
+def test_nobody_waits_any_more(ltu):
+    """What is cancelled before its batch is not even heard; a beam search is stopped on its way."""
+    run = ltu.run([Request("What?", tiny.clip(3)), Request("And why?")], on_text=lambda i, t: i == 1, max_new_tokens=3)
+    found = dict(run)
+    assert (found[0].finish_reason, found[0].new_tokens, ltu.cache.encoded) == ("cancelled", 0, 0)
+    assert found[1] == ltu([Request("And why?")], max_new_tokens=3)[0]
+    calls: list[int] = []
+    settings = {"num_beams": 2, "max_new_tokens": 40, "min_new_tokens": 40}
+    found = dict(ltu.run([Request("What?"), Request("Why?")], on_text=lambda i, t: calls.append(i) or i, **settings))
+    assert calls.count(1) > 30 and found[1] == ltu([Request("Why?")], **settings)[0]
+    found = dict(ltu.run([Request("What?")], on_text=lambda i, t: len(calls.append(i) or calls) < 60, **settings))
+    assert found[0].finish_reason == "cancelled" and found[0].new_tokens < 30
+
+
 def test_who_stops_listening_stops_the_answer(ltu):
     requests = [Request("What do you hear?", tiny.clip(3)), Request("And why?")]
     whole = ltu(requests, max_new_tokens=40, min_new_tokens=40)
     calls: list[int] = []
-    run = ltu.run(requests, on_text=lambda i, t: calls.append(i) or i == 1, max_new_tokens=40, min_new_tokens=40)
-    found = dict(run)
-    assert found[1] == whole[1] and calls.count(0) == 1
+    settings = {"max_new_tokens": 40, "min_new_tokens": 40}
+    found = dict(ltu.run(requests, on_text=lambda i, t: calls.append(i) or i == 1 or not t, **settings))
+    assert found[1] == whole[1] and calls.count(0) == 2  # Before its batch, and with the first text.
     assert found[0].finish_reason == "cancelled" and found[0].new_tokens == 1
     assert whole[0].text.startswith(found[0].text) and whole[0].finish_reason == "length"
 
@@ -178,8 +192,7 @@ def test_the_last_window_may_be_short(ltu):
     for extra, windows in ((0, 1), (240, 1), (399, 1), (400, 2)):
         assert ltu.processor.feature_extractor.count_windows(window + extra) == windows
         answer = ltu([Request("What?", tiny.clip(1, 1.0)[: window + extra], windows=0)], max_new_tokens=2)[0]
-        assert (answer.windows, answer.answered) == (windows, True)
-    assert answer.status == "ok"
+        assert (answer.windows, answer.status) == (windows, "ok")
 
 
 def test_what_does_not_fit_is_said(ltu):
@@ -248,16 +261,20 @@ def test_samples_follow_the_stock_distribution():
     stock = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(8), TopPLogitsWarper(0.9)]
     wanted = LogitsProcessorList(stock)(None, logits).softmax(-1)[0]
     rows = 1000
-    sampler = RowSampler([str(row) for row in range(rows)], **settings)
+    drawn_so = settings | {"do_sample": True}
+    sampler = RowSampler([str(row) for row in range(rows)], [drawn_so] * rows)
     counts = torch.zeros(12)
     for _ in range(100):
-        drawn = sampler(None, logits.expand(rows, -1)).argmax(-1)
+        drawn = sampler(torch.zeros(rows, 1), logits.expand(rows, -1)).argmax(-1)
         counts += torch.bincount(drawn, minlength=12)
     assert ((wanted == 0) == (counts == 0)).all()
     assert torch.allclose(counts / counts.sum(), wanted, atol=0.006)
-    one, two = RowSampler(["a"], **settings), RowSampler(["b", "a"], **settings)
-    ones = [int(one(None, logits).argmax(-1)) for _ in range(50)]
-    assert ones == [int(two(None, logits.expand(2, -1))[1].argmax()) for _ in range(50)] and len(set(ones)) > 2
+    one = RowSampler(["a"], [drawn_so])
+    mixed = RowSampler(["b", "a", "c"], [drawn_so | {"temperature": 2.0}, drawn_so, {"do_sample": False}])
+    ones = [int(one(torch.zeros(1, 1), logits).argmax(-1)) for _ in range(50)]
+    several = [mixed(torch.zeros(3, 1), logits.expand(3, -1)).argmax(-1).tolist() for _ in range(50)]
+    assert ones == [row[1] for row in several] and len(set(ones)) > 2
+    assert {row[2] for row in several} == {int(logits.argmax())} and len({row[0] for row in several}) > 2
 
 
 def test_what_is_shown_stays_though_bytes_go_wrong(ltu):
@@ -269,9 +286,51 @@ def test_what_is_shown_stays_though_bytes_go_wrong(ltu):
     streamer.put(torch.zeros(1, 3))
     for token in ids:
         streamer.put(torch.tensor([token]))
+    nameless = BatchStreamer(lambda row, text: None, tokenizer, lambda ids: "", {2}, [9])
+    nameless.put(torch.zeros(1, 3))
+    nameless.put(torch.tensor([600]))  # Language models have more ids than their tokenizers know.
     whole = decode(ids)
     assert decode(ids[:3]) == "aé" and not whole.startswith("aé")  # So a stream that showed it would be wrong.
     assert len(shown) == len(ids) and all(whole.startswith(text) for text in shown) and shown[-1] == whole
+
+
+@pytest.mark.parametrize(
+    "request_, settings",
+    [
+        (Request("?", mode="audio"), {}),
+        (Request("?", windows=-1), {}),
+        (Request("?", windows="all"), {}),
+        (Request("?"), {"batch_size": 0}),
+    ],
+)
+def test_impossible_requests(ltu, request_, settings):
+    with pytest.raises(ValueError, match="mode|windows|batch_size"):
+        ltu([request_], **settings)
+
+
+def test_an_impossible_cache(folders):
+    with pytest.raises(ValueError, match="-1"):
+        LtuPipeline.from_pretrained(folders["ltu"], device="cpu", cache_mb=-1)
+
+
+def test_features_that_overflow_are_one_clips_failure(folders, monkeypatch):
+    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
+    clips = [tiny.clip(seed, 1.0) for seed in range(3)]
+    requests = [Request("What?", clip, "") for clip in clips]
+    whole = pipeline(requests, max_new_tokens=3)
+    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
+    stock = type(pipeline.processor.feature_extractor).__call__
+
+    def overflowing(extractor, raw_speech, **kwargs):
+        made = stock(extractor, raw_speech, **kwargs)
+        for row, clip in enumerate(raw_speech):
+            made["input_features"][row] *= float("inf") if np.array_equal(clip, clips[1]) else 1.0
+        return made
+
+    monkeypatch.setattr(type(pipeline.processor.feature_extractor), "__call__", overflowing)
+    found = pipeline(requests, max_new_tokens=3)
+    assert found[1].status == "unreadable" and "overflow" in found[1].error
+    assert [found[0], found[2]] == [whole[0], whole[2]]
 
 
 @pytest.mark.parametrize("setting", [{"quantization": "3bit"}, {"attention": "flash_attention_2"}])
