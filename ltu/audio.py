@@ -27,6 +27,7 @@ SAMPLING_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # 25 ms at 16 kHz: one window of the filterbank
 MAX_SECONDS = 3600.0
 MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz; sound is recorded at 8,000 to 768,000.
+MAX_VALUES = 2**22  # a second, of all channels: eight at 192 kHz are 1.5 million; a small file can claim far more
 LOUDEST = 2.0**31  # Full scale of 32 bit; the filterbank overflows far above it.
 QUIETEST = 2.0**-23  # One step of 24 bit: the filterbanks of both models are at their floor below it.
 BLOCK = 2**22  # values that are decoded, and samples that are resampled, at once: 16 MiB of float32
@@ -156,6 +157,9 @@ class _SoundFile(soundfile.SoundFile):
 def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Sound:
     try:
         with _SoundFile(file, closefd=False) as opened:
+            if opened.samplerate * opened.channels > MAX_VALUES:
+                detail = f"{opened.channels} channels at {opened.samplerate} Hz are more than is decoded here"
+                raise AudioError(name, "unreadable", detail)
             return _hear(_blocks(opened), opened.samplerate, opened.channels, name, max_seconds)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(". ")

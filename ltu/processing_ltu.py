@@ -103,6 +103,7 @@ class LtuProcessor(ProcessorMixin):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, `<s>` first where the language model knows one. A chat template writes its own."""
+        text = text.encode("utf-8", "replace").decode()  # JSON can hold halves of characters; no tokenizer does.
         if self.controls is None:
             ids = self.bos_ids + self.tokenizer(text, add_special_tokens=False).input_ids
         else:
@@ -291,9 +292,7 @@ def _as_list(value: Any, length: int, name: str) -> list:
         return [None] * length
     values = value if isinstance(value, list) else [value]  # A tuple is one clip: (array, rate).
     if len(values) != length:
-        raise ValueError(
-            f"{length} questions, but {len(values)} entries of {name}. Give one a question, None where there is none."
-        )
+        raise ValueError(f"{length} questions, but {len(values)} entries of {name}. Give one each, None for none.")
     return values
 
 

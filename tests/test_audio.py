@@ -1,14 +1,22 @@
 """Every way into `load_audio`, and every way to be refused."""
 
 import io
+import os
 import pickle
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+import torchaudio.functional
 
-from ltu.audio import AudioError, load_audio
+from ltu import audio
+from ltu.audio import AudioError, load_audio, read_sound
 
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)).astype(np.float32)  # 1 s
 
@@ -102,3 +110,152 @@ def test_stream_of_bytes_equals_file(golden: Path) -> None:
     buffer = io.BytesIO()
     soundfile.write(buffer, TONE, 16_000, format="FLAC", subtype="PCM_16")
     assert len(load_audio(buffer.getvalue())) == 16_000
+
+
+# --- memory, and what a header claims
+
+
+def whole(array: np.ndarray, rate: int) -> np.ndarray:
+    return torchaudio.functional.resample(torch.from_numpy(array), rate, 16_000).numpy()
+
+
+@pytest.mark.parametrize("rate", [1000, 8000, 11_025, 44_100, 48_000, 192_000, 768_000, 12_345, 44_056])
+def test_blocks_are_resampled_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
+    """Also where torchaudio's kernel is too large: the last two, whose weights are made phase by phase."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (30_011, 3)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
+    expected = whole(noise[:, 0].copy(), rate)
+    found = read_sound(tmp_path / "a.wav")
+    assert (found.sampling_rate, found.channels) == (rate, 3)
+    assert np.abs(found.waveform - expected).max() <= (0 if rate % 1000 == 0 or rate % 11_025 == 0 else 1e-6)
+    for block in (1501, 8192):
+        monkeypatch.setattr(audio, "BLOCK", block)
+        for source in (tmp_path / "a.wav", (noise.T, rate)):
+            in_blocks = load_audio(source)
+            assert len(in_blocks) == len(expected) and np.abs(in_blocks - expected).max() < 1e-6
+
+
+def test_a_rate_with_a_giant_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """44,101 Hz: torchaudio would need 700 million weights, so it is not asked."""
+    monkeypatch.setattr(torchaudio.functional, "resample", None)
+    tone = np.sin(2 * np.pi * 440 * np.arange(88_202) / 44_101).astype(np.float32)
+    expected = np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)
+    found = load_audio((tone, 44_101))
+    assert len(found) == 32_000 and np.abs(found - expected)[500:-500].max() < 1e-3
+
+
+def test_long_files_of_many_channels_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """6 minutes of 8 channels at 48 kHz would be 550 MB whole; its first channel at 16 kHz is 23 MB."""
+    soundfile.write(tmp_path / "a.wav", np.zeros((1, 8)), 48_000, subtype="PCM_U8")
+    data = (tmp_path / "a.wav").read_bytes()[:-8]
+    size = 6 * 60 * 48_000 * 8
+    (tmp_path / "a.wav").write_bytes(data[:-4] + size.to_bytes(4, "little"))
+    os.truncate(tmp_path / "a.wav", len(data) + size)  # Holes: all samples are -1.
+    tracemalloc.start()  # Sees numpy's memory, not torch's; but torch resamples what numpy holds.
+    try:
+        assert refusal(tmp_path / "a.wav").reason == "silent"
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_too_long_is_what_is_there_not_what_is_claimed(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.resize(TONE, 48_000), 16_000)
+    assert len(read_sound(tmp_path / "a.wav", max_seconds=3).waveform) == 48_000
+    with pytest.raises(AudioError, match="more than 2.9 s") as caught:
+        read_sound(tmp_path / "a.wav", max_seconds=2.9)
+    assert caught.value.reason == "too_long"
+    soundfile.write(tmp_path / "a.flac", TONE, 16_000)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    for samples in (0, 20_000, 2**36 - 1):  # In STREAMINFO. 0 is what a live encoder writes: it cannot know.
+        data[21] = data[21] & 0xF0 | samples >> 32
+        data[22:26] = (samples % 2**32).to_bytes(4, "big")
+        assert np.array_equal(load_audio(bytes(data)), load_audio(tmp_path / "a.flac"))
+    assert refusal(bytes(data[:-2000])).reason == "unreadable"
+
+
+def test_what_comes_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "BLOCK", 1000)
+    assert refusal(np.append(TONE, np.float32(np.nan))).reason == "unreadable"
+    assert refusal(np.append(TONE, np.float32(1e20))).reason == "unreadable"
+    assert len(load_audio(np.append(np.zeros(15_999, np.float32), np.float32(0.5)))) == 16_000
+    assert refusal(np.append(np.zeros(15_999, np.float32), np.float32(1e-8))).reason == "silent"
+
+
+def test_damaged_bytes_print_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged aiff makes libsndfile seek to before its start, in a callback that has nobody to raise an error to."""
+    buffer, printed = io.BytesIO(), []
+    soundfile.write(buffer, TONE, 16_000, format="AIFF", subtype="PCM_16")
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    for seed in range(150):
+        rng, data = np.random.default_rng(seed), bytearray(buffer.getvalue())
+        for place in rng.integers(0, 60, 8):
+            data[place] = rng.integers(256)
+        with suppress(AudioError):
+            load_audio(bytes(data))
+    assert not printed
+
+
+# --- names and places
+
+
+@contextmanager
+def someone_else() -> Iterator[None]:
+    """Root may read everything, so the test must not be root."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
+
+
+def test_permission_denied(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", TONE, 16_000)
+    (tmp_path / "a.wav").chmod(0)
+    with someone_else():
+        error = refusal(tmp_path / "a.wav")
+    assert error.reason == "unreadable" and "permission denied" in str(error)
+
+
+def test_messages_can_be_printed(tmp_path: Path) -> None:
+    """Whatever the name: one line that UTF-8 can write, while `source` is the name itself."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/n\xff\n\x1b[31m.wav")
+    error = pickle.loads(pickle.dumps(refusal(name)))
+    assert error.source == name and str(error).isprintable() and r"n\udcff\n\x1b[31m.wav: no such file" in str(error)
+    assert str(error).encode("utf-8")
+    assert len(str(refusal("x" * 100_000))) < 1000
+    soundfile.write(tmp_path / "a.wav", TONE, 16_000)
+    os.rename(tmp_path / "a.wav", name)
+    assert len(load_audio(name)) == len(load_audio(Path(name))) == 16_000
+
+
+def test_devices_and_empty_files_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").touch()
+    assert "device" in str(refusal("/dev/zero")) and "is an empty file" in str(refusal(tmp_path / "a.wav"))
+
+
+def test_a_companion_file_of_macos_does_not_matter(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.mp3", TONE, 16_000)
+    expected = load_audio(tmp_path / "a.mp3")
+    (tmp_path / "._a.mp3").write_bytes(b"\x00\x05\x16\x07" + bytes(500))
+    assert np.array_equal(load_audio(tmp_path / "a.mp3"), expected)
+
+
+def test_files_are_closed(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", TONE, 16_000)
+    (tmp_path / "b.wav").write_bytes(b"not sound")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        load_audio(tmp_path / "a.wav")
+        refusal(tmp_path / "b.wav")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_small_file_may_not_claim_endless_values(tmp_path):
+    """Eight channels at 655,350 Hz: 300 silent seconds of them are a hundred kilobytes and 1.6 thousand million values."""
+    soundfile.write(tmp_path / "many.flac", np.random.default_rng(0).normal(0, 0.1, (4096, 8)), 655_350)
+    with pytest.raises(AudioError, match="8 channels at 655350 Hz") as found:
+        load_audio(tmp_path / "many.flac")
+    assert found.value.reason == "unreadable"

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from ltu.audio import AudioError
 from ltu.label_scoring import LabelScore, _chunks
@@ -12,8 +13,8 @@ from ltu.pipeline_ltu import LtuPipeline, Request
 from ltu.processing_ltu import IGNORED
 from ltu.prompt_template import load_prompt_template
 from ltu_as.convert_checkpoint import main as convert_as
-from tests.test_any_llm import byte_tokenizer
-from tests.tiny import clip, write_checkpoint, write_llm
+from tests.test_any_llm import TEMPLATES, byte_tokenizer
+from tests.tiny import GOLDEN, clip, write_checkpoint, write_llm
 from tests.whisper_tiny import save_whisper
 
 QUESTION = "What is it? Rain, a dog, or a far bell that nobody rings?"
@@ -28,6 +29,7 @@ LABELS = [
     "",
     "Ünïcode 雨",
     "</s> is text",
+    "<|im_end|> is text",
 ]
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
@@ -40,17 +42,20 @@ def pipeline_of(root: Path, kind: str) -> LtuPipeline:
         flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
         convert_as(f"{flags} --output_dir {root}/checkpoint".split())
         return LtuPipeline.from_pretrained(root / "checkpoint", device="cpu")
-    settings, lora, template = {}, None, None
+    settings, lora = {}, None
     if kind == "sliding":
         kind, settings = "gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
     elif kind == "all_sliding":
         kind, settings = "mistral", {"sliding_window": 8}
     elif kind == "lora":
         kind, lora = "llama", LORA
-    if kind == "qwen2":
+    elif kind == "qwen2":
         settings = {"tokenizer": byte_tokenizer()}
+    elif kind == "spaced":
+        kind, settings = "llama", {"tokenizer": AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")}
+        settings["tokenizer"].chat_template = TEMPLATES["spaced"]
     llm = write_llm(root / "llm", kind, **settings)
-    template = load_prompt_template("chat", llm) if kind == "qwen2" else None
+    template = load_prompt_template("chat", llm) if "tokenizer" in settings else None
     return LtuPipeline.from_pretrained(write_checkpoint(root / "checkpoint", llm, lora, prompt_template=template))
 
 
@@ -82,7 +87,10 @@ def check(pipeline: LtuPipeline, request: Request, **settings) -> list[LabelScor
     return found
 
 
-@pytest.mark.parametrize("kind", ["llama", "lora", "gpt2", "gpt_neox", "qwen2", "gemma", "sliding", "all_sliding"])
+KINDS = ["llama", "lora", "gpt2", "gpt_neox", "qwen2", "spaced", "gemma", "sliding", "all_sliding"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_equals_each_alone(tmp_path: Path, kind: str) -> None:
     pipeline = pipeline_of(tmp_path, kind)
     heard = check(pipeline, Request(QUESTION, clip(1)))
@@ -135,6 +143,24 @@ def test_several_windows_are_heard(llama: LtuPipeline) -> None:
     one = llama.score(Request(QUESTION, clip(3, 2.0)), LABELS[:2])
     three = llama.score(Request(QUESTION, clip(3, 2.0), windows=3), LABELS[:2])
     assert one[0].log_likelihood != pytest.approx(three[0].log_likelihood, abs=1e-3)
+
+
+def test_tokens_that_merge_with_the_prompt_count(tmp_path: Path) -> None:
+    """Behind "It is t", "he" completes a token of the prompt: its likelihood begins with that."""
+    template = {"name": "open", "prompt_no_input": "{instruction} It is t", "prompt_input": "{instruction} {input} t"}
+    folder = write_checkpoint(tmp_path / "checkpoint", write_llm(tmp_path / "llm"), prompt_template=template)
+    pipeline, candidates = LtuPipeline.from_pretrained(folder), ["he", "!", "", "hen a dog", "rain"]
+    processor = pipeline.processor
+    prompt, starts = processor.encode(processor.prompt(QUESTION)), []
+    for score in pipeline.score(Request(QUESTION), candidates):
+        ids = [*processor.encode(processor.prompt(QUESTION) + score.text), processor.tokenizer.eos_token_id]
+        starts.append(next(place for place, token in enumerate(ids) if token != [*prompt, -1][place]))
+        with torch.no_grad():
+            scores = pipeline.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(scores[place - 1, ids[place]].item() for place in range(starts[-1], len(ids)))
+        assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
+        assert score.num_tokens == len(ids) - starts[-1]
+    assert min(starts) < max(starts) == len(prompt)
 
 
 def test_what_cannot_be_scored_is_refused(llama: LtuPipeline) -> None:

@@ -313,6 +313,12 @@ def test_an_impossible_cache(folders):
         LtuPipeline.from_pretrained(folders["ltu"], device="cpu", cache_mb=-1)
 
 
+def test_half_a_character_is_no_end(ltu):
+    """JSON may hold a lone surrogate, which no tokenizer takes."""
+    odd, plain = ltu([Request("What \ud800?", tiny.clip(1)), Request("Why?")], max_new_tokens=4)
+    assert odd == ltu([Request("What ??", tiny.clip(1))], max_new_tokens=4)[0] and plain.answered
+
+
 def test_features_that_overflow_are_one_clips_failure(folders, monkeypatch):
     pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
     clips = [tiny.clip(seed, 1.0) for seed in range(3)]
