@@ -58,7 +58,7 @@ def read_rows(
     root = Path(audio_root) if audio_root else path.parent
     rows, errors = [], []
     for number, row in enumerate(_parse(path), start=1):
-        reason = _what_is_wrong(row, need_output)
+        reason = what_is_wrong(row, need_output)
         if reason:
             errors.append(f"{path}, row {number}: {reason}")
             if len(errors) == max_errors:
@@ -94,7 +94,7 @@ def _parse(path: Path) -> Iterator[Any]:
         raise RowError(f"{path}: not UTF-8 at byte {error.start}.") from error
 
 
-def _what_is_wrong(row: Any, need_output: bool) -> str | None:
+def what_is_wrong(row: Any, need_output: bool) -> str | None:
     if not isinstance(row, dict):
         return f"a {type(row).__name__}, not an object with instruction, audio_id and output"
     for key in ("instruction", "output") if need_output else ("instruction",):

@@ -254,7 +254,7 @@ def test_files_are_closed(tmp_path: Path) -> None:
 
 
 def test_a_small_file_may_not_claim_endless_values(tmp_path):
-    """Eight channels at 655,350 Hz: 300 silent seconds of them are a hundred kilobytes and 1.6 thousand million values."""
+    """Eight channels at 655,350 Hz: 300 silent seconds are 100 kB, and 1.6e9 values."""
     soundfile.write(tmp_path / "many.flac", np.random.default_rng(0).normal(0, 0.1, (4096, 8)), 655_350)
     with pytest.raises(AudioError, match="8 channels at 655350 Hz") as found:
         load_audio(tmp_path / "many.flac")

@@ -1,13 +1,15 @@
 """Questions and answers about the toy sounds, in the OpenAQA row format.
 
 Notable:
-- All words are data: `questions.json` (questions, answer formats) and `labels.json` (labels and categories in words).
+- Rows are made by `data.closed_qa`, of words that are this set's own: `questions.json` (questions, answer formats) and
+  `labels.json` (labels and categories in words).
 - An answer says what the manifest says of the clip or what holds for every sound of its category; nothing is made up.
 - Questions come in two lists, for training and for test, which have no question in common.
 """
 
 from random import Random
 
+from data import closed_qa
 from data.toy.sounds import Sound, read_json
 
 QUESTIONS = read_json("questions.json")
@@ -30,15 +32,11 @@ def make_row(task: str, sounds: list[Sound], audio_id: str, rng: Random, phrasin
     """
     words = _words(sounds, rng)
     if task in QUESTIONS["open"]:
-        instruction, output = _open(task, sounds[0], words, rng, phrasing)
+        asked = _open(task, sounds[0], words, rng, phrasing)
     else:
-        listed = "caption" if task == "caption_mixture" else task
-        instruction = rng.choice(QUESTIONS["closed"][listed][phrasing])
-        if rng.random() < PREFIX_SHARE:
-            instruction = QUESTIONS["closed_prefix"] + instruction
-        output = QUESTIONS["answers"][task].format(**words)
-    row = {"instruction": instruction, "input": "", "audio_id": audio_id}
-    return row | {"dataset": DATASET, "task": task, "output": output}
+        questions = QUESTIONS["closed"]["caption" if task == "caption_mixture" else task][phrasing]
+        asked = closed_qa.ask(questions, QUESTIONS["answers"][task], words, rng, PREFIX_SHARE)
+    return closed_qa.make_row(asked, audio_id, DATASET, task)
 
 
 def _words(sounds: list[Sound], rng: Random) -> dict[str, str]:

@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 
+from data.closed_qa import name_of, thirds
 from data.toy.sounds import HERE
 
 SPEECH = HERE / "speech"
@@ -86,14 +87,9 @@ def cut_offs(clips: list[Clip]) -> dict[str, tuple[float, float]]:
     cuts = {}
     for key, step in (("f0_hz", 5.0), ("syllables_per_second", 0.1)):
         values = [clip[key] for clip in clips if clip["split"] == "train"]
-        low, high = (round(round(float(cut) / step) * step, 1) for cut in np.quantile(values, [1 / 3, 2 / 3]))
+        low, high = (round(round(cut / step) * step, 1) for cut in thirds(values))
         cuts[key] = (low, high)
     return cuts
-
-
-def name_of(value: float, cuts: tuple[float, float], names: tuple[str, str, str]) -> str:
-    """Which third a value lies in; a value on a cut-off belongs to the upper one."""
-    return names[sum(value >= cut for cut in cuts)]
 
 
 def pitch_and_speed(clip: Clip, factor: float, cuts: dict[str, tuple[float, float]]) -> tuple[str, str]:

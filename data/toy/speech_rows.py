@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torchaudio.functional
 
+from data import closed_qa
 from data.toy.rows import PREFIX_SHARE
 from data.toy.sounds import read_json
 from data.toy.speech import SPEECH, Clip, pitch_and_speed
@@ -52,15 +53,12 @@ def make_row(task: str, clip: Clip, version: Version, cuts: dict, rng: Random, p
     words = {"text": clip["text"], "pitch": pitch, "speed": speed, "Gender": clip["gender"].capitalize()}
     words["person"] = {"female": "woman", "male": "man"}[clip["gender"]]
     if task in QUESTIONS["open"]:
-        instruction = rng.choice(QUESTIONS["open"][task][phrasing])
-        output = rng.choice(QUESTIONS["open"][task]["answers"]).format(**words)
+        texts = QUESTIONS["open"][task]
+        asked = rng.choice(texts[phrasing]), rng.choice(texts["answers"]).format(**words)
     else:
-        instruction = rng.choice(QUESTIONS["closed"][task][phrasing])
-        if rng.random() < PREFIX_SHARE:
-            instruction = QUESTIONS["closed_prefix"] + instruction
-        output = QUESTIONS["answers"][task].format(**words)
-    row = {"instruction": instruction, "audio_id": version["audio_id"], "dataset": DATASET, "task": task}
-    return row | {"output": output, "voice": clip["voice"]}
+        questions, answer = QUESTIONS["closed"][task][phrasing], QUESTIONS["answers"][task]
+        asked = closed_qa.ask(questions, answer, words, rng, PREFIX_SHARE)
+    return closed_qa.make_row(asked, version["audio_id"], DATASET, task, None) | {"voice": clip["voice"]}
 
 
 def is_rendered(row: dict) -> bool:

@@ -1,0 +1,91 @@
+"""Leave out rows whose answer says that the question cannot be answered.
+
+    python -m data.filter_unanswerable --data_path A.json --output_path B.json
+    python -m data.filter_unanswerable --data_path A.json --output_path B.json --rule original
+
+Notable:
+- `--rule original` drops a row whose lower-cased answer has one of the original's 27 phrases. "enough", "sorry" and
+  "unclear" are among them, so "loud enough to be heard outdoors" and "she says that she is sorry" go too.
+- The default, `refusal`, drops of these only what refuses: a phrase must be about information, or about determining
+  something. It never drops what the original keeps.
+- The numbers of both rules are shown and recorded, whichever is used. `--dropped_path` keeps what was dropped.
+"""
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+from data.command import command_parser, run
+from data.row_files import RowWriter, encode_row, read_rows, write_recipe
+
+ORIGINAL = """cannot determine|not provided|cannot be determined|sorry|i cannot|without more information
+enough information|not possible|more context|enough|impossible|without additional information|unclear|cannot|not clear
+do not provide sufficient|does not provide|difficult to determine|no information provided|can't infer
+difficult to infer|not specified|no specific|no information|without additional|it is difficult to|no indication"""
+PHRASES = re.split(r"[|\n]", ORIGINAL)
+# "enough information" is in a text only if "enough" is: these decide.
+DECIDING = [phrase for phrase in PHRASES if not any(other != phrase and other in phrase for other in PHRASES)]
+FINDING_OUT = (
+    "(?:accurately |definitively |reliably |exactly )?(?:determin|infer|identif|tell|say |know|specif|conclu|confirm|"
+    "assess|ascertain|answer|judg|deduc|pinpoint|establish)"
+)
+FACTS = "(?:information|context|detail|data|evidence|clue)"
+REFUSAL = re.compile(
+    "|".join(
+        [
+            f"cannot (?:be )?{FINDING_OUT}",
+            f"can't {FINDING_OUT}",
+            "i cannot (?!help|believe|wait)",
+            "sorry,? (?:but|i |as an|there is|the )",
+            f"(?:not|n't|no|without|lack of|lacks?|insufficient|needs?|requires?) (?:[a-z]+ ){{0,3}}{FACTS}",
+            f"(?:not|n't|without) (?:[a-z]+ ){{0,3}}enough (?:[a-z]+ )?(?:{FACTS}|to {FINDING_OUT})",
+            "not (?:explicitly |specifically )?(?:provided|specified)",
+            f"(?:difficult|impossible|possible) (?:for me )?to {FINDING_OUT}",
+            "no indication (?:of what|of who|of where|of which|as to|about|on )",
+            "(?:unclear|not clear) (?:from|what|who|whether|if |why|how|where|which|based|without)",
+        ]
+    )
+)
+
+
+def is_unanswerable(output: str, rule: str = "refusal") -> bool:
+    """Whether an answer is dropped by `original`, or by `refusal`, which drops some of these."""
+    text = output.lower()
+    for phrase in DECIDING:
+        if phrase in text:
+            return rule == "original" or REFUSAL.search(text) is not None
+    return False
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser(__doc__)
+    parser.add_argument("--dropped_path", type=Path, help="a file for the rows that are left out")
+    parser.add_argument("--rule", choices=["refusal", "original"], default="refusal")
+    args = parser.parse_args(argv)
+    dropped = {"original": 0, "refusal": 0}
+    has_rest = args.dropped_path is not None
+    with (
+        RowWriter(args.output_path, [args.data_path]) as kept,
+        RowWriter(args.dropped_path, [args.data_path, args.output_path]) if has_rest else nullcontext() as rest,
+    ):
+        for row in read_rows(args.data_path):
+            output = row.get("output")
+            found = {}
+            if isinstance(output, str) and is_unanswerable(output, "original"):
+                found = {"original": True, "refusal": is_unanswerable(output)}
+                dropped = {rule: number + found[rule] for rule, number in dropped.items()}
+            if not found.get(args.rule):
+                kept.write(encode_row(row))
+            elif has_rest:
+                rest.write(encode_row(row))
+    total = kept.count + dropped[args.rule]
+    write_recipe(args.output_path, "filter_unanswerable", [args.data_path], rule=args.rule, rows=total, dropped=dropped)
+    print(f"{args.output_path}: {kept.count:,} of {total:,} rows")
+    for rule, number in dropped.items():
+        used = "dropped" if rule == args.rule else "not used"
+        print(f"  rule {rule}: {number:,} rows ({100 * number / max(1, total):.1f} %), {used}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,225 @@
+"""Questions and answers about clips, written by a language model from what is known of them.
+
+    python -m qa_generation.generate --source audioset_strong --input META.json --output ROWS.json --model gpt-4o-mini
+    ... --base_url http://127.0.0.1:8000/v1    any OpenAI-compatible endpoint; its key is in $OPENAI_API_KEY
+    ... --local --model DIR_OR_ID              a Hugging Face model on this machine
+    ... --dry_run                              nothing is asked: requests, tokens and, with --price, dollars
+
+META.json is a list (or JSON lines) of what `qa_generation/sources.py` describes. Stop the run at any time, also with
+kill -9, and start it again: replies are kept in ROWS.json.replies.jsonl, and what is there is not paid again. After a
+first Ctrl-C requests on their way are waited for. ROWS.json depends on META.json and the replies only, not on the order
+in which they came; beside it lie what was dropped and why (.rejects.jsonl) and how it was made (.recipe.json).
+Exits with 1 when asking stopped early or more than --max_bad clips could not be asked.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from qa_generation.filters import FILTERS
+from qa_generation.generator import Estimate, Generator
+from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking
+from qa_generation.sources import SOURCES, Row, Source, message
+
+
+def read_metadata(path: Path, source: Source, dataset: str) -> tuple[list[Row], list[str]]:
+    """Rows that can be asked about, and for each other one its number and what is wrong with it.
+
+    Raises:
+        ValueError: not JSON; says where.
+    """
+    text = path.read_text(encoding="utf-8-sig").strip()
+    parts = [text] if text.startswith("[") else text.split("\n")
+    rows, bad, found = [], [], []
+    for number, part in enumerate(parts, 1):
+        try:
+            data = json.loads(part or "[]")
+        except json.JSONDecodeError as error:
+            place = f"line {number + error.lineno - 1}, column {error.colno}"
+            raise ValueError(f"{path}, {place}: {error.msg}; a JSON list or JSON lines are needed") from None
+        found += data if isinstance(data, list) else [data]
+    for index, row in enumerate(found):
+        try:
+            if not isinstance(row, dict) or not isinstance(row.get("audio_id"), str):
+                raise ValueError("no audio_id")
+            message(source, row)
+            rows.append({"dataset": dataset} | row)
+        except ValueError as error:
+            bad.append(f"{path}, row {index}: {error}")
+    return rows, bad
+
+
+@contextmanager
+def written(path: Path) -> Iterator[IO]:
+    """A file that is there whole when the block ends, and not at all if it fails."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+async def ask_all(generator: Generator, llm: Llm, rows: list[Row]) -> None:
+    """Bring all replies into the store, with a line of progress. StopAsking: not all are there."""
+    counts: Counter = Counter()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+
+        def stop(number: int = number) -> None:
+            llm.stop(signal.Signals(number).name)
+            loop.remove_signal_handler(number)  # A second one ends the run at once.
+
+        loop.add_signal_handler(number, stop)
+    with tqdm(total=len(rows), unit="clip", desc="asking", file=sys.stderr) as bar:
+
+        async def job(row: Row) -> None:
+            with suppress(RequestFailed):  # Counted by llm; named when the rows are written.
+                made, rejects = await generator.ask(llm, row)
+                counts.update(rows=len(made), rejects=len(rejects))
+            tries = sum(llm.counts.values()) - llm.counts["asked"] - llm.counts["kept"] - llm.counts["failed"]
+            rejects = f"{counts['rejects']} of {counts['rows'] + counts['rejects']}"
+            words = f"{llm.store.tokens} tokens, rejects {rejects}, tried again {tries}, failed {llm.counts['failed']}"
+            bar.set_postfix_str(words, refresh=False)
+            bar.update()
+
+        await llm.run((lambda row=row: job(row)) for row in rows)
+
+
+def write_rows(output: Path, generator: Generator, llm: Llm, rows: list[Row]) -> Counter:
+    """ROWS.json and its rejects, from the store alone. Returns counts; "clips not answered" is among them."""
+    counts: Counter = Counter(clips=len(rows))
+    offline = Llm(llm.settings, llm.store, is_offline=True)
+
+    async def write(file: IO, rejects_file: IO) -> None:
+        for row in rows:
+            try:
+                made, rejects = await generator.ask(offline, row)
+            except RequestFailed:
+                counts["clips not answered"] += 1
+                continue
+            for entry in made:
+                file.write(between if counts["rows"] else start)
+                json.dump(entry, file, ensure_ascii=False)
+                counts["rows"] += 1
+            counts["clips without a row"] += not made
+            for reject in rejects:
+                counts[f"dropped: {reject.reason}"] += 1
+                line = {"audio_id": row["audio_id"], "reason": reject.reason, "text": reject.text}
+                rejects_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(end if counts["rows"] else start + end.lstrip("\n"))
+
+    start, between, end = ("", "\n", "\n") if output.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
+    with written(output) as file, written(Path(f"{output}.rejects.jsonl")) as rejects_file:
+        asyncio.run(write(file, rejects_file))
+    return counts
+
+
+def recipe(args: argparse.Namespace, generator: Generator, settings: LlmSettings, counts: Counter) -> dict[str, Any]:
+    """How ROWS.json was made; the same for the same rows, however often the run was broken off."""
+    digest = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in generator.prompts.items()}
+    made = {"source": args.source, "count": generator.source.count, "min_words": generator.source.min_words}
+    made |= {"input": str(args.input), "input_sha256": hashlib.sha256(args.input.read_bytes()).hexdigest()}
+    made |= {"versions": {name: version(name) for name in (("torch", "transformers") if args.local else ("openai",))}}
+    made |= {"llm": settings.record() | {"model": args.model}, "prompts_sha256": digest, "seed": args.seed}
+    return made | {"filters": list(generator.drops), "asks": generator.asks, "counts": dict(sorted(counts.items()))}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    own = LlmSettings("")
+    add("--source", required=True, choices=SOURCES)
+    add("--input", required=True, type=Path, help="metadata")
+    add("--output", required=True, type=Path, help="rows: a JSON list, or JSON lines if it ends on .jsonl")
+    add("--model", required=True, nargs="+", help="several take turns by clip")
+    add("--local", action="store_true", help="--model is a folder or hub id of a Hugging Face model")
+    add("--base_url", help="else $OPENAI_BASE_URL, else OpenAI's")
+    add("--key_from", default=own.key_from, help="environment variable with the key")
+    add("--temperature", type=float, default=own.temperature)
+    add("--max_tokens", type=int, help="longest reply; else 100 a question, at least 1024")
+    add("--extra", type=json.loads, default={}, help='further fields of a request as JSON, e.g. {"top_p": 0.9}')
+    add("--concurrency", type=int, default=own.concurrency, help="requests at once")
+    add("--tries", type=int, default=own.tries, help="of a request, before its clip is left out")
+    add("--timeout", type=float, default=own.timeout, help="seconds for a try")
+    add("--token_budget", type=int, help="prompts and replies of all runs with these replies")
+    add("--asks", type=int, default=2, help="times to ask until a reply has a pair that can be used")
+    add("--replies", type=Path, help="file that keeps replies; else beside the output")
+    add("--prompt", type=Path, help="text file instead of the source's prompt; $count and $format are filled in")
+    add("--count", type=int, help="questions to ask for, else the source's")
+    add("--min_words", type=int, help="of an answer, else the source's")
+    add("--keep", nargs="*", default=[], choices=FILTERS, help="filters to leave out")
+    add("--dataset", help="of the rows that name none; else the source")
+    add("--seed", type=int, default=0, help="of what is drawn: models, questions of summaries")
+    add("--max_bad", type=int, default=0, help="clips that may go without being asked")
+    add("--dry_run", action="store_true")
+    add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars for a million tokens")
+    args = parser.parse_args(argv)
+    if min(args.concurrency, args.tries, args.asks) < 1 or not isinstance(args.extra, dict):
+        parser.error("--concurrency, --tries and --asks are 1 or more; --extra is a JSON object")
+    if args.local and len(args.model) > 1:
+        parser.error("--local takes one --model")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    source = SOURCES[args.source]
+    given = {"count": args.count, "min_words": args.min_words}
+    source = replace(source, **{name: value for name, value in given.items() if value is not None})
+    drops = tuple(name for name in FILTERS if name not in args.keep)
+    generator = Generator(source, args.model, args.prompt, drops, args.asks, args.seed)
+    named = ("temperature", "extra", "base_url", "key_from", "concurrency", "tries", "timeout", "token_budget")
+    settings = LlmSettings(
+        args.model[0],
+        max_tokens=args.max_tokens or max(1024, 100 * source.count),
+        is_local=args.local,
+        **{name: getattr(args, name) for name in named},
+    )
+    args.replies = args.replies or Path(f"{args.output}.replies.jsonl")
+    rows, bad = read_metadata(args.input, source, args.dataset or args.source)
+    for line in bad[:20]:
+        print(line, file=sys.stderr)
+    if args.dry_run:  # No file is made.
+        with ReplyStore(args.replies) if args.replies.exists() else nullcontext() as store:
+            Estimate(generator, settings, store and Llm(settings, store, is_offline=True)).report(rows, args.price)
+        return 0
+    stopped = None
+    with ReplyStore(args.replies) as store:
+        llm = Llm(settings, store)
+        try:
+            asyncio.run(ask_all(generator, llm, rows))
+        except StopAsking as error:
+            stopped = str(error)
+        counts = write_rows(args.output, generator, llm, rows)
+        counts |= Counter({"clips with bad metadata": len(bad)} | store.spent)
+    with written(Path(f"{args.output}.recipe.json")) as file:
+        file.write(json.dumps(recipe(args, generator, settings, counts), indent=1) + "\n")
+    print("; ".join(f"{name} {count}" for name, count in counts.items()))
+    if llm.counts:
+        print("requests: " + ", ".join(f"{name} {count}" for name, count in sorted(llm.counts.items())))
+    if stopped:
+        print(f"stopped: {stopped}. Run it again to go on; nothing is paid twice.", file=sys.stderr)
+    return int(bool(stopped) or counts["clips not answered"] + len(bad) > args.max_bad)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
+        sys.exit(f"error: {error}")

@@ -1,0 +1,202 @@
+"""Messages -> the text of a language model: any OpenAI-compatible endpoint, or a local Hugging Face model.
+
+    with ReplyStore("replies.jsonl") as store:
+        llm = Llm(LlmSettings("gpt-4o-mini", token_budget=1_000_000), store)
+        replies = llm.complete_all([[{"role": "user", "content": "Is a dog an animal? yes or no"}], ...])
+
+The project's only client of such an endpoint; questions are generated and answers are judged through it.
+
+Notable:
+- A reply is on the disk before anything else is done with it, under all that its request says: model, messages,
+  temperature and further settings, but not the endpoint. Run again after kill -9, and only what was on its way then
+  (at most `concurrency` requests) is asked again; `Idempotency-Key` tells it to an endpoint that heeds it.
+- The key comes from the environment. It is written nowhere, and cut out of messages that repeat it.
+- 408, 409, 425, 429, 5xx, time-outs, lost connections and bodies without a reply are tried again, after `Retry-After`
+  or a growing, jittered wait; a `Retry-After` holds all requests. A refused key or an empty account stops the run.
+- The token budget covers what the store has cost so far. A request starts only if its longest reply still fits.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from qa_generation.endpoint import (
+    LlmSettings,
+    Message,
+    OpenAiEndpoint,
+    Reply,
+    RequestFailed,
+    StopAsking,
+    TryAgain,
+    estimate_tokens,
+)
+from qa_generation.reply_store import ReplyStore
+
+__all__ = ["Llm", "LlmSettings", "Message", "Reply", "ReplyStore", "RequestFailed", "StopAsking", "estimate_tokens"]
+FAILURES_IN_ROW = 20  # requests that were given up one after the other: the endpoint is gone, so stop
+LONGEST_WAIT = 60.0  # seconds between two tries without Retry-After
+MOMENT = 0.1  # seconds; how soon a waiting request sees that asking has stopped
+
+
+class Llm:
+    """Asks, waits, tries again, keeps, and stops at the budget.
+
+    Args:
+        settings: how to ask.
+        store: where replies are kept.
+        is_offline: answer from the store alone; what is not there fails.
+    """
+
+    def __init__(self, settings: LlmSettings, store: ReplyStore, is_offline: bool = False):
+        self.settings, self.store, self.is_offline = settings, store, is_offline
+        self.endpoint: Any = None if is_offline else _open_endpoint(settings)
+        self.on_their_way: dict[str, asyncio.Task] = {}
+        self.counts: Counter = Counter()  # "asked", "kept", and each reason of a new try
+        self.reserved = self.in_row = 0
+        self.not_before = 0.0
+        self.stopped: str | None = None
+
+    def stop(self, reason: str) -> None:
+        """Start no further request; what is on its way is waited for."""
+        self.stopped = self.stopped or reason
+
+    def request(self, messages: list[Message], model: str | None = None) -> dict[str, Any]:
+        """The body of a request."""
+        own = self.settings
+        body = {"model": model or own.model, "messages": messages, "temperature": own.temperature}
+        body |= {"max_tokens": own.max_tokens} | own.extra
+        return {name: value for name, value in body.items() if value is not None}
+
+    def key(self, request: dict[str, Any], sample: str = "") -> str:
+        text = json.dumps([request, sample], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    async def complete(self, messages: list[Message], model: str | None = None, sample: str = "") -> Reply:
+        """The reply to these messages, from the store if it is there.
+
+        Args:
+            model: instead of the settings' own, where models take turns.
+            sample: another name asks for another reply to the same messages.
+
+        Raises:
+            RequestFailed: this one has no reply. StopAsking: nor will others (budget, key, endpoint, or `stop`).
+        """
+        request = self.request(messages, model)
+        key = self.key(request, sample)
+        kept = self.store.get(key)
+        if kept is None and self.is_offline:
+            raise RequestFailed("not asked")
+        if kept is None:
+            task = self.on_their_way.get(key)
+            if task is None:  # Equal requests at the same time are one.
+                task = self.on_their_way[key] = asyncio.ensure_future(self._ask(request, key))
+                task.add_done_callback(lambda _: self.on_their_way.pop(key))
+            kept = await asyncio.shield(task)
+        else:
+            self.counts["kept"] += 1
+        return Reply(kept["text"], kept["finish_reason"], kept["model"], **kept["usage"])
+
+    async def _ask(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+        longest = estimate_tokens(request["messages"]) + self.settings.max_tokens
+        await self._wait_for_budget(longest)
+        self.reserved += longest
+        try:
+            reply = await self._try(request, key)
+            self.store.put(key, reply)  # Before any other thing may happen: nothing is awaited in between.
+        except RequestFailed as error:
+            self.counts["failed"] += 1
+            self.in_row += 1
+            if self.in_row >= FAILURES_IN_ROW:
+                self.stop(f"{self.in_row} requests failed one after the other, the last with {error}")
+            raise
+        except StopAsking as error:
+            self.stop(str(error))
+            raise
+        finally:
+            self.reserved -= longest
+        self.counts["asked"] += 1
+        self.in_row = 0
+        return reply
+
+    async def _wait_for_budget(self, longest: int) -> None:
+        """Until the request fits for certain: replies on their way mostly turn out shorter than reserved."""
+        budget = self.settings.token_budget
+        while budget is not None and not self.stopped and self.store.tokens + self.reserved + longest > budget:
+            if not self.reserved:
+                self.stop(f"token budget: {self.store.tokens} of {budget} used, the next request may take {longest}")
+            await asyncio.sleep(MOMENT)
+
+    async def _try(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+        own_moment, last = 0.0, ""
+        for attempt in range(self.settings.tries):
+            while (wait := max(own_moment, self.not_before) - time.monotonic()) > 0 and not self.stopped:
+                await asyncio.sleep(min(wait, MOMENT))
+            if self.stopped:
+                raise StopAsking(self.stopped)
+            try:
+                return await self.endpoint.send(request, key)
+            except TryAgain as error:
+                last, wait = str(error), error.wait
+            self.counts[last.partition(":")[0]] += 1
+            if wait is None:
+                own_moment = time.monotonic() + min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            elif wait > self.settings.max_wait:
+                raise RequestFailed(f"{last}, to be tried again in {wait:.0f} s")
+            else:
+                self.not_before = max(self.not_before, time.monotonic() + wait)
+        raise RequestFailed(f"{last} ({self.settings.tries} tries)")
+
+    async def run(self, jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
+        """Work off `jobs`, `concurrency` at a time. StopAsking: not all is done, but what had begun was waited for."""
+        waiting = iter(jobs)
+
+        async def work() -> None:
+            for job in waiting:
+                if self.stopped:
+                    return
+                try:
+                    await job()
+                except Exception as error:
+                    self.stop(f"{type(error).__name__}: {error}")
+                    raise
+
+        try:
+            results = await asyncio.gather(*[work() for _ in range(self.settings.concurrency)], return_exceptions=True)
+        finally:
+            if self.endpoint is not None:
+                await self.endpoint.close()
+        for error in results:
+            if isinstance(error, BaseException) and not isinstance(error, StopAsking):
+                raise error
+        if self.stopped:
+            raise StopAsking(self.stopped)
+
+    def complete_all(
+        self, messages: list[list[Message]], on_reply: Callable[[int, Reply | RequestFailed], None] = lambda *_: None
+    ) -> list[Reply | RequestFailed]:
+        """For callers without a loop: replies in the order of `messages`; one that failed is the error.
+        StopAsking: not all were asked, but replies so far are in the store."""
+        replies: list[Any] = [None] * len(messages)
+
+        async def job(index: int) -> None:
+            try:
+                replies[index] = await self.complete(messages[index])
+            except RequestFailed as error:
+                replies[index] = error
+            on_reply(index, replies[index])
+
+        asyncio.run(self.run((lambda index=index: job(index)) for index in range(len(messages))))
+        return replies
+
+
+def _open_endpoint(settings: LlmSettings) -> Any:
+    if not settings.is_local:
+        return OpenAiEndpoint(settings)
+    from qa_generation.local_model import LocalModel
+
+    return LocalModel(settings)

@@ -1,0 +1,135 @@
+"""An OpenAI-compatible server on 127.0.0.1 that fails as asked, and counts what a client would pay for."""
+
+import asyncio
+import hashlib
+import json
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from email.utils import formatdate
+
+# Faults for which nobody pays; each passes with the next try.
+FAULTS = (
+    "429", "429 seconds", "429 date", "500", "503", "503 seconds", "time-out", "drop", "half a body", "not JSON",
+    "HTML", "no choices", "error in a 200",
+)  # fmt: skip
+
+
+def completion(text: str, finish_reason: str = "stop") -> dict:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m-0301",
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+class FakeLlm:
+    """Use it with `with`; it runs in a thread of its own.
+
+    Args:
+        answer: the body of a request -> the body of its reply.
+        fault_share: of tries that fail; at most twice in a row for one request.
+        delay: seconds before a reply.
+    """
+
+    def __init__(self, answer: Callable[[dict], dict], fault_share: float = 0.0, seed: int = 0, delay: float = 0.0):
+        self.answer, self.share, self.rng, self.delay = answer, fault_share, random.Random(seed), delay
+        self.paid: Counter = Counter()  # key of a request -> whole replies that were sent
+        self.faults: Counter = Counter()
+        self.failed: Counter = Counter()
+        self.times: list[float] = []
+        self.script: list[str] = []  # faults to play first
+        self.headers: list[str] = []
+        self.most_at_once = self.at_once = 0
+
+    def __enter__(self) -> "FakeLlm":
+        self.loop = asyncio.new_event_loop()
+        self.server = self.loop.run_until_complete(asyncio.start_server(self.serve, "127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+        self.server.close()
+        self.loop.run_until_complete(self.end())
+        self.loop.close()
+
+    async def end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                size = next(line for line in head.lower().split("\r\n") if line.startswith("content-length:"))
+                body = json.loads(await reader.readexactly(int(size.split(":")[1])))
+                self.headers.append(head)
+                self.times.append(time.monotonic())
+                self.at_once += 1
+                self.most_at_once = max(self.most_at_once, self.at_once)
+                try:
+                    keep = await self.reply(body, writer)
+                finally:
+                    self.at_once -= 1
+                if not keep:
+                    return writer.close()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async def reply(self, body: dict, writer: asyncio.StreamWriter) -> bool:
+        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        fault = self.script.pop(0) if self.script else ""
+        if not fault and self.rng.random() < self.share and self.failed[key] < 2:
+            fault = self.rng.choice(FAULTS)
+        if fault:
+            self.failed[key] += 1
+            self.faults[fault] += 1
+            return await self.fail(fault, writer)
+        self.failed[key] = 0
+        await asyncio.sleep(self.delay)
+        self.paid[key] += 1
+        return await self.send(writer, 200, json.dumps(self.answer(body)))
+
+    async def fail(self, fault: str, writer: asyncio.StreamWriter) -> bool:
+        if fault == "time-out":
+            await asyncio.sleep(2.0)
+            return False
+        if fault == "drop":
+            return False
+        if fault == "half a body":
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 900\r\n\r\n" + b'{"cho')
+            await writer.drain()
+            return False
+        if fault in ("HTML", "not JSON", "no choices", "error in a 200"):
+            text = {"HTML": "<html>busy", "not JSON": '{"choices": [{"mess', "no choices": '{"choices": []}'}
+            kind = "text/html" if fault == "HTML" else "application/json"
+            return await self.send(writer, 200, text.get(fault, '{"error": {"message": "overloaded"}}'), kind)
+        status, _, form = fault.partition(" ")
+        codes = {"quota": (429, "insufficient_quota"), "401": (401, "invalid_api_key"), "400": (400, "bad")}
+        number, code = codes.get(status) or (int(status), "busy")
+        wait = {"seconds": "0.05", "date": formatdate(time.time() + 1, usegmt=True)}.get(form, form)
+        said = "".join(line for line in self.headers[-1].split("\r\n") if line.lower().startswith("authorization"))
+        error = json.dumps({"error": {"message": f"no: {said}", "code": code}})
+        return await self.send(writer, number, error, extra=f"retry-after: {wait}\r\n" if wait else "")
+
+    async def send(
+        self, writer: asyncio.StreamWriter, status: int, text: str, kind: str = "application/json", extra: str = ""
+    ) -> bool:
+        body = text.encode()
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{extra}content-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        return True

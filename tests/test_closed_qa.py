@@ -1,0 +1,251 @@
+"""Closed-ended questions by rule: the forms that the papers' evaluators split, every draw seeded, and the toy set."""
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from data import closed_qa
+from data.toy import rows as toy_rows
+from data.toy.sounds import HERE, read_manifest
+from data.toy.speech import SPEECH, cut_offs, name_of, read_speech
+from ltu.qa_dataset import read_rows
+
+pytest.importorskip("msgspec")
+TEXTS = json.loads((HERE.parent / "closed_qa.json").read_text(encoding="utf-8"))
+DESCRIPTIONS = {"Dog": ["short, harsh bursts"], "Speech": ["rich in frequency modulation", "lively in pitch"]}
+EVENTS = [
+    {"label": "Dog", "onset": 0.5, "offset": 1.0},
+    {"label": "Speech", "onset": 2.0, "offset": 4.04},
+    {"label": "Dog", "onset": 3.0, "offset": 3.5},
+    {"label": "Dog", "onset": 5, "offset": 6},
+]
+
+
+def about(**changes) -> dict:
+    cuts = {"pitch": closed_qa.PITCH, "speed": (2.0, 4.0)}
+    base = dict(dataset="own", seed=0, prefix_share=0.0, style=None, descriptions=DESCRIPTIONS, cuts=cuts)
+    return base | changes
+
+
+def outputs(task: str, record: dict, **changes) -> list[str]:
+    record = {"audio_id": "a.flac"} | record
+    return [row["output"] for row in closed_qa.rows_of(record, [task], TEXTS, about(**changes))]
+
+
+@pytest.mark.parametrize(
+    "task, record, expected",
+    [
+        ("cla_label", {"labels": ["Dog", "Speech"]}, ["Labels: Dog; Speech"]),
+        ("cla_label", {"labels": "Dog; Speech;"}, ["Labels: Dog; Speech"]),
+        ("cla_label", {"labels": []}, []),
+        ("cla_label_des", {"labels": "Dog"}, ["Labels: short, harsh bursts -> Dog"]),
+        ("cla_label_des", {"labels": "Dog;Cat"}, []),  # nothing is known of the cat's sound
+        ("caption", {"caption": "A dog."}, ["Audio caption: A dog."]),
+        ("caption", {"caption": ["A dog.", " ", "It barks."]}, ["Audio caption: A dog.", "Audio caption: It barks."]),
+        ("temporal_order", {"events": EVENTS}, ["Order: Dog; Speech; Dog."]),
+        ("temporal_first", {"events": EVENTS}, ["First: Dog."]),
+        ("temporal_all", {"events": EVENTS}, ["Dog: [0.5-1.0, 3.0-3.5, 5.0-6.0]; Speech: [2.0-4.0]."]),
+        ("temporal_single", {"events": EVENTS[:1]}, ["Dog: [0.5-1.0]."]),
+        ("temporal_order", {"events": EVENTS[:1]}, []),
+        ("temporal_first", {"events": EVENTS[1:3]}, []),  # the dog begins later and is over earlier
+        ("temporal_order", {"events": [EVENTS[0], EVENTS[1] | {"onset": 0.5}]}, []),  # both at once
+        ("gender_cla", {"gender": "F"}, ["Female."]),
+        ("gender_cla", {"gender": "unknown"}, []),
+        ("age_cla", {"age": "34.7"}, ["The age of the speaker is 35."]),
+        ("age_cla", {"age": "thirties"}, []),
+        ("age_cla", {"age": "nan"}, []),
+        ("pitch_cla", {"pitch": 119.9, "gender": "male"}, ["The pitch is low."]),
+        ("pitch_cla", {"pitch": "180", "gender": "m"}, ["The pitch is very high."]),
+        ("pitch_cla", {"pitch": 180.0, "gender": "female"}, ["The pitch is low."]),
+        ("pitch_cla", {"pitch": 180.0}, []),  # high for a man, low for a woman
+        ("pitch_cla", {"pitch": "High"}, ["The pitch is high."]),
+        ("speed_cla", {"speed": 4.0}, ["The speed is fast."]),
+        ("speed_cla", {"speed": 1}, ["The speed is slow."]),
+        ("energy_cla", {"energy": "medium"}, ["The energy is medium."]),
+        ("emotion_cla", {"emotion": "happy", "sentiment": 2}, ["Happy, with a sentiment score of 2 (positive)."]),
+        ("emotion_cla", {"emotion": "sad", "sentiment": "-1.5"}, ["Sad, with a sentiment score of -1.5 (negative)."]),
+        ("emotion_cla", {"emotion": "neutral"}, ["Neutral."]),
+        ("genre_cla", {"genre": "Folk; Pop"}, ["Folk, Pop."]),
+        ("asr", {"text": " Hello {you}. "}, ["Spoken text: Hello {you}."]),
+    ],
+)
+def test_answers(task, record, expected):
+    assert outputs(task, record) == expected
+
+
+def test_answers_are_what_the_evaluators_take_apart():
+    """As the papers' own evaluators cut references."""
+    (labels,) = outputs("cla_label", {"labels": "Dog;Speech"})
+    assert labels.split(": ")[-1].split("; ") == ["Dog", "Speech"]
+    (age,) = outputs("age_cla", {"age": 35})
+    assert int(age.split(" ")[-1][:-1]) == 35
+    (emotion,) = outputs("emotion_cla", {"emotion": "angry"})
+    assert emotion.split(":")[-1].split(".")[0].lstrip() == "Angry"
+    (caption,) = outputs("caption", {"caption": "A dog barks."})
+    assert caption.split("Audio caption")[-1][2:] == "A dog barks."
+    (text,) = outputs("asr", {"text": "Yes."})
+    assert text.lower().split("spoken text: ")[-1] == "yes."
+
+
+def test_every_task_has_phrasings_that_fill():
+    assert set(TEXTS) == set(closed_qa.TASKS)
+    for task, texts in TEXTS.items():
+        assert len(set(texts["questions"])) == len(texts["questions"]) >= 10, task
+        for question in texts["questions"]:
+            assert set(re.findall(r"{(\w*)}", question)) == {"caption": {"style"}, "temporal_single": {"label"}}.get(
+                task, set()
+            )
+    asked = {question for texts in TEXTS.values() for question in texts["questions"]}
+    fixed = ["Generate audio labels.", "Produce audible tags.", "Which sound begins and ends first?"]
+    fixed += ["Can you determine the music genre?", "Can you identify the spoken text?", "How old is the speaker?"]
+    assert set(fixed) <= asked and closed_qa.PREFIX == toy_rows.QUESTIONS["closed_prefix"]
+    styled = {f"Write an audio caption describing the sound{style}." for style in ("", ", in AudioCaps style")}
+    made = {
+        closed_qa.ask(TEXTS["caption"]["questions"][:1], "", {"style": style}, Random(0), 0)[0]
+        for style in ("", ", in AudioCaps style")
+    }
+    assert made == styled
+
+
+def test_rows_have_the_keys_and_input_of_the_papers():
+    keys = ["instruction", "input", "audio_id", "dataset", "task", "output"]
+    record = {"audio_id": "a", "labels": "Dog", "gender": "f"}
+    assert all(
+        list(row) == keys and row["input"] == "" for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, about())
+    )
+    spoken = record | {"text": "Hello."}
+    assert all("input" not in row for row in closed_qa.rows_of(spoken, ["cla_label", "asr"], TEXTS, about()))
+    heard = spoken | {"input": "hello"}
+    assert all(row["input"] == "hello" for row in closed_qa.rows_of(heard, ["cla_label", "asr"], TEXTS, about()))
+
+
+def test_draws_depend_on_seed_clip_and_task_alone():
+    record = {"audio_id": "a", "labels": "Dog;Speech", "caption": "A dog.", "events": EVENTS}
+    everything = list(closed_qa.rows_of(record, list(closed_qa.TASKS), TEXTS, about()))
+    alone = [row for task in closed_qa.TASKS for row in closed_qa.rows_of(record, [task], TEXTS, about())]
+    assert everything == alone
+    of_seeds = {json.dumps(list(closed_qa.rows_of(record, ["caption"], TEXTS, about(seed=s)))) for s in range(20)}
+    assert len(of_seeds) > 5
+    asked = [
+        row
+        for s in range(400)
+        for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, about(seed=s, prefix_share=0.5))
+    ]
+    assert 150 < sum(row["instruction"].startswith(closed_qa.PREFIX) for row in asked) < 250
+    assert len({row["instruction"].removeprefix(closed_qa.PREFIX) for row in asked}) == len(
+        TEXTS["cla_label"]["questions"]
+    )
+
+
+# The command
+
+
+def run(tmp_path: Path, *arguments, name: str = "rows.json") -> list[dict]:
+    assert closed_qa.main([*map(str, arguments), "--output_path", str(tmp_path / name)]) == 0
+    return read_rows(tmp_path / name)
+
+
+def test_toy_sounds_by_their_manifest(tmp_path):
+    columns = ["labels=audioset", "audio_id=file"]
+    arguments = ["--metadata", HERE / "manifest.jsonl", "--columns", *columns, "--dataset", "toy"]
+    made = run(tmp_path, *arguments)
+    sounds = {sound["file"]: sound for sound in read_manifest()}
+    assert [row["audio_id"] for row in made if row["task"] == "caption"] == list(sounds)
+    for row in made:
+        sound = sounds[row["audio_id"]]
+        expected = {
+            "cla_label": f"Labels: {'; '.join(sound['audioset'])}",
+            "caption": f"Audio caption: {sound['caption']}",
+        }
+        assert row["output"] == expected[row["task"]] and row["dataset"] == "toy"
+    first = (tmp_path / "rows.json").read_bytes()
+    run(tmp_path, *arguments)
+    assert (tmp_path / "rows.json").read_bytes() == first
+    recipe = json.loads((tmp_path / "rows.json.recipe.json").read_text())
+    assert recipe["seed"] == 0 and recipe["counts"] == {
+        "records": 246,
+        "records without a row": 0,
+        "cla_label": 246,
+        "caption": 246,
+    }
+
+
+def test_toy_speech_by_its_manifest(tmp_path):
+    columns = ["audio_id=file", "pitch=f0_hz", "speed=syllables_per_second"]
+    made = run(tmp_path, "--metadata", SPEECH / "manifest.jsonl", "--columns", *columns)
+    clips = {clip["file"]: clip for clip in read_speech()}
+    low, high = closed_qa.thirds([clip["syllables_per_second"] for clip in clips.values()])
+    for row in made:
+        clip = clips[row["audio_id"]]
+        pitch = name_of(clip["f0_hz"], closed_qa.PITCH[clip["gender"]], closed_qa.NAMES["pitch"][1])
+        speed = name_of(clip["syllables_per_second"], (low, high), closed_qa.NAMES["speed"][0])
+        expected = {"gender_cla": f"{clip['gender'].capitalize()}.", "asr": f"Spoken text: {clip['text']}"}
+        expected |= {"pitch_cla": f"The pitch is {pitch}.", "speed_cla": f"The speed is {speed}."}
+        assert row["output"] == expected[row["task"]] and "input" not in row
+    assert len(made) == 4 * len(clips)
+    train = [clip["f0_hz"] for clip in clips.values() if clip["split"] == "train"]
+    assert cut_offs(list(clips.values()))["f0_hz"] == tuple(round(cut / 5) * 5.0 for cut in closed_qa.thirds(train))
+
+
+def test_csv_with_prepared_audio_and_other_names(tmp_path):
+    (tmp_path / "clips.csv").write_text(
+        "\ufefffile_name,tags,age,events\n"
+        'one.wav,"Dog;Speech",40,"[{""label"": ""Dog"", ""onset"": 0, ""offset"": 1.5}]"\n'
+        "two.wav,Dog,,\nthree.wav,Cat,7,\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "audio_ids.csv").write_text(
+        "id,audio_id,file,seconds\none.wav,x/1.flac,one.wav,2\ntwo.wav,x/2.flac,b,1\n"
+    )
+    (tmp_path / "des.json").write_text(json.dumps(DESCRIPTIONS))
+    arguments = ["--metadata", tmp_path / "clips.csv", "--columns", "audio_id=file_name", "labels=tags"]
+    arguments += ["--audio_ids", tmp_path / "audio_ids.csv", "--descriptions", tmp_path / "des.json"]
+    made = run(tmp_path, *arguments, "--prefix_share", 1, name="rows.jsonl")
+    assert {row["audio_id"] for row in made} == {"x/1.flac", "x/2.flac"}
+    assert [row["output"] for row in made if row["task"] == "temporal_all"] == ["Dog: [0.0-1.5]."]
+    assert [row["output"] for row in made if row["task"] == "age_cla"] == ["The age of the speaker is 40."]
+    assert sum(row["task"] == "cla_label_des" for row in made) == 2
+    assert all(row["instruction"].startswith(closed_qa.PREFIX) for row in made)
+    only = run(tmp_path, *arguments, "--tasks", "cla_label", name="rows.jsonl")
+    assert {row["task"] for row in only} == {"cla_label"}
+
+
+def test_tables_of_clotho_audiocaps_and_fsd50k(tmp_path):
+    (tmp_path / "clotho.csv").write_text("file_name,caption_1,caption_2\na b.wav,A radio.,It hums.\n")
+    names = ["--columns", "audio_id=file_name", "caption=caption_1,caption_2"]
+    made = run(tmp_path, "--metadata", tmp_path / "clotho.csv", *names, "--style", "Clotho")
+    assert [row["output"] for row in made] == ["Audio caption: A radio.", "Audio caption: It hums."]
+    assert all(row["instruction"].endswith(", in Clotho style.") for row in made)
+    lines = "".join(f"{number},r1nicOVtvkQ,130,Caption {number}\n" for number in range(20))
+    (tmp_path / "audiocaps.csv").write_text(f"audiocap_id,youtube_id,start_time,caption\n{lines}")
+    made = run(tmp_path, "--metadata", tmp_path / "audiocaps.csv", "--columns", "audio_id=youtube_id")
+    assert len(made) == 20 and len({row["instruction"] for row in made}) > 4  # one clip, a line for each caption
+    (tmp_path / "fsd.csv").write_text('fname,labels,mids,split\n64760,"Guitar,Music","/m/0,/m/1",train\n')
+    made = run(tmp_path, "--metadata", tmp_path / "fsd.csv", "--columns", "audio_id=fname", "--separator", ",")
+    assert [row["output"] for row in made] == ["Labels: Guitar; Music"]
+
+
+def test_clips_that_are_spelled_otherwise_are_an_error(tmp_path):
+    (tmp_path / "clips.csv").write_text("audio_id,labels\none.wav,Dog\n")
+    (tmp_path / "audio_ids.csv").write_text("id,audio_id\none,one.flac\n")
+    with pytest.raises(ValueError, match="none of 0 records .* --against"):
+        run(tmp_path, "--metadata", tmp_path / "clips.csv", "--audio_ids", tmp_path / "audio_ids.csv")
+    assert not (tmp_path / "rows.json").exists()
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"labels": "Dog"}, "record 1 has no audio_id"),
+        ({"audio_id": "a", "events": [{"label": "Dog"}]}, r"record 1 \(a\): KeyError\('onset'\)"),
+        ({"audio_id": "a", "caption": 3}, r"record 1 \(a\): TypeError"),
+    ],
+)
+def test_bad_records_are_named_and_leave_nothing(record, message, tmp_path):
+    (tmp_path / "clips.json").write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match=message):
+        closed_qa.main(["--metadata", str(tmp_path / "clips.json"), "--output_path", str(tmp_path / "rows.json")])
+    assert [path.name for path in tmp_path.iterdir()] == ["clips.json"]

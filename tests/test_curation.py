@@ -1,0 +1,570 @@
+"""Curation: rows survive every format and every verb, malformed input is named, memory stays constant."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from benchmarks.curation import CLOSED, OPEN, ROWS, random_rows
+from data import combine, filter_unanswerable, leak_check, relocate, sample, shuffle, stats, validate
+from data.distinct import Distinct
+from data.row_files import RowFileError, RowWriter, encode_row, read_rows
+from data.row_parser import LineSplitter, ListSplitter
+
+ENDINGS = [".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"]
+
+
+def nasty_text(chance: random.Random) -> str:
+    """What a splitter of text could stumble over."""
+    pieces = [
+        '"',
+        "\\",
+        "},{",
+        "}, {",
+        "]",
+        "[",
+        "{",
+        "}",
+        ",",
+        "\n",
+        "\u2028",
+        "é",
+        "’",
+        "𝄞",
+        "\x00",
+        " ",
+        "a",
+        "]\n}",
+    ]
+    return "".join(chance.choices(pieces, k=chance.randint(0, 12)))
+
+
+def nasty_rows(count: int, seed: int = 0) -> list[dict]:
+    chance = random.Random(seed)
+    keys = ("instruction", "input", "dataset", "output")
+    return [{key: nasty_text(chance) for key in keys} | {"audio_id": f"{n % 7}.wav"} for n in range(count)]
+
+
+def write(path: Path, rows: list) -> Path:
+    with RowWriter(path) as output:
+        for row in rows:
+            output.write(row)
+    return path
+
+
+def multiset(rows) -> Counter:
+    return Counter(json.dumps(row, sort_keys=True) for row in rows)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few bytes, so that rows lie across their ends."""
+    monkeypatch.setattr("data.row_files.BLOCK", 37)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_format_gives_the_rows_back(tmp_path, ending):
+    rows = nasty_rows(500)
+    path = write(tmp_path / f"rows{ending}", rows)
+    assert list(read_rows(path)) == rows or ending == ".parquet"
+    assert multiset(read_rows(path)) == multiset(rows)
+    first = path.read_bytes()
+    assert write(path, rows).read_bytes() == first
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_no_rows(tmp_path, ending):
+    assert list(read_rows(write(tmp_path / f"rows{ending}", []))) == []
+
+
+@pytest.mark.parametrize("indent", [None, 1, 4])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_lists_of_other_writers(tmp_path, small_blocks, indent, ascii_only):
+    rows = nasty_rows(200) + [
+        {"nested": [{"a": 1}, {"b": [{"c": None}, {}]}], "large": 2**80, "real": 0.1, "yes": True}
+    ]
+    path = tmp_path / "rows.json"
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    path.write_text(f"\ufeff \n{text}\n\n", encoding="utf-8")
+    assert list(read_rows(path)) == rows
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("\r\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + "\n\n", newline="")
+    assert list(read_rows(lines)) == rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_cut_into_blocks_gives_the_same_rows(tmp_path, monkeypatch, seed):
+    rows = nasty_rows(60, seed)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, ensure_ascii=bool(seed % 2)), encoding="utf-8")
+    monkeypatch.setattr("data.row_files.BLOCK", random.Random(seed).randint(1, 400))
+    assert list(read_rows(path)) == rows
+
+
+def test_half_a_surrogate_pair_survives(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [{"output": "cut \ud83d"}, {"output": "whole"}]
+    path.write_text(json.dumps(rows))
+    assert list(read_rows(path)) == rows
+    assert list(read_rows(write(tmp_path / "again.jsonl", rows))) == rows
+    with pytest.raises(ValueError, match="rows 1 to 2 fit no table.*jsonl"):
+        write(tmp_path / "again.parquet", rows)
+    assert not (tmp_path / "again.parquet").exists()
+
+
+MALFORMED = {  # text -> (row, byte), the byte from the start of the first occurrence of a mark
+    '[{"a": "é"}, {"a": 1,}]': (2, "}]"),
+    '[{"a": 1} {"a": 2}]': (1, ' {"a": 2'),
+    '[{"a": 1}, {"a": 2': (2, ""),
+    '[{"a": 1}, {"a": "x': (2, '"x'),
+    '[{"a": 1}, 5, {"a": 2}]': (1, ", 5"),
+    '[{"a": 1},]': (1, ",]"),
+    '[{"a": 1}] {"a": 2}': (1, "] {"),
+    '[{"a": NaN}]': (1, '{"a": NaN'),
+    '[["a"]]': (1, '["a"]]'),
+    '{"a": "é"}\n{"a": }\n{"a": 2}\n': (2, "}\n{"),
+    '{"a": 1}\n\n{"a": 2} {"a": 3}\n': (2, ' {"a": 3}'),
+    '{"a": 1}\n[1]\n': (2, "[1]"),
+    '{"a": 1}\n{"a": 2': (2, ""),
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+@pytest.mark.parametrize("block", [1, 7, 2**20])
+def test_malformed_input_names_row_and_byte(tmp_path, monkeypatch, text, block):
+    monkeypatch.setattr("data.row_files.BLOCK", block)
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    row, mark = MALFORMED[text]
+    with pytest.raises(RowFileError) as found:
+        list(read_rows(path))
+    message = str(found.value)
+    assert f"{path}, row {row}, byte " in message and "mend or remove" in message
+    byte = int(message.split("byte ")[1].split(":")[0])
+    wanted = len(text[: text.rindex(mark)].encode()) if mark else len(text)
+    assert abs(byte - wanted) <= 3, message
+
+
+@pytest.mark.parametrize("form", ["[%s]", "%s"])
+def test_invalid_utf8_names_row_and_byte(tmp_path, form):
+    path = tmp_path / "rows.json"
+    rows = b'{"a": "b"}%s{"a": "\xff"}' % (b", " if form == "[%s]" else b"\n")
+    path.write_bytes(form.encode() % rows)
+    with pytest.raises(RowFileError, match=rf"row 2, byte {path.read_bytes().index(255)}: not UTF-8"):
+        list(read_rows(path))
+
+
+def test_malformed_row_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.row_parser.MAX_ROW", 2**14)
+    monkeypatch.setattr("data.row_files.BLOCK", 2**12)
+    rows = [json.dumps({"instruction": "q" * 50, "output": f"{n}"}) for n in range(3000)]
+    rows[1500] = rows[1500].replace(":", ";", 1)
+    path = tmp_path / "rows.json"
+    for separator, form in ((",\n", "[%s]"), ("\n", "%s")):
+        path.write_text(form % separator.join(rows))
+        with pytest.raises(RowFileError, match=f"row 1501, byte {path.read_text().index(';')}: "):
+            list(read_rows(path))
+
+
+@pytest.mark.parametrize("ending", [".json.gz", ".json.zst", ".parquet", ".json"])
+def test_cut_off_files_are_errors(tmp_path, ending):
+    path = write(tmp_path / f"rows{ending}", nasty_rows(3000))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(RowFileError, match="rows"):
+        list(read_rows(path))
+
+
+def test_gzip_of_python_and_several_members(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n') + gzip.compress(b'{"a": 2}\n'))
+    assert list(read_rows(path)) == [{"a": 1}, {"a": 2}]
+
+
+def test_an_error_leaves_nothing_behind_and_keeps_what_was(tmp_path):
+    path = write(tmp_path / "rows.json", [{"a": 1}])
+    with pytest.raises(RuntimeError), RowWriter(path) as output:
+        output.write({"a": 2})
+        raise RuntimeError
+    assert list(read_rows(path)) == [{"a": 1}] and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="is read"):
+        RowWriter(path, [path])
+    with pytest.raises(ValueError, match="jsonl"):
+        RowWriter(tmp_path / "rows.txt")
+
+
+@pytest.mark.parametrize("splitter", [ListSplitter, LineSplitter])
+def test_parser_takes_nothing_that_is_not_json(splitter):
+    """Damaged at any byte, a file gives an error or rows: never a crash of another kind."""
+    text = (json.dumps(nasty_rows(4))[1:] if splitter is ListSplitter else json.dumps(nasty_rows(1)[0])).encode()
+    chance = random.Random(0)
+    for _ in range(2000):
+        damaged = bytearray(text)
+        damaged[chance.randrange(len(text))] = chance.randrange(256)
+        try:
+            rows, _ = splitter(Path("rows"), 0)(bytes(damaged), at_end=True)
+        except RowFileError:
+            continue
+        assert all(isinstance(row, dict) for row in rows)
+
+
+# Shuffle, combine, filter.
+
+
+def run_shuffle(source: Path, target: Path, *flags: str) -> list[dict]:
+    assert shuffle.main(["--data_path", str(source), "--output_path", str(target), *flags]) == 0
+    return list(read_rows(target))
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl.zst"])
+def test_shuffle_keeps_rows_and_repeats(tmp_path, monkeypatch, ending):
+    rows = nasty_rows(2000)
+    source = write(tmp_path / f"a{ending}", rows)
+    found = run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
+    assert multiset(found) == multiset(rows) and found != rows
+    first = (tmp_path / f"b{ending}").read_bytes(), (tmp_path / f"b{ending}.recipe.json").read_bytes()
+    monkeypatch.setattr(shuffle, "MAX_HELD", 1000)  # Other memory, the same order.
+    monkeypatch.setattr(shuffle, "MAX_PART", 2000)
+    run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
+    assert first == ((tmp_path / f"b{ending}").read_bytes(), (tmp_path / f"b{ending}.recipe.json").read_bytes())
+    assert run_shuffle(source, tmp_path / f"c{ending}", "--seed", "6") != found
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_shuffle_is_uniform():
+    """All 24 orders of four rows, 2400 times: chi-squared within its 99.9 % bound."""
+    orders = Counter()
+    for seed in range(2400):
+        keys = shuffle.random_keys(seed)
+        orders[tuple(sorted(range(4), key=lambda _, keys=keys: next(keys)))] += 1
+    assert len(orders) == 24
+    assert sum((count - 100) ** 2 / 100 for count in orders.values()) < 49.7
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 257, 3000])
+def test_original_shuffle_is_pythons(tmp_path, count):
+    rows = [{"instruction": str(number)} for number in range(count)]
+    found = run_shuffle(write(tmp_path / "a.json", rows), tmp_path / "b.json", "--original_shuffle")
+    random.seed(0)
+    random.shuffle(rows)
+    assert found == rows
+
+
+def test_combine_shuffle_split_keeps_the_multiset(tmp_path):
+    for seed in range(5):
+        files = [
+            write(tmp_path / f"{n}.jsonl", nasty_rows(random.Random(n + seed).randint(0, 300), n)) for n in range(4)
+        ]
+        target = tmp_path / "all.json"
+        combine.main(["--data_path", *map(str, files), "--output_path", str(target), "--seed", str(seed)])
+        found = list(read_rows(target))
+        cut = len(found) // 3
+        parts = [write(tmp_path / "x.json", found[:cut]), write(tmp_path / "y.parquet", found[cut:])]
+        wanted = multiset(row for file in files for row in read_rows(file))
+        assert sum((multiset(read_rows(part)) for part in parts), Counter()) == wanted
+
+
+def test_combine_original_order_over_several_files(tmp_path):
+    rows = nasty_rows(900)
+    files = [write(tmp_path / "a.json", rows[:500]), write(tmp_path / "b.json", rows[500:])]
+    target = tmp_path / "all.json"
+    combine.main(["--data_path", *map(str, files), "--output_path", str(target), "--original_shuffle"])
+    random.seed(0)
+    random.shuffle(rows)
+    assert list(read_rows(target)) == rows
+
+
+def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
+    recipe = {"about": "", "parts": {"c": {"rows": 1000, "closed_ended_share": 0.5}, "d": {"repeat": {"clotho*": 2}}}}
+    recipe["expected"] = {"rows": 1030, "dataset": {"clotho": 20, "x": "1k"}}
+    place = tmp_path / "recipe.json"
+    place.write_text(json.dumps(recipe))
+    closed = write(tmp_path / "c.json", [{"instruction": "q?", "dataset": "x", "output": str(n)} for n in range(1000)])
+    names = ["Clotho"] * 10 + ["other"] * 5
+    caption = write(tmp_path / "d.json", [{"instruction": "d", "dataset": name, "output": ""} for name in names])
+    target = tmp_path / "out.jsonl"
+    flags = ["--recipe", str(place), "--data_path", f"c={closed}", f"d={caption}", "--output_path", str(target)]
+    for order in ([], ["--original_shuffle"], ["--no_shuffle"]):
+        assert combine.main([*flags, *order]) == 0
+        rows = list(read_rows(target))
+        marked = sum(row["instruction"] == "Closed-ended question: q?" for row in rows)
+        assert len(rows) == 1025 and 440 < marked < 560
+        assert Counter(row["dataset"] for row in rows) == {"x": 1000, "Clotho": 20, "other": 5}
+    record = json.loads((tmp_path / "out.jsonl.recipe.json").read_text())
+    assert record["differences"] == ["all: 1,025 rows, published 1,030"]
+    assert record["counts"]["part"] == {"c": 1000, "d": 25} and len(record["inputs"]) == 2
+    assert "differs: all: 1,025 rows" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="No file for d"):
+        combine.main([*flags[:3], f"c={closed}", *flags[-2:]])
+    with pytest.raises(ValueError, match="'e' is no part"):
+        combine.main([*flags[:3], f"e={closed}", *flags[-2:]])
+
+
+def test_published_recipes_add_up():
+    recipes = {path.stem: combine.read_recipe(path.stem) for path in combine.RECIPES.glob("*.json")}
+    assert len(recipes) == 6
+    for name in ("openaqa_all", "openasqa_classification", "openasqa_v1", "openasqa_v2"):
+        parts = recipes[name]["parts"].values()
+        assert sum(part["rows"] for part in parts) == recipes[name]["expected"]["rows"], name
+    exact = recipes["openasqa_classification"]["expected"]
+    assert sum(exact["dataset"].values()) == sum(exact["task"].values()) == exact["rows"] == 2_072_481
+    assert ROWS == recipes["openaqa_all"]["expected"]["rows"] == 5_681_708
+
+
+@pytest.mark.parametrize("rule", ["refusal", "original"])
+def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
+    chance = random.Random(0)
+    words = "the sound is loud I not to it for clear determine information about dog answer".split()
+    rows = []
+    for number in range(3000):
+        parts = [
+            chance.choice(filter_unanswerable.PHRASES) if chance.random() < 0.1 else chance.choice(words)
+            for _ in range(8)
+        ]
+        rows.append({"instruction": "q", "audio_id": str(number), "output": " ".join(parts).capitalize()})
+    source, first, second = write(tmp_path / "a.json", rows), tmp_path / "b.json", tmp_path / "c.json"
+    flags = ["--rule", rule, "--dropped_path", str(tmp_path / "dropped.jsonl")]
+    filter_unanswerable.main(["--data_path", str(source), "--output_path", str(first), *flags])
+    filter_unanswerable.main(["--data_path", str(first), "--output_path", str(second), "--rule", rule])
+    assert first.read_bytes() == second.read_bytes()
+    dropped = list(read_rows(tmp_path / "dropped.jsonl"))
+    assert multiset(dropped) + multiset(read_rows(first)) == multiset(rows)
+    wanted = [row for row in rows if any(phrase in row["output"].lower() for phrase in filter_unanswerable.PHRASES)]
+    assert dropped == wanted if rule == "original" else all(row in wanted for row in dropped)
+    record = json.loads((tmp_path / "b.json.recipe.json").read_text())
+    assert record["dropped"]["original"] == len(wanted) > record["dropped"]["refusal"] > 0
+
+
+def test_filter_rules():
+    assert len(set(filter_unanswerable.PHRASES)) == 27
+    answers = {
+        "It is loud enough to be heard outdoors.": (True, False),
+        "She says that she is sorry for it.": (True, False),
+        "The dog cannot reach the ball.": (True, False),
+        "It cannot be determined from the audio clip.": (True, True),
+        "Sorry, but I do not know who speaks.": (True, True),
+        "There is not enough information to tell.": (True, True),
+        "The speaker's age is not specified.": (True, True),
+        "A dog barks.": (False, False),
+    }
+    for answer, wanted in answers.items():
+        found = tuple(filter_unanswerable.is_unanswerable(answer, rule) for rule in ("original", "refusal"))
+        assert found == wanted, answer
+
+
+# Statistics, samples, checks.
+
+
+@pytest.fixture
+def published(tmp_path):
+    """5,700 rows with the shares of OpenAQA."""
+    return write(tmp_path / "rows.jsonl", [*random_rows(CLOSED, 0.001, 0), *random_rows(OPEN, 0.001, 1)])
+
+
+def test_stats(tmp_path, published):
+    target, picture = tmp_path / "stats.json", tmp_path / "stats.png"
+    assert stats.main(["--data_path", str(published), "--output_path", str(target), "--plot", str(picture)]) == 0
+    found, rows = json.loads(target.read_text()), list(read_rows(published))
+    assert found["rows"] == len(rows) and found["clips"] == len({row["audio_id"] for row in rows})
+    assert found["questions"] == len({row["instruction"] for row in rows})
+    assert found["dataset"] == dict(Counter(row["dataset"] for row in rows).most_common())
+    words = sorted(len(row["output"].split(" ")) for row in rows)
+    assert found["lengths"]["output"]["longest"] == words[-1]
+    assert found["lengths"]["output"]["median"] == words[(len(words) - 1) // 2]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    first = target.read_bytes()
+    stats.main(["--data_path", str(published), "--output_path", str(target)])
+    assert target.read_bytes() == first
+
+
+def test_files_without_rows_or_audio(tmp_path):
+    for rows in ([], [{"instruction": "q", "audio_id": "empty", "output": "a"}]):
+        source, target = write(tmp_path / "a.json", rows), str(tmp_path / "b.json")
+        for verb in (stats, shuffle, combine, filter_unanswerable):
+            assert verb.main(["--data_path", str(source), "--output_path", target]) == 0
+        assert sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"]) == 0
+        assert validate.main(["--data_path", str(source)]) == 0
+        assert leak_check.main(["--data_path", str(source), "--against", str(source)]) == 0
+
+
+def test_distinct(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.distinct.HELD", 100)
+    values = [random.Random(0).randrange(400) for _ in range(1050)]
+    counter = Distinct(str(tmp_path))
+    for number, value in enumerate(values):
+        counter.add(value, number)
+    assert counter.firsts().tolist() == sorted({value: n for n, value in reversed(list(enumerate(values)))}.values())
+
+
+def test_sample_takes_whole_clips(tmp_path, published):
+    target = tmp_path / "toy" / "rows.json"
+    sample.main(["--data_path", str(published), "--output_path", str(target), "--clips", "40", "--seed", "3"])
+    found, rows = list(read_rows(target)), list(read_rows(published))
+    chosen = {row["audio_id"] for row in found}
+    assert len(chosen) == 40 and found == [row for row in rows if row["audio_id"] in chosen]
+    turned = write(tmp_path / "turned.jsonl", rows[::-1])
+    sample.main(["--data_path", str(turned), "--output_path", str(target), "--clips", "40", "--seed", "3"])
+    assert {row["audio_id"] for row in read_rows(target)} == chosen
+    sample.main(["--data_path", str(published), "--output_path", str(target), "--clips", "2", "--by_dataset"])
+    groups = Counter(dataset for dataset, _ in {(row["dataset"], row["audio_id"]) for row in read_rows(target)})
+    assert set(groups.values()) <= {1, 2} and len(groups) == len({row["dataset"] for row in rows})
+
+
+def clip(path: Path, seed: int, rate: int = 16_000, seconds: float = 0.5) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(-9999, 9999, int(rate * seconds), np.int16)
+    soundfile.write(path, noise, rate)
+    return str(path)
+
+
+def question(audio_id: str, text: str = "q", dataset: str = "d") -> dict:
+    return {"instruction": text, "input": "", "audio_id": audio_id, "dataset": dataset, "task": "t", "output": "a"}
+
+
+def test_sample_copies_audio(tmp_path):
+    names = [f"{folder}/same.wav" for folder in "ab"]
+    for number, name in enumerate(names):
+        clip(tmp_path / name, number)
+    source = write(tmp_path / "rows.json", [question(name) for name in names])
+    target = tmp_path / "toy" / "rows.json"
+    sample.main(["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"])
+    copied = [target.parent / row["audio_id"] for row in read_rows(target)]
+    assert [path.read_bytes() for path in copied] == [(tmp_path / name).read_bytes() for name in names]
+
+
+@pytest.mark.parametrize("listen", [False, True])
+def test_validate(tmp_path, capsys, listen):
+    clip(tmp_path / "a.wav", 0)
+    clip(tmp_path / "b.wav", 1, rate=44_100)
+    clip(tmp_path / "short.wav", 2, seconds=0.01)
+    (tmp_path / "text.wav").write_text("no sound")
+    rows = [question("a.wav"), question("a.wav"), question("b.wav"), question("gone.wav"), question("short.wav")]
+    rows += [question("text.wav", dataset="e"), question("empty"), {"instruction": "q", "audio_id": "a.wav"}]
+    source, report = write(tmp_path / "rows.jsonl", rows), tmp_path / "report.json"
+    flags = ["--data_path", str(source), "--output_path", str(report), *["--listen"] * listen]
+    assert validate.main(flags) == 1
+    found = json.loads(report.read_text())
+    wrong = {"row": 1, "duplicate": 1, "clip missing": 1, "clip too_short": 1, "clip unreadable": 1}
+    assert found["wrong"] == wrong and (found["rows"], found["clips"]) == (8, 5)
+    assert found["coverage"] == {"d": {"clips": 4, "usable": 2}, "e": {"clips": 1, "usable": 0}}
+    assert found["rates"] == {"16000 Hz": 1, "44100 Hz": 1} and found["examples"]["row"][0].startswith(
+        "row 8: no 'output'"
+    )
+    assert found["examples"]["duplicate"] == ["row 2: the same as one before it"]
+    assert validate.main([*flags, "--max_bad", "5"]) == 0
+
+
+def test_leak_check(tmp_path, capsys):
+    clip(tmp_path / "train/YabcdefghijK.wav", 0)
+    clip(tmp_path / "train/renamed.flac", 1)
+    clip(tmp_path / "train/clean.wav", 2)
+    clip(tmp_path / "eval/abcdefghijK_10.000.wav", 3)
+    clip(tmp_path / "eval/original.wav", 1)
+    names = ["YabcdefghijK.wav", "renamed.flac", "clean.wav", "clean.wav"]
+    train = write(tmp_path / "train/rows.json", [question(name, str(n)) for n, name in enumerate(names)])
+    test = write(
+        tmp_path / "eval/rows.json", [question(n) for n in ("abcdefghijK_10.000.wav", "original.wav", "empty")]
+    )
+    flags = ["--data_path", str(train), "--against", str(test), "--workers", "1"]
+    assert leak_check.main(flags) == 1
+    assert "1 of 4 rows are on 1 clips" in capsys.readouterr().out
+    clean = tmp_path / "clean.json"
+    assert leak_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
+    assert "2 of 4 rows are on 2 clips" in capsys.readouterr().out
+    assert [row["instruction"] for row in read_rows(clean)] == ["2", "3"]
+    again = ["--data_path", str(clean), "--audio_root", str(train.parent), "--against", str(test), "--content"]
+    assert leak_check.main([*again, "--workers", "1"]) == 0
+
+
+def test_relocate(tmp_path, capsys):
+    here = [clip(tmp_path / "disk/x/Yabcdefghijk.wav", 0), clip(tmp_path / "disk/other.flac", 1)]
+    rows = [
+        question("/far/audio/abcdefghijk.flac"),
+        question("/far/other.wav"),
+        question("empty"),
+        question("/gone/z.wav"),
+    ]
+    source, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "out" / "rows.jsonl"
+    flags = ["--data_path", str(source), "--output_path", str(target), "--folder", str(tmp_path / "disk")]
+    with pytest.raises(ValueError, match="1 of 3 rows have a clip that is not here .row 4: /gone/z.wav"):
+        relocate.main(flags)
+    assert not target.exists()
+    assert relocate.main([*flags, "--drop_missing"]) == 0
+    assert [row["audio_id"] for row in read_rows(target)] == [*here, "empty"]
+    assert relocate.main([*flags, "--drop_missing", "--relative"]) == 0
+    assert (target.parent / next(read_rows(target))["audio_id"]).resolve() == Path(here[0])
+    table = tmp_path / "disk/audio_ids.csv"
+    table.write_text("id,audio_id\nz,other.flac\n")
+    prefix = ["--prefix", f"/far/audio={tmp_path}/disk", "--prefix", f"/far={tmp_path}/disk"]
+    clip(tmp_path / "disk/abcdefghijk.flac", 5)
+    clip(tmp_path / "disk/other.wav", 6)
+    assert relocate.main([*flags[:4], *prefix, "--table", str(table)]) == 0
+    found = [Path(row["audio_id"]).name for row in read_rows(target)]
+    assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
+    with pytest.raises(ValueError, match="have one name"):
+        relocate.main(flags)
+
+
+# Memory, and the commands as they are typed.
+
+
+def peak(run) -> int:
+    tracemalloc.start()
+    run()
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "MAX_HELD", 2**17)
+    monkeypatch.setattr("data.row_files.BLOCK", 2**14)
+    monkeypatch.setattr("data.row_files.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("data.distinct.HELD", 2**11)
+    rows = [json.dumps(row) for row in random_rows(OPEN, 0.0005, 0)]  # 0.8 MB
+    peaks = {}
+    for times in (1, 2, 10):  # The first run warms up: imports and their caches.
+        source = tmp_path / f"{times}.json"
+        with source.open("w") as file:
+            file.write("[" + ",\n".join(",\n".join(rows) for _ in range(times)) + "]")
+        flags = ["--data_path", str(source), "--output_path"]
+        verbs = {
+            "shuffle": lambda flags=flags: shuffle.main([*flags, str(tmp_path / "b.json")]),
+            "combine": lambda flags=flags: combine.main([*flags, str(tmp_path / "b.jsonl.zst")]),
+            "filter": lambda flags=flags: filter_unanswerable.main([*flags, str(tmp_path / "b.json")]),
+            "stats": lambda flags=flags: stats.main([*flags, str(tmp_path / "s.json")]),
+            "sample": lambda flags=flags: sample.main([*flags, str(tmp_path / "b.json"), "--clips", "9"]),
+        }
+        peaks[times] = {name: peak(verb) for name, verb in verbs.items()}
+    assert source.stat().st_size > 2 * max(peaks[10].values()), (source.stat().st_size, peaks)
+    for name in peaks[2]:
+        assert peaks[10][name] < 1.25 * peaks[2][name] + 2**20, (name, peaks)
+
+
+def test_commands_say_errors_in_one_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1},\n{"a": 2,}]')
+    command = [
+        sys.executable,
+        "-m",
+        "data.shuffle",
+        "--data_path",
+        str(path),
+        "--output_path",
+        str(tmp_path / "b.json"),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr.startswith(f"error: {path}, row 2, byte 19: ")
+    assert found.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_encoded_rows_have_no_line_ends():
+    assert all(b"\n" not in encode_row(row) for row in nasty_rows(500))
