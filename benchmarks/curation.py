@@ -108,7 +108,7 @@ def measure(command: list[str]) -> dict[str, float]:
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):  # 1: validate found something.
+    if process.returncode not in ((0, 1) if command[0] == "data.validate" else (0,)):  # 1: it found something.
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
     seconds = time.perf_counter() - start
     used = usage.ru_utime + usage.ru_stime

@@ -1,5 +1,6 @@
 """Which of any number of values are equal, in constant memory."""
 
+import hashlib
 import os
 from array import array
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ class Distinct:
         self.hashes, self.numbers = array("q"), array("q")
 
     def add(self, value: object, number: int = 0) -> None:
-        self.hashes.append(hash(str(value)))
+        content = str(value).encode("utf-8", "surrogatepass")
+        self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True))
         self.numbers.append(number)
         if len(self.hashes) == HELD:
             self._flush()

@@ -6,8 +6,8 @@
 Notable:
 - `--rule original` drops a row whose lower-cased answer has one of the original's 27 phrases. "enough", "sorry" and
   "unclear" are among them, so "loud enough to be heard outdoors" and "she says that she is sorry" go too.
-- The default, `refusal`, drops of these only what refuses: a phrase must be about information, or about determining
-  something. It never drops what the original keeps.
+- The default, `refusal`, drops of these only what has words of refusal: a phrase must be about information, or about
+  determining something. It never drops what the original keeps.
 - The numbers of both rules are shown and recorded, whichever is used. `--dropped_path` keeps what was dropped.
 """
 
@@ -37,8 +37,8 @@ REFUSAL = re.compile(
             f"can't {FINDING_OUT}",
             "i cannot (?!help|believe|wait)",
             "sorry,? (?:but|i |as an|there is|the )",
-            f"(?:not|n't|no|without|lack of|lacks?|insufficient|needs?|requires?) (?:[a-z]+ ){{0,3}}{FACTS}",
-            f"(?:not|n't|without) (?:[a-z]+ ){{0,3}}enough (?:[a-z]+ )?(?:{FACTS}|to {FINDING_OUT})",
+            f"(?:n't|\\b(?:not|no|without|lack of|lacks?|insufficient|needs?|requires?)) (?:[a-z]+ ){{0,3}}{FACTS}",
+            f"(?:n't|\\b(?:not|without)) (?:[a-z]+ ){{0,3}}enough (?:[a-z]+ )?(?:{FACTS}|to {FINDING_OUT})",
             "not (?:explicitly |specifically )?(?:provided|specified)",
             f"(?:difficult|impossible|possible) (?:for me )?to {FINDING_OUT}",
             "no indication (?:of what|of who|of where|of which|as to|about|on )",

@@ -116,9 +116,9 @@ class RowWriter:
 
     def __init__(self, path: str | Path, inputs: Iterable[str | Path] = ()):
         self.path = Path(path)
-        if any(self.path.absolute() == Path(other).absolute() for other in inputs):
-            raise ValueError(f"{path} is read; give its new rows another name.")
         self.unfinished = self.path.with_name(f"{self.path.name}.tmp")
+        if {self.path.resolve(), self.unfinished.resolve()} & {Path(other).resolve() for other in inputs}:
+            raise ValueError(f"{path} is read, or {self.unfinished.name} is; give the new rows another name.")
         self.kind, self.codec = _ending(self.path)
         self.count = 0
         self.lines: list[bytes] = []

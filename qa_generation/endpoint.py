@@ -25,6 +25,10 @@ class RequestFailed(Exception):
     """This request has no reply; others may have. Nothing is stored, so the next run asks it again."""
 
 
+class Refused(RequestFailed):
+    """The endpoint does not answer this request, however often it is asked; others it may."""
+
+
 class StopAsking(Exception):
     """No further request is to be made; those on their way are waited for."""
 
@@ -137,7 +141,7 @@ class OpenAiEndpoint:
             return StopAsking(reason)
         if status in AGAIN or status >= 500:
             return TryAgain(str(status), _retry_after(error.response.headers))
-        return RequestFailed(reason)
+        return Refused(reason)
 
     def _clean(self, error: Any) -> str:
         text = str(getattr(error, "message", error)) or type(error).__name__

@@ -2,8 +2,8 @@
 
 Notable:
 - A pair repeats another if its clip already has the same question or the same answer, case and punctuation aside.
-- "unanswerable" looks for an answer that refuses as a whole, so that "loud enough" or "cannot miss" stay. The original
-  keeps such rows in its first sets: they teach to refuse.
+- "unanswerable" looks for words of refusal ("cannot determine", "not enough information"), so that "loud enough" or
+  "cannot miss" stay. The original keeps such rows in its first sets: they teach to refuse.
 """
 
 import re

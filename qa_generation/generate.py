@@ -192,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         **{name: getattr(args, name) for name in named},
     )
     args.replies = args.replies or Path(f"{args.output}.replies.jsonl")
+    if len({path.resolve() for path in (args.input, args.output, args.replies)}) < 3:
+        raise ValueError("--input, --output and --replies must be three files.")
     rows, bad = read_metadata(args.input, source, args.dataset or args.source)
     for line in bad[:20]:
         print(line, file=sys.stderr)

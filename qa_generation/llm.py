@@ -29,6 +29,7 @@ from qa_generation.endpoint import (
     LlmSettings,
     Message,
     OpenAiEndpoint,
+    Refused,
     Reply,
     RequestFailed,
     StopAsking,
@@ -110,7 +111,8 @@ class Llm:
             self.store.put(key, reply)  # Before any other thing may happen: nothing is awaited in between.
         except RequestFailed as error:
             self.counts["failed"] += 1
-            self.in_row += 1
+            # Where others were answered, what is refused is to blame itself, and is so again in every run.
+            self.in_row += not (isinstance(error, Refused) and self.store.places)
             if self.in_row >= FAILURES_IN_ROW:
                 self.stop(f"{self.in_row} requests failed one after the other, the last with {error}")
             raise

@@ -12,6 +12,8 @@ import json
 import os
 from pathlib import Path
 
+BEGINNING = b'{"key": "'  # of every line
+
 
 class ReplyStore:
     """A file of replies, open for reading and adding; a context manager.
@@ -36,7 +38,10 @@ class ReplyStore:
             for line in self.file:
                 if line.endswith(b"\n"):
                     self._note(line)
-            self.file.truncate(self.end)
+            self.file.seek(self.end)
+            if not BEGINNING.startswith(tail := self.file.read(len(BEGINNING))):
+                raise ValueError(f"it begins with {tail!r}")
+            self.file.truncate(self.end)  # Half a reply, of a run that was killed.
         except BlockingIOError:
             raise ValueError(f"Another run is adding to {self.path}. Wait for it or stop it.") from None
         except (ValueError, KeyError, TypeError) as error:

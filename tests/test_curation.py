@@ -568,3 +568,19 @@ def test_commands_say_errors_in_one_line(tmp_path):
 
 def test_encoded_rows_have_no_line_ends():
     assert all(b"\n" not in encode_row(row) for row in nasty_rows(500))
+
+
+def test_repeats_that_a_recipe_makes_can_be_allowed(tmp_path, capsys):
+    row = {"instruction": "What?", "input": "", "audio_id": "empty", "output": "A dog."}
+    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+    command = ["--data_path", str(tmp_path / "rows.json"), "--no_audio"]
+    assert (validate.main(command), validate.main([*command, "--allow_duplicates"])) == (1, 0)
+    assert '"duplicate": 1' in capsys.readouterr().out
+
+
+def test_an_input_by_another_way_is_not_overwritten(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    for name, given in (("link.jsonl", "a.jsonl"), ("b.jsonl", "b.jsonl.tmp")):
+        with pytest.raises(ValueError, match="another name"):
+            RowWriter(tmp_path / name, [tmp_path / given])

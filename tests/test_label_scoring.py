@@ -94,7 +94,7 @@ KINDS = ["llama", "lora", "gpt2", "gpt_neox", "qwen2", "spaced", "gemma", "slidi
 def test_equals_each_alone(tmp_path: Path, kind: str) -> None:
     pipeline = pipeline_of(tmp_path, kind)
     heard = check(pipeline, Request(QUESTION, clip(1)))
-    assert heard[0] == heard[5]
+    assert heard[0].log_likelihood == pytest.approx(heard[5].log_likelihood, abs=1e-4)  # The same label twice.
     silent = check(pipeline, Request(QUESTION))
     if kind != "all_sliding":  # Its two layers cannot see as far back as the audio.
         assert silent[0].log_likelihood != pytest.approx(heard[0].log_likelihood, abs=1e-3)

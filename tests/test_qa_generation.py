@@ -406,3 +406,16 @@ def test_local_model(tmp_path):
     with ReplyStore(tmp_path / "t") as store:
         llm = Llm(LlmSettings(str(tmp_path / "llm"), concurrency=1, **settings), store)
         assert [reply.text for reply in llm.complete_all(asked)] == [reply.text for reply in replies]
+
+
+def test_another_file_is_no_store_of_replies(tmp_path):
+    """A file of one line without an end is not half a reply of ours: it stays as it is."""
+    foreign, half = tmp_path / "rows.json", tmp_path / "half.jsonl"
+    foreign.write_text('[{"audio_id": "a.wav"}]')
+    with pytest.raises(ValueError, match="rows.json, byte 0"):
+        ReplyStore(foreign)
+    assert foreign.read_text() == '[{"audio_id": "a.wav"}]'
+    half.write_text('{"key": "0a')
+    with ReplyStore(half) as store:
+        assert not store.places
+    assert half.read_bytes() == b""
