@@ -364,7 +364,9 @@ def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> Non
         before, answer = answer, ask(page, question)
         assert plain(answer) == plain(expected(here.pipeline, question, folder / "long.wav"))
         seen = [text for text in page.evaluate("window.seen") if text != before]
-        assert len(seen) > 3 and all(late.startswith(early) for early, late in zip(seen, seen[1:], strict=False)), seen
+        # How often a page is drawn depends on the machine; a part must have been seen before the whole.
+        assert len(seen) > 1 and all(late.startswith(early) for early, late in zip(seen, seen[1:], strict=False)), seen
+        assert len(seen[0]) < len(seen[-1])
         assert f"truncated: heard {heard}" in wait(page, "#status", "tokens")
     assert page.locator("#chat [data-testid=user]").count() == page.locator("#chat [data-testid=bot]").count() == 2
     page.click("#settings button")

@@ -298,7 +298,10 @@ def test_every_source_from_metadata_to_rows(tmp_path, source, capsys):
     assert len(rows) == (8 if source == "joint_v2" else 6)
     if source == "joint_v2":
         assert rows[0]["output"].startswith("Somebody sings") and len(bodies) == 4
-        assert all(rows[0]["output"] in body["messages"][1]["content"] for body in bodies[2:])
+        # Which clip's questions are asked first is not fixed: two clips are on their way at once.
+        later = [body["messages"] for body in bodies if "paragraph" not in body["messages"][0]["content"]]
+        assert len(later) == 2 and all(rows[0]["output"] in said[1]["content"] for said in later)
+        bodies = [body for body in bodies if body["messages"] in later]
     assert str(SOURCES[source].count) in bodies[-1]["messages"][0]["content"]
 
 
