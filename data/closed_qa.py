@@ -137,7 +137,8 @@ def events(kind: str, record: dict, rng: Random, about: dict) -> list[Words]:
 def level(key: str, record: dict, rng: Random, about: dict) -> list[Words]:
     value, cuts = number_of(record[key]), about["cuts"].get(key)
     if value is None:
-        return [{key: str(record[key]).strip().lower()}]
+        word = str(record[key]).strip().lower()
+        return [] if word.strip("+-") in ("nan", "inf", "infinity") else [{key: word}]
     cuts = cuts.get(gender_of(record)) if isinstance(cuts, dict) else cuts
     return [{key: name_of(value, cuts, NAMES[key][len(cuts) > 2])}] if cuts else []
 
@@ -188,6 +189,8 @@ def rows_of(record: dict, tasks: list[str], texts: dict, about: dict) -> Iterato
             continue
         rng = Random(f"{about['seed']}/{record['audio_id']}/{task}/{record[key]}")
         for words in words_of(record, rng, about):
+            if not all(value.strip() for name, value in words.items() if name != "style"):
+                continue  # An empty text, or a list of them, says nothing.
             asked = ask(texts[task]["questions"], texts[task]["answer"], words, rng, about["prefix_share"])
             text = record.get("input", None if record.get("text") else "")
             yield make_row(asked, record["audio_id"], record.get("dataset") or about["dataset"], task, text)

@@ -5,6 +5,8 @@
 
 Notable:
 - Ids are the names of files without folders and endings; a YouTube id counts with or without what stands around it.
+  Any other name that several clips of one evaluation file have is no id (VoxCeleb numbers the clips of each video):
+  those are counted, and compared by --content only.
 - --content compares what is heard: sha256 of the mono 16 kHz waveform in 16 bit, so another name, container or lossless
   format hides nothing. Every clip is decoded once. Clips that cannot be read are counted, not guessed.
 - Memory grows with the evaluation sets and what is found, not with the training rows. --clean_path writes those rows
@@ -16,6 +18,7 @@ Exits with 1 when anything was found, or a clip could not be read.
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
@@ -78,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     names, contents, unread, not_read = {}, {}, 0, []  # Of clips that cannot be heard, the first few by name.
     for path in args.against:
         clips = list(dict.fromkeys(row["audio_id"] for row in read_rows(path) if row.get("audio_id") not in NO_AUDIO))
-        names |= {id_of(clip): f"{path.name}: {clip}" for clip in clips}
+        times = Counter(id_of(clip) for clip in clips if not youtube(clip))
+        names |= {id_of(clip): f"{path.name}: {clip}" for clip in clips if times[id_of(clip)] <= 1}
+        if shared := [clip for clip in clips if times[id_of(clip)] > 1]:
+            print(f"{path}: {len(shared):,} clips have no name of their own, such as {shared[0]}; use --content")
         for clip, digest in hash_clips(clips, args.eval_root or path.parent, args.workers) if args.content else ():
             contents[digest] = f"{path.name}: {clip}"
             if digest is None:

@@ -13,13 +13,12 @@ Notable:
   relative to the output.
 """
 
-import csv
 import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from data.audio_names import NO_AUDIO, SUFFIXES, stem, youtube
+from data.audio_names import NO_AUDIO, SUFFIXES, read_cells, stem, youtube
 from data.command import command_parser, run
 from data.row_files import RowWriter, read_rows, write_recipe
 
@@ -50,14 +49,11 @@ class Places:
             raise ValueError(f"{known} and {path} have one name. Give their folders by --prefix, or a --table.")
 
     def _read_table(self, path: Path) -> None:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            for number, cells in enumerate(csv.reader(file, delimiter=delimiter), start=1):
-                if len(cells) != 2:
-                    raise ValueError(f"{path}, line {number}: {len(cells)} cells, not an id and its path: {cells}")
-                if number > 1 or tuple(cells) not in HEADERS:
-                    self.table[cells[0]] = str(path.parent / cells[1])
+        for number, cells in read_cells(path):
+            if len(cells) != 2:
+                raise ValueError(f"{path}, line {number}: {len(cells)} cells, not an id and its path: {cells}")
+            if number > 1 or tuple(cells) not in HEADERS:
+                self.table[cells[0]] = str(path.parent / cells[1])
 
     def _find(self, audio_id: str) -> str | None:
         name, video = stem(audio_id), youtube(audio_id)

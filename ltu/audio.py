@@ -81,13 +81,14 @@ def load_audio(source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int])
 
 
 def read_sound(
-    source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int], max_seconds: float = MAX_SECONDS
+    source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Sound, max_seconds: float = MAX_SECONDS
 ) -> Sound:
     """Load a clip as mono 16 kHz.
 
     Args:
         source: a file, the bytes of one, or an array: `(samples,)` or `(channels, samples)`, at 16 kHz unless it comes
             as `(array, rate in Hz)`. Integer arrays are scaled by the range of their type, as a file of them would be.
+            What this function gave before is given back.
         max_seconds: a clip that turns out longer while it is decoded is refused.
 
     Returns:
@@ -98,6 +99,8 @@ def read_sound(
             longer than `max_seconds`, or silent (constant but for less than a step of 24 bit).
         TypeError: the source is none of these.
     """
+    if isinstance(source, Sound):
+        return source
     if isinstance(source, str | Path):
         return _read_file(str(source), max_seconds)
     if isinstance(source, bytes):

@@ -39,8 +39,7 @@ def generate(pipeline: LtuPipeline, requests: list[Request], decoding: dict[str,
     settings |= {"max_new_tokens": min(settings["max_new_tokens"], room), "logits_processor": [lead]}
     sequences = pipeline.model.generate(**batch, **settings, pad_token_id=pipeline.processor.pad_token_id)
     best = torch.stack(lead.values, 1)  # (rows, steps, 2)
-    ends = pipeline.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = pipeline.end_ids
     ids = sequences[:, batch["input_ids"].shape[1] :].tolist()
     lengths = [next((step + 1 for step, token in enumerate(row) if token in ends), len(row)) for row in ids]
     near = torch.full_like(best[..., 0], NEAR_TIE)

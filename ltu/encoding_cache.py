@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ltu.audio import AudioError, load_audio
+from ltu.audio import AudioError, Sound, load_audio
 from ltu.original_files import sha256_of
 
-AudioSource = str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | None
+AudioSource = str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Sound | None
 GATHERED_SECONDS = 600  # of sound, at most, between hearing and encoding: 40 MB at 16 kHz
 WINDOWS_AT_ONCE = 16  # through the ear
 
@@ -57,6 +57,8 @@ def content_hash(audio: AudioSource) -> str | None:
             return None
     if isinstance(audio, bytes):
         return hashlib.sha256(audio).hexdigest()
+    if isinstance(audio, Sound):
+        audio = audio.waveform, audio.sampling_rate
     array, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, None)
     if not isinstance(array, np.ndarray):  # None; of what is no clip, hearing says what it is.
         return None
@@ -85,7 +87,7 @@ class EncodingCache:
     def hash_of(self, request: Any) -> str | None:
         """Hash of a request's clip: of what the feature folder holds, else of its content."""
         try:
-            stored = self.processor.stored(request.audio, request.audio_id) if request.windows in (None, 1) else None
+            stored = self.processor.stored(request.audio, request.audio_id) if request.windows == 1 else None
         except AudioError:
             return None
         if stored is None:
@@ -130,11 +132,10 @@ class EncodingCache:
         digest = self.hash_of(request)
         # Without content there is nothing to keep, but two requests of one call may mean the same.
         named = None if digest else (str(request.audio), request.audio_id)
-        return digest, named, request.windows or (1 if request.windows is None else 0), self.processor.hears_with
+        return digest, named, request.windows, self.processor.hears_with
 
     def _hear(self, request: Any, needs_words: bool) -> Heard:
-        windows = 1 if request.windows is None else request.windows
-        clip = self.processor.hear(request.audio, request.audio_id, windows)
+        clip = self.processor.hear(request.audio, request.audio_id, request.windows)
         config = self.model.config
         clip.windows = min(clip.windows, max(1, config.num_positions // config.num_audio_tokens))
         if needs_words and clip.transcript is None and clip.waveform is None:
@@ -178,8 +179,8 @@ class EncodingCache:
     def _keep(self, key: tuple, clip: Heard) -> None:
         if key[0] is None or self.limit == 0:
             return
-        if isinstance(clip.source, bytes | np.ndarray | tuple):
-            clip.source = None
+        if not isinstance(clip.source, str | Path):
+            clip.source = None  # The sound itself is not to be kept.
         self._drop(key)
         self.kept[key] = clip
         self.size += _size_of(clip)

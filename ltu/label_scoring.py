@@ -48,7 +48,7 @@ def score_labels(
     clip = pipeline.cache.listen([request])[0]
     if isinstance(clip, AudioError):
         raise clip
-    prompt, embeds, transcript = pipeline.row(request, clip, 0)
+    prompt, embeds, transcript = pipeline.encode(request, clip, 0)
     turn = pipeline.turn(request, transcript)
     ids = [_encode(pipeline.processor, turn, text, with_end) for text in candidates]
     starts = [len(os.path.commonprefix([prompt, own])) for own in ids]  # Tokens may merge where prompt and answer meet.

@@ -10,6 +10,7 @@ Notable:
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -86,6 +87,12 @@ class LtuPipeline:
         """ "ltu" or "ltu_as" """
         return self.model.config.model_type
 
+    @property
+    def end_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends])
+
     @cached_property
     def checkpoint(self) -> str:
         """sha256 of the folder's weights; "" for a model that came from none."""
@@ -148,30 +155,29 @@ class LtuPipeline:
         Raises:
             ValueError: as of `run`.
         """
-        queue: SimpleQueue = SimpleQueue()
+        queue: SimpleQueue[str | None] = SimpleQueue()
         is_left = threading.Event()
 
         def on_text(_: int, text: str) -> bool:
             queue.put(text)
             return not is_left.is_set()
 
-        def work() -> None:
+        def work() -> Answer:
             try:
-                queue.put(next(self.run([request], 1, seed, on_text, **decoding))[1])
-            except BaseException as error:  # Raised where it can be seen, in the reading thread.
-                queue.put(error)
+                return next(self.run([request], 1, seed, on_text, **decoding))[1]
+            finally:
+                queue.put(None)
 
-        threading.Thread(target=work, daemon=True).start()
-        shown = ""
+        shown, pool = "", ThreadPoolExecutor(1, "stream")
         try:
-            while not isinstance(item := queue.get(), Answer):
-                if isinstance(item, BaseException):
-                    raise item
-                if item != shown:
-                    yield (shown := item)
-            yield item
+            answer = pool.submit(work)
+            while (text := queue.get()) is not None:
+                if text != shown:
+                    yield (shown := text)
+            yield answer.result()  # Or what was raised there.
         finally:
             is_left.set()
+            pool.shutdown(wait=False)
 
     def score(self, request: Request, candidates: list[str], **settings: Any) -> list[Any]:
         """Log-likelihood of each candidate as the answer; see `ltu.label_scoring.score_labels`."""
@@ -189,7 +195,7 @@ class LtuPipeline:
         clips = self.cache.listen(requests)
         if errors := [clip for clip in clips if isinstance(clip, AudioError)]:
             raise errors[0]
-        rows = [self.row(request, clip, new_tokens) for request, clip in zip(requests, clips, strict=True)]
+        rows = [self.encode(request, clip, new_tokens) for request, clip in zip(requests, clips, strict=True)]
         return self.lay_out([row[0] for row in rows], [row[1] for row in rows])
 
     def turn(self, request: Request, transcript: str | None) -> Turn:
@@ -206,8 +212,10 @@ class LtuPipeline:
         messages[place] = messages[place] | {"transcript": transcript}
         return self.processor.turn(messages)
 
-    def row(self, request: Request, clip: Heard | None, new_tokens: int) -> tuple[list[int], torch.Tensor | None, str]:
-        """Ids of the text, vectors of as much audio as fits in front of it, and the transcript in it."""
+    def encode(
+        self, request: Request, clip: Heard | None, new_tokens: int
+    ) -> tuple[list[int], torch.Tensor | None, str]:
+        """Ids of the text, vectors (windows, tokens, hidden) of as much audio as leaves room, and the transcript."""
         transcript = (clip and clip.transcript) or "" if request.transcript is None else request.transcript
         transcript = "" if request.mode == "audio_only" else transcript
         ids = self.processor.encode(self.turn(request, transcript).prompt)
@@ -237,7 +245,7 @@ class LtuPipeline:
         for index, (answer, request, clip) in enumerate(zip(answers, requests, clips, strict=True)):
             answer.note_clip(clip)
             if answer.answered:
-                text, own, answer.transcript = self.row(request, clip, settings[index]["max_new_tokens"])
+                text, own, answer.transcript = self.encode(request, clip, settings[index]["max_new_tokens"])
                 answer.note_prompt(len(text), 0 if own is None else len(own), window, self.model.config)
             if answer.answered:
                 good.append(index)
@@ -265,8 +273,7 @@ class LtuPipeline:
         on_text: OnText | None,
     ) -> None:
         """Fills in what the model says."""
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
+        ends = self.end_ids
         start, stops, watching = batch["input_ids"].shape[1], [], None
         more: dict[str, Any] = {name: value for name, value in settings[0].items() if name not in ROW_SETTINGS}
         if min(limits) < (longest := max(limits)):

@@ -226,10 +226,11 @@ class LtuProcessor(ProcessorMixin):
         Raises:
             ltu.audio.AudioError: it cannot be heard.
         """
-        waveform, rate, channels = (sound := read_sound(audio)).waveform, sound.sampling_rate, sound.channels
-        there = self.feature_extractor.count_windows(len(waveform))
-        heard = {"sampling_rate": rate, "channels": channels, "windows": min(windows or there, there)}
-        return Heard(audio, len(waveform) / SAMPLING_RATE, waveform, **heard)
+        sound = read_sound(audio)
+        there = self.feature_extractor.count_windows(len(sound.waveform))
+        found = {"sampling_rate": sound.sampling_rate, "channels": sound.channels}
+        found["windows"] = min(windows or there, there)
+        return Heard(audio, len(sound.waveform) / SAMPLING_RATE, sound.waveform, **found)
 
     def stored(self, audio: AudioSource, audio_id: str | None = None) -> Any | None:
         """What a feature folder holds of a clip: nothing for LTU."""

@@ -34,14 +34,14 @@ class Request:
     mode: str = "joint"
     decoding: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
-    windows: int | None = None
+    windows: int = 1
     history: list[dict] = field(default_factory=list)
 
     def check(self) -> None:
         """Raises ValueError for a mode that there is not, or an impossible number of windows."""
         if self.mode not in MODES:
             raise ValueError(f"The mode of a request is {self.mode!r}; there are {', '.join(MODES)}.")
-        if self.windows is not None and (not isinstance(self.windows, int) or self.windows < 0):
+        if not isinstance(self.windows, int) or self.windows < 0:
             raise ValueError(f"The windows of a request are {self.windows!r}; give a number from 1, or 0 for all.")
 
 

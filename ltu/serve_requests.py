@@ -107,8 +107,8 @@ class Reader:
         request.history, request.decoding = history, self.decode_as(fields)
         request.seed = fields.get("seed", self.seeds.getrandbits(31))
         request.audio = next((message["audio"] for message in messages if message.get("audio") is not None), None)
-        if request.audio is not None:  # The engine hears it later; what cannot be heard need not wait for that.
-            read_sound(request.audio, max_seconds=self.args.max_seconds)
+        if request.audio is not None:  # What cannot be heard need not wait for the engine.
+            request.audio = read_sound(request.audio, max_seconds=self.args.max_seconds)
         usage = fields.get("stream_options", {}).get("include_usage") is True
         return Job(request, stop, fields.get("stream", False), usage)
 

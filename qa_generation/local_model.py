@@ -41,13 +41,13 @@ class LocalModel:
             await asyncio.sleep(0.02)  # So that requests of the same moment come into one batch.
             count = self.settings.concurrency
             batch, self.waiting = self.waiting[:count], self.waiting[count:]
-            try:
-                replies = await asyncio.to_thread(self._answer, [part[:2] for part in batch])
-                for (_, _, future), reply in zip(batch, replies, strict=True):
-                    future.set_result(reply)
-            except Exception as error:  # Whatever it is, those who wait for the batch must hear of it.
-                for _, _, future in batch:
+            answering = asyncio.create_task(asyncio.to_thread(self._answer, [part[:2] for part in batch]))
+            await asyncio.wait([answering])
+            for number, (_, _, future) in enumerate(batch):
+                if error := answering.exception():  # Whatever it is, those who wait for the batch must hear of it.
                     future.set_exception(error)
+                else:
+                    future.set_result(answering.result()[number])
 
     def _prompt(self, messages: list[dict[str, str]]) -> str:
         if self.tokenizer.chat_template:

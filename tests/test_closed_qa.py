@@ -41,6 +41,10 @@ def outputs(task: str, record: dict, **changes) -> list[str]:
         ("cla_label", {"labels": ["Dog", "Speech"]}, ["Labels: Dog; Speech"]),
         ("cla_label", {"labels": "Dog; Speech;"}, ["Labels: Dog; Speech"]),
         ("cla_label", {"labels": []}, []),
+        ("cla_label", {"labels": [""]}, []),
+        ("genre_cla", {"genre": " ; "}, []),
+        ("asr", {"text": "  "}, []),
+        ("speed_cla", {"speed": "nan"}, []),
         ("cla_label_des", {"labels": "Dog"}, ["Labels: short, harsh bursts -> Dog"]),
         ("cla_label_des", {"labels": "Dog;Cat"}, []),  # nothing is known of the cat's sound
         ("caption", {"caption": "A dog."}, ["Audio caption: A dog."]),

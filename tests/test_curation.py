@@ -484,6 +484,22 @@ def test_leak_check(tmp_path, capsys):
     assert leak_check.main([*again, "--workers", "1"]) == 0
 
 
+def test_numbers_are_no_ids(tmp_path, capsys):
+    """VoxCeleb numbers the clips of each video: another speaker's 00001 is no leak, the same sound is."""
+    speakers = ("id1/21Uxsk56VDQ", "id2/_z_BR0ERa9g")
+    test = [clip(tmp_path / f"test/{who}/00001.wav", number) for number, who in enumerate(speakers)]
+    clip(tmp_path / "train/id3/JF4Rb0tDv1E/00001.wav", 5)
+    clip(tmp_path / "train/id4/copy/00001.wav", 0)
+    names = [str(path.relative_to(tmp_path / "test")) for path in map(Path, test)]
+    asked = write(tmp_path / "test/rows.json", [question(name) for name in names])
+    rows = [question(name) for name in ("id3/JF4Rb0tDv1E/00001.wav", "id4/copy/00001.wav")]
+    flags = ["--data_path", str(write(tmp_path / "train/rows.json", rows)), "--against", str(asked), "--workers", "1"]
+    assert leak_check.main(flags) == 0
+    assert "2 clips have no name of their own" in capsys.readouterr().out
+    assert leak_check.main([*flags, "--content"]) == 1
+    assert "1 of 2 rows" in capsys.readouterr().out
+
+
 def test_relocate(tmp_path, capsys):
     here = [clip(tmp_path / "disk/x/Yabcdefghijk.wav", 0), clip(tmp_path / "disk/other.flac", 1)]
     rows = [
