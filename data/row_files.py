@@ -207,6 +207,15 @@ def sync_and_rename(unfinished: Path, path: Path) -> None:
     os.replace(unfinished, path)
 
 
+def write_json(value: Any, path: Path) -> None:
+    """A report or recipe, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    unfinished.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # Names may be no UTF-8.
+    sync_and_rename(unfinished, path)
+
+
 def hash_file(path: str | Path) -> str:
     """sha256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -223,8 +232,5 @@ def write_recipe(output: str | Path, verb: str, inputs: Iterable[str | Path], **
     sources = [{"path": str(path), "bytes": Path(path).stat().st_size, "sha256": hash_file(path)} for path in inputs]
     recipe = {"verb": verb, "inputs": sources, **facts}
     recipe |= {"output": {"path": output.name, "sha256": hash_file(output)}, "versions": versions}
-    path = output.with_name(f"{output.name}.recipe.json")
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(json.dumps(recipe, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_and_rename(unfinished, path)
+    write_json(recipe, output.with_name(f"{output.name}.recipe.json"))
     return recipe

@@ -7,7 +7,6 @@ Notable:
 - Different clips, questions and answers are counted by way of files beside the output, 48 bytes a row.
 """
 
-import json
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from data.audio_names import NO_AUDIO
 from data.combine import CLOSED_ENDED
 from data.command import command_parser, run
 from data.distinct import Distinct
-from data.row_files import KEYS, read_rows, sync_and_rename
+from data.row_files import KEYS, read_rows, write_json
 
 TEXTS = ("instruction", "input", "output")
 DISTINCT = ("audio_id", "instruction", "output")
@@ -105,9 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     args.output_path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_path.parent, prefix=".stats_") as folder:
         found = count_rows(args.data_path, folder)
-    unfinished = args.output_path.with_name(f"{args.output_path.name}.tmp")
-    unfinished.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_and_rename(unfinished, args.output_path)
+    write_json(found, args.output_path)
     for kind in ("rows", "clips", "questions", "answers"):
         print(f"{kind:10}{found[kind]:>12,}")
     for kind in ("dataset", "task"):

@@ -27,7 +27,7 @@ import numpy as np
 from data.audio_names import NO_AUDIO
 from data.command import command_parser, run
 from data.distinct import Distinct
-from data.row_files import read_rows, sync_and_rename
+from data.row_files import read_rows, write_json
 
 SHOWN = 10  # of each kind of error
 CLIPS_AT_ONCE = 4096
@@ -152,12 +152,9 @@ def main(argv: list[str] | None = None) -> int:
         check = listen if args.listen else look
         report |= check_clips(first_clips(args.data_path, firsts), root, check, findings)
     report |= {"wrong": dict(findings.counts), "examples": dict(findings.examples)}
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    print(text)
+    print(json.dumps(report, indent=1, ensure_ascii=False))
     if args.output_path:
-        unfinished = args.output_path.with_name(f"{args.output_path.name}.tmp")
-        unfinished.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        sync_and_rename(unfinished, args.output_path)
+        write_json(report, args.output_path)
     forgiven = findings.counts["duplicate"] if args.allow_duplicates else 0
     return int(findings.counts.total() - forgiven > args.max_bad)
 
