@@ -9,7 +9,7 @@ import fcntl
 import json
 from pathlib import Path
 
-from data.row_files import RowWriter
+from ltu.row_files import RowWriter
 
 
 class Ledger:

@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from ltu.row_files import stream_rows
+
 DECODED = ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64"
 NOT_DECODED = ".m4a .mp4 .aac .webm .mkv .wma .mka .mov .avi .3gp .amr .ape .ac3 .m4b .ra"  # They go into the ledger.
 SUFFIXES = {*DECODED.split(), *NOT_DECODED.split()}
@@ -120,9 +122,7 @@ def read_ids(file: Path, column: str | None = None) -> Iterator[str]:
         ValueError: no such column; broken JSON.
     """
     if file.suffix.lower() not in TABLES:
-        from data.row_files import read_rows  # Needs a package of the extra "data"; tables do without.
-
-        for number, row in enumerate(read_rows(file), start=1):
+        for number, row in enumerate(stream_rows(file), start=1):
             name = column or next((name for name in ID_COLUMNS if name in row), None)
             if name not in row:
                 raise ValueError(f"{file}, row {number} has no {name or 'audio_id'!r}, only {sorted(row)}.")

@@ -37,6 +37,8 @@ from typing import Any
 
 from data.audio_names import read_cells
 from data.command import run
+from data.recipe import write_recipe
+from ltu.row_files import RowWriter, stream_rows
 
 PREFIX = "Closed-ended question: "
 # Hz, between the five names: the cut points of LTU-AS's own generators.
@@ -202,10 +204,8 @@ def read_records(file: Path, columns: dict[str, list[str]], separator: str, audi
     Raises:
         ValueError: no `audio_id`, or no file that can be read.
     """
-    from data.row_files import read_rows
-
     is_table = file.suffix.lower() in (".csv", ".tsv")
-    for number, record in enumerate(_table(file) if is_table else read_rows(file), start=1):
+    for number, record in enumerate(_table(file) if is_table else stream_rows(file), start=1):
         for ours, theirs in columns.items():
             values = [record[name] for name in theirs if record.get(name) not in (None, "")]
             record[ours] = values if len(theirs) > 1 else values[0] if values else None
@@ -264,8 +264,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from data.row_files import RowWriter, write_recipe
-
     args = parse_args(argv)
     inputs = [path for path in (args.metadata, args.audio_ids, args.descriptions, args.cuts) if path]
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))

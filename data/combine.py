@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from data.command import run
-from data.row_files import RowWriter, encode_row, read_rows, write_recipe
+from data.recipe import write_recipe
 from data.shuffle import add_order_flags, order_of, shuffle_rows
+from ltu.row_files import RowWriter, encode_row, stream_rows
 
 RECIPES = Path(__file__).parent / "recipes"
 CLOSED_ENDED = "Closed-ended question: "
@@ -54,7 +55,7 @@ def part_rows(path: Path, part: dict[str, Any], chance: random.Random) -> Iterat
     """The rows of a file as its part of the recipe has them."""
     repeat, share = part.get("repeat", {}), part.get("closed_ended_share", 0)
     for turn in range(max([1, *repeat.values()])):
-        for row in read_rows(path):
+        for row in stream_rows(path):
             dataset = str(row.get("dataset", "")).lower()
             times = next((n for pattern, n in repeat.items() if fnmatchcase(dataset, pattern)), 1) if repeat else 1
             if turn >= times:

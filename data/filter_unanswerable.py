@@ -16,7 +16,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from data.command import command_parser, run
-from data.row_files import RowWriter, encode_row, read_rows, write_recipe
+from data.recipe import write_recipe
+from ltu.row_files import RowWriter, encode_row, stream_rows
 
 ORIGINAL = """cannot determine|not provided|cannot be determined|sorry|i cannot|without more information
 enough information|not possible|more context|enough|impossible|without additional information|unclear|cannot|not clear
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         RowWriter(args.output_path, [args.data_path]) as kept,
         RowWriter(args.dropped_path, [args.data_path, args.output_path]) if has_rest else nullcontext() as rest,
     ):
-        for row in read_rows(args.data_path):
+        for row in stream_rows(args.data_path):
             output = row.get("output")
             found = {}
             if isinstance(output, str) and is_unanswerable(output, "original"):

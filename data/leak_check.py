@@ -27,8 +27,9 @@ from pathlib import Path
 from data.audio_names import NO_AUDIO, stem, youtube
 from data.command import command_parser, run
 from data.distinct import Distinct
-from data.row_files import RowWriter, read_rows, write_recipe
+from data.recipe import write_recipe
 from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
+from ltu.row_files import RowWriter, stream_rows
 
 
 def id_of(audio_id: str) -> str:
@@ -62,7 +63,7 @@ def clips_of(path: Path) -> Iterator[str]:
     """Every `audio_id` of a file once."""
     with tempfile.TemporaryDirectory() as folder:
         clips = Distinct(folder)
-        for number, row in enumerate(read_rows(path)):
+        for number, row in enumerate(stream_rows(path)):
             if row.get("audio_id") not in NO_AUDIO:
                 clips.add(row["audio_id"], number)
         firsts = clips.firsts()
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     names, contents, unread, not_read = {}, {}, 0, []  # Of clips that cannot be heard, the first few by name.
     for path in args.against:
-        clips = list(dict.fromkeys(row["audio_id"] for row in read_rows(path) if row.get("audio_id") not in NO_AUDIO))
+        clips = list(dict.fromkeys(row["audio_id"] for row in stream_rows(path) if row.get("audio_id") not in NO_AUDIO))
         times = Counter(id_of(clip) for clip in clips if not youtube(clip))
         names |= {id_of(clip): f"{path.name}: {clip}" for clip in clips if times[id_of(clip)] <= 1}
         if shared := [clip for clip in clips if times[id_of(clip)] > 1]:
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             elif digest in contents:
                 copies[clip] = contents[digest]
     found, rows, leaked = {}, 0, 0
-    for row in read_rows(args.data_path):
+    for row in stream_rows(args.data_path):
         rows, clip = rows + 1, row.get("audio_id")
         if clip not in NO_AUDIO and (clip in copies or id_of(clip) in names):
             leaked += 1
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {unread:,} clips cannot be heard: {', '.join(not_read)}")
     if args.clean_path:
         with RowWriter(args.clean_path, [args.data_path, *args.against]) as output:
-            for row in read_rows(args.data_path):
+            for row in stream_rows(args.data_path):
                 if row.get("audio_id") not in found:
                     output.write(row)
         facts = {"content": args.content, "rows": output.count, "removed": leaked}

@@ -45,8 +45,9 @@ from tqdm import tqdm
 from data.audio_ledger import Ledger
 from data.audio_names import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
 from data.command import run as run_command
-from data.row_files import sync_and_rename, write_recipe
+from data.recipe import write_recipe
 from ltu.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, read_sound
+from ltu.row_files import sync_and_rename
 
 QUIET = 2.0**-8  # peak (-48 dB) below which 16 bit would leave less than 8
 BEYOND = 2.0  # Resampling overshoots full scale by less; a file that is louder is not scaled as sound is.

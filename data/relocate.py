@@ -20,7 +20,8 @@ from pathlib import Path
 
 from data.audio_names import NO_AUDIO, SUFFIXES, read_cells, stem, youtube
 from data.command import command_parser, run
-from data.row_files import RowWriter, read_rows, write_recipe
+from data.recipe import write_recipe
+from ltu.row_files import RowWriter, stream_rows
 
 HEADERS = {("id", "audio_id"), ("audio_id", "path"), ("audio_id", "file")}
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     asked, here, first_missing = Counter(), Counter(), []
     base = args.output_path.parent.absolute()
     with RowWriter(args.output_path, [args.data_path]) as output:
-        for number, row in enumerate(read_rows(args.data_path), start=1):
+        for number, row in enumerate(stream_rows(args.data_path), start=1):
             audio_id, dataset = row.get("audio_id"), str(row.get("dataset"))
             if audio_id not in NO_AUDIO:
                 asked[dataset] += 1

@@ -16,14 +16,15 @@ from pathlib import Path
 
 from data.audio_names import NO_AUDIO
 from data.command import command_parser, run
-from data.row_files import RowWriter, read_rows, write_recipe
+from data.recipe import write_recipe
+from ltu.row_files import RowWriter, stream_rows
 
 
 def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str]:
     """`audio_id`s: those with the lowest hashes, of all or of each dataset."""
     chosen: dict[str, dict[str, bytes]] = defaultdict(dict)
     highest: dict[str, bytes] = {}
-    for row in read_rows(path):
+    for row in stream_rows(path):
         audio_id = row.get("audio_id")
         if audio_id in NO_AUDIO:
             continue
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     root = args.audio_root or args.data_path.parent
     places = copy_clips(chosen, root, args.output_path.parent) if args.copy_audio else {}
     with RowWriter(args.output_path, [args.data_path]) as output:
-        for row in read_rows(args.data_path):
+        for row in stream_rows(args.data_path):
             if row.get("audio_id") in chosen:
                 output.write(row | {"audio_id": places.get(row["audio_id"], row["audio_id"])})
     settings = {"clips": len(chosen), "seed": args.seed, "by_dataset": args.by_dataset, "copied": args.copy_audio}

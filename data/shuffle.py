@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from data.command import command_parser, run
-from data.row_files import RowWriter, encode_row, read_rows, write_recipe
+from data.recipe import write_recipe
+from ltu.row_files import RowWriter, encode_row, stream_rows
 
 MAX_PART = 2**26  # bytes of a file that is sorted in memory
 MAX_HELD = 2**25  # bytes of lines that wait to be written
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with RowWriter(args.output_path, [args.data_path]) as output:
         rows = shuffle_rows(
-            lambda _: read_rows(args.data_path), args.output_path.parent, args.seed, args.original_shuffle
+            lambda _: stream_rows(args.data_path), args.output_path.parent, args.seed, args.original_shuffle
         )
         for line in rows:
             output.write(line)

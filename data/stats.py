@@ -16,7 +16,8 @@ from data.audio_names import NO_AUDIO
 from data.combine import CLOSED_ENDED
 from data.command import command_parser, run
 from data.distinct import Distinct
-from data.row_files import KEYS, read_rows, write_json
+from data.recipe import write_json
+from ltu.row_files import KEYS, stream_rows
 
 TEXTS = ("instruction", "input", "output")
 DISTINCT = ("audio_id", "instruction", "output")
@@ -42,7 +43,7 @@ def count_rows(path: Path, folder: str) -> dict[str, Any]:
     kinds: Counter[tuple[str, str]] = Counter()
     marked, keys, rows = 0, Counter(), 0
     distinct = {key: Distinct(folder, key) for key in DISTINCT}
-    for row in read_rows(path):
+    for row in stream_rows(path):
         rows += 1
         keys[tuple(row)] += 1
         task = str(row.get("task"))

@@ -27,7 +27,8 @@ import numpy as np
 from data.audio_names import NO_AUDIO
 from data.command import command_parser, run
 from data.distinct import Distinct
-from data.row_files import read_rows, write_json
+from data.recipe import write_json
+from ltu.row_files import stream_rows
 
 SHOWN = 10  # of each kind of error
 CLIPS_AT_ONCE = 4096
@@ -53,7 +54,7 @@ def check_rows(path: Path, folder: str, findings: Findings) -> tuple[int, Counte
     clips, contents = Distinct(folder, "clips"), Distinct(folder, "rows")
     lacking: Counter[str] = Counter()
     number = -1
-    for number, row in enumerate(read_rows(path)):
+    for number, row in enumerate(stream_rows(path)):
         if reason := what_is_wrong(row, True):
             findings.add("row", f"row {number + 1}: {reason}")
         lacking.update(key for key in ("input", "audio_id", "dataset", "task") if key not in row)
@@ -71,7 +72,7 @@ def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
     """(audio_id, dataset) of these rows."""
     wanted = iter(firsts.tolist())
     at = next(wanted, None)
-    for number, row in enumerate(read_rows(path)):
+    for number, row in enumerate(stream_rows(path)):
         if number == at:
             yield str(row["audio_id"]), str(row.get("dataset"))
             at = next(wanted, None)

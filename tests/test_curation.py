@@ -16,8 +16,8 @@ import soundfile
 from benchmarks.curation import CLOSED, OPEN, ROWS, random_rows
 from data import combine, filter_unanswerable, leak_check, relocate, sample, shuffle, stats, validate
 from data.distinct import Distinct
-from data.row_files import RowFileError, RowWriter, encode_row, read_rows
-from data.row_parser import LineSplitter, ListSplitter
+from ltu.row_files import RowError, RowWriter, encode_row, stream_rows
+from ltu.row_parser import LineSplitter, ListSplitter
 
 ENDINGS = [".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"]
 
@@ -67,15 +67,15 @@ def multiset(rows) -> Counter:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few bytes, so that rows lie across their ends."""
-    monkeypatch.setattr("data.row_files.BLOCK", 37)
+    monkeypatch.setattr("ltu.row_files.BLOCK", 37)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_format_gives_the_rows_back(tmp_path, ending):
     rows = nasty_rows(500)
     path = write(tmp_path / f"rows{ending}", rows)
-    assert list(read_rows(path)) == rows or ending == ".parquet"
-    assert multiset(read_rows(path)) == multiset(rows)
+    assert list(stream_rows(path)) == rows or ending == ".parquet"
+    assert multiset(stream_rows(path)) == multiset(rows)
     first = path.read_bytes()
     assert write(path, rows).read_bytes() == first
     assert list(tmp_path.iterdir()) == [path]
@@ -83,7 +83,7 @@ def test_every_format_gives_the_rows_back(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_rows(tmp_path, ending):
-    assert list(read_rows(write(tmp_path / f"rows{ending}", []))) == []
+    assert list(stream_rows(write(tmp_path / f"rows{ending}", []))) == []
 
 
 @pytest.mark.parametrize("indent", [None, 1, 4])
@@ -95,10 +95,10 @@ def test_lists_of_other_writers(tmp_path, small_blocks, indent, ascii_only):
     path = tmp_path / "rows.json"
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     path.write_text(f"\ufeff \n{text}\n\n", encoding="utf-8")
-    assert list(read_rows(path)) == rows
+    assert list(stream_rows(path)) == rows
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\r\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + "\n\n", newline="")
-    assert list(read_rows(lines)) == rows
+    assert list(stream_rows(lines)) == rows
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -106,16 +106,16 @@ def test_any_cut_into_blocks_gives_the_same_rows(tmp_path, monkeypatch, seed):
     rows = nasty_rows(60, seed)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=bool(seed % 2)), encoding="utf-8")
-    monkeypatch.setattr("data.row_files.BLOCK", random.Random(seed).randint(1, 400))
-    assert list(read_rows(path)) == rows
+    monkeypatch.setattr("ltu.row_files.BLOCK", random.Random(seed).randint(1, 400))
+    assert list(stream_rows(path)) == rows
 
 
 def test_half_a_surrogate_pair_survives(tmp_path):
     path = tmp_path / "rows.json"
     rows = [{"output": "cut \ud83d"}, {"output": "whole"}]
     path.write_text(json.dumps(rows))
-    assert list(read_rows(path)) == rows
-    assert list(read_rows(write(tmp_path / "again.jsonl", rows))) == rows
+    assert list(stream_rows(path)) == rows
+    assert list(stream_rows(write(tmp_path / "again.jsonl", rows))) == rows
     with pytest.raises(ValueError, match="rows 1 to 2 fit no table.*jsonl"):
         write(tmp_path / "again.parquet", rows)
     assert not (tmp_path / "again.parquet").exists()
@@ -141,12 +141,12 @@ MALFORMED = {  # text -> (row, byte), the byte from the start of the first occur
 @pytest.mark.parametrize("text", MALFORMED)
 @pytest.mark.parametrize("block", [1, 7, 2**20])
 def test_malformed_input_names_row_and_byte(tmp_path, monkeypatch, text, block):
-    monkeypatch.setattr("data.row_files.BLOCK", block)
+    monkeypatch.setattr("ltu.row_files.BLOCK", block)
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
     row, mark = MALFORMED[text]
-    with pytest.raises(RowFileError) as found:
-        list(read_rows(path))
+    with pytest.raises(RowError) as found:
+        list(stream_rows(path))
     message = str(found.value)
     assert f"{path}, row {row}, byte " in message and "mend or remove" in message
     byte = int(message.split("byte ")[1].split(":")[0])
@@ -159,34 +159,34 @@ def test_invalid_utf8_names_row_and_byte(tmp_path, form):
     path = tmp_path / "rows.json"
     rows = b'{"a": "b"}%s{"a": "\xff"}' % (b", " if form == "[%s]" else b"\n")
     path.write_bytes(form.encode() % rows)
-    with pytest.raises(RowFileError, match=rf"row 2, byte {path.read_bytes().index(255)}: not UTF-8"):
-        list(read_rows(path))
+    with pytest.raises(RowError, match=rf"row 2, byte {path.read_bytes().index(255)}: not UTF-8"):
+        list(stream_rows(path))
 
 
 def test_malformed_row_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.row_parser.MAX_ROW", 2**14)
-    monkeypatch.setattr("data.row_files.BLOCK", 2**12)
+    monkeypatch.setattr("ltu.row_parser.MAX_ROW", 2**14)
+    monkeypatch.setattr("ltu.row_files.BLOCK", 2**12)
     rows = [json.dumps({"instruction": "q" * 50, "output": f"{n}"}) for n in range(3000)]
     rows[1500] = rows[1500].replace(":", ";", 1)
     path = tmp_path / "rows.json"
     for separator, form in ((",\n", "[%s]"), ("\n", "%s")):
         path.write_text(form % separator.join(rows))
-        with pytest.raises(RowFileError, match=f"row 1501, byte {path.read_text().index(';')}: "):
-            list(read_rows(path))
+        with pytest.raises(RowError, match=f"row 1501, byte {path.read_text().index(';')}: "):
+            list(stream_rows(path))
 
 
 @pytest.mark.parametrize("ending", [".json.gz", ".json.zst", ".parquet", ".json"])
 def test_cut_off_files_are_errors(tmp_path, ending):
     path = write(tmp_path / f"rows{ending}", nasty_rows(3000))
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(RowFileError, match="rows"):
-        list(read_rows(path))
+    with pytest.raises(RowError, match="rows"):
+        list(stream_rows(path))
 
 
 def test_gzip_of_python_and_several_members(tmp_path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n') + gzip.compress(b'{"a": 2}\n'))
-    assert list(read_rows(path)) == [{"a": 1}, {"a": 2}]
+    assert list(stream_rows(path)) == [{"a": 1}, {"a": 2}]
 
 
 def test_an_error_leaves_nothing_behind_and_keeps_what_was(tmp_path):
@@ -194,7 +194,7 @@ def test_an_error_leaves_nothing_behind_and_keeps_what_was(tmp_path):
     with pytest.raises(RuntimeError), RowWriter(path) as output:
         output.write({"a": 2})
         raise RuntimeError
-    assert list(read_rows(path)) == [{"a": 1}] and list(tmp_path.iterdir()) == [path]
+    assert list(stream_rows(path)) == [{"a": 1}] and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="is read"):
         RowWriter(path, [path])
     with pytest.raises(ValueError, match="jsonl"):
@@ -211,7 +211,7 @@ def test_parser_takes_nothing_that_is_not_json(splitter):
         damaged[chance.randrange(len(text))] = chance.randrange(256)
         try:
             rows, _ = splitter(Path("rows"), 0)(bytes(damaged), at_end=True)
-        except RowFileError:
+        except RowError:
             continue
         assert all(isinstance(row, dict) for row in rows)
 
@@ -221,7 +221,7 @@ def test_parser_takes_nothing_that_is_not_json(splitter):
 
 def run_shuffle(source: Path, target: Path, *flags: str) -> list[dict]:
     assert shuffle.main(["--data_path", str(source), "--output_path", str(target), *flags]) == 0
-    return list(read_rows(target))
+    return list(stream_rows(target))
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.zst"])
@@ -265,11 +265,11 @@ def test_combine_shuffle_split_keeps_the_multiset(tmp_path):
         ]
         target = tmp_path / "all.json"
         combine.main(["--data_path", *map(str, files), "--output_path", str(target), "--seed", str(seed)])
-        found = list(read_rows(target))
+        found = list(stream_rows(target))
         cut = len(found) // 3
         parts = [write(tmp_path / "x.json", found[:cut]), write(tmp_path / "y.parquet", found[cut:])]
-        wanted = multiset(row for file in files for row in read_rows(file))
-        assert sum((multiset(read_rows(part)) for part in parts), Counter()) == wanted
+        wanted = multiset(row for file in files for row in stream_rows(file))
+        assert sum((multiset(stream_rows(part)) for part in parts), Counter()) == wanted
 
 
 def test_combine_original_order_over_several_files(tmp_path):
@@ -279,7 +279,7 @@ def test_combine_original_order_over_several_files(tmp_path):
     combine.main(["--data_path", *map(str, files), "--output_path", str(target), "--original_shuffle"])
     random.seed(0)
     random.shuffle(rows)
-    assert list(read_rows(target)) == rows
+    assert list(stream_rows(target)) == rows
 
 
 def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
@@ -294,7 +294,7 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
     flags = ["--recipe", str(place), "--data_path", f"c={closed}", f"d={caption}", "--output_path", str(target)]
     for order in ([], ["--original_shuffle"], ["--no_shuffle"]):
         assert combine.main([*flags, *order]) == 0
-        rows = list(read_rows(target))
+        rows = list(stream_rows(target))
         marked = sum(row["instruction"] == "Closed-ended question: q?" for row in rows)
         assert len(rows) == 1025 and 440 < marked < 560
         assert Counter(row["dataset"] for row in rows) == {"x": 1000, "Clotho": 20, "other": 5}
@@ -335,8 +335,8 @@ def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
     filter_unanswerable.main(["--data_path", str(source), "--output_path", str(first), *flags])
     filter_unanswerable.main(["--data_path", str(first), "--output_path", str(second), "--rule", rule])
     assert first.read_bytes() == second.read_bytes()
-    dropped = list(read_rows(tmp_path / "dropped.jsonl"))
-    assert multiset(dropped) + multiset(read_rows(first)) == multiset(rows)
+    dropped = list(stream_rows(tmp_path / "dropped.jsonl"))
+    assert multiset(dropped) + multiset(stream_rows(first)) == multiset(rows)
     wanted = [row for row in rows if any(phrase in row["output"].lower() for phrase in filter_unanswerable.PHRASES)]
     assert dropped == wanted if rule == "original" else all(row in wanted for row in dropped)
     record = json.loads((tmp_path / "b.json.recipe.json").read_text())
@@ -372,7 +372,7 @@ def published(tmp_path):
 def test_stats(tmp_path, published):
     target, picture = tmp_path / "stats.json", tmp_path / "stats.png"
     assert stats.main(["--data_path", str(published), "--output_path", str(target), "--plot", str(picture)]) == 0
-    found, rows = json.loads(target.read_text()), list(read_rows(published))
+    found, rows = json.loads(target.read_text()), list(stream_rows(published))
     assert found["rows"] == len(rows) and found["clips"] == len({row["audio_id"] for row in rows})
     assert found["questions"] == len({row["instruction"] for row in rows})
     assert found["dataset"] == dict(Counter(row["dataset"] for row in rows).most_common())
@@ -407,14 +407,14 @@ def test_distinct(tmp_path, monkeypatch):
 def test_sample_takes_whole_clips(tmp_path, published):
     target = tmp_path / "toy" / "rows.json"
     sample.main(["--data_path", str(published), "--output_path", str(target), "--clips", "40", "--seed", "3"])
-    found, rows = list(read_rows(target)), list(read_rows(published))
+    found, rows = list(stream_rows(target)), list(stream_rows(published))
     chosen = {row["audio_id"] for row in found}
     assert len(chosen) == 40 and found == [row for row in rows if row["audio_id"] in chosen]
     turned = write(tmp_path / "turned.jsonl", rows[::-1])
     sample.main(["--data_path", str(turned), "--output_path", str(target), "--clips", "40", "--seed", "3"])
-    assert {row["audio_id"] for row in read_rows(target)} == chosen
+    assert {row["audio_id"] for row in stream_rows(target)} == chosen
     sample.main(["--data_path", str(published), "--output_path", str(target), "--clips", "2", "--by_dataset"])
-    groups = Counter(dataset for dataset, _ in {(row["dataset"], row["audio_id"]) for row in read_rows(target)})
+    groups = Counter(dataset for dataset, _ in {(row["dataset"], row["audio_id"]) for row in stream_rows(target)})
     assert set(groups.values()) <= {1, 2} and len(groups) == len({row["dataset"] for row in rows})
 
 
@@ -436,7 +436,7 @@ def test_sample_copies_audio(tmp_path):
     source = write(tmp_path / "rows.json", [question(name) for name in names])
     target = tmp_path / "toy" / "rows.json"
     sample.main(["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"])
-    copied = [target.parent / row["audio_id"] for row in read_rows(target)]
+    copied = [target.parent / row["audio_id"] for row in stream_rows(target)]
     assert [path.read_bytes() for path in copied] == [(tmp_path / name).read_bytes() for name in names]
 
 
@@ -479,7 +479,7 @@ def test_leak_check(tmp_path, capsys):
     clean = tmp_path / "clean.json"
     assert leak_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
     assert "2 of 4 rows are on 2 clips" in capsys.readouterr().out
-    assert [row["instruction"] for row in read_rows(clean)] == ["2", "3"]
+    assert [row["instruction"] for row in stream_rows(clean)] == ["2", "3"]
     again = ["--data_path", str(clean), "--audio_root", str(train.parent), "--against", str(test), "--content"]
     assert leak_check.main([*again, "--workers", "1"]) == 0
 
@@ -514,16 +514,16 @@ def test_relocate(tmp_path, capsys):
         relocate.main(flags)
     assert not target.exists()
     assert relocate.main([*flags, "--drop_missing"]) == 0
-    assert [row["audio_id"] for row in read_rows(target)] == [*here, "empty"]
+    assert [row["audio_id"] for row in stream_rows(target)] == [*here, "empty"]
     assert relocate.main([*flags, "--drop_missing", "--relative"]) == 0
-    assert (target.parent / next(read_rows(target))["audio_id"]).resolve() == Path(here[0])
+    assert (target.parent / next(stream_rows(target))["audio_id"]).resolve() == Path(here[0])
     table = tmp_path / "disk/audio_ids.csv"
     table.write_text("id,audio_id\nz,other.flac\n")
     prefix = ["--prefix", f"/far/audio={tmp_path}/disk", "--prefix", f"/far={tmp_path}/disk"]
     clip(tmp_path / "disk/abcdefghijk.flac", 5)
     clip(tmp_path / "disk/other.wav", 6)
     assert relocate.main([*flags[:4], *prefix, "--table", str(table)]) == 0
-    found = [Path(row["audio_id"]).name for row in read_rows(target)]
+    found = [Path(row["audio_id"]).name for row in stream_rows(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
     with pytest.raises(ValueError, match="have one name"):
         relocate.main(flags)
@@ -542,8 +542,8 @@ def peak(run) -> int:
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(shuffle, "MAX_HELD", 2**17)
-    monkeypatch.setattr("data.row_files.BLOCK", 2**14)
-    monkeypatch.setattr("data.row_files.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("ltu.row_files.BLOCK", 2**14)
+    monkeypatch.setattr("ltu.row_files.ROWS_AT_ONCE", 64)
     monkeypatch.setattr("data.distinct.HELD", 2**11)
     rows = [json.dumps(row) for row in random_rows(OPEN, 0.0005, 0)]  # 0.8 MB
     peaks = {}

@@ -159,7 +159,13 @@ def test_no_path_or_address_of_a_request_is_opened(served, folder: Path, monkeyp
     shutil.copy(folder / "good.wav", beside)
     link.symlink_to(beside)
     places = ["/etc/passwd", str(beside), str(here.uploads / ".." / "beside.wav"), "beside.wav", "../../etc/passwd"]
-    places += [str(link), f"{here.url}config", "http://127.0.0.1:9/a.wav", "file:///etc/passwd", "ftp://127.0.0.1/a.wav"]
+    places += [
+        str(link),
+        f"{here.url}config",
+        "http://127.0.0.1:9/a.wav",
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/a.wav",
+    ]
     places += ["https://example.com/a.wav", f"/gradio_api/file={beside}", f"{here.url}gradio_api/file={beside}"]
     for place in places:
         for more in ({}, {"is_stream": True, "url": place, "orig_name": "good.wav"}):
@@ -253,7 +259,11 @@ def test_the_script(folder: Path, tmp_path: Path) -> None:
 # --- the page, in a browser
 
 # The player's word for a clip that the browser, too, cannot decode; then two of Gradio 6.0, the one because it may not.
-GRADIOS_ERRORS = ("Waveform load error: MediaError", "signal is aborted", "Loading the script 'https://cdnjs.cloudflare")
+GRADIOS_ERRORS = (
+    "Waveform load error: MediaError",
+    "signal is aborted",
+    "Loading the script 'https://cdnjs.cloudflare",
+)
 GROWTH = """() => {
     window.seen = [];
     const look = () => {

@@ -12,10 +12,10 @@ ARROWS = {
     "ltu": set(),
     "ltu_as": {"ltu"},
     "eval": {"ltu", "ltu_as", "qa_generation.llm"},
-    "data": {"ltu.audio", "ltu.qa_dataset"},
+    "data": {"ltu.audio", "ltu.qa_dataset", "ltu.row_files"},
     "qa_generation": set(),
 }
-WITHOUT_TRANSFORMERS = ["ltu/audio.py", "ltu/qa_dataset.py"]
+WITHOUT_TRANSFORMERS = ["ltu/audio.py", "ltu/qa_dataset.py", "ltu/row_files.py", "ltu/row_parser.py"]
 
 
 def imports(file: Path) -> set[str]:

@@ -119,9 +119,9 @@ BYTES: dict[str, Callable[[np.random.Generator, int], bytes]] = {
     "flac cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d)))])(encoded(r, "flac")),
     "ogg cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d)))])(encoded(r, ("ogg", "opus")[i % 2])),
     "mp3 cut": lambda r, i: (lambda d: d[: int(r.integers(1, 600))])(encoded(r, "mp3")),
-    "aiff, au, caf, w64 or rf64 cut": lambda r, i: (
-        lambda d: d[: int(r.integers(4, len(d) if i % 4 == 0 else 200))]
-    )(encoded(r, ("aiff", "au", "caf", "w64", "rf64")[i % 5])),
+    "aiff, au, caf, w64 or rf64 cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d) if i % 4 == 0 else 200))])(
+        encoded(r, ("aiff", "au", "caf", "w64", "rf64")[i % 5])
+    ),
     "start cut off": lambda r, i: encoded(r, list(FORMATS)[i % len(FORMATS)])[int(r.integers(1, 60)) :],
     "wav header damaged": lambda r, i: flipped(r, encoded(r, ("wav", "wav24", "wav_double")[i % 3]), 0, 44),
     "flac damaged": lambda r, i: flipped(r, encoded(r, "flac"), 0, 10**9 if i % 2 else 60),

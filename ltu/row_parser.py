@@ -21,12 +21,12 @@ ANOTHER_ROW = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")
 END_OF_LIST = re.compile(r"[ \t\r\n]*\][ \t\r\n]*\Z")
 
 
-class RowFileError(ValueError):
+class RowError(ValueError):
     """A file that is no file of rows; the message has path, row (from 1), byte offset (from 0) and the way out."""
 
 
-def malformed(path: str | Path, offset: int, row: int, reason: str) -> RowFileError:
-    return RowFileError(
+def malformed(path: str | Path, offset: int, row: int, reason: str) -> RowError:
+    return RowError(
         f"{path}, row {row}, byte {offset}: {reason}. The file must be a JSON list of objects or one object a line, in "
         "UTF-8; mend or remove that row. In a compressed file, bytes count as decompressed."
     )

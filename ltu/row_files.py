@@ -4,20 +4,18 @@ Notable:
 - A file is known by its first bytes when it is read, by its name when it is written.
 - A row keeps its keys and their order. Parquet has a column for each key: a null in it means that the row lacks the
   key, and no key may be in a later row only.
-- A file has its name only when it is whole and on the disk. FILE.recipe.json beside it says what it was made of.
+- A file has its name only when it is whole and on the disk.
 """
 
-import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from data.row_parser import LineSplitter, ListSplitter, RowFileError
+from ltu.row_parser import LineSplitter, ListSplitter, RowError
 
 BLOCK = 2**20  # bytes
 ROWS_AT_ONCE = 8192  # written at once; of one row group in Parquet
@@ -30,15 +28,15 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _encode = msgspec.json.Encoder().encode
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def stream_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """The rows of a file, in constant memory.
 
     Raises:
-        RowFileError: it is malformed, cut off or missing.
+        RowError: it is malformed, cut off or missing.
     """
     path = Path(path)
     if not path.is_file():
-        raise RowFileError(f"{path} is not there. Give a JSON list, JSON lines or Parquet file (also .gz, .zst).")
+        raise RowError(f"{path} is not there. Give a JSON list, JSON lines or Parquet file (also .gz, .zst).")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"PAR1":
@@ -73,7 +71,7 @@ def _read(file: IO[bytes], path: Path) -> bytes:
     try:
         return file.read(BLOCK)
     except OSError as error:
-        raise RowFileError(f"{path}: cannot be decompressed ({error}). Fetch or write it again.") from error
+        raise RowError(f"{path}: cannot be decompressed ({error}). Fetch or write it again.") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -86,7 +84,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
                 for row in batch.to_pylist():
                     yield {key: value for key, value in row.items() if value is not None}
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise RowFileError(f"{path}: not a whole Parquet file ({error}). Write it again.") from error
+        raise RowError(f"{path}: not a whole Parquet file ({error}). Write it again.") from error
 
 
 def encode_row(row: dict[str, Any]) -> bytes:
@@ -205,32 +203,3 @@ def sync_and_rename(unfinished: Path, path: Path) -> None:
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(unfinished, path)
-
-
-def write_json(value: Any, path: Path) -> None:
-    """A report or recipe, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    unfinished.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")  # Names may be no UTF-8.
-    sync_and_rename(unfinished, path)
-
-
-def hash_file(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_recipe(output: str | Path, verb: str, inputs: Iterable[str | Path], **facts: Any) -> dict[str, Any]:
-    """Write FILE.recipe.json beside the output: what it was made of, by which settings. Same run, same bytes."""
-    output = Path(output)
-    versions = {"python": platform.python_version(), "msgspec": msgspec.__version__}
-    sources = [{"path": str(path), "bytes": Path(path).stat().st_size, "sha256": hash_file(path)} for path in inputs]
-    recipe = {"verb": verb, "inputs": sources, **facts}
-    recipe |= {"output": {"path": output.name, "sha256": hash_file(output)}, "versions": versions}
-    write_json(recipe, output.with_name(f"{output.name}.recipe.json"))
-    return recipe
