@@ -14,73 +14,30 @@ Notable:
 
 import dataclasses
 import json
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ltu.arguments import WHISPER_FLAGS, DataArguments, ModelArguments, RunArguments, parse_args, parse_list
+from ltu.arguments import WHISPER_FLAGS, DataArguments, ModelArguments, RunArguments, parse_args
 from ltu.collator import LtuCollator, describe_batch
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.micro_batches import MicroBatches, total_steps
-from ltu.modeling_ltu import LtuForConditionalGeneration
-from ltu.open_model import open_model
+from ltu.open_model import device_has_bf16, open_to_train
 from ltu.original_files import sha256_of
 from ltu.processing_ltu import IGNORED, LtuProcessor
 from ltu.qa_dataset import QaDataset, check_audio, read_rows
+from ltu.row_index import IndexedRows, find_index
 
-DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05}
-
-
-def device_has_bf16() -> bool:
-    """Whether the device multiplies in bf16: CUDA from Ampere on, or a CPU with AMX or AVX512-BF16."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return not torch.backends.mps.is_available() and any(check is not None and check() for check in checks)
-
-
-def load_model(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
-    """The model of `--base_model`, with LoRA if the plan trains one, frozen as the plan says."""
-    llm_dtype = torch.bfloat16 if bf16 else torch.float32
-    model = open_model(args.base_model, llm_dtype, args.llm, args.device_map)
-    if args.attn_implementation:
-        model.language_model.set_attn_implementation(args.attn_implementation)
-    asked = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
-    asked["target_modules"] = parse_list(args.lora_target_modules) if args.lora_target_modules is not None else None
-    asked = {key: value for key, value in asked.items() if value is not None}
-    no_lora = asked.get("target_modules") == ["dummy"] or args.trainable_params == "proj"
-    has = model.config.lora
-    if has is None and not no_lora:
-        model.add_lora(**(DEFAULT_LORA | asked))
-    elif has is not None and not no_lora:
-        differs = {
-            key: (value, has[key]) for key, value in asked.items() if sorted_if_list(value) != sorted_if_list(has[key])
-        }
-        if differs:
-            raise ValueError(
-                f"{args.base_model} already has LoRA {has}; these flags differ: {differs}. Leave them out."
-            )
-    template = model.config.prompt_template.get("name")
-    if args.prompt_template_name not in (None, "", template):
-        given = args.prompt_template_name
-        raise ValueError(
-            f"{args.base_model} was made with the template {template!r}, not {given!r}: leave the flag out."
-        )
-    model.set_trainable(args.trainable_params)
-    if args.freeze_audio_tower:
-        model.audio_tower.requires_grad_(False)
-    return model
-
-
-def sorted_if_list(value: Any) -> Any:
-    return sorted(value) if isinstance(value, list) else value
+logger = logging.getLogger(__name__)
 
 
 class LtuTrainer(Trainer):
@@ -195,27 +152,41 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
 
 def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcessor) -> tuple[QaDataset, Dataset | None]:
     """Rows to train on, and the held-out ones if `--val_set_size` asks for some."""
-    rows = processor.complete_rows(read_rows(data.data_path, data.audio_root))
+    rows = find_index(data.data_path, data.audio_root)
+    if rows is None:
+        rows = processor.complete_rows(read_rows(data.data_path, data.audio_root))
+    else:
+        rows.check(processor, data.cutoff_len, data.train_on_inputs)
     if data.check_audio and (bad := check_audio(rows)):
         shown = "\n".join(f"  {error}" for error in list(bad.values())[:20])
         raise ValueError(f"{len(bad)} clips of {data.data_path} cannot be heard:\n{shown}")
     if data.val_set_size >= len(rows):
         raise ValueError(f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} rows of {data.data_path}.")
-    held_out = []
+    parts = [rows]
     if data.val_set_size > 0:
-        sizes = [len(rows) - data.val_set_size, data.val_set_size]
-        parts = random_split(range(len(rows)), sizes, generator=torch.Generator().manual_seed(run.seed))
-        rows, held_out = ([rows[index] for index in part] for part in parts)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed))
+        numbers = order.split([len(rows) - data.val_set_size, data.val_set_size])
+        is_indexed = isinstance(rows, IndexedRows)
+        parts = [rows.take(part) if is_indexed else [rows[index] for index in part.tolist()] for part in numbers]
 
-    def make(part: list[dict]) -> QaDataset:
+    def make(part: Sequence[dict]) -> QaDataset:
         return QaDataset(
             part,
             encode=partial(processor.encode_example, cutoff_len=data.cutoff_len, train_on_inputs=data.train_on_inputs),
             read_features=processor.read_features,
             max_bad=data.max_bad,
+            lengths=part.num_ids.clamp(max=data.cutoff_len) if isinstance(part, IndexedRows) else None,
         )
 
-    return make(rows), make(held_out) if held_out else None
+    train_set = make(parts[0])
+    if run.group_by_length and train_set.lengths is None:
+        logger.warning(
+            "%d rows without an index: their order is random, not grouped by length. For --group_by_length, first: "
+            "python -m ltu.qa_dataset index %s --base_model DIR",
+            len(train_set),
+            data.data_path,
+        )
+    return train_set, make(parts[1]) if data.val_set_size > 0 else None
 
 
 def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
@@ -226,14 +197,15 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     processor.use(**{name: getattr(data, name) for name in WHISPER_FLAGS})
     train_set, held_out = make_datasets(data, run, processor)
     bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
-    model = load_model(model_args, bf16)
+    model = open_to_train(model_args, bf16)
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     accumulation = run.batch_size // run.micro_batch_size // world_size
     steps = total_steps(len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs)
     steps = run.max_steps if run.max_steps > 0 else steps
     sizes = (run.micro_batch_size, accumulation, run.num_epochs)
-    order = (run.group_by_length, run.seed, rank, world_size)
-    batches = MicroBatches(train_set.lengths.tolist(), *sizes, *order)
+    is_grouped = run.group_by_length and train_set.lengths is not None
+    order = (is_grouped, run.seed, rank, world_size)
+    batches = MicroBatches(train_set.lengths.tolist() if is_grouped else range(len(train_set)), *sizes, *order)
     batches.epochs = max(run.num_epochs, -(-steps * accumulation // batches.per_epoch))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {

@@ -11,7 +11,7 @@ Notable:
   accumulation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil
 
 import torch
@@ -36,7 +36,7 @@ class MicroBatches:
     """Batch sampler of one rank over all epochs.
 
     Args:
-        lengths: text ids of each row.
+        lengths: text ids of each row; without grouping, anything as long.
         micro_batch_size: rows in one forward pass.
         accumulation: micro-batches of a rank in one optimizer step.
         epochs: passes over all rows.
@@ -46,7 +46,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        lengths: list[int],
+        lengths: Sequence[int],
         micro_batch_size: int,
         accumulation: int = 1,
         epochs: int = 1,

@@ -13,13 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature, LlamaTokenizer, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 
 from ltu.audio import SAMPLING_RATE, read_sound
 from ltu.configuration_ltu import ALPACA_SHORT, LtuConfig
 from ltu.encoding_cache import AudioSource, Heard
-from ltu.prompt_template import CUT, Turn, control_tokens, escape_control_tokens, read_conversation, turn_after
+from ltu.prompt_template import (
+    CUT,
+    Turn,
+    adds_bos,
+    control_tokens,
+    escape_control_tokens,
+    one_each,
+    read_conversation,
+    tokenise,
+    turn_after,
+    user_message,
+)
 
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
 
@@ -56,7 +67,7 @@ class LtuProcessor(ProcessorMixin):
         self.audio_token_id = audio_token_id
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
         self.controls = control_tokens(tokenizer, self.prompt_template.get("chat_template"))
-        self.add_bos = _adds_bos(tokenizer) if add_bos is None else add_bos
+        self.add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
         if tokenizer.eos_token_id is None:
             raise ValueError(f"The tokenizer of {tokenizer.name_or_path} has no end token; set its eos_token first.")
         tokenizer.split_special_tokens = True
@@ -77,7 +88,7 @@ class LtuProcessor(ProcessorMixin):
             prompt_template=config.prompt_template,
         )
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        if (end := processor.turn([_user("")]).end_id) not in ends:
+        if (end := processor.turn([user_message("")]).end_id) not in ends:
             config.eos_token_id = end if ends == [None] else [*ends, end]
         return processor
 
@@ -99,31 +110,36 @@ class LtuProcessor(ProcessorMixin):
 
     def prompt(self, question: str, transcript: str | None = None) -> str:
         """The text in front of the answer."""
-        return self.turn([_user(question, transcript)]).prompt
+        return self.turn([user_message(question, transcript)]).prompt
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, `<s>` first where the language model knows one. A chat template writes its own."""
-        text = text.encode("utf-8", "replace").decode()  # JSON can hold halves of characters; no tokenizer does.
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; many at once are tokenised in parallel."""
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold halves of characters.
         if self.controls is None:
-            ids = self.bos_ids + self.tokenizer(text, add_special_tokens=False).input_ids
+            found = [self.bos_ids + ids for ids in tokenise(self.tokenizer, texts, split_special_tokens=True)]
         else:
-            settings = {"add_special_tokens": False, "split_special_tokens": False}
-            ids = [token for part in text.split(CUT) for token in self.tokenizer(part, **settings).input_ids]
-        if self.audio_token_id is not None and max(ids, default=0) >= self.audio_token_id:
+            pieces = [text.split(CUT) for text in texts]
+            parts = iter(tokenise(self.tokenizer, [part for each in pieces for part in each], False))
+            found = [[token for _ in each for token in next(parts)] for each in pieces]
+        highest = max((max(ids) for ids in found if ids), default=0)
+        if self.audio_token_id is not None and highest >= self.audio_token_id:
             raise ValueError(
-                f"The tokenizer writes id {max(ids)}, but the language model has {self.audio_token_id} tokens. "
+                f"The tokenizer writes id {highest}, but the language model has {self.audio_token_id} tokens. "
                 "It is the tokenizer of another model: convert the checkpoint with the right --llm."
             )
-        return ids
+        return found
 
     def encode_example(self, row: dict, cutoff_len: int, train_on_inputs: bool = True) -> tuple[list[int], list[int]]:
         """Ids and labels of one training row, both (length <= cutoff_len,). Audio does not count.
 
         The end token is there only when the text is shorter than the cutoff: a truncated answer has no end.
         """
-        turn = self.turn([_user(row["instruction"], row.get("input"))])
-        answer = turn.leading_space + escape_control_tokens(row["output"], self.controls) + turn.end
-        ids = self.encode(turn.prompt + answer)[:cutoff_len]
+        turn, text = self.example(row)
+        ids = self.encode(text)[:cutoff_len]
         if len(ids) < cutoff_len and ids[-1] != turn.end_id:
             ids.append(turn.end_id)
         labels = list(ids)
@@ -131,6 +147,11 @@ class LtuProcessor(ProcessorMixin):
             masked = len(self.encode(turn.prompt)[:cutoff_len])
             labels[:masked] = [IGNORED] * min(masked, len(labels))
         return ids, labels
+
+    def example(self, row: dict) -> tuple[Turn, str]:
+        """What stands around the answer of a training row, and its whole text."""
+        turn = self.turn([user_message(row["instruction"], row.get("input"))])
+        return turn, turn.prompt + turn.leading_space + escape_control_tokens(row["output"], self.controls) + turn.end
 
     def __call__(
         self,
@@ -158,9 +179,8 @@ class LtuProcessor(ProcessorMixin):
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' (torch tensors) is made here.")
         questions = [text] if isinstance(text, str) else list(text)
-        clips = _as_list(audio, len(questions), "audio")
-        transcripts = _as_list(transcript, len(questions), "transcript")
-        return self._batch([[_user(*row)] for row in zip(questions, transcripts, clips, strict=True)])
+        given = [one_each(transcript, len(questions), "transcript"), one_each(audio, len(questions), "audio")]
+        return self._batch([[user_message(*row)] for row in zip(questions, *given, strict=True)])
 
     def apply_chat_template(
         self,
@@ -273,28 +293,6 @@ class LtuProcessor(ProcessorMixin):
     def decode_answer(self, ids: Tensor | list[int]) -> str:
         """The text of newly generated ids, without control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def _user(text: str, transcript: str | None = None, audio: AudioSource = None) -> dict:
-    return {"role": "user", "content": text, "transcript": transcript, "audio": audio}
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    """What the tokenizer's folder says. Old Llama folders say nothing: their tokenizer always added `<s>`."""
-    said = tokenizer.init_kwargs.get("add_bos_token")
-    if said is not None:
-        return said
-    ids = tokenizer("a").input_ids
-    return isinstance(tokenizer, LlamaTokenizer) or (bool(ids) and ids[0] == tokenizer.bos_token_id)
-
-
-def _as_list(value: Any, length: int, name: str) -> list:
-    if value is None:
-        return [None] * length
-    values = value if isinstance(value, list) else [value]  # A tuple is one clip: (array, rate).
-    if len(values) != length:
-        raise ValueError(f"{length} questions, but {len(values)} entries of {name}. Give one each, None for none.")
-    return values
 
 
 AutoProcessor.register(LtuConfig, LtuProcessor)

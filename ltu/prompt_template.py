@@ -12,7 +12,7 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from ltu.configuration_ltu import ALPACA_SHORT
 
@@ -138,3 +138,37 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
             f"{clips}. Join the clips, or ask about each by itself."
         )
     return read
+
+
+def user_message(text: str, transcript: str | None = None, audio: Any = None) -> dict:
+    return {"role": "user", "content": text, "transcript": transcript, "audio": audio}
+
+
+def tokenise(tokenizer: Any, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+    """Ids of each text, without special tokens around it. What a tokenizer says beside ids would double the time."""
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special_tokens).input_ids
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = split_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """What the tokenizer's folder says. Old Llama folders say nothing: their tokenizer always added `<s>`."""
+    said = tokenizer.init_kwargs.get("add_bos_token")
+    if said is not None:
+        return said
+    ids = tokenizer("a").input_ids
+    return isinstance(tokenizer, LlamaTokenizer) or (bool(ids) and ids[0] == tokenizer.bos_token_id)
+
+
+def one_each(value: Any, length: int, name: str) -> list:
+    """An argument of a batch as a list: one a question, or None for all."""
+    if value is None:
+        return [None] * length
+    values = value if isinstance(value, list) else [value]  # A tuple is one clip: (array, rate).
+    if len(values) != length:
+        raise ValueError(f"{length} questions, but {len(values)} entries of {name}. Give one each, None for none.")
+    return values

@@ -1,15 +1,16 @@
 """Rows of questions and answers: read, checked, and made into what the collator pads.
 
+    python -m ltu.qa_dataset index all.json --base_model DIR        for millions of rows; see ltu.row_index
+
 Notable:
 - Everything that can be wrong with a row is found before training, in seconds, and said with file and row number.
 - A clip that cannot be heard is skipped, counted and named; its row's place is taken by the next one, so steps and
   batch sizes stay. Features are never made up. More than `max_bad` such rows stop the run.
 """
 
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ltu.audio import AudioError, load_audio
+from ltu.row_files import stream_rows
+from ltu.row_parser import RowError
 
 logger = logging.getLogger(__name__)
+MAX_UNINDEXED = 100_000  # rows that are tokenised at the start of a run, in about half a minute
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
 # What Whisper writes for silence: it learned from the subtitles of videos. In three casings, no others.
 FAREWELL = re.compile(
@@ -29,69 +33,57 @@ FAREWELL = re.compile(
 )
 
 
-class RowError(ValueError):
-    """A row that cannot be used; the message has file, row, reason and the way out."""
+def read_rows(path: str | Path, audio_root: str | Path | None = None, need_output: bool = True) -> list[dict]:
+    """All rows of `checked_rows`.
+
+    Raises:
+        RowError: as there.
+    """
+    return list(checked_rows(path, audio_root, need_output))
 
 
-def read_rows(
+def checked_rows(
     path: str | Path, audio_root: str | Path | None = None, need_output: bool = True, max_errors: int = 10
-) -> list[dict]:
-    """Read a JSON list or JSON lines of `{"instruction", "input", "audio_id", "output", "dataset"?, "task"?}`.
+) -> Iterator[dict]:
+    """The rows `{"instruction", "input", "audio_id", "output", "dataset"?, "task"?}` of a file, one after another.
 
     Args:
-        path: the file.
+        path: the file, in any format of `ltu.row_files`.
         audio_root: folder of relative `audio_id`s; by default the folder of the file.
         need_output: whether every row must have an answer (training) or may lack one (questions).
 
-    Returns:
+    Yields:
         the rows, each with `audio`: the path of its clip, or None.
 
     Raises:
-        RowError: what is wrong with the first `max_errors` bad rows, by number (from 1).
+        RowError: there is none; or, at the end, what is wrong with the first `max_errors` bad rows, by number (from 1).
     """
     path = Path(path)
-    if not path.is_file():
-        raise RowError(
-            f"{path} is not there. --data_path takes a JSON list or JSON lines of questions; see the README for the "
-            "row format."
-        )
-    root = Path(audio_root) if audio_root else path.parent
-    rows, errors = [], []
-    for number, row in enumerate(_parse(path), start=1):
-        reason = what_is_wrong(row, need_output)
-        if reason:
+    root, errors, number = Path(audio_root or path.parent), [], 0
+    for number, row in enumerate(stream_rows(path), start=1):
+        if reason := what_is_wrong(row, need_output):
             errors.append(f"{path}, row {number}: {reason}")
             if len(errors) == max_errors:
                 break
-            continue
-        audio_id = row.get("audio_id")
-        rows.append(row | {"audio": None if audio_id in NO_AUDIO else str(root / audio_id)})
+        elif not errors:
+            yield with_audio(row, root)
     if errors:
         raise RowError("\n".join(errors))
-    if not rows:
+    if not number:
         raise RowError(f"{path} holds no rows.")
-    return rows
 
 
-def _parse(path: Path) -> Iterator[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip()[:1] == "[":
-            yield from json.loads(text)
-            return
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RowError(
-                        f"{path}, line {number}: not JSON ({error}). The file must be a JSON list or one JSON "
-                        "object a line."
-                    ) from error
-    except json.JSONDecodeError as error:
-        raise RowError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}).") from error
-    except UnicodeDecodeError as error:
-        raise RowError(f"{path}: not UTF-8 at byte {error.start}.") from error
+def with_audio(row: dict, root: Path) -> dict:
+    """A row and `audio`: the path of its clip, or None."""
+    audio_id = row.get("audio_id")
+    return row | {"audio": None if audio_id in NO_AUDIO else str(root / audio_id)}
+
+
+def no_answer_left(index: int, row: dict) -> RowError:
+    return RowError(
+        f"Row {index + 1}: no answer is left within --cutoff_len: the question alone fills it. Raise --cutoff_len or "
+        f"shorten the question: {row['instruction'][:80]!r}"
+    )
 
 
 def what_is_wrong(row: Any, need_output: bool) -> str | None:
@@ -136,24 +128,36 @@ class QaDataset(Dataset):
         encode: row -> (ids, labels); `LtuProcessor.encode_example` with its settings.
         read_features: row -> what the ear takes; `LtuProcessor.read_features`.
         max_bad: how many different rows may be skipped because their clip cannot be heard.
+        lengths: (rows,) text ids of each, by which batches are grouped, where an index knows them. Otherwise the rows
+            are tokenised here, unless there are too many: then `lengths` is None.
     """
 
-    def __init__(self, rows: list[dict], encode: Callable, read_features: Callable, max_bad: int = 0):
+    def __init__(
+        self,
+        rows: Sequence[dict],
+        encode: Callable,
+        read_features: Callable,
+        max_bad: int = 0,
+        lengths: torch.Tensor | None = None,
+    ):
         self.rows = rows
         self.encode = encode
         self.read_features = read_features
         self.max_bad = max_bad
-        self.lengths = torch.zeros(len(rows), dtype=torch.int32)  # Text ids of each row, by which batches are grouped.
-        for index, row in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=len(rows) < 20_000)):
-            ids, labels = encode(row)
-            if max(labels) < 0:
-                raise RowError(
-                    f"Row {index + 1}: no answer is left within --cutoff_len: the question alone fills it. Raise "
-                    f"--cutoff_len or shorten the question: {row['instruction'][:80]!r}"
-                )
-            self.lengths[index] = len(ids)
+        self.lengths = lengths
+        if lengths is None and len(rows) <= MAX_UNINDEXED:
+            self.lengths = self._count_ids()
         # Shared memory, because each worker of the data loader is a process of its own.
         self.is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+
+    def _count_ids(self) -> torch.Tensor:
+        lengths = torch.zeros(len(self.rows), dtype=torch.int32)
+        for index, row in enumerate(tqdm(self.rows, desc="tokenising", unit="row", disable=len(self.rows) < 20_000)):
+            ids, labels = self.encode(row)
+            if max(labels) < 0:
+                raise no_answer_left(index, row)
+            lengths[index] = len(ids)
+        return lengths
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,12 +170,15 @@ class QaDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         for offset in range(len(self)):
             row = (index + offset) % len(self)
+            content = self.rows[row]
             try:
-                features = None if self.rows[row]["audio"] is None else self.read_features(self.rows[row])
+                features = None if content["audio"] is None else self.read_features(content)
             except AudioError as error:
                 self._skip(row, error)
                 continue
-            ids, labels = self.encode(self.rows[row])
+            ids, labels = self.encode(content)
+            if max(labels) < 0:
+                raise no_answer_left(row, content)
             return {"input_ids": ids, "labels": labels, "input_features": features}
         raise RowError(f"None of the {len(self)} rows has a clip that can be heard.")
 
@@ -186,3 +193,10 @@ class QaDataset(Dataset):
                 f"{row + 1}: {error} Mend the rows (--check_audio lists them all at start), or allow more with "
                 "--max_bad."
             ) from error
+
+
+if __name__ == "__main__":
+    # Their own module: this one imports no transformers, so that data/ can use it.
+    from ltu.row_index import main
+
+    main()

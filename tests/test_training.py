@@ -239,10 +239,10 @@ def test_lists_parse_as_in_the_original():
     [
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: no 'output'"),
         ('[{"instruction": 1, "output": "b"}]', "row 1: 'instruction' is a int"),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": \n', "line 2: not JSON"),
-        ('[{"instruction": "a" "output"}]', "line 1, column 22"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": \n', "row 2, byte 52"),
+        ('[{"instruction": "a" "output"}]', "row 1, byte 21"),
         ("[]", "no rows"),
-        ('[["a"]]', "row 1: a list"),
+        ('[["a"]]', "row 1, byte 1: a list"),
         ('[{"instruction": "a", "output": "b", "audio_id": 3}]', "row 1: 'audio_id' is a int"),
     ],
 )
