@@ -86,9 +86,7 @@ def no_answer_left(index: int, row: dict) -> RowError:
     )
 
 
-def what_is_wrong(row: Any, need_output: bool) -> str | None:
-    if not isinstance(row, dict):
-        return f"a {type(row).__name__}, not an object with instruction, audio_id and output"
+def what_is_wrong(row: dict, need_output: bool) -> str | None:
     for key in ("instruction", "output") if need_output else ("instruction",):
         if key not in row:
             return f"no {key!r}; it has {sorted(row)}"

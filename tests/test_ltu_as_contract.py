@@ -17,6 +17,8 @@ from ltu.arguments import parse_args
 from ltu.finetune import make_trainer
 from ltu.inference_batch import main as inference_batch
 from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu.row_index import IndexedRows
+from ltu.row_index import main as index_rows
 from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
 from tests import tiny
@@ -219,6 +221,19 @@ def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
         assert pipeline([Request("What?", tiny.clip(3))], max_new_tokens=4)[0].status == "ok"
     with pytest.raises(ValueError, match="only LTU-AS"):
         pipelines[0].processor.use(feature_precision="fp16")
+
+
+def test_an_index_holds_the_transcripts_that_rows_lack(root: Path, features: Path, tmp_path: Path) -> None:
+    """Out of the feature folder, or by Whisper; training from the index asks no Whisper and trains the same."""
+    words = [Path(shutil.copy(root / "rows.json", tmp_path)), root / "init", tmp_path / "rows.arrow"]
+    command = "index {} --base_model {} --output_path {}".format(*words).split()
+    index_rows([*command, "--audio_root", str(root), "--feature_root", str(features)])
+    indexed = IndexedRows(tmp_path / "rows.arrow", root)
+    plain = make(root, tmp_path / "plain", "--feature_root", str(features))
+    trainer = make(root, tmp_path / "run", "--data_path", str(tmp_path / "rows.arrow"), "--audio_root", str(root))
+    assert [row["input"] for row in indexed] == [row["input"] for row in plain.train_dataset.rows]
+    assert [row["input"] for row in trainer.train_dataset.rows] == [row["input"] for row in indexed]
+    assert trainer.train_dataset.lengths.tolist() == plain.train_dataset.lengths.tolist()
 
 
 def test_kinds_of_start(root: Path, tmp_path: Path) -> None:
