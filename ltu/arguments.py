@@ -45,7 +45,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str = field(metadata={"help": "rows: JSON list, JSON lines, Parquet, or an index of them (ltu.row_index)"})
+    data_path: str = field(metadata={"help": "rows: JSON list, JSON lines, Parquet, or their index (ltu.row_index)"})
     audio_root: str | None = field(
         default=None, metadata={"help": "folder of relative audio_ids (default: that of the data file)"}
     )
