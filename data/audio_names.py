@@ -17,7 +17,7 @@ from ltu.row_files import stream_rows
 DECODED = ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64"
 NOT_DECODED = ".m4a .mp4 .aac .webm .mkv .wma .mka .mov .avi .3gp .amr .ape .ac3 .m4b .ra"  # They go into the ledger.
 SUFFIXES = {*DECODED.split(), *NOT_DECODED.split()}
-YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_[0-9.]+(?:[_-][0-9.]+)?)?")
+YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_([0-9]+\.?[0-9]*)(?:[_-]([0-9]+\.?[0-9]*))?)?")
 ID_COLUMNS = "audio_id ytid youtube_id segment_id video_id file_name filename fname file id".split()
 NO_AUDIO = (None, "", "empty")  # of ltu.qa_dataset, which imports torch
 TABLES = (".csv", ".tsv", ".txt")
@@ -33,6 +33,31 @@ def stem(name: str) -> str:
 def youtube(name: str) -> str | None:
     found = YOUTUBE.fullmatch(stem(name))
     return found and found[1]
+
+
+def segment(name: str) -> tuple[frozenset[float], float | None] | None:
+    """Which part of its video a clip is: start (every reading of it) and seconds from start to end, or None.
+
+    AudioCaps writes `Y<id>_30.000_40.000`, VGGSound `<id>_000030`, both in seconds, AudioSet-strong `<id>_30000` in
+    milliseconds. A whole number of four digits or more without a zero in front may be either.
+    """
+    found = YOUTUBE.fullmatch(stem(name))
+    if not found or not found[2]:
+        return None
+    start, length = float(found[2]), float(found[3]) - float(found[2]) if found[3] else None
+    starts, is_either = {start}, re.fullmatch("[1-9][0-9]{3,}", found[2]) is not None
+    if is_either and (length is None or length >= 1000):
+        starts = {start / 1000} if length else {start, start / 1000}
+        length = length and length / 1000
+    return frozenset(round(second, 3) for second in starts), length and round(length, 3)
+
+
+def is_same_segment(one: str, other: str) -> bool:
+    """Whether two clips of a video begin, and as far as both say it end, at the same times."""
+    first, second = segment(one), segment(other)
+    if first is None or second is None:
+        return first is second
+    return bool(first[0] & second[0]) and (None in (first[1], second[1]) or first[1] == second[1])
 
 
 def fsd50k(name: str) -> str | None:

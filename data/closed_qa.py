@@ -11,7 +11,8 @@ CLIPS is CSV, TSV, JSON, JSON lines or Parquet, a record a clip: `audio_id`, and
     events            list of {"label", "onset", "offset"} in seconds -> temporal_order, _first, _single, _all
     gender, age       "female" ..., years       -> gender_cla, age_cla
     pitch, speed, energy   a word, or a number  -> pitch_cla, speed_cla, energy_cla
-    emotion           and `sentiment`, -3 to 3  -> emotion_cla
+    emotion           a word                    -> emotion_cla; gender_emotion_cla, with `gender`
+    sentiment         MOSEI's, -3 to 3          -> emotion_bin, emotion_score; emotion_detail, with `emotion`
     genre             list, or text with ";"    -> genre_cla
     text              the words                 -> asr
     input             what Whisper made of it, for every row. Absent, `input` is "" or, where there is `text`, left out,
@@ -27,18 +28,18 @@ Notable:
 import argparse
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from data.audio_names import read_cells
+from data.closed_qa_sound import Words, captions, described, events, listed
 from data.command import run
-from data.recipe import write_recipe
-from ltu.row_files import RowWriter, stream_rows
+from data.recipe import audio_root_of, write_recipe, write_rows
+from ltu.row_files import stream_rows
 
 PREFIX = "Closed-ended question: "
 # Hz, between the five names: the cut points of LTU-AS's own generators.
@@ -49,8 +50,6 @@ NAMES = {
     "energy": (("low", "medium", "high"), ("very low", "low", "medium", "high", "very high")),
 }
 GENDERS = {"m": "male", "f": "female", "man": "male", "woman": "female", "male": "male", "female": "female"}
-
-Words = dict[str, str]
 
 
 def ask(questions: list[str], answer: str, words: Words, rng: Random, prefix_share: float) -> tuple[str, str]:
@@ -82,12 +81,6 @@ def thirds(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def listed(value: Any) -> list[str]:
-    """The parts of a list, or of a text with ";" between them, that are not empty."""
-    parts = value.split(";") if isinstance(value, str) else value or []
-    return [part for part in (str(part).strip() for part in parts) if part]
-
-
 def number_of(value: Any) -> float | None:
     """The finite number that a value is or spells."""
     try:
@@ -104,38 +97,6 @@ def gender_of(record: dict) -> str | None:
 # From a record, a random stream and `about` of `rows_of` to the words of a task's rows: none where it says too little.
 
 
-def described(record: dict, rng: Random, about: dict) -> list[Words]:
-    labels, known = listed(record["labels"]), about["descriptions"]
-    if not all(known.get(label) for label in labels):
-        return []
-    return [{"labels": "; ".join(f"{rng.choice(known[label])} -> {label}" for label in labels)}]
-
-
-def captions(record: dict, rng: Random, about: dict) -> list[Words]:
-    texts = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
-    style = f", in {about['style']} style" if about["style"] else ""
-    return [{"caption": text.strip(), "style": style} for text in texts if text.strip()]
-
-
-def events(kind: str, record: dict, rng: Random, about: dict) -> list[Words]:
-    found = sorted((float(event["onset"]), float(event["offset"]), event["label"]) for event in record["events"])
-    spans = defaultdict(list)
-    for onset, offset, label in found:
-        spans[label].append(f"{onset:.1f}-{offset:.1f}")
-    told = {label: f"{label}: [{', '.join(times)}]" for label, times in spans.items()}
-    if kind == "all":
-        return [{"events": "; ".join(told.values())}]
-    if kind == "single":
-        label = rng.choice(list(told))
-        return [{"label": label, "events": told[label]}]
-    # Of sounds that begin together none is first; nor has one ended first that outlasts another.
-    is_tied = len({onset for onset, _, _ in found}) < len(found)
-    is_outlasted = found[0][1] >= min((offset for _, offset, _ in found[1:]), default=0.0)
-    if len(spans) < 2 or is_tied or (kind == "first" and is_outlasted):
-        return []
-    return [{"first": found[0][2], "order": "; ".join(label for label, _ in groupby(label for _, _, label in found))}]
-
-
 def level(key: str, record: dict, rng: Random, about: dict) -> list[Words]:
     value, cuts = number_of(record[key]), about["cuts"].get(key)
     if value is None:
@@ -145,12 +106,21 @@ def level(key: str, record: dict, rng: Random, about: dict) -> list[Words]:
     return [{key: name_of(value, cuts, NAMES[key][len(cuts) > 2])}] if cuts else []
 
 
-def emotion(record: dict, rng: Random, about: dict) -> list[Words]:
-    name, score = str(record["emotion"]).strip().capitalize(), number_of(record.get("sentiment"))
-    if score is not None:
-        side = "positive" if score > 0 else "negative" if score < 0 else "neutral"
-        name = f"{name}, with a sentiment score of {score:g} ({side})"
-    return [{"emotion": name}]
+def side(score: float) -> str:
+    return "positive" if score > 0 else "negative" if score < 0 else "neutral"
+
+
+def emotion(kind: str, record: dict, rng: Random, about: dict) -> list[Words]:
+    name, score = str(record.get("emotion") or "").strip(), number_of(record.get("sentiment"))
+    if kind == "gender":
+        return [{"gender": gender_of(record).capitalize(), "emotion": name.lower()}] if gender_of(record) else []
+    words = {"emotion": name.capitalize()} if kind in ("cla", "detail") else {}
+    if kind == "cla":
+        return [words]
+    if score is None or not -3 <= score <= 3:
+        return []
+    polarity = side(score).capitalize() if kind == "bin" else side(score)
+    return [words | {"side": polarity, "score": f"{score + 0.0:g}"}]  # No -0.
 
 
 def gender(record: dict, rng: Random, about: dict) -> list[Words]:
@@ -171,7 +141,11 @@ TASKS: dict[str, tuple[str, Callable[[dict, Random, dict], list[Words]]]] = {
     "gender_cla": ("gender", gender),
     "age_cla": ("age", age),
     **{f"{key}_cla": (key, partial(level, key)) for key in NAMES},
-    "emotion_cla": ("emotion", emotion),
+    "emotion_cla": ("emotion", partial(emotion, "cla")),
+    "emotion_bin": ("sentiment", partial(emotion, "bin")),  # A score of 0, neither of the two, is "neutral".
+    "emotion_detail": ("emotion", partial(emotion, "detail")),
+    "emotion_score": ("sentiment", partial(emotion, "score")),
+    "gender_emotion_cla": ("emotion", partial(emotion, "gender")),
     "genre_cla": ("genre", lambda record, rng, about: [{"genre": ", ".join(listed(record["genre"]))}]),
     "asr": ("text", lambda record, rng, about: [{"text": str(record["text"]).strip()}]),
 }
@@ -222,8 +196,10 @@ def _table(file: Path) -> Iterator[dict]:
     lines = read_cells(file)
     _, names = next(lines, (0, []))
     for number, cells in lines:
+        if any(cells[len(names) :]):
+            raise ValueError(f"{file}, line {number}: {len(cells)} cells under {len(names)} names. Quote the commas.")
         try:
-            pairs = zip(names, cells, strict=False)
+            pairs = zip(names, cells, strict=False)  # Spreadsheets leave out empty cells at the end.
             yield {name: json.loads(cell) if cell[:2] in ("[{", '["') else cell for name, cell in pairs}
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}, line {number}: a cell begins like JSON but is none: {error}") from error
@@ -273,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     read = partial(read_records, args.metadata, args.columns, args.separator, audio_ids)
     about["cuts"] = find_cuts(read(), json.loads(args.cuts.read_bytes()) if args.cuts else {})
     counts: Counter = Counter()
-    with RowWriter(args.output_path, inputs) as output:
+    with write_rows(args.output_path, inputs) as output:
         for number, record in enumerate(read(), start=1):
             counts["records"], before = number, output.count
             try:
@@ -288,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
             hint = "name the keys with --columns; spell ids as --audio_ids does (data.prepare_audio --against CLIPS)"
             raise ValueError(f"{args.metadata}: none of {counts['records']} records makes a row: {hint}.")
     facts = {key: value for key, value in about.items() if key != "descriptions"} | {"columns": args.columns}
+    if args.audio_ids:  # Its ids are relative to its folder; those of other metadata may be names of any kind.
+        facts |= audio_root_of(args.output_path, [args.output_path], args.audio_ids.parent)
     write_recipe(args.output_path, "closed_qa", inputs, **facts, tasks=args.tasks, counts=dict(counts))
     print(f"{args.output_path}: {output.count} rows: {', '.join(f'{count} {name}' for name, count in counts.items())}")
     return 0

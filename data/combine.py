@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from data.command import run
-from data.recipe import write_recipe
+from data.recipe import audio_root_of, write_recipe, write_rows
 from data.shuffle import add_order_flags, order_of, shuffle_rows
-from ltu.row_files import RowWriter, encode_row, stream_rows
+from ltu.row_files import encode_row, stream_rows
 
 RECIPES = Path(__file__).parent / "recipes"
 CLOSED_ENDED = "Closed-ended question: "
@@ -152,17 +152,19 @@ def main(argv: list[str] | None = None) -> int:
                 yield row
 
     counts = Counts()
-    with RowWriter(args.output_path, [path for _, path in parts]) as output:
+    files = [path for _, path in parts]
+    with write_rows(args.output_path, files) as output:
         if args.no_shuffle:
             lines = (encode_row(row) for row in rows(random.Random(args.seed)))
         else:
-            lines = shuffle_rows(rows, args.output_path.parent, args.seed, args.original_shuffle)
+            lines = shuffle_rows(rows, args.output_path, args.seed, args.original_shuffle)
         for line in lines:
             output.write(line)
     order = {"order": "as given", "seed": args.seed} if args.no_shuffle else order_of(args)
     unlike = differences(counts, recipe) if recipe else []
     facts = {"recipe": recipe, "parts": [name for name, _ in parts], "rows": output.count, "counts": counts, **order}
-    write_recipe(args.output_path, "combine", [path for _, path in parts], **facts, differences=unlike)
+    facts |= {"differences": unlike} | audio_root_of(args.output_path, files)
+    write_recipe(args.output_path, "combine", files, **facts)
     print(f"{args.output_path}: {output.count:,} rows")
     for name, count in counts["part"].items():
         print(f"  {name}: {count:,}")

@@ -27,9 +27,9 @@ from pathlib import Path
 from data.audio_names import NO_AUDIO, stem, youtube
 from data.command import command_parser, run
 from data.distinct import Distinct
-from data.recipe import write_recipe
+from data.recipe import audio_root_of, write_recipe, write_rows
 from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
-from ltu.row_files import RowWriter, stream_rows
+from ltu.row_files import stream_rows
 
 
 def id_of(audio_id: str) -> str:
@@ -111,11 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     if unread:
         print(f"  {unread:,} clips cannot be heard: {', '.join(not_read)}")
     if args.clean_path:
-        with RowWriter(args.clean_path, [args.data_path, *args.against]) as output:
+        with write_rows(args.clean_path, [args.data_path, *args.against]) as output:
             for row in stream_rows(args.data_path):
                 if row.get("audio_id") not in found:
                     output.write(row)
         facts = {"content": args.content, "rows": output.count, "removed": leaked}
+        facts |= audio_root_of(args.clean_path, [args.data_path], args.audio_root)
         write_recipe(args.clean_path, "leak_check", [args.data_path, *args.against], **facts)
     return int(bool(found or unread))
 

@@ -45,7 +45,7 @@ from tqdm import tqdm
 from data.audio_ledger import Ledger
 from data.audio_names import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
 from data.command import run as run_command
-from data.recipe import write_recipe
+from data.recipe import recipe_path, write_recipe
 from ltu.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, read_sound
 from ltu.row_files import sync_and_rename
 
@@ -210,6 +210,7 @@ def write_ids(path: Path, ledger: Ledger, rule: str | None, wanted: dict[str, li
             names = (wanted or {}).get(key_of(audio_id, rule), [stem_of(audio_id)])
             for name in names if entry["status"] == "ok" else ():
                 writer.writerow([name, audio_id])
+    recipe_path(path).unlink(missing_ok=True)  # It is that of the older ids.
     sync_and_rename(part, path)
 
 
@@ -268,12 +269,8 @@ def main(argv: list[str] | None = None) -> int:
     for entry in tqdm(run(todo, args.workers, *settings), "preparing", len(todo), unit="clip", disable=not todo):
         ledger.append(entry)
     ledger.write(refused)
-    facts = {
-        "input": str(args.input),
-        "map": args.map,
-        "coverage": None,
-        "libsndfile": soundfile.__libsndfile_version__,
-    }
+    facts = {"input": str(args.input), "map": args.map, "coverage": None}
+    facts["libsndfile"] = soundfile.__libsndfile_version__
     if wanted is not None:
         facts["coverage"] = measure_coverage(wanted, ledger, args.map)
         print(f"coverage: {facts['coverage']['prepared']} of the {len(wanted)} clips of {args.against}")

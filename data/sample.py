@@ -16,8 +16,8 @@ from pathlib import Path
 
 from data.audio_names import NO_AUDIO
 from data.command import command_parser, run
-from data.recipe import write_recipe
-from ltu.row_files import RowWriter, stream_rows
+from data.recipe import audio_root_of, write_recipe, write_rows
+from ltu.row_files import stream_rows
 
 
 def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str]:
@@ -43,10 +43,12 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
     """Copy clips into folder/audio -> their new `audio_id`s. Clips of one name get a part of their hash in front."""
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
+    taken: set[str] = set()
     for name in sorted(names):
         new = Path(name).name
-        if f"audio/{new}" in places.values():
+        if new in taken:
             new = f"{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}_{new}"
+        taken.add(new)
         places[name] = f"audio/{new}"
         shutil.copyfile(root / name, folder / "audio" / new)
     return places
@@ -65,11 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     chosen = choose_clips(args.data_path, args.clips, args.seed, args.by_dataset)
     root = args.audio_root or args.data_path.parent
     places = copy_clips(chosen, root, args.output_path.parent) if args.copy_audio else {}
-    with RowWriter(args.output_path, [args.data_path]) as output:
+    with write_rows(args.output_path, [args.data_path]) as output:
         for row in stream_rows(args.data_path):
             if row.get("audio_id") in chosen:
                 output.write(row | {"audio_id": places.get(row["audio_id"], row["audio_id"])})
     settings = {"clips": len(chosen), "seed": args.seed, "by_dataset": args.by_dataset, "copied": args.copy_audio}
+    if not args.copy_audio:
+        settings |= audio_root_of(args.output_path, [args.data_path], args.audio_root)
     write_recipe(args.output_path, "sample", [args.data_path], rows=output.count, **settings)
     print(f"{args.output_path}: {output.count:,} rows on {len(chosen):,} clips")
     return 0

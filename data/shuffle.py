@@ -14,7 +14,6 @@ Notable:
 import argparse
 import os
 import random
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from data.command import command_parser, run
-from data.recipe import write_recipe
-from ltu.row_files import RowWriter, encode_row, stream_rows
+from data.recipe import audio_root_of, write_recipe, write_rows
+from data.scratch import scratch_folder
+from ltu.row_files import encode_row, stream_rows
 
 MAX_PART = 2**26  # bytes of a file that is sorted in memory
 MAX_HELD = 2**25  # bytes of lines that wait to be written
@@ -94,24 +94,31 @@ def original_keys(count: int, chance: random.Random) -> Iterator[int]:
 
 
 def shuffle_rows(
-    rows: Callable[[random.Random], Iterable[dict[str, Any]]], folder: str | Path, seed: int, is_original: bool = False
+    rows: Callable[[random.Random], Iterable[dict[str, Any]]], output: Path, seed: int, is_original: bool = False
 ) -> Iterator[bytes]:
     """Encoded rows in random order.
 
     Args:
         rows: gives the rows, drawing from the generator what else is left to chance; called twice for the original's
             order, which comes from the same generator after them.
-        folder: of the output; a temporary one in it takes as many bytes as the rows.
+        output: where they are to go; a folder beside it takes as many bytes as the rows meanwhile.
         seed: of both; the original's order has 0.
+
+    Raises:
+        ValueError: the second time there are other numbers of rows; another run writes the same output.
     """
     chance = random.Random(0 if is_original else seed)
     keys = original_keys(sum(1 for _ in rows(chance)), chance) if is_original else random_keys(seed)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".shuffle_") as place:
-        lines = DiskSort(place)
+    changed = f"{output}: the rows changed while they were read for the second time. Run it again."
+    with scratch_folder(output, "shuffle") as folder:
+        lines = DiskSort(folder)
         # Two generators of one seed: the second pass draws what the first did.
-        for row, key in zip(rows(random.Random(0 if is_original else seed)), keys, strict=False):
+        for row in rows(random.Random(0 if is_original else seed)):
+            if (key := next(keys, None)) is None:
+                raise ValueError(changed)
             lines.add(b"%016x" % key + encode_row(row))
+        if is_original and next(keys, None) is not None:
+            raise ValueError(changed)
         yield from lines
 
 
@@ -130,13 +137,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     add_order_flags(parser)
     args = parser.parse_args(argv)
-    with RowWriter(args.output_path, [args.data_path]) as output:
-        rows = shuffle_rows(
-            lambda _: stream_rows(args.data_path), args.output_path.parent, args.seed, args.original_shuffle
-        )
+    with write_rows(args.output_path, [args.data_path]) as output:
+        rows = shuffle_rows(lambda _: stream_rows(args.data_path), args.output_path, args.seed, args.original_shuffle)
         for line in rows:
             output.write(line)
-    write_recipe(args.output_path, "shuffle", [args.data_path], rows=output.count, **order_of(args))
+    facts = order_of(args) | audio_root_of(args.output_path, [args.data_path])
+    write_recipe(args.output_path, "shuffle", [args.data_path], rows=output.count, **facts)
     print(f"{args.output_path}: {output.count} rows")
     return 0
 

@@ -7,7 +7,6 @@ Notable:
 - Different clips, questions and answers are counted by way of files beside the output, 48 bytes a row.
 """
 
-import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from data.combine import CLOSED_ENDED
 from data.command import command_parser, run
 from data.distinct import Distinct
 from data.recipe import write_json
+from data.scratch import scratch_folder
 from ltu.row_files import KEYS, stream_rows
 
 TEXTS = ("instruction", "input", "output")
@@ -83,7 +83,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, 3)
-    for panel, kind in zip(panels, ("dataset", "task"), strict=False):
+    for panel, kind in zip(panels[:2], ("dataset", "task"), strict=True):
         shown = list(found[kind].items())[:20]
         panel.barh([name for name, _ in shown], [number for _, number in shown])
         panel.invert_yaxis()
@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__, "the report, as JSON")
     parser.add_argument("--plot", type=Path, help="a PNG")
     args = parser.parse_args(argv)
-    args.output_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output_path.parent, prefix=".stats_") as folder:
+    with scratch_folder(args.output_path, "stats") as folder:
         found = count_rows(args.data_path, folder)
     write_json(found, args.output_path)
     for kind in ("rows", "clips", "questions", "answers"):

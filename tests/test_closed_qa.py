@@ -69,8 +69,25 @@ def outputs(task: str, record: dict, **changes) -> list[str]:
         ("speed_cla", {"speed": 4.0}, ["The speed is fast."]),
         ("speed_cla", {"speed": 1}, ["The speed is slow."]),
         ("energy_cla", {"energy": "medium"}, ["The energy is medium."]),
-        ("emotion_cla", {"emotion": "happy", "sentiment": 2}, ["Happy, with a sentiment score of 2 (positive)."]),
-        ("emotion_cla", {"emotion": "sad", "sentiment": "-1.5"}, ["Sad, with a sentiment score of -1.5 (negative)."]),
+        ("emotion_cla", {"emotion": "happy", "sentiment": 2}, ["Happy."]),
+        ("emotion_detail", {"emotion": "happy", "sentiment": 2}, ["Happy, with a sentiment score of 2 (positive)."]),
+        (
+            "emotion_detail",
+            {"emotion": "sad", "sentiment": "-1.5"},
+            ["Sad, with a sentiment score of -1.5 (negative)."],
+        ),
+        ("emotion_detail", {"emotion": "sad", "sentiment": -0.0}, ["Sad, with a sentiment score of 0 (neutral)."]),
+        ("emotion_detail", {"emotion": "happy"}, []),
+        ("emotion_bin", {"sentiment": 0.333333}, ["Positive."]),
+        ("emotion_bin", {"sentiment": "-3"}, ["Negative."]),
+        ("emotion_bin", {"sentiment": 0}, ["Neutral."]),  # The published number has a row for every clip.
+        ("emotion_bin", {"emotion": "happy"}, []),
+        ("emotion_score", {"sentiment": "2.0"}, ["The sentiment score is 2."]),
+        ("emotion_score", {"sentiment": -0.666667}, ["The sentiment score is -0.666667."]),
+        ("emotion_score", {"sentiment": 7}, []),  # no score of MOSEI
+        ("emotion_score", {"sentiment": "nan"}, []),
+        ("gender_emotion_cla", {"emotion": "Angry", "gender": "f"}, ["Female, angry."]),
+        ("gender_emotion_cla", {"emotion": "Angry"}, []),
         ("emotion_cla", {"emotion": "neutral"}, ["Neutral."]),
         ("genre_cla", {"genre": "Folk; Pop"}, ["Folk, Pop."]),
         ("asr", {"text": " Hello {you}. "}, ["Spoken text: Hello {you}."]),
@@ -142,6 +159,30 @@ def test_draws_depend_on_seed_clip_and_task_alone():
     assert len({row["instruction"].removeprefix(closed_qa.PREFIX) for row in asked}) == len(
         TEXTS["cla_label"]["questions"]
     )
+
+
+def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
+    """facts.md 3.1: eight of MOSEI and one of ASR; with a gender also gender_emotion_cla."""
+    record = {"audio_id": "v_1.wav", "dataset": "mosei_tr", "emotion": "happy", "sentiment": 2, "gender": "male"}
+    record |= {"pitch": 130.0, "speed": "slow", "energy": "high", "text": "A film."}
+    (tmp_path / "clips.json").write_text(json.dumps([record]))
+    made = run(tmp_path, "--metadata", tmp_path / "clips.json")
+    assert {row["task"]: row["output"] for row in made} == {
+        "gender_cla": "Male.",
+        "pitch_cla": "The pitch is medium.",
+        "speed_cla": "The speed is slow.",
+        "energy_cla": "The energy is high.",
+        "emotion_cla": "Happy.",
+        "emotion_bin": "Positive.",
+        "emotion_detail": "Happy, with a sentiment score of 2 (positive).",
+        "emotion_score": "The sentiment score is 2.",
+        "gender_emotion_cla": "Male, happy.",
+        "asr": "Spoken text: A film.",
+    }
+    counts = json.loads((tmp_path / "rows.json.recipe.json").read_text())["counts"]
+    assert counts == {"records": 1, "records without a row": 0} | {row["task"]: 1 for row in made}
+    published = json.loads((HERE.parent / "recipes/openasqa_classification.json").read_text())["expected"]["task"]
+    assert not [task for task in published if task.strip("*") not in closed_qa.TASKS]
 
 
 # The command
@@ -238,6 +279,12 @@ def test_clips_that_are_spelled_otherwise_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="none of 0 records .* --against"):
         run(tmp_path, "--metadata", tmp_path / "clips.csv", "--audio_ids", tmp_path / "audio_ids.csv")
     assert not (tmp_path / "rows.json").exists()
+
+
+def test_a_line_with_more_cells_than_names_is_an_error(tmp_path):
+    (tmp_path / "clips.csv").write_text("audio_id,caption\na.wav,Rain, then thunder.\n")
+    with pytest.raises(ValueError, match="line 2: 3 cells under 2 names. Quote the commas"):
+        run(tmp_path, "--metadata", tmp_path / "clips.csv")
 
 
 @pytest.mark.parametrize(

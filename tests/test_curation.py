@@ -525,8 +525,10 @@ def test_relocate(tmp_path, capsys):
     assert relocate.main([*flags[:4], *prefix, "--table", str(table)]) == 0
     found = [Path(row["audio_id"]).name for row in stream_rows(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
-    with pytest.raises(ValueError, match="have one name"):
-        relocate.main(flags)
+    assert relocate.main([*flags, "--drop_missing"]) == 0  # Each of two names is that of two files now.
+    assert [row["audio_id"] for row in stream_rows(target)] == ["empty"]
+    record = json.loads((tmp_path / "out/rows.jsonl.recipe.json").read_text())
+    assert (record["missing"], record["ambiguous"]) == (1, 2)
 
 
 # Memory, and the commands as they are typed.

@@ -1,0 +1,363 @@
+"""Curation's edges: segments of one video, other folders, killed runs, refusals by example, many clips."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import combine, filter_unanswerable, leak_check, relocate, sample, shuffle, stats
+from data.audio_names import is_same_segment, segment, youtube
+from ltu.row_files import RowWriter, stream_rows
+
+REPOSITORY = Path(__file__).parents[1]
+VIDEO = "-_Yabcdefgh"  # 11 characters
+
+
+def question(audio_id: str, dataset: str = "d") -> dict:
+    return {"instruction": "q", "input": "", "audio_id": audio_id, "dataset": dataset, "task": "t", "output": "a"}
+
+
+def write(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with RowWriter(path) as output:
+        for row in rows:
+            output.write(row)
+    return path
+
+
+def recipe(path: Path) -> dict:
+    return json.loads(path.with_name(f"{path.name}.recipe.json").read_text())
+
+
+# Segments of a video.
+
+
+@pytest.mark.parametrize(
+    "one, other, is_same",
+    [
+        ("Y{}_30.000_40.000.wav", "{}_000030.flac", True),  # AudioCaps, VGGSound
+        ("Y{}_30.000_40.000.wav", "{}_30000", True),  # AudioSet-strong: milliseconds
+        ("{}_30000_40000", "{}_30-40.wav", True),
+        ("{}_1200_1210", "{}_001200", True),
+        ("{}_1200_1210", "{}_1.2", False),
+        ("{}_30_40", "{}_40_50", False),
+        ("{}_30_40", "{}_30_35", False),
+        ("Y{}_30_40", "{}", False),
+        ("Y{}.flac", "/x/{}.wav", True),
+        ("{}_000300", "{}_000030", False),
+    ],
+)
+def test_segments(one, other, is_same):
+    one, other = one.format(VIDEO), other.format(VIDEO)
+    assert youtube(one) == youtube(other) == VIDEO
+    assert is_same_segment(one, other) == is_same_segment(other, one) == is_same
+    assert segment("street.wav") is None
+
+
+def run_relocate(tmp_path: Path, rows: list, files: list[str], *folders: str, flags: tuple = ()) -> tuple[int, list]:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    source, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    given = [flag for folder in folders for flag in ("--folder", folder.replace("DIR", str(tmp_path)))]
+    code = relocate.main(["--data_path", str(source), "--output_path", str(target), *given, *flags, "--relative"])
+    return code, [row["audio_id"] for row in stream_rows(target)]
+
+
+@pytest.mark.parametrize(
+    "ids, files, wanted",
+    [
+        (["Y{}_30_40", "Y{}_50_60"], ["v/{}_000050.wav", "v/{}_000030.wav"], ["v/{}_000030.wav", "v/{}_000050.wav"]),
+        (["Y{}_30_40", "Y{}_50_60"], ["v/{}.wav"], ["?", "?"]),  # which of both it is, nobody knows
+        (["Y{}_30_40", "{}_000030"], ["v/{}.wav"], ["v/{}.wav"] * 2),  # one segment
+        (["{}", "Y{}_50_60"], ["v/{}.wav"], ["v/{}.wav", "?"]),
+        (["{}"], ["v/{}_30_40.wav", "v/{}_50_60.wav"], ["?"]),
+        (["{}", "Y{}_30_40"], ["v/{}_30_40.wav"], ["v/{}_30_40.wav"] * 2),
+        (["{}_30_40"], ["v/{}.wav", "w/Y{}_30.0_40.0.flac"], ["w/Y{}_30.0_40.0.flac"]),
+    ],
+)
+def test_segments_of_a_video_never_share_a_file(tmp_path, capsys, ids, files, wanted):
+    ids, files, wanted = ([name.format(VIDEO) for name in names] for names in (ids, files, wanted))
+    for order in (1, -1):
+        code, found = run_relocate(tmp_path, [question(name) for name in ids[::order]], files, "DIR")
+        assert found == [name for name in wanted[::order] if name != "?"]
+        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")["ambiguous"] == wanted.count("?")
+        assert ("ambiguous: " in capsys.readouterr().out) == ("?" in wanted)
+
+
+def test_a_segment_that_is_not_here_is_missing_and_a_table_counts_alike(tmp_path):
+    with pytest.raises(ValueError, match="1 of 1 rows have a clip that is not here"):
+        run_relocate(tmp_path, [question(f"Y{VIDEO}_30_40")], [f"v/{VIDEO}_000050.wav"], "DIR")
+    (tmp_path / "v/ids.csv").write_text(f"id,audio_id\n{VIDEO},{VIDEO}_000050.wav\n")
+    rows = [question(f"Y{VIDEO}_30_40"), question(f"Y{VIDEO}_50_60")]
+    code, found = run_relocate(tmp_path, rows, [], flags=("--table", str(tmp_path / "v/ids.csv")))
+    assert (code, found, recipe(tmp_path / "out.jsonl")["ambiguous"]) == (1, [], 2)
+
+
+def test_folders_of_data_sets_that_share_a_video(tmp_path, capsys):
+    files = [f"as/Y{VIDEO}.flac", f"vgg/{VIDEO}.wav"]
+    rows = [question(VIDEO, name) for name in ("as_2m", "AudioSet_20k", "vggsound_train")]
+    folders = ["audioset=DIR/as", "vggsound=DIR/vgg"]
+    assert run_relocate(tmp_path, rows, files, *folders) == (0, [files[0], files[0], files[1]])
+    assert run_relocate(tmp_path, rows, files, *folders[::-1]) == (0, [files[0], files[0], files[1]])
+    code, found = run_relocate(tmp_path, [*rows, question(VIDEO, "freesound")], files, *folders)
+    assert (code, found) == (1, [files[0], files[0], files[1]])
+    out = capsys.readouterr().out
+    assert f"ambiguous: 1 rows (row 4: {VIDEO} (" in out and all(str(tmp_path / name) in out for name in files)
+    assert run_relocate(tmp_path, [question(VIDEO, "x")], files, *folders, flags=("--drop_missing",)) == (0, [])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="not here"):  # VGGSound's part of the video is not AudioSet's.
+        run_relocate(tmp_path, [question(VIDEO, "as_2m")], [], "audioset=DIR/none", "vggsound=DIR/vgg")
+
+
+# Rows in another folder than their clips.
+
+
+def test_audio_root_is_said_where_relative_ids_leave_their_folder(tmp_path, capsys):
+    source = write(tmp_path / "a/rows.jsonl", [question("clips/1.wav"), question("empty"), question("2.wav")])
+    root = str((tmp_path / "a").resolve())
+    near, far = tmp_path / "a/near.jsonl", tmp_path / "b/far.jsonl"
+    against = write(tmp_path / "e.jsonl", [question("z.wav")])
+    verbs = {shuffle: [], combine: [], filter_unanswerable: [], sample: ["--clips", "9"]}
+    for verb, flags in (verbs | {leak_check: ["--against", str(against)]}).items():
+        for target in (near, far):
+            output = "--clean_path" if verb is leak_check else "--output_path"
+            assert verb.main(["--data_path", str(source), output, str(target), *flags]) == 0
+            assert {row["audio_id"] for row in stream_rows(target)} >= {"clips/1.wav", "2.wav"}
+            assert recipe(target).get("audio_root") == (root if target is far else None), verb
+            assert (f"--audio_root {root}\n" in capsys.readouterr().out) == (target is far)
+    # What a recipe says holds on: the next verb's output lies beside its input, but not beside the clips.
+    shuffle.main(["--data_path", str(far), "--output_path", str(tmp_path / "b/next.jsonl")])
+    assert recipe(tmp_path / "b/next.jsonl")["audio_root"] == root
+    shuffle.main(["--data_path", str(far), "--output_path", str(near)])
+    assert "audio_root" not in recipe(near)
+    other = write(tmp_path / "b/other.jsonl", [question("3.wav")])
+    combine.main(["--data_path", str(far), str(other), "--output_path", str(tmp_path / "b/all.jsonl")])
+    assert recipe(tmp_path / "b/all.jsonl")["audio_root"] == sorted([root, str((tmp_path / "b").resolve())])
+    assert "so no --audio_root finds all of them" in capsys.readouterr().out
+    absolute = write(tmp_path / "a/absolute.jsonl", [question("/x/1.wav"), question("empty")])
+    combine.main(["--data_path", str(absolute), "--output_path", str(far)])
+    assert "audio_root" not in recipe(far)
+    flags = ["--clips", "9", "--audio_root", str(tmp_path / "b")]
+    sample.main(["--data_path", str(source), "--output_path", str(far), *flags])
+    assert "audio_root" not in recipe(far)
+
+
+# Killed runs.
+
+KILLED = """
+import os, signal, sys
+import ltu.row_files, data.{verb}
+rename = ltu.row_files.sync_and_rename
+def killed(unfinished, path):
+    rename(unfinished, path)
+    os.kill(os.getpid(), signal.SIGKILL)
+ltu.row_files.sync_and_rename = killed
+data.{verb}.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("verb", ["shuffle", "combine", "filter_unanswerable"])
+def test_no_recipe_of_older_rows_beside_new_ones(tmp_path, verb):
+    source, target = write(tmp_path / "a.jsonl", [question("1.wav"), question("2.wav")]), tmp_path / "b.jsonl"
+    command = ["--data_path", str(source), "--output_path", str(target)]
+    shuffle.main(command)
+    write(source, [question("3.wav")])
+    script = KILLED.format(verb=verb)
+    found = subprocess.run([sys.executable, "-c", script, *command], cwd=REPOSITORY, capture_output=True)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    assert [row["audio_id"] for row in stream_rows(target)] == ["3.wav"]
+    assert not target.with_name("b.jsonl.recipe.json").exists()
+
+
+def test_an_error_keeps_rows_and_recipe(tmp_path):
+    source, target = write(tmp_path / "a.jsonl", [question("1.wav")]), tmp_path / "b.jsonl"
+    command = ["--data_path", str(source), "--output_path", str(target)]
+    shuffle.main(command)
+    before = recipe(target)
+    source.write_text("{")
+    with pytest.raises(ValueError, match="row 1"):
+        shuffle.main(command)
+    assert recipe(target) == before and len(list(stream_rows(target))) == 1
+
+
+HOLDING = """
+import sys, time
+from pathlib import Path
+from data.scratch import scratch_folder
+with scratch_folder(Path(sys.argv[1]), sys.argv[2]) as folder:
+    Path(folder, "0_00").write_text("0" * 16 + '{"left": 1}\\n')  # As a shuffle holds a row.
+    print(folder, flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("verb", [shuffle, combine, stats])
+def test_the_next_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path, verb):
+    source = write(tmp_path / "a.jsonl", [question("1.wav")])
+    target, other = tmp_path / "b.json", tmp_path / "c.json"
+    name = "stats" if verb is stats else "shuffle"
+    runs = {}
+    for path in (target, other):
+        arguments = [sys.executable, "-c", HOLDING, str(path), name]
+        runs[path] = subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    folders = {path: Path(run.stdout.readline().strip()) for path, run in runs.items()}
+    command = ["--data_path", str(source), "--output_path", str(target)]
+    with pytest.raises(ValueError, match="Another run is writing .*b.json"):
+        verb.main(command)
+    assert (folders[target] / "0_00").is_file()
+    runs[target].kill()
+    runs[target].wait()
+    assert (folders[target] / "0_00").is_file()
+    assert verb.main(command) == 0
+    assert not folders[target].exists() and (folders[other] / "0_00").is_file()
+    runs[other].kill()
+    runs[other].wait()
+    if verb is not stats:
+        assert list(stream_rows(target)) == [question("1.wav")]
+
+
+def test_rows_that_change_between_the_two_passes_are_an_error(tmp_path):
+    for later in (1, 3):
+        passes = iter([2, later])
+        rows = shuffle.shuffle_rows(lambda _, p=passes: [{"n": n} for n in range(next(p))], tmp_path / "b", 0, True)
+        with pytest.raises(ValueError, match="changed while they were read"):
+            list(rows)
+    assert not os.listdir(tmp_path)
+
+
+def test_copying_takes_time_by_the_clip(tmp_path, monkeypatch):
+    """Clips of equal names: the time must grow with their number, not with its square."""
+    monkeypatch.setattr("shutil.copyfile", lambda *paths: None)
+    start = time.process_time()
+    places = sample.copy_clips({f"{number % 2}/{number // 2}.wav" for number in range(30_000)}, tmp_path, tmp_path)
+    assert time.process_time() - start < 3
+    assert len(set(places.values())) == 30_000 and sum("_" in place for place in places.values()) == 15_000
+
+
+# Answers by hand, as a reader of them would sort them.
+
+KEPT = """I cannot hear any dog in the clip, only traffic.
+I cannot hear speech here, just wind against the microphone.
+I cannot detect a human voice; the piece is instrumental.
+The engine is loud enough to drown out the voices.
+Yes, it is loud enough to require hearing protection.
+The crowd is not loud enough for a stadium; it is probably a small club.
+Enough time passes between the two knocks for someone to answer the door.
+The speaker talks fast but still has enough breath to finish each sentence.
+She apologises and says she is sorry for being late.
+The singer repeats the word sorry in the chorus.
+A recorded voice says "Sorry, the number you have dialed is not in service."
+He sounds sorry but determined to leave.
+The baby cannot fall asleep because of the noise.
+The dog cannot see the visitor but hears the doorbell and barks.
+The sound of rain cannot be missed: it lasts for the entire clip.
+The alarm cannot be ignored, which is why people start to leave.
+No, the two voices cannot belong to the same person: one is a child.
+It is impossible to hold a conversation next to such a machine.
+It is not possible to talk over this drill without shouting.
+It is difficult to hear the guitar because the drums are much louder.
+The speech is unclear because of heavy static.
+The speech is unclear.
+Unclear speech and clinking glasses suggest a crowded restaurant.
+The muffled tone makes the announcement unclear to passengers.
+The words are not clear, as the speaker mumbles through a mask.
+There is no indication of distress; the children laugh throughout.
+The recording is calm, with no indication of danger such as sirens.
+There is no specific rhythm; the drops fall at random.
+The bird sings without additional instruments; only its call is heard.
+The laughter gives the remark more context: it was meant as a joke.
+He tells the customer that breakfast is not provided on weekends.
+The speaker says that no information will be released before Monday.
+The caller complains that the manual does not provide the password.
+They argue that it is impossible to know the future.
+The man shouts 'I cannot tell you that' in an excited voice.
+The hissing is not clear evidence of a leak, but the dripping that follows suggests one.
+The car does not provide a smooth ride: its engine misfires.
+The mood is tense, and the clock is loud enough to be the only evidence of time passing.
+The microphone cannot capture the lowest notes of the organ.
+I cannot make out a melody, but the beat is steady.
+The whistle is clear enough to locate the referee.
+The coach tells the team that there is no information about the injury yet.
+The voice is unclear and distant, as if through a wall.
+It is impossible to mistake this roar for anything but a jet.
+A woman says "I'm sorry, I cannot help you" and hangs up.
+There is not enough reverberation for a church; this is a small room.
+There is no indication of a second speaker.
+The man is sorry and his voice trembles.
+The brakes squeal, so the train cannot be far from the platform.
+The lyrics are not clear because the guitar is distorted."""
+DROPPED = """It's unclear.
+Unclear.
+I'm not sure.
+I am not sure
+I'm not sure, sorry.
+I don't know.
+I do not know the answer.
+Hard to say.
+Unknown.
+It's not clear.
+Not enough information.
+Cannot be determined.
+Impossible to tell.
+The reason is unclear.
+The purpose of the announcement remains unclear.
+It is unclear what the person is holding.
+It is not clear from the recording where this takes place.
+It cannot be determined from the audio clip.
+Sorry, but I do not know who speaks.
+I'm sorry, I can only work with text.
+There is not enough information to tell.
+There isn't enough context to say who won.
+The speaker's age is not specified.
+The location of the event is not provided.
+I cannot answer this question based on the sounds alone.
+I cannot hear the audio, so I am unable to describe it.
+As a language model I cannot listen to recordings.
+I cannot provide the name of the singer.
+Without more context, the reason for the applause stays open.
+Without additional information, any guess about the language would be speculation.
+More context is needed to answer that.
+It is difficult to determine the breed of the dog.
+It is difficult to infer the speaker's intention from so short a clip.
+It is impossible to say how many people are in the room.
+It is not possible to identify the song from this description.
+The clip gives no information about the weather.
+No specific information is given about the time of day.
+There is no indication of who is driving the car.
+The metadata does not provide details on the model of the car.
+The sounds do not provide sufficient evidence to conclude anything about the mood.
+We can't infer the relationship between the speakers.
+Not sure.
+I’m not sure.
+There isn’t enough detail to tell.
+No idea.
+That is unclear.
+I'm not certain.
+The identity of the caller is unclear.
+Sorry, I can't help with that.
+The language of the speaker cannot be identified.
+It is difficult to say without further details.
+There is insufficient information to answer; more context would help.
+The question cannot be answered.
+I cannot tell.
+The text has no information on the gender of the speaker."""
+
+
+@pytest.mark.parametrize("answers, is_dropped", [(KEPT, False), (DROPPED, True)])
+def test_refusals_by_example(answers, is_dropped):
+    answers = answers.split("\n")
+    assert len(set(answers)) >= 40
+    assert [answer for answer in answers if filter_unanswerable.is_unanswerable(answer) != is_dropped] == []
+
+
+def test_whole_answers_are_dropped_by_the_narrow_rule_alone(tmp_path):
+    source = write(tmp_path / "a.jsonl", [question("1.wav") | {"output": text} for text in ("I'm not sure.", "Rain.")])
+    filter_unanswerable.main(["--data_path", str(source), "--output_path", str(tmp_path / "b.jsonl")])
+    assert [row["output"] for row in stream_rows(tmp_path / "b.jsonl")] == ["Rain."]
+    assert recipe(tmp_path / "b.jsonl")["dropped"] == {"original": 0, "refusal": 1}
