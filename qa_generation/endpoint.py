@@ -9,6 +9,7 @@ Notable:
 import asyncio
 import json
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -18,7 +19,14 @@ from urllib.parse import urlsplit
 Message = dict[str, str]
 OPENAI_URL = "https://api.openai.com/v1"
 AGAIN = {408, 409, 425, 429}  # and all from 500 on
-STOP = {401, 402, 403, 404}  # key, account, right or model: no further request would fare better
+STOP = {401, 402, 403, 404, 405}  # key, account, right, model or address: no further request would fare better
+GATEWAY = {408, 502, 504, 520, 524}  # Something in between gave up; the model behind it may be at work, and bill it.
+CUT = {"length", "max_tokens", "content_filter"}  # finish reasons
+# Errors before a request is sent; by name, as versions of `openai` come with one or another httpx.
+UNSENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "LocalProtocolError"}
+LENGTHS = ("max_tokens", "max_completion_tokens")
+OWN = ("model", "messages", "stream", "n", "best_of")  # fields that the client sets, or could not account for
+PIECE = re.compile(r"[A-Za-z]{1,5}|\s(?=\d)|[^\sA-Za-z]")
 
 
 class RequestFailed(Exception):
@@ -34,11 +42,17 @@ class StopAsking(Exception):
 
 
 class TryAgain(Exception):
-    """A try failed in a way that passes. `wait` is the endpoint's wish in seconds, None if it has none."""
+    """A try failed in a way that passes.
 
-    def __init__(self, reason: str, wait: float | None = None):
+    Args:
+        wait: the endpoint's wish in seconds, None if it has none.
+        is_lost: it was sent and may be billed.
+        is_odd: it was answered, with something that is no reply.
+    """
+
+    def __init__(self, reason: str, wait: float | None = None, is_lost: bool = False, is_odd: bool = False):
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.is_lost, self.is_odd = wait, is_lost, is_odd
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,9 @@ class LlmSettings:
         timeout: seconds for a whole try.
         max_wait: seconds; a longer Retry-After gives the request up.
         token_budget: prompts and replies together, over all runs with one store; None: no bound.
+
+    Raises:
+        ValueError: `extra` has what the client sets itself, or a budget cannot be kept.
     """
 
     model: str
@@ -71,6 +88,28 @@ class LlmSettings:
     timeout: float = 180.0
     max_wait: float = 300.0
     token_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in ({"max_tokens": self.max_tokens} | self.extra).items():
+            if name in OWN:
+                raise ValueError(f"extra: {name} is not to be set; one reply is asked for, in one piece.")
+            is_length = name in (*LENGTHS, "max_new_tokens") and value is not None
+            if is_length and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}: {value!r} is not a number of tokens, 1 or more.")
+        if self.token_budget is not None and self.longest_reply is None:
+            raise ValueError("A token budget needs a longest reply: give max_tokens or max_completion_tokens.")
+
+    @property
+    def longest_reply(self) -> int | None:
+        """Tokens, as the request says them; None if it names no bound."""
+        if self.is_local:
+            return self.extra.get("max_new_tokens") or self.max_tokens
+        asked = {"max_tokens": self.max_tokens} | self.extra
+        return max((asked[name] for name in LENGTHS if asked.get(name) is not None), default=None)
+
+    def reserved(self, messages: list[Message]) -> int:
+        """Tokens that one try may cost: the prompt, estimated, and the longest reply."""
+        return estimate_tokens(messages) + (self.longest_reply or self.max_tokens)
 
     @property
     def url(self) -> str:
@@ -87,7 +126,7 @@ class LlmSettings:
 
 @dataclass(frozen=True)
 class Reply:
-    """text: "" if the model said nothing. finish_reason: "length" if it was cut off at max_tokens, mostly "stop"."""
+    """text: "" if the model said nothing. finish_reason: mostly "stop"; "length" if it was cut off at max_tokens."""
 
     text: str
     finish_reason: str
@@ -95,10 +134,16 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
 
+    @property
+    def is_cut(self) -> bool:
+        return self.finish_reason in CUT
+
 
 def estimate_tokens(messages: list[Message]) -> int:
-    """Tokens of a prompt, before its model counts them: 3.5 bytes of English each, and what frames a message."""
-    return sum(len(message["content"].encode()) * 2 // 7 + 8 for message in messages)
+    """Tokens of a prompt, before its model counts them, rather too many: up to five letters each, every digit and
+    sign, half of each byte that other scripts take beyond one, and what frames a message."""
+    texts = [message["content"] for message in messages]
+    return sum(len(PIECE.findall(text)) + (len(text.encode()) - len(text)) // 2 + 8 for text in texts)
 
 
 class OpenAiEndpoint:
@@ -112,6 +157,8 @@ class OpenAiEndpoint:
         self.key = os.environ.get(settings.key_from, "").strip()
         if not self.key and urlsplit(settings.url).hostname == urlsplit(OPENAI_URL).hostname:
             raise ValueError(f"No key for {OPENAI_URL}: set {settings.key_from}, or name another --base_url.")
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError(f"The key in {settings.key_from} has a line break or a letter that no header takes.")
         self.openai, self.settings = openai, settings
         self.client: Any = None
 
@@ -127,10 +174,13 @@ class OpenAiEndpoint:
         )
         try:  # The client's own limit is between two bytes: a trickle would never end.
             raw = await asyncio.wait_for(asking, self.settings.timeout)
-        except (asyncio.TimeoutError, self.openai.APITimeoutError):
-            raise TryAgain("time-out") from None
+        except asyncio.TimeoutError:
+            raise TryAgain("time-out", is_lost=True) from None
         except self.openai.APIConnectionError as error:
-            raise TryAgain(f"connection: {self._clean(error.__cause__ or error)}") from None
+            is_sent = type(error.__cause__).__name__ not in UNSENT
+            is_late = isinstance(error, self.openai.APITimeoutError)
+            reason = "time-out" if is_late else f"connection: {self._clean(error.__cause__ or error)}"
+            raise TryAgain(reason, is_lost=is_sent) from None
         except self.openai.APIStatusError as error:
             raise self._judge(error) from None
         return self._read(raw.http_response.text, request)
@@ -140,7 +190,7 @@ class OpenAiEndpoint:
         if status in STOP or getattr(error, "code", None) == "insufficient_quota":
             return StopAsking(reason)
         if status in AGAIN or status >= 500:
-            return TryAgain(str(status), _retry_after(error.response.headers))
+            return TryAgain(str(status), _retry_after(error.response.headers), is_lost=status in GATEWAY)
         return Refused(reason)
 
     def _clean(self, error: Any) -> str:
@@ -151,22 +201,37 @@ class OpenAiEndpoint:
         """The parts of a chat completion that count, whatever else an endpoint adds or leaves out."""
         try:
             data = json.loads(body)
+            if isinstance(data, dict) and data.get("error") and not data.get("choices"):
+                raise TryAgain(f"an error in a 200: {self._clean(json.dumps(data['error']))}")
             choice = data["choices"][0]
-            text, model = choice["message"].get("content") or "", data.get("model") or request["model"]
-            told, reason = data.get("usage") or {}, choice.get("finish_reason") or "stop"
-            usage = {"prompt_tokens": estimate_tokens(request["messages"]), "completion_tokens": len(text) // 4}
-            usage |= {name: told[name] for name in usage if isinstance(told.get(name), int)}
-            if not all(isinstance(value, str) for value in (text, model, reason)):
-                raise TypeError
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # No file takes half an emoji.
+            text = _text(choice["message"].get("content"))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            raise TryAgain("a body that is no chat completion") from None
+            said = self._clean(body[:80])
+            raise TryAgain(f"a body that is no chat completion: {said!r}", is_lost=True, is_odd=True) from None
+        # What was paid for is kept, however odd all else is.
+        told, model, reason = data.get("usage"), data.get("model"), choice.get("finish_reason")
+        told = told if isinstance(told, dict) else {}
+        said = [{"content": text}]
+        usage = {"prompt_tokens": estimate_tokens(request["messages"]), "completion_tokens": estimate_tokens(said)}
+        usage |= {name: told[name] for name in usage if type(told.get(name)) is int and told[name] > 0}
+        model = model if isinstance(model, str) and model else request["model"]
+        reason = reason if isinstance(reason, str) and reason else "stop"
         return {"text": text, "finish_reason": reason, "model": model, "usage": usage}
 
     async def close(self) -> None:
         client, self.client = self.client, None
         if client is not None:
             await client.close()
+
+
+def _text(content: Any) -> str:
+    """Of a message: a text, nothing, or a list of parts with texts. TypeError: none of these."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(part for part in parts if isinstance(part, str))
+    if not isinstance(content, str | None):
+        raise TypeError
+    return (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # No file takes half an emoji.
 
 
 def _retry_after(headers: Any) -> float | None:

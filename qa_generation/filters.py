@@ -1,7 +1,8 @@
 """Which questions and answers are not worth keeping, and why. Each filter can be left out by name.
 
 Notable:
-- A pair repeats another if its clip already has the same question or the same answer, case and punctuation aside.
+- A pair repeats another if its clip already has the same question or the same answer, case and punctuation aside:
+  in any row of the metadata about that clip, or in the rows of another source that are named with --against.
 - "unanswerable" looks for words of refusal ("cannot determine", "not enough information"), so that "loud enough" or
   "cannot miss" stay. The original keeps such rows in its first sets: they teach to refuse.
 """
@@ -32,22 +33,25 @@ UNANSWERABLE = re.compile(
 )
 
 
-def make_filter(text: str, min_words: int, names: tuple[str, ...] = FILTERS) -> Callable[[Pair], str | None]:
-    """A function for the pairs of one clip, in their order: why a pair is dropped, or None.
+def make_filter(
+    text: str, min_words: int, names: tuple[str, ...] = FILTERS, seen: set[str] | None = None
+) -> Callable[[Pair], str | None]:
+    """A function for pairs of one clip, in their order: why a pair is dropped, or None.
 
     Args:
         text: words spoken in the clip; a question that repeats six of them in a row counts as "metadata".
         min_words: of an answer.
         names: of FILTERS.
+        seen: marks of the pairs that the clip has already; grows by those that are kept.
     """
-    seen: set[tuple[str, str]] = set()
+    seen = set() if seen is None else seen
     spoken = _runs(text)
 
     def reason(pair: Pair) -> str | None:
         words = {"short": len(pair.answer.split()) < min_words or len(pair.question.split()) < 3}
         words["metadata"] = bool(METADATA.search(f"{pair.question}\n{pair.answer}") or spoken & _runs(pair.question))
         words["unanswerable"] = bool(UNANSWERABLE.search(pair.answer))
-        both = {("q", _plain(pair.question)), ("a", _plain(pair.answer))}
+        both = marks(pair)
         words["duplicate"] = bool(both & seen)
         found = next((name for name in FILTERS if name in names and words[name]), None)
         if found is None:
@@ -55,6 +59,11 @@ def make_filter(text: str, min_words: int, names: tuple[str, ...] = FILTERS) -> 
         return found
 
     return reason
+
+
+def marks(pair: Pair) -> set[str]:
+    """By which a pair is known again: its question and its answer, each without case and punctuation."""
+    return {f"q {_plain(pair.question)}", f"a {_plain(pair.answer)}"}
 
 
 def _plain(text: str) -> str:

@@ -9,6 +9,8 @@ META.json is a list (or JSON lines) of what `qa_generation/sources.py` describes
 kill -9, and start it again: replies are kept in ROWS.json.replies.jsonl, and what is there is not paid again. After a
 first Ctrl-C requests on their way are waited for. ROWS.json depends on META.json and the replies only, not on the order
 in which they came; beside it lie what was dropped and why (.rejects.jsonl) and how it was made (.recipe.json).
+A clip may come more than once, with different facts: it gets no question and no answer twice. Other sources' rows about
+the same clips count too where they are named, as for joint_v2 with --against JOINT_V1.json.
 Exits with 1 when asking stopped early or more than --max_bad clips could not be asked.
 """
 
@@ -21,7 +23,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,49 +33,29 @@ from tqdm import tqdm
 
 from qa_generation.filters import FILTERS
 from qa_generation.generator import Estimate, Generator
-from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking
-from qa_generation.sources import SOURCES, Row, Source, message
-
-
-def read_metadata(path: Path, source: Source, dataset: str) -> tuple[list[Row], list[str]]:
-    """Rows that can be asked about, and for each other one its number and what is wrong with it.
-
-    Raises:
-        ValueError: not JSON; says where.
-    """
-    text = path.read_text(encoding="utf-8-sig").strip()
-    parts = [text] if text.startswith("[") else text.split("\n")
-    rows, bad, found = [], [], []
-    for number, part in enumerate(parts, 1):
-        try:
-            data = json.loads(part or "[]")
-        except json.JSONDecodeError as error:
-            place = f"line {number + error.lineno - 1}, column {error.colno}"
-            raise ValueError(f"{path}, {place}: {error.msg}; a JSON list or JSON lines are needed") from None
-        found += data if isinstance(data, list) else [data]
-    for index, row in enumerate(found):
-        try:
-            if not isinstance(row, dict) or not isinstance(row.get("audio_id"), str):
-                raise ValueError("no audio_id")
-            message(source, row)
-            rows.append({"dataset": dataset} | row)
-        except ValueError as error:
-            bad.append(f"{path}, row {index}: {error}")
-    return rows, bad
+from qa_generation.llm import Llm, LlmSettings, ReplyStore, StopAsking
+from qa_generation.metadata import Clips, read_metadata, read_pairs
+from qa_generation.sources import SOURCES, Row
 
 
 @contextmanager
 def written(path: Path) -> Iterator[IO]:
     """A file that is there whole when the block ends, and not at all if it fails."""
     partial = path.with_name(f"{path.name}.tmp")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)  # On a full disk it would be in the way.
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
-async def ask_all(generator: Generator, llm: Llm, rows: list[Row]) -> None:
+async def ask_all(generator: Generator, llm: Llm, clips: Clips) -> None:
     """Bring all replies into the store, with a line of progress. StopAsking: not all are there."""
     counts: Counter = Counter()
     loop = asyncio.get_running_loop()
@@ -84,47 +66,45 @@ async def ask_all(generator: Generator, llm: Llm, rows: list[Row]) -> None:
             loop.remove_signal_handler(number)  # A second one ends the run at once.
 
         loop.add_signal_handler(number, stop)
-    with tqdm(total=len(rows), unit="clip", desc="asking", file=sys.stderr) as bar:
+    with tqdm(total=len(clips), unit="clip", desc="asking", file=sys.stderr) as bar:
 
-        async def job(row: Row) -> None:
-            with suppress(RequestFailed):  # Counted by llm; named when the rows are written.
-                made, rejects = await generator.ask(llm, row)
-                counts.update(rows=len(made), rejects=len(rejects))
+        async def job(rows: list[Row]) -> None:
+            made, rejects, _ = await generator.ask_clip(llm, rows)
+            counts.update(rows=len(made), rejects=len(rejects))
             tries = sum(llm.counts.values()) - llm.counts["asked"] - llm.counts["kept"] - llm.counts["failed"]
             rejects = f"{counts['rejects']} of {counts['rows'] + counts['rejects']}"
             words = f"{llm.store.tokens} tokens, rejects {rejects}, tried again {tries}, failed {llm.counts['failed']}"
             bar.set_postfix_str(words, refresh=False)
             bar.update()
 
-        await llm.run((lambda row=row: job(row)) for row in rows)
+        await llm.run((lambda rows=rows: job(rows)) for rows in clips.values())
 
 
-def write_rows(output: Path, generator: Generator, llm: Llm, rows: list[Row]) -> Counter:
-    """ROWS.json and its rejects, from the store alone. Returns counts; "clips not answered" is among them."""
-    counts: Counter = Counter(clips=len(rows))
+def write_rows(output: Path, generator: Generator, llm: Llm, clips: Clips) -> Counter:
+    """ROWS.json and its rejects, from the store alone. Returns counts; "clips not answered", in part or at all, is
+    among them, and the tokens of the replies that were read."""
+    counts: Counter = Counter(clips=len(clips))
     offline = Llm(llm.settings, llm.store, is_offline=True)
 
     async def write(file: IO, rejects_file: IO) -> None:
-        for row in rows:
-            try:
-                made, rejects = await generator.ask(offline, row)
-            except RequestFailed:
-                counts["clips not answered"] += 1
-                continue
+        for audio_id, rows in clips.items():
+            made, rejects, failed = await generator.ask_clip(offline, rows)
+            counts["clips not answered"] += failed > 0
             for entry in made:
                 file.write(between if counts["rows"] else start)
                 json.dump(entry, file, ensure_ascii=False)
                 counts["rows"] += 1
-            counts["clips without a row"] += not made
+            counts["clips without a row"] += not made and not failed
             for reject in rejects:
                 counts[f"dropped: {reject.reason}"] += 1
-                line = {"audio_id": row["audio_id"], "reason": reject.reason, "text": reject.text}
+                line = {"audio_id": audio_id, "reason": reject.reason, "text": reject.text}
                 rejects_file.write(json.dumps(line, ensure_ascii=False) + "\n")
         file.write(end if counts["rows"] else start + end.lstrip("\n"))
 
     start, between, end = ("", "\n", "\n") if output.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     with written(output) as file, written(Path(f"{output}.rejects.jsonl")) as rejects_file:
         asyncio.run(write(file, rejects_file))
+    counts.update(offline.used)
     return counts
 
 
@@ -132,7 +112,9 @@ def recipe(args: argparse.Namespace, generator: Generator, settings: LlmSettings
     """How ROWS.json was made; the same for the same rows, however often the run was broken off."""
     digest = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in generator.prompts.items()}
     made = {"source": args.source, "count": generator.source.count, "min_words": generator.source.min_words}
-    made |= {"input": str(args.input), "input_sha256": hashlib.sha256(args.input.read_bytes()).hexdigest()}
+    made |= {"input": str(args.input), "input_sha256": args.digests[args.input]}
+    if args.against:
+        made |= {"against_sha256": {str(path): args.digests[path] for path in args.against}}
     made |= {"versions": {name: version(name) for name in (("torch", "transformers") if args.local else ("openai",))}}
     made |= {"llm": settings.record() | {"model": args.model}, "prompts_sha256": digest, "seed": args.seed}
     return made | {"filters": list(generator.drops), "asks": generator.asks, "counts": dict(sorted(counts.items()))}
@@ -165,25 +147,43 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--min_words", type=int, help="of an answer, else the source's")
     add("--keep", nargs="*", default=[], choices=FILTERS, help="filters to leave out")
     add("--dataset", help="of the rows that name none; else the source")
+    add("--against", nargs="+", type=Path, default=[], help="rows of other sources, whose pairs no clip gets again")
     add("--seed", type=int, default=0, help="of what is drawn: models, questions of summaries")
-    add("--max_bad", type=int, default=0, help="clips that may go without being asked")
+    add("--max_bad", type=int, default=0, help="clips and rows of metadata that may go without being asked")
     add("--dry_run", action="store_true")
     add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars for a million tokens")
     args = parser.parse_args(argv)
-    if min(args.concurrency, args.tries, args.asks) < 1 or not isinstance(args.extra, dict):
-        parser.error("--concurrency, --tries and --asks are 1 or more; --extra is a JSON object")
+    one_or_more = (args.concurrency, args.tries, args.asks, args.count, args.max_tokens)
+    if min(1 if value is None else value for value in one_or_more) < 1 or (args.min_words or 0) < 0:
+        parser.error("--concurrency, --tries, --asks, --count and --max_tokens are 1 or more, --min_words 0 or more")
+    if not (args.timeout > 0 and isinstance(args.extra, dict)):
+        parser.error("--timeout is more than 0 s; --extra is a JSON object")
     if args.local and len(args.model) > 1:
         parser.error("--local takes one --model")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    source = SOURCES[args.source]
+def check_paths(args: argparse.Namespace) -> None:
+    """Fill in --replies, and see that what is written can be and is nothing that is read, before anything is paid.
+
+    Raises:
+        ValueError, OSError: says which file.
+    """
+    args.replies = args.replies or Path(f"{args.output}.replies.jsonl")
+    made = [args.output, args.replies, *(Path(f"{args.output}.{end}") for end in ("rejects.jsonl", "recipe.json"))]
+    read = {path.resolve() for path in (args.input, args.prompt, *args.against) if path}
+    if len({path.resolve() for path in made} | read) < len(made) + len(read):
+        names = ", ".join(str(path) for path in made)
+        raise ValueError(f"Each of these is written and must be a file of its own: {names}")
+    if folders := [str(path) for path in made if path.is_dir()]:
+        raise ValueError(f"{folders[0]} is a folder; a file is needed.")
+    args.digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (args.input, *args.against)}
+
+
+def make_generator(args: argparse.Namespace) -> tuple[Generator, LlmSettings]:
     given = {"count": args.count, "min_words": args.min_words}
-    source = replace(source, **{name: value for name, value in given.items() if value is not None})
+    source = replace(SOURCES[args.source], **{name: value for name, value in given.items() if value is not None})
     drops = tuple(name for name in FILTERS if name not in args.keep)
-    generator = Generator(source, args.model, args.prompt, drops, args.asks, args.seed)
     named = ("temperature", "extra", "base_url", "key_from", "concurrency", "tries", "timeout", "token_budget")
     settings = LlmSettings(
         args.model[0],
@@ -191,32 +191,47 @@ def main(argv: list[str] | None = None) -> int:
         is_local=args.local,
         **{name: getattr(args, name) for name in named},
     )
-    args.replies = args.replies or Path(f"{args.output}.replies.jsonl")
-    if len({path.resolve() for path in (args.input, args.output, args.replies)}) < 3:
-        raise ValueError("--input, --output and --replies must be three files.")
-    rows, bad = read_metadata(args.input, source, args.dataset or args.source)
-    for line in bad[:20]:
+    return Generator(source, args.model, args.prompt, drops, args.asks, args.seed), settings
+
+
+def ask(generator: Generator, llm: Llm, clips: Clips) -> str | None:
+    """Ask all; why that stopped early, None if it did not. Said at once: writing rows may fail for the same reason."""
+    if (kept := len(llm.store.places)) and not generator.is_any_kept(llm, clips):
+        what = f"none of the {kept} replies in {llm.store.path} is to what this run asks"
+        print(f"note: {what}: prompt, model, settings or metadata are others. All is asked anew.", file=sys.stderr)
+    try:
+        asyncio.run(ask_all(generator, llm, clips))
+    except StopAsking as error:
+        print(f"stopped: {error}. Run it again to go on; no reply that was kept is paid twice.", file=sys.stderr)
+        return str(error)
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    check_paths(args)
+    generator, settings = make_generator(args)
+    clips, bad, repeats = read_metadata(args.input, generator.source, args.dataset or args.source)
+    generator.earlier = read_pairs(args.against, clips)
+    for line in bad[:20] + [f"... and {len(bad) - 20} more rows"] * (len(bad) > 20):
         print(line, file=sys.stderr)
     if args.dry_run:  # No file is made.
         with ReplyStore(args.replies) if args.replies.exists() else nullcontext() as store:
-            Estimate(generator, settings, store and Llm(settings, store, is_offline=True)).report(rows, args.price)
+            Estimate(generator, settings, store and Llm(settings, store, is_offline=True)).report(clips, args.price)
         return 0
-    stopped = None
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     with ReplyStore(args.replies) as store:
         llm = Llm(settings, store)
-        try:
-            asyncio.run(ask_all(generator, llm, rows))
-        except StopAsking as error:
-            stopped = str(error)
-        counts = write_rows(args.output, generator, llm, rows)
-        counts |= Counter({"clips with bad metadata": len(bad)} | store.spent)
+        stopped = ask(generator, llm, clips)
+        counts = write_rows(args.output, generator, llm, clips)
+        counts.update({"metadata rows that repeat one": repeats, "metadata rows that cannot be asked": len(bad)})
     with written(Path(f"{args.output}.recipe.json")) as file:
         file.write(json.dumps(recipe(args, generator, settings, counts), indent=1) + "\n")
     print("; ".join(f"{name} {count}" for name, count in counts.items()))
     if llm.counts:
         print("requests: " + ", ".join(f"{name} {count}" for name, count in sorted(llm.counts.items())))
-    if stopped:
-        print(f"stopped: {stopped}. Run it again to go on; nothing is paid twice.", file=sys.stderr)
+    lost = f"{store.lost} reserved for tries without a reply, which may be billed"
+    print(f"tokens: {store.tokens} spent, {lost}; by all runs with {args.replies}")
     return int(bool(stopped) or counts["clips not answered"] + len(bad) > args.max_bad)
 
 
@@ -225,3 +240,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except (OSError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped at once. Run it again to go on; what is kept is not asked again.", file=sys.stderr)
+        sys.exit(130)

@@ -13,7 +13,10 @@ Notable:
 - The key comes from the environment. It is written nowhere, and cut out of messages that repeat it.
 - 408, 409, 425, 429, 5xx, time-outs, lost connections and bodies without a reply are tried again, after `Retry-After`
   or a growing, jittered wait; a `Retry-After` holds all requests. A refused key or an empty account stops the run.
-- The token budget covers what the store has cost so far. A request starts only if its longest reply still fits.
+- The token budget covers what the store has cost so far, and in full what each try may have cost that was sent and
+  brought no reply (time-out, lost connection, gateway, odd body, kill -9): somebody may bill it. A try starts only if
+  its longest reply still fits. Tokens of prompts are estimated until an endpoint counts them.
+- An odd body, as of a page in the place of an endpoint, is asked for three times at most: each may be paid.
 """
 
 import asyncio
@@ -40,6 +43,7 @@ from qa_generation.reply_store import ReplyStore
 
 __all__ = ["Llm", "LlmSettings", "Message", "Reply", "ReplyStore", "RequestFailed", "StopAsking", "estimate_tokens"]
 FAILURES_IN_ROW = 20  # requests that were given up one after the other: the endpoint is gone, so stop
+ODD_BODIES = 3  # of one request, before it is given up
 LONGEST_WAIT = 60.0  # seconds between two tries without Retry-After
 MOMENT = 0.1  # seconds; how soon a waiting request sees that asking has stopped
 
@@ -58,7 +62,8 @@ class Llm:
         self.endpoint: Any = None if is_offline else _open_endpoint(settings)
         self.on_their_way: dict[str, asyncio.Task] = {}
         self.counts: Counter = Counter()  # "asked", "kept", and each reason of a new try
-        self.reserved = self.in_row = 0
+        self.used: Counter = Counter()  # tokens of the replies that were handed out
+        self.sent = self.in_row = 0  # tries on their way; requests that failed one after the other
         self.not_before = 0.0
         self.stopped: str | None = None
 
@@ -76,6 +81,10 @@ class Llm:
     def key(self, request: dict[str, Any], sample: str = "") -> str:
         text = json.dumps([request, sample], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def is_kept(self, messages: list[Message], model: str | None = None, sample: str = "") -> bool:
+        """Whether `complete` would answer from the store."""
+        return self.store.get(self.key(self.request(messages, model), sample)) is not None
 
     async def complete(self, messages: list[Message], model: str | None = None, sample: str = "") -> Reply:
         """The reply to these messages, from the store if it is there.
@@ -100,15 +109,12 @@ class Llm:
             kept = await asyncio.shield(task)
         else:
             self.counts["kept"] += 1
+        self.used.update(kept["usage"])
         return Reply(kept["text"], kept["finish_reason"], kept["model"], **kept["usage"])
 
     async def _ask(self, request: dict[str, Any], key: str) -> dict[str, Any]:
-        longest = estimate_tokens(request["messages"]) + self.settings.max_tokens
-        await self._wait_for_budget(longest)
-        self.reserved += longest
         try:
             reply = await self._try(request, key)
-            self.store.put(key, reply)  # Before any other thing may happen: nothing is awaited in between.
         except RequestFailed as error:
             self.counts["failed"] += 1
             # Where others were answered, what is refused is to blame itself, and is so again in every run.
@@ -119,39 +125,67 @@ class Llm:
         except StopAsking as error:
             self.stop(str(error))
             raise
-        finally:
-            self.reserved -= longest
+        except OSError as error:  # The store's: a full disk keeps no reply, so none is to be paid for.
+            self.stop(f"{error.filename}: {error.strerror}")
+            raise StopAsking(self.stopped) from None
         self.counts["asked"] += 1
         self.in_row = 0
         return reply
 
-    async def _wait_for_budget(self, longest: int) -> None:
-        """Until the request fits for certain: replies on their way mostly turn out shorter than reserved."""
-        budget = self.settings.token_budget
-        while budget is not None and not self.stopped and self.store.tokens + self.reserved + longest > budget:
-            if not self.reserved:
-                self.stop(f"token budget: {self.store.tokens} of {budget} used, the next request may take {longest}")
-            await asyncio.sleep(MOMENT)
-
     async def _try(self, request: dict[str, Any], key: str) -> dict[str, Any]:
-        own_moment, last = 0.0, ""
+        not_before, odd, last = 0.0, 0, ""
+        tokens = self.settings.reserved(request["messages"])
         for attempt in range(self.settings.tries):
-            while (wait := max(own_moment, self.not_before) - time.monotonic()) > 0 and not self.stopped:
-                await asyncio.sleep(min(wait, MOMENT))
-            if self.stopped:
-                raise StopAsking(self.stopped)
+            await self._turn(tokens, not_before)
             try:
-                return await self.endpoint.send(request, key)
+                return await self._send(request, key, tokens)
             except TryAgain as error:
                 last, wait = str(error), error.wait
+                odd += error.is_odd
             self.counts[last.partition(":")[0]] += 1
+            if odd == ODD_BODIES:
+                break
             if wait is None:
-                own_moment = time.monotonic() + min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                not_before = time.monotonic() + min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
             elif wait > self.settings.max_wait:
                 raise RequestFailed(f"{last}, to be tried again in {wait:.0f} s")
             else:
                 self.not_before = max(self.not_before, time.monotonic() + wait)
-        raise RequestFailed(f"{last} ({self.settings.tries} tries)")
+        raise RequestFailed(f"{last} ({attempt + 1} tries)")
+
+    async def _turn(self, tokens: int, not_before: float) -> None:
+        """Wait until a try may start: its time has come and it fits the budget. StopAsking: none may."""
+        while not self.stopped:
+            wait = max(not_before, self.not_before) - time.monotonic()
+            if wait <= 0 and self._fits(tokens):
+                return
+            await asyncio.sleep(min(wait, MOMENT) if wait > 0 else MOMENT)
+        raise StopAsking(self.stopped)
+
+    def _fits(self, tokens: int) -> bool:
+        """For certain; what is on its way mostly turns out shorter than it may be, so it is worth to wait for it."""
+        budget, store = self.settings.token_budget, self.store
+        if budget is None or store.tokens + store.lost + tokens <= budget:
+            return True
+        if not self.sent:
+            used = f"{store.tokens} of {budget} spent, {store.lost} reserved for tries without a reply"
+            self.stop(f"token budget: {used}; the next request may take {tokens}")
+        return False
+
+    async def _send(self, request: dict[str, Any], key: str, tokens: int) -> dict[str, Any]:
+        """One try, in the store's accounts before it is sent and after."""
+        self.store.begin(key, tokens)
+        self.sent += 1
+        try:
+            reply = await self.endpoint.send(request, key)
+            self.store.put(key, reply, tokens)  # Before any other thing may happen: nothing is awaited in between.
+            return reply
+        except (TryAgain, RequestFailed, StopAsking) as error:
+            if not getattr(error, "is_lost", False):
+                self.store.release(key, tokens)
+            raise
+        finally:
+            self.sent -= 1
 
     async def run(self, jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
         """Work off `jobs`, `concurrency` at a time. StopAsking: not all is done, but what had begun was waited for."""

@@ -62,9 +62,10 @@ class LocalModel:
         torch.manual_seed(int(hashlib.sha256("".join(key for _, key in batch).encode()).hexdigest()[:15], 16))
         heat = self.settings.temperature
         given = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
-        given |= {"max_new_tokens": self.settings.max_tokens, "pad_token_id": self.tokenizer.pad_token_id}
+        given |= {"pad_token_id": self.tokenizer.pad_token_id} | self.settings.extra
+        given["max_new_tokens"] = self.settings.longest_reply
         with torch.inference_mode():
-            tokens = self.model.generate(**inputs.to(self.model.device), **given, **self.settings.extra)
+            tokens = self.model.generate(**inputs.to(self.model.device), **given)
         said = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (batch, new tokens)
         return [self._reply(*pair) for pair in zip(said, inputs["attention_mask"].sum(-1).tolist(), strict=True)]
 

@@ -12,12 +12,13 @@ import re
 import warnings
 from typing import Any, NamedTuple
 
+LONGEST = 200_000  # characters of a reply: twenty questions are about 8,000, and a text without end takes minutes
 NAMES = {"q": "q", "question": "q", "a": "a", "answer": "a"}
 QUOTES = str.maketrans("“”„‟", '""""')
 OPENER = re.compile(
     r"""\{\s*(?:"\w+"\s*:\s*(?:\d+|"[^"]*")\s*,\s*){0,3}["'“”]?(?:q|a|question|answer)["'“”]?\s*:""", re.IGNORECASE
 )
-OBJECT = re.compile(r"\{[^}]*\}")
+OBJECT = re.compile(r"\{[^{}]*\}")
 ANSWER = re.compile(r"""(?<!\w)a(?:nswer)?["'“”]\s*:|["'“”]a(?:nswer)?["'“”]?\s*:""", re.IGNORECASE)
 INNER = re.compile(
     r"""\{\s*"q(?:uestion)?"\s*:\s*"(?P<q>.*)"\s*,\s*"a(?:nswer)?"\s*:\s*"(?P<a>.*)"\s*,?\s*\}""",
@@ -44,6 +45,8 @@ def parse_pairs(text: str, is_cut: bool = False) -> tuple[list[Pair], list[Rejec
     """
     if not text.strip():
         return [], [Reject("empty reply", text)]
+    if len(text) > LONGEST:
+        return [], [Reject("too long", text)]
     pairs, rejects, place = [], [], 0
     while place < len(text):
         opener = OPENER.search(text, place)

@@ -1,0 +1,140 @@
+"""Ask a model the questions of tasks, or score every class as the answer; what was interrupted goes on."""
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import ltu_as  # noqa: F401  registers its classes: with them ltu's commands open both models
+from eval.closed import Classes
+from eval.outcome import ANSWERED
+from eval.report import write_json, write_rows
+from eval.tasks import Task
+from ltu.ask import open_pipeline
+from ltu.audio import AudioError
+from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
+from ltu.decoding import check_decoding
+from ltu.download import replace_file
+from ltu.inference_batch import main as inference_batch
+from ltu.inference_batch import parse_args, requests_of
+from ltu.original_files import sha256_of
+from ltu.qa_dataset import read_rows
+from ltu.row_files import encode_row, stream_rows
+
+
+def inference_flags(model: str, args: argparse.Namespace) -> argparse.Namespace:
+    """The flags as ltu.inference_batch reads them; it ends the command if one is wrong.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    find_checkpoint(model, CHECKPOINT_FILES)
+    paths = ["--data_path", "Q.json", "--output_path", "P.json"]
+    return parse_args(["--model", model, *paths, "--seed", str(args.seed), *args.rest])
+
+
+def provenance(model: str, questions: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """All that decides the answers, but for the content of clips."""
+    folder = find_checkpoint(model, CHECKPOINT_FILES)
+    found = {"checkpoint": sha256_of(folder), "config": sha256_of(folder / "config.json"), "flags": args.rest}
+    found |= {"decoding": check_decoding(inference_flags(model, args).decoding), "seed": args.seed}
+    found |= {"questions": {"path": str(questions), "sha256": sha256_of(questions)}}
+    return found | {"audio_root": str(args.audio_root or questions.parent)}
+
+
+def ask(model: str, files: dict[str, Path], folder: Path, args: argparse.Namespace) -> int:
+    """Write TASK.predictions.json and TASK.provenance.json. Returns the exit status of ltu.inference_batch.
+
+    The model is opened once a trial: equal questions on equal clips have one answer in a trial, so a row that repeats
+    goes into the next one if answers are sampled.
+
+    Args:
+        files: task -> questions.
+    """
+    wanted = {name: provenance(model, path, args) for name, path in files.items()}
+    todo = [name for name in files if not is_done(folder, name, wanted[name])]
+    trials: dict[str, list[int]] = defaultdict(list)  # of each row
+    parts: dict[int, dict[Path, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for name in todo:
+        seen: Counter = Counter()
+        for row in stream_rows(files[name]):
+            key = row.get("audio_id"), row.get("instruction"), row.get("input")
+            trial = seen[key] if wanted[name]["decoding"]["do_sample"] else 0
+            trials[name].append(trial)
+            parts[trial][folder / "asked" / f"{name}.{trial}.json"].append(row)
+            seen[key] += 1
+    code = 0
+    for trial, questions in sorted(parts.items()):
+        asked = {place.with_suffix(".questions.json"): rows for place, rows in questions.items()}
+        for place, rows in asked.items():
+            write_rows(rows, place)
+        flags = ["--model", model, "--seed", str(args.seed + trial), "--audio_root", wanted[todo[0]]["audio_root"]]
+        flags += [*args.rest, "--data_path", *map(str, asked), "--output_path", *map(str, questions)]
+        code |= inference_batch(flags)
+    for name in todo:
+        answers = [stream_rows(folder / "asked" / f"{name}.{trial}.json") for trial in range(max(trials[name]) + 1)]
+        rows = [next(answers[trial]) for trial in trials[name]]
+        for row in rows:
+            del row["seconds"]  # Wall time, of which no two runs have the same.
+        write_rows(rows, folder / f"{name}.predictions.json")
+        write_json(wanted[name], folder / f"{name}.provenance.json")
+    return code
+
+
+def is_done(folder: Path, name: str, wanted: dict[str, Any]) -> bool:
+    """Whether all was asked just so before, and answered."""
+    made, predictions = folder / f"{name}.provenance.json", folder / f"{name}.predictions.json"
+    if not (made.is_file() and predictions.is_file()) or json.loads(made.read_text(encoding="utf-8")) != wanted:
+        return False
+    return all(row["status"] in ANSWERED for row in stream_rows(predictions))
+
+
+def score_labels(model: str, task: Task, questions: Path, folder: Path, args: argparse.Namespace) -> np.ndarray:
+    """Log-likelihood of every class as the answer to every clip, (rows, classes); -inf for clips that cannot be heard.
+
+    Writes the files of `ask`, where the likeliest is the answer. Scores are kept as they come, in
+    TASK.label_scores.jsonl, whose first line says of what; a clip that failed is tried again.
+    """
+    flags = inference_flags(model, args)
+    rows = [
+        row | {"instruction": args.label_prompt} for row in read_rows(questions, args.audio_root, need_output=False)
+    ]
+    names = [" ".join(name.replace("_", " ").split()) for name in Classes(task, "strict").names]
+    candidates = [args.label_answer.format(name) for name in names]
+    wanted = provenance(model, questions, args) | {"label_prompt": args.label_prompt, "candidates": candidates}
+    path = folder / f"{task.name}.label_scores.jsonl"
+    kept = start_scores(path, wanted)
+    pipeline = open_pipeline(flags) if len(kept) < len(rows) else None
+    failed = {}
+    with path.open("ab") as lines:
+        for number, request in enumerate(tqdm(requests_of(rows, flags), f"labels of {task.name}", unit="clip")):
+            if number in kept:
+                continue
+            try:
+                kept[number] = [score.log_likelihood for score in pipeline.score(request, candidates)]
+            except AudioError as error:
+                failed[number] = error.reason
+                continue
+            lines.write(encode_row({"row": number, "scores": kept[number]}) + b"\n")
+            lines.flush()
+    scores = np.array([kept.get(number, [-np.inf] * len(candidates)) for number in range(len(rows))])
+    made = [{"prompt": args.label_prompt, "ref": row.get("output"), "audio_id": row.get("audio_id")} for row in rows]
+    for number, row in enumerate(made):
+        status = failed.get(number, "ok")
+        row |= {"pred": candidates[scores[number].argmax()] if status == "ok" else "", "status": status}
+    write_rows(made, folder / f"{task.name}.predictions.json")
+    write_json(wanted, folder / f"{task.name}.provenance.json")
+    return scores
+
+
+def start_scores(path: Path, wanted: dict[str, Any]) -> dict[int, list[float]]:
+    """Row -> what is kept of a run like this. Half a line, and all of another run, is taken out of the file."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    head = json.dumps(wanted, sort_keys=True).encode()
+    kept = lines[1:] if lines[:1] == [head] else []
+    replace_file(path, (line + b"\n" for line in [head, *kept]), is_synced=True)
+    return {found["row"]: found["scores"] for found in map(json.loads, kept)}

