@@ -53,6 +53,7 @@ OPEN = [
     ("clotho_development", "open-ended question", 89_000),
     ("soundbible", "open-ended question", 10_814),
 ]
+PHRASINGS = 100  # of each closed-ended question
 ROWS = sum(count for _, _, count in CLOSED + OPEN)
 CLIPS = {"as_strong": 102_000, "as_2m": 500_139, "as_20k": 18_691, "vggsound": 184_000, "fsd50k": 41_000}
 CLIPS |= {"audiocaps": 46_000, "freesound": 91_000, "clotho": 5_000, "soundbible": 1_200}
@@ -66,7 +67,12 @@ def random_rows(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> I
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(9000)]
     labels = [" ".join(chance.choices(words, k=chance.randint(1, 3))).capitalize() for _ in range(527)]
+
+    def question() -> str:
+        return " ".join(chance.choices(words, k=chance.randint(4, 17))).capitalize() + "?"
+
     for dataset, task, count in kinds:
+        phrasings = [question() for _ in range(PHRASINGS)]
         clips = max(1, round(scale * next(n for name, n in CLIPS.items() if dataset.startswith(name))))
         for _ in range(round(scale * count)):
             if task == "cla_label":
@@ -85,7 +91,7 @@ def random_rows(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> I
                 if chance.random() < 1 / 8:
                     output = f"{chance.choice(PHRASES)} {output}"
             yield {
-                "instruction": " ".join(chance.choices(words, k=chance.randint(4, 17))).capitalize() + "?",
+                "instruction": question() if task == "open-ended question" else chance.choice(phrasings),
                 "input": "",
                 "audio_id": f"/data/{dataset}/audio/{chance.randrange(clips):011x}.flac",
                 "dataset": dataset,

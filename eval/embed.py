@@ -197,6 +197,7 @@ class EmbeddingApi(OpenAiEndpoint):
     def _ask(self, client: Any, batch: list[str]) -> np.ndarray:
         texts = [text or " " for text in batch]  # OpenAI refuses an empty one.
         asked = {"model": self.settings.model, "input": texts, "encoding_format": "float"}
+        url = self.settings.record()["base_url"]
         for _ in range(self.settings.tries):
             try:
                 body = client.embeddings.with_raw_response.create(**asked).http_response.text
@@ -206,10 +207,8 @@ class EmbeddingApi(OpenAiEndpoint):
                     return vectors
             except self.openai.APIError as error:
                 reason = f"{self._clean(error)} (the first of these texts: {batch[0]!r})"
-                raise EvaluationError(f"{self.settings.url}: {reason}. Run it again: what it gave is kept.") from None
+                raise EvaluationError(f"{url}: {reason}. Run it again: what it gave is kept.") from None
             except (ValueError, KeyError, TypeError):
                 pass
             time.sleep(1.0)
-        raise EvaluationError(
-            f"{self.settings.url} gives no list of one embedding a text for model {self.settings.model}."
-        )
+        raise EvaluationError(f"{url} gives no list of one embedding a text for model {self.settings.model}.")

@@ -34,6 +34,7 @@ ENDING = ".arrow"
 ROWS_AT_ONCE = 16_384  # of one record batch
 TEXTS = ("instruction", "input", "audio_id", "output")
 COUNTS = ("num_ids", "num_prompt_ids")
+MAX_KNOWN = 100_000  # prompts whose number of ids is kept
 PROBED = 256  # rows whose lengths are held against the processor that is to train
 
 
@@ -59,15 +60,19 @@ def build_index(
     first = next(rows)  # Raises what is wrong with the file before it is hashed.
     state = path.stat()
     about = {"source": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": sha256_of(path)}
-    columns = [(name, pyarrow.string()) for name in TEXTS] + [(name, pyarrow.int32()) for name in COUNTS]
-    schema = pyarrow.schema(columns, {"ltu": json.dumps(about)})
+    fields = [(name, pyarrow.string()) for name in TEXTS] + [(name, pyarrow.int32()) for name in COUNTS]
+    schema = pyarrow.schema(fields, {"ltu": json.dumps(about)})
     unfinished = output.with_name(f"{output.name}.tmp")
     try:
         with pyarrow.OSFile(str(unfinished), "wb") as file, pyarrow.ipc.new_file(file, schema) as table:
             with tqdm(desc="indexing", unit="row", unit_scale=True) as bar:
-                block = [first, *islice(rows, ROWS_AT_ONCE - 1)]
+                block, known = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}
                 while block:
-                    table.write_batch(_record_batch(processor.complete_rows(block), processor, schema))
+                    block = processor.complete_rows(block)
+                    texts = [[_as_utf8(row.get(name)) for row in block] for name in TEXTS]
+                    table.write_batch(
+                        pyarrow.record_batch([*texts, *count_ids(block, processor, known)], schema=schema)
+                    )
                     bar.update(len(block))
                     block = list(islice(rows, ROWS_AT_ONCE))
         if (path.stat().st_size, path.stat().st_mtime_ns) != (state.st_size, state.st_mtime_ns):
@@ -78,23 +83,25 @@ def build_index(
     return output
 
 
-def _record_batch(rows: list[dict], processor: Any, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    # Half of a surrogate pair, which JSON can hold, is replaced as the processor does before it tokenises.
-    texts = [[_as_utf8(row.get(name)) for row in rows] for name in TEXTS]
-    return pyarrow.record_batch([*texts, *count_ids(rows, processor)], schema=schema)
-
-
 def _as_utf8(text: str | None) -> bytes | None:
+    """Half of a surrogate pair, which JSON can hold, is replaced as the processor does before it tokenises."""
     return None if text is None else text.encode("utf-8", "replace")
 
 
-def count_ids(rows: list[dict], processor: Any) -> list[list[int]]:
-    """How many ids `encode_example` makes of each row before any cutoff, and how many are the prompt's."""
+def count_ids(rows: list[dict], processor: Any, known: dict[str, int] | None = None) -> list[list[int]]:
+    """How many ids `encode_example` makes of each row before any cutoff, and how many are the prompt's.
+
+    Args:
+        known: prompts counted before, and where these are kept: closed-ended questions are a few hundred in millions.
+    """
+    known = {} if known is None else known
     turns, texts = zip(*map(processor.example, rows), strict=True)
     pairs = zip(processor.encode_all(list(texts)), turns, strict=True)
-    prompts = list({turn.prompt for turn in turns})
-    counts = dict(zip(prompts, map(len, processor.encode_all(prompts)), strict=True))
-    return [[len(ids) + (ids[-1] != turn.end_id) for ids, turn in pairs], [counts[turn.prompt] for turn in turns]]
+    if len(known) > MAX_KNOWN:
+        known.clear()
+    prompts = list({turn.prompt for turn in turns} - known.keys())
+    known |= zip(prompts, map(len, processor.encode_all(prompts)), strict=True)
+    return [[len(ids) + (ids[-1] != turn.end_id) for ids, turn in pairs], [known[turn.prompt] for turn in turns]]
 
 
 class IndexedRows(Sequence):

