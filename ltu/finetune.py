@@ -203,9 +203,8 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     steps = total_steps(len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs)
     steps = run.max_steps if run.max_steps > 0 else steps
     sizes = (run.micro_batch_size, accumulation, run.num_epochs)
-    is_grouped = run.group_by_length and train_set.lengths is not None
-    order = (is_grouped, run.seed, rank, world_size)
-    batches = MicroBatches(train_set.lengths.tolist() if is_grouped else range(len(train_set)), *sizes, *order)
+    order = (train_set.lengths if run.group_by_length else None, run.seed, rank, world_size)
+    batches = MicroBatches(len(train_set), *sizes, *order)
     batches.epochs = max(run.num_epochs, -(-steps * accumulation // batches.per_epoch))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {

@@ -11,11 +11,11 @@ Notable:
   accumulation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import ceil
 
 import torch
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from torch import Tensor
 
 # The original groups by the batch of one of its four ranks, so a megabatch is 12.5 steps: the sawtooth of the released
 # logs.
@@ -36,34 +36,34 @@ class MicroBatches:
     """Batch sampler of one rank over all epochs.
 
     Args:
-        lengths: text ids of each row; without grouping, anything as long.
+        rows: how many there are.
         micro_batch_size: rows in one forward pass.
         accumulation: micro-batches of a rank in one optimizer step.
         epochs: passes over all rows.
-        group_by_length: sort rows of like length together, within megabatches of 12.5 steps.
+        lengths: (rows,) text ids of each; rows of like length come together then, within megabatches of 12.5 steps.
         seed: of the shuffle; the epoch number is added.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        rows: int,
         micro_batch_size: int,
         accumulation: int = 1,
         epochs: int = 1,
-        group_by_length: bool = False,
+        lengths: Tensor | None = None,
         seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.lengths = lengths
+        self.rows = rows
         self.micro_batch_size = micro_batch_size
         self.accumulation = accumulation
         self.epochs = epochs
-        self.group_by_length = group_by_length
+        self.lengths = lengths
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.per_epoch = batches_per_rank(len(lengths), micro_batch_size, world_size)
+        self.per_epoch = batches_per_rank(rows, micro_batch_size, world_size)
 
     def __len__(self) -> int:
         return self.epochs * self.per_epoch
@@ -72,21 +72,27 @@ class MicroBatches:
         for epoch in range(self.epochs):
             yield from self._split(self.order(epoch))
 
-    def order(self, epoch: int) -> list[int]:
-        """All rows in the order of an epoch, the same on every rank."""
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        if not self.group_by_length:
-            return torch.randperm(len(self.lengths), generator=generator).tolist()
-        global_batch = self.micro_batch_size * self.accumulation * self.world_size
-        return get_length_grouped_indices(self.lengths, max(1, global_batch // ORIGINAL_RANKS), generator=generator)
+    def order(self, epoch: int) -> Tensor:
+        """(rows,) all rows in the order of an epoch, the same on every rank."""
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + epoch))
+        if self.lengths is None:
+            return order
+        # As transformers' get_length_grouped_indices, which would hold millions of Python's integers three times.
+        batch = max(1, self.micro_batch_size * self.accumulation * self.world_size // ORIGINAL_RANKS)
+        megabatch = batch * max(1, min(self.rows // (batch * 4), 50))
+        lengths = self.lengths[order].long()
+        key = torch.arange(self.rows) // megabatch * (lengths.max() + 1) + lengths.max() - lengths
+        order = order[key.argsort(stable=True)]
+        first = int(self.lengths[order[::megabatch]].argmax()) * megabatch  # The longest row comes first of all.
+        order[[0, first]] = order[[first, 0]]
+        return order
 
-    def _split(self, order: list[int]) -> Iterator[list[int]]:
+    def _split(self, order: Tensor) -> Iterator[list[int]]:
         """This rank's share. The first rows come again at the end, where the ranks would have unequal shares."""
         per_rank = ceil(len(order) / self.world_size)
-        order = (order * self.world_size)[: per_rank * self.world_size]
         start = 0
         for batch in range(self.per_epoch):
             size = min(self.micro_batch_size, per_rank - batch * self.micro_batch_size)
             begin = start + self.rank * size
-            yield order[begin : begin + size]
+            yield order[torch.arange(begin, begin + size) % len(order)].tolist()
             start += self.world_size * size

@@ -69,10 +69,9 @@ def build_index(
                 block, known = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}
                 while block:
                     block = processor.complete_rows(block)
-                    texts = [[_as_utf8(row.get(name)) for row in block] for name in TEXTS]
-                    table.write_batch(
-                        pyarrow.record_batch([*texts, *count_ids(block, processor, known)], schema=schema)
-                    )
+                    columns = [[_as_utf8(row.get(name)) for row in block] for name in TEXTS]
+                    columns += count_ids(block, processor, known)
+                    table.write_batch(pyarrow.record_batch(columns, schema=schema))
                     bar.update(len(block))
                     block = list(islice(rows, ROWS_AT_ONCE))
         if (path.stat().st_size, path.stat().st_mtime_ns) != (state.st_size, state.st_mtime_ns):

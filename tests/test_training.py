@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ltu import LtuForConditionalGeneration
 from ltu.arguments import parse_args, parse_list
@@ -111,17 +112,26 @@ def test_resume_equals_an_uninterrupted_run(start, rows, tmp_path):
 
 @pytest.mark.parametrize("group", [False, True])
 def test_every_row_once_an_epoch_on_any_number_of_ranks(group):
-    lengths = [5 + index % 17 for index in range(23)]
-    one = list(MicroBatches(lengths, 3, accumulation=4, epochs=2, group_by_length=group))
+    lengths = torch.tensor([5 + index % 17 for index in range(23)]) if group else None
+    one = list(MicroBatches(23, 3, accumulation=4, epochs=2, lengths=lengths))
     assert sorted(index for batch in one[:8] for index in batch) == list(range(23))
     ranks = [
-        list(MicroBatches(lengths, 3, accumulation=2, epochs=2, group_by_length=group, rank=rank, world_size=2))
+        list(MicroBatches(23, 3, accumulation=2, epochs=2, lengths=lengths, rank=rank, world_size=2))
         for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1]) == 2 * batches_per_rank(23, 3, 2)
     seen = [index for rank in ranks for batch in rank[:4] for index in batch]
     assert set(seen) == set(range(23)) and len(seen) == 24
     assert [batch for pair in zip(*(rank[:3] for rank in ranks), strict=True) for batch in pair] == one[:6]
+
+
+@pytest.mark.parametrize("rows_", [1, 3, 40, 999, 12_345])
+@pytest.mark.parametrize("accumulation", [1, 16])
+def test_length_grouping_is_that_of_transformers(rows_, accumulation):
+    lengths = torch.randint(1, 40, (rows_,), generator=torch.Generator().manual_seed(rows_))
+    ours = MicroBatches(rows_, 4, accumulation, lengths=lengths, seed=7).order(2).tolist()
+    generator = torch.Generator().manual_seed(9)
+    assert ours == get_length_grouped_indices(lengths.tolist(), max(1, 4 * accumulation // 4), generator=generator)
 
 
 def test_two_processes_equal_one(start, tmp_path):
