@@ -68,7 +68,9 @@ class DataArguments:
     check_audio: bool = field(
         default=False, metadata={"help": "load every clip before training; one that cannot be heard is an error"}
     )
-    max_bad: int = field(default=0, metadata={"help": "rows that may be skipped because their clip cannot be heard"})
+    max_bad: int = field(
+        default=0, metadata={"help": "rows that each process may skip because their clip cannot be heard"}
+    )
     original_positions: bool = field(
         default=False, metadata={"help": "positions and labels of pads as the original trains"}
     )

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from ltu.arguments import WHISPER_FLAGS, DataArguments, ModelArguments, RunArguments, parse_args
 from ltu.collator import LtuCollator, describe_batch
@@ -162,23 +162,22 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
         raise ValueError(f"{len(bad)} clips of {data.data_path} cannot be heard:\n{shown}")
     if data.val_set_size >= len(rows):
         raise ValueError(f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} rows of {data.data_path}.")
-    parts = [rows]
-    if data.val_set_size > 0:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed))
-        numbers = order.split([len(rows) - data.val_set_size, data.val_set_size])
-        is_indexed = isinstance(rows, IndexedRows)
-        parts = [rows.take(part) if is_indexed else [rows[index] for index in part.tolist()] for part in numbers]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed))
+    train, held_out = order.split([len(rows) - data.val_set_size, data.val_set_size])
+    is_indexed = isinstance(rows, IndexedRows)
 
-    def make(part: Sequence[dict]) -> QaDataset:
+    def make(numbers: torch.Tensor) -> QaDataset:
+        part = rows.take(numbers) if is_indexed else [rows[number] for number in numbers.tolist()]
         return QaDataset(
             part,
             encode=partial(processor.encode_example, cutoff_len=data.cutoff_len, train_on_inputs=data.train_on_inputs),
             read_features=processor.read_features,
             max_bad=data.max_bad,
-            lengths=part.num_ids.clamp(max=data.cutoff_len) if isinstance(part, IndexedRows) else None,
+            lengths=part.num_ids.clamp(max=data.cutoff_len) if is_indexed else None,
+            numbers=numbers,
         )
 
-    train_set = make(parts[0])
+    train_set = make(train if data.val_set_size > 0 else torch.arange(len(rows)))
     if run.group_by_length and train_set.lengths is None:
         logger.warning(
             "%d rows without an index: their order is random, not grouped by length. For --group_by_length, first: "
@@ -186,7 +185,7 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
             len(train_set),
             data.data_path,
         )
-    return train_set, make(parts[1]) if data.val_set_size > 0 else None
+    return train_set, make(held_out) if data.val_set_size > 0 else None
 
 
 def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
@@ -212,6 +211,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         "parent": {"name": parent.name, "sha256": sha256_of(parent)},
         "parameters": {"trainable": trainable, "all": model.num_parameters()},
         "rows": len(train_set),
+        "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": accumulation,
         "batches_per_epoch": batches.per_epoch,
         "total_steps": steps,
@@ -228,6 +228,26 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         micro_batches=batches,
         record=record,
     )
+
+
+def find_resumed(run: RunArguments, record: dict) -> str | None:
+    """The folder to go on from.
+
+    Raises:
+        ValueError: it is not there, or had other rows or another order of them: some would never be seen.
+    """
+    if run.resume_from_checkpoint is None:
+        return None
+    folder = run.resume_from_checkpoint
+    folder = get_last_checkpoint(run.output_dir) if folder == "last" else folder
+    if folder is None or not Path(folder, "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint: {folder or run.output_dir} holds no checkpoint of a run.")
+    state = Path(folder, "ltu_state.json")
+    before = json.loads(state.read_text()) if state.is_file() else {}
+    for key in ("rows", "grouped"):
+        if before.get(key, record[key]) != record[key]:
+            raise ValueError(f"{folder} was trained with {key}: {before[key]}, this run has {record[key]}. Begin anew.")
+    return folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -249,8 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     if data.show_batch:
         print(describe_batch(next(iter(trainer.get_train_dataloader())), trainer.processing_class))
         return
-    resume = run.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    trainer.train(resume_from_checkpoint=find_resumed(run, record))
     trainer.gather_skipped()
     trainer.save_model()
     trainer.save_state()

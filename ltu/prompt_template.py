@@ -146,6 +146,8 @@ def user_message(text: str, transcript: str | None = None, audio: Any = None) ->
 
 def tokenise(tokenizer: Any, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
     """Ids of each text, without special tokens around it. What a tokenizer says beside ids would double the time."""
+    if not texts:
+        return []
     if not tokenizer.is_fast:
         return tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special_tokens).input_ids
     backend = tokenizer.backend_tokenizer

@@ -3,7 +3,8 @@
     python -m ltu.qa_dataset index all.json --base_model DIR        for millions of rows; see ltu.row_index
 
 Notable:
-- Everything that can be wrong with a row is found before training, in seconds, and said with file and row number.
+- Everything that can be wrong with a row is found before training, in seconds, and said with file and row number. (Of
+  more than 100,000 rows without an index, a question that fills the cutoff is found when its turn comes.)
 - A clip that cannot be heard is skipped, counted and named; its row's place is taken by the next one, so steps and
   batch sizes stay. Features are never made up. More than `max_bad` such rows stop the run.
 """
@@ -125,9 +126,10 @@ class QaDataset(Dataset):
         rows: of `read_rows`.
         encode: row -> (ids, labels); `LtuProcessor.encode_example` with its settings.
         read_features: row -> what the ear takes; `LtuProcessor.read_features`.
-        max_bad: how many different rows may be skipped because their clip cannot be heard.
+        max_bad: how many different rows this process may skip because their clip cannot be heard.
         lengths: (rows,) text ids of each, by which batches are grouped, where an index knows them. Otherwise the rows
             are tokenised here, unless there are too many: then `lengths` is None.
+        numbers: of each row in its file, from 0; by default its place in `rows`.
     """
 
     def __init__(
@@ -137,11 +139,13 @@ class QaDataset(Dataset):
         read_features: Callable,
         max_bad: int = 0,
         lengths: torch.Tensor | None = None,
+        numbers: torch.Tensor | None = None,
     ):
         self.rows = rows
         self.encode = encode
         self.read_features = read_features
         self.max_bad = max_bad
+        self.numbers = range(len(rows)) if numbers is None else numbers
         self.lengths = lengths
         if lengths is None and len(rows) <= MAX_UNINDEXED:
             self.lengths = self._count_ids()
@@ -153,7 +157,7 @@ class QaDataset(Dataset):
         for index, row in enumerate(tqdm(self.rows, desc="tokenising", unit="row", disable=len(self.rows) < 20_000)):
             ids, labels = self.encode(row)
             if max(labels) < 0:
-                raise no_answer_left(index, row)
+                raise no_answer_left(int(self.numbers[index]), row)
             lengths[index] = len(ids)
         return lengths
 
@@ -176,20 +180,19 @@ class QaDataset(Dataset):
                 continue
             ids, labels = self.encode(content)
             if max(labels) < 0:
-                raise no_answer_left(row, content)
+                raise no_answer_left(int(self.numbers[row]), content)
             return {"input_ids": ids, "labels": labels, "input_features": features}
         raise RowError(f"None of the {len(self)} rows has a clip that can be heard.")
 
     def _skip(self, row: int, error: AudioError) -> None:
         if not self.is_bad[row]:
             self.is_bad[row] = True
-            logger.warning("Row %d skipped: %s", row + 1, error)
+            logger.warning("Row %d skipped: %s", self.numbers[row] + 1, error)
         if int(self.is_bad.sum()) > self.max_bad:
             raise RowError(
-                f"{int(self.is_bad.sum())} rows have a clip that cannot be heard, more than --max_bad "
-                f"{self.max_bad}. The last: row "
-                f"{row + 1}: {error} Mend the rows (--check_audio lists them all at start), or allow more with "
-                "--max_bad."
+                f"{int(self.is_bad.sum())} rows have a clip that cannot be heard, more than --max_bad {self.max_bad}. "
+                f"The last: row {self.numbers[row] + 1}: {error} Mend the rows (--check_audio lists them all at "
+                "start), or allow more with --max_bad."
             ) from error
 
 

@@ -5,7 +5,7 @@
 Notable:
 - The index holds the texts of the rows too, so training reads nothing else. Ranks and workers share its pages.
 - Lengths are those before any cutoff, as the tokenizer and the prompt template of a checkpoint make them: one index
-  serves every `--cutoff_len`, and all checkpoints that tokenise alike.
+  serves every `--cutoff_len`, and all checkpoints of its kind (LTU or LTU-AS) that tokenise alike.
 - Transcripts that rows of LTU-AS lack are written into it: by Whisper, or out of `--feature_root`.
 """
 
@@ -60,6 +60,7 @@ def build_index(
     first = next(rows)  # Raises what is wrong with the file before it is hashed.
     state = path.stat()
     about = {"source": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": sha256_of(path)}
+    about["transcribes"] = processor.transcribes
     fields = [(name, pyarrow.string()) for name in TEXTS] + [(name, pyarrow.int32()) for name in COUNTS]
     schema = pyarrow.schema(fields, {"ltu": json.dumps(about)})
     unfinished = output.with_name(f"{output.name}.tmp")
@@ -69,7 +70,7 @@ def build_index(
                 block, known = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}
                 while block:
                     block = processor.complete_rows(block)
-                    columns = [[_as_utf8(row.get(name)) for row in block] for name in TEXTS]
+                    columns = [[_as_utf8(row.get(name), name) for row in block] for name in TEXTS]
                     columns += count_ids(block, processor, known)
                     table.write_batch(pyarrow.record_batch(columns, schema=schema))
                     bar.update(len(block))
@@ -82,9 +83,12 @@ def build_index(
     return output
 
 
-def _as_utf8(text: str | None) -> bytes | None:
+def _as_utf8(text: str | None, name: str) -> bytes | None:
     """Half of a surrogate pair, which JSON can hold, is replaced as the processor does before it tokenises."""
-    return None if text is None else text.encode("utf-8", "replace")
+    try:
+        return None if text is None else text.encode("utf-8", "strict" if name == "audio_id" else "replace")
+    except UnicodeEncodeError as error:
+        raise RowError(f"The audio_id {text!r} is not UTF-8. Rename the file, or train without an index.") from error
 
 
 def count_ids(rows: list[dict], processor: Any, known: dict[str, int] | None = None) -> list[list[int]]:
@@ -146,15 +150,20 @@ class IndexedRows(Sequence):
         """Hold the index against what it is used for.
 
         Raises:
-            RowError: it was made with another tokenizer or template, or a question alone fills the cutoff.
+            RowError: it was made with another tokenizer or template or for the other kind of model, or a question
+                alone fills the cutoff.
         """
+        if self.about["transcribes"] != processor.transcribes:  # What stands where a row has no `input` differs.
+            kinds = ("LTU", "LTU-AS")[:: 1 if processor.transcribes else -1]
+            raise RowError(f"{self.path} was made for {kinds[0]}; this checkpoint is of {kinds[1]}. Make it again.")
         probed = torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()
         counts = count_ids([self[index] for index in probed], processor)
         if counts != [self.num_ids[probed].tolist(), self.num_prompt_ids[probed].tolist()]:
             raise RowError(f"{self.path} was made for another tokenizer or prompt template. Make it again.")
         lost = self.num_prompt_ids >= self.num_ids.clamp(max=cutoff_len)
         if not train_on_inputs and lost.any():
-            raise no_answer_left(int(lost.nonzero()[0]), self[int(lost.nonzero()[0])])
+            first = int(lost.nonzero()[0])
+            raise no_answer_left(int(self.part[first]), self[first])
 
 
 def find_index(path: str | Path, audio_root: str | Path | None = None) -> IndexedRows | None:

@@ -118,6 +118,43 @@ def test_an_index_for_another_template_is_refused(start, processor, rows, tmp_pa
         make_trainer(*parse_args(flags(other, rows, tmp_path / "run")))
 
 
+def test_an_index_for_the_other_kind_of_model_is_refused(processor, rows, monkeypatch):
+    build_index(rows, processor)
+    monkeypatch.setattr(processor, "transcribes", True, raising=False)  # Rows without `input` would differ.
+    with pytest.raises(RowError, match="was made for LTU; this checkpoint is of LTU-AS"):
+        find_index(rows).check(processor, 108, True)
+
+
+def test_a_clip_whose_name_is_no_text_is_refused(processor, rows):
+    rows.write_text(rows.read_text().replace('"7.wav"', '"caf\\udce9.wav"'))
+    with pytest.raises(RowError, match="'caf.udce9.wav' is not UTF-8"):
+        build_index(rows, processor)
+
+
+def test_resuming_in_another_order_is_refused(start, processor, rows, tmp_path, monkeypatch):
+    """Half an epoch in one order and half in another would leave rows unseen."""
+    monkeypatch.setattr(qa_dataset, "MAX_UNINDEXED", 22)
+    train(flags(start, rows, tmp_path / "run", max_steps=3))
+    build_index(rows, processor)
+    with pytest.raises(ValueError, match="was trained with grouped: False, this run has True"):
+        train(flags(start, rows, tmp_path / "run", resume_from_checkpoint="last"))
+    with pytest.raises(ValueError, match="holds no checkpoint of a run"):
+        train(flags(start, rows, tmp_path / "run", resume_from_checkpoint=tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("is_indexed", [False, True])
+def test_a_row_keeps_its_number_when_rows_are_held_out(start, processor, rows, tmp_path, is_indexed):
+    if is_indexed:
+        build_index(rows, processor)
+    (tmp_path / "8.wav").unlink()
+    trainer = make_trainer(*parse_args(flags(start, rows, tmp_path / "run", val_set_size=4)))
+    parts = [trainer.train_dataset, trainer.eval_dataset]
+    with pytest.raises(RowError, match=r"The last: row 9: .*8\.wav"):
+        for part in parts:
+            for index in range(len(part)):
+                part[index]
+
+
 def test_a_question_that_fills_the_cutoff_is_refused(start, processor, rows, tmp_path):
     build_index(rows, processor)
     with pytest.raises(RowError, match="Row 1: no answer is left"):
@@ -142,9 +179,9 @@ def test_bad_rows_are_named_and_leave_nothing(processor, rows):
 
 
 def test_workers_can_be_spawned(processor, rows):
-    index = IndexedRows(build_index(rows, processor)).take(torch.tensor([5, 2]))
+    index = IndexedRows(build_index(rows, processor)).take(torch.tensor([6, 2]))
     copy = pickle.loads(pickle.dumps(index))
-    assert list(copy) == list(index) == [read_rows(rows)[i] | {"input": copy[n]["input"]} for n, i in enumerate([5, 2])]
+    assert list(copy) == list(index) == [read_rows(rows)[number] | {"input": ""} for number in (6, 2)]
 
 
 def test_the_command(start, rows, capsys):
