@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 Message = dict[str, str]
 OPENAI_URL = "https://api.openai.com/v1"
 AGAIN = {408, 409, 425, 429}  # and all from 500 on
-STOP = {401, 402, 403, 404, 405}  # key, account, right, model or address: no further request would fare better
+STOP = {401, 402, 404, 405}  # key, account, model or address: no further request would fare better
 GATEWAY = {408, 502, 504, 520, 524}  # Something in between gave up; the model behind it may be at work, and bill it.
 CUT = {"length", "max_tokens", "content_filter"}  # finish reasons
 # Errors before a request is sent; by name, as versions of `openai` come with one or another httpx.
@@ -37,6 +38,10 @@ class Refused(RequestFailed):
     """The endpoint does not answer this request, however often it is asked; others it may."""
 
 
+class Forbidden(Refused):
+    """403: of this request, or, where none was answered yet, of all."""
+
+
 class StopAsking(Exception):
     """No further request is to be made; those on their way are waited for."""
 
@@ -45,12 +50,12 @@ class TryAgain(Exception):
     """A try failed in a way that passes.
 
     Args:
-        wait: the endpoint's wish in seconds, None if it has none.
+        wait: the endpoint's wish in seconds, 0 if it has none.
         is_lost: it was sent and may be billed.
         is_odd: it was answered, with something that is no reply.
     """
 
-    def __init__(self, reason: str, wait: float | None = None, is_lost: bool = False, is_odd: bool = False):
+    def __init__(self, reason: str, wait: float = 0.0, is_lost: bool = False, is_odd: bool = False):
         super().__init__(reason)
         self.wait, self.is_lost, self.is_odd = wait, is_lost, is_odd
 
@@ -168,8 +173,9 @@ class OpenAiEndpoint:
             given = {"base_url": self.settings.url, "api_key": self.key or "none", "timeout": self.settings.timeout}
             self.client = self.openai.AsyncOpenAI(max_retries=0, **given)
         asking = self.client.chat.completions.with_raw_response.create(
-            **{name: request[name] for name in ("model", "messages")},
-            extra_body={name: request[name] for name in request if name not in ("model", "messages")},
+            model=request["model"],
+            messages=request["messages"],
+            extra_body=request,
             extra_headers={"Idempotency-Key": key},
         )
         try:  # The client's own limit is between two bytes: a trickle would never end.
@@ -191,7 +197,7 @@ class OpenAiEndpoint:
             return StopAsking(reason)
         if status in AGAIN or status >= 500:
             return TryAgain(str(status), _retry_after(error.response.headers), is_lost=status in GATEWAY)
-        return Refused(reason)
+        return (Forbidden if status == 403 else Refused)(reason)
 
     def _clean(self, error: Any) -> str:
         text = str(getattr(error, "message", error)) or type(error).__name__
@@ -234,15 +240,11 @@ def _text(content: Any) -> str:
     return (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # No file takes half an emoji.
 
 
-def _retry_after(headers: Any) -> float | None:
-    """Seconds, from `retry-after-ms` or from `Retry-After` in seconds or as a date."""
-    for name, scale in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            wait = float(headers.get(name, ""))
-        except ValueError:
-            continue
-        return max(wait, 0.0) / scale if wait == wait else None
-    try:
-        return max(parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError, OverflowError):
-        return None
+def _retry_after(headers: Any) -> float:
+    """Seconds, from `Retry-After` in seconds or as a date; 0 if there is none, or its time is over."""
+    text = headers.get("retry-after", "")
+    with suppress(ValueError):
+        return max(0.0, float(text))  # In this order NaN is 0 too.
+    with suppress(ValueError, TypeError, OverflowError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0

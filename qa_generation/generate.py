@@ -11,7 +11,8 @@ first Ctrl-C requests on their way are waited for. ROWS.json depends on META.jso
 in which they came; beside it lie what was dropped and why (.rejects.jsonl) and how it was made (.recipe.json).
 A clip may come more than once, with different facts: it gets no question and no answer twice. Other sources' rows about
 the same clips count too where they are named, as for joint_v2 with --against JOINT_V1.json.
-Exits with 1 when asking stopped early or more than --max_bad clips could not be asked.
+Exits with 1 when asking stopped early or more than --max_bad clips could not be asked. A run that was answered nothing
+writes no rows.
 """
 
 import argparse
@@ -108,15 +109,23 @@ def write_rows(output: Path, generator: Generator, llm: Llm, clips: Clips) -> Co
     return counts
 
 
+def digest(path: Path) -> str:
+    """sha256 of a file of any size."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
 def recipe(args: argparse.Namespace, generator: Generator, settings: LlmSettings, counts: Counter) -> dict[str, Any]:
     """How ROWS.json was made; the same for the same rows, however often the run was broken off."""
-    digest = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in generator.prompts.items()}
+    prompts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in generator.prompts.items()}
     made = {"source": args.source, "count": generator.source.count, "min_words": generator.source.min_words}
     made |= {"input": str(args.input), "input_sha256": args.digests[args.input]}
-    if args.against:
-        made |= {"against_sha256": {str(path): args.digests[path] for path in args.against}}
+    made |= {"against_sha256": {str(path): args.digests[path] for path in args.against}}
     made |= {"versions": {name: version(name) for name in (("torch", "transformers") if args.local else ("openai",))}}
-    made |= {"llm": settings.record() | {"model": args.model}, "prompts_sha256": digest, "seed": args.seed}
+    made |= {"llm": settings.record() | {"model": args.model}, "prompts_sha256": prompts, "seed": args.seed}
     return made | {"filters": list(generator.drops), "asks": generator.asks, "counts": dict(sorted(counts.items()))}
 
 
@@ -128,7 +137,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     own = LlmSettings("")
     add("--source", required=True, choices=SOURCES)
     add("--input", required=True, type=Path, help="metadata")
-    add("--output", required=True, type=Path, help="rows: a JSON list, or JSON lines if it ends on .jsonl")
+    add("--output", required=True, type=Path, help="rows: .json, a list, or .jsonl, JSON lines")
     add("--model", required=True, nargs="+", help="several take turns by clip")
     add("--local", action="store_true", help="--model is a folder or hub id of a Hugging Face model")
     add("--base_url", help="else $OPENAI_BASE_URL, else OpenAI's")
@@ -147,7 +156,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--min_words", type=int, help="of an answer, else the source's")
     add("--keep", nargs="*", default=[], choices=FILTERS, help="filters to leave out")
     add("--dataset", help="of the rows that name none; else the source")
-    add("--against", nargs="+", type=Path, default=[], help="rows of other sources, whose pairs no clip gets again")
+    add("--against", nargs="+", type=Path, default=[], help="rows whose pairs come no more; streamed if JSON lines")
     add("--seed", type=int, default=0, help="of what is drawn: models, questions of summaries")
     add("--max_bad", type=int, default=0, help="clips and rows of metadata that may go without being asked")
     add("--dry_run", action="store_true")
@@ -169,6 +178,8 @@ def check_paths(args: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: says which file.
     """
+    if args.output.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"--output {args.output}: rows are written as .json (a list) or .jsonl (JSON lines).")
     args.replies = args.replies or Path(f"{args.output}.replies.jsonl")
     made = [args.output, args.replies, *(Path(f"{args.output}.{end}") for end in ("rejects.jsonl", "recipe.json"))]
     read = {path.resolve() for path in (args.input, args.prompt, *args.against) if path}
@@ -177,7 +188,7 @@ def check_paths(args: argparse.Namespace) -> None:
         raise ValueError(f"Each of these is written and must be a file of its own: {names}")
     if folders := [str(path) for path in made if path.is_dir()]:
         raise ValueError(f"{folders[0]} is a folder; a file is needed.")
-    args.digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (args.input, *args.against)}
+    args.digests = {path: digest(path) for path in (args.input, *args.against)}
 
 
 def make_generator(args: argparse.Namespace) -> tuple[Generator, LlmSettings]:
@@ -194,17 +205,17 @@ def make_generator(args: argparse.Namespace) -> tuple[Generator, LlmSettings]:
     return Generator(source, args.model, args.prompt, drops, args.asks, args.seed), settings
 
 
-def ask(generator: Generator, llm: Llm, clips: Clips) -> str | None:
-    """Ask all; why that stopped early, None if it did not. Said at once: writing rows may fail for the same reason."""
-    if (kept := len(llm.store.places)) and not generator.is_any_kept(llm, clips):
+def ask(generator: Generator, llm: Llm, clips: Clips) -> None:
+    """Ask all. Why that stopped early is said at once: writing rows may fail for the same reason."""
+    offline = Llm(llm.settings, llm.store, is_offline=True)
+    kept = len(llm.store.places)
+    if kept and not generator.is_answered(offline, clips) and not offline.counts["kept"]:
         what = f"none of the {kept} replies in {llm.store.path} is to what this run asks"
         print(f"note: {what}: prompt, model, settings or metadata are others. All is asked anew.", file=sys.stderr)
     try:
         asyncio.run(ask_all(generator, llm, clips))
     except StopAsking as error:
         print(f"stopped: {error}. Run it again to go on; no reply that was kept is paid twice.", file=sys.stderr)
-        return str(error)
-    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,17 +233,20 @@ def main(argv: list[str] | None = None) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with ReplyStore(args.replies) as store:
         llm = Llm(settings, store)
-        stopped = ask(generator, llm, clips)
-        counts = write_rows(args.output, generator, llm, clips)
-        counts.update({"metadata rows that repeat one": repeats, "metadata rows that cannot be asked": len(bad)})
-    with written(Path(f"{args.output}.recipe.json")) as file:
-        file.write(json.dumps(recipe(args, generator, settings, counts), indent=1) + "\n")
-    print("; ".join(f"{name} {count}" for name, count in counts.items()))
+        ask(generator, llm, clips)
+        if is_done := not (clips or bad) or generator.is_answered(Llm(settings, store, is_offline=True), clips):
+            counts = write_rows(args.output, generator, llm, clips)
+            counts.update({"metadata rows that repeat one": repeats, "metadata rows that cannot be asked": len(bad)})
+            with written(Path(f"{args.output}.recipe.json")) as file:
+                file.write(json.dumps(recipe(args, generator, settings, counts), indent=1) + "\n")
+            print("; ".join(f"{name} {count}" for name, count in counts.items()))
+        else:
+            print(f"no clip was answered: {args.output} is as it was, its rejects and recipe too.", file=sys.stderr)
     if llm.counts:
         print("requests: " + ", ".join(f"{name} {count}" for name, count in sorted(llm.counts.items())))
     lost = f"{store.lost} reserved for tries without a reply, which may be billed"
     print(f"tokens: {store.tokens} spent, {lost}; by all runs with {args.replies}")
-    return int(bool(stopped) or counts["clips not answered"] + len(bad) > args.max_bad)
+    return int(bool(llm.stopped) or not is_done or counts["clips not answered"] + len(bad) > args.max_bad)
 
 
 if __name__ == "__main__":

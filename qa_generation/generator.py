@@ -95,22 +95,24 @@ class Generator:
         found = await self._ask(llm, row, "questions", facts, lambda reply: _pairs(reply, is_good), rejects)
         return rows + [_row(row, *pair, TASK) for pair in found], rejects
 
-    def _request(self, row: Row, prompt: str, facts: str, number: int) -> tuple[list[Message], str, str]:
-        """Messages, model, and a name that gives clips of equal facts replies of their own."""
-        messages = [{"role": "system", "content": self.prompts[prompt]}, {"role": "user", "content": facts}]
-        return messages, self._draw(row, self.models), f"{row['audio_id']} {number}"
+    def is_answered(self, offline: Llm, clips: Clips) -> bool:
+        """Whether the store answers any metadata row in full. Replies seen until then are in `offline.counts`."""
 
-    def is_any_kept(self, llm: Llm, clips: Clips) -> bool:
-        """Whether the store has a reply to the first request about any clip."""
-        prompt = "inference" if self.source.infers else "questions"
-        requests = (self._request(rows[0], prompt, message(self.source, rows[0]), 0) for rows in clips.values())
-        return any(llm.is_kept(*request) for request in requests)
+        async def look() -> bool:
+            for rows in clips.values():
+                if (await self.ask_clip(offline, rows))[2] < len(rows):
+                    return True
+            return False
+
+        return asyncio.run(look())
 
     async def _ask(
         self, llm: "Llm | Estimate", row: Row, prompt: str, facts: str, read: Callable[[Reply], Read], rejects: list
     ) -> list[Pair]:
-        for number in range(self.asks):
-            found, dropped = read(await llm.complete(*self._request(row, prompt, facts, number)))
+        messages = [{"role": "system", "content": self.prompts[prompt]}, {"role": "user", "content": facts}]
+        model = self._draw(row, self.models)
+        for number in range(self.asks):  # The name gives clips of equal facts replies of their own.
+            found, dropped = read(await llm.complete(messages, model, f"{row['audio_id']} {number}"))
             rejects += dropped
             if found:
                 return found

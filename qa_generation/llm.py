@@ -10,9 +10,9 @@ Notable:
 - A reply is on the disk before anything else is done with it, under all that its request says: model, messages,
   temperature and further settings, but not the endpoint. Run again after kill -9, and only what was on its way then
   (at most `concurrency` requests) is asked again; `Idempotency-Key` tells it to an endpoint that heeds it.
-- The key comes from the environment. It is written nowhere, and cut out of messages that repeat it.
 - 408, 409, 425, 429, 5xx, time-outs, lost connections and bodies without a reply are tried again, after `Retry-After`
-  or a growing, jittered wait; a `Retry-After` holds all requests. A refused key or an empty account stops the run.
+  or a growing, jittered wait; a `Retry-After` holds all requests. A refused key or an empty account stops the run, a
+  403 only where nothing was answered yet.
 - The token budget covers what the store has cost so far, and in full what each try may have cost that was sent and
   brought no reply (time-out, lost connection, gateway, odd body, kill -9): somebody may bill it. A try starts only if
   its longest reply still fits. Tokens of prompts are estimated until an endpoint counts them.
@@ -29,6 +29,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from qa_generation.endpoint import (
+    Forbidden,
     LlmSettings,
     Message,
     OpenAiEndpoint,
@@ -78,14 +79,6 @@ class Llm:
         body |= {"max_tokens": own.max_tokens} | own.extra
         return {name: value for name, value in body.items() if value is not None}
 
-    def key(self, request: dict[str, Any], sample: str = "") -> str:
-        text = json.dumps([request, sample], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def is_kept(self, messages: list[Message], model: str | None = None, sample: str = "") -> bool:
-        """Whether `complete` would answer from the store."""
-        return self.store.get(self.key(self.request(messages, model), sample)) is not None
-
     async def complete(self, messages: list[Message], model: str | None = None, sample: str = "") -> Reply:
         """The reply to these messages, from the store if it is there.
 
@@ -97,18 +90,17 @@ class Llm:
             RequestFailed: this one has no reply. StopAsking: nor will others (budget, key, endpoint, or `stop`).
         """
         request = self.request(messages, model)
-        key = self.key(request, sample)
+        key = hashlib.sha256(json.dumps([request, sample], sort_keys=True).encode()).hexdigest()
         kept = self.store.get(key)
-        if kept is None and self.is_offline:
-            raise RequestFailed("not asked")
-        if kept is None:
-            task = self.on_their_way.get(key)
-            if task is None:  # Equal requests at the same time are one.
-                task = self.on_their_way[key] = asyncio.ensure_future(self._ask(request, key))
-                task.add_done_callback(lambda _: self.on_their_way.pop(key))
-            kept = await asyncio.shield(task)
-        else:
+        if kept is not None:
             self.counts["kept"] += 1
+        elif self.is_offline:
+            raise RequestFailed("not asked")
+        else:
+            if key not in self.on_their_way:  # Equal requests at the same time are one.
+                self.on_their_way[key] = asyncio.ensure_future(self._ask(request, key))
+                self.on_their_way[key].add_done_callback(lambda _: self.on_their_way.pop(key))
+            kept = await asyncio.shield(self.on_their_way[key])
         self.used.update(kept["usage"])
         return Reply(kept["text"], kept["finish_reason"], kept["model"], **kept["usage"])
 
@@ -118,7 +110,10 @@ class Llm:
         except RequestFailed as error:
             self.counts["failed"] += 1
             # Where others were answered, what is refused is to blame itself, and is so again in every run.
-            self.in_row += not (isinstance(error, Refused) and self.store.places)
+            is_own = isinstance(error, Refused) and self.store.places
+            self.in_row += not is_own
+            if isinstance(error, Forbidden) and not is_own:
+                self.stop(str(error))
             if self.in_row >= FAILURES_IN_ROW:
                 self.stop(f"{self.in_row} requests failed one after the other, the last with {error}")
             raise
@@ -145,7 +140,7 @@ class Llm:
             self.counts[last.partition(":")[0]] += 1
             if odd == ODD_BODIES:
                 break
-            if wait is None:
+            if not wait:
                 not_before = time.monotonic() + min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
             elif wait > self.settings.max_wait:
                 raise RequestFailed(f"{last}, to be tried again in {wait:.0f} s")
@@ -174,7 +169,7 @@ class Llm:
 
     async def _send(self, request: dict[str, Any], key: str, tokens: int) -> dict[str, Any]:
         """One try, in the store's accounts before it is sent and after."""
-        self.store.begin(key, tokens)
+        self.store.reserve(key, tokens)
         self.sent += 1
         try:
             reply = await self.endpoint.send(request, key)
@@ -182,7 +177,7 @@ class Llm:
             return reply
         except (TryAgain, RequestFailed, StopAsking) as error:
             if not getattr(error, "is_lost", False):
-                self.store.release(key, tokens)
+                self.store.reserve(key, -tokens)
             raise
         finally:
             self.sent -= 1
@@ -204,8 +199,7 @@ class Llm:
         try:
             results = await asyncio.gather(*[work() for _ in range(self.settings.concurrency)], return_exceptions=True)
         finally:
-            if self.endpoint is not None:
-                await self.endpoint.close()
+            await self.endpoint.close()
         for error in results:
             if isinstance(error, BaseException) and not isinstance(error, StopAsking):
                 raise error

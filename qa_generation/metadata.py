@@ -1,14 +1,14 @@
 """Files that are read before anything is asked: metadata by clip, and rows that clips have from other sources.
 
 Notable:
-- A file is a JSON list or JSON lines. Every row is checked, with all fields that the source uses, before a first
-  request is made: what is wrong with a row costs nothing.
+- A file is a JSON list, which is held in memory, or JSON lines, which are streamed.
+- Every row is checked, with all fields that the source uses, before a first request is made.
 - A row whose clip and facts have come before is left out: its questions would be paid, and written, twice.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,22 @@ from qa_generation.sources import Row, Source, message
 Clips = dict[str, list[Row]]  # audio_id -> its rows, in the order of the file
 
 
-def read_json(path: Path) -> list[Any]:
-    """All rows of a JSON list or of JSON lines. ValueError: neither; says where."""
-    found, number = [], 0
+def read_json(path: Path) -> Iterator[Any]:
+    """The rows of a JSON list or of JSON lines. ValueError: neither; says where."""
+    number = 0
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-        for part in [text] if text.startswith("[") else text.split("\n"):
-            number += 1
-            data = json.loads(part or "[]")
-            found += data if isinstance(data, list) else [data]
+        with path.open(encoding="utf-8-sig") as file:
+            for line in file:
+                number += 1
+                if not line.strip():
+                    continue
+                data = json.loads(line + file.read() if line.lstrip().startswith("[") else line)
+                yield from data if isinstance(data, list) else [data]
     except json.JSONDecodeError as error:
         place = f"line {number + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{path}, {place}: {error.msg}; a JSON list or JSON lines are needed") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; a JSON list or JSON lines in UTF-8 are needed") from None
-    return found
 
 
 def read_metadata(path: Path, source: Source, dataset: str) -> tuple[Clips, list[str], int]:

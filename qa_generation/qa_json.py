@@ -24,6 +24,7 @@ INNER = re.compile(
     r"""\{\s*"q(?:uestion)?"\s*:\s*"(?P<q>.*)"\s*,\s*"a(?:nswer)?"\s*:\s*"(?P<a>.*)"\s*,?\s*\}""",
     re.DOTALL | re.IGNORECASE,
 )
+DECODER = json.JSONDecoder(object_pairs_hook=list, strict=False)
 SEPARATOR = re.compile(r'"\s*,\s*"a(?:nswer)?"\s*:\s*"', re.IGNORECASE)
 
 
@@ -65,7 +66,7 @@ def parse_pairs(text: str, is_cut: bool = False) -> tuple[list[Pair], list[Rejec
 
 def _read(text: str, start: int, is_cut: bool) -> tuple[Pair | Reject, int]:
     try:
-        found, size = json.JSONDecoder(object_pairs_hook=list, strict=False).raw_decode(text[start:])
+        found, size = DECODER.raw_decode(text[start:])
         return _pair(found) or Reject("not one question and one answer", text[start : start + size]), start + size
     except (json.JSONDecodeError, RecursionError):
         pass
@@ -95,10 +96,9 @@ def _pair(members: Any) -> Pair | None:
 
 def _loads(text: str) -> Pair | None:
     try:
-        found, _ = json.JSONDecoder(object_pairs_hook=list, strict=False).raw_decode(text)
+        return _pair(DECODER.raw_decode(text)[0])
     except (json.JSONDecodeError, RecursionError):
         return None
-    return _pair(found)
 
 
 def _commas(text: str) -> Pair | None:

@@ -10,7 +10,6 @@ Notable:
 """
 
 import fcntl
-import io
 import json
 import os
 from contextlib import suppress
@@ -35,8 +34,7 @@ class ReplyStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file: Any = self.path.open("a+b", buffering=0)  # A buffer would write again what a full disk refused.
         self.places: dict[bytes, int] = {}  # sha256 -> offset
-        self.spent = {"prompt_tokens": 0, "completion_tokens": 0}
-        self.lost = self.end = 0
+        self.tokens = self.lost = self.end = 0  # tokens: what all replies cost, prompts included
         self.is_torn = False
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,21 +48,19 @@ class ReplyStore:
             raise ValueError(f"{place}: not a reply ({error}). Remove that line, or name another file.") from None
 
     def _read_all(self) -> None:
-        lines = io.BufferedReader(self.file)
-        lines.seek(0)
-        for line in lines:
-            if line.endswith(b"\n"):
-                self._note(json.loads(line), len(line))
-        lines.detach()
-        if not BEGINNING.startswith(tail := os.pread(self.file.fileno(), len(BEGINNING), self.end)):
-            raise ValueError(f"it begins with {tail!r}")
+        with self.path.open("rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):
+                    self._note(json.loads(line), len(line))
+                elif not BEGINNING.startswith(line[: len(BEGINNING)]):
+                    raise ValueError(f"it begins with {line[: len(BEGINNING)]!r}")
         self.file.truncate(self.end)  # Half a line, of a run that was killed.
 
     def _note(self, entry: dict, size: int) -> None:
         key = bytes.fromhex(entry["key"])
         if "reply" in entry or "sent" not in entry:
             usage = entry["reply"]["usage"]
-            self.spent = {name: count + usage[name] for name, count in self.spent.items()}
+            self.tokens += usage["prompt_tokens"] + usage["completion_tokens"]
             self.places[key] = self.end
         self.lost += entry.get("sent", 0)
         self.end += size
@@ -81,19 +77,15 @@ class ReplyStore:
             size *= 2
         return json.loads(data[: data.index(b"\n")])["reply"]
 
-    def begin(self, key: str, tokens: int) -> None:
-        """Note that a try is about to be sent which may cost so many tokens."""
+    def reserve(self, key: str, tokens: int) -> None:
+        """Note what a try may cost that is about to be sent; negative: nobody bills it."""
         self._append({"key": key, "sent": tokens})
-
-    def release(self, key: str, tokens: int) -> None:
-        """Take back what `begin` noted: nobody bills that try."""
-        self._append({"key": key, "sent": -tokens})
 
     def put(self, key: str, reply: dict, sent: int = 0) -> None:
         """Add a reply with `usage`; it is on the disk when this returns.
 
         Args:
-            sent: tokens that `begin` noted for the try that brought it.
+            sent: tokens that were reserved for the try that brought it.
 
         Raises:
             OSError: it is not on the disk; all that was there before is, and so is its place for the next one.
@@ -111,20 +103,12 @@ class ReplyStore:
             if is_synced:
                 os.fsync(self.file.fileno())
         except OSError as error:
-            self._mend()
+            with suppress(OSError):
+                self.file.truncate(self.end)
+                self.is_torn = False
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.is_torn = False
         self._note(entry, len(line))
-
-    def _mend(self) -> None:
-        with suppress(OSError):
-            self.file.truncate(self.end)
-            self.is_torn = False
-
-    @property
-    def tokens(self) -> int:
-        """What all replies cost, prompts included."""
-        return sum(self.spent.values())
 
     def __enter__(self) -> "ReplyStore":
         return self
