@@ -3,11 +3,11 @@
 Notable:
 - A clip, known by its file's name, is asked once for each of its references. Trial t scores answer t of each clip
   against all its references; a figure is the mean over the trials (five in the paper), with its standard deviation.
+  The original takes a clip's first five rows, and needs Java: other tokens give other figures.
 - Every metric is that of `pycocoevalcap`, whose Cider is CIDEr-D. BLEU and METEOR of several clips are no means over
   clips: they come from summed counts, here as there. CIDEr-D's document frequencies are those of all clips.
 """
 
-import re
 import shutil
 import string
 from pathlib import Path
@@ -15,11 +15,11 @@ from subprocess import CalledProcessError
 
 import numpy as np
 
-from eval.outcome import Context, EvaluationError, Outcome, start_items
+from eval.outcome import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.tasks import Task
 
 Captions = dict[int, list[str]]  # number of a clip -> its captions
-ORIGINAL_TRIALS = 5
+KEYS, ORIGINAL_TRIALS = ("ref", "pred"), 5
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 # METEOR 1.5, English: weights of exact, stem, synonym and paraphrase matches; of content and function words; the rest.
 STAGES, WORDS, ALPHA, BETA, GAMMA = np.array([1.0, 0.6, 0.8, 0.6]), np.array([0.75, 0.25]), 0.85, 0.2, 0.6
@@ -29,10 +29,15 @@ def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
     """Score captions; an item is a clip. If one of its answers failed, so did the clip; that caption is empty.
 
     Raises:
-        EvaluationError: clips with unequal numbers of rows (original: other than five), or pycocoevalcap is missing.
+        EvaluationError: clips with unequal numbers of rows (original: fewer than five), or pycocoevalcap is missing.
     """
     clips = _clips(rows, context)
-    texts = {key: [[_text(row[key], context) for row in clip] for clip in clips] for key in ("ref", "pred")}
+    items = [{"audio_id": clip[0]["audio_id"]} | {key: [row[key] for row in clip] for key in KEYS} for clip in clips]
+    for item, clip in zip(items, clips, strict=True):
+        item["failed"] = next((row["failed"] for row in clip if row["failed"]), None)
+    if context.protocol == "original" and not shutil.which("java"):
+        return Outcome(items, lambda indices: {}, notes=["not computed: no Java, which runs the original's tokenizer"])
+    texts = {key: [[_text(row[key], context) for row in clip] for clip in clips] for key in KEYS}
     try:
         tokens = _tokenize({text for part in texts.values() for clip in part for text in clip})
         refs, preds = ({n: [tokens[text] for text in clip] for n, clip in enumerate(part)} for part in texts.values())
@@ -40,11 +45,8 @@ def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
         means, bleu, meteor, notes = _score(refs, trials)
     except ImportError as error:
         raise EvaluationError(f"{error}: captions need it. pip install pycocoevalcap") from None
-    items = []
-    for n, clip in enumerate(clips):
-        item = {"audio_id": clip[0]["audio_id"]} | {key: [row[key] for row in clip] for key in ("ref", "pred")}
-        item["failed"] = next((row["failed"] for row in clip if row["failed"]), None)
-        items.append(item | {name: float(values[:, n].mean()) for name, values in means.items()})
+    for n, item in enumerate(items):
+        item |= {name: float(values[:, n].mean()) for name, values in means.items()}
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         found = {name: values[:, indices].mean(1) for name, values in means.items()}  # each (trials,)
@@ -55,18 +57,20 @@ def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
             found["SPIDEr"] = (found["CIDEr-D"] + found["SPICE"]) / 2
         return {name + end: float(of(v)) for name, v in found.items() for end, of in (("", np.mean), (" std", np.std))}
 
+    if left_out := len(rows) - sum(map(len, clips)):
+        notes.append(f"{left_out} rows left out: of a clip the first five count")
     return Outcome(items, compute, notes=notes)
 
 
 def _clips(rows: list[dict], context: Context) -> list[list[dict]]:
-    clips: dict[str, list[dict]] = {}
+    clips, is_original = dict[str, list[dict]](), context.protocol == "original"
     for index, item in enumerate(start_items(rows, context)):
-        clip = clips.setdefault(Path(item["audio_id"] or "").name, [item])
-        if clip[0]["audio_id"] != item["audio_id"] or not item["audio_id"]:
+        clip = clips.setdefault(Path(item["audio_id"] or "").name, [])
+        clip.append(item)
+        if not item["audio_id"] or clip[0]["audio_id"] != item["audio_id"] and not is_original:
             raise context.error(index, f"{item['audio_id']} is no clip, or {clip[0]['audio_id']} has the same name.")
-        if clip[0] is not item:
-            clip.append(item)
-    wanted = ORIGINAL_TRIALS if context.protocol == "original" else len(next(iter(clips.values())))
+        del clip[ORIGINAL_TRIALS if is_original else len(rows) :]
+    wanted = ORIGINAL_TRIALS if is_original else len(next(iter(clips.values())))
     for name, clip in clips.items():
         if len(clip) != wanted:
             reason = f"{len(clip)} rows of {name}, not {wanted}: all clips need one for each of as many references"
@@ -79,18 +83,14 @@ def _text(text: str | None, context: Context) -> str:
     if context.protocol == "original":
         text = (text or "").split(":")[-1][1:]  # Costs a letter where there is no prefix, and all before "10:30".
     else:
-        text = re.sub(r"^\s*audio caption\s*:", "", text or "", flags=re.IGNORECASE)
+        text = without_lead(text or "")
     return " ".join(text.translate(PUNCTUATION).lower().split())
-
-
-def _has_java() -> bool:
-    return shutil.which("java") is not None
 
 
 def _tokenize(texts: set[str]) -> dict[str, str]:
     """text -> tokens, one space apart."""
     listed = sorted(texts - {""})  # An empty one would shift the tokenizer's lines.
-    if not _has_java() or not listed:
+    if not shutil.which("java") or not listed:
         return {text: text for text in texts}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -110,7 +110,7 @@ def _score(refs: Captions, trials: list[Captions]) -> tuple[dict[str, np.ndarray
     means["ROUGE-L"] = np.array([Rouge().compute_score(refs, preds)[1] for preds in trials])
     bleu = np.array([_bleu_counts(refs, preds) for preds in trials])
     rule = "tokens: ASCII punctuation deleted, lower case, "
-    if not _has_java():
+    if not shutil.which("java"):
         notes = [rule + "split at white space (no Java: no PTB tokenizer)"]
         return means, bleu, None, [*notes, "METEOR, SPICE, SPIDEr: not computed: no Java"]
     notes, jar = [rule + "PTB tokenizer"], Meteor()  # a Java process, which ends with the object
@@ -121,7 +121,9 @@ def _score(refs: Captions, trials: list[Captions]) -> tuple[dict[str, np.ndarray
     )  # A whole match has no gap.
     try:
         means["SPICE"] = np.array([_spice(refs, preds) for preds in trials])
-    except (OSError, CalledProcessError) as error:
+    except CalledProcessError as error:  # Its message has the names of temporary files.
+        notes.append(f"SPICE, SPIDEr: not computed: java ended with {error.returncode}")
+    except OSError as error:
         notes.append(f"SPICE, SPIDEr: not computed: {error}")
     return means, bleu, meteor, notes
 

@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from eval.outcome import Context, EvaluationError, Outcome, start_items
+from eval.outcome import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.ranking import Ranking
 from eval.tasks import Task
 
@@ -45,7 +45,6 @@ TRUTHS: dict[str, Callable[[str], str]] = {
     "after_colon_space_lower": lambda text: text.split(": ")[-1].lower(),
     "first_sentence": lambda text: text.split(":")[-1].split(".")[0].lstrip(),
 }
-LEAD = re.compile(r"""\A[\s"']*(?:audio caption|labels?|(?:music )?genre|emotion)\s*:""", re.IGNORECASE)
 
 
 def plain(name: str) -> str:
@@ -80,7 +79,7 @@ class Classes:
 
     def answer(self, answer: str) -> str:
         """What is embedded for an answer."""
-        return self.text(LEAD.sub("", answer).strip("\"' \n").lower() if self.is_strict else self.read(answer))
+        return self.text(without_lead(answer).lower() if self.is_strict else self.read(answer))
 
     def truths(self, reference: str) -> list[int]:
         """Numbers of the classes that a reference names; KeyError if it names something else."""
@@ -101,9 +100,7 @@ def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarr
     """
     norms = [np.sqrt(np.cumsum(vectors**2, axis=1)[:, -1:]) for vectors in (answers, classes)]
     if not min(norm.min(initial=1) for norm in norms) > 0:
-        raise EvaluationError(
-            "A text's embedding is all zeros or not a number. Mend the table, or take another embedder."
-        )
+        raise EvaluationError("An embedding is all zeros or not a number. Mend the table, or take another embedder.")
     if protocol == "strict":
         return (answers / norms[0]) @ (classes / norms[1]).T
     products = np.zeros((len(answers), len(classes)))
@@ -118,11 +115,9 @@ def class_scores(items: list[dict], classes: Classes, task: Task, context: Conte
     """(items, classes) scores; -inf for an item without an answer."""
     failed = np.array([item["failed"] is not None for item in items], dtype=bool)
     if context.label_scores is not None:
-        if context.label_scores.shape != (len(items), len(classes.names)):
-            raise EvaluationError(
-                f"{context.source}: {context.label_scores.shape} label scores for {len(items)} rows and "
-                f"{len(classes.names)} classes. Score anew."
-            )
+        given, wanted = context.label_scores.shape, (len(items), len(classes.names))
+        if given != wanted:
+            raise EvaluationError(f"{context.source}: {given} label scores, not {wanted} (rows, classes). Score anew.")
         return np.where(failed[:, None], -np.inf, context.label_scores)
     if context.embed is None:
         raise EvaluationError(f"{context.source}: {task.name} is scored by embeddings. Give an --embedder.")
@@ -149,12 +144,11 @@ def choice_figures(truth: np.ndarray, chosen: np.ndarray, count: int, protocol: 
     return {"accuracy": float(right.sum() / len(truth)), "micro_f1": float(micro), "macro_f1": float(macro)}
 
 
-def ranked_figures(ranking: Ranking, indices: np.ndarray, task: Task, protocol: str) -> dict[str, float]:
+def ranked_figures(ranking: Ranking, indices: np.ndarray, protocol: str) -> dict[str, float]:
     """mAP, mAUC and d' of the rows at (m,) indices, and how many classes have an AP."""
     precision, area = ranking.scores(np.bincount(indices, minlength=ranking.rows))
     if protocol == "original":  # A class without positives has AP 0 and AUC -1 (scikit-learn 1.9: nan) and counts.
-        precision = np.nan_to_num(precision)
-        area = np.where(np.isnan(area), task.options.get("absent_auc", -1.0), area)
+        precision, area = np.nan_to_num(precision), np.nan_to_num(area, nan=-1.0)
     else:
         precision, area = precision[~np.isnan(precision)], area[~np.isnan(area)]
     means = [float(values.mean()) if len(values) else float("nan") for values in (precision, area)]
@@ -200,17 +194,19 @@ def _score(rows: list[dict], task: Task, context: Context, is_ranked: bool, is_s
     def compute(indices: np.ndarray) -> dict[str, float]:
         figures = choice_figures(truth[indices], chosen[indices], count, context.protocol) if is_single else {}
         if ranking:
-            figures |= ranked_figures(ranking, indices, task, context.protocol)
+            figures |= ranked_figures(ranking, indices, context.protocol)
         if not is_single and context.protocol == "original":
             figures["accuracy"] = float((truth[indices] == chosen[indices]).mean())
         return figures
 
-    absent = int(count - truths.any(0).sum())
+    absent, few = (int(((low <= truths.sum(0)) & (truths.sum(0) < high)).sum()) for low, high in ((0, 1), (1, 5)))
     notes = [f"{absent} of {count} classes have no positives"] if is_ranked and absent else []
+    if few and not is_single:
+        why = "resamples repeat or lose these, which biases the interval"
+        notes.append(f"{few} of {count} classes have fewer than 5 positives: {why}")
     resamples = int(np.clip(WORK // max(scores.size, 1), 20, 1000)) if is_ranked else 1000
-    return Outcome(
-        items, compute, resamples, (classes.names, table(truth, chosen, count)) if is_single else None, notes
-    )
+    confusion = (classes.names, table(truth, chosen, count)) if is_single else None
+    return Outcome(items, compute, resamples, confusion, notes)
 
 
 def table(truth: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:

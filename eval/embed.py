@@ -13,7 +13,6 @@ Notable:
 import hashlib
 import json
 import sqlite3
-import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -117,7 +116,7 @@ class SentenceModel:
     """A folder in the form of sentence-transformers, opened with transformers alone.
 
     Raises:
-        EvaluationError: it has other parts than a Transformer, a Pooling (mean, cls or max) and, perhaps, a Normalize.
+        EvaluationError: it has other parts than a Transformer, a Pooling (mean or cls) and, perhaps, a Normalize.
     """
 
     def __init__(self, folder: Path):
@@ -127,20 +126,16 @@ class SentenceModel:
         modules = _read(folder / "modules.json") or [{"type": "nothing"}]
         kinds = [module["type"].rpartition(".")[2] for module in modules]
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise EvaluationError(
-                f"{folder}/modules.json has {kinds}; only Transformer, Pooling, Normalize can be used."
-            )
+            raise EvaluationError(f"{folder}/modules.json: {kinds}; only Transformer, Pooling, Normalize are done.")
         pooling = _read(folder / modules[1]["path"] / "config.json")
-        named = [
-            key.split("_")[2] for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True
-        ]
+        named = [key.split("_")[2] for key in pooling if key.startswith("pooling_mode_") and pooling[key] is True]
         self.pooling = pooling.get("pooling_mode", "+".join(named))  # newer versions have the one name
         prompt = _read(folder / "config_sentence_transformers.json").get("default_prompt_name")
         source = folder / modules[0]["path"]
         settings = _read(source / "sentence_bert_config.json")
-        if self.pooling not in ("mean", "cls", "max") or prompt or settings.get("do_lower_case"):
+        if self.pooling not in ("mean", "cls") or prompt or settings.get("do_lower_case"):
             asked = f"pooling {self.pooling!r}, prompt {prompt!r}, lower case {settings.get('do_lower_case', False)}"
-            raise EvaluationError(f"{folder}: {asked}; only mean, cls and max, without a prompt, are done here.")
+            raise EvaluationError(f"{folder}: {asked}; only mean and cls, without a prompt, are done here.")
         self.is_normalized = "Normalize" in kinds
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
         self.sha256 = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
@@ -162,15 +157,11 @@ class SentenceModel:
                 inputs = self.tokenizer.pad(filled, padding="max_length", max_length=length, return_tensors="pt")
                 with torch.inference_mode():
                     hidden = self.model(**inputs.to(self.model.device)).last_hidden_state  # (ROWS, length, dim)
-                    vectors = self._pool(hidden, inputs["attention_mask"][..., None])
+                    mask = inputs["attention_mask"].to(hidden.device)[..., None]
+                    vectors = hidden[:, 0] if self.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+                    if self.is_normalized:
+                        vectors = vectors / vectors.norm(dim=-1, keepdim=True)
                 yield [texts[index] for index in batch], vectors[: len(batch)].cpu().numpy()
-
-    def _pool(self, hidden: Any, mask: Any) -> Any:
-        if self.pooling == "max":
-            vectors = hidden.masked_fill(mask == 0, float("-inf")).amax(1)
-        else:
-            vectors = hidden[:, 0] if self.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
-        return vectors / vectors.norm(dim=-1, keepdim=True) if self.is_normalized else vectors  # (ROWS, dim)
 
 
 def _read(path: Path) -> Any:
@@ -198,17 +189,15 @@ class EmbeddingApi(OpenAiEndpoint):
         texts = [text or " " for text in batch]  # OpenAI refuses an empty one.
         asked = {"model": self.settings.model, "input": texts, "encoding_format": "float"}
         url = self.settings.record()["base_url"]
-        for _ in range(self.settings.tries):
-            try:
-                body = client.embeddings.with_raw_response.create(**asked).http_response.text
-                parts = sorted(json.loads(body)["data"], key=lambda part: part["index"])
-                vectors = np.array([part["embedding"] for part in parts], dtype=np.float64)
-                if vectors.ndim == 2 and len(vectors) == len(batch) and np.isfinite(vectors).all():
-                    return vectors
-            except self.openai.APIError as error:
-                reason = f"{self._clean(error)} (the first of these texts: {batch[0]!r})"
-                raise EvaluationError(f"{url}: {reason}. Run it again: what it gave is kept.") from None
-            except (ValueError, KeyError, TypeError):
-                pass
-            time.sleep(1.0)
-        raise EvaluationError(f"{url} gives no list of one embedding a text for model {self.settings.model}.")
+        try:
+            body = client.embeddings.with_raw_response.create(**asked).http_response.text
+            parts = sorted(json.loads(body)["data"], key=lambda part: part["index"])
+            vectors = np.array([part["embedding"] for part in parts], dtype=np.float64)
+            if vectors.ndim == 2 and len(vectors) == len(batch) and np.isfinite(vectors).all():
+                return vectors
+            reason = f"{vectors.shape} numbers for {len(batch)} texts, or some are not finite"
+        except self.openai.APIError as error:
+            reason = self._clean(error)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"no list of embeddings ({error!r})"
+        raise EvaluationError(f"{url}: {reason}; first of the texts: {batch[0]!r}. Run it again: what it gave is kept.")

@@ -1,5 +1,6 @@
 """What a scoring function gets besides the rows, and what it gives back."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 ANSWERED = (None, "ok", "truncated")  # statuses with an answer, see ltu.request.Answer; the original's rows have none
+LEAD = re.compile(r"""\A[\s"']*(?:audio caption|labels?|(?:music )?genre|emotion)\s*:""", re.IGNORECASE)
 
 
 class EvaluationError(ValueError):
@@ -43,19 +45,26 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
+def without_lead(answer: str) -> str:
+    """An answer without a leading "Audio caption:" or the like, and without quotes around it."""
+    return LEAD.sub("", answer).strip("\"' \n")
+
+
 def failure(row: dict, protocol: str) -> str | None:
-    """Why a row has no answer; None if it has one. Strictly, blank text is none; the original scores it."""
+    """Why a row has no answer; None if it has one. Strictly, a lead alone is none; the original scores it."""
     if row.get("status") not in ANSWERED:
         return str(row["status"])
     if row.get("pred") is None:
         return "no answer"
-    return "empty answer" if protocol == "strict" and not row["pred"].strip() else None
+    return "empty answer" if protocol == "strict" and not without_lead(row["pred"]).strip() else None
 
 
 def start_items(rows: list[dict], context: Context) -> list[dict]:
-    """An item a row; EvaluationError for a row without a reference."""
+    """An item a row; EvaluationError for a row without a reference, or whose answer is no text."""
     for index, row in enumerate(rows):
         if not isinstance(row.get("ref"), str):
             raise context.error(index, '"ref" is no text. Predictions need the reference answer of every row.')
+        if not isinstance(row.get("pred"), str | None):
+            raise context.error(index, f'"pred" is neither text nor null: {row["pred"]!r}. Mend it.')
     keys = ("audio_id", "ref", "pred")
     return [{key: row.get(key) for key in keys} | {"failed": failure(row, context.protocol)} for row in rows]

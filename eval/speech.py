@@ -60,7 +60,7 @@ def word_error_rate(rows: list[dict], task: Task, context: Context) -> Outcome:
     for index, item in enumerate(items):
         truth, answer = spoken(item["ref"]), "" if item["failed"] else spoken(item["pred"])
         pairs = {"wer": (bare(truth), bare(answer)), "wer_normalized": (normalize(truth), normalize(answer))}
-        if not all(true.split() for true, _ in pairs.values()):
+        if not pairs["wer"][0].split():
             raise context.error(index, "the reference has no words. Leave the row out.")
         if context.whisper is not None:
             heard = context.whisper.get(item["audio_id"])
@@ -77,7 +77,8 @@ def word_error_rate(rows: list[dict], task: Task, context: Context) -> Outcome:
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         sums = {name: pairs[indices].sum(0) for name, pairs in counts.items()}
-        return {name: float(errors / words) for name, (errors, words) in sums.items()}
+        # Whisper's normaliser may leave no words: it takes out all of "hmm".
+        return {name: float(errors / words) if words else float("nan") for name, (errors, words) in sums.items()}
 
     notes = [] if context.whisper is not None else ["wer_substituted: not computed: no Whisper transcripts"]
     return Outcome(items, compute, notes=notes)
@@ -129,7 +130,7 @@ def true_age(reference: str, protocol: str) -> float | None:
 
 
 def age(rows: list[dict], task: Task, context: Context) -> Outcome:
-    """Mean absolute error in years and Pearson's r of those that name an age, and how many do."""
+    """Mean absolute error in years and Pearson's r; of all rows also how many name an age."""
     items = start_items(rows, context)
     for index, item in enumerate(items):
         item["truth"] = true_age(item["ref"], context.protocol)
@@ -142,10 +143,13 @@ def age(rows: list[dict], task: Task, context: Context) -> Outcome:
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         named = indices[~np.isnan(said[indices])]
+        coverage = {"coverage": len(named) / len(items)} if len(indices) == len(items) else {}
+        if context.protocol == "strict" and len(named) < len(indices):  # All have no error if some have none.
+            named = named[:0]
         pair = true[named], said[named]
         is_spread = len(named) > 1 and min(np.ptp(values) for values in pair) > 0
         error = float(np.abs(pair[0] - pair[1]).mean()) if len(named) else float("nan")
         correlation = float(np.corrcoef(*pair)[0, 1]) if is_spread else float("nan")
-        return {"mae": error, "pearson": correlation, "coverage": len(named) / max(len(indices), 1)}
+        return {"mae": error, "pearson": correlation} | coverage
 
     return Outcome(items, compute)

@@ -1,6 +1,7 @@
 """eval/captions.py against pycocoevalcap's own figures, BLEU worked out by hand, and both ways to read a caption."""
 
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_figures_are_the_packages_own(java: bool, monkeypatch: pytest.MonkeyPatc
         assert found[name] == pytest.approx(np.mean(values), abs=1e-12), name
         assert found[f"{name} std"] == pytest.approx(np.std(values), abs=1e-12), name
     assert ("METEOR" in found) == java
-    assert ("PTB tokenizer" in outcome.notes[0], outcome.notes[-1].startswith("METEOR, SPICE")) == (True, not java)
+    assert (outcome.notes[0].endswith("PTB tokenizer"), outcome.notes[-1].startswith("METEOR")) == (java, not java)
     # A resample: corpus figures come from summed counts, the others from a mean over its clips.
     again = outcome.compute(np.array([0, 0, 1]))
     trials = [package(["a.wav", "a.wav", "b.wav"], trial) for trial in range(3)]
@@ -149,12 +150,14 @@ def test_failed_answers() -> None:
     rows = rows_of({name: [*texts] for name, texts in ANSWERS.items()})
     rows[4] |= {"pred": None, "status": "unreadable"}  # b.wav's second
     outcome = captions(rows, TASK, Context())
-    assert [item["failed"] for item in outcome.items] == [None, "unreadable", None]
+    assert [item["failed"] for item in outcome.items] == [None, "unreadable", "empty answer"]
     texts = [f"Audio caption: {text}" for text in ANSWERS["b.wav"]]
     assert outcome.items[1]["pred"] == [texts[0], None, texts[2]]
     whole = captions(rows_of(ANSWERS), TASK, Context())
     assert outcome.compute(np.array([0, 2])) == whole.compute(np.array([0, 2]))
     assert outcome.compute(np.arange(3))["BLEU-1"] < whole.compute(np.arange(3))["BLEU-1"]
+    rows[4] |= {"pred": "Audio caption: ", "status": "ok"}
+    assert captions(rows, TASK, Context()).items[1]["failed"] == "empty answer"
     for row in rows:
         row["pred"] = None
     nothing = captions(rows, TASK, Context()).compute(np.arange(3))
@@ -177,8 +180,8 @@ def test_what_is_no_set_of_captions(monkeypatch: pytest.MonkeyPatch) -> None:
         captions(rows, TASK, Context())
 
 
-@pytest.mark.usefixtures("without_java")
-def test_five_trials_of_the_original() -> None:
+@needs_java
+def test_five_trials_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [
         "Audio caption: a dog barks",
         "Audio caption: a cat",
@@ -192,6 +195,14 @@ def test_five_trials_of_the_original() -> None:
     assert found["BLEU-1"] == pytest.approx(0.8, abs=1e-6)
     assert found["BLEU-1 std"] == pytest.approx(0.4, abs=1e-6)
     assert captions(rows, TASK, Context()).compute(np.array([0]))["BLEU-1"] == pytest.approx(1.0, abs=1e-6)
+    # A sixth row of the clip, and the same name in another folder: its first five rows, by the file's name.
+    rows[3] |= {"audio_id": "/y/a.wav"}
+    more = captions([*rows, rows[0] | {"pred": "a lion", "ref": "lion"}], TASK, Context(protocol="original"))
+    assert more.compute(np.array([0])) == found and len(more.items) == 1 and len(more.items[0]["ref"]) == 5
+    assert more.notes[-1] == "1 rows left out: of a clip the first five count"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    nothing = captions(rows, TASK, Context(protocol="original"))  # Other tokens would give other figures.
+    assert nothing.compute(np.array([0])) == {} and "not computed: no Java" in nothing.notes[0]
 
 
 @needs_java
@@ -212,6 +223,9 @@ def test_spice_where_its_models_are(monkeypatch: pytest.MonkeyPatch, tmp_path) -
 
     monkeypatch.setattr(spice, "Spice", Fake)
     outcome = captions(rows_of(ANSWERS), TASK, Context())
+    monkeypatch.setattr(Fake, "compute_score", lambda *_: subprocess.run(["false", str(tmp_path)], check=True))
+    notes = captions(rows_of(ANSWERS), TASK, Context()).notes
+    assert notes[-1] == "SPICE, SPIDEr: not computed: java ended with 1"  # Names of temporary files differ each time.
     found = outcome.compute(np.array([0, 1, 1, 2]))
     assert found["SPICE"] == pytest.approx((0.1 + 0.3 + 0.3 + 0) / 4, abs=1e-12)
     assert found["SPIDEr"] == pytest.approx((found["SPICE"] + found["CIDEr-D"]) / 2, abs=1e-12)
