@@ -12,7 +12,7 @@ from tqdm import tqdm
 import ltu_as  # noqa: F401  registers its classes: with them ltu's commands open both models
 from eval.closed import Classes
 from eval.outcome import ANSWERED
-from eval.report import write_json, write_rows
+from eval.report import PREDICTIONS, provenance_file, read_provenance, write_json, write_rows
 from eval.tasks import Task
 from ltu.ask import open_pipeline
 from ltu.audio import AudioError
@@ -27,11 +27,7 @@ from ltu.row_files import encode_row, stream_rows
 
 
 def inference_flags(model: str, args: argparse.Namespace) -> argparse.Namespace:
-    """The flags as ltu.inference_batch reads them; it ends the command if one is wrong.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-    """
+    """The flags as ltu.inference_batch reads them; it ends the command if one is wrong."""
     find_checkpoint(model, CHECKPOINT_FILES)
     paths = ["--data_path", "Q.json", "--output_path", "P.json"]
     return parse_args(["--model", model, *paths, "--seed", str(args.seed), *args.rest])
@@ -40,57 +36,66 @@ def inference_flags(model: str, args: argparse.Namespace) -> argparse.Namespace:
 def provenance(model: str, questions: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All that decides the answers, but for the content of clips."""
     folder = find_checkpoint(model, CHECKPOINT_FILES)
-    found = {"checkpoint": sha256_of(folder), "config": sha256_of(folder / "config.json"), "flags": args.rest}
-    found |= {"decoding": check_decoding(inference_flags(model, args).decoding), "seed": args.seed}
+    small = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".md"]
+    small = [path for path in small if not path.name.startswith(("model", "pytorch_model"))]  # Weights are hashed once.
+    found = {"checkpoint": sha256_of(folder), "files": {path.name: sha256_of(path) for path in small}}
+    found |= {"decoding": check_decoding(inference_flags(model, args).decoding), "flags": args.rest, "seed": args.seed}
     found |= {"questions": {"path": str(questions), "sha256": sha256_of(questions)}}
     return found | {"audio_root": str(args.audio_root or questions.parent)}
 
 
 def ask(model: str, files: dict[str, Path], folder: Path, args: argparse.Namespace) -> int:
-    """Write TASK.predictions.json and TASK.provenance.json. Returns the exit status of ltu.inference_batch.
+    """Write TASK.predictions.json and TASK.provenance.json. Returns 1 if more than --max_bad questions got no answer.
 
     The model is opened once a trial: equal questions on equal clips have one answer in a trial, so a row that repeats
-    goes into the next one if answers are sampled.
-
-    Args:
-        files: task -> questions.
+    goes into the next one if answers are sampled. `files`: task -> questions.
     """
     wanted = {name: provenance(model, path, args) for name, path in files.items()}
-    todo = [name for name in files if not is_done(folder, name, wanted[name])]
+    todo = [name for name in files if not is_done(folder / f"{name}{PREDICTIONS}", wanted[name])]
     trials: dict[str, list[int]] = defaultdict(list)  # of each row
-    parts: dict[int, dict[Path, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    parts: dict[int, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for name in todo:
         seen: Counter = Counter()
-        for row in stream_rows(files[name]):
-            key = row.get("audio_id"), row.get("instruction"), row.get("input")
+        for row in read_rows(files[name], args.audio_root, need_output=False):
+            key = row.get("audio_id"), row["instruction"], row.get("input")
             trial = seen[key] if wanted[name]["decoding"]["do_sample"] else 0
             trials[name].append(trial)
-            parts[trial][folder / "asked" / f"{name}.{trial}.json"].append(row)
+            parts[trial][name].append(row)
             seen[key] += 1
-    code = 0
     for trial, questions in sorted(parts.items()):
-        asked = {place.with_suffix(".questions.json"): rows for place, rows in questions.items()}
-        for place, rows in asked.items():
-            write_rows(rows, place)
-        flags = ["--model", model, "--seed", str(args.seed + trial), "--audio_root", wanted[todo[0]]["audio_root"]]
-        flags += [*args.rest, "--data_path", *map(str, asked), "--output_path", *map(str, questions)]
-        code |= inference_batch(flags)
+        places = {name: folder / "asked" / f"{name}.{trial}.json" for name in questions}
+        places = {name: path for name, path in places.items() if not is_done(path, wanted[name])}
+        if not places:
+            continue
+        asked = [path.with_suffix(".questions.json") for path in places.values()]
+        for name, path in zip(places, asked, strict=True):
+            write_rows(questions[name], path)
+        flags = ["--model", model, *args.rest, "--seed", str(args.seed + trial), "--max_bad", "0"]  # Failures are kept.
+        flags += ["--audio_root", wanted[todo[0]]["audio_root"], "--data_path", *map(str, asked)]
+        inference_batch([*flags, "--output_path", *map(str, places.values())])
+        for name, path in places.items():
+            record(path, wanted[name])
+    failed = 0
     for name in todo:
         answers = [stream_rows(folder / "asked" / f"{name}.{trial}.json") for trial in range(max(trials[name]) + 1)]
         rows = [next(answers[trial]) for trial in trials[name]]
         for row in rows:
             del row["seconds"]  # Wall time, of which no two runs have the same.
-        write_rows(rows, folder / f"{name}.predictions.json")
-        write_json(wanted[name], folder / f"{name}.provenance.json")
-    return code
+        record(folder / f"{name}{PREDICTIONS}", wanted[name], rows)
+        failed += sum(row["status"] not in ANSWERED for row in rows)
+    return int(failed > args.max_bad)
 
 
-def is_done(folder: Path, name: str, wanted: dict[str, Any]) -> bool:
-    """Whether all was asked just so before, and answered."""
-    made, predictions = folder / f"{name}.provenance.json", folder / f"{name}.predictions.json"
-    if not (made.is_file() and predictions.is_file()) or json.loads(made.read_text(encoding="utf-8")) != wanted:
-        return False
-    return all(row["status"] in ANSWERED for row in stream_rows(predictions))
+def record(path: Path, wanted: dict[str, Any], rows: list[dict] | None = None) -> None:
+    """Write what decided predictions beside them; before that themselves, if `rows` has them."""
+    if rows is not None:
+        write_rows(rows, path)
+    write_json(wanted | {"predictions": sha256_of(path)}, provenance_file(path))
+
+
+def is_done(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether all of these predictions were asked for just so, and answered."""
+    return read_provenance(path) == wanted and all(row["status"] in ANSWERED for row in stream_rows(path))
 
 
 def score_labels(model: str, task: Task, questions: Path, folder: Path, args: argparse.Namespace) -> np.ndarray:
@@ -100,9 +105,7 @@ def score_labels(model: str, task: Task, questions: Path, folder: Path, args: ar
     TASK.label_scores.jsonl, whose first line says of what; a clip that failed is tried again.
     """
     flags = inference_flags(model, args)
-    rows = [
-        row | {"instruction": args.label_prompt} for row in read_rows(questions, args.audio_root, need_output=False)
-    ]
+    rows = [r | {"instruction": args.label_prompt} for r in read_rows(questions, args.audio_root, need_output=False)]
     names = [" ".join(name.replace("_", " ").split()) for name in Classes(task, "strict").names]
     candidates = [args.label_answer.format(name) for name in names]
     wanted = provenance(model, questions, args) | {"label_prompt": args.label_prompt, "candidates": candidates}
@@ -126,8 +129,7 @@ def score_labels(model: str, task: Task, questions: Path, folder: Path, args: ar
     for number, row in enumerate(made):
         status = failed.get(number, "ok")
         row |= {"pred": candidates[scores[number].argmax()] if status == "ok" else "", "status": status}
-    write_rows(made, folder / f"{task.name}.predictions.json")
-    write_json(wanted, folder / f"{task.name}.provenance.json")
+    record(folder / f"{task.name}{PREDICTIONS}", wanted, made)
     return scores
 
 

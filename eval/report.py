@@ -1,5 +1,6 @@
 """Scores of tasks and models in full: JSON, Markdown, PNG. The same scores give the same bytes."""
 
+import io
 import json
 import platform
 from collections import Counter
@@ -13,18 +14,19 @@ import numpy as np
 from eval.outcome import Outcome
 from eval.tasks import Task
 from ltu.download import replace_file
+from ltu.original_files import sha256_of
 from ltu.row_files import RowWriter
 
 Result = dict[str, Any]
-PACKAGES = ("numpy", "scipy", "jiwer", "pycocoevalcap", "matplotlib", "torch", "transformers")
+PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
+PREDICTIONS = ".predictions.json"  # behind a task's name
 MANY_CLASSES = 60  # from here on names in a confusion matrix could not be read
 
 
 def summarize(outcome: Outcome, task: Task, seed: int) -> Result:
-    """Figures on answered and on all, and what became of the items. `figure` is the main one, with its
-    percentile bootstrap interval (95 %) over what was answered; nan is None."""
+    """Figures on answered and on all; the main one's 95 % interval (percentile bootstrap) over what was answered."""
     failed = Counter(item["failed"] for item in outcome.items if item["failed"] is not None)
-    answered = np.array([place for place, item in enumerate(outcome.items) if item["failed"] is None], dtype=int)
+    answered = np.flatnonzero([item["failed"] is None for item in outcome.items])
     sets = {"on_answered": answered, "on_all": np.arange(len(outcome.items))}
     found: Result = {name: outcome.compute(own) if len(own) else {} for name, own in sets.items()}
     figure = {name: figures.get(task.metric, np.nan) for name, figures in found.items()}
@@ -32,23 +34,12 @@ def summarize(outcome: Outcome, task: Task, seed: int) -> Result:
     if len(answered) > 1 and not np.isnan(figure["on_answered"]):
         draws = (rng.choice(answered, len(answered)) for _ in range(outcome.resamples))
         samples = [value for draw in draws if not np.isnan(value := outcome.compute(draw)[task.metric])]
-    low, high = np.percentile(samples, (2.5, 97.5)) if samples else (np.nan, np.nan)
-    figure |= {"low": low, "high": high}
-    figure = {name: _plain(value) for name, value in figure.items()}
-    found = {name: {key: _plain(value) for key, value in figures.items()} for name, figures in found.items()}
-    counts = {"scored": len(outcome.items), "answered": len(answered), "failed": dict(sorted(failed.items()))}
-    main = {"metric": task.metric, "figure": figure, "paper": dict(task.paper), "resamples": len(samples)}
+    found["figure"] = figure | dict(zip(("low", "high"), np.percentile(samples or [np.nan], (2.5, 97.5)), strict=True))
+    for name, figures in found.items():
+        found[name] = {key: None if np.isnan(value) else float(value) for key, value in figures.items()}
+    counts = {"asked": len(outcome.items), "answered": len(answered), "failed": dict(sorted(failed.items()))}
+    main = {"metric": task.metric, "paper": dict(task.paper), "resamples": len(samples)}
     return counts | main | found | {"notes": list(outcome.notes)}
-
-
-def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def versions() -> dict[str, str]:
-    """Of what scores are computed with."""
-    there = {name: metadata.version(name) for name in PACKAGES if next(iter(metadata.distributions(name=name)), None)}
-    return {"python": platform.python_version()} | there
 
 
 def write_text(text: str, path: Path) -> None:
@@ -65,12 +56,29 @@ def write_rows(rows: Iterable[dict], path: Path) -> None:
             writer.write(row)
 
 
-def write_report(results: list[Result], common: Result, folder: Path) -> None:
-    """report.json, report.md and report.png of a set of tasks and models."""
-    common = {**common, "versions": versions()}
-    write_json(common | {"results": results}, folder / "report.json")
-    write_text(f"{table(results, common['protocol'])}\n{details(results, common)}", folder / "report.md")
+def file_record(path: Path) -> Result:
+    return {"path": str(path), "sha256": sha256_of(path)}
+
+
+def provenance_file(predictions: Path) -> Path:
+    return predictions.with_name(predictions.name.removesuffix(PREDICTIONS) + ".provenance.json")
+
+
+def read_provenance(predictions: Path) -> Result:
+    """What decided just these predictions; {} if nothing says so."""
+    made = provenance_file(predictions)
+    found = json.loads(made.read_text(encoding="utf-8")) if made.is_file() and predictions.is_file() else {}
+    return found if found and found.pop("predictions", None) == sha256_of(predictions) else {}
+
+
+def write_report(results: list[Result], common: Result, folder: Path) -> str:
+    """report.json, report.md and report.png of a set of tasks and models. Returns the second."""
+    there = {name: metadata.version(name) for name in PACKAGES if next(iter(metadata.distributions(name=name)), None)}
+    versions = {"python": platform.python_version()} | there
+    write_json({**common, "versions": versions, "results": results}, folder / "report.json")
+    write_text(text := table(results, common), folder / "report.md")
     plot(results, folder / "report.png")
+    return text
 
 
 def shown(value: float | None) -> str:
@@ -81,29 +89,18 @@ def paper_text(paper: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in paper.items()) or "-"
 
 
-def table(results: list[Result], protocol: str) -> str:
-    """Main figures, one line a task and model."""
-    lines = [f"# Evaluation, protocol {protocol}", ""]
-    lines += ["| task | model | metric | on answered | 95 % interval | on all | asked | answered | failed | papers |"]
-    lines += ["|" + "---|" * 10]
+def table(results: list[Result], common: Result) -> str:
+    """Main figures, one line a task and model; then what was left out, and notes."""
+    titles = "task|model|metric|scoring|on answered|95 % interval|on all|asked|answered|failed|papers".split("|")
+    rows, notes = [titles, ["---"] * len(titles)], [f"- left out: {name}" for name in common["left_out"]]
     for result in results:
         own, failed = result["figure"], ", ".join(f"{reason} {n}" for reason, n in result["failed"].items())
-        cells = [result["task"], result["model"], result["metric"], shown(own["on_answered"])]
+        cells = [result["task"], result["model"], result["metric"], result["scoring"], shown(own["on_answered"])]
         cells += [f"{shown(own['low'])} to {shown(own['high'])}", shown(own["on_all"]), str(result["asked"])]
-        cells += [str(result["answered"]), failed or "0", paper_text(result["paper"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
-
-
-def details(results: list[Result], common: Result) -> str:
-    """All else that decides the figures."""
-    blocks = [("All", common)] + [(f"{result['task']}, {result['model']}", result) for result in results]
-    lines = []
-    for title, block in blocks:
-        lines += [f"## {title}", ""]
-        lines += [f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in block.items()]
-        lines.append("")
-    return "\n".join(lines)
+        rows.append([*cells, str(result["answered"]), failed or "0", paper_text(result["paper"])])
+        notes += [f"- {result['model']}, {result['task']}: {note}" for note in result["notes"]]
+    lines = [f"# Evaluation, protocol {common['protocol']}", "", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def plot(results: list[Result], path: Path) -> None:
@@ -111,23 +108,18 @@ def plot(results: list[Result], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(result["task"] for result in results))
-    columns = min(4, len(tasks))
-    height = -(-len(tasks) // columns)
+    height, columns = -(-len(tasks) // 4), min(4, len(tasks))
     figure = Figure(figsize=(4 * columns, 4 * height), layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False).ravel()
-    for panel in panels[len(tasks) :]:
-        panel.axis("off")
-    for task, panel in zip(tasks, panels, strict=False):
-        own = [result for result in results if result["task"] == task]
-        values = [result["figure"]["on_answered"] for result in own]
-        for place, (result, value) in enumerate(zip(own, values, strict=True)):
-            panel.bar(place, value or 0, width=0.6, color=f"C{place % 10}")
-            label = "not computed" if value is None else shown(value)
+    for number, task in enumerate(tasks, start=1):
+        panel, own = figure.add_subplot(height, columns, number), [one for one in results if one["task"] == task]
+        for place, result in enumerate(own):
+            found = result["figure"]
+            panel.bar(place, found["on_answered"] or 0, width=0.6, color=f"C{place % 10}")
+            label = "not computed" if found["on_answered"] is None else shown(found["on_answered"])
             panel.text(place, 0, label, ha="center", va="bottom", bbox={"facecolor": "white", "pad": 1, "lw": 0})
-            if result["figure"]["low"] is not None:
-                panel.vlines(place, result["figure"]["low"], result["figure"]["high"], color="black", linewidth=2)
-        for place, (name, value) in enumerate(own[0]["paper"].items()):
-            style = ("--", ":", "-.", (0, (6, 1)))[place % 4]
+            if found["low"] is not None:
+                panel.vlines(place, found["low"], found["high"], color="black", linewidth=2)
+        for (name, value), style in zip(own[0]["paper"].items(), ("--", ":", "-.", (0, (6, 1))), strict=False):
             panel.axhline(value, color="black", linewidth=1, linestyle=style, label=f"paper: {name} {value:g}")
         if own[0]["paper"]:
             panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
@@ -153,7 +145,6 @@ def plot_confusion(names: list[str], counts: np.ndarray, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Without the version of matplotlib, which is in the report."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    figure.savefig(unfinished, dpi=100, format="png", metadata={"Software": None})
-    unfinished.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100, format="png", metadata={"Software": None})  # matplotlib's version is elsewhere.
+    replace_file(path, content.getvalue())

@@ -5,17 +5,14 @@
     python -m eval.run --task esc50 --predictions P.json --output_dir OUT                 only scores
     python -m eval.run --task all --model mine=DIR full=DIR2 --questions FOLDER --output_dir OUT       side by side
 
-A model or predictions may have a name, NAME=PATH. With several tasks --questions and --predictions are folders that
-hold each task's file: as --list names it, TASK.json or TASK.predictions.json. Flags that are not named here go to
-ltu.inference_batch, such as --max_new_tokens 400 --original_decoding --batch_size 16 --max_bad 10.
+A model or predictions may have a name, NAME=PATH. In a folder of --questions or --predictions a task's file is the one
+that --list names, or (answers) TASK.predictions.json. Flags not named here go to ltu.inference_batch: --batch_size 16.
 
 Notable:
-- Stop it at any time and run it again: it goes on. What was asked in full with the same weights, questions and flags is
-  not asked again. Sampled answers to a row that repeats (captions: five trials) are drawn anew, with the next seed.
-- If --questions says what was asked, a question without a row in the predictions counts as failed.
+- Stop it at any time and run it again: it goes on. What was answered with the same weights, questions and flags is not
+  asked again. Sampled answers to a row that repeats (captions: five trials) are drawn anew, with the next seed.
+- A question of --questions without a row in the predictions counts as failed. What "all" leaves out the report names.
 - OUT has report.json, .md, .png; OUT/NAME has TASK.predictions.json, .provenance.json, .items.jsonl, .confusion.png.
-
-Exits with 1 when more than --max_bad questions of a model got no answer.
 """
 
 import argparse
@@ -28,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from eval import report
+from eval import asking, embed, report
+from eval.judge import Judge
 from eval.outcome import Context, EvaluationError
-from eval.tasks import TASKS, Task, find_task
-from ltu.original_files import sha256_of
+from eval.tasks import TASKS, find_task
+from ltu.qa_dataset import read_rows
 from ltu.row_files import stream_rows
-
-ENDINGS = (".predictions.json", ".json")  # behind a task's name, of predictions in a folder
+from qa_generation.llm import LlmSettings
 
 
 class Embedding:
@@ -44,30 +41,22 @@ class Embedding:
         self.args, self.embedder, self.name = args, None, None
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        from eval.embed import open_embedder
-
-        self.embedder = self.embedder or open_embedder(self.args.embeddings or self.args.embedder, self.args.cache_dir)
+        name = self.args.embeddings or self.args.embedder
+        self.embedder = self.embedder or embed.open_embedder(name, self.args.cache_dir)
         self.name = self.embedder.name
         return self.embedder(texts)
 
 
 def open_judge(args: argparse.Namespace) -> Any:
-    from eval.judge import Judge
-    from qa_generation.llm import LlmSettings
-
     more = {"is_local": args.judge_local, "base_url": args.judge_url, "token_budget": args.judge_budget}
     settings = LlmSettings(args.judge_model, args.judge_temperature, max_tokens=16, **more)
-    return Judge(settings, args.cache_dir / "judge.jsonl")
+    return Judge(settings, args.cache_dir)
 
 
 def read_predictions(path: Path, questions: Path | None) -> list[dict]:
-    """Rows with `prompt`, `pred`, `ref` and `audio_id`, then one without an answer for each question without a row.
-
-    Raises:
-        EvaluationError: a row lacks something, or answers no question.
-    """
+    """Rows with `prompt`, `pred`, `ref` and `audio_id`, then one without an answer for each question without a row."""
     rows, waiting = list(stream_rows(path)), defaultdict(list)
-    for row in stream_rows(questions) if questions else ():
+    for row in read_rows(questions, need_output=False) if questions else ():
         waiting[row.get("audio_id"), row["instruction"]].append(row.get("output"))
     for number, row in enumerate(rows, start=1):
         if lacking := {"prompt", "pred", "ref", "audio_id"} - row.keys():
@@ -83,10 +72,11 @@ def read_predictions(path: Path, questions: Path | None) -> list[dict]:
     return rows
 
 
-def score(task: Task, name: str, path: Path, args: argparse.Namespace, scores: np.ndarray | None) -> report.Result:
+def score(
+    name: str, task_name: str, path: Path, questions: Path | None, args: argparse.Namespace, scores: Any = None
+) -> report.Result:
     """The result of one file of predictions; writes its items and its confusion matrix."""
-    questions = file_of(args.questions, task) if args.questions and scores is None else None
-    rows = read_predictions(path, questions)
+    task, rows = find_task(task_name), read_predictions(path, questions)
     texts = {row["audio_id"]: row["transcript"] for row in rows if row.get("model") == "ltu_as"}
     if args.whisper_text:
         texts = json.loads(args.whisper_text.read_text(encoding="utf-8"))
@@ -98,7 +88,9 @@ def score(task: Task, name: str, path: Path, args: argparse.Namespace, scores: n
     report.write_rows(outcome.items, folder / f"{task.name}.items.jsonl")
     if outcome.confusion:
         report.plot_confusion(*outcome.confusion, folder / f"{task.name}.confusion.png")
-    result = {"task": task.name, "model": name, "asked": len(rows)} | report.summarize(outcome, task, args.seed)
+    scoring = "label log-likelihood" if scores is not None else "embedding" if embedding.name else function
+    result = {"task": task.name, "model": name, "scoring": scoring} | report.summarize(outcome, task, args.seed)
+    result |= {"rows": len(rows)} if len(rows) != result["asked"] else {}
     if task.options.get("rows", len(rows)) != len(rows):
         result["notes"].append(f"{len(rows)} rows; the whole set has {task.options['rows']}")
     return result | trace(rows, path, questions) | {"embedder": embedding.name}
@@ -107,15 +99,10 @@ def score(task: Task, name: str, path: Path, args: argparse.Namespace, scores: n
 def trace(rows: list[dict], path: Path, questions: Path | None) -> dict[str, Any]:
     """What was asked, of which weights and how, as far as the predictions and the file beside them say."""
     prompt, count = Counter(row["prompt"] for row in rows).most_common(1)[0]
-    found = {"prompt": prompt if count == len(rows) else f"{count} of {len(rows)}: {prompt}"}
+    found = {"prompt": f"{count} of {len(rows)}: {prompt}", "decoding": "not recorded"}
     found |= {"checkpoint": ", ".join(sorted({row.get("checkpoint") or "not recorded" for row in rows}))}
-    found |= {"decoding": "not recorded"}
-    beside = path.with_name(path.name.removesuffix(ENDINGS[0]) + ".provenance.json")
-    if questions:
-        found["questions"] = {"path": str(questions), "sha256": sha256_of(questions)}
-    if beside.is_file():
-        found |= json.loads(beside.read_text(encoding="utf-8"))
-    return found | {"predictions": {"path": str(path), "sha256": sha256_of(path)}}
+    found |= {"questions": report.file_record(questions)} if questions else {}
+    return found | report.read_provenance(path) | {"predictions": report.file_record(path)}
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -124,22 +111,13 @@ def named(text: str) -> tuple[str, Path]:
     return (name, Path(path)) if sign and "/" not in name else (Path(text).resolve().name.split(".json")[0], Path(text))
 
 
-def file_of(place: Path, task: Task, *endings: str) -> Path:
-    """The file itself; in a folder the task's: its name with the first ending that is there, else its questions'."""
-    found = [place / f"{task.name}{ending}" for ending in endings if (place / f"{task.name}{ending}").is_file()]
-    return found[0] if found else place / task.questions if place.is_dir() else place
-
-
-def find_files(args: argparse.Namespace, place: Path, *endings: str) -> dict[str, Path]:
-    """Task -> its file; with --task all, of those that are there.
-
-    Raises:
-        EvaluationError: one is not there, or several tasks would have the same.
-    """
+def find_files(args: argparse.Namespace, place: Path, own: str = "") -> dict[str, Path]:
+    """Task -> its file: `place`, or in it TASK and `own`, else what --list names; with "all" where it is there."""
     names = args.task if "all" not in args.task else [task.name for task in TASKS]
-    files = {name: file_of(place, find_task(name), *endings) for name in names}
-    if len(files) > 1 and not place.is_dir():
+    if not place.is_dir() and len(names) > 1:
         raise EvaluationError(f"{place} is no folder; several tasks need one, with each one's file.")
+    files = {name: place / find_task(name).questions if place.is_dir() else place for name in names}
+    files |= {name: path for name in names if own and (path := place / f"{name}{own}").is_file()}
     there = {name: path for name, path in files.items() if path.is_file()}
     if not there or ("all" not in args.task and len(there) < len(files)):
         raise EvaluationError(f"{next(path for path in files.values() if not path.is_file())} is not there.")
@@ -158,12 +136,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--list", action="store_true", help="print the tasks")
-    parser.add_argument(
-        "--task", nargs="+", default=[], choices=["all", *(task.name for task in TASKS)], metavar="TASK"
-    )
+    names = ["all", *(task.name for task in TASKS)]
+    parser.add_argument("--task", nargs="+", default=[], choices=names, metavar="TASK")
     parser.add_argument("--model", nargs="+", type=named, default=[], metavar="[NAME=]DIR", help="checkpoint folders")
     parser.add_argument("--predictions", nargs="+", type=named, default=[], metavar="[NAME=]P.json", help="only score")
     parser.add_argument("--questions", type=Path, help="a file, or a folder of each task's file")
+    parser.add_argument("--max_bad", type=int, default=0, help="questions a model may fail without an exit status of 1")
     parser.add_argument("--audio_root", type=Path, help="folder of relative audio_ids (default: that of the questions)")
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--protocol", choices=("strict", "original"), default="strict", help="README: what differs")
@@ -190,6 +168,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--model: give --questions; python -m eval.questions builds them")
     if args.rest and not args.model:
         parser.error(f"unknown without --model: {' '.join(args.rest)}")
+    if args.score_labels and (args.protocol == "original" or not args.model):
+        parser.error("--score_labels is of a --model, and of --protocol strict: the original embeds")
+    named_tasks = [find_task(name) for name in args.task if name != "all"]
+    if lacking := [task.name for task in named_tasks if args.score_labels and "labels" not in task.options]:
+        parser.error(f"--score_labels: {', '.join(lacking)}: no classes. Leave it out")
     names = [name for name, _ in args.model + args.predictions]
     if len(set(names)) < len(names):
         parser.error(f"two of the same name among {', '.join(names)}: say NAME=PATH")
@@ -201,29 +184,36 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(list_tasks())
         return 0
-    code, results = 0, []
-    if args.model:
-        from eval import asking  # With torch, which takes seconds.
+    code, results, left_out = 0, [], []
+    asked = find_files(args, args.questions) if args.questions else {}
     for _, model in args.model:
         asking.inference_flags(str(model), args)  # Before hours of work, not after.
     for name, model in args.model:
-        files, folder, scores = find_files(args, args.questions), args.output_dir / name, {}
+        files, folder, scores = asked, args.output_dir / name, {}  # scores: task -> of labels
         if args.score_labels:
-            files = {task: path for task, path in files.items() if "labels" in find_task(task).options}
+            files = {task: path for task, path in asked.items() if "labels" in find_task(task).options}
+            left_out += [f"{name}, {task}: it has no classes" for task in asked if task not in files]
             scores = {t: asking.score_labels(str(model), find_task(t), path, folder, args) for t, path in files.items()}
-            unheard = sum(int(np.isneginf(own).all(1).sum()) for own in scores.values())
-            code |= int(unheard > asking.inference_flags(str(model), args).max_bad)
+            code |= int(sum(int(np.isneginf(own).all(1).sum()) for own in scores.values()) > args.max_bad)
         else:
             code |= asking.ask(str(model), files, folder, args)
-        for task in files:
-            results.append(score(find_task(task), name, folder / f"{task}{ENDINGS[0]}", args, scores.get(task)))
+        for task, questions in files.items():
+            place, questions = folder / f"{task}{report.PREDICTIONS}", None if args.score_labels else questions
+            results.append(score(name, task, place, questions, args, scores.get(task)))
     for name, place in args.predictions:
-        for task, path in find_files(args, place, *ENDINGS).items():
-            results.append(score(find_task(task), name, path, args, None))
+        files = find_files(args, place, report.PREDICTIONS)
+        if args.questions:
+            left_out += [f"{name}, {task}: no questions" for task in files if task not in asked]
+            left_out += [f"{name}, {task}: no predictions" for task in asked if task not in files]
+            files = {task: path for task, path in files.items() if task in asked}
+        results += [score(name, task, path, asked.get(task), args) for task, path in files.items()]
+    if not results:
+        raise EvaluationError(f"Nothing is left to score. {'; '.join(left_out)}.")
     order = [task.name for task in TASKS]
     results.sort(key=lambda result: order.index(result["task"]))
-    report.write_report(results, {"protocol": args.protocol, "seed": args.seed}, args.output_dir)
-    print(report.table(results, args.protocol))
+    common = {"protocol": args.protocol, "seed": args.seed, "left_out": left_out}
+    common |= {"whisper_text": report.file_record(args.whisper_text)} if args.whisper_text else {}
+    print(report.write_report(results, common, args.output_dir))
     return code
 
 

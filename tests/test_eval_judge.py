@@ -48,16 +48,24 @@ def test_rate_failures_and_what_is_recorded(tmp_path) -> None:
         settings = LlmSettings(
             "judge-1", temperature=0.0, max_tokens=16, base_url=server.url, max_wait=5.0, timeout=1.0
         )
-        judge = Judge(settings, tmp_path / "replies.jsonl")
+        judge = Judge(settings, tmp_path)
         outcome = open_ended(ROWS, TASK, Context(judge=judge))
-        assert [item["failed"] for item in outcome.items] == [None, None, "unreadable", "unparsed", None, None]
-        assert [item.get("follows") for item in outcome.items] == [True, False, None, None, True, True]
+        assert [item["failed"] for item in outcome.items] == [
+            None,
+            None,
+            "unreadable",
+            "unparsed judgement",
+            None,
+            None,
+        ]
+        assert [item.get("follows") for item in outcome.items] == [True, False, False, None, True, True]
         assert outcome.items[3]["reply"] == "It might, yes"
-        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.5}
+        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.6}, "an unparsed judgement is not the model's failure"
+        assert np.isnan(outcome.compute(np.array([3]))[TASK.metric])
         assert outcome.compute(np.array([0, 1, 1, 4])) == {TASK.metric: 0.5}
         assert outcome.compute(np.array([0, 1, 4, 5])) == {TASK.metric: 0.75}
         assert sorted(server.paid.values()) == [1, 1, 1, 1], "equal questions are one"
-        again = open_ended(ROWS, TASK, Context(judge=Judge(settings, tmp_path / "replies.jsonl")))
+        again = open_ended(ROWS, TASK, Context(judge=Judge(settings, tmp_path)))
         assert again.items == outcome.items and again.notes == outcome.notes
         assert sum(server.paid.values()) == 4, "the second run asked"
     record = judge.record()
@@ -69,22 +77,23 @@ def test_rate_failures_and_what_is_recorded(tmp_path) -> None:
 def test_request(tmp_path) -> None:
     bodies = []
     with FakeLlm(lambda body: bodies.append(body) or completion("no")) as server:
-        judge = Judge(LlmSettings("m", temperature=0.0, max_tokens=16, base_url=server.url), tmp_path / "r.jsonl")
+        judge = Judge(LlmSettings("m", temperature=0.0, max_tokens=16, base_url=server.url), tmp_path)
         assert judge([("What barks?", "A dog {barks}.")]) == ["no"]
     messages = [{"role": "user", "content": ASKED}]
     assert bodies == [{"model": "m", "messages": messages, "temperature": 0.0, "max_tokens": 16}]
 
 
-def test_one_refused_and_a_judge_that_stops(tmp_path) -> None:
+def test_one_refused_and_a_judge_that_stops(tmp_path, capsys) -> None:
     with FakeLlm(answer) as server:
         settings = LlmSettings("m", temperature=0.0, base_url=server.url, concurrency=1)
-        judge = Judge(settings, tmp_path / "r.jsonl")
+        judge = Judge(settings, tmp_path)
         server.script = ["", "400"]
         outcome = open_ended(ROWS, TASK, Context(judge=judge))
-        assert outcome.items[1]["failed"].startswith("judge: 400")
-        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.5}
+        assert outcome.items[1]["failed"] == "judge failed" and "400" in capsys.readouterr().err
+        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.75}
+        assert outcome.notes[1] == "2 judgements failed or are unparsed: they are in no figure"
         server.script = ["401"]
-        with pytest.raises(EvaluationError, match="401.*r.jsonl"):
+        with pytest.raises(EvaluationError, match="401.*judge-.*jsonl"):
             open_ended(ROWS, TASK, Context(judge=judge))
         outcome = open_ended(ROWS, TASK, Context(judge=judge))
         assert outcome.items[1]["follows"] is False, "what failed is asked again"
@@ -93,8 +102,21 @@ def test_one_refused_and_a_judge_that_stops(tmp_path) -> None:
         open_ended(ROWS, TASK, Context())
 
 
+def test_each_judge_has_its_own_replies(tmp_path) -> None:
+    """Of one name: at two endpoints, and of a local folder whose weights were replaced."""
+    for verdict in ("yes", "no"):
+        with FakeLlm(lambda body, verdict=verdict: completion(verdict)) as server:
+            settings = LlmSettings("m", temperature=0.0, base_url=server.url)
+            assert Judge(settings, tmp_path)([("What barks?", "A dog.")]) == [verdict]
+    found = []
+    for weights in (b"1", b"2"):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        found.append(Judge(LlmSettings(str(tmp_path), is_local=True), tmp_path))
+    assert found[0].replies != found[1].replies and found[0].record() != found[1].record()
+
+
 def test_nothing_answered_asks_nothing(tmp_path) -> None:
-    judge = Judge(LlmSettings("m", base_url="http://127.0.0.1:9/v1"), tmp_path / "r.jsonl")
+    judge = Judge(LlmSettings("m", base_url="http://127.0.0.1:9/v1"), tmp_path)
     outcome = open_ended([ROWS[2], ROWS[1] | {"pred": " "}], TASK, Context(judge=judge))
     assert [item["failed"] for item in outcome.items] == ["unreadable", "empty answer"]
     assert outcome.compute(np.arange(2)) == {TASK.metric: 0.0}

@@ -1,5 +1,6 @@
 """Asking, scoring and reporting in one command: what is resumed, counted, refused, and that it repeats."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from eval import embed, report, run
+from eval import asking, embed, report, run
 from eval.asking import inference_flags
 from eval.outcome import Outcome
 from eval.tasks import find_task
@@ -82,18 +83,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def command(model: Path, *more: str) -> list[str]:
-    return [
-        "--task",
-        "gtzan",
-        "--model",
-        f"m={model}",
-        "--questions",
-        "gtzan.json",
-        "--output_dir",
-        "out",
-        *ASKING,
-        *more,
-    ]
+    own = ["--task", "gtzan", "--model", f"m={model}", "--questions", "gtzan.json", "--output_dir", "out"]
+    return [*own, *ASKING, *more]
 
 
 def test_interrupted_asking_goes_on(model, folder, monkeypatch, capsys):
@@ -155,6 +146,77 @@ def test_what_decides_answers_is_asked_anew(model, folder, capsys):
     assert run.main(command(model)) == 0 and "asked 2," in capsys.readouterr().out
 
 
+def ask_twice(*clips: str) -> tuple[str, ...]:
+    """Each clip's question two times, so in two trials; the flags that sample."""
+    rows = [row | {"audio_id": clip} for row, clip in zip(questions(*GENRES[:4]), clips * 2, strict=False)]
+    write(Path("gtzan.json"), rows)
+    return "--temperature", "2.0"
+
+
+def asked_of(capsys) -> list[str]:
+    """How many questions each trial asked since the last look."""
+    return re.findall(r"asked (\d+),", capsys.readouterr().out)
+
+
+def test_a_trial_is_kept_when_a_later_one_is_killed(model, folder, monkeypatch, capsys):
+    sampled, stock, count = ask_twice("0.wav", "1.wav"), AnswerFile.append, 0
+
+    def append(*args) -> None:
+        nonlocal count
+        count += 1
+        if count > 2:
+            raise Killed
+        stock(*args)
+
+    monkeypatch.setattr(AnswerFile, "append", append)
+    with pytest.raises(Killed):
+        run.main(command(model, *sampled))
+    monkeypatch.setattr(AnswerFile, "append", stock)
+    assert asked_of(capsys) == ["2"]
+    assert run.main(command(model, *sampled)) == 0 and asked_of(capsys) == ["2"]
+
+
+def test_max_bad_is_of_all_trials(model, folder, capsys):
+    """And what was answered beside failures that are allowed is not asked again."""
+    sampled = ask_twice("0.wav", "missing.wav")
+    assert run.main(command(model, *sampled, "--max_bad", "1")) == 1 and asked_of(capsys) == ["2", "2"]
+    for _ in range(2):
+        assert run.main(command(model, *sampled, "--max_bad", "2")) == 0 and asked_of(capsys) == ["1", "1"]
+    assert result()["failed"] == {"missing": 2}
+
+
+def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
+    """One run, another that is killed between its answers and what says how they were asked, the first again."""
+    sampled = ask_twice("0.wav", "1.wav")
+    assert run.main(command(model, *sampled)) == 0
+    expected, stock = contents(Path("out")), asking.write_json
+
+    def write_json(value, path: Path) -> None:
+        if path == Path("out/m/gtzan.provenance.json"):
+            raise Killed
+        stock(value, path)
+
+    monkeypatch.setattr(asking, "write_json", write_json)
+    with pytest.raises(Killed):
+        run.main(command(model, *sampled, "--seed", "7"))
+    scoring = ["--task", "gtzan", "--predictions", "out/m/gtzan.predictions.json", "--output_dir", "other"]
+    assert run.main(scoring) == 0 and result("other")["decoding"] == "not recorded"
+    monkeypatch.setattr(asking, "write_json", stock)
+    assert run.main(command(model, *sampled)) == 0 and contents(Path("out")) == expected
+    assert run.main(scoring) == 0 and result("other")["decoding"]["temperature"] == 2.0
+
+
+def test_another_processor_is_asked_anew(model, folder, capsys):
+    own = Path(shutil.copytree(model, model.parent / "own"))
+    write(Path("gtzan.json"), questions(*GENRES[:2]))
+    assert run.main(command(own)) == 0 and asked_of(capsys) == ["2"]
+    (own / "README.md").write_text("A card.")
+    assert run.main(command(own)) == 0 and asked_of(capsys) == []
+    settings = (own / "processor_config.json").read_text()
+    (own / "processor_config.json").write_text(settings.replace("### Response:", "### Answer:"))
+    assert run.main(command(own)) == 0 and asked_of(capsys) == ["2"]
+
+
 def test_label_scores(model, folder, monkeypatch):
     """They are the engine's; what was interrupted goes on, after half a line too."""
     stock, asked = LtuPipeline.score, []
@@ -187,6 +249,22 @@ def test_label_scores(model, folder, monkeypatch):
     items = [json.loads(line) for line in Path("out/m/gtzan.items.jsonl").read_text().splitlines()]
     assert [item["chosen"] for item in items] == [*likeliest, None]
     assert found["failed"] == {"missing": 1} and found["embedder"] is None and found["label_prompt"] == "Genre?"
+    assert found["scoring"] == "label log-likelihood"
+    # A task without classes is left out of "all", with a word, and otherwise refused.
+    shutil.copy("gtzan.json", "voxceleb_age.json")
+    labels[labels.index("gtzan.json")] = "."
+    assert run.main(["--task", "all", *labels[2:]]) == 1
+    assert json.loads(Path("out/report.json").read_text())["left_out"] == ["m, voxceleb_age: it has no classes"]
+    for tasks, more in (
+        (["gtzan", "voxceleb_age"], []),
+        (["voxceleb_age"], []),
+        (["gtzan"], ["--protocol", "original"]),
+    ):
+        with pytest.raises(SystemExit):
+            run.main(["--task", *tasks, *labels[2:], *more])
+    Path("gtzan.json").unlink()
+    with pytest.raises(ValueError, match="Nothing is left to score. m, voxceleb_age: it has no classes"):
+        run.main(["--task", "all", *labels[2:]])
 
 
 # --- scoring
@@ -199,7 +277,7 @@ def test_two_models_side_by_side(folder, capsys):
     flags = ["--task", "gtzan", "--predictions", "mine=p.json", "q.json", "--output_dir", "out"]
     assert run.main(flags) == 0
     first = contents(Path("out"))
-    assert "| gtzan | mine | accuracy | 0.6667 |" in capsys.readouterr().out
+    assert "| gtzan | mine | accuracy | embedding | 0.6667 |" in capsys.readouterr().out
     shutil.rmtree("out")
     assert run.main(flags) == 0 and contents(Path("out")) == first
     assert {"report.png", "mine/gtzan.confusion.png", "q/gtzan.items.jsonl"} < set(first)
@@ -239,6 +317,19 @@ def test_questions_without_a_row_are_failed(folder):
             run.main(flags)
 
 
+def test_malformed_questions(model, folder):
+    write(Path("p.json"), predictions(("Rock", "Rock")))
+    scoring = ["--task", "gtzan", "--predictions", "p.json", "--questions", "gtzan.json", "--output_dir", "out"]
+    for wrong, message in (
+        ([{"audio_id": "0.wav"}], "gtzan.json, row 1: no 'instruction'"),
+        ([], "json holds no rows"),
+    ):
+        write(Path("gtzan.json"), wrong)
+        for flags in (scoring, command(model)):
+            with pytest.raises(ValueError, match=message):
+                run.main(flags)
+
+
 def test_all_tasks_of_a_folder(folder, capsys):
     place = folder / "answers"
     place.mkdir()
@@ -252,11 +343,26 @@ def test_all_tasks_of_a_folder(folder, capsys):
     assert result()["figure"] == {"on_answered": 5.0, "on_all": 5.0, "low": None, "high": None}
     with pytest.raises(ValueError, match="fma.json is not there"):
         run.main(["--task", "gtzan", "fma", *flags])
+    # What was asked and not answered at all is said.
+    for name in ("gtzan", "fma"):
+        write(folder / "a" / f"{name}.json", questions("Rock"))
+    write(Path("w.json"), {})
+    assert run.main(["--task", "all", *flags, "--questions", ".", "--whisper_text", "w.json"]) == 0
+    found = json.loads(Path("out/report.json").read_text())
+    assert found["left_out"] == ["m, voxceleb_age: no questions", "m, fma: no predictions"]
+    assert "m, fma: no predictions" in Path("out/report.md").read_text()
+    assert found["whisper_text"] == {"path": "w.json", "sha256": hashlib.sha256(b"{}").hexdigest()}
+    assert "openai-whisper" in found["versions"]
     capsys.readouterr()
     assert run.main(["--list"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"esc50 +esc50.json +accuracy +LTU 0.831, .*Close-ended question: Write an audio caption", shown)
-    for more in ([], [*flags, "--max_new_token", "9"], [*flags, "--predictions", "m=x", "m=y"]):
+    for more in (
+        [],
+        [*flags, "--max_new_token", "9"],
+        [*flags, "--predictions", "m=x", "m=y"],
+        [*flags, "--score_labels"],
+    ):
         with pytest.raises(SystemExit):
             run.main(["--task", "gtzan", *more])
 
