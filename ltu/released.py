@@ -228,6 +228,7 @@ def prep(args: argparse.Namespace) -> None:
     models, toy, data = (args.root / place for place in ("pretrained_mdls", f"data/{name}_toy", f"data/{name}"))
     jobs = [(f"{name}_toy", toy / "original"), (f"{name}_toy_audio", toy / "original"), (checkpoint, models)]
     jobs += [(full_set, data), (f"{name}_subsets", data)] if args.full else []
+    jobs += [(f"{args.kind}_eval", args.root / "data" / f"{name}_eval")] if args.eval else []
     row, meta = find(checkpoint), toy / f"{name}_toy.json"
     for job, place in jobs:
         print(f"{job}: {address(find(job), args.source)} ({size_of(find(job))}) -> {place}", flush=True)
@@ -256,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="of list: the whole table")
     parser.add_argument("--kind", choices=sorted(PREP), default="ltu")
     parser.add_argument("--full", action="store_true", help="also the sets and subsets that the stage scripts read")
+    parser.add_argument("--eval", action="store_true", help="also the authors' evaluation questions, for eval.run")
     parser.add_argument("--from", dest="source", help="folder or address with files of the table's names")
     parser.add_argument("--dry_run", action="store_true", help="print links, sizes, places and commands only")
     parser.add_argument("--llm", default=VICUNA, help="language model of the checkpoint: folder or hub id")

@@ -400,10 +400,10 @@ def test_a_zip_with_wrong_bytes_heals(site: Site, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(PREP))
 def test_dry_run_writes_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["prep", "--kind", kind, "--full", "--dry_run", "--root", str(tmp_path / "here"), "--llm", "my_llm"])
+    main(["prep", "--kind", kind, "--full", "--eval", "--dry_run", "--root", str(tmp_path / "here"), "--llm", "my_llm"])
     text = capsys.readouterr().out
     checkpoint, name, full_set, _ = PREP[kind]
-    for part in (f"{name}_toy", f"{name}_toy_audio", checkpoint, full_set, f"{name}_subsets"):
+    for part in (f"{name}_toy", f"{name}_toy_audio", checkpoint, full_set, f"{name}_subsets", f"{kind}_eval"):
         assert find(part).url in text
     assert f"-m {kind}.convert_checkpoint --llm my_llm --checkpoint" in text and "about 4.6GB" in text or kind == "ltu"
     assert ("--feature_precision fp16" in text) == (kind == "ltu_as") and not (tmp_path / "here").exists()
