@@ -5,11 +5,10 @@ Notable:
 - The lock ends with the process that holds it, so there is nothing to clear away after kill -9.
 """
 
-import fcntl
 import json
 from pathlib import Path
 
-from ltu.row_files import RowWriter
+from ltu.row_files import RowWriter, lock_file
 
 
 class Ledger:
@@ -21,11 +20,7 @@ class Ledger:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder / "ledger.lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"Another run is writing into {folder}. Wait for it, or stop it.") from error
+        self.lock = lock_file(folder / "ledger.lock", folder)
         self.folder, self.path = folder, folder / "ledger.jsonl"
         self.entries: dict[str, dict] = {}
         for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():

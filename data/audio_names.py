@@ -39,13 +39,13 @@ def segment(name: str) -> tuple[frozenset[float], float | None] | None:
     """Which part of its video a clip is: start (every reading of it) and seconds from start to end, or None.
 
     AudioCaps writes `Y<id>_30.000_40.000`, VGGSound `<id>_000030`, both in seconds, AudioSet-strong `<id>_30000` in
-    milliseconds. A whole number of four digits or more without a zero in front may be either.
+    milliseconds. A whole number of four digits or more without a zero in front may be either, and so may 0.
     """
     found = YOUTUBE.fullmatch(stem(name))
     if not found or not found[2]:
         return None
     start, length = float(found[2]), float(found[3]) - float(found[2]) if found[3] else None
-    starts, is_either = {start}, re.fullmatch("[1-9][0-9]{3,}", found[2]) is not None
+    starts, is_either = {start}, re.fullmatch("0|[1-9][0-9]{3,}", found[2]) is not None
     if is_either and (length is None or length >= 1000):
         starts = {start / 1000} if length else {start, start / 1000}
         length = length and length / 1000

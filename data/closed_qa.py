@@ -20,7 +20,7 @@ CLIPS is CSV, TSV, JSON, JSON lines or Parquet, a record a clip: `audio_id`, and
 
 Notable:
 - Answers have the forms that the papers' data and evaluators have; questions are our own (closed_qa.json).
-- A number becomes a word: pitch in Hz by gender at the papers' cut points, others by --cuts, else by thirds of CLIPS.
+- A number becomes a word: pitch in Hz by gender at the papers' cut points, others by --cuts, else by thirds, if any.
 - Every row draws from a random stream of its own, named by seed, clip, task and what is known: others do not change it.
 - The data's prefix "Closed-ended question: " comes from `data.combine`; --prefix_share adds it here instead.
 """
@@ -212,7 +212,33 @@ def find_cuts(records: Iterator[dict], given: dict) -> dict:
         for key, numbers in values.items():
             if (number := number_of(record.get(key))) is not None:
                 numbers.append(number)
-    return {"pitch": PITCH} | {key: thirds(numbers) for key, numbers in values.items() if numbers} | given
+    cuts = {"pitch": PITCH} | given
+    for key, numbers in values.items():
+        low, high = thirds(numbers) if numbers else (0, 0)
+        if low < high:
+            cuts[key] = low, high
+        elif numbers:  # All that are equal would be among the highest.
+            print(f"{key}: no thirds, too many are {low:g}, so its numbers make no rows. Give --cuts.")
+    return cuts
+
+
+def read_cuts(file: Path) -> dict:
+    """The cut points of --cuts; a ValueError unless they are 2 or 4 ascending numbers for a key, or a gender of it."""
+    given = json.loads(file.read_bytes())
+    for key, cuts in given.items() if isinstance(given, dict) else [("", given)]:
+        for points in cuts.values() if isinstance(cuts, dict) else [cuts]:
+            is_list = isinstance(points, list) and all(isinstance(point, int | float) for point in points)
+            if key not in NAMES or not is_list or len(points) not in (2, 4) or sorted(set(points)) != points:
+                raise ValueError(f"{file}: {key!r}: {cuts}. Give 2 or 4 ascending numbers for one of {[*NAMES]}.")
+    return given
+
+
+def read_audio_ids(file: Path) -> dict[str, str]:
+    """What data.prepare_audio wrote: id -> `audio_id`."""
+    try:
+        return {line["id"]: line["audio_id"] for line in _table(file)}
+    except KeyError as name:
+        raise ValueError(f"{file} has no column {name}. Let its first line be id,audio_id.") from name
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -221,9 +247,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--metadata", required=True, type=Path, metavar="CLIPS")
     parser.add_argument("--output_path", required=True, type=Path, metavar="ROWS", help=".json, .jsonl or .parquet")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="default: all")
-    parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="other names; OURS=A,B makes a list"
-    )
+    text = "other names; OURS=A,B makes a list"
+    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
     parser.add_argument("--separator", default=";", help="of labels and genres in a text")
     parser.add_argument("--audio_ids", type=Path, help="audio_ids.csv of data.prepare_audio: only clips that are there")
     parser.add_argument("--dataset", default="own", help="of records that name none")
@@ -245,9 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     about = {key: getattr(args, key) for key in ("dataset", "seed", "prefix_share", "style")}
     about["descriptions"] = json.loads(args.descriptions.read_bytes()) if args.descriptions else {}
-    audio_ids = args.audio_ids and {line["id"]: line["audio_id"] for line in _table(args.audio_ids)}
+    audio_ids = args.audio_ids and read_audio_ids(args.audio_ids)
     read = partial(read_records, args.metadata, args.columns, args.separator, audio_ids)
-    about["cuts"] = find_cuts(read(), json.loads(args.cuts.read_bytes()) if args.cuts else {})
+    about["cuts"] = find_cuts(read(), read_cuts(args.cuts) if args.cuts else {})
     counts: Counter = Counter()
     with write_rows(args.output_path, inputs) as output:
         for number, record in enumerate(read(), start=1):

@@ -53,7 +53,8 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def part_rows(path: Path, part: dict[str, Any], chance: random.Random) -> Iterator[dict[str, Any]]:
     """The rows of a file as its part of the recipe has them."""
-    repeat, share = part.get("repeat", {}), part.get("closed_ended_share", 0)
+    repeat = {pattern.lower(): times for pattern, times in part.get("repeat", {}).items()}
+    share = part.get("closed_ended_share", 0)
     for turn in range(max([1, *repeat.values()])):
         for row in stream_rows(path):
             dataset = str(row.get("dataset", "")).lower()
@@ -85,7 +86,7 @@ def differences(counts: Counts, recipe: dict[str, Any]) -> list[str]:
     wanted += [(kind, name, n) for kind in ("dataset", "task") for name, n in expected.get(kind, {}).items()]
     lines = []
     for kind, pattern, number in wanted:
-        found = sum(n for name, n in counts[kind].items() if fnmatchcase(name.lower(), pattern))
+        found = sum(n for name, n in counts[kind].items() if fnmatchcase(name.lower(), pattern.lower()))
         is_rounded = isinstance(number, str)
         if (f"{found / 1000:.0f}k" if is_rounded else found) != number:
             number = number if is_rounded else f"{number:,}"

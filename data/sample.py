@@ -9,7 +9,9 @@ Notable:
 - --copy_audio puts the clips into audio/ beside the output, and the rows then name them relative to it.
 """
 
+import filecmp
 import hashlib
+import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -40,17 +42,24 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
 
 
 def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
-    """Copy clips into folder/audio -> their new `audio_id`s. Clips of one name get a part of their hash in front."""
+    """Copy clips into folder/audio -> their new `audio_id`s.
+
+    Where another clip has its name, whose ever it is, one gets a part of a hash in front.
+    """
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(names):
-        new = Path(name).name
-        if new in taken:
-            new = f"{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}_{new}"
-        taken.add(new)
-        places[name] = f"audio/{new}"
-        shutil.copyfile(root / name, folder / "audio" / new)
+        target, hashed = folder / "audio" / Path(name).name, name.encode()
+        while target.name in taken or (target.exists() and not filecmp.cmp(root / name, target, shallow=False)):
+            target = target.with_name(f"{hashlib.blake2b(hashed, digest_size=4).hexdigest()}_{Path(name).name}")
+            hashed += b"/"
+        taken.add(target.name)
+        places[name] = f"audio/{target.name}"
+        if not target.exists():
+            unfinished = target.with_name(f"{target.name}.tmp")
+            shutil.copyfile(root / name, unfinished)
+            os.replace(unfinished, target)
     return places
 
 

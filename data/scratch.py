@@ -1,11 +1,12 @@
 """A folder beside an output, for what does not fit into memory, that no killed run leaves behind for good."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from ltu.row_files import lock_file
 
 
 @contextmanager
@@ -36,16 +37,8 @@ def _clear(folder: Path, kept: str) -> None:
             os.unlink(path)
 
 
-def _lock(path: Path, output: Path) -> IO[str]:
+def _lock(path: Path, output: Path) -> IO[bytes]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # Its last owner removes the folder at this moment.
-            lock = open(path, "w")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                lock.close()
-                raise ValueError(f"Another run is writing {output}. Wait for it, or stop it.") from error
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                return lock
-            lock.close()  # A file that its last owner has removed.
+            return lock_file(path, output)

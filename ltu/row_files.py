@@ -3,13 +3,15 @@
 Notable:
 - A file is known by its first bytes when it is read, by its name when it is written.
 - A row keeps its keys and their order. Parquet has a column for each key: a null in it means that the row lacks the
-  key, and no key may be in a later row only.
+  key, and no key may be in a later row only. Keys within a value make it no table.
 - A file has its name only when it is whole and on the disk.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,12 +106,36 @@ def _ending(path: Path) -> tuple[str, str | None]:
     return kind, codec
 
 
+def lock_file(path: Path, output: Path) -> IO[bytes]:
+    """A file that is open in one process only; on a file system without locks, in any.
+
+    Raises:
+        ValueError: a running process has it, and so writes the same output.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ValueError(f"Another run is writing {output}. Wait for it, or stop it.") from error
+        except OSError:
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # Its last owner has removed or renamed it.
+
+
 class RowWriter:
     """Writes rows; the file appears, whole, when the `with` block ends without an error. `count` is what it has.
 
     Args:
         path: its ending says the format.
         inputs: what is read meanwhile, and so may not be that path.
+
+    Raises:
+        ValueError: another name is needed; another run writes that file; the rows do not fit its format.
     """
 
     def __init__(self, path: str | Path, inputs: Iterable[str | Path] = ()):
@@ -124,6 +150,7 @@ class RowWriter:
 
     def __enter__(self) -> "RowWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_file(self.unfinished, self.path)
         if self.codec:
             import pyarrow
 
@@ -179,11 +206,14 @@ class RowWriter:
                     self.table.close()
                 self.file.close()
                 sync_and_rename(self.unfinished, self.path)
+                self.unfinished = None  # From now on another run's.
         finally:
             if self.table is not None:
                 self.table.close()  # Or it would, when it is forgotten, write to a closed file.
             self.file.close()
-            self.unfinished.unlink(missing_ok=True)
+            if self.unfinished:
+                self.unfinished.unlink(missing_ok=True)
+            self.lock.close()
 
 
 def _columns(rows: list[dict]) -> list[tuple[str, Any]]:
@@ -195,6 +225,8 @@ def _columns(rows: list[dict]) -> list[tuple[str, Any]]:
         values = [row[key] for row in rows if row.get(key) is not None]
         is_text = all(isinstance(value, str) for value in values)
         found.append((key, pyarrow.string() if is_text else pyarrow.array(values).type))
+        if "struct<" in str(found[-1][1]):  # Of these, pyarrow drops keys that later rows add, without an error.
+            raise ValueError(f"{key!r} has keys of its own")
     return found
 
 

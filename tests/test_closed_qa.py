@@ -281,6 +281,52 @@ def test_clips_that_are_spelled_otherwise_are_an_error(tmp_path):
     assert not (tmp_path / "rows.json").exists()
 
 
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        {"speed": [1, 2, 3]},
+        {"speed": [1, 2, 3, 4, 5]},
+        {"energy": [2, 1]},
+        {"speed": [2, 2]},
+        {"speed": ["1", "2"]},
+        {"speed": 3},
+        {"pitch": {"male": [1, 2], "female": [3]}},
+        {"tempo": [1, 2]},
+        [1, 2],
+    ],
+)
+def test_cuts_of_another_number_or_order_are_an_error(tmp_path, cuts):
+    (tmp_path / "clips.csv").write_text("audio_id,speed\na.wav,3\n")
+    (tmp_path / "cuts.json").write_text(json.dumps(cuts))
+    with pytest.raises(ValueError, match="cuts.json: .*2 or 4 ascending numbers"):
+        run(tmp_path, "--metadata", tmp_path / "clips.csv", "--cuts", tmp_path / "cuts.json")
+
+
+def test_cuts_of_ones_own(tmp_path):
+    (tmp_path / "clips.csv").write_text("audio_id,gender,pitch,speed\na.wav,f,50,3\nb.wav,m,50,9\n")
+    (tmp_path / "cuts.json").write_text('{"speed": [1, 2, 3, 4], "pitch": {"male": [10, 20], "female": [60, 70]}}')
+    arguments = ["--metadata", tmp_path / "clips.csv", "--cuts", tmp_path / "cuts.json"]
+    made = run(tmp_path, *arguments, "--tasks", "pitch_cla", "speed_cla")
+    words = [row["output"].split(" is ")[1] for row in made]
+    assert words == ["low.", "fast.", "high.", "very fast."]
+
+
+def test_numbers_that_have_no_thirds_make_no_rows(tmp_path, capsys):
+    for speeds, words in (("23334", []), ("12345", ["slow", "slow", "normal", "fast", "fast"])):
+        lines = "".join(f"{number}.wav,{speed},m\n" for number, speed in enumerate(speeds))
+        (tmp_path / "clips.csv").write_text(f"audio_id,speed,gender\n{lines}")
+        made = run(tmp_path, "--metadata", tmp_path / "clips.csv", "--tasks", "speed_cla", "gender_cla")
+        assert [row["output"] for row in made if row["task"] == "speed_cla"] == [f"The speed is {w}." for w in words]
+        assert ("speed: no thirds, too many are 3" in capsys.readouterr().out) == (not words)
+
+
+def test_a_table_of_ids_without_its_columns_is_an_error(tmp_path):
+    (tmp_path / "clips.csv").write_text("audio_id,labels\none.wav,Dog\n")
+    (tmp_path / "ids.csv").write_text("audio_id,path\none.wav,one.flac\n")
+    with pytest.raises(ValueError, match="ids.csv has no column 'id'. Let its first line be id,audio_id"):
+        run(tmp_path, "--metadata", tmp_path / "clips.csv", "--audio_ids", tmp_path / "ids.csv")
+
+
 def test_a_line_with_more_cells_than_names_is_an_error(tmp_path):
     (tmp_path / "clips.csv").write_text("audio_id,caption\na.wav,Rain, then thunder.\n")
     with pytest.raises(ValueError, match="line 2: 3 cells under 2 names. Quote the commas"):

@@ -121,6 +121,16 @@ def test_half_a_surrogate_pair_survives(tmp_path):
     assert not (tmp_path / "again.parquet").exists()
 
 
+@pytest.mark.parametrize("rows", [[{"e": {"b": 1}}, {"e": {"c": 1}}], [{"e": []}, {"e": [[{"b": 1}]]}], [{"e": {}}]])
+def test_a_table_takes_no_nested_keys(tmp_path, rows):
+    """Its structs would lose the keys of later rows, and give each row those of all others."""
+    with pytest.raises(ValueError, match="fit no table: 'e' has keys of its own. Write .jsonl"):
+        write(tmp_path / "rows.parquet", rows)
+    assert list(tmp_path.iterdir()) == []
+    lists = [{"e": [[1], []]}, {"e": []}]
+    assert [{"e": row["e"]} for row in stream_rows(write(tmp_path / "rows.parquet", lists))] == lists
+
+
 MALFORMED = {  # text -> (row, byte), the byte from the start of the first occurrence of a mark
     '[{"a": "é"}, {"a": 1,}]': (2, "}]"),
     '[{"a": 1} {"a": 2}]': (1, ' {"a": 2'),
@@ -283,8 +293,8 @@ def test_combine_original_order_over_several_files(tmp_path):
 
 
 def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
-    recipe = {"about": "", "parts": {"c": {"rows": 1000, "closed_ended_share": 0.5}, "d": {"repeat": {"clotho*": 2}}}}
-    recipe["expected"] = {"rows": 1030, "dataset": {"clotho": 20, "x": "1k"}}
+    recipe = {"about": "", "parts": {"c": {"rows": 1000, "closed_ended_share": 0.5}, "d": {"repeat": {"Clotho*": 2}}}}
+    recipe["expected"] = {"rows": 1030, "dataset": {"Clotho": 20, "X": "1k"}}
     place = tmp_path / "recipe.json"
     place.write_text(json.dumps(recipe))
     closed = write(tmp_path / "c.json", [{"instruction": "q?", "dataset": "x", "output": str(n)} for n in range(1000)])
@@ -440,6 +450,24 @@ def test_sample_copies_audio(tmp_path):
     assert [path.read_bytes() for path in copied] == [(tmp_path / name).read_bytes() for name in names]
 
 
+def test_sample_overwrites_no_clip(tmp_path):
+    """Neither the user's own in audio/ nor another sample's; the same clip is not copied twice."""
+    for number, name in enumerate(["a/1.wav", "audio/1.wav", "other/a/1.wav", "third/a/1.wav"]):
+        clip(tmp_path / name, number)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.wav")}
+    target = tmp_path / "rows.json"
+    copied = []
+    for folder, names in (("", ["a/1.wav", "audio/1.wav"]), ("other", ["a/1.wav"]), ("third", ["a/1.wav"])) * 2:
+        source = write(tmp_path / folder / "given.json", [question(name) for name in names])
+        sample.main(["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"])
+        copied.append([row["audio_id"] for row in stream_rows(target)])
+        for name, place in zip(names, copied[-1], strict=True):
+            assert (tmp_path / place).read_bytes() == before[tmp_path / folder / name]
+        assert all(path.read_bytes() == data for path, data in before.items())
+    assert copied[:3] == copied[3:] and copied[0][1] == "audio/1.wav"
+    assert len(list((tmp_path / "audio").iterdir())) == 4
+
+
 @pytest.mark.parametrize("listen", [False, True])
 def test_validate(tmp_path, capsys, listen):
     clip(tmp_path / "a.wav", 0)
@@ -526,9 +554,9 @@ def test_relocate(tmp_path, capsys):
     found = [Path(row["audio_id"]).name for row in stream_rows(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
     assert relocate.main([*flags, "--drop_missing"]) == 0  # Each of two names is that of two files now.
-    assert [row["audio_id"] for row in stream_rows(target)] == ["empty"]
+    assert [row["audio_id"] for row in stream_rows(target)] == [f"{tmp_path}/disk/other.wav", "empty"]
     record = json.loads((tmp_path / "out/rows.jsonl.recipe.json").read_text())
-    assert (record["missing"], record["ambiguous"]) == (1, 2)
+    assert (record["missing"], record["ambiguous"]) == (1, 1)
 
 
 # Memory, and the commands as they are typed.

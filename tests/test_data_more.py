@@ -1,5 +1,7 @@
 """Curation's edges: segments of one video, other folders, killed runs, refusals by example, many clips."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -11,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from data import combine, filter_unanswerable, leak_check, relocate, sample, shuffle, stats
+from data.audio_ledger import Ledger
 from data.audio_names import is_same_segment, segment, youtube
+from ltu import row_files
 from ltu.row_files import RowWriter, stream_rows
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,6 +54,9 @@ def recipe(path: Path) -> dict:
         ("Y{}_30_40", "{}", False),
         ("Y{}.flac", "/x/{}.wav", True),
         ("{}_000300", "{}_000030", False),
+        ("{}_0_10000", "Y{}_0.000_10.000.wav", True),
+        ("{}_0_10000", "{}_000000", True),
+        ("{}_0_999", "{}_0_10", False),
     ],
 )
 def test_segments(one, other, is_same):
@@ -79,6 +86,9 @@ def run_relocate(tmp_path: Path, rows: list, files: list[str], *folders: str, fl
         (["{}"], ["v/{}_30_40.wav", "v/{}_50_60.wav"], ["?"]),
         (["{}", "Y{}_30_40"], ["v/{}_30_40.wav"], ["v/{}_30_40.wav"] * 2),
         (["{}_30_40"], ["v/{}.wav", "w/Y{}_30.0_40.0.flac"], ["w/Y{}_30.0_40.0.flac"]),
+        (["Y{}_30.0_40.0.wav"], ["v/{}_000030.wav", "w/Y{}_30.0_40.0.wav"], ["w/Y{}_30.0_40.0.wav"]),
+        (["Y{}_30_40.wav"], ["v/{}_000030.wav", "w/Y{}_30.0_40.0.wav"], ["?"]),
+        (["{}.wav"], ["v/Y{}.wav", "w/{}.wav"], ["?"]),  # Without times, a name does not say which part it is.
     ],
 )
 def test_segments_of_a_video_never_share_a_file(tmp_path, capsys, ids, files, wanted):
@@ -113,6 +123,73 @@ def test_folders_of_data_sets_that_share_a_video(tmp_path, capsys):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="not here"):  # VGGSound's part of the video is not AudioSet's.
         run_relocate(tmp_path, [question(VIDEO, "as_2m")], [], "audioset=DIR/none", "vggsound=DIR/vgg")
+
+
+# Names that are no ids.
+
+VOX = ["vox/id1/vidA/00001.wav", "vox/id2/vidB/00001.wav"]
+
+
+@pytest.mark.parametrize(
+    "ids, files, wanted",
+    [
+        (VOX, ["x/id1/vidA/00001.wav"], ["x/id1/vidA/00001.wav", "?"]),
+        (VOX, ["x/id1/vidA/00001.flac", "x/id2/vidB/00001.flac"], ["x/id1/vidA/00001.flac", "x/id2/vidB/00001.flac"]),
+        (VOX, ["00001.wav"], ["?", "?"]),
+        (["1.wav", "1.flac"], ["x/1.wav"], ["x/1.wav"] * 2),
+        (["a/train/1.wav", "b/train/1.wav"], ["x/a/train/1.wav"], ["x/a/train/1.wav", "?"]),
+        (["/p/train/1.wav", "/q/train/1.wav"], ["x/train/1.wav"], ["x/train/1.wav"] * 2),
+        (["id1/1.wav"], ["id10/1.wav", "id1/1.wav", "id1/x/1.wav"], ["id1/1.wav"]),
+        (["1.wav"], ["b/1.wav", "c/1.wav"], ["?"]),
+        (["far/a.wav"], ["flac/a.flac", "raw/a.wav"], ["raw/a.wav"]),
+        (["flac/a.wav"], ["flac/a.flac", "raw/a.wav"], ["flac/a.flac"]),
+    ],
+)
+def test_a_name_that_several_have_goes_by_its_folders(tmp_path, ids, files, wanted):
+    for order in (1, -1):
+        code, found = run_relocate(tmp_path, [question(name) for name in ids[::order]], files, "DIR")
+        assert found == [name for name in wanted[::order] if name != "?"]
+        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")["ambiguous"] == wanted.count("?")
+
+
+def test_a_folder_of_another_data_set_gives_no_clip_for_certain(tmp_path, capsys):
+    rows = [question("fma/102/102863.wav", "fma"), question("102863.wav", "fsd50k")]
+    files = ["fsd/102863.wav"]
+    assert run_relocate(tmp_path, rows, files, "fsd50k=DIR/fsd") == (1, files)
+    assert f"{tmp_path}/fsd/102863.wav, in the folder of another data set" in capsys.readouterr().out
+    files += ["fma/102/102863.wav"]
+    for fma in ("DIR/fma", "fma=DIR/fma"):
+        assert run_relocate(tmp_path, rows, files, "fsd50k=DIR/fsd", fma) == (0, files[::-1])
+
+
+def test_tables_that_disagree_are_an_error_and_whole_ids_of_a_table_are_certain(tmp_path):
+    tables = [tmp_path / "a/ids.csv", tmp_path / "b/ids.csv"]
+    for path in tables:
+        path.parent.mkdir()
+        path.write_text("id,audio_id\n1.wav,1.flac\n")
+    flags = [flag for path in (tables[0], *tables) for flag in ("--table", str(path))]
+    with pytest.raises(ValueError, match=r"b/ids.csv, line 2: '1.wav' is .*/a/1.flac already"):
+        run_relocate(tmp_path, [question("1.wav")], ["a/1.flac", "b/1.flac"], flags=tuple(flags))
+    tables[1].write_text("id,audio_id\nx/2.wav,1.flac\ny/2.wav,1.flac\n3,1.flac\n")
+    ids = ["x/2.wav", "y/2.wav", "z/3.wav"]
+    code, found = run_relocate(tmp_path, [question(name) for name in ids], [], flags=tuple(flags[-2:]))
+    assert (code, found) == (1, ["b/1.flac"] * 2)
+
+
+@pytest.mark.parametrize("stem", ["00001", f"{VIDEO}", f"{VIDEO}_%d_%d", "audio/00001"])
+def test_relocating_takes_time_by_the_clip(tmp_path, monkeypatch, stem):
+    """Clips of one name: the time must grow with their number, not with its square."""
+    names = [f"{n}/{stem % (n, n + 1) if '%' in stem else stem}" for n in range(4000)]
+    walk = [(f"/disk/{os.path.dirname(name)}", [], [f"{os.path.basename(name)}.flac"]) for name in names]
+    monkeypatch.setattr("os.walk", lambda *_, **__: walk)
+    monkeypatch.setattr("os.path.realpath", lambda path: path)
+    start = time.process_time()
+    places = relocate.Places([], [], [("", tmp_path)])
+    for name in names:
+        places.claim(f"/far/{name}.wav", "d")
+    found = [places.find(f"/far/{name}.wav", "d")[0] for name in names]
+    assert time.process_time() - start < 3
+    assert found == [None if stem == VIDEO else f"/disk/{name}.flac" for name in names]
 
 
 # Rows in another folder than their clips.
@@ -222,6 +299,54 @@ def test_the_next_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path, v
         assert list(stream_rows(target)) == [question("1.wav")]
 
 
+@pytest.mark.parametrize("ending", [".json", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("verb", [shuffle, combine, filter_unanswerable])
+def test_a_run_that_writes_is_not_disturbed(tmp_path, verb, ending):
+    source, target = write(tmp_path / "a.jsonl", [question("1.wav")]), tmp_path / f"b{ending}"
+    command, rows = ["--data_path", str(source), "--output_path", str(target)], [question(f"{n}") for n in range(99)]
+    with RowWriter(target) as held:
+        for row in rows:
+            held.write(row)
+        held._flush()
+        with pytest.raises(ValueError, match=f"Another run is writing .*b{ending}"):
+            verb.main(command)
+        held.write(rows[0])
+    assert list(stream_rows(target)) == [*rows, rows[0]]
+    left = target.with_name(f"{target.name}.tmp")
+    left.write_text("of a killed run")
+    assert verb.main(command) == 0 and list(stream_rows(target)) == [question("1.wav")] and not left.exists()
+
+
+def test_a_lock_is_of_the_file_that_has_the_name_and_not_needed(tmp_path, monkeypatch):
+    flock, path = fcntl.flock, tmp_path / "rows.jsonl.tmp"
+
+    def finished_meanwhile(file, how):  # The other run gives its rows their name, after its file was opened.
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.replace(path, tmp_path / "rows.jsonl")
+        flock(file, how)
+
+    path.write_text(json.dumps(question("1")) + "\n")
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    with RowWriter(tmp_path / "rows.jsonl") as output:
+        assert len(list(stream_rows(tmp_path / "rows.jsonl"))) == 1
+        with pytest.raises(ValueError, match="Another run"):
+            RowWriter(tmp_path / "rows.jsonl").__enter__()
+        output.write(question("2"))
+        rename = row_files.sync_and_rename
+        next_run = lambda *paths: (rename(*paths), path.write_text("of the next run"))  # noqa: E731
+        monkeypatch.setattr(row_files, "sync_and_rename", next_run)
+    assert path.read_text() == "of the next run"
+    monkeypatch.setattr(row_files, "sync_and_rename", rename)
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    command = ["--data_path", str(tmp_path / "rows.jsonl"), "--output_path", str(tmp_path / "b.json")]
+    assert shuffle.main(command) == 0 and list(stream_rows(tmp_path / "b.json")) == [question("2")]
+    Ledger(tmp_path)
+
+
 def test_rows_that_change_between_the_two_passes_are_an_error(tmp_path):
     for later in (1, 3):
         passes = iter([2, later])
@@ -234,6 +359,7 @@ def test_rows_that_change_between_the_two_passes_are_an_error(tmp_path):
 def test_copying_takes_time_by_the_clip(tmp_path, monkeypatch):
     """Clips of equal names: the time must grow with their number, not with its square."""
     monkeypatch.setattr("shutil.copyfile", lambda *paths: None)
+    monkeypatch.setattr("os.replace", lambda *paths: None)
     start = time.process_time()
     places = sample.copy_clips({f"{number % 2}/{number // 2}.wav" for number in range(30_000)}, tmp_path, tmp_path)
     assert time.process_time() - start < 3
