@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,21 +67,26 @@ def build_index(
     unfinished = output.with_name(f"{output.name}.tmp")
     try:
         with pyarrow.OSFile(str(unfinished), "wb") as file, pyarrow.ipc.new_file(file, schema) as table:
-            with tqdm(desc="indexing", unit="row", unit_scale=True) as bar:
-                block, known = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}
-                while block:
-                    block = processor.complete_rows(block)
-                    columns = [[_as_utf8(row.get(name), name) for row in block] for name in TEXTS]
-                    columns += count_ids(block, processor, known)
-                    table.write_batch(pyarrow.record_batch(columns, schema=schema))
-                    bar.update(len(block))
-                    block = list(islice(rows, ROWS_AT_ONCE))
+            with tqdm(desc="indexing", unit="row", unit_scale=True) as bar, ThreadPoolExecutor(1) as pool:
+                block, known, waiting = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}, None
+                while block or waiting:  # A block is tokenised, without Python's lock, while the next one is read.
+                    made = pool.submit(_columns, block, processor, known) if block else None
+                    block = list(islice(rows, ROWS_AT_ONCE)) if block else []
+                    if waiting:
+                        table.write_batch(pyarrow.record_batch(waiting.result(), schema=schema))
+                        bar.update(len(waiting.result()[0]))
+                    waiting = made
         if (path.stat().st_size, path.stat().st_mtime_ns) != (state.st_size, state.st_mtime_ns):
             raise RowError(f"{path} changed while it was read. Index it again.")
         sync_and_rename(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)
     return output
+
+
+def _columns(rows: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
+    rows = processor.complete_rows(rows)
+    return [[_as_utf8(row.get(name), name) for row in rows] for name in TEXTS] + count_ids(rows, processor, known)
 
 
 def _as_utf8(text: str | None, name: str) -> bytes | None:
