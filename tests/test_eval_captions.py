@@ -205,6 +205,7 @@ def test_five_trials_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing.compute(np.array([0])) == {} and "not computed: no Java" in nothing.notes[0]
 
 
+@pytest.mark.slow  # Starts Java several times.
 @needs_java
 def test_spice_where_its_models_are(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     from pycocoevalcap.spice import spice
