@@ -11,6 +11,7 @@ Notable:
 
 import json
 import re
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -92,17 +93,26 @@ def read_gender(text: str, protocol: str) -> str | None:
     return None if is_female == is_male else GENDERS[is_male]
 
 
-def gender(rows: list[dict], task: Task, context: Context) -> Outcome:
-    """Accuracy and F1."""
+def _read(
+    rows: list[dict], context: Context, read: tuple[Callable, Callable], complaint: str, failed: str
+) -> list[dict]:
+    """Items with `truth` and `chosen`, as two functions of text and protocol read references and answers."""
     items = start_items(rows, context)
     for index, item in enumerate(items):
-        item["truth"] = read_gender(item["ref"], context.protocol)
+        item["truth"] = read[0](item["ref"], context.protocol)
         if item["truth"] is None:
-            raise context.error(index, f"the reference {item['ref']!r} does not name one gender. Mend it.")
-        item["chosen"] = None if item["failed"] else read_gender(item["pred"], context.protocol)
-        item["right"] = item["truth"] == item["chosen"]
+            raise context.error(index, f"the reference {item['ref']!r} {complaint}. Mend it.")
+        item["chosen"] = None if item["failed"] else read[1](item["pred"], context.protocol)
         if item["chosen"] is None and not item["failed"]:
-            item["failed"] = "not one gender"
+            item["failed"] = failed
+    return items
+
+
+def gender(rows: list[dict], task: Task, context: Context) -> Outcome:
+    """Accuracy and F1."""
+    items = _read(rows, context, (read_gender, read_gender), "does not name one gender", "not one gender")
+    for item in items:
+        item["right"] = item["truth"] == item["chosen"]
     numbers = {"female": 0, "male": 1, None: -1}
     truth, chosen = (np.array([numbers[item[key]] for item in items], dtype=int) for key in ("truth", "chosen"))
 
@@ -131,14 +141,7 @@ def true_age(reference: str, protocol: str) -> float | None:
 
 def age(rows: list[dict], task: Task, context: Context) -> Outcome:
     """Mean absolute error in years and Pearson's r; of all rows also how many name an age."""
-    items = start_items(rows, context)
-    for index, item in enumerate(items):
-        item["truth"] = true_age(item["ref"], context.protocol)
-        if item["truth"] is None:
-            raise context.error(index, f"the reference {item['ref']!r} does not end with one age in years. Mend it.")
-        item["chosen"] = None if item["failed"] else read_age(item["pred"], context.protocol)
-        if item["chosen"] is None and not item["failed"]:
-            item["failed"] = "no age"
+    items = _read(rows, context, (true_age, read_age), "does not end with one age in years", "no age")
     true, said = (np.array([item[key] for item in items], dtype=float) for key in ("truth", "chosen"))  # None: nan
 
     def compute(indices: np.ndarray) -> dict[str, float]:

@@ -29,6 +29,22 @@ class Killed(BaseException):
     pass
 
 
+def run_killed(argv: list[str], monkeypatch) -> None:
+    """Run a command that dies when the third batch of answers is to be kept."""
+    stock, count = AnswerFile.append, 0
+
+    def append(*args) -> None:
+        nonlocal count
+        count += 1
+        if count > 2:
+            raise Killed
+        stock(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(AnswerFile, "append", append)
+        run.main(argv)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     llm = write_llm(tmp_path_factory.mktemp("llm") / "llm")
@@ -97,19 +113,7 @@ def test_interrupted_asking_goes_on(model, folder, monkeypatch, capsys):
         "m/gtzan.items.jsonl", "m/gtzan.confusion.png",
     }  # fmt: skip
     monkeypatch.chdir(folder / "a")
-    stock, count = AnswerFile.append, 0
-
-    def append(*args) -> None:
-        nonlocal count
-        count += 1
-        if count > 2:
-            raise Killed
-        stock(*args)
-
-    monkeypatch.setattr(AnswerFile, "append", append)
-    with pytest.raises(Killed):
-        run.main(command(model))
-    monkeypatch.setattr(AnswerFile, "append", stock)
+    run_killed(command(model), monkeypatch)
     capsys.readouterr()
     assert run.main(command(model)) == 1
     kept, asked = map(int, re.search(r"(\d+) from the partial file; asked (\d+)", capsys.readouterr().out).groups())
@@ -159,19 +163,8 @@ def asked_of(capsys) -> list[str]:
 
 
 def test_a_trial_is_kept_when_a_later_one_is_killed(model, folder, monkeypatch, capsys):
-    sampled, stock, count = ask_twice("0.wav", "1.wav"), AnswerFile.append, 0
-
-    def append(*args) -> None:
-        nonlocal count
-        count += 1
-        if count > 2:
-            raise Killed
-        stock(*args)
-
-    monkeypatch.setattr(AnswerFile, "append", append)
-    with pytest.raises(Killed):
-        run.main(command(model, *sampled))
-    monkeypatch.setattr(AnswerFile, "append", stock)
+    sampled = ask_twice("0.wav", "1.wav")
+    run_killed(command(model, *sampled), monkeypatch)
     assert asked_of(capsys) == ["2"]
     assert run.main(command(model, *sampled)) == 0 and asked_of(capsys) == ["2"]
 
