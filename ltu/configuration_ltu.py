@@ -9,6 +9,7 @@ Notable:
   of the tokenizer.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -260,8 +261,9 @@ def hash_language_model(name: str | os.PathLike) -> str:
         "pytorch_model.bin.index.json",
         "pytorch_model.bin",
     ):
-        file = cached_file(name, index, _raise_exceptions_for_missing_entries=False)
-        if file is None:
+        try:
+            file = cached_file(name, index)
+        except OSError:  # The model has no such file.
             continue
         with open(file, "rb") as stream:
             if index.endswith(".json"):
@@ -278,7 +280,9 @@ def hash_language_model(name: str | os.PathLike) -> str:
 
 def _as_config(config: PreTrainedConfig | dict | None, default_model_type: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
-        return config
+        # A copy: transformers writes settings such as the attention implementation from the outer
+        # config into the inner one, which may be that of a language model in use.
+        return copy.deepcopy(config)
     config = dict(config or {})
     return AutoConfig.for_model(config.pop("model_type", default_model_type), **config)
 

@@ -79,7 +79,7 @@ class LtuTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "learning_rate" in logs:
-            logs["learning_rate"] = self._get_learning_rate()
+            logs["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         if self.model.training or "loss" in logs:
             done = self.state.global_step * self.args.gradient_accumulation_steps
             self.state.epoch = done / self.micro_batches.per_epoch
@@ -90,8 +90,9 @@ class LtuTrainer(Trainer):
         is_bad = self.train_dataset.is_bad
         is_bad |= self.accelerator.reduce(is_bad.int().to(self.args.device), "sum").cpu().bool()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the model, and beside it `ltu_state.json`: how it was trained, and how far."""
+        super().save_model(output_dir, *args, **kwargs)
         if not self.args.should_save:
             return
         record = self.record | {
@@ -102,6 +103,18 @@ class LtuTrainer(Trainer):
             record["language_model"] = "in this folder"
         record["skipped"] = self.train_dataset.skipped if isinstance(self.train_dataset, QaDataset) else []
         (Path(output_dir or self.args.output_dir) / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+class OneGpuArguments(TrainingArguments):
+    """Stock arguments of a process that trains on one GPU, however many are visible.
+
+    With more than one the Trainer would use DataParallel, which splits a batch by its first
+    dimension: clips and rows would part.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
 
 
 class EvaluateAtSave(TrainerCallback):
@@ -119,7 +132,7 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
             k: v for k, v in {"WANDB_WATCH": run.wandb_watch, "WANDB_LOG_MODEL": run.wandb_log_model}.items() if v
         }
     reports = ["wandb"] * bool(run.wandb_project) + ["tensorboard"] * run.tensorboard
-    arguments = TrainingArguments(
+    return OneGpuArguments(
         output_dir=run.output_dir,
         run_name=run.wandb_run_name or None,
         per_device_train_batch_size=run.micro_batch_size,
@@ -145,9 +158,6 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
         report_to=reports or "none",
         seed=run.seed,
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # One process is one GPU; DataParallel would split clips and rows differently.
-    return arguments
 
 
 def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcessor) -> tuple[QaDataset, Dataset | None]:

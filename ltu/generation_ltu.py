@@ -1,16 +1,19 @@
-"""What stock `generate` needs to know about audio placeholders.
+"""Runs stock `generate` over sequences with audio placeholders.
 
-Notable:
-- Clips go in with the first forward pass, and with every one where there is no cache.
-- Rows are repeated for beams and samples, clips are not.
-- The repetition penalty counts text only.
+`generate` embeds the whole prompt once, audio included, and hands it to the stock loop as
+`prompt_embeds`, one per row. So the loop may repeat rows for beams and samples, and may run with or
+without a cache, without knowing of audio. Nothing of the loop's own arguments is named here: what
+they are called changes between releases of transformers.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from ltu.version_check import check_generation
 
 
 class TextRepetitionPenalty(LogitsProcessor):
@@ -43,53 +46,75 @@ class TextRepetitionPenalty(LogitsProcessor):
 
 
 class LtuGenerationMixin(GenerationMixin):
-    """Greedy, beams and sampling over sequences with audio, by the stock loop."""
-
-    def _supports_logits_to_keep(self) -> bool:
-        # Stock `generate` looks for the argument in `forward`, which hands it to the language model unnamed. Without
-        # it the first pass makes logits of the whole prompt.
-        return self.language_model._supports_logits_to_keep()
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        ids = inputs.get("input_ids")
-        if ids is None or not (ids == self.config.audio_token_id).any():  # The cache holds the audio already.
-            for name in ("input_features", "audio_embeds", "audio_index"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple:
-        """Repeat rows, not clips: a row may hold two clips, and each clip is encoded once however many beams listen to
-        it."""
-        name = "input_features" if kwargs.get("audio_embeds") is None else "audio_embeds"
-        features, index = kwargs.pop(name, None), kwargs.pop("audio_index", None)
-        runs_per_row = None
-        if features is not None and input_ids is not None:
-            index = torch.arange(len(features), device=input_ids.device) if index is None else index
-            runs_per_row = ((input_ids == self.config.audio_token_id).sum(-1) // self.config.num_audio_tokens).tolist()
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **kwargs
-        )
-        if runs_per_row is not None and sum(runs_per_row):
-            rows = [row for row in index.split(runs_per_row) for _ in range(expand_size)]
-            kwargs |= {name: features, "audio_index": torch.cat(rows)}
-        elif features is not None:
-            kwargs |= {name: features, "audio_index": index}
-        return input_ids, kwargs
+    """Greedy decoding, beam search and sampling over sequences with audio, by the stock loop."""
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any):
-        """Stock `generate`, with a repetition penalty that counts text only. Takes `input_features`, `audio_embeds`
-        and `audio_index` as `forward` does."""
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        audio_embeds: Tensor | None = None,
+        audio_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run stock `generate`, whose other arguments and results these are.
+
+        Each clip is encoded once, whatever the number of beams or samples, and with or without a
+        cache. The repetition penalty counts text only.
+
+        Args:
+            input_ids: (batch, length), as in `forward`.
+            attention_mask: (batch, length); all ones if absent.
+            input_features, audio_embeds, audio_index: the clips, as in `forward`.
+
+        Raises:
+            ValueError: the placeholders do not fit the clips, or, on a version of transformers that
+                was not tested, generation is wrong (`ltu.version_check`).
+        """
+        check_generation(self)
+        if input_features is not None or audio_embeds is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "Clips need placeholders in input_ids; inputs_embeds hold the audio already."
+                )
+            kwargs["prompt_embeds"] = self._embed(
+                input_ids, input_features, audio_index, audio_embeds
+            )
+        if input_ids is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            self._replace_repetition_penalty(input_ids, attention_mask, kwargs)
+        return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _replace_repetition_penalty(
+        self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Put `TextRepetitionPenalty` in the place of the stock one, in the arguments."""
         generation_config = kwargs.get("generation_config") or self.generation_config
         penalty = kwargs.pop("repetition_penalty", None) or generation_config.repetition_penalty
-        if input_ids is not None:
-            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            kwargs["repetition_penalty"] = 1.0  # The stock processor must not run, whatever generation_config says.
-            if penalty is not None and penalty != 1.0:
-                is_text = attention_mask.bool() & (input_ids != self.config.audio_token_id)
-                own = TextRepetitionPenalty(penalty, is_text)
-                kwargs["logits_processor"] = LogitsProcessorList([own, *(kwargs.get("logits_processor") or [])])
-        return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+        kwargs["repetition_penalty"] = 1.0  # Switches the stock one off, also in generation_config.
+        if penalty is None or penalty == 1.0:
+            return
+        is_text = attention_mask.bool() & (input_ids != self.config.audio_token_id)
+        processors = kwargs.get("logits_processor") or []
+        kwargs["logits_processor"] = LogitsProcessorList(
+            [TextRepetitionPenalty(penalty, is_text), *processors]
+        )
+
+
+def find_cache(output: ModelOutput) -> tuple[str, Cache]:
+    """Find the cache in the output of a forward pass, and the name that it has there.
+
+    `forward` takes it under the same name, which depends on the version of transformers.
+
+    Raises:
+        ValueError: the output holds no cache.
+    """
+    for name, value in output.items():
+        if isinstance(value, Cache):
+            return name, value
+    raise ValueError(
+        f"The output holds no cache, but {', '.join(output)}. Call the model with use_cache=True; "
+        "a language model without a key-value cache cannot share a prompt."
+    )

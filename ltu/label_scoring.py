@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ltu.audio import AudioError
+from ltu.generation_ltu import find_cache
 from ltu.prompt_template import Turn, escape_control_tokens
 
 
@@ -105,10 +106,12 @@ def _log_probabilities(pipeline: Any, prefix: Any, width: int, rests: list[list[
     for row, rest in enumerate(rests):
         ids[row, : len(rest) - 1] = torch.tensor(rest[:-1])
         mask[row, : width + len(rest) - 1] = 1
-    cache = copy.deepcopy(prefix.past_key_values)
+    cache_name, cache = find_cache(prefix)
+    cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(len(rests))
     device = model.get_input_embeddings().weight.device
-    logits = model(ids.to(device), mask.to(device), past_key_values=cache, use_cache=True).logits
+    ids, mask = ids.to(device), mask.to(device)
+    logits = model(ids, mask, use_cache=True, **{cache_name: cache}).logits
     for row, rest in enumerate(rests):
         scores = logits[row, : len(rest) - 1].float()  # (tokens - 1, vocabulary)
         chosen = scores.gather(1, torch.tensor(rest[1:], device=scores.device)[:, None])[:, 0]

@@ -3,9 +3,9 @@
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 
 def find_targets(language_model: Any, named: list[str] | None = None) -> list[str]:

@@ -10,14 +10,14 @@ Notable:
   rest.
 """
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.configuration_ltu import LtuConfig, find_checkpoint, hash_language_model
@@ -74,8 +74,10 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.language_model.requires_grad_(False)
         if config.lora:
             inject_lora(self.language_model, config.lora)
-        with no_init_weights():  # Every part has initialised itself; a loaded language model must not be drawn anew.
-            self.post_init()
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing: each part has initialised itself, and a loaded language model keeps its weights."""
 
     def add_lora(self, r: int, alpha: int, dropout: float, target_modules: list[str] | None = None) -> None:
         """Give the language model a fresh LoRA, whose product is zero at first; `find_targets` says where by default.
@@ -117,29 +119,39 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     def _embed(
         self,
         input_ids: Tensor,
-        input_features: Tensor | None,
-        audio_index: Tensor | None,
+        input_features: Tensor | None = None,
+        audio_index: Tensor | None = None,
         audio_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Token embeddings with the audio vectors in the places of the placeholders: (batch, length, hidden)."""
+        """Token embeddings, with audio embeddings at the placeholders: (batch, length, hidden)."""
         is_audio = input_ids == self.config.audio_token_id  # (batch, length)
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
-        placeholders, tokens = int(is_audio.sum()), self.config.num_audio_tokens
-        given = input_features if audio_embeds is None else audio_embeds
-        clips = 0 if given is None else len(given)
-        runs = clips if audio_index is None else len(audio_index)
-        if placeholders != runs * tokens:
+        num_placeholders = int(is_audio.sum())
+        prompt_length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        if num_placeholders and 0 < prompt_length <= input_ids.shape[1]:
+            new_embeds = self.get_input_embeddings()(input_ids[:, prompt_length:])
+            return torch.cat([prompt_embeds, new_embeds], dim=1)
+
+        tokens_per_clip = self.config.num_audio_tokens
+        clips = input_features if audio_embeds is None else audio_embeds
+        num_clips = 0 if clips is None else len(clips)
+        num_runs = num_clips if audio_index is None else len(audio_index)
+        if num_placeholders != num_runs * tokens_per_clip:
             raise ValueError(
-                f"{placeholders} audio placeholders in input_ids, but {runs} clips x {tokens} tokens = "
-                f"{runs * tokens} audio vectors. "
-                f"Each clip needs one run of {tokens} placeholders (id {self.config.audio_token_id}); LtuProcessor "
-                "writes them."
+                f"{num_placeholders} audio placeholders in input_ids, but {num_runs} clips x "
+                f"{tokens_per_clip} tokens = {num_runs * tokens_per_clip} audio vectors. Each clip "
+                f"needs one run of {tokens_per_clip} placeholders (id "
+                f"{self.config.audio_token_id}); LtuProcessor writes them."
             )
-        if not runs:
-            return embeds
-        audio = self.get_audio_features(input_features) if audio_embeds is None else audio_embeds.to(embeds.device)
-        audio = audio if audio_index is None else audio[audio_index.to(audio.device)]  # (runs, tokens, hidden)
-        return embeds.masked_scatter(is_audio[..., None], audio.to(embeds))
+        token_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
+        if num_runs == 0:
+            return token_embeds
+        if audio_embeds is None:
+            audio_embeds = self.get_audio_features(input_features)
+        audio_embeds = audio_embeds.to(token_embeds)  # (clips, tokens, hidden)
+        if audio_index is not None:
+            audio_embeds = audio_embeds[audio_index.to(audio_embeds.device)]  # (runs, tokens, hidden)
+        return token_embeds.masked_scatter(is_audio[..., None], audio_embeds)
 
     def forward(
         self,
@@ -148,36 +160,56 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         input_features: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         audio_index: Tensor | None = None,
         audio_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (batch, length, vocabulary), and the loss where there are `labels` (batch, length; -100 carries none).
+        """Compute logits (batch, length, vocabulary), and the loss if there are `labels`.
 
         Args:
-            input_ids: (batch, length) text ids and runs of `num_audio_tokens` placeholders `audio_token_id`, anywhere.
-            attention_mask: (batch, past + length), 1 for audio and text, 0 for pads. Ones when absent.
-            input_features: (clips, frames, mel bins), one for each run, row by row.
-            position_ids: (batch, length); by default they count what the mask shows. The original's training counts
-                pads too.
-            audio_index: (runs,) which clip each run hears, when several runs share a clip.
-            audio_embeds: (clips, num_audio_tokens, hidden) of `get_audio_features`, in place of `input_features`.
+            input_ids: (batch, length) text tokens and runs of `num_audio_tokens` placeholders
+                `audio_token_id`, anywhere.
+            attention_mask: (batch, past + length), 1 for audio and text, 0 for padding; all ones if
+                absent. Masks of other shapes, which `generate` makes, go to the language model.
+            input_features: (clips, frames, mel bins), one clip per run, in the order of the rows.
+            labels: (batch, length); -100 carries no loss.
+            position_ids: (batch, length); by default positions count unmasked tokens only. The
+                original's training counts padding too.
+            inputs_embeds: (batch, length, hidden), in place of `input_ids`.
+            audio_index: (runs,) the clip of each run, where several runs share a clip.
+            audio_embeds: (clips, num_audio_tokens, hidden) of `get_audio_features`, in place of
+                `input_features`.
+            prompt_embeds: (batch, prompt length, hidden) embeddings of the first tokens of
+                `input_ids`, made by `generate`. Not used where a cache holds the audio already.
+            logits_to_keep: positions whose logits are computed, the last n or their indices; all if
+                0, or if the language model has no such argument.
+            kwargs: go to the language model as they are, among them its cache, whose name depends
+                on the version of transformers.
+
+        Raises:
+            ValueError: the number of placeholders does not fit the number of clips.
         """
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, input_features, audio_index, audio_embeds)
-        batch, length = inputs_embeds.shape[:2]
-        if attention_mask is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=inputs_embeds.device)
-        if position_ids is None and attention_mask.ndim == 2:
+            inputs_embeds = self._embed(
+                input_ids, input_features, audio_index, audio_embeds, prompt_embeds
+            )
+        batch_size, length = inputs_embeds.shape[:2]
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        # Without mask and cache, transformers takes gaps in position_ids for borders of packed
+        # sequences, which would cut the audio off.
+        has_cache = any(isinstance(value, Cache) for value in kwargs.values())
+        if attention_mask is None and position_ids is not None and not has_cache:
+            attention_mask = inputs_embeds.new_ones(batch_size, length, dtype=torch.long)
+        if "logits_to_keep" in signature(self.language_model.forward).parameters:
+            kwargs["logits_to_keep"] = logits_to_keep
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             labels=labels,
             **kwargs,
         )

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import ltu  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.arguments import ModelArguments, parse_list
+from ltu.version_check import warn_about_untested_versions
 
 DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05}
 
@@ -30,6 +31,7 @@ def open_model(
     Raises:
         ValueError: a setting is impossible, or its package is not installed.
     """
+    warn_about_untested_versions()
     given = {"device_map": device_map, "attn_implementation": attention}
     if language_model is not None:
         # Absolute, because a relative place in a config is meant from its folder.

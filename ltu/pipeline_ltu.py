@@ -28,6 +28,7 @@ from ltu.open_model import open_model
 from ltu.original_files import sha256_of
 from ltu.prompt_template import Turn
 from ltu.request import ROW_SETTINGS, Answer, OnText, Request, batches
+from ltu.version_check import check_generation
 
 
 class LtuPipeline:
@@ -69,6 +70,10 @@ class LtuPipeline:
             quantization: "8bit" or "4bit" weights of the language model, by bitsandbytes.
             attention: "sdpa", "flash_attention_2" or "eager", of the language model.
             compile: run the language model through torch.compile.
+
+        Raises:
+            ValueError: a setting is impossible, or a library is of a version that was not tested and
+                generation is wrong on it.
         """
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -80,7 +85,9 @@ class LtuPipeline:
             processor.feature_extractor.device = device
         if compile:
             model.language_model.compile(dynamic=True)
-        return cls(model if device_map else model.to(device), processor, cache_mb, folder)
+        model = model if device_map else model.to(device)
+        check_generation(model)
+        return cls(model, processor, cache_mb, folder)
 
     @property
     def kind(self) -> str:

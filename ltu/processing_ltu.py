@@ -13,8 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
+from transformers import (
+    FEATURE_EXTRACTOR_MAPPING,
+    AutoProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    ProcessorMixin,
+)
 
 from ltu.audio import SAMPLING_RATE, read_sound
 from ltu.configuration_ltu import ALPACA_SHORT, LtuConfig

@@ -48,7 +48,10 @@ class Batcher(threading.Thread):
         batch: list[Job | None] = []
         while None not in batch:
             batch = self._gather()
-            if jobs := [job for job in batch if job is not None and not job.is_over]:
+            jobs = [job for job in batch if job is not None and not job.is_over]
+            left = len(batch) - len(jobs) - batch.count(None)  # Their clients went away while they waited.
+            self.meters.answers.labels("cancelled").inc(left)
+            if jobs:
                 self._answer(jobs)
 
     def _gather(self) -> list[Job | None]:

@@ -10,8 +10,7 @@ Notable:
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModel, GradientCheckpointingLayer, PreTrainedModel
 
 from ltu_as.configuration_ltu_as import TltrConfig
 

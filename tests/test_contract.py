@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
 from ltu.collator import LtuCollator
-from tests.tiny import GOLDEN, LORA, clip, write_checkpoint, write_llm
+from ltu.generation_ltu import find_cache
+from tests.tiny import GOLDEN, LORA, audio_config, clip, write_checkpoint, write_llm
 
 FIXED = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
 
@@ -103,6 +104,17 @@ def test_without_a_mask_everything_is_seen(model, processor):
         expected = model(**batch, position_ids=gaps).logits
         del batch["attention_mask"]
         torch.testing.assert_close(model(**batch, position_ids=gaps).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_a_loaded_language_model_computes_as_before(folder, processor):
+    """Building LTU around a language model, from its own config, changes nothing of it."""
+    language_model = AutoModelForCausalLM.from_pretrained(folder.parent / "llm")
+    text = processor.tokenizer("which of them is it?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = language_model(text).logits
+        config = LtuConfig(audio_config=audio_config(), text_config=language_model.config)
+        model = LtuForConditionalGeneration(config, language_model=language_model)
+        torch.testing.assert_close(model(text).logits, expected, atol=0, rtol=0)
 
 
 def test_audio_is_heard(model, processor):
@@ -204,16 +216,16 @@ def test_one_clip_many_questions(model, processor):
 def test_one_audio_prefix_is_shared(model, processor, beams):
     """The audio is computed once, and its cache repeated for each question and beam."""
     batch = processor(text=QUESTIONS, audio=[CLIPS[0]] * 4)
-    cache = DynamicCache(config=model.config.text_config)
     with torch.no_grad():
-        model(
+        prefix = model(
             input_ids=batch["input_ids"][:1, :2],
             input_features=batch["input_features"][:1],
-            past_key_values=cache,
             use_cache=True,
         )
+    cache_name, cache = find_cache(prefix)
     cache.batch_repeat_interleave(4 * beams)
-    prefixed = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "past_key_values": cache}
+    prefixed = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    prefixed[cache_name] = cache
     assert answers(model, prefixed, num_beams=beams) == answers(model, batch, num_beams=beams)
 
 

@@ -1,0 +1,247 @@
+"""Names of other libraries that no interface promises: each is listed here, and exists.
+
+A release may rename or drop such a name. Then this test says which, where it is used, and what can
+take its place. The list is complete: the tests search the code for private names, for imports from
+inside a library, and for private members of library classes that ours replace.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import ltu
+import ltu_as
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("ltu", "ltu_as", "eval", "data", "qa_generation", "train_scripts", "benchmarks")
+LIBRARIES = (
+    "accelerate fastapi gradio huggingface_hub jiwer msgspec openai peft pyarrow pycocoevalcap "
+    "safetensors soundfile starlette tokenizers torchaudio transformers uvicorn whisper"
+).split()
+# Modules inside a library whose documentation describes them as the place to import from.
+DOCUMENTED_MODULES = (
+    "fastapi.responses pyarrow.ipc pyarrow.parquet safetensors.numpy safetensors.torch "
+    "starlette.exceptions starlette.middleware starlette.requests torchaudio.compliance "
+    "torchaudio.functional transformers.generation transformers.modeling_outputs "
+    "transformers.utils"
+).split()
+OPTIONAL = ("pycocoevalcap",)  # An extra, which the oldest environment of the tests leaves out.
+
+
+@dataclass(frozen=True)
+class BorrowedName:
+    """A name that a library may change without notice.
+
+    Args:
+        name: "module:attribute".
+        used_in: the file that uses it.
+        replacement: what serves the same purpose if the name is gone.
+    """
+
+    name: str
+    used_in: str
+    replacement: str
+
+
+BORROWED_NAMES = [
+    # The model
+    BorrowedName(
+        "transformers:PreTrainedModel.init_weights",
+        "ltu/modeling_ltu.py",
+        "the method that post_init calls to initialise weights; ours does nothing",
+    ),
+    BorrowedName(
+        "transformers:PreTrainedModel._init_weights",
+        "ltu/modeling_cavmae.py ltu/modeling_yamnet.py",
+        "the hook of transformers' guide to custom models",
+    ),
+    *(
+        BorrowedName(
+            f"transformers:PreTrainedModel.{name}",
+            "ltu/modeling_ltu.py ltu/modeling_cavmae.py ltu/modeling_yamnet.py "
+            "ltu_as/modeling_tltr.py",
+            "what a model says of itself in transformers' guide to custom models",
+        )
+        for name in ("_supports_sdpa", "_supports_flash_attn", "_no_split_modules")
+    ),
+    BorrowedName(
+        "transformers.initialization:trunc_normal_",
+        "ltu/modeling_cavmae.py ltu/modeling_yamnet.py",
+        "torch.nn.init, for parameters that were not loaded",
+    ),
+    BorrowedName(
+        "peft.utils:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+        "ltu/lora.py",
+        "LoraConfig without target_modules, which peft fills in",
+    ),
+    # Training
+    BorrowedName(
+        "transformers.trainer_utils:get_last_checkpoint",
+        "ltu/finetune.py",
+        "the folder checkpoint-N with the highest N",
+    ),
+    BorrowedName(
+        "torch.cpu:_is_amx_tile_supported",
+        "ltu/open_model.py",
+        "the flags of /proc/cpuinfo; without it, auto chooses fp32",
+    ),
+    BorrowedName(
+        "torch.cpu:_is_avx512_bf16_supported",
+        "ltu/open_model.py",
+        "the flags of /proc/cpuinfo; without it, auto chooses fp32",
+    ),
+    # The page
+    BorrowedName(
+        "gradio:Audio.async_move_resource_to_block_cache",
+        "ltu/inference_gradio.py",
+        "middleware that refuses requests with addresses",
+    ),
+    BorrowedName(
+        "gradio.utils:get_upload_folder",
+        "ltu/inference_gradio.py",
+        "the environment variable GRADIO_TEMP_DIR, which the command sets",
+    ),
+    # Whisper
+    *(
+        BorrowedName(
+            f"whisper.audio:{name}",
+            "ltu_as/feature_extraction_ltu_as.py benchmarks/whisper_features.py",
+            "whisper.log_mel_spectrogram and pad_or_trim, which its README names",
+        )
+        for name in ("N_FRAMES", "N_SAMPLES", "log_mel_spectrogram", "pad_or_trim")
+    ),
+    *(
+        BorrowedName(
+            f"whisper.model:{name}", "benchmarks/whisper_features.py benchmarks/train_step.py", "-"
+        )
+        for name in ("ModelDimensions", "ResidualAttentionBlock", "Whisper", "disable_sdpa")
+    ),
+    # Evaluation
+    BorrowedName(
+        "transformers.models.whisper.english_normalizer:EnglishTextNormalizer",
+        "eval/speech.py eval/toy_speech.py",
+        "whisper.normalizers.EnglishTextNormalizer",
+    ),
+    BorrowedName(
+        "pycocoevalcap.meteor.meteor:Meteor._stat",
+        "eval/captions.py",
+        "one process of the METEOR jar per trial",
+    ),
+    *(
+        BorrowedName(f"pycocoevalcap.{name}", "eval/captions.py", "aac-metrics")
+        for name in (
+            "tokenizer.ptbtokenizer:PTBTokenizer",
+            "cider.cider:Cider",
+            "meteor.meteor:Meteor",
+            "rouge.rouge:Rouge",
+            "bleu.bleu_scorer:BleuScorer",
+            "spice.spice",
+        )
+    ),
+]
+
+
+def python_files() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def own_private_names() -> set[str]:
+    """Collect the private names that our own code defines."""
+    names = {"_exit"}  # os._exit is documented.
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
+    return names
+
+
+def is_private(name: str | None) -> bool:
+    return bool(name) and name.startswith("_") and not name.startswith("__")
+
+
+def uses_in_code() -> set[tuple[str, str]]:
+    """Find (attribute, file) of each private name and each import from inside a library."""
+    own, found = own_private_names(), set()
+    for path in python_files():
+        place = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+                found.add((node.attr, place))
+            elif isinstance(node, ast.keyword) and is_private(node.arg):
+                found.add((node.arg, place))
+            elif isinstance(node, ast.ImportFrom) and is_inside_library(node.module):
+                found |= {(alias.name, place) for alias in node.names}
+            elif isinstance(node, ast.Import):
+                inside = [alias.name for alias in node.names if is_inside_library(alias.name)]
+                found |= {(name, place) for name in inside}
+    return found
+
+
+def is_inside_library(module: str | None) -> bool:
+    library, dot, _ = (module or "").partition(".")
+    return library in LIBRARIES and bool(dot) and module not in DOCUMENTED_MODULES
+
+
+def private_overrides() -> set[tuple[str, str]]:
+    """Find (member, file) of each private member of a library class that one of ours replaces."""
+    found = set()
+    for package in (ltu, ltu_as):
+        for info in pkgutil.iter_modules(package.__path__):
+            try:
+                module = importlib.import_module(f"{package.__name__}.{info.name}")
+            except (ImportError, SystemExit):  # Its extra is not installed.
+                continue
+            for _, owner in inspect.getmembers(module, inspect.isclass):
+                if owner.__module__ != module.__name__:
+                    continue
+                library_bases = [
+                    base for base in owner.__mro__ if base.__module__.split(".")[0] in LIBRARIES
+                ]
+                replaced = [
+                    name
+                    for name in vars(owner)
+                    if is_private(name)
+                    and name != "_abc_impl"  # Python's own, of each abstract class.
+                    and any(name in vars(base) for base in library_bases)
+                ]
+                place = Path(module.__file__).relative_to(ROOT).as_posix()
+                found |= {(name, place) for name in replaced}
+    return found
+
+
+def listed() -> set[tuple[str, str]]:
+    return {
+        (entry.name.rpartition(":")[2].rpartition(".")[2], place)
+        for entry in BORROWED_NAMES
+        for place in entry.used_in.split()
+    }
+
+
+@pytest.mark.parametrize("entry", BORROWED_NAMES, ids=lambda entry: entry.name)
+def test_each_name_exists(entry: BorrowedName) -> None:
+    library = entry.name.split(":")[0].split(".")[0]
+    if library in OPTIONAL:
+        pytest.importorskip(library)
+    try:
+        pkgutil.resolve_name(entry.name)
+    except (AttributeError, ImportError) as error:
+        pytest.fail(f"{error}. It is used in {entry.used_in}; instead: {entry.replacement}")
+
+
+def test_each_use_is_listed() -> None:
+    unlisted = (uses_in_code() | private_overrides()) - listed()
+    assert not unlisted, f"add them to BORROWED_NAMES, or use a public name: {sorted(unlisted)}"
+
+
+def test_each_listed_name_is_used() -> None:
+    for entry in BORROWED_NAMES:
+        name = entry.name.rpartition(":")[2].rpartition(".")[2]
+        texts = [(ROOT / place).read_text(encoding="utf-8") for place in entry.used_in.split()]
+        assert any(name in text for text in texts), f"{entry.name}: {entry.used_in} do not use it"

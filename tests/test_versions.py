@@ -1,0 +1,184 @@
+"""What depends on the versions of the libraries: the cache of generation, its check, private names."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from ltu import LtuForConditionalGeneration, LtuProcessor, version_check
+from ltu.finetune import OneGpuArguments
+from ltu.pipeline_ltu import LtuPipeline
+from ltu.request import Request
+from tests.tiny import LORA, clip, write_checkpoint, write_llm
+
+QUESTIONS = ["What is it?", "Which of the two sounds comes first, and why do you think so?"]
+CLIPS = [clip(1), clip(2, 2.0)]
+GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("versions")
+    return write_checkpoint(root / "checkpoint", write_llm(root / "llm"), LORA)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return LtuForConditionalGeneration.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def batch(folder):
+    return LtuProcessor.from_pretrained(folder)(text=QUESTIONS, audio=CLIPS)
+
+
+def generate(model, batch, **settings):
+    """Return the new tokens of each row."""
+    sequences = model.generate(**batch, **(GREEDY | settings))
+    return sequences[:, batch["input_ids"].shape[1] :].tolist()
+
+
+class ForgetfulLtu(LtuForConditionalGeneration):
+    """Loses its cache, as a release of transformers that renames it once made ours do."""
+
+    @functools.wraps(LtuForConditionalGeneration.forward)
+    def forward(self, *args, **kwargs):
+        for name in ("cache", "past_key_values"):
+            kwargs.pop(name, None)
+        return super().forward(*args, **kwargs)
+
+
+@pytest.fixture
+def untested(monkeypatch):
+    """Pretends that the installed transformers is newer than the tested range."""
+
+    def forget_results():
+        version_check.untested_versions.cache_clear()
+        version_check.warn_about_untested_versions.cache_clear()
+
+    monkeypatch.setattr(version_check, "tested_ranges", lambda: {"transformers": ">=5.0,<5.1"})
+    forget_results()
+    yield
+    forget_results()
+
+
+# --- the cache
+
+
+def test_the_cache_goes_through_under_any_name(model, batch, monkeypatch):
+    """`forward` names no argument of the cache, so a release may call it anything."""
+    received = {}
+
+    def forward(**kwargs):
+        received.update(kwargs)
+
+    monkeypatch.setattr(model.language_model, "forward", forward)
+    model(**batch, state_of_the_next_release="a cache")
+    assert received["state_of_the_next_release"] == "a cache"
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 2)], ids=["unpadded", "padded"])
+def test_cache_kinds_generate_the_same(model, folder, rows):
+    questions, clips = QUESTIONS[rows], CLIPS[rows]
+    batch = LtuProcessor.from_pretrained(folder)(text=questions, audio=clips)
+    expected = generate(model, batch, use_cache=False)
+    assert generate(model, batch) == expected
+    assert generate(model, batch, cache_implementation="static") == expected
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_inputs_embeds_of_the_caller(model, batch, num_beams):
+    expected = generate(model, batch, num_beams=num_beams)
+    mask = batch["attention_mask"]
+    embeds = model._embed(batch["input_ids"], batch["input_features"]).detach()
+    found = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY, num_beams=num_beams)
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 3}])
+def test_a_clip_is_encoded_once(model, batch, monkeypatch, settings):
+    encoded = []
+    encode = model.get_audio_features
+    monkeypatch.setattr(
+        model, "get_audio_features", lambda clips: encoded.append(len(clips)) or encode(clips)
+    )
+    generate(model, batch, **settings)
+    assert encoded == [2]
+
+
+def test_clips_without_placeholders_are_refused(model, batch):
+    with pytest.raises(ValueError, match="placeholders"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 64), input_features=batch["input_features"])
+
+
+def test_weights_of_the_language_model_are_kept(model, folder):
+    """Building LTU around a loaded language model does not initialise its weights again."""
+    from safetensors.torch import load_file
+
+    stored = load_file(folder.parent / "llm" / "model.safetensors")
+    state = model.language_model.state_dict()
+    for name, value in stored.items():
+        loaded = state.get(name, state.get(name.replace("_proj.", "_proj.base_layer.")))
+        torch.testing.assert_close(loaded, value, atol=0, rtol=0)
+
+
+# --- versions that were not tested
+
+
+def test_installed_versions_are_tested():
+    """The environment of the tests is inside the ranges of requirements.txt."""
+    assert set(version_check.tested_ranges()) == set(version_check.CHECKED_LIBRARIES)
+    assert version_check.untested_versions() == ()
+
+
+def test_nothing_is_checked_inside_the_ranges(model, batch, monkeypatch):
+    monkeypatch.setattr(
+        version_check, "compare_cached_logits", lambda model: pytest.fail("checked")
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Not tested")
+        generate(model, batch)
+
+
+def test_an_untested_version_is_one_warning(folder, batch, untested):
+    with pytest.warns(UserWarning, match=r"transformers [\d.]+ \(tested: >=5.0,<5.1\)") as caught:
+        for _ in range(2):
+            generate(LtuForConditionalGeneration.from_pretrained(folder), batch)
+    assert len([warning for warning in caught if "Not tested" in str(warning.message)]) == 1
+
+
+def test_a_lost_cache_is_an_error(folder, batch, untested):
+    forgetful = ForgetfulLtu.from_pretrained(folder)
+    for _ in range(2):  # The first refusal does not let the second call pass.
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="would be wrong.*<5.1"):
+            version_check.warn_about_untested_versions.cache_clear()
+            generate(forgetful, batch)
+
+
+def test_opening_for_inference_checks_at_once(folder, monkeypatch, untested):
+    monkeypatch.setattr(version_check, "compare_cached_logits", lambda model: 0.5)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="difference 0.5 "):
+        LtuPipeline.from_pretrained(folder, device="cpu")
+
+
+def test_the_check_sees_what_generation_does(folder, model, batch):
+    """The forgetful model does generate other tokens; the check finds the difference."""
+    forgetful = ForgetfulLtu.from_pretrained(folder)
+    assert generate(forgetful, batch) != generate(model, batch)
+    assert version_check.compare_cached_logits(forgetful) > 0.1
+    assert version_check.compare_cached_logits(model) < 1e-5
+
+
+def test_a_pipeline_answers_on_an_untested_version(folder, untested):
+    with pytest.warns(UserWarning, match="Not tested"):
+        pipeline = LtuPipeline.from_pretrained(folder, device="cpu")
+    answers = pipeline([Request(QUESTIONS[0], CLIPS[0])], max_new_tokens=4)
+    assert answers[0].answered
+
+
+@pytest.mark.parametrize("visible, used", [(0, 0), (1, 1), (4, 1)])
+def test_a_process_trains_on_one_gpu(tmp_path, monkeypatch, visible, used):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: visible))
+    assert OneGpuArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == used
