@@ -9,7 +9,7 @@ Notable:
 import os
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from ltu.modeling_ltu import TRAINABLE_PLANS
 
@@ -103,6 +103,18 @@ class RunArguments:
     wandb_watch: str = field(default="", metadata={"help": "false | gradients | all"})
     wandb_log_model: str = field(default="", metadata={"help": "false | true"})
     tensorboard: bool = False
+
+
+class OneGpuArguments(TrainingArguments):
+    """Stock arguments of a process that trains on one GPU, however many are visible.
+
+    With more than one the Trainer would use DataParallel, which splits a batch by its first
+    dimension: clips and rows would part.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:

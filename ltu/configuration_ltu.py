@@ -17,7 +17,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -239,6 +240,23 @@ def find_checkpoint(name: str | os.PathLike, needed: tuple[str, ...] = ("config.
     return folder
 
 
+def find_model_file(name: str | os.PathLike, file: str) -> Path | None:
+    """Return the path of a file of a model in a folder or on the hub, which is downloaded if need be.
+
+    Returns None if the model has no such file, or if it is neither cached nor can the hub be reached.
+
+    Raises:
+        OSError: the hub refuses it.
+    """
+    if Path(name).is_dir():
+        path = Path(name, file)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(name), file))
+    except EntryNotFoundError:
+        return None
+
+
 def hash_language_model(name: str | os.PathLike) -> str:
     """sha256 over what identifies a language model without reading its weights: `config.json` and the index of its
     weight files.
@@ -261,9 +279,8 @@ def hash_language_model(name: str | os.PathLike) -> str:
         "pytorch_model.bin.index.json",
         "pytorch_model.bin",
     ):
-        try:
-            file = cached_file(name, index)
-        except OSError:  # The model has no such file.
+        file = find_model_file(name, index)
+        if file is None:
             continue
         with open(file, "rb") as stream:
             if index.endswith(".json"):

@@ -27,7 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ltu.arguments import WHISPER_FLAGS, DataArguments, ModelArguments, RunArguments, parse_args
+from ltu.arguments import (
+    WHISPER_FLAGS,
+    DataArguments,
+    ModelArguments,
+    OneGpuArguments,
+    RunArguments,
+    parse_args,
+)
 from ltu.collator import LtuCollator, describe_batch
 from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
 from ltu.micro_batches import MicroBatches, total_steps
@@ -102,19 +109,9 @@ class LtuTrainer(Trainer):
         if self.model.config.language_model is None:
             record["language_model"] = "in this folder"
         record["skipped"] = self.train_dataset.skipped if isinstance(self.train_dataset, QaDataset) else []
-        (Path(output_dir or self.args.output_dir) / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-class OneGpuArguments(TrainingArguments):
-    """Stock arguments of a process that trains on one GPU, however many are visible.
-
-    With more than one the Trainer would use DataParallel, which splits a batch by its first
-    dimension: clips and rows would part.
-    """
-
-    @property
-    def n_gpu(self) -> int:
-        return min(1, super().n_gpu)
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 class EvaluateAtSave(TrainerCallback):

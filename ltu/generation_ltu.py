@@ -37,7 +37,9 @@ class TextRepetitionPenalty(LogitsProcessor):
         )
         generated = is_text.new_ones(input_ids.shape[0], input_ids.shape[1] - is_text.shape[1])
         is_text = torch.cat([is_text, generated], dim=1)  # (rows, length so far)
-        seen = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+        seen = torch.zeros(
+            scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device
+        )
         seen.scatter_(
             1, input_ids.masked_fill(~is_text, scores.shape[1]), True
         )  # What is not text lands in the extra column.
@@ -73,11 +75,14 @@ class LtuGenerationMixin(GenerationMixin):
                 was not tested, generation is wrong (`ltu.version_check`).
         """
         check_generation(self)
-        if input_features is not None or audio_embeds is not None:
-            if input_ids is None:
-                raise ValueError(
-                    "Clips need placeholders in input_ids; inputs_embeds hold the audio already."
-                )
+        has_clips = input_features is not None or audio_embeds is not None
+        if has_clips and input_ids is None:
+            raise ValueError(
+                "Clips need placeholders in input_ids; inputs_embeds hold the audio already."
+            )
+        # A cache of the caller's may hold the audio already; then the clips are not needed.
+        has_cache = any(isinstance(value, Cache) for value in kwargs.values())
+        if has_clips and not (has_cache and not (input_ids == self.config.audio_token_id).any()):
             kwargs["prompt_embeds"] = self._embed(
                 input_ids, input_features, audio_index, audio_embeds
             )
@@ -91,12 +96,16 @@ class LtuGenerationMixin(GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Put `TextRepetitionPenalty` in the place of the stock one, in the arguments."""
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        penalty = kwargs.pop("repetition_penalty", None) or generation_config.repetition_penalty
+        penalty = kwargs.pop("repetition_penalty", None)
+        for config in (kwargs.get("generation_config"), self.generation_config):
+            if penalty is None and config is not None:
+                penalty = config.repetition_penalty
         kwargs["repetition_penalty"] = 1.0  # Switches the stock one off, also in generation_config.
         if penalty is None or penalty == 1.0:
             return
-        is_text = attention_mask.bool() & (input_ids != self.config.audio_token_id)
+        # The mask is longer than the tokens where a cache holds the tokens before.
+        is_seen = attention_mask[:, -input_ids.shape[1] :].bool()
+        is_text = is_seen & (input_ids != self.config.audio_token_id)
         processors = kwargs.get("logits_processor") or []
         kwargs["logits_processor"] = LogitsProcessorList(
             [TextRepetitionPenalty(penalty, is_text), *processors]

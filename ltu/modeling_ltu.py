@@ -71,6 +71,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.audio_tower = AutoModel.from_config(config.audio_config)
         self.multi_modal_projector = LtuMultiModalProjector(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        # One object, so that both know of the attention implementation and the size of the vocabulary.
+        config.text_config = self.language_model.config
         self.language_model.requires_grad_(False)
         if config.lora:
             inject_lora(self.language_model, config.lora)
@@ -125,6 +127,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         prompt_embeds: Tensor | None = None,
     ) -> Tensor:
         """Token embeddings, with audio embeddings at the placeholders: (batch, length, hidden)."""
+        input_ids = input_ids.to(self.get_input_embeddings().weight.device)
         is_audio = input_ids == self.config.audio_token_id  # (batch, length)
         num_placeholders = int(is_audio.sum())
         prompt_length = 0 if prompt_embeds is None else prompt_embeds.shape[1]

@@ -1,17 +1,20 @@
 """What depends on the versions of the libraries: the cache of generation, its check, private names."""
 
 import functools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArguments
 
-from ltu import LtuForConditionalGeneration, LtuProcessor, version_check
-from ltu.finetune import OneGpuArguments
+from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor, version_check
+from ltu.arguments import OneGpuArguments
+from ltu.generation_ltu import find_cache
 from ltu.pipeline_ltu import LtuPipeline
 from ltu.request import Request
-from tests.tiny import LORA, clip, write_checkpoint, write_llm
+from tests.tiny import LORA, SPECIAL, audio_config, clip, write_checkpoint, write_llm
 
 QUESTIONS = ["What is it?", "Which of the two sounds comes first, and why do you think so?"]
 CLIPS = [clip(1), clip(2, 2.0)]
@@ -88,6 +91,49 @@ def test_cache_kinds_generate_the_same(model, folder, rows):
     assert generate(model, batch, cache_implementation="static") == expected
 
 
+def test_a_static_cache_around_a_loaded_language_model(folder, batch):
+    """Built from the parts, the model knows the attention implementation of its language model."""
+    language_model = AutoModelForCausalLM.from_pretrained(folder.parent / "llm")
+    parts = LtuConfig.from_pretrained(folder)
+    config = LtuConfig(audio_config=parts.audio_config, text_config=language_model.config)
+    model = LtuForConditionalGeneration(config, language_model=language_model).eval()
+    assert generate(model, batch, cache_implementation="static") == generate(model, batch)
+
+
+def test_tokens_after_a_cached_prompt(model, folder):
+    """New tokens with the mask of the whole sequence, the audio and its clip in the cache already."""
+    batch = LtuProcessor.from_pretrained(folder)(text=QUESTIONS[:1], audio=CLIPS[:1])
+    settings = {"repetition_penalty": 1.3, "num_beams": 1}
+    expected = generate(model, batch, **settings)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    features = batch["input_features"]
+    with torch.no_grad():
+        prefix = model(ids[:, :-1], mask[:, :-1], input_features=features, use_cache=True)
+    cache_name, cache = find_cache(prefix)
+    cached = {"input_features": features, cache_name: cache}
+    assert (
+        generate(model, {"input_ids": ids, "attention_mask": mask} | cached, **settings) == expected
+    )
+
+    with torch.no_grad():
+        prefix = model(ids[:, :-1], mask[:, :-1], input_features=features, use_cache=True)
+    cached[cache_name] = find_cache(prefix)[1]
+    found = model.generate(ids[:, -1:], mask, **cached, **GREEDY)
+    assert found[0, 1:].tolist() == generate(model, batch)[0]
+
+
+def test_repetition_penalty_of_a_generation_config(model, batch):
+    """A config of the caller's without a penalty leaves the penalty of the model's own."""
+    given = GenerationConfig(**GREEDY)
+    plain = generate(model, batch)
+    model.generation_config.repetition_penalty = 2.0
+    try:
+        expected = generate(model, batch, repetition_penalty=2.0)
+        assert generate(model, batch, generation_config=given) == expected != plain
+    finally:
+        model.generation_config.repetition_penalty = None
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_inputs_embeds_of_the_caller(model, batch, num_beams):
     expected = generate(model, batch, num_beams=num_beams)
@@ -157,6 +203,76 @@ def test_a_lost_cache_is_an_error(folder, batch, untested):
             generate(forgetful, batch)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"use_cache": False}, {"num_return_sequences": 2, "do_sample": True}, {"max_time": 1e-6}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_the_check_has_settings_of_its_own(folder, batch, untested, setting):
+    forgetful = ForgetfulLtu.from_pretrained(folder)
+    model = LtuForConditionalGeneration.from_pretrained(folder)
+    for own in (forgetful, model):
+        own.generation_config.update(**setting)
+        own.train()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="would be wrong"):
+        version_check.warn_about_untested_versions.cache_clear()
+        version_check.check_generation(forgetful)
+    version_check.check_generation(model)
+    assert model.training and model.audio_tower.training
+    assert all(getattr(model.generation_config, name) == setting[name] for name in setting)
+
+
+@pytest.mark.filterwarnings("ignore:Not tested")
+def test_a_check_that_fails_is_repeated(folder, batch, untested, monkeypatch):
+    model = LtuForConditionalGeneration.from_pretrained(folder)
+
+    def run_out_of_memory(model):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as context:
+        context.setattr(version_check, "compare_cached_logits", run_out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            version_check.check_generation(model)
+    monkeypatch.setattr(version_check, "compare_cached_logits", lambda model: 0.5)
+    with pytest.raises(ValueError, match="difference 0.5 "):
+        version_check.check_generation(model)
+
+
+@pytest.mark.filterwarnings("ignore:Not tested")
+def test_no_thread_passes_while_another_checks(folder, untested, monkeypatch):
+    model = LtuForConditionalGeneration.from_pretrained(folder)
+    is_running, may_end = threading.Event(), threading.Event()
+
+    def compare(model):
+        version_check.check_generation(model)  # As its calls of `generate` do.
+        is_running.set()
+        assert may_end.wait(60)
+        return 0.5
+
+    monkeypatch.setattr(version_check, "compare_cached_logits", compare)
+    with ThreadPoolExecutor(2) as pool:
+        checks = [pool.submit(version_check.check_generation, model)]
+        assert is_running.wait(60)
+        checks.append(pool.submit(version_check.check_generation, model))
+        may_end.set()
+        for check in checks:
+            assert isinstance(check.exception(), ValueError)
+
+
+def test_ranges_of_other_projects_are_not_read(tmp_path, monkeypatch):
+    """Next to the installed package lies a pyproject.toml of another project, or none."""
+    monkeypatch.setattr(version_check, "__file__", str(tmp_path / "ltu" / "version_check.py"))
+    assert set(version_check.tested_ranges()) == set(version_check.CHECKED_LIBRARIES)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "other"\n')
+    (tmp_path / "requirements.txt").write_text("-r base.txt\n")
+    assert set(version_check.tested_ranges()) == set(version_check.CHECKED_LIBRARIES)
+
+
+def test_unknown_ranges_are_untested(monkeypatch, untested):
+    monkeypatch.setattr(version_check, "tested_ranges", dict)
+    assert len(version_check.untested_versions()) == len(version_check.CHECKED_LIBRARIES)
+
+
 def test_opening_for_inference_checks_at_once(folder, monkeypatch, untested):
     monkeypatch.setattr(version_check, "compare_cached_logits", lambda model: 0.5)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="difference 0.5 "):
@@ -176,6 +292,34 @@ def test_a_pipeline_answers_on_an_untested_version(folder, untested):
         pipeline = LtuPipeline.from_pretrained(folder, device="cpu")
     answers = pipeline([Request(QUESTIONS[0], CLIPS[0])], max_new_tokens=4)
     assert answers[0].answered
+
+
+# --- language models that were not tested
+
+
+@pytest.mark.parametrize("model_type", version_check.TESTED_LANGUAGE_MODELS)
+def test_tested_language_models(tmp_path, model_type):
+    sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2} | SPECIAL
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    config = LtuConfig(audio_config=audio_config(), text_config={"model_type": model_type} | sizes)
+    torch.manual_seed(0)
+    model = LtuForConditionalGeneration(config).eval()
+    for parameter in model.language_model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    assert version_check.compare_cached_logits(model) < 1e-5
+
+
+def test_a_language_model_that_needs_more_than_the_cache_is_refused():
+    """RWKV keeps a state instead, which padding changes and which the wrapper does not carry."""
+    sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2}
+    config = LtuConfig(audio_config=audio_config(), text_config={"model_type": "rwkv"} | sizes)
+    model = LtuForConditionalGeneration(config).eval()
+    with pytest.raises(ValueError, match="'rwkv' .* does not work with audio in padded batches"):
+        model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2)
+
+
+# --- training
 
 
 @pytest.mark.parametrize("visible, used", [(0, 0), (1, 1), (4, 1)])
