@@ -35,7 +35,7 @@ if [ -n "$from_hub" ]; then parts=350; fi
 echo "Downloads, once: about $packages MB of Python packages and $parts MB of model parts. Training: about 12 minutes a model on 2 cores."
 
 step "Python environment (.venv)"
-setup_venv
+setup_venv quickstart
 export OMP_WAIT_POLICY=PASSIVE PYTHON=.venv/bin/python
 
 step "Model parts (pretrained_mdls)"

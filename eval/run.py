@@ -83,7 +83,12 @@ def score(
     embedding, judge = Embedding(args), open_judge(args) if args.judge_model else None
     context = Context(args.protocol, embedding, texts or None, judge, scores, str(path))
     module, function = task.scorer.split(":")
-    outcome = getattr(import_module(f"eval.{module}"), function)(rows, task, context)
+    try:
+        scorers = import_module(f"eval.{module}")
+    except ModuleNotFoundError as error:
+        hint = "pip install -e '.[eval]'"
+        raise EvaluationError(f"{error}: the task {task.name} needs it. {hint}") from None
+    outcome = getattr(scorers, function)(rows, task, context)
     folder = args.output_dir / name
     report.write_rows(outcome.items, folder / f"{task.name}.items.jsonl")
     if outcome.confusion:

@@ -1,62 +1,223 @@
-"""The oldest releases that requirements.txt admits: they can be installed together, and the model is the same on them.
+"""Checks that requirements.txt, constraints.txt and pyproject.toml agree and that they work.
 
-python -m pytest -m slow tests/test_lower_bounds.py                                    some gigabytes, ten minutes
-LTU_LOWER_BOUNDS_VENV=DIR python -m pytest -m slow tests/test_lower_bounds.py          the environment stays in DIR
+The slow test creates three environments and runs the contract and golden tests in each:
+
+- constraints: the exact versions of constraints.txt, which quickstart.sh and run_tests.sh install;
+- oldest: every requirement at its lower bound;
+- newest: the newest versions that requirements.txt admits.
+
+    python -m pytest -m slow tests/test_environments.py
+    LTU_ENVIRONMENTS=DIR python -m pytest -m slow tests/test_environments.py -k newest
+
+An environment takes several gigabytes. With LTU_ENVIRONMENTS they are kept in DIR and updated by
+the next run.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-TESTS = ["contract", "golden_names", "golden_model", "golden_ltu_as", "ltu_as_contract", "any_llm", "convert_originals"]
-TESTS += ["pipeline", "label_scoring", "inference_batch"]
+TESTS = [
+    "contract",
+    "golden_names",
+    "golden_model",
+    "golden_ltu_as",
+    "ltu_as_contract",
+    "any_llm",
+    "convert_originals",
+    "pipeline",
+    "label_scoring",
+    "inference_batch",
+]
+# For these, constraints.txt has wheels. A platform is (sys_platform, platform_machine).
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
+# These break what depends on them in minor versions, so that only tested ones are admitted.
+BOUNDED = ["accelerate", "gradio", "peft", "torch", "torchaudio", "transformers"]
+# Not imported by ltu and ltu_as, but transformers needs them for what ltu and ltu_as do.
+INDIRECT = {"accelerate", "protobuf", "sentencepiece"}
+DISTRIBUTIONS = {"whisper": "openai-whisper"}  # Where the name of the module is another one.
 
 
-def lower_bounds() -> list[str]:
-    """Every requirement at its lower bound, and the test runner at that of the extra `dev`."""
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    lines += re.findall(r'"(pytest>=[\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    assert "pytest" in lines[-1], "the extra dev of pyproject.toml has no lower bound of pytest"
-    for line in filter(None, lines):
-        assert re.fullmatch(r"[\w-]+>=[\d.]+", line), f"requirements.txt: {line!r} is not of the form NAME>=RELEASE"
-    return [line.replace(">=", "==") for line in lines if line]
+def read_requirements(name: str) -> list[Requirement]:
+    """Read a file of one requirement a line. Comments are left out."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    texts = [line.split("#")[0].strip() for line in lines]
+    return [Requirement(text) for text in texts if text]
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with exactly these releases."""
-    folder = Path(os.environ.get("LTU_LOWER_BOUNDS_VENV") or tmp_path_factory.mktemp("lower_bounds") / "venv")
-    found = folder / "bin" / "python"
-    if not found.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    pip = [str(found), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *lower_bounds()]
-    result = subprocess.run(pip, capture_output=True, text=True)
-    said = "\n".join(line[:300] for line in result.stderr.splitlines() if not line.startswith("WARNING"))
-    # An index that lists other releases was reached: then the bounds are at fault, not the network.
-    if "ResolutionImpossible" in said or re.search(r"\(from versions: (?!none)", said):
-        pytest.fail(f"The lower bounds of requirements.txt cannot be installed:\n{said}")
-    if result.returncode:
-        pytest.skip(f"pip cannot get the packages here: {said[-300:]}")
+def read_extras() -> dict[str, list[Requirement]]:
+    """Read the optional dependencies of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].items()
+    return {extra: [Requirement(text) for text in texts] for extra, texts in extras}
+
+
+def direct_requirements() -> list[Requirement]:
+    """Everything that the project itself asks for, with all extras."""
+    found = read_requirements("requirements.txt")
+    for requirements in read_extras().values():
+        found += [requirement for requirement in requirements if requirement.name != "ltu"]
     return found
 
 
+def test_every_requirement_has_one_pin_within_its_range() -> None:
+    pins = read_requirements("constraints.txt")
+    for requirement in direct_requirements():
+        name = canonicalize_name(requirement.name)
+        own = [pin for pin in pins if canonicalize_name(pin.name) == name]
+        for pin in own:
+            version = str(pin.specifier).removeprefix("==")
+            assert requirement.specifier.contains(version), (
+                f"constraints.txt has {pin}, but {requirement} is required. "
+                "The head of constraints.txt has the command that updates it."
+            )
+        for python in PYTHONS:
+            for system, machine in PLATFORMS:
+                environment = {
+                    "python_version": python,
+                    "python_full_version": f"{python}.0",
+                    "sys_platform": system,
+                    "platform_machine": machine,
+                }
+                count = sum(pin.marker is None or pin.marker.evaluate(environment) for pin in own)
+                assert count == 1, (
+                    f"constraints.txt has {count} pins of {name} for Python {python}, "
+                    f"{system}, {machine}. Its head has the command that updates it."
+                )
+
+
+def test_constraints_are_exact_versions_that_pip_accepts() -> None:
+    for pin in read_requirements("constraints.txt"):
+        # pip rejects constraints with extras.
+        assert pin.url is None and not pin.extras, f"constraints.txt: {pin}"
+        assert re.fullmatch(r"==[^*,]+", str(pin.specifier)), f"constraints.txt: {pin}"
+
+
+def test_requirements_are_ranges() -> None:
+    requirements = {found.name: found for found in read_requirements("requirements.txt")}
+    for requirement in direct_requirements():
+        assert re.search(r">=[\d.]+", str(requirement.specifier)), f"{requirement}: no lower bound"
+    for name in BOUNDED:
+        specifier = str(requirements[name].specifier)
+        assert re.search(r"<[\d.]+", specifier), f"requirements.txt: {name} has no upper bound"
+
+
+def test_requirements_are_what_the_packages_import() -> None:
+    modules = set()
+    for package in ("ltu", "ltu_as"):
+        for file in (ROOT / package).glob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            modules |= set(re.findall(r"^ *import (\w+)", text, re.MULTILINE))
+            modules |= set(re.findall(r"^ *from (\w+)[\w.]* import ", text, re.MULTILINE))
+    modules -= {*sys.stdlib_module_names, "ltu", "ltu_as"}
+    imported = {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in modules}
+    required = {canonicalize_name(found.name) for found in read_requirements("requirements.txt")}
+    # The server is optional.
+    optional = {canonicalize_name(found.name) for found in read_extras()["serve"]}
+    assert required - INDIRECT == imported - optional
+
+
+def test_the_commands_install_extras_that_exist() -> None:
+    extras = read_extras()
+    included = next(found.extras for found in extras["dev"] if found.name == "ltu")
+    asked = {}
+    for script in ("quickstart.sh", "run_tests.sh"):
+        text = (ROOT / script).read_text(encoding="utf-8")
+        asked[script] = re.findall(r"^setup_venv (\w+)$", text, re.MULTILINE)
+    assert asked["run_tests.sh"] == ["dev"]
+    # train_scripts/venv.sh relies on it: where dev is installed, the quickstart needs nothing more.
+    assert set(asked["quickstart.sh"]) <= included <= set(extras)
+
+
+def test_a_task_names_the_extra_it_needs(tmp_path, monkeypatch) -> None:
+    from eval import run
+
+    file = tmp_path / "predictions.json"
+    file.write_text(json.dumps([{"prompt": "?", "pred": "dog", "ref": "dog", "audio_id": "a"}]))
+    monkeypatch.setitem(sys.modules, "jiwer", None)  # Python's way to say that it is not installed.
+    monkeypatch.delitem(sys.modules, "eval.speech", raising=False)
+    words = ["--task", "librispeech", "--predictions", str(file), "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"jiwer.* librispeech needs it. pip install -e '.\[eval\]'"):
+        run.main(words)
+
+
+def at_lower_bound(requirement: Requirement) -> str:
+    bound = next(bound.version for bound in requirement.specifier if bound.operator == ">=")
+    return f"{requirement.name}=={bound}"
+
+
+def pip_arguments(environment: str) -> list[str]:
+    """Arguments of `pip install` for one of the three environments, with pytest in each."""
+    pytest_requirement = next(found for found in read_extras()["dev"] if found.name == "pytest")
+    requirements = [*read_requirements("requirements.txt"), pytest_requirement]
+    if environment == "oldest":
+        return [at_lower_bound(requirement) for requirement in requirements]
+    ranges = [str(requirement) for requirement in requirements]
+    if environment == "constraints":
+        return ["--constraint", str(ROOT / "constraints.txt"), *ranges]
+    return ["--upgrade", "--upgrade-strategy", "eager", *ranges]
+
+
+@pytest.fixture
+def environments() -> Iterator[Path]:
+    """The folder of the environments. Without LTU_ENVIRONMENTS it is removed after each test."""
+    kept = os.environ.get("LTU_ENVIRONMENTS")
+    if kept:
+        yield Path(kept).absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="ltu_environments_") as folder:
+        yield Path(folder)
+
+
+def install(environment: str, folder: Path) -> Path:
+    """Create or update an environment. Returns its interpreter.
+
+    Fails if the versions cannot be installed together; skips if pip cannot download them.
+    """
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    result = subprocess.run(command + pip_arguments(environment), capture_output=True, text=True)
+    if result.returncode == 0:
+        return python
+
+    # pip explains a conflict on stdout. It warns on stderr about each attempt to connect: then a
+    # second index may list other versions, and the message only looks like a conflict.
+    lines = f"{result.stdout}\n{result.stderr}".splitlines()
+    message = "\n".join(line[:300] for line in lines if line and not line.startswith("WARNING"))
+    is_conflict = re.search(r"ResolutionImpossible|\(from versions: (?!none)", message)
+    if is_conflict and "WARNING: Retrying" not in result.stderr:
+        pytest.fail(f"the environment {environment!r} cannot be installed:\n{message}")
+    pytest.skip(f"pip cannot download the packages: {message[-300:]}")
+
+
 @pytest.mark.slow
-def test_the_model_is_the_same_on_the_lower_bounds(python: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST"))}
-    command = [
-        str(python),
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(f"tests/test_{name}.py" for name in TESTS),
-    ]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+@pytest.mark.parametrize("environment", ["constraints", "oldest", "newest"])
+def test_the_model_is_the_same(environment: str, environments: Path) -> None:
+    python = install(environment, environments / environment)
+    variables = dict(os.environ)
+    for name in os.environ:
+        if name.startswith(("PYTHON", "PYTEST")):
+            del variables[name]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"tests/test_{name}.py" for name in TESTS]
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     print(result.stdout[-2000:])
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -1,5 +1,6 @@
 # Sourced by quickstart.sh and run_tests.sh, from the repository root.
-# setup_venv [EXTRA]: makes .venv, installs requirements.txt (and an extra of pyproject.toml), skips what is installed.
+# setup_venv EXTRA creates .venv and installs there, in the exact versions of constraints.txt, what
+# requirements.txt and EXTRA of pyproject.toml name. It does nothing if that is installed already.
 
 find_python() {
     local candidate
@@ -9,36 +10,61 @@ find_python() {
             return
         fi
     done
-    echo "error: Python 3.10 or newer is needed; python3 is $(python3 --version 2>&1 || true)." >&2
-    echo "Install one (apt install python3.12 python3.12-venv, brew install python), or name it: PYTHON=/path/to/python3 bash $0" >&2
+    if [ -n "${PYTHON:-}" ]; then
+        echo "error: PYTHON=$PYTHON is not Python 3.10 or newer." >&2
+    else
+        echo "error: Python 3.10 or newer is needed, not $(python3 --version 2>&1 || true)." >&2
+    fi
+    echo "Install one (apt install python3.12 python3.12-venv, brew install python@3.12)," \
+        "or name it: PYTHON=/path/to/python3 bash $0" >&2
     return 1
 }
 
-# PyPI's torch for Linux brings CUDA; a machine without an NVIDIA GPU gets the small build where it can be reached.
+# PyPI's torch for Linux needs CUDA's packages. Without an NVIDIA GPU the small CPU build is enough.
 wants_cpu_torch() { [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; }
 
-install_stamp() { { cat requirements.txt pyproject.toml; if [ -d ltu_as ]; then echo ltu_as; fi; } | cksum; }
+install_stamp() { cat requirements.txt constraints.txt pyproject.toml | cksum; }
 
 setup_venv() {
-    local extra=${1:-} stamp python
-    stamp=$(install_stamp)
-    if [ "$(cat ".venv/installed-${extra:-base}" 2> /dev/null)" = "$stamp" ]; then
+    local extra=$1 stamp installed python
+    if ! stamp=$(install_stamp); then
+        echo "error: restore the file named above (git checkout), then run bash $0 again" >&2
+        return 1
+    fi
+
+    # .venv/installed holds the extra that was installed last and the stamp of the files it came
+    # from. The extra dev includes every other extra that is asked for here.
+    installed=$(cat .venv/installed 2> /dev/null || true)
+    if [ "$installed" = "$extra $stamp" ] || [ "$installed" = "dev $stamp" ]; then
         return
     fi
+
     if ! .venv/bin/python -c '' 2> /dev/null; then
         python=$(find_python) || return 1
         "$python" -m venv --clear .venv || {
+            rm -rf .venv
             echo "error: $python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2
             return 1
         }
     fi
-    if wants_cpu_torch && ! .venv/bin/python -c 'import importlib.metadata as m; m.version("torch")' 2> /dev/null; then
-        echo "No NVIDIA GPU here: trying torch's CPU build (about 460 MB of packages instead of 3,300 MB)"
-        .venv/bin/python -m pip install --disable-pip-version-check --retries 0 --timeout 10 --quiet \
-            --index-url https://download.pytorch.org/whl/cpu 'torch>=2.11' 'torchaudio>=2.11' 2> /dev/null \
-            || echo "The CPU build cannot be had here: taking PyPI's"
+
+    # A failed or interrupted installation must not leave the old stamp.
+    rm -f .venv/installed .venv/installed-*
+    local install=(.venv/bin/python -m pip install --disable-pip-version-check)
+    install+=(--constraint constraints.txt)
+    if wants_cpu_torch && ! .venv/bin/python -m pip show --quiet torch 2> /dev/null; then
+        # Without dependencies: the CPU index does not have all the versions of constraints.txt.
+        echo "No NVIDIA GPU here: trying torch's CPU build (460 MB of packages instead of 3,300 MB)"
+        "${install[@]}" --retries 0 --timeout 10 --quiet --no-deps \
+            --index-url https://download.pytorch.org/whl/cpu torch torchaudio 2> /dev/null \
+            || echo "torch's CPU build cannot be downloaded here: installing PyPI's"
     fi
-    .venv/bin/python -m pip install --disable-pip-version-check --editable ".${extra:+[$extra]}" || return 1
-    echo "$stamp" > .venv/installed-base
-    echo "$stamp" > ".venv/installed-${extra:-base}"
+    if ! "${install[@]}" --editable ".[$extra]"; then
+        echo "error: pip could not install the packages; its message is above." >&2
+        echo "If it is about the network, run bash $0 again. If it finds no version of a package," \
+            "use Python 3.10 to 3.13 on Linux (glibc 2.28) or macOS (14, Apple silicon):" \
+            "rm -r .venv; PYTHON=/path/to/python3.12 bash $0" >&2
+        return 1
+    fi
+    echo "$extra $stamp" > .venv/installed
 }
