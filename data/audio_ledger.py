@@ -14,6 +14,8 @@ from ltu.row_files import RowWriter, lock_file
 class Ledger:
     """The ledger of a folder of prepared clips; sorted, one line a clip or refused file, once a run has ended.
 
+    A context manager: at its end other runs may write into the folder.
+
     Raises:
         ValueError: another run writes into the folder.
     """
@@ -52,3 +54,10 @@ class Ledger:
         with RowWriter(self.path) as file:
             for entry in [self.entries[audio_id] for audio_id in sorted(self.entries)] + refused:
                 file.write(entry)
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.lock.close()

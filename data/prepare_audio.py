@@ -263,20 +263,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(_shown("\n".join(f"{source} -> {audio_id}" for source, audio_id in jobs[:20])))
         return 0
-    ledger = Ledger(args.output_dir)
-    todo = [job for job in jobs if not ledger.is_done(job, args.input)]
-    settings = (str(args.input), str(args.output_dir), args.max_seconds)
-    for entry in tqdm(run(todo, args.workers, *settings), "preparing", len(todo), unit="clip", disable=not todo):
-        ledger.append(entry)
-    ledger.write(refused)
-    facts = {"input": str(args.input), "map": args.map, "coverage": None}
-    facts["libsndfile"] = soundfile.__libsndfile_version__
-    if wanted is not None:
-        facts["coverage"] = measure_coverage(wanted, ledger, args.map)
-        print(f"coverage: {facts['coverage']['prepared']} of the {len(wanted)} clips of {args.against}")
-    write_ids(args.output_dir / IDS, ledger, args.map, wanted)
-    write_recipe(args.output_dir / IDS, "prepare_audio", [path for path in (args.table, args.against) if path], **facts)
-    return int(report(jobs, len(todo), refused, ledger) > args.max_bad)
+    with Ledger(args.output_dir) as ledger:
+        todo = [job for job in jobs if not ledger.is_done(job, args.input)]
+        settings = (str(args.input), str(args.output_dir), args.max_seconds)
+        entries = run(todo, args.workers, *settings)
+        for entry in tqdm(entries, "preparing", len(todo), unit="clip", disable=not todo):
+            ledger.append(entry)
+        ledger.write(refused)
+        facts = {"input": str(args.input), "map": args.map, "coverage": None}
+        facts["libsndfile"] = soundfile.__libsndfile_version__
+        if wanted is not None:
+            facts["coverage"] = measure_coverage(wanted, ledger, args.map)
+            prepared = facts["coverage"]["prepared"]
+            print(f"coverage: {prepared} of the {len(wanted)} clips of {args.against}")
+        write_ids(args.output_dir / IDS, ledger, args.map, wanted)
+        read = [path for path in (args.table, args.against) if path]
+        write_recipe(args.output_dir / IDS, "prepare_audio", read, **facts)
+        return int(report(jobs, len(todo), refused, ledger) > args.max_bad)
 
 
 def report(jobs: list[Job], tried: int, refused: list[dict], ledger: Ledger) -> int:

@@ -7,14 +7,18 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import formatdate
 
 # Faults for which nobody pays; each passes with the next try.
-FAULTS = (
-    "429", "429 seconds", "429 date", "500", "503", "503 seconds", "time-out", "drop", "half a body", "not JSON",
-    "HTML", "no choices", "error in a 200",
+QUICK_FAULTS = (
+    "429", "429 seconds", "500", "503", "503 seconds", "drop", "half a body", "not JSON", "HTML",
+    "no choices", "error in a 200",
 )  # fmt: skip
+# A date has whole seconds, so the client waits for up to a second.
+FAULTS = (*QUICK_FAULTS, "429 date")
+# "time-out" lasts until the client gives up. A test of it needs a client with a short time-out. On
+# a busy machine that client may give up on good replies too, so the test cannot count them.
 
 
 def completion(text: str, finish_reason: str = "stop") -> dict:
@@ -36,11 +40,25 @@ class FakeLlm:
     Args:
         answer: the body of a request -> the body of its reply.
         fault_share: of tries that fail; at most twice in a row for one request.
+        faults: what they fail with.
         delay: seconds before a reply.
+        hold_after: replies that are sent at once. Further ones wait for `release`; `held` counts
+            them.
     """
 
-    def __init__(self, answer: Callable[[dict], dict], fault_share: float = 0.0, seed: int = 0, delay: float = 0.0):
+    def __init__(
+        self,
+        answer: Callable[[dict], dict],
+        fault_share: float = 0.0,
+        seed: int = 0,
+        faults: Sequence[str] = QUICK_FAULTS,
+        delay: float = 0.0,
+        hold_after: int | None = None,
+    ):
         self.answer, self.share, self.rng, self.delay = answer, fault_share, random.Random(seed), delay
+        self.kinds, self.hold_after = faults, hold_after
+        self.begun = self.held = 0  # replies
+        self.released = asyncio.Event()
         self.paid: Counter = Counter()  # key of a request -> whole replies that were sent
         self.faults: Counter = Counter()
         self.failed: Counter = Counter()
@@ -59,10 +77,14 @@ class FakeLlm:
 
     def __exit__(self, *_) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(5)
+        self.thread.join()
         self.server.close()
         self.loop.run_until_complete(self.end())
         self.loop.close()
+
+    def release(self) -> None:
+        """Send what is held, and hold no more."""
+        self.loop.call_soon_threadsafe(self.released.set)
 
     async def end(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -81,32 +103,40 @@ class FakeLlm:
                 self.at_once += 1
                 self.most_at_once = max(self.most_at_once, self.at_once)
                 try:
-                    keep = await self.reply(body, writer)
+                    keep = await self.reply(body, reader, writer)
                 finally:
                     self.at_once -= 1
                 if not keep:
                     return writer.close()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
+        except asyncio.CancelledError:  # By `end`. asyncio would log it as an error.
+            writer.close()
 
-    async def reply(self, body: dict, writer: asyncio.StreamWriter) -> bool:
+    async def reply(
+        self, body: dict, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         fault = self.script.pop(0) if self.script else ""
         if not fault and self.rng.random() < self.share and self.failed[key] < 2:
-            fault = self.rng.choice(FAULTS)
+            fault = self.rng.choice(self.kinds)
         if fault:
             self.failed[key] += 1
             self.faults[fault] += 1
+            if fault == "time-out":
+                await reader.read(1)  # Until the client closes the connection.
+                return False
             return await self.fail(fault, writer)
         self.failed[key] = 0
         await asyncio.sleep(self.delay)
+        self.begun += 1
+        if self.hold_after is not None and self.begun > self.hold_after:
+            self.held += 1
+            await self.released.wait()
         self.paid[key] += 1
         return await self.send(writer, 200, json.dumps(self.answer(body)))
 
     async def fail(self, fault: str, writer: asyncio.StreamWriter) -> bool:
-        if fault == "time-out":
-            await asyncio.sleep(2.0)
-            return False
         if fault == "drop":
             return False
         if fault == "half a body":

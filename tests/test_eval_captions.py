@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +39,23 @@ ANSWERS = {
     "b.wav": ["Rain is falling heavily and thunder roars.", "Heavy rain falls.", "It can't be heard."],
     "c.wav": ["A woman is singing a song.", "A man speaks near a running car engine", ""],
 }
+
+
+@pytest.fixture(scope="module")
+def jar() -> Iterator[Any]:
+    """METEOR's Java process. It takes seconds to start, so it is one for all tests."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    made = Meteor()
+    yield made
+    made.meteor_p.kill()
+    made.meteor_p.communicate()  # Waits for its end and closes its pipes.
+
+
+@pytest.fixture
+def one_meteor(jar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a `Meteor` is made, it is the one that is there."""
+    monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", lambda: jar)
 
 
 def rows_of(answers: dict[str, list[str | None]], prefix: str = "Audio caption: ") -> list[dict]:
@@ -80,10 +99,9 @@ class Package:
 
 
 @pytest.mark.parametrize("java", [pytest.param(True, marks=needs_java), False])
-def test_figures_are_the_packages_own(java: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_the_packages_own(java: bool, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("one_meteor" if java else "without_java")
     package = Package(java)
-    if not java:
-        monkeypatch.setattr(shutil, "which", lambda name: None)
     outcome = captions(rows_of(ANSWERS), TASK, Context())
     assert ("SPICE, SPIDEr: not computed: no CoreNLP models" in outcome.notes[-1]) == java
     trials = [package(list(REFS), trial) for trial in range(3)]
@@ -104,6 +122,7 @@ def test_figures_are_the_packages_own(java: bool, monkeypatch: pytest.MonkeyPatc
 
 
 @needs_java
+@pytest.mark.usefixtures("one_meteor")
 def test_figures_noted_before_this_was_written() -> None:
     first = {name: texts[:1] * 3 for name, texts in ANSWERS.items()}
     found = captions(rows_of(first), TASK, Context()).compute(np.arange(3))
@@ -181,6 +200,7 @@ def test_what_is_no_set_of_captions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_java
+@pytest.mark.usefixtures("one_meteor")
 def test_five_trials_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [
         "Audio caption: a dog barks",
@@ -205,8 +225,8 @@ def test_five_trials_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing.compute(np.array([0])) == {} and "not computed: no Java" in nothing.notes[0]
 
 
-@pytest.mark.slow  # Starts Java several times.
 @needs_java
+@pytest.mark.usefixtures("one_meteor")
 def test_spice_where_its_models_are(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     from pycocoevalcap.spice import spice
 

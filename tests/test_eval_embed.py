@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import zipfile
 from collections import Counter
@@ -23,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 from eval import embed
 from eval.embed import MINILM, Embedder, open_embedder
 from eval.outcome import EvaluationError
+from tests.machine import run_python
 from train_scripts import fetch_parts
 
 WORDS = "a dog barks while birds sing in the rain and loud thunder roars".split()
@@ -191,8 +190,8 @@ Embedder("m", encode, sys.argv[1])(list("abcde"))
 
 
 def test_killed_run_loses_only_its_batch(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parent.parent)
-    assert done.returncode == -signal.SIGKILL
+    done = run_python(["-c", KILLED, str(tmp_path)], tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     asked = []
     made = Embedder("m", lambda texts: asked.extend(texts) or [(texts, numbers(texts))], tmp_path)(list("abcde"))
     assert asked == ["d", "e"]
@@ -259,7 +258,8 @@ class Handler(BaseHTTPRequestHandler):
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEmbeddings]:
     pytest.importorskip("openai")
     server = FakeEmbeddings()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {"poll_interval": 0.05}  # seconds until it notices its shutdown
+    threading.Thread(target=server.serve_forever, kwargs=settings, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://me:hunter2@127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the client

@@ -43,10 +43,11 @@ def test_verdicts(reply: str, verdict: bool | None) -> None:
     assert parse_verdict(reply) is verdict
 
 
-def test_rate_failures_and_what_is_recorded(tmp_path) -> None:
+def test_rate_failures_and_what_is_recorded(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("qa_generation.llm.LONGEST_WAIT", 0.02)
     with FakeLlm(answer, fault_share=0.5, seed=1) as server:
         settings = LlmSettings(
-            "judge-1", temperature=0.0, max_tokens=16, base_url=server.url, max_wait=5.0, timeout=1.0
+            "judge-1", temperature=0.0, max_tokens=16, base_url=server.url, max_wait=5.0
         )
         judge = Judge(settings, tmp_path)
         outcome = open_ended(ROWS, TASK, Context(judge=judge))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import embed, questions, run
+from eval import embed, questions, report, run
 from eval.tasks import TASKS, find_task
 from tests.golden.rule_init import uniform
 from tests.llm_server import FakeLlm, completion
@@ -164,7 +164,7 @@ def stub(monkeypatch):
 
 
 @pytest.mark.parametrize("task", CASES)
-def test_task(task, tmp_path):
+def test_task(task, tmp_path, monkeypatch):
     labels, references, answers, on_answered, on_all = CASES[task]
     rows = ask(task, tmp_path, labels)
     assert [row["output"] for row in rows] == references
@@ -174,13 +174,16 @@ def test_task(task, tmp_path):
     assert (result["asked"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
     assert result["figure"]["on_answered"] == pytest.approx(on_answered)
     assert result["figure"]["on_all"] == pytest.approx(on_all)
+    monkeypatch.setattr(report, "_save", lambda figure, path: None)  # The same figures again.
     original = score(task, tmp_path, rows, answers, "--protocol", "original")  # It reads these references too.
     assert original["asked"] == 3
     assert original["figure"]["on_answered"] == pytest.approx(ORIGINAL.get(task, on_answered))
 
 
 @pytest.mark.parametrize("task", ["audiocaps", "clotho"])
-def test_captions(task, tmp_path):
+def test_captions(task, tmp_path, monkeypatch):
+    # Metrics that need Java are tested in tests/test_eval_captions.py.
+    monkeypatch.setattr("shutil.which", lambda name: None)
     rows = ask(task, tmp_path, None)
     assert len(rows) == 15 and len({row["audio_id"] for row in rows}) == 3
     first = {"audiocaps": "A {} is here", "clotho": "A {}, heard dog"}[task]

@@ -64,6 +64,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """For tests that look at none: drawing one takes longer than what they test."""
+    monkeypatch.setattr(report, "_save", lambda figure, path: None)
+
+
 def questions(*genres: str) -> list[dict]:
     return [
         {"instruction": "Which genre?", "input": "", "audio_id": f"{number}.wav", "output": f"Music genre: {genre}"}
@@ -131,6 +137,7 @@ def test_interrupted_asking_goes_on(model, folder, monkeypatch, capsys):
     assert run.main(command(model)) == 0 and contents(Path("out")) == whole
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_decides_answers_is_asked_anew(model, folder, capsys):
     for number, row in enumerate(rows := questions(*GENRES[:4])):
         row["audio_id"] = f"{number % 2}.wav"  # Two trials.
@@ -162,6 +169,7 @@ def asked_of(capsys) -> list[str]:
     return re.findall(r"asked (\d+),", capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_trial_is_kept_when_a_later_one_is_killed(model, folder, monkeypatch, capsys):
     sampled = ask_twice("0.wav", "1.wav")
     run_killed(command(model, *sampled), monkeypatch)
@@ -169,6 +177,7 @@ def test_a_trial_is_kept_when_a_later_one_is_killed(model, folder, monkeypatch, 
     assert run.main(command(model, *sampled)) == 0 and asked_of(capsys) == ["2"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_max_bad_is_of_all_trials(model, folder, capsys):
     """And what was answered beside failures that are allowed is not asked again."""
     sampled = ask_twice("0.wav", "missing.wav")
@@ -178,6 +187,7 @@ def test_max_bad_is_of_all_trials(model, folder, capsys):
     assert result()["failed"] == {"missing": 2}
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
     """One run, another that is killed between its answers and what says how they were asked, the first again."""
     sampled = ask_twice("0.wav", "1.wav")
@@ -199,6 +209,7 @@ def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
     assert run.main(scoring) == 0 and result("other")["decoding"]["temperature"] == 2.0
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_another_processor_is_asked_anew(model, folder, capsys):
     own = Path(shutil.copytree(model, model.parent / "own"))
     write(Path("gtzan.json"), questions(*GENRES[:2]))
@@ -210,6 +221,7 @@ def test_another_processor_is_asked_anew(model, folder, capsys):
     assert run.main(command(own)) == 0 and asked_of(capsys) == ["2"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_label_scores(model, folder, monkeypatch):
     """They are the engine's; what was interrupted goes on, after half a line too."""
     stock, asked = LtuPipeline.score, []
@@ -291,6 +303,7 @@ def test_a_truth_that_is_no_class(folder):
     assert not Path("out/report.json").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_questions_without_a_row_are_failed(folder):
     rows = predictions(("Hip-Hop", "Hip-Hop"), ("Reggae", "Rock"))
     flags = ["--task", "gtzan", "--predictions", "p.json", "--questions", "gtzan.json", "--output_dir", "out"]

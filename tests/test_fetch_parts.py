@@ -67,7 +67,8 @@ def server(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     handler = partial(SimpleHTTPRequestHandler, directory=str(index.parent))
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    settings = {"poll_interval": 0.05}  # seconds until it notices its shutdown
+    threading.Thread(target=http.serve_forever, kwargs=settings, daemon=True).start()
     use_index(monkeypatch, f"http://127.0.0.1:{http.server_port}")
     yield f"http://127.0.0.1:{http.server_port}"
     http.shutdown()

@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +18,8 @@ from data.audio_names import RULES, audio_id_of, key_of, read_ids, read_table, r
 from data.toy.sounds import AUDIO
 from data.toy.speech import SPEECH
 from ltu.audio import AudioError, load_audio, read_sound
+from tests.machine import run_python, start_python, wait_until
 
-ROOT = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 
 
@@ -132,50 +130,68 @@ def test_a_second_run_does_only_what_is_new(tmp_path):
     assert ledger(output)["b.wav"]["seconds"] == 0.2 and len(ledger(output)) == 3
 
 
+KILLED = """
+import os, signal, sys
+from data import prepare_audio
+from data.audio_ledger import Ledger
+append = Ledger.append
+def append_and_die(ledger, entry):
+    append(ledger, entry)
+    if len(ledger.entries) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+Ledger.append = append_and_die
+prepare_audio.main(sys.argv[1:])
+"""
+
+
 def test_kill_9_leaves_whole_clips_and_no_process(tmp_path):
+    """The parent dies after the 20th line of its ledger, wherever its workers are then."""
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    for number in range(150):
+    for number in range(60):
         soundfile.write(source / f"{number:03d}.wav", 0.1 * RNG.standard_normal(16000), 22050)
-    command = [sys.executable, "-m", "data.prepare_audio", "--workers", "2"]
-    command += ["--input", str(source), "--output_dir", str(output)]
-    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (output / "020.flac").exists():
-        assert run.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    run.kill()
-    run.wait()
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(run.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.05)
-    else:
+    command = ["--workers", "2", "--input", str(source), "--output_dir", str(output)]
+    silent = {"start_new_session": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = start_python(["-c", KILLED, *command], tmp_path, **silent)
+    assert run.wait() == -signal.SIGKILL
+    try:
+        wait_until(lambda: not is_there(run.pid))
+    except AssertionError:
         os.killpg(run.pid, signal.SIGKILL)
         pytest.fail("workers live on after kill -9 of their parent")
     there = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
     done = (output / "ledger.jsonl").read_text().count("\n")
-    assert 0 < done <= len(there) < 150 and done >= len(there) - 3 * 16
+    assert done == 20 <= len(there) <= 20 + 2 * prepare_audio.JOBS_A_WORKER
     assert all(len(load_audio(output / name)) > 11000 for name in there)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = run_python(["-m", "data.prepare_audio", *command], tmp_path)
     assert again.returncode == 0, again.stderr
-    assert f"{done} were there" in again.stdout and "Warning" not in again.stderr
-    assert len(list(output.glob("*.flac"))) == len(ledger(output)) == 150 and not list(output.glob("*.tmp"))
+    assert "20 were there" in again.stdout and "Warning" not in again.stderr
+    assert len(list(output.glob("*.flac"))) == len(ledger(output)) == 60
+    assert not list(output.glob("*.tmp"))
     kept = sum((output / name).stat().st_mtime_ns == changed for name, changed in there.items())
     assert kept == done
 
 
+def is_there(group: int) -> bool:
+    """Whether any process of a process group lives."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def run_or_die(job: tuple[str, str], *_) -> dict:
-    """Stands for `run_job`, with a file that libsndfile does not survive."""
+    """Stands for `run_job`, with a file that its worker does not survive."""
     if job[0] == "bad":
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
     return {"audio_id": job[1], "file": job[0], "status": "ok"}
 
 
 def test_a_file_that_kills_its_worker_is_named_and_stops_nobody(monkeypatch):
     monkeypatch.setattr(prepare_audio, "run_job", run_or_die)
+    # At most four jobs are on their way when the worker dies. Each is then run in its own process.
+    monkeypatch.setattr(prepare_audio, "JOBS_A_WORKER", 2)
     jobs = [(name, f"{name}.flac") for name in ("a", "b", "bad", "c", *map(str, range(30)))]
     entries = list(prepare_audio.run(jobs, 2))
     assert sorted(entry["file"] for entry in entries) == sorted(job[0] for job in jobs)
@@ -183,11 +199,10 @@ def test_a_file_that_kills_its_worker_is_named_and_stops_nobody(monkeypatch):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    kept = prepare_audio.Ledger(tmp_path)
-    with pytest.raises(ValueError, match="Another run"):
+    with prepare_audio.Ledger(tmp_path), pytest.raises(ValueError, match="Another run"):
         prepare_audio.Ledger(tmp_path)
-    kept.lock.close()
-    prepare_audio.Ledger(tmp_path)
+    with prepare_audio.Ledger(tmp_path):
+        pass
 
 
 # Names

@@ -53,7 +53,7 @@ def test_a_run_that_was_answered_nothing_leaves_the_rows(tmp_path, capsys, sourc
 def test_a_wait_of_nothing_is_no_wish(tmp_path, monkeypatch, wait):
     monkeypatch.setattr(qa_generation.llm, "LONGEST_WAIT", 0.2)
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
-        server.script = [f"429 {wait}"] * 4
+        server.script = [f"429 {wait}"] * 2
         reply = Llm(LlmSettings("m", base_url=server.url), store).complete_all([[{"role": "user", "content": "a"}]])[0]
         assert reply.text and min(later - earlier for earlier, later in pairwise(server.times)) >= 0.1
 
@@ -78,11 +78,11 @@ def test_an_output_of_another_form_is_refused(tmp_path, name):
 
 
 def test_json_lines_are_streamed(tmp_path):
-    """20,000 rows of 1 kB against which one clip is held, after blank lines, to the one that is no row."""
+    """One clip against 5,000 rows of 1 kB after blank lines; then a line that is no row."""
     path = tmp_path / "v1.jsonl"
     line = json.dumps({"audio_id": "b", "instruction": "Why is it so?", "output": "x" * 1000})
     own = json.dumps({"audio_id": "a", "instruction": "What barks?", "output": "A dog."})
-    path.write_text("\n \n" + f"{line}\n" * 20_000 + own)
+    path.write_text("\n \n" + f"{line}\n" * 5_000 + own)
     tracemalloc.start()
     try:
         assert read_pairs([path], {"a": []}) == {"a": {"q what barks", "a a dog"}}

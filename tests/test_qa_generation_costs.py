@@ -6,15 +6,15 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from llm_server import FakeLlm, completion
+from llm_server import QUICK_FAULTS, FakeLlm, completion
 from test_qa_generation import LONG, META, ROOT, arguments, good, pairs_of, surroundings  # noqa: F401
 
 from qa_generation.generate import main
 from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking, estimate_tokens
+from tests.machine import start_python, wait_until
 
 HELLO = [{"role": "user", "content": "hello"}]  # reserved: 9 for it, and the longest reply
 REPLY = {"text": "é", "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
@@ -131,12 +131,15 @@ def test_tries_that_nobody_bills_cost_nothing(tmp_path, fault):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_no_budget_is_exceeded_whatever_is_billed(tmp_path, seed):
-    """Random faults; each try whose end the client cannot know is billed in full by this server."""
+    """Random faults; each try whose end the client cannot know is billed in full by this server.
+
+    Replies to all 100 clips cost 15,000 tokens: more than any of the budgets, whatever fails.
+    """
     billed = ("time-out", "drop", "half a body", "not JSON", "HTML", "no choices")
-    with FakeLlm(good, fault_share=0.5, seed=seed) as server:
+    with FakeLlm(good, fault_share=0.5, seed=seed, faults=(*QUICK_FAULTS, "time-out")) as server:
         for budget in (5000, 9000, 14000):
-            given = arguments(tmp_path, server.url, "--timeout", "0.3", "--token_budget", str(budget))
-            assert main(given) == 1
+            limits = ["--timeout", "0.3", "--token_budget", str(budget)]
+            assert main(arguments(tmp_path, server.url, *limits, count=100)) == 1
             cost = server.paid.total() * 150 + sum(server.faults[name] for name in billed) * 1300
             with ReplyStore(tmp_path / "rows.json.replies.jsonl") as store:
                 assert 0 < cost <= store.tokens + store.lost <= budget
@@ -152,16 +155,17 @@ def test_local_model_takes_the_length_that_is_asked(tmp_path):
 
 
 def test_kill_9_leaves_what_was_sent_in_the_accounts(tmp_path, capsys):
-    with FakeLlm(good, delay=0.4) as server:
-        given = arguments(tmp_path, server.url, "--timeout", "30")
-        command = [sys.executable, "-m", "qa_generation.generate", *given]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        while server.paid.total() < 8 or server.at_once < 8:
-            time.sleep(0.01)
+    """It is killed when 8 replies are kept and 8 further tries are on their way."""
+    with FakeLlm(good, hold_after=8) as server:
+        given = arguments(tmp_path, server.url)
+        command = ["-m", "qa_generation.generate", *given]
+        process = start_python(command, tmp_path, stderr=subprocess.DEVNULL)
+        wait_until(lambda: server.held == 8, process)
         process.kill(), process.wait()
         with ReplyStore(tmp_path / "rows.json.replies.jsonl") as store:
-            sent, lost = len(server.times), store.lost
-        assert 1200 < lost / (sent - len(store.places)) < 1800  # about 420 of the prompt, 1024 of the reply
+            kept, lost = len(store.places), store.lost
+        assert kept == 8 and 1200 < lost / 8 < 1800  # about 420 of the prompt, 1024 of the reply
+        server.release()
         assert main([*given, "--token_budget", "900000"]) == 0
         assert f"tokens: 6000 spent, {lost} reserved for tries without a reply" in capsys.readouterr().out
 

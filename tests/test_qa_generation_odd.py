@@ -4,7 +4,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -15,8 +14,9 @@ from test_qa_generation_costs import read_rejects, write_rows
 
 from qa_generation.generate import main
 from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking, estimate_tokens
-from qa_generation.qa_json import parse_pairs
+from qa_generation.qa_json import Reject, parse_pairs
 from qa_generation.sources import FORMS, SOURCES, message
+from tests.machine import PATIENCE, start_python, wait_until
 
 HELLO = [{"role": "user", "content": "hello"}]  # reserved: 9 for it, and the longest reply
 
@@ -136,11 +136,13 @@ def test_what_was_cut_off_is_never_completed(tmp_path):
 
 
 def test_a_reply_without_end_is_read_in_time():
-    start = time.monotonic()
-    for text in ("{" * 100_000, '{"q": ' * 16_000, '{"q": ' * 10**6):
+    endless = '{"q": ' * 10**6
+    start = time.process_time()
+    for text in ("{" * 100_000, endless[:30_000]):
         pairs, rejects = parse_pairs(text)
         assert not pairs and rejects
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20  # less than 1 on a usual machine
+    assert parse_pairs(endless) == ([], [Reject("too long", endless)])
 
 
 @pytest.mark.parametrize("wait", ["1e400", "99999999999999", "Fri, 31 Dec 9999 23:59:59 GMT"])
@@ -151,7 +153,7 @@ def test_huge_retry_after_is_not_waited_for(tmp_path, wait):
         with pytest.raises(StopAsking, match="20 requests failed one after the other"):
             asked = [[{"role": "user", "content": str(i)}] for i in range(60)]
             Llm(LlmSettings("m", base_url=server.url, concurrency=4), store).complete_all(asked)
-        assert time.monotonic() - start < 5 and len(server.times) <= 24
+        assert time.monotonic() - start < 60 and len(server.times) <= 24
 
 
 def test_a_page_in_the_place_of_an_endpoint_stops_early(tmp_path, capsys):
@@ -167,7 +169,8 @@ def test_other_settings_than_those_of_the_kept_replies_are_said(tmp_path, capsys
     with FakeLlm(good) as server:
         given = arguments(tmp_path, server.url, count=3)
         assert main(given) == 0 and "none of the" not in capsys.readouterr().err
-        assert main([*given, "--timeout", "1.4", "--concurrency", "2"]) == 0 and server.paid.total() == 3
+        assert main([*given, "--timeout", "59", "--concurrency", "2"]) == 0
+        assert server.paid.total() == 3
         assert "none of the" not in capsys.readouterr().err
         for count, more in enumerate((["--temperature", "0.5"], ["--model", "n"], ["--count", "7"]), 2):
             assert main([*given, *more]) == 0 and server.paid.total() == 3 * count
@@ -186,16 +189,28 @@ def test_metadata_that_changes_during_the_run(tmp_path):
         assert main(arguments(tmp_path, server.url, count=3)) == 0
 
 
+RUN = """
+import runpy
+from asyncio.unix_events import _UnixSelectorEventLoop as Loop
+remove = Loop.remove_signal_handler
+def removed(loop, number):
+    found = remove(loop, number)
+    print("ready for the next", flush=True)
+    return found
+Loop.remove_signal_handler = removed
+runpy.run_module("qa_generation.generate", run_name="__main__")
+"""
+
+
 def test_second_ctrl_c_ends_at_once_with_one_line(tmp_path):
-    with FakeLlm(good, delay=30) as server:
-        command = [sys.executable, "-m", "qa_generation.generate", *arguments(tmp_path, server.url), "--timeout", "60"]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        while server.at_once < 8:
-            time.sleep(0.01)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-        said = process.communicate(timeout=10)[1]
+    with FakeLlm(good, hold_after=0) as server:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = start_python(["-c", RUN, *arguments(tmp_path, server.url)], tmp_path, **pipes)
+        wait_until(lambda: server.held == 8, process)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "ready for the next\n"
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 130 and "Traceback" not in said and "run it again" in said.lower()
         with ReplyStore(tmp_path / "rows.json.replies.jsonl") as store:
             assert store.lost > 8 * 1024  # What was on its way may be billed.

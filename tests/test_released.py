@@ -7,7 +7,6 @@ import json
 import os
 import re
 import stat
-import subprocess
 import threading
 import time
 import zipfile
@@ -19,12 +18,12 @@ import pytest
 import torch
 
 import ltu.download as transport
-from ltu import released
 from ltu.download import ReleasedError, unpack
 from ltu.modeling_ltu import LtuForConditionalGeneration
 from ltu.released import PREP, TABLE, Released, download, find, main, relocate_rows
 from tests.golden.rule_init import rule
 from tests.released import narrow, read, write_llm
+from tests.test_scripts import run_script
 
 ROOT = Path(__file__).parent.parent
 DATA = bytes(range(256)) * 2000  # 512,000 bytes
@@ -45,7 +44,9 @@ class Site:
         self.is_weak = False  # its tags do not promise equal bytes, and are no good for If-Range
         self.ignores_if_range = self.omits_version_of_rest = False
         self.content_type = "application/octet-stream"
-        self.pause = self.silence = 0.0  # seconds between pieces; before an answer
+        self.pause = 0.0  # seconds between pieces
+        self.is_silent = False  # It reads requests and answers none, until
+        self.is_over = threading.Event()
         self.url = ""
 
 
@@ -72,8 +73,11 @@ class Handler(BaseHTTPRequestHandler):
         if site.errors or name not in site.files:
             self.answer(site.errors.pop(0) if site.errors else 404, Content_Length="0")
             return
+        if site.is_silent:
+            site.is_over.wait()
+            self.close_connection = True
+            return
         data = site.files[name]
-        time.sleep(site.silence)
         tag = ("W/" if site.is_weak else "") + f'"{hashlib.md5(data).hexdigest()}"'
         date = f"Mon, 01 Jan 2024 00:00:{len(data) % 60:02} GMT"
         versions = {"ETag": tag, "Last-Modified": date}
@@ -113,6 +117,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     site.url = f"http://127.0.0.1:{server.server_port}"
     yield site
+    site.is_over.set()
     server.shutdown()
     server.server_close()
 
@@ -234,8 +239,9 @@ def test_file_changed_between_tries(site: Site, tmp_path: Path, fault: str, new:
 
 
 def test_slow_and_busy(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "TIMEOUT", 0.2)
-    site.pause, site.errors = 0.1, [503, 429]
+    """The whole transfer takes longer than a time-out, each of its six pieces much less."""
+    monkeypatch.setattr(transport, "TIMEOUT", 1.0)
+    site.pause, site.errors = 0.25, [503, 429]
     assert download(a_row(site), tmp_path).read_bytes() == DATA
     assert [status for *_, status in site.requests] == [503, 429, 200]
 
@@ -243,7 +249,7 @@ def test_slow_and_busy(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_server_that_falls_silent(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "TIMEOUT", 0.1)
     monkeypatch.setattr(transport, "RETRIES", 1)
-    site.silence = 0.3
+    site.is_silent = True
     fails(a_row(site), tmp_path, "timed out", "2 times", "--from")
 
 
@@ -409,7 +415,7 @@ def test_dry_run_writes_nothing(kind: str, tmp_path: Path, capsys: pytest.Captur
     assert ("--feature_precision fp16" in text) == (kind == "ltu_as") and not (tmp_path / "here").exists()
 
 
-def test_prep_train_script(site: Site, tmp_path: Path) -> None:
+def test_prep_train_script(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """All of it from a mirror, with small files: toy set, conversion, stages; and a second call that brings nothing."""
     ids = ["/data/sls/audioset/dave/audio/a.flac", "/data/sls/audioset/dave/audio/b.flac"]
     rows = json.dumps([{"instruction": "?", "input": "", "audio_id": audio_id, "output": "!"} for audio_id in ids])
@@ -425,11 +431,11 @@ def test_prep_train_script(site: Site, tmp_path: Path) -> None:
     }
     site.drops = [10]
     llm, root = write_llm(tmp_path / "llm"), tmp_path / "root"
-    command = ["bash", "train_scripts/ltu/prep_train.sh", "--full", "--from", site.url, "--root", str(root)]
-    environment = {"LLM": str(llm), "PYTHON": os.environ.get("PYTHON", released.sys.executable), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "2 rows, 2 clips matched, 0 not" in done.stdout
+    flags = ["--full", "--from", site.url, "--root", str(root)]
+    status, words = run_script("prep_train", tmp_path, *flags, LLM=str(llm))
+    assert status == 0 and words[:3] == ["-m", "ltu.released", "prep"]
+    main(words[2:])
+    assert "2 rows, 2 clips matched, 0 not" in capsys.readouterr().out
     model = LtuForConditionalGeneration.from_pretrained(root / "pretrained_mdls" / "ltu_ori_paper")
     weight = state["base_model.model.model.audio_proj.1.weight"]
     assert torch.equal(model.multi_modal_projector.linear.weight, weight)
