@@ -8,12 +8,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ltu import LtuForConditionalGeneration
 from ltu.convert_checkpoint import main
 from ltu.original_files import ORIGINAL_KEYS, rename_keys
 from tests.golden.rule_init import PREFIX, rule
@@ -54,6 +56,35 @@ def stored(name: str) -> dict[str, np.ndarray]:
 
 def read(name: str) -> dict | list:
     return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@dataclass
+class Run:
+    """A golden batch, forward and backward."""
+
+    batch: dict[str, torch.Tensor]
+    audio: torch.Tensor  # (clips, tokens, hidden)
+    logits: torch.Tensor  # (batch, text, vocabulary)
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def run_batch(model: LtuForConditionalGeneration, batch: dict[str, torch.Tensor]) -> Run:
+    """Train everything on a batch, but take no step."""
+    audio: list[torch.Tensor] = []
+    projector = model.multi_modal_projector
+    hook = projector.register_forward_hook(lambda *call: audio.append(call[2].detach()))
+    model.set_trainable("all")
+    output = model(**batch)
+    hook.remove()
+    output.loss.backward()
+    gradients = {}
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[key] = parameter.grad
+    model.zero_grad(set_to_none=True)
+    logits = output.logits.detach()[:, model.config.num_audio_tokens :]
+    return Run(batch, audio[0], logits, output.loss.item(), gradients)
 
 
 def our_name(key: str) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,11 +29,11 @@ from ltu.pipeline_ltu import LtuPipeline, Request
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.golden.rule_init import rule
+from tests.machine import PATIENCE, wait_until
 from tests.released import narrow, read, write_llm
 from tests.whisper_tiny import save_whisper
 
 ROOT = Path(__file__).parent.parent
-KINDS = ("ltu", "ltu_as")
 TOKENS = 60
 WINDOW = {"ltu": 0.64, "ltu_as": 10.0}  # seconds
 
@@ -60,7 +61,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SimpleNamespace]]:
-    """`served(kind)`: a running demo, opened once: its `url`, `page`, `demo`, `pipeline`; `uploads` is their folder."""
+    """`served(kind)`: a running demo, opened once.
+
+    Its `url`, `page`, `demo`, `pipeline` and a `client`; `uploads` is the folder of all uploads.
+    """
     running: dict[str, SimpleNamespace] = {}
     uploads = tmp_path_factory.mktemp("uploads")
 
@@ -70,11 +74,14 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
             demo = Demo(open_pipeline(args := parse_args(flags.split())), args)
             page = demo.launch(prevent_thread_lock=True, quiet=True)
             given = {"page": page, "demo": demo, "pipeline": demo.pipeline, "uploads": uploads}
+            given["client"] = Client(page.local_url, verbose=False)
             running[kind] = SimpleNamespace(url=page.local_url, **given)
         return running[kind]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        # Gradio summarizes its statistics after that many events, by deprecated calls of pandas.
+        patch.setenv("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000")
         yield open_once
         assert [path for path in uploads.rglob("*") if path.is_file()]
         for here in running.values():
@@ -95,7 +102,7 @@ def expected(pipeline: LtuPipeline, question: str, clip: Path, **settings) -> st
 def test_predict_of_ltu(served, folder: Path) -> None:
     """As the original's README calls it."""
     here = served("ltu")
-    client = Client(here.url, verbose=False)
+    client = here.client
     result = client.predict(handle_file(folder / "good.wav"), FIRST, api_name="/predict")
     assert result == expected(here.pipeline, FIRST, folder / "good.wav")
     endpoints = client.view_api(return_format="dict")
@@ -107,7 +114,7 @@ def test_predict_of_ltu(served, folder: Path) -> None:
 def test_predict_of_ltu_as(served, folder: Path) -> None:
     """With "" Whisper writes the transcript; the size of the language model is as the original's demo called it."""
     here, clip = served("ltu_as"), folder / "good.wav"
-    client = Client(here.url, verbose=False)
+    client = here.client
     found = [
         client.predict(handle_file(clip), words, FIRST, "7B (Default)", api_name="/predict") for words in ("", "a dog")
     ]
@@ -125,14 +132,13 @@ def test_predict_of_ltu_as(served, folder: Path) -> None:
 def test_a_bad_clip_is_a_reason(name: str, reason: str, served, folder: Path) -> None:
     here = served("ltu")
     with pytest.raises(Exception, match=reason) as error:
-        Client(here.url, verbose=False).predict(handle_file(folder / name), FIRST, api_name="/predict")
+        here.client.predict(handle_file(folder / name), FIRST, api_name="/predict")
     assert str(here.uploads) not in str(error.value) and "<b>" not in str(error.value)
 
 
 def test_limits(served, folder: Path, tmp_path: Path) -> None:
     """Length of a clip, size of a file, length of a question."""
-    here = served("ltu")
-    client = Client(here.url, verbose=False)
+    client = served("ltu").client
     soundfile.write(tmp_path / "slow.wav", tiny.clip(5, 30), 8_000, subtype="PCM_U8")
     soundfile.write(tmp_path / "big.wav", tiny.clip(6, 40), 16_000)
     assert (tmp_path / "big.wav").stat().st_size > 2**20 > (tmp_path / "slow.wav").stat().st_size
@@ -144,13 +150,21 @@ def test_limits(served, folder: Path, tmp_path: Path) -> None:
         client.predict(handle_file(folder / "good.wav"), "why? " * 2000, api_name="/predict")
 
 
-def post(url: str, data: list, name: str = "predict") -> str:
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=PATIENCE) as client:
+        yield client
+
+
+def post(http: httpx.Client, url: str, data: list, name: str = "predict") -> str:
     """Call an endpoint as any program can: the text of its last event."""
-    event = httpx.post(f"{url}gradio_api/call/{name}", json={"data": data}).json()
-    return httpx.get(f"{url}gradio_api/call/{name}/{event['event_id']}", timeout=60).text
+    event = http.post(f"{url}gradio_api/call/{name}", json={"data": data}).json()
+    return http.get(f"{url}gradio_api/call/{name}/{event['event_id']}").text
 
 
-def test_no_path_or_address_of_a_request_is_opened(served, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_path_or_address_of_a_request_is_opened(
+    served, http: httpx.Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """/etc/passwd, a file beside the uploads, one over a link or `..`, an address on this machine or another."""
     here, opened = served("ltu"), []
     monkeypatch.setattr("ltu.inference_gradio.read_sound", lambda path, *_: opened.append(path))
@@ -170,20 +184,20 @@ def test_no_path_or_address_of_a_request_is_opened(served, folder: Path, monkeyp
     for place in places:
         for more in ({}, {"is_stream": True, "url": place, "orig_name": "good.wav"}):
             value = {"path": place, "meta": {"_type": "gradio.FileData"}} | more
-            text = post(here.url, [value, FIRST])
+            text = post(http, here.url, [value, FIRST])
             assert "event: error" in text and "event: complete" not in text, (place, more, text)
         # 302: Gradio 6.0 sends the asker elsewhere.
-        assert httpx.get(f"{here.url}gradio_api/file={place}").status_code in (302, 403, 404), place
+        assert http.get(f"{here.url}gradio_api/file={place}").status_code in (302, 403, 404), place
     link.unlink()
     assert not opened
 
 
-def test_an_upload_by_hand_is_answered(served, folder: Path) -> None:
+def test_an_upload_by_hand_is_answered(served, http: httpx.Client, folder: Path) -> None:
     """The counterpart: the same call with the place that an upload was given."""
     here = served("ltu")
     files = {"files": ("good.wav", (folder / "good.wav").read_bytes())}
-    place = httpx.post(f"{here.url}gradio_api/upload", files=files).json()[0]
-    text = post(here.url, [{"path": place, "meta": {"_type": "gradio.FileData"}}, FIRST])
+    place = http.post(f"{here.url}gradio_api/upload", files=files).json()[0]
+    text = post(http, here.url, [{"path": place, "meta": {"_type": "gradio.FileData"}}, FIRST])
     assert json.loads(text.split("data: ")[-1]) == [expected(here.pipeline, FIRST, folder / "good.wav")]
 
 
@@ -231,29 +245,57 @@ def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             released.find_or_make(name, "ltu")
 
 
+def check_the_command(
+    folder: Path, log: Path, is_running: Callable[[], bool], stop: Callable[[], int]
+) -> None:
+    """A page that answers; stopped, it says how many questions ended how, and leaves no file."""
+    try:
+        found = None
+        while found is None:
+            assert is_running(), log.read_text()
+            time.sleep(0.05)
+            said = log.read_text() if log.is_file() else ""
+            found = re.search(r"http://127\.0\.0\.1:\d+", said)
+        client = Client(found[0], verbose=False)
+        rest = (FIRST, "7B (Default)")
+        assert client.predict(handle_file(folder / "good.wav"), "a dog", *rest, api_name="/predict")
+        with pytest.raises(Exception, match="unreadable"):
+            client.predict(handle_file(folder / "text.wav"), "", *rest, api_name="/predict")
+        assert [path for path in log.parent.glob("ltu_demo_*/**/*") if path.is_file()]
+    finally:
+        status = stop()
+    assert status == 0
+    said = log.read_text()
+    assert "Questions: 1 ok, 1 unreadable" in said and not list(log.parent.glob("ltu_demo_*"))
+    assert FIRST not in said and "good.wav" not in said and "text.wav" not in said
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    words, log = ["--model", str(folder / "ltu_as"), "--device", "cpu"], tmp_path / "log"
+    process = tiny.start_command("ltu_as.inference_gradio", words, log, TMPDIR=str(tmp_path))
+
+    def stop() -> int:
+        process.terminate()
+        process.join(PATIENCE)
+        return process.exitcode
+
+    check_the_command(folder, log, process.is_alive, stop)
+
+
+@pytest.mark.slow  # Starts an interpreter.
 def test_the_script(folder: Path, tmp_path: Path) -> None:
-    """From another folder: a page that answers; stopped, it says how many questions ended how and leaves no file."""
+    """From another folder."""
     environment = os.environ | {"PYTHON": sys.executable, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     environment.pop("GRADIO_TEMP_DIR", None)
     command = ["bash", str(ROOT / "ltu_as/inference.sh"), "--model", str(folder / "ltu_as"), "--device", "cpu"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment)
-        try:
-            deadline = time.monotonic() + 90
-            while not (found := re.search(r"http://127\.0\.0\.1:\d+", (tmp_path / "log").read_text())):
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-            client = Client(found[0], verbose=False)
-            assert client.predict(handle_file(folder / "good.wav"), "a dog", FIRST, "7B (Default)", api_name="/predict")
-            with pytest.raises(Exception, match="unreadable"):
-                client.predict(handle_file(folder / "text.wav"), "", FIRST, "7B (Default)", api_name="/predict")
-            assert [path for path in tmp_path.glob("ltu_demo_*/**/*") if path.is_file()]
-        finally:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    said = (tmp_path / "log").read_text()
-    assert "Questions: 1 ok, 1 unreadable" in said and not list(tmp_path.glob("ltu_demo_*"))
-    assert FIRST not in said and "good.wav" not in said and "text.wav" not in said
+
+    def stop() -> int:
+        process.send_signal(signal.SIGTERM)
+        return process.wait(PATIENCE)
+
+    check_the_command(folder, tmp_path / "log", lambda: process.poll() is None, stop)
 
 
 # --- the page, in a browser
@@ -264,6 +306,7 @@ GRADIOS_ERRORS = (
     "signal is aborted",
     "Loading the script 'https://cdnjs.cloudflare",
 )
+LAST_ANSWER = "[...document.querySelectorAll('#chat [data-testid=bot]')].at(-1)"
 GROWTH = """() => {
     window.seen = [];
     const look = () => {
@@ -288,14 +331,32 @@ def browser() -> Iterator:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def contexts(browser) -> Callable:
+    """`contexts(**options)`: a context of the browser.
+
+    Tests with equal options share one, which has cached most of the page.
+    """
+    known: dict[str, Any] = {}
+
+    def open_once(**options: Any) -> Any:
+        key = repr(sorted(options.items()))
+        if key not in known:
+            usual = {"viewport": {"width": 1280, "height": 900}, "permissions": ["microphone"]}
+            known[key] = browser.new_context(**(usual | options))
+        return known[key]
+
+    return open_once
+
+
 @pytest.fixture
-def visit(browser, served, tmp_path: Path) -> Iterator[Callable]:
+def visit(contexts, served, tmp_path: Path) -> Iterator[Callable]:
     """`visit(kind, **context)` opens the page. At the end: no error on a console, no request to another host."""
     pages, errors, requests = [], [], []
 
     def open_page(kind: str, **context):
-        page = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context)).new_page()
-        page.set_default_timeout(20_000)
+        page = contexts(**context).new_page()
+        page.set_default_timeout(1000 * PATIENCE)
         page.on("console", lambda said: errors.append(f"{said.text} {said.location}") if said.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
@@ -312,7 +373,7 @@ def visit(browser, served, tmp_path: Path) -> Iterator[Callable]:
     test = re.sub(r"\W+", "_", os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]).strip("_")
     for number, page in enumerate(page for page in pages if not page.is_closed()):
         page.screenshot(path=output / f"{test}_{number}.png", full_page=True)
-        page.context.close()
+        page.close()
     assert not errors
     assert not [url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
 
@@ -324,40 +385,58 @@ def upload(page, clip: Path) -> None:
 def wait(page, element: str, words: str) -> str:
     """The text of an element, once it has words in it."""
     found = page.locator(element)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not re.search(words, found.inner_text()):
         assert time.monotonic() < deadline, f"{element} says {found.inner_text()!r}, not {words!r}"
-        page.wait_for_timeout(30)
+        page.wait_for_timeout(20)
     return found.inner_text()
 
 
-def ask(page, question: str, end: str = "tokens") -> str:
-    """Ask, and wait for the end: the last answer in the chat."""
+def start_asking(page, question: str) -> None:
+    """Ask, and wait until the question is in the chat."""
     before = page.locator("#chat [data-testid=user]").count()
     page.fill("#question textarea", question)
     page.click("#ask")
     page.wait_for_function(f"document.querySelectorAll('#chat [data-testid=user]').length > {before}")
+
+
+def ask(page, question: str, end: str = "tokens") -> str:
+    """Ask, and wait for the end: the last answer in the chat."""
+    start_asking(page, question)
     wait(page, "#status", end)
     return page.locator("#chat [data-testid=bot]").last.text_content().strip()
 
 
+def wait_until_cancelled(here: SimpleNamespace, gate: tiny.Gate, count: int) -> None:
+    """Let the model go on, token by token, until as many questions were cancelled."""
+
+    def is_cancelled() -> bool:
+        gate.step()
+        time.sleep(0.05)
+        return here.demo.counts["cancelled"] == count
+
+    wait_until(is_cancelled)
+
+
 def set_number(page, name: str, value: int) -> None:
-    """Fill a field of the settings, which may still be opening."""
+    """Fill a field of the settings. While they open, it may take its old value back."""
     field = page.locator(f"#{name} input[type=number]")
-    for _ in range(40):
+    deadline = time.monotonic() + PATIENCE
+    while True:
         field.fill(str(value))
         field.blur()
         page.wait_for_timeout(100)
         if field.input_value() == str(value):
             return
-    raise AssertionError(f"{name} stays {field.input_value()}")
+        assert time.monotonic() < deadline, f"{name} stays {field.input_value()}"
 
 
 def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The page of LTU has less on it, and the tests below are about it.
+@pytest.mark.parametrize("kind", [pytest.param("ltu", marks=pytest.mark.slow), "ltu_as"])
 def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> None:
     page, here = visit(kind), served(kind)
     page.evaluate(GROWTH)
@@ -371,10 +450,16 @@ def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> Non
         if kind == "ltu_as":
             page.wait_for_function("document.querySelector('#words textarea').value != ''")
         page.evaluate("window.seen = []")
-        before, answer = answer, ask(page, question)
+        before = answer
+        with tiny.closed_gate(here.pipeline) as gate:
+            start_asking(page, question)
+            # The engine waits until the page shows a part of the answer.
+            page.wait_for_function("before => window.seen.some(text => text != before)", arg=before)
+            gate.is_open.set()
+            wait(page, "#status", "tokens")
+        answer = page.locator("#chat [data-testid=bot]").last.text_content().strip()
         assert plain(answer) == plain(expected(here.pipeline, question, folder / "long.wav"))
         seen = [text for text in page.evaluate("window.seen") if text != before]
-        # How often a page is drawn depends on the machine; a part must have been seen before the whole.
         assert len(seen) > 1 and all(late.startswith(early) for early, late in zip(seen, seen[1:], strict=False)), seen
         assert len(seen[0]) < len(seen[-1])
         assert f"truncated: heard {heard}" in wait(page, "#status", "tokens")
@@ -432,37 +517,32 @@ def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
     page.click("#settings button")
     set_number(page, "max_new_tokens", 1000)
     cancelled = here.demo.counts["cancelled"]
-    page.click("#ask")
-    page.wait_for_function("[...document.querySelectorAll('#chat [data-testid=bot]')].at(-1)?.textContent.length > 20")
-    page.click("#stop")
-    wait(page, "#status", "stopped")
-    deadline = time.monotonic() + 20
-    while here.demo.counts["cancelled"] == cancelled:
-        assert time.monotonic() < deadline
-        page.wait_for_timeout(50)
+    with tiny.closed_gate(here.pipeline) as gate:
+        page.click("#ask")
+        page.wait_for_function(f"{LAST_ANSWER}?.textContent")
+        page.click("#stop")
+        wait(page, "#status", "stopped")
+        wait_until_cancelled(here, gate, cancelled + 1)
     set_number(page, "max_new_tokens", 6)
     page.check("#do_sample input")
     sampled = {"do_sample": True, "temperature": 0.1, "top_p": 0.95, "top_k": 500, "max_new_tokens": 6, "seed": 42}
     answer = ask(page, FIRST, "6 tokens, cut")
     assert plain(answer) == plain(expected(here.pipeline, FIRST, folder / "other.wav", **sampled))
     set_number(page, "max_new_tokens", 1000)
-    page.click("#ask")
-    wait(page, "#status", "listening")
-    cancelled = here.demo.counts["cancelled"]
-    page.close()
-    deadline = time.monotonic() + 20
-    while here.demo.counts["cancelled"] == cancelled:
-        assert time.monotonic() < deadline, here.demo.counts
-        time.sleep(0.05)
+    with tiny.closed_gate(here.pipeline) as gate:
+        page.click("#ask")
+        wait(page, "#status", "listening")
+        page.close()
+        wait_until_cancelled(here, gate, cancelled + 2)
 
 
 def test_the_microphone_and_examples_are_heard(visit) -> None:
-    page = visit("ltu", permissions=["microphone"])
+    page = visit("ltu")
     page.click("#clip button[aria-label='Record audio']")
     page.click("#clip .record-button")
-    page.wait_for_timeout(1200)
+    wait(page, "#clip .duration", "0:01")  # More than the 0.64 s of a window.
     page.click("#clip .stop-button")
-    wait(page, "#picture", r"Heard: 0\.64 of [123]\.")
+    wait(page, "#picture", r"Heard: 0\.64 of \d+\.")
     assert ask(page, FIRST)
     if TOY_SET.is_dir():
         page.get_by_text("church bell").click()

@@ -1,4 +1,7 @@
-"""The two ears against golden numbers, and what a user of transformers expects of them."""
+"""The two audio encoders against golden numbers, and what a user of transformers expects of them.
+
+test_golden_model.py compares the output of CAV-MAE with the original, because it opens the model.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from ltu.audio import load_audio
 from ltu.configuration_ltu import CavMaeConfig, YamnetConfig
-from ltu.feature_extraction_ltu import LtuFeatureExtractor, YamnetFeatureExtractor
+from ltu.feature_extraction_ltu import YamnetFeatureExtractor
 from ltu.modeling_cavmae import CavMaeModel, sincos_positions
 from ltu.modeling_yamnet import SameConv2d, YamnetModel
 
@@ -29,20 +32,6 @@ def worst(got: torch.Tensor, expected: np.ndarray) -> float:
     return np.abs(got.numpy() - expected).max()
 
 
-@pytest.fixture(scope="module")
-def cavmae() -> CavMaeModel:
-    model = CavMaeModel(CavMaeConfig()).eval()
-    for name, parameter in model.named_parameters():
-        parameter.data = torch.from_numpy(rule(f"model.audio_encoder.{name}", tuple(parameter.shape)))
-    return model
-
-
-@pytest.fixture(scope="module")
-def features(golden: Path) -> torch.Tensor:
-    clips = [row["audio_id"] for row in json.loads((golden / "toy_ltu.json").read_text())[:2]]
-    return LtuFeatureExtractor()([load_audio(golden / clip) for clip in clips]).input_features  # (2, 1024, 128)
-
-
 def test_cavmae_has_the_originals_parameters(golden: Path) -> None:
     layout = json.loads((golden / "layout_ltu.json").read_text())["tiny.lora_all"]["saved_by_trainer"]
     expected = {key.removeprefix(ORIGINAL): shape for key, shape in layout.items() if key.startswith(ORIGINAL)}
@@ -51,40 +40,6 @@ def test_cavmae_has_the_originals_parameters(golden: Path) -> None:
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
     assert list(model.state_dict()) == list(expected)
     assert model.num_parameters() == 85_721_088
-
-
-@torch.no_grad()
-def test_cavmae_equals_the_original(golden: Path, golden_report, cavmae: CavMaeModel, features: torch.Tensor) -> None:
-    expected = np.load(golden / "encoder_ltu.npz")
-    encoded, pooled = cavmae.encode(features), cavmae(features)
-    assert encoded.shape == (2, 512, 768) and pooled.shape == (2, 32, 768)
-    figures = {
-        "enc_strided": encoded[:, ::16, ::24],
-        "enc_token_mean": encoded.mean(-1),
-        "enc_token_std": encoded.std(-1, correction=0),
-        "enc_token_l2": encoded.norm(dim=-1),
-        "pooled_div50": (pooled / cavmae.config.feature_divisor)[:, :, ::4],
-    }
-    for name, figure in figures.items():
-        golden_report("encoder (CAV-MAE)", name, worst(figure, expected[name]), 1e-5)
-
-
-@torch.no_grad()
-def test_layers_on_the_originals_filterbank(golden: Path, golden_report, cavmae: CavMaeModel) -> None:
-    # The first layers do not normalise, so the filterbank's own 1e-4 would show: start from the original's.
-    real = torch.from_numpy(np.load(golden / "fbank_ltu.npz")["noise3.collator"])
-    picture = torch.full((1, 1024, 128), 5.081 / 4.4849)
-    picture[0, : len(real)] = real
-    patches = cavmae.patch_embed_a(picture)
-    stages = {
-        "patch_embed_strided": patches,
-        "block0_strided": cavmae.blocks_a[0](patches + cavmae.pos_embed_a + cavmae.modality_a),
-        "enc_strided": cavmae.encode(picture),
-    }
-    expected = np.load(golden / "encoder_ltu.npz")
-    for name, stage in stages.items():
-        error = worst(stage[:, ::16, ::24], expected[name][:1])
-        golden_report("encoder (CAV-MAE), same filterbank", name, error, 1e-5)
 
 
 def test_positions_start_as_in_the_original(golden: Path, golden_report) -> None:
@@ -158,13 +113,15 @@ class TestEveryEar:
             model_class(config)(torch.zeros(1, shape[0], 7))
 
 
+# The name that transformers 5.24 recommends is unknown to 5.17.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_nothing() -> None:
     model_class, config, shape = TINY["cavmae"]
     model = model_class(config).train()
     gradients = []
     for turn_on in (False, True):
         if turn_on:
-            model.gradient_checkpointing_enable()  # Its newer name is unknown to transformers 5.17.
+            model.gradient_checkpointing_enable()
         model.zero_grad()
         listen(model, shape).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
 import pickle
-import random
+import shutil
 import signal
-import subprocess
-import sys
-import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +15,10 @@ import torch
 
 from ltu_as import extract_whisper_feature
 from ltu_as.feature_store import FeatureError, FeatureStore, original_name
+from tests.machine import PATIENCE
+from tests.tiny import start_command
 from tests.whisper_tiny import save_whisper
 
-ROOT = Path(__file__).parents[1]
 SHAPE = [4, 25, 64]
 DESCRIPTION = {"whisper_model": "tiny.pt", "fingerprint": "ab" * 32, "feature_precision": "fp32", "shape": SHAPE}
 
@@ -136,13 +134,13 @@ def test_original_folders_are_read(tmp_path: Path) -> None:
 
 # Extraction.
 
-CLIPS = 30
+CLIPS = 11  # Three batches.
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    save_whisper(folder / "tiny.pt", n_audio_layer=2)
+    save_whisper(folder / "tiny.pt", n_audio_layer=1)
     rows = []
     for number in range(CLIPS):
         sound = np.random.default_rng(number).standard_normal(4000 + 900 * number) * 0.1
@@ -166,22 +164,26 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory) -> dict[str, str]:
-    """The files of a run that nobody disturbed."""
+def whole_folder(data: Path, tmp_path_factory) -> Path:
+    """The folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     assert extract_whisper_feature.main(flags(data, folder)) == 0
-    return files_of(folder)
+    return folder
 
 
-def start(data: Path, folder: Path, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ltu_as.extract_whisper_feature", *flags(data, folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def whole(whole_folder: Path) -> dict[str, str]:
+    """The files of that run."""
+    return files_of(whole_folder)
 
 
-def test_extraction_keeps_what_is_wanted(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    assert extract_whisper_feature.main(flags(data, tmp_path)) == 0
-    assert files_of(tmp_path) == whole and len(whole) == CLIPS + 2
+def start(data: Path, folder: Path, output: Path, **more) -> BaseProcess:
+    return start_command("ltu_as.extract_whisper_feature", flags(data, folder), output, **more)
+
+
+def test_extraction_keeps_what_is_wanted(data: Path, whole_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_folder, tmp_path, dirs_exist_ok=True)
+    assert len(files_of(tmp_path)) == CLIPS + 2
     store = FeatureStore(tmp_path)
     stored = [store.read(f"clip{number}.wav") for number in range(CLIPS)]
     assert all(clip.features.any() and clip.features.dtype == torch.float32 for clip in stored)
@@ -194,32 +196,30 @@ def test_extraction_keeps_what_is_wanted(data: Path, whole: dict[str, str], tmp_
     assert all(store.has(f"clip{number}.wav", with_transcript=True) for number in range(CLIPS))
 
 
-def test_killed_at_random_and_run_again(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    chance = random.Random(0)
-    partial = []
-    for _ in range(2):
-        process = start(data, tmp_path)
-        done = len(files_of(tmp_path))
-        wanted = done + chance.randint(1, 8)  # Files come to be from the first batch on; then at any moment.
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.rglob("*"))) < wanted and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        partial.append(len(list(tmp_path.rglob("*.safetensors"))))
-    assert 0 < partial[0] < CLIPS, "the run was to be killed on its way"
-    cut = next(tmp_path.rglob("*.safetensors"))
+def test_killed_and_run_again(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    """Killed in its first batch of four clips; started again, killed in its second."""
+    folder = tmp_path / "features"
+    for file, stored in ((4, 2), (4, 2 + 3)):  # The first file of the first run is the description.
+        process = start(data, folder, tmp_path / "output", kill_at=("replace", file))
+        process.join(PATIENCE)
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
+        assert len(list(folder.rglob("*.safetensors"))) == stored
+        assert list(folder.rglob("*.tmp"))
+    cut = next(folder.rglob("*.safetensors"))
     cut.write_bytes(cut.read_bytes()[:-100])  # What a power cut may leave.
     cut.with_name(f"{cut.name}.tmp").write_bytes(b"half")  # And what kill -9 may.
-    assert extract_whisper_feature.main(flags(data, tmp_path)) == 0
-    assert files_of(tmp_path) == whole
+    assert extract_whisper_feature.main(flags(data, folder)) == 0
+    assert files_of(folder) == whole
 
 
 def test_two_processes_make_the_same_files(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    ranks = [start(data, tmp_path, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    assert [rank.communicate() and rank.returncode for rank in ranks] == [0, 0]
-    assert files_of(tmp_path) == whole
+    folder = tmp_path / "features"
+    output = tmp_path / "output"
+    ranks = [start(data, folder, output, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for rank in ranks:
+        rank.join(PATIENCE)
+        assert rank.exitcode == 0, output.read_text()
+    assert files_of(folder) == whole
 
 
 def test_failures_are_named_and_never_zeros(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -253,8 +253,10 @@ def test_overflow_is_a_failure(data: Path, tmp_path: Path, monkeypatch) -> None:
         return batch
 
     monkeypatch.setattr(extract_whisper_feature.LtuAsFeatureExtractor, "__call__", overflow)
-    assert extract_whisper_feature.main(flags(data, tmp_path, "--transcribe", "none", "--max_bad", "7")) == 1
-    assert json.loads((tmp_path / "ledger.json").read_text())["reasons"] == {"not_finite": 8}  # one a batch
+    words = flags(data, tmp_path, "--transcribe", "none", "--max_bad", "2")
+    assert extract_whisper_feature.main(words) == 1
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["reasons"] == {"not_finite": 3}  # one a batch
 
 
 def test_extraction_refuses_what_does_not_fit(data: Path, whole, tmp_path: Path) -> None:
@@ -267,5 +269,6 @@ def test_extraction_refuses_what_does_not_fit(data: Path, whole, tmp_path: Path)
     command = flags(data, tmp_path / "out", "--data_path", str(tmp_path / "x/q.json"), str(tmp_path / "y/q.json"))
     with pytest.raises(ValueError, match="clip0.wav' is .*x/clip0.wav and .*y/clip0.wav"):
         extract_whisper_feature.main(command)
-    process = start(data, tmp_path)
-    assert b"error: " in process.communicate()[1] and process.returncode == 1
+    process = start(data, tmp_path, tmp_path / "output")
+    process.join(PATIENCE)
+    assert process.exitcode == 1 and (tmp_path / "output").read_text().startswith("error: ")

@@ -2,14 +2,11 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,9 +19,16 @@ from ltu.inference_batch import main, parse_args
 from ltu.pipeline_ltu import LtuPipeline
 from ltu.processing_ltu import LtuProcessor
 from ltu.request import Request
-from tests.tiny import LORA, clip, write_checkpoint, write_llm, write_rows
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+from tests.machine import PATIENCE
+from tests.tiny import (
+    LORA,
+    clip,
+    start_command,
+    start_ranks,
+    write_checkpoint,
+    write_llm,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +89,18 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("decoding", [(), ("--original_decoding",)], ids=["greedy", "sampled"])
 def test_killed_at_every_step_on_the_disk(folder, rows, tmp_path, monkeypatch, capsys, decoding):
-    """Stopped before and after each sync, renaming and removal, in a run of two outputs; then run again."""
+    """Stopped before and after each sync, renaming and removal, in a run of two outputs; run again.
+
+    The checkpoint is opened once for all runs, and answers are short.
+    """
+    pipeline = LtuPipeline.from_pretrained(folder, device="cpu")
+    monkeypatch.setattr("ltu.inference_batch.open_pipeline", lambda args: pipeline)
     made = json.loads(rows.read_text())
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, made[:6])))
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, made[-5:])))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, made[:5])))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, made[-2:])))
     outputs = [tmp_path / "a.json", tmp_path / "b.json"]
-    command = flags(folder, tmp_path / "a.jsonl", outputs[0], "--audio_root", str(rows.parent), *decoding)
+    more = ["--audio_root", str(rows.parent), "--max_new_tokens", "3", *decoding]
+    command = flags(folder, tmp_path / "a.jsonl", outputs[0], *more)
     for name, path in (("--data_path", tmp_path / "b.jsonl"), ("--output_path", outputs[1])):
         command.insert(command.index(name) + 2, str(path))
     ticks, stop_at = 0, 0
@@ -110,12 +120,13 @@ def test_killed_at_every_step_on_the_disk(folder, rows, tmp_path, monkeypatch, c
 
         return step
 
-    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+    monkeypatch.setattr(os, "fsync", stopping(lambda file: None))  # There is no disk to wait for.
+    for owner, name in ((os, "replace"), (Path, "unlink")):
         monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
     assert main(command) == 0
     expected, last = [read(path) for path in outputs], ticks
     total = sum(new for _, new in asked(capsys))
-    assert total == 11 and last > 2 * total
+    assert total == 7 and last > 2 * total
     for stop in range(1, last, 1 if not decoding else 7):
         for path in tmp_path.glob("?.json*"):
             if path.suffix != ".jsonl" or "partial" in path.name:
@@ -136,40 +147,43 @@ def test_killed_at_every_step_on_the_disk(folder, rows, tmp_path, monkeypatch, c
 
 
 def test_kill_9(folder, rows, tmp_path, reference, capsys):
-    """A process that is killed at random, several times."""
-    output, chance = tmp_path / "p.json", random.Random(0)
-    command = [sys.executable, "-m", "ltu.inference_batch", *flags(folder, rows, output, "--batch_size", "2")]
-    done = 0
-    while done < 10:
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = done + chance.randint(2, 6)
-        while count_lines(output) < until and process.poll() is None:
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not output.exists() and count_lines(output) >= done
+    """A process that is killed while it writes an answer; started again, and killed again."""
+    output, done = tmp_path / "p.json", 0
+    words = flags(folder, rows, output, "--batch_size", "2")
+    for _ in range(2):
+        log = tmp_path / "log"
+        process = start_command("ltu.inference_batch", words, log, kill_at=("fsync", 5))
+        process.join(PATIENCE)
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        assert not output.exists() and done < count_lines(output) < 22
         done = count_lines(output)
     assert main(flags(folder, rows, output)) == 0
     assert asked(capsys) == [(pytest.approx(done, abs=2), 22 - done)] and read(output) == read(reference)
 
 
-def test_half_a_line_and_strange_lines(folder, rows, tmp_path, reference, capsys):
+@pytest.fixture(scope="module")
+def kept(folder, rows, tmp_path_factory) -> Path:
+    """A folder with and_one.json, its one.json and the partial file of all answers.
+
+    The partial file is still there because one clip is missing.
+    """
+    place = tmp_path_factory.mktemp("kept")
+    made = json.loads(rows.read_text())
+    made.append({"instruction": "Q", "audio_id": "not.there"})
+    (place / "and_one.json").write_text(json.dumps(made))
+    more = ["--audio_root", str(rows.parent)]
+    assert main(flags(folder, place / "and_one.json", place / "one.json", *more)) == 1
+    return place
+
+
+def test_half_a_line_and_strange_lines(folder, rows, tmp_path, kept, reference, capsys):
     output = tmp_path / "p.json"
-    lines = lines_of(folder, rows, tmp_path)
+    lines = (kept / "one.json.partial.jsonl").read_bytes().splitlines(keepends=True)
     junk = [b"null\n", b"[]\n", b'{"key": 1}\n', b"\xff\x00\n", lines[3].replace(b'"windows"', b'"unknown"')]
     partials_path = Path(f"{output}.partial.jsonl")
     partials_path.write_bytes(b"".join([*lines[:3], *junk, *lines[4:7], lines[7][:-20]]))
     assert main(flags(folder, rows, output)) == 0
     assert asked(capsys)[-1][1] == 22 - 6 and read(output) == read(reference)
-
-
-def lines_of(folder: Path, rows: Path, tmp_path: Path) -> list[bytes]:
-    """Lines of a partial file with all answers: those of a run that one missing clip keeps."""
-    made = json.loads(rows.read_text())
-    (tmp_path / "and_one.json").write_text(json.dumps([*made, {"instruction": "Q", "audio_id": "not.there"}]))
-    more = ["--audio_root", str(rows.parent)]
-    assert main(flags(folder, tmp_path / "and_one.json", tmp_path / "one.json", *more)) == 1
-    return (tmp_path / "one.json.partial.jsonl").read_bytes().splitlines(keepends=True)
 
 
 # --- what is the same question
@@ -202,8 +216,8 @@ def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "tokens", "sampling", "seed", "dtype", "windows"])
-def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, capsys, change):
-    lines_of(folder, rows, tmp_path)
+def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, kept, capsys, change):
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     capsys.readouterr()
     more = ["--audio_root", str(rows.parent), "--max_bad", "1"]
     if change == "checkpoint":
@@ -232,35 +246,37 @@ def test_two_runs_at_once(folder, rows, tmp_path):
 # --- ranks
 
 
-def torchrun(*command: str) -> subprocess.Popen:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    command = [*launcher, "-m", "ltu.inference_batch", *command]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_two_ranks_equal_one(folder, rows, tmp_path, reference):
     """A rank that is killed fails the run; then one process reads what two left, and two do."""
     output = tmp_path / "p.json"
-    process = torchrun(*flags(folder, rows, output, "--batch_size", "1"))
-    while len(partials(output)) < 2 or min(path.stat().st_size for path in partials(output)) == 0:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.001)
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
-            os.kill(int(pid), signal.SIGKILL)
-    process.communicate(timeout=300)
+    words, log = flags(folder, rows, output, "--batch_size", "1"), tmp_path / "log"
+    ranks = start_ranks(2, "ltu.inference_batch", words, log, kill_last_at=("fsync", 2))
+    for rank in ranks:
+        rank.join(PATIENCE)
+    assert ranks[0].exitcode == 1 and ranks[1].exitcode == -signal.SIGKILL
     done = count_lines(output)
-    assert process.returncode != 0 and not output.exists() and 2 <= done < 22
-    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert len(partials(output)) == 2 and not output.exists() and 2 <= done < 22
+    copy = tmp_path / "copy" / "p.json"
+    copy.parent.mkdir()
+    for path in partials(output):
+        shutil.copy(path, copy.parent)
     assert main(flags(folder, rows, output)) == 0 and read(output) == read(reference)
-    process = torchrun(*flags(folder, rows, tmp_path / "copy" / "p.json"))
-    shown, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    assert f"asked {22 - done}," in shown and read(tmp_path / "copy" / "p.json") == read(reference)
-    assert not partials(tmp_path / "copy" / "p.json")
+    for rank in start_ranks(2, "ltu.inference_batch", flags(folder, rows, copy), log):
+        rank.join(PATIENCE)
+        assert rank.exitcode == 0, (tmp_path / "log.0").read_text()
+    assert f"asked {22 - done}," in (tmp_path / "log.0").read_text()
+    assert read(copy) == read(reference) and not partials(copy)
+
+
+@pytest.mark.slow  # Starts three interpreters.
+def test_torchrun(folder, rows, tmp_path, reference):
+    """The command of the module's documentation."""
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2 -m ltu.inference_batch"
+    command = [sys.executable, *launcher.split(), *flags(folder, rows, tmp_path / "p.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "asked 22," in done.stdout and read(tmp_path / "p.json") == read(reference)
 
 
 def test_each_rank_has_its_gpu(folder, rows, tmp_path, monkeypatch):
@@ -317,7 +333,7 @@ def test_what_cannot_be_written_is_said_first(folder, rows, tmp_path, capsys):
 
 
 def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
-    command = flags(folder, rows, tmp_path / "p.json", "--check_batch")
+    command = flags(folder, rows, tmp_path / "p.json", "--max_new_tokens", "6", "--check_batch")
     assert main(command) == 0
     assert "16 questions" in (shown := capsys.readouterr().out) and "batched answers equal" in shown
     assert main([*command, "5", "--dtype", "float16"]) == 0
@@ -331,7 +347,7 @@ def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(LtuProcessor, "lay_out", pads_are_heard)
     for dtype in ("float32", "float16"):
-        assert main([*command, "--dtype", dtype]) == 1
+        assert main([*command, "5", "--dtype", dtype]) == 1
         assert "DIFFERS" in capsys.readouterr().out
 
 

@@ -59,31 +59,33 @@ def pipeline_of(root: Path, kind: str) -> LtuPipeline:
     return LtuPipeline.from_pretrained(write_checkpoint(root / "checkpoint", llm, lora, prompt_template=template))
 
 
-def alone(pipeline: LtuPipeline, request: Request, text: str) -> LabelScore:
+def alone(pipeline: LtuPipeline, request: Request, texts: list[str]) -> list[LabelScore]:
     """By the training row of question and answer, whole and without a cache."""
     processor = pipeline.processor
     heard = [] if request.audio is None or request.mode == "asr_only" else [processor.hear(request.audio)]
     given = "" if request.mode == "audio_only" else request.transcript
     transcript = processor.complete_transcripts(heard, [given])[0] if heard else given or ""
-    row = {"instruction": request.question, "input": transcript, "output": text}
-    ids, labels = processor.encode_example(row, 10_000, train_on_inputs=False)
-    batch = processor.lay_out([ids], [bool(heard)])
     features = {"input_features": processor.features_of(heard)} if heard else {}
-    with torch.no_grad():
-        logits = pipeline.model(**batch, **features).logits[0].double()
-    before = batch["input_ids"].shape[1] - len(ids)
-    scores = torch.log_softmax(logits, -1)
-    answer = [place for place, label in enumerate(labels) if label != IGNORED]
-    values = [scores[before + place - 1, ids[place]].item() for place in answer]
-    return LabelScore(text, sum(values), len(values))
+    found = []
+    for text in texts:
+        row = {"instruction": request.question, "input": transcript, "output": text}
+        ids, labels = processor.encode_example(row, 10_000, train_on_inputs=False)
+        batch = processor.lay_out([ids], [bool(heard)])
+        with torch.no_grad():
+            logits = pipeline.model(**batch, **features).logits[0].double()
+        before = batch["input_ids"].shape[1] - len(ids)
+        scores = torch.log_softmax(logits, -1)
+        answer = [place for place, label in enumerate(labels) if label != IGNORED]
+        values = [scores[before + place - 1, ids[place]].item() for place in answer]
+        found.append(LabelScore(text, sum(values), len(values)))
+    return found
 
 
 def check(pipeline: LtuPipeline, request: Request, **settings) -> list[LabelScore]:
     found = pipeline.score(request, LABELS, **settings)
-    for score, text in zip(found, LABELS, strict=True):
-        expected = alone(pipeline, request, text)
-        assert (score.text, score.num_tokens) == (text, expected.num_tokens)
-        assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4), text
+    for score, expected in zip(found, alone(pipeline, request, LABELS), strict=True):
+        assert (score.text, score.num_tokens) == (expected.text, expected.num_tokens)
+        assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4), score.text
     return found
 
 

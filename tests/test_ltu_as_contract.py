@@ -53,7 +53,7 @@ def features(root: Path) -> Path:
 
 def make(root: Path, output: Path, *flags: str):
     words = f"--base_model {root}/init --data_path {root}/rows.json --output_dir {output} --batch_size 2"
-    words += " --micro_batch_size 2 --max_steps 3 --warmup_steps 1 --bf16 False --num_workers 0 --logging_steps 1"
+    words += " --micro_batch_size 2 --max_steps 2 --warmup_steps 1 --bf16 False --num_workers 0 --logging_steps 1"
     return make_trainer(*parse_args([*words.split(), "--learning_rate", "1e-3", *flags]))
 
 

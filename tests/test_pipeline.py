@@ -1,16 +1,15 @@
 """The answering engine: one answer a request, whatever is asked beside it; one encoding a clip; windows; streaming."""
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import tiny
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from whisper_tiny import save_whisper
 
 from ltu.audio import load_audio
 from ltu.decoding import ORIGINAL_DECODING, BatchStreamer, RowSampler, check_decoding
@@ -18,6 +17,8 @@ from ltu.encoding_cache import content_hash
 from ltu.pipeline_ltu import LtuPipeline
 from ltu.request import Answer, Request
 from ltu_as.convert_checkpoint import main as convert_as
+from tests import tiny
+from tests.whisper_tiny import save_whisper
 
 WORDS = "what do you hear is the dog loud near or far and why say more".split()
 
@@ -32,14 +33,34 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {"ltu": tiny.write_checkpoint(root / "ltu", llm, tiny.LORA), "ltu_as": root / "ltu_as"}
 
 
-@pytest.fixture(params=["ltu", "ltu_as"])
-def pipeline(folders, request) -> LtuPipeline:
-    return LtuPipeline.from_pretrained(folders[request.param], device="cpu")
+@pytest.fixture(scope="module")
+def models(folders) -> dict[str, LtuPipeline]:
+    """Opened once; what a test changes in them it must put back."""
+    opened = {}
+    for kind, folder in folders.items():
+        opened[kind] = LtuPipeline.from_pretrained(folder, device="cpu")
+    return opened
 
 
 @pytest.fixture
-def ltu(folders) -> LtuPipeline:
-    return LtuPipeline.from_pretrained(folders["ltu"], device="cpu")
+def fresh(models) -> Callable[..., LtuPipeline]:
+    """`fresh(kind, cache_mb=256)`: a pipeline that has encoded nothing yet."""
+
+    def make(kind: str, cache_mb: float = 256) -> LtuPipeline:
+        opened = models[kind]
+        return LtuPipeline(opened.model, opened.processor, cache_mb, opened.folder)
+
+    return make
+
+
+@pytest.fixture(params=["ltu", "ltu_as"])
+def pipeline(fresh, request) -> LtuPipeline:
+    return fresh(request.param)
+
+
+@pytest.fixture
+def ltu(fresh) -> LtuPipeline:
+    return fresh("ltu")
 
 
 def mixture(seed: int, folder: Path) -> list[Request]:
@@ -62,14 +83,14 @@ def mixture(seed: int, folder: Path) -> list[Request]:
     return requests
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_an_answer_does_not_depend_on_its_company(pipeline, tmp_path, seed):
     """Greedy, beams and sampling; clips of all sorts, none, several windows: each alone, together, in another order."""
     requests = mixture(seed, tmp_path)
     alone = [pipeline([request])[0] for request in requests]
     assert {answer.status for answer in alone} >= {"ok", "missing"}
     assert len({answer.text for answer in alone}) > len(alone) // 2  # They are not all the same anyway.
-    for batch_size in (2, 5, 14):
+    for batch_size in (3, 14):
         order = random.Random(batch_size).sample(range(len(requests)), len(requests))
         answers = pipeline([requests[index] for index in order], batch_size)
         assert answers == [alone[index] for index in order]
@@ -92,13 +113,13 @@ def test_one_encoding_for_many_questions(ltu, tmp_path):
     assert ltu.clip_hash(Request("?", a)) == content_hash(c) != content_hash(b)
 
 
-def test_the_cache_changes_nothing_and_keeps_to_its_size(folders):
+def test_the_cache_changes_nothing_and_keeps_to_its_size(fresh):
     clips = [tiny.clip(seed) for seed in range(6)]
     requests = [Request(question, clip) for question in ("What?", "Why is it so?") for clip in clips]
     answers, encoded = [], []
     vectors = 2 * tiny.LLM["hidden_size"] * 4 + 1000  # bytes a clip: 2 tokens of fp32, and the entry
     for megabytes in (256, 0, 3.5 * vectors / 2**20):
-        pipeline = LtuPipeline.from_pretrained(folders["ltu"], device="cpu", cache_mb=megabytes)
+        pipeline = fresh("ltu", megabytes)
         answers.append(pipeline(requests, batch_size=3, max_new_tokens=6))
         pipeline(requests[-1:], max_new_tokens=1)
         encoded.append(pipeline.cache.encoded)
@@ -109,12 +130,11 @@ def test_the_cache_changes_nothing_and_keeps_to_its_size(folders):
     assert encoded[0] == 6 < encoded[2] < encoded[1] and len(pipeline.cache.kept) == 3
 
 
-def test_words_and_sound_are_kept_apart(folders):
+def test_words_and_sound_are_kept_apart(fresh):
     """A clip that was asked about with its words given is not encoded again when Whisper has to write them."""
-    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
     clip = tiny.clip(1, 1.0)
-    written = pipeline([Request("What?", clip)], max_new_tokens=4)[0]
-    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
+    written = fresh("ltu_as")([Request("What?", clip)], max_new_tokens=4)[0]
+    pipeline = fresh("ltu_as")
     requests = [Request("What?", clip, ""), Request("What?", clip, "a dog"), Request("What?", clip)]
     answers = [pipeline([request], max_new_tokens=4)[0] for request in requests]
     assert [answer.transcript for answer in answers] == ["", "a dog", written.transcript]
@@ -195,9 +215,11 @@ def test_the_last_window_may_be_short(ltu):
         assert (answer.windows, answer.status) == (windows, "ok")
 
 
-def test_what_does_not_fit_is_said(ltu):
+# More tokens are demanded than fit, of which transformers warns; how the answer ends is tested.
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints:UserWarning")
+def test_what_does_not_fit_is_said(ltu, monkeypatch):
     """Of an endless clip as many windows as fit are heard; an endless question has no answer."""
-    ltu.model.config.text_config.max_position_embeddings = 128
+    monkeypatch.setattr(ltu.model.config.text_config, "max_position_embeddings", 128)
     long, short = Request("What?", tiny.clip(1, 60.0), windows=0), Request("Why?", tiny.clip(2))
     endless = Request("why " * 200, tiny.clip(2))
     answers = ltu([long, short, endless], max_new_tokens=4)
@@ -319,12 +341,11 @@ def test_half_a_character_is_no_end(ltu):
     assert odd == ltu([Request("What ??", tiny.clip(1))], max_new_tokens=4)[0] and plain.answered
 
 
-def test_features_that_overflow_are_one_clips_failure(folders, monkeypatch):
-    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
+def test_features_that_overflow_are_one_clips_failure(fresh, monkeypatch):
     clips = [tiny.clip(seed, 1.0) for seed in range(3)]
     requests = [Request("What?", clip, "") for clip in clips]
-    whole = pipeline(requests, max_new_tokens=3)
-    pipeline = LtuPipeline.from_pretrained(folders["ltu_as"], device="cpu")
+    whole = fresh("ltu_as")(requests, max_new_tokens=3)
+    pipeline = fresh("ltu_as")
     stock = type(pipeline.processor.feature_extractor).__call__
 
     def overflowing(extractor, raw_speech, **kwargs):
@@ -345,8 +366,10 @@ def test_what_cannot_be_opened_says_why(folders, setting):
         LtuPipeline.from_pretrained(folders["ltu"], device="cpu", **setting)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", [{"compile": True}, {"attention": "eager"}, {"device_map": "auto"}])
+COMPILED = pytest.param({"compile": True}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("setting", [COMPILED, {"attention": "eager"}, {"device_map": "auto"}])
 def test_other_ways_to_compute_give_the_same_answers(folders, setting):
     requests = [Request(question, tiny.clip(1)) for question in ("What?", "Why is it so?")]
     plain = LtuPipeline.from_pretrained(folders["ltu"], device="cpu")(requests, max_new_tokens=6)

@@ -9,13 +9,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from ltu.prompt_template import load_prompt_template
 from ltu.serve import make_server, read_flags
 from ltu_as.convert_checkpoint import main as convert
 from tests import tiny
+from tests.machine import PATIENCE, wait_until
 from tests.test_any_llm import byte_tokenizer
 from tests.whisper_tiny import save_whisper
 
@@ -42,7 +42,8 @@ class Served:
 
     def __init__(self, pipeline: LtuPipeline, port: int):
         self.pipeline, self.port, self.url = pipeline, port, f"http://127.0.0.1:{port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60)
+        settings = {"max_retries": 0, "timeout": PATIENCE}
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", **settings)
 
     def ask(self, *parts: dict, **settings):
         said = {"messages": [{"role": "user", "content": list(parts)}], "model": "tiny", "max_tokens": 12} | settings
@@ -53,13 +54,15 @@ class Served:
         return self.pipeline([Request(question, audio, decoding=decoding, **settings)])[0].text
 
     def meter(self, name: str) -> float:
-        said = urllib.request.urlopen(f"{self.url}/metrics").read().decode()
-        found = re.search(rf"^{re.escape(name)} (\S+)$", said, re.M)
+        with urllib.request.urlopen(f"{self.url}/metrics") as reply:
+            found = re.search(rf"^{re.escape(name)} (\S+)$", reply.read().decode(), re.M)
         return float(found[1]) if found else 0.0
 
-    def post(self, body: bytes, length: int | None = -1, **headers: str) -> tuple[int, dict]:
-        """A request below the client; without length it is chunked."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+    def send(
+        self, body: bytes, length: int | None = -1, **headers: str
+    ) -> http.client.HTTPConnection:
+        """Send a request below the client; without length it is chunked."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
         if length is None:
             parts = [body[start : start + 65536] for start in range(0, len(body), 65536)]
@@ -67,8 +70,13 @@ class Served:
         else:
             headers["Content-Length"] = str(len(body) if length < 0 else length)
             connection.request("POST", "/v1/chat/completions", body, headers)
-        reply = connection.getresponse()
-        return reply.status, json.loads(reply.read())
+        return connection
+
+    def post(self, body: bytes, length: int | None = -1, **headers: str) -> tuple[int, dict]:
+        """Send a request and read the status and content of its reply."""
+        with closing(self.send(body, length, **headers)) as connection:
+            with connection.getresponse() as reply:
+                return reply.status, json.loads(reply.read())
 
 
 @contextmanager
@@ -84,7 +92,7 @@ def serve(pipeline: LtuPipeline, *flags: str) -> Iterator[Served]:
         yield Served(pipeline, server.servers[0].sockets[0].getsockname()[1])
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -106,6 +114,13 @@ def served(pipeline: LtuPipeline) -> Iterator[Served]:
         yield found
 
 
+@pytest.fixture
+def gate(pipeline: LtuPipeline) -> Iterator[tiny.Gate]:
+    """A closed gate in the engine of `served` and of every server of `pipeline`."""
+    with tiny.closed_gate(pipeline) as gate:
+        yield gate
+
+
 def words(text: str = QUESTION) -> dict:
     return {"type": "text", "text": text}
 
@@ -118,13 +133,6 @@ def encoded(waveform: np.ndarray, kind: str = "wav", rate: int = 16_000) -> byte
     file = io.BytesIO()
     soundfile.write(file, waveform, rate, format=kind)
     return file.getvalue()
-
-
-def eventually(is_so) -> None:
-    until = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 # --- answers
@@ -216,7 +224,8 @@ def test_models_and_health(served: Served) -> None:
     assert served.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="one model here: 'tiny'"):
         served.client.models.retrieve("other")
-    assert json.load(urllib.request.urlopen(f"{served.url}/health"))["status"] == "ok"
+    with urllib.request.urlopen(f"{served.url}/health") as reply:
+        assert json.load(reply)["status"] == "ok"
     with pytest.raises(openai.NotFoundError):
         served.client.embeddings.create(model="tiny", input="x")
 
@@ -318,8 +327,8 @@ def test_clips_that_cannot_be_heard(served: Served, is_streamed: bool) -> None:
 
 
 def test_bodies_that_are_none(served: Served) -> None:
-    start = b'{"model": "tiny", "messages": [{"role": "user", "content": "'
-    assert served.post(start + b'What?"}], "max_tokens": 2}')[0] == 200
+    start = b'{"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "'
+    assert served.post(start + b'What?"}]}')[0] == 200
     for body in (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"):
         assert served.post(body)[0] == 400
     for end in (b'\\ud800"}]}', b'x"}], "temperature": NaN}', b'x"}], "top_p": 1e999}', b'x"}], "temperature": 1e999}'):
@@ -342,19 +351,30 @@ def test_bodies_that_are_too_large(served: Served) -> None:
     assert found.value.status_code == 413 and found.value.code == "body_too_large"
 
 
-def test_a_body_that_does_not_arrive(pipeline: LtuPipeline) -> None:
-    with serve(pipeline, "--timeout", "0.5") as served:
-        assert served.post(b"{}", length=100)[0] == 408
+def test_what_takes_too_long(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
+    """A stream that has begun, an answer behind it and a body that does not arrive."""
+    with serve(pipeline, "--timeout", "1") as served, ThreadPoolExecutor() as pool:
+        stream = pool.submit(lambda: list(served.ask(words(), max_tokens=1000, stream=True)))
+        assert gate.is_reached.wait(PATIENCE)
+        answer = pool.submit(served.ask, words(), max_tokens=1000)
+        body = pool.submit(served.post, b"{}", length=100)
+        with pytest.raises(openai.APIError, match="too long") as found:
+            stream.result()
+        assert not isinstance(found.value, openai.APIStatusError)  # The status was sent long before.
         with pytest.raises(openai.InternalServerError) as found:
-            served.ask(words(), max_tokens=1000)
-        assert found.value.status_code == 504 and found.value.response.headers["x-should-retry"] == "false"
-        with pytest.raises(openai.APIError, match="too long"):
-            list(served.ask(words(), max_tokens=1000, stream=True))
-        eventually(lambda: served.meter('ltu_answers_total{status="cancelled"}') == 2)
+            answer.result()
+        assert found.value.status_code == 504
+        assert found.value.response.headers["x-should-retry"] == "false"
+        assert body.result()[0] == 408
+        wait_until(lambda: served.meter('ltu_answers_total{status="cancelled"}') == 2)
+
+
+def test_a_body_that_breaks_off(pipeline: LtuPipeline) -> None:
+    with serve(pipeline) as served:
         with socket.create_connection(("127.0.0.1", served.port)) as plain:
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             plain.sendall(f"{head}Content-Length: 99\r\n\r\nhalf".encode())
-        eventually(lambda: served.meter('ltu_requests_total{code="408"}') == 2)
+        wait_until(lambda: served.meter('ltu_requests_total{code="408"}') == 1)
 
 
 def test_the_key(pipeline: LtuPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +391,7 @@ def test_the_key(pipeline: LtuPipeline, monkeypatch: pytest.MonkeyPatch) -> None
         assert served.post(b"{}", Authorization="Bearer käse".encode().decode("latin-1"))[0] == 404
 
 
-def test_the_queue_has_an_end(pipeline: LtuPipeline) -> None:
+def test_the_queue_has_an_end(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
     with serve(pipeline, "--max_queue", "1") as served:
         running = served.ask(words(), max_tokens=1000, stream=True)
         next(iter(running))
@@ -379,24 +399,35 @@ def test_the_queue_has_an_end(pipeline: LtuPipeline) -> None:
             served.ask(words())
         assert found.value.response.headers["retry-after"] == "1"
         running.close()
-        eventually(lambda: served.meter('ltu_answers_total{status="cancelled"}') == 1)
+        wait_until(lambda: served.meter('ltu_answers_total{status="cancelled"}') == 1)
+        gate.is_open.set()
         patient = served.client.with_options(max_retries=5)
         assert patient.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=12
         ).choices[0].message.content == served.engine(QUESTION)  # fmt: skip
 
 
-def test_clients_that_go_away(served: Served) -> None:
+def test_clients_that_go_away(served: Served, gate: tiny.Gate) -> None:
+    """From a stream, while an answer is computed, and while the request waits for its batch."""
     name = 'ltu_answers_total{status="cancelled"}'
     before = served.meter(name)
     with served.ask(words(), max_tokens=600, stream=True) as parts:
         next(iter(parts))
-    eventually(lambda: served.meter(name) == before + 1)
-    with pytest.raises(openai.APITimeoutError):
-        served.client.with_options(timeout=0.3).chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=600
-        )
-    eventually(lambda: served.meter(name) == before + 2)
+    wait_until(lambda: served.meter(name) == before + 1)
+
+    messages = [{"role": "user", "content": QUESTION}]
+    body = json.dumps({"model": "tiny", "messages": messages}).encode()
+    gate.is_reached.clear()
+    running = served.send(body)
+    assert gate.is_reached.wait(PATIENCE)
+    waiting = served.send(body)
+    wait_until(lambda: served.meter("ltu_queue_depth") == 1)
+    ended = served.meter("ltu_request_seconds_count")
+    waiting.close()
+    wait_until(lambda: served.meter("ltu_request_seconds_count") == ended + 1)
+    running.close()
+    wait_until(lambda: served.meter(name) == before + 3)
+    gate.is_open.set()
     assert served.ask(words()).choices[0].message.content == served.engine(QUESTION)
 
 
@@ -426,14 +457,18 @@ def test_an_engine_that_fails(
 # --- many at once, and the end
 
 
-def test_many_at_once(pipeline: LtuPipeline) -> None:
-    """Good and bad, plain and streamed, greedy and sampled: each as if it were alone, and they share batches."""
+def test_many_at_once(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
+    """Good and bad, plain and streamed, greedy and sampled: each as if alone, in shared batches.
+
+    The gate opens when all wait for the first one.
+    """
     clips = [path.read_bytes() for path in TOY]
     expected = []
     for index in range(16):
         sampling = {"do_sample": True, "temperature": 0.9} if index % 5 == 0 else {}
         request = Request(f"Question {index}?", clips[index % 3] if index % 4 else None, decoding=sampling, seed=index)
-        expected.append("unreadable" if index % 6 == 1 else pipeline([request], max_new_tokens=20)[0].text)
+        is_bad = index % 6 == 1
+        expected.append("unreadable" if is_bad else pipeline([request], max_new_tokens=10)[0].text)
 
     async def ask(client: openai.AsyncOpenAI, index: int) -> str:
         clip = [sound(b"RIFF" if index % 6 == 1 else clips[index % 3], "flac")] if index % 4 or index % 6 == 1 else []
@@ -441,7 +476,7 @@ def test_many_at_once(pipeline: LtuPipeline) -> None:
         said = [{"role": "user", "content": [*clip, words(f"Question {index}?")]}]
         try:
             reply = await client.chat.completions.create(
-                model="tiny", messages=said, max_tokens=20, stream=index % 2 == 0, **settings
+                model="tiny", messages=said, max_tokens=10, stream=index % 2 == 0, **settings
             )
             if index % 2:
                 return reply.choices[0].message.content
@@ -453,17 +488,23 @@ def test_many_at_once(pipeline: LtuPipeline) -> None:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
             return await asyncio.gather(*(ask(client, index) for index in range(16)))
 
-    with serve(pipeline, "--max_wait_ms", "300") as served:
-        assert asyncio.run(ask_all(served.url)) == expected
-        assert served.meter("ltu_batch_size_count") < served.meter("ltu_batch_size_sum") == 13
+    def is_full() -> bool:
+        return served.meter("ltu_queue_depth") + served.meter("ltu_batch_size_sum") == 13
+
+    with serve(pipeline) as served, ThreadPoolExecutor(1) as pool:
+        replies = pool.submit(asyncio.run, ask_all(served.url))
+        wait_until(is_full)
+        gate.is_open.set()
+        assert replies.result() == expected
+        assert 1 < served.meter("ltu_batch_size_count") < served.meter("ltu_batch_size_sum") == 13
         assert served.meter('ltu_requests_total{code="200"}') == 13
         assert served.meter('ltu_requests_total{code="400"}') == 3
         assert served.meter('ltu_tokens_total{kind="new"}') > 13 and served.meter("ltu_queue_depth") == 0
-        eventually(lambda: served.meter("ltu_request_seconds_count") == 13)
+        wait_until(lambda: served.meter("ltu_request_seconds_count") == 13)
         assert served.meter("ltu_heard_seconds_total") > 0
 
 
-def test_what_runs_too_long_is_ended(pipeline: LtuPipeline) -> None:
+def test_what_runs_too_long_is_ended(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
     with serve(pipeline, "--shutdown_seconds", "0") as served:
         parts = iter(served.ask(words(), max_tokens=1000, stream=True))
         next(parts)
@@ -471,29 +512,29 @@ def test_what_runs_too_long_is_ended(pipeline: LtuPipeline) -> None:
         list(parts)
 
 
-def test_sigterm_lets_answers_end(folder: Path) -> None:
-    command = [sys.executable, "-m", "ltu.serve", "--model", str(folder), "--port", "0", "--max_tokens", "600"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+def test_sigterm_lets_answers_end(pipeline: LtuPipeline, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    words = ["--model", str(folder), "--port", "0", "--max_tokens", "200"]
+    process = tiny.start_command("ltu.serve", words, output)
     try:
-        said = ""
-        while "Uvicorn running" not in said:
-            said += (line := process.stderr.readline())
-            assert line, said
-        port = int(re.search(r"http://127\.0\.0\.1:(\d+)", said)[1])
+        while not output.is_file() or "Uvicorn running" not in output.read_text():
+            process.join(0.01)
+            assert process.exitcode is None, output.read_text()
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)", output.read_text())[1])
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
         parts = iter(client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=600, stream=True
+            model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=200, stream=True
         ))  # fmt: skip
         got = [next(parts), next(parts)]
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         got += list(parts)
         assert got[-1].choices[0].finish_reason in ("stop", "length")
         text = "".join(part.choices[0].delta.content or "" for part in got)
-        assert text == LtuPipeline.from_pretrained(folder)([Request(QUESTION)], max_new_tokens=600)[0].text
-        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert text == pipeline([Request(QUESTION)], max_new_tokens=200)[0].text
+        process.join(PATIENCE)
+        assert process.exitcode in (0, -signal.SIGTERM)
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
-        assert QUESTION not in said + process.stderr.read()
+        assert QUESTION not in output.read_text()
     finally:
         process.kill()

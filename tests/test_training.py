@@ -18,7 +18,9 @@ from ltu.audio import AudioError, load_audio
 from ltu.finetune import main, make_trainer
 from ltu.micro_batches import MicroBatches, batches_per_rank, total_steps
 from ltu.qa_dataset import QaDataset, RowError, check_audio, read_rows
-from tests.tiny import LORA, write_checkpoint, write_llm, write_rows
+from tests.machine import PATIENCE
+from tests.test_scripts import run_script
+from tests.tiny import LORA, start_ranks, write_checkpoint, write_llm, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -138,24 +140,27 @@ def test_two_processes_equal_one(start, tmp_path):
     """Two ranks on gloo reach the losses of one process with the same micro-batch size and doubled accumulation."""
     rows = write_rows(tmp_path / "rows", 16, without_audio=3)
     main(flags(start, rows, tmp_path / "one", batch_size=8, num_epochs=2, group_by_length=True))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command += [
-        "-m",
-        "ltu.finetune",
-        *flags(start, rows, tmp_path / "two", batch_size=8, num_epochs=2, group_by_length=True),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    words = flags(start, rows, tmp_path / "two", batch_size=8, num_epochs=2, group_by_length=True)
+    for rank in start_ranks(2, "ltu.finetune", words, tmp_path / "output"):
+        rank.join(PATIENCE)
+        assert rank.exitcode == 0, (tmp_path / "output.0").read_text()[-3000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 4
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], abs=2e-5)
     assert [e["grad_norm"] for e in two] == pytest.approx([e["grad_norm"] for e in one], rel=1e-3)
 
 
+def test_command_of_two_machines(tmp_path):
+    """What a stage script starts on each of them; `test_two_machines_meet` runs it."""
+    environment = {"NNODES": "2", "RDZV_ENDPOINT": "host:29500", "EXP": str(tmp_path)}
+    status, words = run_script("stage2_all_cla", tmp_path, **environment)
+    launcher = "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_id ltu"
+    launcher += " --rdzv_backend c10d --rdzv_endpoint host:29500 -m ltu.finetune"
+    assert status == 0
+    assert words[: words.index("ltu.finetune") + 1] == launcher.split()
+
+
+@pytest.mark.slow  # Starts four interpreters.
 def test_two_machines_meet(start, tmp_path):
     """A stage script that runs on two machines at once, as `slurm.sh` starts it, ends well on both."""
     (tmp_path / "stage1_proj_cla").symlink_to(start)
@@ -173,7 +178,7 @@ def test_two_machines_meet(start, tmp_path):
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
     ]
-    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    said = [machine.communicate(timeout=PATIENCE)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said[0][-2000:] + said[1][-2000:]
     state = json.loads((tmp_path / "stage2_all_cla" / "ltu_state.json").read_text())
     assert state["finished"] and state["total_steps"] == 2

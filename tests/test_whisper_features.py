@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -117,23 +118,48 @@ def test_saved_and_opened_again_without_weights(extractor, tmp_path: Path) -> No
     assert LtuAsFeatureExtractor.shape_of(extractor.whisper_model) == (4, 64)
 
 
-@pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize("is_sure", [True, False])
-@pytest.mark.parametrize("n_vocab", [51865, 51864])  # with languages, English only
-def test_transcripts_are_those_of_stock_whisper(tmp_path: Path, batched: bool, is_sure: bool, n_vocab: int) -> None:
-    """Where greedy decoding fails, Whisper falls back to sampling: the same, with one seed."""
-    path = save_whisper(tmp_path / "w.pt", is_sure=is_sure, n_vocab=n_vocab)
-    extractor = LtuAsFeatureExtractor(4, 64, path, None, "fp32")
-    clips = [noise(2, 0), noise(40, 1), noise(0.5, 2)]
+@dataclass
+class Transcribed:
+    """A Whisper and what stock `transcribe` makes of clips with it."""
+
+    path: str
+    clips: list[np.ndarray]
+    texts: list[str]
+
+
+# A vocabulary with languages, and one of English only. Where greedy decoding is not sure, Whisper
+# falls back to sampling, which takes six times as long.
+MULTILINGUAL, ENGLISH = 51865, 51864
+WHISPERS = [
+    pytest.param((MULTILINGUAL, True), id="multilingual-sure"),
+    pytest.param((MULTILINGUAL, False), id="multilingual-unsure", marks=pytest.mark.slow),
+    pytest.param((ENGLISH, True), id="english-sure"),
+    pytest.param((ENGLISH, False), id="english-unsure"),
+]
+
+
+@pytest.fixture(scope="module", params=WHISPERS)
+def stock(request: pytest.FixtureRequest, tmp_path_factory) -> Transcribed:
+    n_vocab, is_sure = request.param
+    file = tmp_path_factory.mktemp("stock") / "w.pt"
+    path = save_whisper(file, is_sure=is_sure, n_vocab=n_vocab, n_audio_layer=1)
     model = load_whisper(path, "cpu", False)[0]
-    stock = []
+    clips = [noise(40, 1), noise(0.5, 2)]  # Two of Whisper's windows of 30 s, and one.
+    texts = []
     for clip in clips:
         torch.manual_seed(0)
-        stock.append(model.transcribe(clip, fp16=False, condition_on_previous_text=False)["text"])
+        texts.append(model.transcribe(clip, fp16=False, condition_on_previous_text=False)["text"])
     load_whisper.cache_clear()
+    return Transcribed(path, clips, texts)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_transcripts_are_those_of_stock_whisper(stock: Transcribed, batched: bool) -> None:
+    extractor = LtuAsFeatureExtractor(1, 64, stock.path, None, "fp32")
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
-    assert extractor.transcribe(clips, batched) == [clean_transcript(text) for text in stock]
+    expected = [clean_transcript(text) for text in stock.texts]
+    assert extractor.transcribe(stock.clips, batched) == expected
     assert torch.equal(torch.random.get_rng_state(), state)  # Training's own random numbers stay.
     assert extractor.transcribe([]) == []
 

@@ -1,15 +1,33 @@
-"""A model small enough to build in a test: an ear of two blocks and 64 frames, a language model of two layers."""
+"""A model small enough to build in a test.
+
+It has an audio encoder of two blocks and 64 frames, and a language model of two layers. `Gate`
+makes it as slow as a test needs it. `start_command` and `start_ranks` run commands on it in
+processes of their own.
+"""
 
 import json
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration, LtuProcessor
 from ltu.configuration_ltu import hash_language_model
+from ltu.pipeline_ltu import LtuPipeline
+from ltu.request import Answer, OnText, Request
 
 GOLDEN = Path(__file__).parent / "golden"
 LLM = {
@@ -102,3 +120,158 @@ def write_rows(folder: Path, count: int, seed: int = 0, without_audio: int = 0) 
         rows.append({"instruction": f"What is it? {words}", "input": "", "audio_id": audio_id, "output": words})
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
+
+
+class Gate:
+    """Holds an engine at each text of an answer until the gate opens or the request is cancelled.
+
+    So a test decides how long an answer takes, and not the speed of the machine.
+    """
+
+    def __init__(self, run: Callable):
+        self.stock_run = run
+        self.is_open = threading.Event()
+        self.is_reached = threading.Event()
+        self.steps = threading.Semaphore(0)
+
+    def step(self) -> None:
+        """Let one text pass."""
+        self.steps.release()
+
+    def run(
+        self,
+        requests: list[Request],
+        batch_size: int = 8,
+        seed: int = 42,
+        on_text: OnText | None = None,
+        **decoding: Any,
+    ) -> Iterator[tuple[int, Answer]]:
+        """`LtuPipeline.run`; where nobody reads the text, nothing is held."""
+
+        def hold(index: int, text: str) -> bool | None:
+            goes_on = on_text(index, text)
+            if text:
+                self.is_reached.set()
+            while text and goes_on is not False and not self.is_open.is_set():
+                if self.steps.acquire(timeout=0.01):
+                    break
+                goes_on = on_text(index, text)
+            return goes_on
+
+        return self.stock_run(requests, batch_size, seed, on_text and hold, **decoding)
+
+
+@contextmanager
+def closed_gate(pipeline: LtuPipeline) -> Iterator[Gate]:
+    """Put a closed gate into the engine of a pipeline; it is open and gone in the end."""
+    gate = Gate(pipeline.run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run", gate.run)
+        try:
+            yield gate
+        finally:
+            gate.is_open.set()
+
+
+# --- processes
+
+# A new interpreter takes 6 seconds of CPU time to import these. Python's fork server imports them
+# once for all tests.
+PRELOADED = ["ltu.finetune", "ltu.inference_batch", "ltu_as.extract_whisper_feature", "tests.tiny"]
+
+
+def start_command(
+    module: str,
+    words: list[str],
+    output: Path,
+    kill_at: tuple[str, int] | None = None,
+    **environment: str,
+) -> BaseProcess:
+    """Run `python -m MODULE WORDS...` in a process that has torch and transformers already.
+
+    Args:
+        output: a file to which stdout and stderr are appended.
+        kill_at: with ("fsync", 3) the process kills itself, as kill -9 does, in its third call of
+            `os.fsync`. So the moment does not depend on the speed of the machine.
+        environment: variables on top of those of the tests.
+
+    Returns:
+        The process; after `join`, `exitcode` is its exit status.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    arguments = (module, words, output, kill_at, environment)
+    # A daemon is ended with the tests, and so cannot have workers of its own.
+    process = context.Process(target=_run_command, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def start_ranks(
+    count: int,
+    module: str,
+    words: list[str],
+    output: Path,
+    kill_last_at: tuple[str, int] | None = None,
+) -> list[BaseProcess]:
+    """Run a command on several ranks of one job, with the environment that torchrun gives them.
+
+    Args:
+        output: stdout and stderr of a rank are appended to the file `OUTPUT.RANK`.
+        kill_last_at: `kill_at` of the last rank.
+    """
+    # As in torchrun, the launcher holds the store at which ranks meet: no other process can take
+    # the port before rank 0 listens.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    ranks = []
+    for number in range(count):
+        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+        kill_at = kill_last_at if number == count - 1 else None
+        rank = start_command(module, words, Path(f"{output}.{number}"), kill_at, **shared, **own)
+        rank.store = store  # It lives as long as the ranks.
+        ranks.append(rank)
+    return ranks
+
+
+def _run_command(
+    module: str,
+    words: list[str],
+    output: Path,
+    kill_at: tuple[str, int] | None,
+    environment: dict[str, str],
+) -> None:
+    """What a forked process does."""
+    os.environ.update(environment)
+    tempfile.tempdir = None  # It may have been looked up before TMPDIR was there.
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, sys.stdout.fileno())
+    os.dup2(file, sys.stderr.fileno())
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        name, calls = kill_at
+        setattr(os, name, _killing(getattr(os, name), calls))
+    sys.argv = [module, *words]
+    sys.modules.pop(module, None)  # runpy warns of a module that was imported before.
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _killing(function: Callable, calls: int) -> Callable:
+    """A function that kills its process in place of that call."""
+    done = 0
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return count
