@@ -59,9 +59,10 @@ def write_llm(
     **settings: Any,
 ) -> Path:
     """A language model with random weights and a tokenizer (the golden one), as Hugging Face folders are."""
-    torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **(LLM | SPECIAL | settings), max_position_embeddings=2048)
     model = AutoModelForCausalLM.from_config(config)
+    # Seeded here, because releases of transformers differ in what building a model draws.
+    torch.manual_seed(seed)
     for parameter in model.parameters():  # Larger than the usual init, so that one token differs clearly from another.
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -92,6 +93,10 @@ def write_checkpoint(
     golden = (llm / "tokenizer.model").is_file()
     processor = LtuProcessor.from_config(config, GOLDEN / "tokenizer" if golden else llm)
     model = LtuForConditionalGeneration(config, language_model=AutoModelForCausalLM.from_pretrained(llm))
+    torch.manual_seed(seed)
+    for name, parameter in model.audio_tower.named_parameters():
+        if parameter.ndim > 1 and "pos_embed" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     torch.nn.init.normal_(model.multi_modal_projector.linear.weight, std=0.3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
