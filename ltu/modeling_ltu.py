@@ -135,8 +135,10 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             new_embeds = self.get_input_embeddings()(input_ids[:, prompt_length:])
             return torch.cat([prompt_embeds, new_embeds], dim=1)
 
-        tokens_per_clip = self.config.num_audio_tokens
-        clips = input_features if audio_embeds is None else audio_embeds
+        if audio_embeds is None:
+            clips, tokens_per_clip = input_features, self.config.num_audio_tokens
+        else:
+            clips, tokens_per_clip = audio_embeds, audio_embeds.shape[1]
         num_clips = 0 if clips is None else len(clips)
         num_runs = num_clips if audio_index is None else len(audio_index)
         if num_placeholders != num_runs * tokens_per_clip:
@@ -183,8 +185,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 original's training counts padding too.
             inputs_embeds: (batch, length, hidden), in place of `input_ids`.
             audio_index: (runs,) the clip of each run, where several runs share a clip.
-            audio_embeds: (clips, num_audio_tokens, hidden) of `get_audio_features`, in place of
-                `input_features`.
+            audio_embeds: (clips, tokens of a clip, hidden), such as those of `get_audio_features`, in
+                place of `input_features`.
             prompt_embeds: (batch, prompt length, hidden) embeddings of the first tokens of
                 `input_ids`, made by `generate`. Not used where a cache holds the audio already.
             logits_to_keep: positions whose logits are computed, the last n or their indices; all if

@@ -42,7 +42,8 @@ TESTED_LANGUAGE_MODELS = (
 INSTALL_HINT = "Install the tested versions with: pip install -c constraints.txt -e ."
 
 NUM_NEW_TOKENS = 4
-TEXT_LENGTHS = (5, 9)  # Tokens of the two prompts. They differ, so a batch of both has padding.
+PROMPT_LENGTH = 6  # Tokens of each of the two prompts.
+NUM_AUDIO = 3  # Those of them that stand for audio, in the prompt with audio.
 # Largest difference of two logits, as a fraction of the range of logits. Rounding of fp32 gives about
 # 1e-6, of bf16 1e-2; a missing cache gives 0.3 and more.
 FP32_TOLERANCE = 1e-3
@@ -158,38 +159,36 @@ def neutral_settings(model: "LtuForConditionalGeneration") -> Iterator[None]:
 def compare_cached_logits(model: "LtuForConditionalGeneration") -> float:
     """Generate four tokens with the cache, and compute the same logits without.
 
-    Two prompts of unequal length, the first with audio, run alone and as one batch, which is padded
-    as the processor does it: audio, padding, text. Each is compared with a forward pass over one row
-    without cache and padding.
+    A prompt with audio runs alone, and in a batch with one of text only. The processor pads such a
+    batch as audio, padding, text, though both prompts have the same number of tokens here. So one
+    forward pass without cache and padding serves for the comparison.
 
     Returns:
         The largest difference of two logits, as a fraction of the range of the logits.
     """
     embedding = model.get_input_embeddings()
-    num_audio_tokens = model.config.num_audio_tokens
     # Any tokens do, but those that stand for audio are not those of the text.
-    tokens = torch.arange(num_audio_tokens + sum(TEXT_LENGTHS), device=embedding.weight.device)
+    tokens = torch.arange(2 * PROMPT_LENGTH, device=embedding.weight.device)
     tokens = (tokens * 7 + 3) % len(embedding.weight)
-    audio_tokens, first_text, second_text = tokens.split([num_audio_tokens, *TEXT_LENGTHS])
-    placeholders = torch.full_like(audio_tokens, model.config.audio_token_id)
-    audio_embeds = embedding(audio_tokens)[None]  # (1, audio tokens, hidden)
-    with_audio = placeholders, first_text, audio_embeds
-    without_audio = placeholders[:0], second_text, None
+    audio, text, text_only = tokens.split([NUM_AUDIO, PROMPT_LENGTH - NUM_AUDIO, PROMPT_LENGTH])
+    audio_embeds = embedding(audio)[None]  # (1, audio tokens, hidden)
+    placeholders = torch.full_like(audio, model.config.audio_token_id)
+    with_audio = torch.cat([placeholders, text])
+    padding = torch.zeros_like(audio)
+    rows = [torch.cat([placeholders, padding, text]), torch.cat([padding, text_only])]
+    masks = [
+        torch.cat([torch.ones_like(audio), padding, torch.ones_like(text)]),
+        torch.cat([padding, torch.ones_like(text_only)]),
+    ]
+    alone = with_audio[None], torch.ones_like(with_audio)[None]
+    batch = torch.stack(rows), torch.stack(masks)  # (2, audio tokens + prompt length)
 
-    differences = []
-    for prompts in ([with_audio], [without_audio], [with_audio, without_audio]):
-        length = max(len(audio) for audio, _, _ in prompts) + max(
-            len(text) for _, text, _ in prompts
-        )
-        input_ids = tokens.new_zeros(len(prompts), length)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (audio, text, _) in enumerate(prompts):
-            input_ids[row, : len(audio)], input_ids[row, -len(text) :] = audio, text
-            attention_mask[row, : len(audio)] = attention_mask[row, -len(text) :] = 1
+    cached, new_tokens = [], []
+    for input_ids, attention_mask in (alone, batch):
         output = model.generate(
             input_ids,
             attention_mask,
-            audio_embeds=prompts[0][2],
+            audio_embeds=audio_embeds,
             max_new_tokens=NUM_NEW_TOKENS,
             min_new_tokens=NUM_NEW_TOKENS,
             do_sample=False,
@@ -199,13 +198,19 @@ def compare_cached_logits(model: "LtuForConditionalGeneration") -> float:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        cached = torch.stack(output.logits, dim=1).float()  # (rows, new tokens, vocabulary)
-        for row, (audio, text, embeds) in enumerate(prompts):
-            new_tokens = output.sequences[row, length : length + NUM_NEW_TOKENS - 1]
-            sequence = torch.cat([audio, text, new_tokens])[None]
-            logits = model(sequence, audio_embeds=embeds, use_cache=False).logits
-            uncached = logits[0, -NUM_NEW_TOKENS:].float()  # (new tokens, vocabulary)
-            difference = (cached[row].to(uncached.device) - uncached).abs().max()
-            difference = difference / (uncached.max() - uncached.min())
-            differences.append(difference)
-    return float(torch.stack(differences).max())  # NaN if one of them is.
+        cached.append(torch.stack(output.logits, dim=1).float())  # (rows, new tokens, vocabulary)
+        new_tokens.append(output.sequences[:, input_ids.shape[1] : -1])
+
+    # Alone and in the batch, the first prompt nearly always gets the same tokens: one row is enough.
+    prompts = torch.stack([with_audio, with_audio, text_only])
+    sequences = torch.cat([prompts, torch.cat(new_tokens)], dim=1)
+    sequences, index = sequences.unique(dim=0, return_inverse=True)
+    num_runs = int((sequences == model.config.audio_token_id).any(dim=1).sum())
+    output = model(
+        sequences,
+        audio_embeds=audio_embeds.expand(num_runs, -1, -1),
+        use_cache=False,
+    )
+    uncached = output.logits[index, -NUM_NEW_TOKENS:].float()  # (3 rows, new tokens, vocabulary)
+    difference = (torch.cat(cached).to(uncached.device) - uncached).abs().amax(dim=(1, 2))
+    return float((difference / (uncached.amax(dim=(1, 2)) - uncached.amin(dim=(1, 2)))).max())

@@ -1,5 +1,6 @@
 """Shared by all tests: where the golden numbers lie, and the report that counts comparisons with them."""
 
+import gc
 import os
 
 # torch's idle threads spin by default; beside another process on few cores that costs more than the work itself.
@@ -19,6 +20,12 @@ COMPARISONS = pytest.StashKey[dict[str, list[tuple[str, float, float]]]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COMPARISONS] = {}
+
+
+def pytest_collection_finish() -> None:
+    """Keep the modules out of garbage collection, which would walk through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
