@@ -11,6 +11,7 @@ if not os.environ.get("LTU_TEST_GPU"):  # The golden numbers are a CPU's; so is 
 
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -53,6 +54,19 @@ def golden_report(pytestconfig: pytest.Config) -> Callable[[str, str, float, flo
         assert error <= bound, f"{module}, {name}: off by {error:.3g}, the bound is {bound:.3g}"
 
     return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist: hand the comparisons to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["comparisons"] = session.config.stash[COMPARISONS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: take its comparisons."""
+    for module, comparisons in getattr(node, "workeroutput", {}).get("comparisons", {}).items():
+        node.config.stash[COMPARISONS].setdefault(module, []).extend(comparisons)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
