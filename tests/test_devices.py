@@ -9,6 +9,7 @@ import torch
 from transformers.integrations import accelerate as placing
 
 from ltu.finetune import main as finetune
+from ltu.open_model import open_model
 from ltu.pipeline_ltu import LtuPipeline, Request
 from ltu_as import LtuAsFeatureExtractor
 from tests import tiny
@@ -45,18 +46,14 @@ def test_layers_on_two_devices_train_like_one(folder: Path, monkeypatch: pytest.
     alone = losses(folder, "alone", "--bf16", "False")
     monkeypatch.setattr(placing, "dispatch_model", partial(placing.dispatch_model, main_device="cpu"))
     with monkeypatch.context() as patch:
-        import ltu.finetune
-
         seen = []
 
         def open_spread(base: str, dtype: torch.dtype, llm: str | None, device_map: str | None) -> torch.nn.Module:
-            from ltu.open_model import open_model
-
             assert device_map == "auto"
             seen.append(open_model(base, dtype, llm, SPREAD))
             return seen[-1]
 
-        patch.setattr(ltu.finetune, "open_model", open_spread)
+        patch.setattr("ltu.open_model.open_model", open_spread)
         spread = losses(folder, "spread", "--bf16", "False", "--device_map", "auto")
     layers = seen[0].language_model.model.layers
     assert {p.device.type for p in layers[0].parameters()} == {"cuda"}, "the first layer is not on the GPU"

@@ -131,7 +131,7 @@ def zip_of(members: dict[str, bytes]) -> bytes:
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content)  # The same bytes at any time.
     return memory.getvalue()
 
 
@@ -344,6 +344,7 @@ def symlink_zip() -> bytes:
         zip_of({"a\\..\\..\\b": b""}),
         symlink_zip(),
     ],
+    ids=["parent", "absolute", "backslashes", "link"],
 )
 def test_zip_that_leads_out(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "evil.zip").write_bytes(data)

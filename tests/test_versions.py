@@ -265,6 +265,8 @@ def test_no_thread_passes_while_another_checks(folder, untested, monkeypatch):
 def test_ranges_of_other_projects_are_not_read(tmp_path, monkeypatch):
     """Next to the installed package lies a pyproject.toml of another project, or none."""
     monkeypatch.setattr(version_check, "__file__", str(tmp_path / "ltu" / "version_check.py"))
+    installed = ["torch>=2.11,<2.15", "peft>=0.19", "accelerate", "transformers<6", "numpy"]
+    monkeypatch.setattr(version_check, "requires", {"ltu": installed}.get)
     assert set(version_check.tested_ranges()) == set(version_check.CHECKED_LIBRARIES)
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "other"\n')
     (tmp_path / "requirements.txt").write_text("-r base.txt\n")
