@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from benchmarks.whisper_features import SIZES, random_whisper  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig, LtuProcessor  # noqa: E402
-from ltu.audio import SAMPLING_RATE  # noqa: E402
-from ltu.pipeline_ltu import LtuPipeline  # noqa: E402
-from ltu.request import Request  # noqa: E402
+from ltu.data.audio import SAMPLING_RATE  # noqa: E402
+from ltu.inference.engine import LtuPipeline  # noqa: E402
+from ltu.inference.requests import Request  # noqa: E402
 from ltu_as import LtuAsConfig, LtuAsProcessor, TltrConfig  # noqa: E402
 
 LLM = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.filter_unanswerable import PHRASES
-from ltu.row_files import RowWriter
+from ltu.data.dataset_files import RowWriter
 
 # Rows of OpenAQA: dataset, task, closed-ended rows in all 5,681,708; clips by dataset.
 CLOSED = [

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from ltu.audio import load_audio  # noqa: E402
+from ltu.data.audio import load_audio  # noqa: E402
 from ltu_as import LtuAsFeatureExtractor  # noqa: E402
 from ltu_as.feature_store import FeatureStore  # noqa: E402
 

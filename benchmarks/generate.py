@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cost import LLMS, make_inputs, make_model, synchronize
-from ltu.version_check import compare_cached_logits
+from ltu.models.version_check import compare_cached_logits
 
 PROMPT_TOKENS = 40  # Of text.
 

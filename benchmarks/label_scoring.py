@@ -26,8 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Spinning threads would ti
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from ltu.pipeline_ltu import LtuPipeline  # noqa: E402
-from ltu.request import Request  # noqa: E402
+from ltu.inference.engine import LtuPipeline  # noqa: E402
+from ltu.inference.requests import Request  # noqa: E402
 
 QUESTION = "Classify the sound events in the audio clip."
 NEEDED = 10.0  # alone / shared

@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from benchmarks.curation import CLOSED, OPEN, ROWS, measure, random_rows
-from ltu.row_files import RowWriter
+from ltu.data.dataset_files import RowWriter
 
 CLIPS = Path(__file__).parent.parent / "data" / "toy" / "audio"
 FEW = 1000
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             if not path.is_file():
                 generate(path, rows)
             found[f"index {path.stem}"] = measure(
-                ["ltu.qa_dataset", "index", str(path), "--base_model", args.base_model]
+                ["ltu.data.examples", "index", str(path), "--base_model", args.base_model]
             )
             for ranks in args.ranks:
                 command = train(args.base_model, path, folder / "run", ranks)

@@ -28,8 +28,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import openai  # noqa: E402
 import torch  # noqa: E402
 
-from ltu.ask import open_pipeline  # noqa: E402
-from ltu.pipeline_ltu import Request  # noqa: E402
+from ltu.inference.generation_flags import open_pipeline  # noqa: E402
+from ltu.inference.requests import Request  # noqa: E402
 from ltu.serve import read_flags  # noqa: E402
 
 AUDIO = Path(__file__).parents[1] / "data" / "toy" / "audio"

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from whisper.audio import log_mel_spectrogram, pad_or_trim  # noqa: E402
 from whisper.model import ModelDimensions, Whisper, disable_sdpa  # noqa: E402
 
-from ltu.audio import SAMPLING_RATE  # noqa: E402
+from ltu.data.audio import SAMPLING_RATE  # noqa: E402
 from ltu_as import LtuAsFeatureExtractor  # noqa: E402
 
 SIZES = {"tiny": (384, 6, 4), "base": (512, 8, 6), "large": (1280, 20, 32)}  # width, heads, layers

@@ -8,7 +8,8 @@ Notable:
 import json
 from pathlib import Path
 
-from ltu.row_files import RowWriter, lock_file
+from ltu.data.dataset_files import RowWriter
+from ltu.files import lock_file
 
 
 class Ledger:

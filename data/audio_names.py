@@ -12,14 +12,14 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from ltu.row_files import stream_rows
+from ltu.data.dataset_files import stream_rows
 
 DECODED = ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64"
 NOT_DECODED = ".m4a .mp4 .aac .webm .mkv .wma .mka .mov .avi .3gp .amr .ape .ac3 .m4b .ra"  # They go into the ledger.
 SUFFIXES = {*DECODED.split(), *NOT_DECODED.split()}
 YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_([0-9]+\.?[0-9]*)(?:[_-]([0-9]+\.?[0-9]*))?)?")
 ID_COLUMNS = "audio_id ytid youtube_id segment_id video_id file_name filename fname file id".split()
-NO_AUDIO = (None, "", "empty")  # of ltu.qa_dataset, which imports torch
+NO_AUDIO = (None, "", "empty")  # of ltu.data.examples, which imports torch
 TABLES = (".csv", ".tsv", ".txt")
 
 

@@ -37,9 +37,9 @@ from typing import Any
 
 from data.audio_names import read_cells
 from data.closed_qa_sound import Words, captions, described, events, listed
-from data.command import run
 from data.recipe import audio_root_of, write_recipe, write_rows
-from ltu.row_files import stream_rows
+from ltu.data.dataset_files import stream_rows
+from ltu.files import run_command
 
 PREFIX = "Closed-ended question: "
 # Hz, between the five names: the cut points of LTU-AS's own generators.
@@ -297,4 +297,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

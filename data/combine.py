@@ -22,10 +22,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from data.command import run
 from data.recipe import audio_root_of, write_recipe, write_rows
 from data.shuffle import add_order_flags, order_of, shuffle_rows
-from ltu.row_files import encode_row, stream_rows
+from ltu.data.dataset_files import encode_row, stream_rows
+from ltu.files import run_command
 
 RECIPES = Path(__file__).parent / "recipes"
 CLOSED_ENDED = "Closed-ended question: "
@@ -175,4 +175,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,8 +1,6 @@
 """What the verbs of `data/` have in common as commands."""
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -17,11 +15,3 @@ def command_parser(
     if output:
         parser.add_argument("--output_path", required=True, type=Path, help=output)
     return parser
-
-
-def run(main: Callable[[], int]) -> None:
-    """Run a command. What is the user's to mend ends it with one line: a traceback would hide the message."""
-    try:
-        sys.exit(main())
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")

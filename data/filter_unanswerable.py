@@ -17,9 +17,10 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 
-from data.command import command_parser, run
+from data.command import command_parser
 from data.recipe import audio_root_of, write_recipe, write_rows
-from ltu.row_files import RowWriter, encode_row, stream_rows
+from ltu.data.dataset_files import RowWriter, encode_row, stream_rows
+from ltu.files import run_command
 
 ORIGINAL = """cannot determine|not provided|cannot be determined|sorry|i cannot|without more information
 enough information|not possible|more context|enough|impossible|without additional information|unclear|cannot|not clear
@@ -116,4 +117,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

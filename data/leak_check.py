@@ -25,11 +25,12 @@ from itertools import islice
 from pathlib import Path
 
 from data.audio_names import NO_AUDIO, stem, youtube
-from data.command import command_parser, run
+from data.command import command_parser
 from data.distinct import Distinct
 from data.recipe import audio_root_of, write_recipe, write_rows
 from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
-from ltu.row_files import stream_rows
+from ltu.data.dataset_files import stream_rows
+from ltu.files import run_command
 
 
 def id_of(audio_id: str) -> str:
@@ -41,7 +42,7 @@ def hash_content(path: str) -> str | None:
     """sha256 of the waveform as 16-bit samples; None if it cannot be heard."""
     import numpy as np
 
-    from ltu.audio import AudioError, load_audio
+    from ltu.data.audio import AudioError, load_audio
 
     try:
         waveform = load_audio(path)  # (samples,)
@@ -122,4 +123,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

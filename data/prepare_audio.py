@@ -9,8 +9,8 @@ why it failed. OUT/audio_ids.csv says for each clip (`id`, spelled as --against 
 with --against, OUT/audio_ids.csv.recipe.json says how much of it there is and lists what is missing.
 
 Notable:
-- A clip is what `ltu.audio` hears of a file: channel 0 at 16 kHz, or an error. Its level is kept: 16 bit, or 24 for
-  clips so quiet that 16 would be coarse; samples beyond full scale are clipped and counted.
+- A clip is what `ltu.data.audio` decodes of a file: channel 0 at 16 kHz, or an error. Its level is kept:
+  16 bit, or 24 for clips so quiet that 16 would be coarse; samples beyond full scale are clipped and counted.
 - Kill it at any time and run it again: a FLAC is there whole or not at all, and what the ledger has as done from the
   same source (size and time) is left alone. What failed is tried again.
 - A file that kills its worker is found, entered as such, and stops nobody else.
@@ -44,10 +44,9 @@ from tqdm import tqdm
 
 from data.audio_ledger import Ledger
 from data.audio_names import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
-from data.command import run as run_command
 from data.recipe import recipe_path, write_recipe
-from ltu.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, read_sound
-from ltu.row_files import sync_and_rename
+from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, read_sound
+from ltu.files import run_command, sync_and_rename
 
 QUIET = 2.0**-8  # peak (-48 dB) below which 16 bit would leave less than 8
 BEYOND = 2.0  # Resampling overshoots full scale by less; a file that is louder is not scaled as sound is.
@@ -184,7 +183,7 @@ def _run_alone(job: Job, *settings) -> dict:
 def _pool(workers: int) -> ProcessPoolExecutor:
     # A process that was forked from one with threads can hang; the server is forked from before it has any.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ltu.audio"])  # It imports torch, once for all workers.
+    context.set_forkserver_preload(["ltu.data.audio"])  # It imports torch, once for all workers.
     return ProcessPoolExecutor(workers, context, _start_worker)
 
 

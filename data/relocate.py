@@ -34,9 +34,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.audio_names import NO_AUDIO, SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
-from data.command import command_parser, run
+from data.command import command_parser
 from data.recipe import write_recipe, write_rows
-from ltu.row_files import stream_rows
+from ltu.data.dataset_files import stream_rows
+from ltu.files import run_command
 
 HEADERS = {("id", "audio_id"), ("audio_id", "path"), ("audio_id", "file")}
 SHOWN = 5
@@ -268,4 +269,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -17,9 +17,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from data.audio_names import NO_AUDIO
-from data.command import command_parser, run
+from data.command import command_parser
 from data.recipe import audio_root_of, write_recipe, write_rows
-from ltu.row_files import stream_rows
+from ltu.data.dataset_files import stream_rows
+from ltu.files import run_command
 
 
 def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str]:
@@ -89,4 +90,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

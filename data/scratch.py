@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from ltu.row_files import lock_file
+from ltu.files import lock_file
 
 
 @contextmanager

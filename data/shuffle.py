@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from data.command import command_parser, run
+from data.command import command_parser
 from data.recipe import audio_root_of, write_recipe, write_rows
 from data.scratch import scratch_folder
-from ltu.row_files import encode_row, stream_rows
+from ltu.data.dataset_files import encode_row, stream_rows
+from ltu.files import run_command
 
 MAX_PART = 2**26  # bytes of a file that is sorted in memory
 MAX_HELD = 2**25  # bytes of lines that wait to be written
@@ -148,4 +149,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -13,11 +13,12 @@ from typing import Any
 
 from data.audio_names import NO_AUDIO
 from data.combine import CLOSED_ENDED
-from data.command import command_parser, run
+from data.command import command_parser
 from data.distinct import Distinct
 from data.recipe import write_json
 from data.scratch import scratch_folder
-from ltu.row_files import KEYS, stream_rows
+from ltu.data.dataset_files import KEYS, stream_rows
+from ltu.files import run_command
 
 TEXTS = ("instruction", "input", "output")
 DISTINCT = ("audio_id", "instruction", "output")
@@ -118,4 +119,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

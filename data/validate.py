@@ -4,7 +4,7 @@
     python -m data.validate --data_path A.json --no_audio
 
 Notable:
-- A row must be what training takes (`ltu.qa_dataset`), and be there once. What rows lack is counted.
+- A row must be what training takes (`ltu.data.examples`), and be there once. What rows lack is counted.
 - A clip must be there, and have 25 ms to an hour of sound according to its header; another rate than 16 kHz is counted
   only, since it is resampled when it is read. --listen decodes every clip as training does.
 - Coverage is by the dataset of the first row of a clip. The rows are read twice, in constant memory.
@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from data.audio_names import NO_AUDIO
-from data.command import command_parser, run
+from data.command import command_parser
 from data.distinct import Distinct
 from data.recipe import write_json
-from ltu.row_files import stream_rows
+from ltu.data.dataset_files import stream_rows
+from ltu.files import run_command
 
 SHOWN = 10  # of each kind of error
 CLIPS_AT_ONCE = 4096
@@ -49,7 +50,7 @@ class Findings:
 
 def check_rows(path: Path, folder: str, findings: Findings) -> tuple[int, Counter[str], np.ndarray]:
     """Number of rows, what they lack, and (clips,) in ascending order: the first row, from 0, of each clip."""
-    from ltu.qa_dataset import what_is_wrong  # Imports torch.
+    from ltu.data.examples import what_is_wrong  # Imports torch.
 
     clips, contents = Distinct(folder, "clips"), Distinct(folder, "rows")
     lacking: Counter[str] = Counter()
@@ -86,7 +87,7 @@ def look(path: Path) -> tuple[int, float]:
     """
     import soundfile
 
-    from ltu.audio import MAX_SECONDS, MIN_SAMPLES, SAMPLING_RATE, AudioError
+    from ltu.data.audio import MAX_SECONDS, MIN_SAMPLES, SAMPLING_RATE, AudioError
 
     if not path.is_file():
         raise AudioError(str(path), "missing", "no such file")
@@ -102,7 +103,7 @@ def look(path: Path) -> tuple[int, float]:
 
 def listen(path: Path) -> tuple[int, float]:
     """The same by decoding the whole clip."""
-    from ltu.audio import SAMPLING_RATE, read_sound
+    from ltu.data.audio import SAMPLING_RATE, read_sound
 
     sound = read_sound(path)
     return sound.sampling_rate, len(sound.waveform) / SAMPLING_RATE
@@ -112,7 +113,7 @@ def check_clips(
     clips: Iterator[tuple[str, str]], root: Path, check: Callable[[Path], tuple[int, float]], findings: Findings
 ) -> dict[str, Any]:
     """Coverage by dataset, rates and hours."""
-    from ltu.audio import AudioError
+    from ltu.data.audio import AudioError
 
     def checked(clip: tuple[str, str]) -> tuple[int, float] | AudioError:
         try:
@@ -161,4 +162,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -14,16 +14,16 @@ from eval.closed import Classes
 from eval.outcome import ANSWERED
 from eval.report import PREDICTIONS, provenance_file, read_provenance, write_json, write_rows
 from eval.tasks import Task
-from ltu.ask import open_pipeline
-from ltu.audio import AudioError
-from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
-from ltu.decoding import check_decoding
-from ltu.download import replace_file
+from ltu.data.audio import AudioError
+from ltu.data.dataset_files import encode_row, stream_rows
+from ltu.data.examples import read_rows
+from ltu.files import replace_file, sha256_of
+from ltu.inference.batch_inference import requests_of
+from ltu.inference.generation_flags import open_pipeline
+from ltu.inference.sampling import check_decoding
 from ltu.inference_batch import main as inference_batch
-from ltu.inference_batch import parse_args, requests_of
-from ltu.original_files import sha256_of
-from ltu.qa_dataset import read_rows
-from ltu.row_files import encode_row, stream_rows
+from ltu.inference_batch import parse_args
+from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 
 
 def inference_flags(model: str, args: argparse.Namespace) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def provenance(model: str, questions: Path, args: argparse.Namespace) -> dict[st
     folder = find_checkpoint(model, CHECKPOINT_FILES)
     small = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".md"]
     small = [path for path in small if not path.name.startswith(("model", "pytorch_model"))]  # Weights are hashed once.
-    found = {"checkpoint": sha256_of(folder), "files": {path.name: sha256_of(path) for path in small}}
+    found = {"checkpoint": sha256_of_weights(folder), "files": {path.name: sha256_of(path) for path in small}}
     found |= {"decoding": check_decoding(inference_flags(model, args).decoding), "flags": args.rest, "seed": args.seed}
     found |= {"questions": {"path": str(questions), "sha256": sha256_of(questions)}}
     return found | {"audio_root": str(args.audio_root or questions.parent)}

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.outcome import EvaluationError
-from ltu.original_files import sha256_of
+from ltu.files import sha256_of
 from qa_generation.llm import LlmSettings, OpenAiEndpoint
 
 MINILM = Path(__file__).parent.parent / "pretrained_mdls" / "minilm"

@@ -18,7 +18,7 @@ import numpy as np
 
 from eval.outcome import Context, EvaluationError, Outcome, start_items
 from eval.tasks import Task
-from ltu.original_files import sha256_of
+from ltu.models.checkpoint_folder import sha256_of_weights
 from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking
 
 PROMPT = (
@@ -37,7 +37,7 @@ class Judge:
     def __init__(self, settings: LlmSettings, folder: str | Path):
         self.settings = settings
         is_folder = settings.is_local and Path(settings.model).is_dir()  # Or it is a hub id.
-        self.weights = {"weights": sha256_of(settings.model)} if is_folder else {}
+        self.weights = {"weights": sha256_of_weights(settings.model)} if is_folder else {}
         digest = hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
         self.replies = Path(folder, f"judge-{digest[:16]}.jsonl")
 

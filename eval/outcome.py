@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-ANSWERED = (None, "ok", "truncated")  # statuses with an answer, see ltu.request.Answer; the original's rows have none
+# Statuses with an answer, see ltu.inference.requests.Answer; the original's rows have none.
+ANSWERED = (None, "ok", "truncated")
 LEAD = re.compile(r"""\A[\s"']*(?:audio caption|labels?|(?:music )?genre|emotion)\s*:""", re.IGNORECASE)
 
 

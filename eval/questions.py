@@ -24,6 +24,7 @@ from eval.closed import Classes, plain
 from eval.outcome import EvaluationError
 from eval.report import write_rows
 from eval.tasks import TASKS, Task, find_task
+from ltu.files import run_command
 
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aiff", ".au", ".mp4", ".webm"}
 # Around a truth, where it is not "Labels: {}". No space where the original does not strip one.
@@ -140,7 +141,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (OSError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -13,9 +13,8 @@ import numpy as np
 
 from eval.outcome import Outcome
 from eval.tasks import Task
-from ltu.download import replace_file
-from ltu.original_files import sha256_of
-from ltu.row_files import RowWriter
+from ltu.data.dataset_files import RowWriter
+from ltu.files import replace_file, sha256_of
 
 Result = dict[str, Any]
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()

@@ -17,7 +17,6 @@ Notable:
 
 import argparse
 import json
-import sys
 from collections import Counter, defaultdict
 from importlib import import_module
 from pathlib import Path
@@ -29,8 +28,9 @@ from eval import asking, embed, report
 from eval.judge import Judge
 from eval.outcome import Context, EvaluationError
 from eval.tasks import TASKS, find_task
-from ltu.qa_dataset import read_rows
-from ltu.row_files import stream_rows
+from ltu.data.dataset_files import stream_rows
+from ltu.data.examples import read_rows
+from ltu.files import run_command
 from qa_generation.llm import LlmSettings
 
 
@@ -223,7 +223,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (OSError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -59,9 +59,9 @@ def ear_means(files: list[Path], ear: Path) -> dict[str, np.ndarray]:
     """The mean of the ear's vectors of each clip by file name, float64 (hidden_size,)."""
     import torch
 
-    from ltu.audio import load_audio
-    from ltu.feature_extraction_ltu import YamnetFeatureExtractor
-    from ltu.modeling_yamnet import YamnetModel
+    from ltu.data.audio import load_audio
+    from ltu.models.feature_extraction_ltu import YamnetFeatureExtractor
+    from ltu.models.modeling_yamnet import YamnetModel
 
     model, extractor = YamnetModel.from_pretrained(ear).eval(), YamnetFeatureExtractor()
     means = {}

@@ -3,12 +3,12 @@
 Importing this package registers its classes with the Auto classes of transformers and loads no weights.
 """
 
-from ltu.configuration_ltu import CavMaeConfig, LtuConfig, YamnetConfig
-from ltu.feature_extraction_ltu import LtuFeatureExtractor, YamnetFeatureExtractor
-from ltu.modeling_cavmae import CavMaeModel
-from ltu.modeling_ltu import LtuForConditionalGeneration
-from ltu.modeling_yamnet import YamnetModel
-from ltu.processing_ltu import LtuProcessor
+from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig, YamnetConfig
+from ltu.models.feature_extraction_ltu import LtuFeatureExtractor, YamnetFeatureExtractor
+from ltu.models.modeling_cavmae import CavMaeModel
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
+from ltu.models.modeling_yamnet import YamnetModel
+from ltu.models.processing_ltu import LtuProcessor
 
 __all__ = [
     "CavMaeConfig",

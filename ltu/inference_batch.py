@@ -14,120 +14,19 @@ asked.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import sys
-import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from ltu.answer_file import AnswerFile, Key
-from ltu.ask import add_decoding_flags, decoding_of, open_pipeline
-from ltu.check_batch import check_batch
-from ltu.decoding import check_decoding
-from ltu.pipeline_ltu import LtuPipeline
-from ltu.qa_dataset import read_rows
-from ltu.request import Answer, Request
-
-
-class Ranks:
-    """The processes of a torchrun, or this one alone."""
-
-    def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.size > 1:  # One rank may wait for another as long as a run lasts.
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-
-    def gather(self, value: Any = None) -> list:
-        """The value of every rank, in each of them. Nobody goes on before all are here."""
-        values = [value] * self.size
-        if self.size > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
-
-    def close(self) -> None:
-        if self.size > 1:
-            torch.distributed.destroy_process_group()
-
-
-def prediction(row: dict, answer: Answer) -> dict:
-    """One entry of P.json."""
-    entry = asdict(answer) | {name: round(getattr(answer, name), 3) for name in ("seconds_heard", "seconds_total")}
-    entry = {"pred": entry.pop("text"), "ref": row.get("output"), "audio_id": row.get("audio_id")} | entry
-    return {"prompt": row["instruction"]} | entry
-
-
-def requests_of(rows: list[dict], args: argparse.Namespace) -> list[Request]:
-    given = {"mode": args.mode, "windows": args.windows}
-    return [Request(r["instruction"], r["audio"], r.get("input"), r.get("audio_id"), **given) for r in rows]
-
-
-def keys_of(requests: list[Request], pipeline: LtuPipeline, args: argparse.Namespace, ranks: Ranks) -> list[Key]:
-    """What each answer depends on. Each rank reads its share of the clips."""
-    config, dtype = pipeline.model.config, pipeline.model.get_input_embeddings().weight.dtype
-    settings = [pipeline.kind, pipeline.checkpoint, config.language_model_sha256, str(dtype), args.load_in]
-    settings += [pipeline.processor.to_dict(), pipeline.processor.tokenizer.get_vocab()]  # Prompt and ear among them.
-    settings += [pipeline.processor.hears_with, check_decoding(args.decoding), args.seed]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    clips = {(request.audio, request.audio_id): request for request in requests if request.audio}
-    mine = list(clips)[ranks.rank :: ranks.size]
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda clip: pipeline.clip_hash(clips[clip]) or f"unread: {clip}", mine)
-        parts = ranks.gather(dict(zip(mine, hashes, strict=True)))
-    found = {clip: content for part in parts for clip, content in part.items()} | {(None, None): None}
-    contents = [found.get((request.audio, request.audio_id)) for request in requests]
-    return [(c, r.question, r.transcript, r.mode, r.windows, digest) for c, r in zip(contents, requests, strict=True)]
-
-
-def ask_file(
-    file: AnswerFile, rows: list[dict], pipeline: LtuPipeline, args: argparse.Namespace, ranks: Ranks
-) -> list[Answer]:
-    """Ask what is not answered yet, and write the whole file. Returns the answers of all rows; on rank 0 only."""
-    requests = requests_of(rows, args)
-    keys = keys_of(requests, pipeline, args, ranks)
-    # Read by rank 0 alone: by the time that others did, it might have added to it.
-    kept = {key for key, answer in file.merge().items() if answer.answered} if ranks.rank == 0 else None
-    kept = ranks.gather(kept)[0]
-    todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in kept}
-    clips = list(dict.fromkeys(key[0] or key[1] for key in todo))  # Questions without a clip are spread as if each had.
-    own = set(clips[ranks.rank :: ranks.size])
-    mine = [key for key in todo if (key[0] or key[1]) in own]
-    start = time.perf_counter()
-    answering = pipeline.run([todo[key] for key in mine], args.batch_size, args.seed, **args.decoding)
-    is_quiet = ranks.rank > 0 or not mine
-    for index, answer in tqdm(answering, "answering", len(mine), unit="question", disable=is_quiet):
-        file.append(mine[index], answer)
-    ranks.gather()
-    if ranks.rank > 0:
-        return []
-    seconds = time.perf_counter() - start
-    found = file.merge()
-    answers = [found[key] for key in keys]
-    file.write([prediction(row, answer) for row, answer in zip(rows, answers, strict=True)])
-    print_ledger(str(file.path), answers)
-    rate = sum(found[key].answered for key in todo) / seconds
-    print(f"  {sum(key in kept for key in keys)} from the partial file; asked {len(todo)}, {rate:.2f} questions/s")
-    for answer in [answer for answer in answers if not answer.answered][:20]:
-        print(f"  {answer.error}", file=sys.stderr)
-    return answers
-
-
-def print_ledger(name: str, answers: list[Answer]) -> None:
-    """What became of the questions, and how much of their clips was heard."""
-    counts = Counter(answer.status for answer in answers).most_common()
-    answered = sum(answer.answered for answer in answers)
-    heard, total = sum(answer.seconds_heard for answer in answers), sum(answer.seconds_total for answer in answers)
-    print(f"{name}: {', '.join(f'{status} {count}' for status, count in counts)}")
-    print(f"  answered {answered} of {len(answers)} questions; heard {heard:.1f} of {total:.1f} s")
+from ltu.data.examples import read_rows
+from ltu.files import run_command
+from ltu.inference.batch_inference import Ranks, ask_file, print_ledger, requests_of
+from ltu.inference.batch_invariance import check_batch
+from ltu.inference.generation_flags import add_decoding_flags, decoding_of, open_pipeline
+from ltu.inference.predictions_file import AnswerFile
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -186,7 +85,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (FileNotFoundError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -1,12 +1,8 @@
 """Ask one clip one question: python -m ltu_as.ask takes the arguments of ltu.ask."""
 
-import sys
-
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.ask import main
+from ltu.files import run_command
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (FileNotFoundError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
-        sys.exit(f"error: {error}")
+    run_command(main)

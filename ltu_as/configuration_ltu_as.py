@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ltu.configuration_ltu import LtuConfig
+from ltu.models.configuration_ltu import LtuConfig
 
 # (Blocks, width) of the encoders of OpenAI's models, by the first part of their names; a file says its own.
 WHISPER_SIZES = {"tiny": (4, 384), "base": (6, 512), "small": (12, 768), "medium": (24, 1024)}

@@ -13,13 +13,15 @@
 import argparse
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
 
+import ltu.convert_checkpoint
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
-from ltu import convert_checkpoint
-from ltu.convert_checkpoint import LtuKind
-from ltu.original_files import REFUSED
-from ltu.qa_dataset import read_rows
+from ltu.checkpoints.convert import LtuKind
+from ltu.checkpoints.original_checkpoints import REFUSED
+from ltu.data.examples import read_rows
+from ltu.files import run_command
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
@@ -89,8 +91,8 @@ class LtuAsKind(LtuKind):
 
 
 def main(argv: list[str] | None = None) -> None:
-    convert_checkpoint.main(argv, LtuAsKind())
+    ltu.convert_checkpoint.main(argv, LtuAsKind())
 
 
 if __name__ == "__main__":
-    convert_checkpoint.run(main)
+    run_command(main, KeyError, SafetensorError)

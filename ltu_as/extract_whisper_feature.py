@@ -21,10 +21,11 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
-from ltu.audio import SAMPLING_RATE, AudioError, load_audio
-from ltu.configuration_ltu import CHECKPOINT_FILES, find_checkpoint
-from ltu.download import replace_file
-from ltu.qa_dataset import RowError, read_rows
+from ltu.data.audio import SAMPLING_RATE, AudioError, load_audio
+from ltu.data.dataset_parser import RowError
+from ltu.data.examples import read_rows
+from ltu.files import replace_file, run_command
+from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
 
@@ -154,7 +155,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (FileNotFoundError, ValueError) as error:  # The user's to mend; a traceback would hide the message.
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -13,6 +13,7 @@ Notable:
 import hashlib
 import os
 import pickle
+import re
 import threading
 from functools import lru_cache
 from typing import Any
@@ -24,9 +25,8 @@ import whisper
 from transformers import BatchFeature
 from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
-from ltu.audio import SAMPLING_RATE
-from ltu.feature_extraction_ltu import WindowFeatureExtractor
-from ltu.qa_dataset import clean_transcript
+from ltu.data.audio import SAMPLING_RATE
+from ltu.models.feature_extraction_ltu import WindowFeatureExtractor
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -69,6 +69,19 @@ def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper
         if in_half and isinstance(module, torch.nn.Linear | torch.nn.Conv1d):
             module.half()
     return model, digest.hexdigest()
+# Whisper learned from the subtitles of videos and writes this for silence. In three casings, no others.
+HALLUCINATED_OUTRO = re.compile(
+    "|".join(
+        change_case(f"{thanks} for watching") + "[.!]?"
+        for thanks in ("Thanks", "Thank you")
+        for change_case in (str, str.lower, str.upper)
+    )
+)
+
+
+def clean_transcript(text: str) -> str:
+    """Remove hallucinated outros, and white space at both ends, from a transcript of Whisper."""
+    return HALLUCINATED_OUTRO.sub("", text).strip()
 
 
 class _FirstWindowKnown:

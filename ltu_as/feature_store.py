@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ltu.download import replace_file
+from ltu.files import replace_file
 
 WORDS = {"float16": np.uint16, "float32": np.uint32}
 CODEC = pyarrow.Codec("zstd", compression_level=1)
@@ -36,7 +36,7 @@ class FeatureError(ValueError):
         self.path, self.reason, self.way_out = str(path), reason, way_out
         super().__init__(f"{path}: {reason}. {way_out}")
 
-    def __reduce__(self):  # As ltu.audio.AudioError: workers pickle their errors.
+    def __reduce__(self):  # As ltu.data.audio.AudioError: workers pickle their errors.
         return type(self), (self.path, self.reason, self.way_out)
 
 

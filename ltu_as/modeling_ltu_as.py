@@ -2,7 +2,7 @@
 
 from transformers import AutoModel, AutoModelForCausalLM
 
-from ltu.modeling_ltu import LtuForConditionalGeneration
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu_as.configuration_ltu_as import LtuAsConfig
 
 

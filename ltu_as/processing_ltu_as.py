@@ -10,10 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoProcessor
 
-from ltu.audio import AudioError, load_audio
-from ltu.configuration_ltu import relative_place
-from ltu.encoding_cache import AudioSource, Heard
-from ltu.processing_ltu import LtuProcessor
+from ltu.data.audio import AudioError, AudioSource, Heard, load_audio
+from ltu.models.checkpoint_folder import relative_place
+from ltu.models.processing_ltu import LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureError, FeatureStore, Stored
@@ -99,7 +98,7 @@ class LtuAsProcessor(LtuProcessor):
         """What the feature folder holds of a clip.
 
         Raises:
-            ltu.audio.AudioError: its file there is damaged.
+            ltu.data.audio.AudioError: its file there is damaged.
         """
         if self.store is None or not audio_id:
             return None

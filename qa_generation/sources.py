@@ -7,8 +7,8 @@ Notable:
   `energy`, `speed`, `emotion` in words; `sentiment` -3 to 3; `age` (estimated, years); `genre`.
 - The original calls every top pitch "very high (>240 Hz)"; here the bound is the gender's own, 180 or 270 Hz.
 - `text` and `input` are taken as they are, but for white space at their ends. Whisper's text is expected already clean,
-  as `ltu.qa_dataset.clean_transcript` leaves it and `python -m ltu_as.extract_whisper_feature` writes it: farewells to
-  viewers, which Whisper makes up in silence, would be asked about as if somebody had said them.
+  as `python -m ltu_as.extract_whisper_feature` writes it: thanks to viewers, which Whisper hallucinates in
+  silence, would be asked about as if somebody had said them.
 - The original adds a literal " {text}" to every message; it is left out.
 """
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from ltu import LtuForConditionalGeneration
+from ltu.checkpoints.original_checkpoints import ORIGINAL_KEYS, rename_keys
 from ltu.convert_checkpoint import main
-from ltu.original_files import ORIGINAL_KEYS, rename_keys
 from tests.golden.rule_init import PREFIX, rule
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,13 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
-from ltu.arguments import parse_args
-from ltu.collator import LtuCollator, describe_batch
-from ltu.configuration_ltu import ALPACA_SHORT
 from ltu.convert_checkpoint import main as convert
-from ltu.finetune import make_trainer
-from ltu.lora import find_targets
-from ltu.prompt_template import load_prompt_template
+from ltu.models.configuration_ltu import ALPACA_SHORT
+from ltu.models.lora import find_targets
+from ltu.models.prompt_template import load_prompt_template
+from ltu.training.arguments import parse_args
+from ltu.training.collator import LtuCollator, describe_batch
+from ltu.training.trainer import make_trainer
 from tests.tiny import GOLDEN, LLM, audio_config, clip, write_checkpoint, write_llm, write_rows
 
 SMOLLM2 = Path(__file__).parents[1] / "pretrained_mdls" / "smollm2-135m-instruct"

@@ -16,7 +16,7 @@ import torch
 import torchaudio.functional
 
 from ltu import audio
-from ltu.audio import AudioError, load_audio, read_sound
+from ltu.data.audio import AudioError, load_audio, read_sound
 
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)).astype(np.float32)  # 1 s
 

@@ -52,18 +52,18 @@ BORROWED_NAMES = [
     # The model
     BorrowedName(
         "transformers:PreTrainedModel.init_weights",
-        "ltu/modeling_ltu.py",
+        "ltu/models/modeling_ltu.py",
         "the method that post_init calls to initialise weights; ours does nothing",
     ),
     BorrowedName(
         "transformers:PreTrainedModel._init_weights",
-        "ltu/modeling_cavmae.py ltu/modeling_yamnet.py",
+        "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "the hook of transformers' guide to custom models",
     ),
     *(
         BorrowedName(
             f"transformers:PreTrainedModel.{name}",
-            "ltu/modeling_ltu.py ltu/modeling_cavmae.py ltu/modeling_yamnet.py "
+            "ltu/models/modeling_ltu.py ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py "
             "ltu_as/modeling_tltr.py",
             "what a model says of itself in transformers' guide to custom models",
         )
@@ -71,39 +71,39 @@ BORROWED_NAMES = [
     ),
     BorrowedName(
         "transformers.initialization:trunc_normal_",
-        "ltu/modeling_cavmae.py ltu/modeling_yamnet.py",
+        "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "torch.nn.init, for parameters that were not loaded",
     ),
     BorrowedName(
         "peft.utils:TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-        "ltu/lora.py",
+        "ltu/models/lora.py",
         "LoraConfig without target_modules, which peft fills in",
     ),
     # Training
     BorrowedName(
         "transformers.trainer_utils:get_last_checkpoint",
-        "ltu/finetune.py",
+        "ltu/training/trainer.py",
         "the folder checkpoint-N with the highest N",
     ),
     BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
-        "ltu/open_model.py",
+        "ltu/training/model_setup.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
     ),
     BorrowedName(
         "torch.cpu:_is_avx512_bf16_supported",
-        "ltu/open_model.py",
+        "ltu/training/model_setup.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
     ),
     # The page
     BorrowedName(
         "gradio:Audio.async_move_resource_to_block_cache",
-        "ltu/inference_gradio.py",
+        "ltu/serving/gradio_page.py",
         "middleware that refuses requests with addresses",
     ),
     BorrowedName(
         "gradio.utils:get_upload_folder",
-        "ltu/inference_gradio.py",
+        "ltu/serving/gradio_page.py",
         "the environment variable GRADIO_TEMP_DIR, which the command sets",
     ),
     # Whisper
@@ -193,9 +193,9 @@ def private_overrides() -> set[tuple[str, str]]:
     """Find (member, file) of each private member of a library class that one of ours replaces."""
     found = set()
     for package in (ltu, ltu_as):
-        for info in pkgutil.iter_modules(package.__path__):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             try:
-                module = importlib.import_module(f"{package.__name__}.{info.name}")
+                module = importlib.import_module(info.name)
             except (ImportError, SystemExit):  # Its extra is not installed.
                 continue
             for _, owner in inspect.getmembers(module, inspect.isclass):

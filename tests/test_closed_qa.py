@@ -11,7 +11,7 @@ from data import closed_qa
 from data.toy import rows as toy_rows
 from data.toy.sounds import HERE, read_manifest
 from data.toy.speech import SPEECH, cut_offs, name_of, read_speech
-from ltu.qa_dataset import read_rows
+from ltu.data.examples import read_rows
 
 pytest.importorskip("msgspec")
 TEXTS = json.loads((HERE.parent / "closed_qa.json").read_text(encoding="utf-8"))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ltu.compare_log import Schedule, check, infer_schedule, main, means, own_schedule, read_log
-from ltu.micro_batches import batches_per_rank
+from ltu.compare_log import main
+from ltu.training.batch_sampler import batches_per_rank
+from ltu.training.loss_log import Schedule, check, infer_schedule, means, own_schedule, read_log
 from tests import tiny
 
 # Rates as the released logs of LTU-AS hold them, by step, and the number of steps that facts.md derives from the rows.

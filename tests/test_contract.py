@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
-from ltu.collator import LtuCollator
-from ltu.generation_ltu import find_cache
+from ltu.models.generation_ltu import find_cache
+from ltu.training.collator import LtuCollator
 from tests.tiny import GOLDEN, LORA, audio_config, clip, write_checkpoint, write_llm
 
 FIXED = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}

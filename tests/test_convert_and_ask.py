@@ -8,8 +8,9 @@ import torch
 
 from ltu import ask
 from ltu.convert_checkpoint import main as convert
-from ltu.modeling_ltu import LtuForConditionalGeneration
-from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Request
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from tests.tiny import LORA, audio_config, clip, write_checkpoint, write_llm
 
 
@@ -63,7 +64,7 @@ def test_init_from_a_cav_mae_file(llm, tmp_path, capsys):
 
 
 def test_init_without_an_ear_is_loud(llm, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ltu.convert_checkpoint.CavMaeConfig", audio_config)
+    monkeypatch.setattr("ltu.checkpoints.convert.CavMaeConfig", audio_config)
     convert(["--init", "--llm", str(llm), "--output_dir", str(tmp_path / "out")])
     assert "RANDOM" in capsys.readouterr().err
     LtuForConditionalGeneration.from_pretrained(tmp_path / "out")

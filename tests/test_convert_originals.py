@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ltu_as.convert_checkpoint  # noqa: F401  registers LTU-AS with the Auto classes
-from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor, convert_checkpoint, export_checkpoint
-from ltu.original_files import ORIGINAL_KEYS, PREFIX, TO_ORIGINAL, rename_keys
+from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor, convert_checkpoint
+from ltu.checkpoints import export
+from ltu.checkpoints.convert import lora_settings
+from ltu.checkpoints.original_checkpoints import ORIGINAL_KEYS, PREFIX, TO_ORIGINAL, rename_keys
+from ltu.files import run_command
 from ltu_as import LtuAsConfig
 from tests import tiny
 from tests.golden.rule_init import rule
@@ -115,7 +118,7 @@ def test_round_trip(golden_report, llm: Path, nameplate: Path, tmp_path: Path, k
 def test_a_full_file_answers_as_its_parts(llm: Path, nameplate: Path, tmp_path: Path, kind: str, monkeypatch) -> None:
     """The golden rule gives one language model, whether it lies in its own folder or in the file; shards or not."""
     parts = logits(convert(kind, content(kind, "trainable_only"), llm, tmp_path / "parts"))
-    monkeypatch.setattr(export_checkpoint, "SHARD", "500KB")
+    monkeypatch.setattr(export, "SHARD", "500KB")
     whole = convert(kind, content(kind, "full_with_lora"), nameplate, tmp_path / "whole")
     assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2 and (whole / "model.safetensors.index.json").is_file()
     assert torch.equal(logits(whole), parts)
@@ -229,7 +232,7 @@ REFUSED = {
 def refused(capsys, kind: str, *words: str | Path) -> str:
     """The line that a command ends with."""
     with pytest.raises(SystemExit) as stop:
-        convert_checkpoint.run(lambda: command(kind, *words))
+        run_command(lambda: command(kind, *words), KeyError, SafetensorError)
     message = str(stop.value.code)  # A string: Python prints it and leaves with status 1.
     assert message.startswith("error: ") and "\n" not in message
     assert "a pickle ran code" not in capsys.readouterr().out
@@ -306,7 +309,7 @@ LLMS = {  # Linear, Conv1D (fan_in_fan_out), one matrix for three, tied embeddin
 @pytest.mark.parametrize("name", LLMS)
 def test_merged_answers_equal(tmp_path: Path, name: str, monkeypatch) -> None:
     """fp32, to 1e-5, from a folder that stands alone: the language model's is gone. Written in several shards."""
-    monkeypatch.setattr(export_checkpoint, "SHARD", "100KB")
+    monkeypatch.setattr(export, "SHARD", "100KB")
     if name == "qwen2":
         monkeypatch.setitem(tiny.LLM, "tie_word_embeddings", True)
     llm = tiny.write_llm(tmp_path / "llm", name)
@@ -439,9 +442,9 @@ def test_keys_of_7b_and_13b(golden_report, kind: str, stage: str, which: str, si
     config = CONFIGS[kind](
         text_config={"model_type": "llama"} | SIZES[size],
         language_model="llm" if which == "saved_by_trainer" else None,
-        lora=convert_checkpoint.lora_settings(state, 16, 0.05),
+        lora=lora_settings(state, 16, 0.05),
     )
-    keys = export_checkpoint.match_keys(state, export_checkpoint.build_on_meta(config), "the file")
+    keys = export.match_keys(state, export.build_on_meta(config), "the file")
     assert all("rotary" in key for key in dropped)
     back, _ = rename_keys(dict.fromkeys(keys), TO_ORIGINAL, (), "the folder")
     golden_report("names", f"{kind} {stage} {which} {size}, back", set(back) != set(shapes) - set(dropped), 0)

@@ -13,8 +13,8 @@ import pytest
 from data import combine, filter_unanswerable, leak_check, relocate, sample, shuffle, stats
 from data.audio_ledger import Ledger
 from data.audio_names import is_same_segment, segment, youtube
-from ltu import row_files
-from ltu.row_files import RowWriter, stream_rows
+from ltu.data import dataset_files
+from ltu.data.dataset_files import RowWriter, stream_rows
 from tests.machine import check_growth, run_python, start_python
 
 VIDEO = "-_Yabcdefgh"  # 11 characters
@@ -232,12 +232,12 @@ def test_audio_root_is_said_where_relative_ids_leave_their_folder(tmp_path, caps
 
 KILLED = """
 import os, signal, sys
-import ltu.row_files, data.{verb}
-rename = ltu.row_files.sync_and_rename
+import ltu.data.dataset_files, data.{verb}
+rename = ltu.data.dataset_files.sync_and_rename
 def killed(unfinished, path):
     rename(unfinished, path)
     os.kill(os.getpid(), signal.SIGKILL)
-ltu.row_files.sync_and_rename = killed
+ltu.data.dataset_files.sync_and_rename = killed
 data.{verb}.main(sys.argv[1:])
 """
 
@@ -335,11 +335,11 @@ def test_a_lock_is_of_the_file_that_has_the_name_and_not_needed(tmp_path, monkey
         with pytest.raises(ValueError, match="Another run"):
             RowWriter(tmp_path / "rows.jsonl").__enter__()
         output.write(question("2"))
-        rename = row_files.sync_and_rename
+        rename = dataset_files.sync_and_rename
         next_run = lambda *paths: (rename(*paths), path.write_text("of the next run"))  # noqa: E731
-        monkeypatch.setattr(row_files, "sync_and_rename", next_run)
+        monkeypatch.setattr(dataset_files, "sync_and_rename", next_run)
     assert path.read_text() == "of the next run"
-    monkeypatch.setattr(row_files, "sync_and_rename", rename)
+    monkeypatch.setattr(dataset_files, "sync_and_rename", rename)
 
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")

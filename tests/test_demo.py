@@ -22,10 +22,12 @@ from gradio_client import Client, handle_file
 from transformers import AutoModelForCausalLM
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
-from ltu import released
-from ltu.ask import open_pipeline
-from ltu.inference_gradio import FIRST, TOY_SET, Demo, parse_args
-from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu.checkpoints import released_files
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.generation_flags import open_pipeline
+from ltu.inference.requests import Request
+from ltu.inference_gradio import parse_args
+from ltu.serving.gradio_page import FIRST, TOY_SET, Demo
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.golden.rule_init import rule
@@ -167,7 +169,7 @@ def test_no_path_or_address_of_a_request_is_opened(
 ) -> None:
     """/etc/passwd, a file beside the uploads, one over a link or `..`, an address on this machine or another."""
     here, opened = served("ltu"), []
-    monkeypatch.setattr("ltu.inference_gradio.read_sound", lambda path, *_: opened.append(path))
+    monkeypatch.setattr("ltu.serving.gradio_page.read_sound", lambda path, *_: opened.append(path))
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda url, **_: opened.append(url))
     beside, link = here.uploads.parent / "beside.wav", here.uploads / "link.wav"
     shutil.copy(folder / "good.wav", beside)
@@ -208,7 +210,7 @@ def test_newest_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """Of its kind, neither a start folder nor a checkpoint inside a run, whatever was written last."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="No checkpoint of ltu is in exp or pretrained_mdls"):
-        released.find_or_make("", "ltu")
+        released_files.find_or_make("", "ltu")
     places = ("exp/a/stage1", "pretrained_mdls/b", "exp/a/stage1/checkpoint-5", "exp/c/init")
     for age, (place, kind) in enumerate([*((place, "ltu") for place in places), ("exp/d", "ltu_as")]):
         shutil.copytree(folder / kind, place)
@@ -216,12 +218,12 @@ def test_newest_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
             stage = "init" if place.endswith("init") else "trained"
             Path(place, "ltu_state.json").write_text(json.dumps({"stage": stage}))
         os.utime(Path(place, "model.safetensors"), (age, age))
-    assert released.find_or_make("", "ltu") == "pretrained_mdls/b"
-    assert released.find_or_make("", "ltu_as") == "exp/d"
-    assert released.find_or_make("exp/c/init", "ltu") == "exp/c/init"
+    assert released_files.find_or_make("", "ltu") == "pretrained_mdls/b"
+    assert released_files.find_or_make("", "ltu_as") == "exp/d"
+    assert released_files.find_or_make("exp/c/init", "ltu") == "exp/c/init"
     shutil.rmtree("pretrained_mdls")
     shutil.rmtree("exp/a")
-    assert released.find_or_make("", "ltu") == "exp/c/init"
+    assert released_files.find_or_make("", "ltu") == "exp/c/init"
 
 
 def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,16 +235,16 @@ def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     llm = write_llm(tmp_path / "llm")
     monkeypatch.chdir(tmp_path)
     given = {"kind": "ltu", "llm": str(llm), "source": str(tmp_path / "mirror")}
-    place = released.find_or_make("ltu_ori_paper", **given)
+    place = released_files.find_or_make("ltu_ori_paper", **given)
     shutil.rmtree("mirror")
     before = {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
-    assert released.find_or_make("ltu_ori_paper", **given) == place
+    assert released_files.find_or_make("ltu_ori_paper", **given) == place
     assert before == {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
     pipeline = LtuPipeline.from_pretrained(place, device="cpu")
     assert pipeline([Request(FIRST, tiny.clip(1))], max_new_tokens=3)[0].answered
     for name, words in (("ltu_as_ori_paper", "bash ltu_as/inference.sh"), ("ltu_13b", "no single checkpoint")):
         with pytest.raises(ValueError, match=words):
-            released.find_or_make(name, "ltu")
+            released_files.find_or_make(name, "ltu")
 
 
 def check_the_command(

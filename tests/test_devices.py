@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers.integrations import accelerate as placing
 
+from ltu.checkpoints.open_checkpoint import open_model
 from ltu.finetune import main as finetune
-from ltu.open_model import open_model
-from ltu.pipeline_ltu import LtuPipeline, Request
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Request
 from ltu_as import LtuAsFeatureExtractor
 from tests import tiny
 from tests.whisper_tiny import save_whisper
@@ -53,7 +54,7 @@ def test_layers_on_two_devices_train_like_one(folder: Path, monkeypatch: pytest.
             seen.append(open_model(base, dtype, llm, SPREAD))
             return seen[-1]
 
-        patch.setattr("ltu.open_model.open_model", open_spread)
+        patch.setattr("ltu.training.model_setup.open_model", open_spread)
         spread = losses(folder, "spread", "--bf16", "False", "--device_map", "auto")
     layers = seen[0].language_model.model.layers
     assert {p.device.type for p in layers[0].parameters()} == {"cuda"}, "the first layer is not on the GPU"

@@ -12,11 +12,11 @@ import torch
 from golden.rule_init import rule
 from transformers import AutoModel, PreTrainedModel
 
-from ltu.audio import load_audio
-from ltu.configuration_ltu import CavMaeConfig, YamnetConfig
-from ltu.feature_extraction_ltu import YamnetFeatureExtractor
-from ltu.modeling_cavmae import CavMaeModel, sincos_positions
-from ltu.modeling_yamnet import SameConv2d, YamnetModel
+from ltu.data.audio import load_audio
+from ltu.models.configuration_ltu import CavMaeConfig, YamnetConfig
+from ltu.models.feature_extraction_ltu import YamnetFeatureExtractor
+from ltu.models.modeling_cavmae import CavMaeModel, sincos_positions
+from ltu.models.modeling_yamnet import SameConv2d, YamnetModel
 
 ORIGINAL = "base_model.model.model.audio_encoder."
 PRETRAINED_YAMNET = Path(__file__).parents[1] / "pretrained_mdls" / "yamnet"

@@ -121,7 +121,7 @@ def test_requirements_are_ranges() -> None:
 def test_requirements_are_what_the_packages_import() -> None:
     modules = set()
     for package in ("ltu", "ltu_as"):
-        for file in (ROOT / package).glob("*.py"):
+        for file in (ROOT / package).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
             modules |= set(re.findall(r"^ *import (\w+)", text, re.MULTILINE))
             modules |= set(re.findall(r"^ *from (\w+)[\w.]* import ", text, re.MULTILINE))

@@ -14,10 +14,10 @@ from eval import asking, embed, report, run
 from eval.asking import inference_flags
 from eval.outcome import Outcome
 from eval.tasks import find_task
-from ltu.answer_file import AnswerFile
-from ltu.ask import open_pipeline
-from ltu.pipeline_ltu import LtuPipeline
-from ltu.request import Request
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.generation_flags import open_pipeline
+from ltu.inference.predictions_file import AnswerFile
+from ltu.inference.requests import Request
 from tests.test_eval_questions import Stub
 from tests.tiny import LORA, clip, write_checkpoint, write_llm
 

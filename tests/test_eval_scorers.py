@@ -24,7 +24,7 @@ from eval.outcome import Context, EvaluationError
 from eval.ranking import Ranking
 from eval.speech import age, gender, read_age, read_gender, substituted, word_error_rate
 from eval.tasks import TASKS, find_task
-from ltu.original_files import sha256_of
+from ltu.files import sha256_of
 from tests.golden import rule_init
 
 LABELLED = [task for task in TASKS if "labels" in task.options]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from transformers import AutoFeatureExtractor
 
-from ltu.audio import AudioError, load_audio
-from ltu.feature_extraction_ltu import LtuFeatureExtractor, YamnetFeatureExtractor
+from ltu.data.audio import AudioError, load_audio
+from ltu.models.feature_extraction_ltu import LtuFeatureExtractor, YamnetFeatureExtractor
 
 MEAN, STD = -5.081, 4.4849
 CLIPS = ("noise3", "noise10", "noise12p5", "tone4", "silence2", "sr44k_mono", "stereo5")

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from ltu.arguments import parse_args
-from ltu.collator import LtuCollator
-from ltu.finetune import make_trainer
-from ltu.micro_batches import MicroBatches
-from ltu.processing_ltu import IGNORED
+from ltu.models.processing_ltu import IGNORED
+from ltu.training.arguments import parse_args
+from ltu.training.batch_sampler import MicroBatches
+from ltu.training.collator import LtuCollator
+from ltu.training.trainer import make_trainer
 from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
 from ltu_as.convert_checkpoint import main
 from tests.golden.rule_init import seeded

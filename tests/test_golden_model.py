@@ -17,13 +17,13 @@ import soundfile
 import torch
 
 from ltu import LtuForConditionalGeneration, LtuProcessor
-from ltu.arguments import parse_args
-from ltu.audio import load_audio
-from ltu.collator import LtuCollator
-from ltu.finetune import LtuTrainer, make_trainer
-from ltu.micro_batches import MicroBatches
-from ltu.modeling_cavmae import CavMaeModel
-from ltu.processing_ltu import IGNORED
+from ltu.data.audio import load_audio
+from ltu.models.modeling_cavmae import CavMaeModel
+from ltu.models.processing_ltu import IGNORED
+from ltu.training.arguments import parse_args
+from ltu.training.batch_sampler import MicroBatches
+from ltu.training.collator import LtuCollator
+from ltu.training.trainer import LtuTrainer, make_trainer
 from tests.released import (
     CUTOFF,
     GOLDEN,

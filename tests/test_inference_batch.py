@@ -13,12 +13,12 @@ import pytest
 import soundfile
 import torch
 
-from ltu import check_batch
-from ltu.answer_file import AnswerFile
+from ltu.inference import batch_invariance
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.predictions_file import AnswerFile
+from ltu.inference.requests import Request
 from ltu.inference_batch import main, parse_args
-from ltu.pipeline_ltu import LtuPipeline
-from ltu.processing_ltu import LtuProcessor
-from ltu.request import Request
+from ltu.models.processing_ltu import LtuProcessor
 from tests.machine import PATIENCE
 from tests.tiny import (
     LORA,
@@ -359,7 +359,7 @@ def test_only_near_ties_below_fp32_may_differ(folder, rows, tmp_path, capsys, mo
         count = len(requests)
         return [[7, 8 if count == 1 else 9, 2]] * count, [[(5.0, 0.01), (lead, 0.01), (5.0, 0.01)]] * count
 
-    monkeypatch.setattr(check_batch, "generate", generate)
+    monkeypatch.setattr(batch_invariance, "generate", generate)
     assert main(flags(folder, rows, tmp_path / "p.json", "--check_batch", "--dtype", dtype)) == code
     row = capsys.readouterr().out.splitlines()[2].split()
     assert row[:3] == ["1", "2", str(lead)] and ("DIFFERS" if code else "tie,") in row
@@ -370,7 +370,7 @@ def test_what_rounding_may_decide(folder, rows):
     pipeline = LtuPipeline.from_pretrained(folder, device="cpu", dtype="bfloat16")
     pipeline.model.get_output_embeddings().weight.data.mul_(40)  # Logits in the tens.
     questions = [Request("What?"), Request("Why is it so?")]
-    _, margins = check_batch.generate(pipeline, questions, {"max_new_tokens": 4})
+    _, margins = batch_invariance.generate(pipeline, questions, {"max_new_tokens": 4})
     inputs = pipeline.inputs(questions)
     top = pipeline.model(**inputs).logits[:, -1].detach().topk(2).values  # (rows, 2), bfloat16
     for (lead, near), (first, second) in zip([row[0] for row in margins], top, strict=True):
@@ -378,5 +378,5 @@ def test_what_rounding_may_decide(folder, rows):
         step = float(torch.nextafter(first, torch.tensor(torch.inf, dtype=first.dtype)) - first)
         assert first > 8 and near == 4 * step > 0.1
     half = LtuPipeline.from_pretrained(folder, device="cpu", dtype="float16")
-    _, margins = check_batch.generate(half, questions, {"max_new_tokens": 4})
+    _, margins = batch_invariance.generate(half, questions, {"max_new_tokens": 4})
     assert all(near == pytest.approx(0.01) for row in margins for _, near in row)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ltu.audio import AudioError
-from ltu.label_scoring import LabelScore, _chunks
-from ltu.pipeline_ltu import LtuPipeline, Request
-from ltu.processing_ltu import IGNORED
-from ltu.prompt_template import load_prompt_template
+from ltu.data.audio import AudioError
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.label_scoring import LabelScore, _chunks
+from ltu.inference.requests import Request
+from ltu.models.processing_ltu import IGNORED
+from ltu.models.prompt_template import load_prompt_template
 from ltu_as.convert_checkpoint import main as convert_as
 from tests.test_any_llm import TEMPLATES, byte_tokenizer
 from tests.tiny import GOLDEN, clip, write_checkpoint, write_llm

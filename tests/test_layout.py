@@ -14,10 +14,21 @@ ARROWS = {
     "ltu": set(),
     "ltu_as": {"ltu"},
     "eval": {"ltu", "ltu_as", "qa_generation.llm"},
-    "data": {"ltu.audio", "ltu.qa_dataset", "ltu.row_files"},
+    "data": {"ltu.files", "ltu.data"},
     "qa_generation": set(),
 }
-WITHOUT_TRANSFORMERS = ["ltu/audio.py", "ltu/qa_dataset.py", "ltu/row_files.py", "ltu/row_parser.py"]
+# Inside ltu, each line may import from the lines below it. Two rooms of one line know nothing of each
+# other.
+ROOMS = [
+    {"commands"},
+    {"serving"},
+    {"training", "inference"},
+    {"checkpoints"},
+    {"models"},
+    {"data"},
+    {"files"},
+]
+LIGHT = {"data", "files"}  # They import no transformers.
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +63,52 @@ def test_arrows(package):
             assert fits, f"{file.relative_to(ROOT)} imports {module}; {package} may import {sorted(allowed)}"
 
 
-@pytest.mark.parametrize("file", WITHOUT_TRANSFORMERS)
-def test_light_modules(file):
-    assert not {module.split(".")[0] for module in imports(ROOT / file)} & {"transformers", "peft", "accelerate"}
+def room_of(module: str) -> str:
+    """The room of a module of ltu: "models" of ltu.models.lora, "commands" of ltu.ask."""
+    _, room, *_ = module.split(".")
+    return room if any(room in line for line in ROOMS) else "commands"
+
+
+def modules_of_ltu() -> dict[str, set[str]]:
+    """Each module of ltu and the modules of ltu that it imports, anywhere in its code.
+
+    The package itself is left out: it only re-exports, and Python imports it with each of its modules.
+    """
+    files = [file for file in (ROOT / "ltu").rglob("*.py") if file.name != "__init__.py"]
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name: imports(file) & set(names) - {name} for name, file in names.items()}
+
+
+def test_imports_inside_ltu_go_down():
+    level = {room: number for number, line in enumerate(ROOMS) for room in line}
+    for module, imported in modules_of_ltu().items():
+        for other in imported:
+            room, other_room = room_of(module), room_of(other)
+            is_down = level[room] < level[other_room]
+            assert is_down or room == other_room, f"{module} imports {other}"
+            assert room != "commands" or is_down, f"the command {module} imports the command {other}"
+
+
+def test_no_circle_inside_ltu():
+    left = modules_of_ltu()
+    while left:
+        free = {module for module, imported in left.items() if not imported & set(left)}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {module: imported for module, imported in left.items() if module not in free}
+
+
+def test_the_root_of_ltu_has_commands_only():
+    for file in (ROOT / "ltu").glob("*.py"):
+        if file.name not in ("__init__.py", "files.py"):
+            assert 'if __name__ == "__main__":' in file.read_text(), f"{file.name} is no command"
+
+
+def test_light_modules():
+    heavy = {"transformers", "peft", "accelerate"}
+    for file in (ROOT / "ltu").rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if module != "ltu.__init__" and room_of(module) in LIGHT:
+            assert not {name.split(".")[0] for name in imports(file)} & heavy, file
 
 
 def test_no_file_is_called_utils():

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 import ltu_as
 from ltu import LtuForConditionalGeneration
-from ltu.arguments import parse_args
-from ltu.finetune import make_trainer
+from ltu.index_dataset import main as index_rows
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Request
 from ltu.inference_batch import main as inference_batch
-from ltu.pipeline_ltu import LtuPipeline, Request
-from ltu.row_index import IndexedRows
-from ltu.row_index import main as index_rows
+from ltu.training.arguments import parse_args
+from ltu.training.dataset_index import IndexedRows
+from ltu.training.trainer import make_trainer
 from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
 from tests import tiny
@@ -226,7 +227,7 @@ def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
 def test_an_index_holds_the_transcripts_that_rows_lack(root: Path, features: Path, tmp_path: Path) -> None:
     """Out of the feature folder, or by Whisper; training from the index asks no Whisper and trains the same."""
     words = [Path(shutil.copy(root / "rows.json", tmp_path)), root / "init", tmp_path / "rows.arrow"]
-    command = "index {} --base_model {} --output_path {}".format(*words).split()
+    command = "{} --base_model {} --output_path {}".format(*words).split()
     index_rows([*command, "--audio_root", str(root), "--feature_root", str(features)])
     indexed = IndexedRows(tmp_path / "rows.arrow", root)
     plain = make(root, tmp_path / "plain", "--feature_root", str(features))

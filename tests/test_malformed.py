@@ -21,10 +21,10 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from ltu.audio import WAYS_OUT, AudioError, read_sound
+from ltu.data.audio import WAYS_OUT, AudioError, read_sound
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Answer, Request
 from ltu.inference_batch import main as inference_batch
-from ltu.pipeline_ltu import LtuPipeline
-from ltu.request import Answer, Request
 from ltu_as.convert_checkpoint import main as convert_as
 from tests.tiny import write_checkpoint, write_llm
 from tests.whisper_tiny import save_whisper

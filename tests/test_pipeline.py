@@ -11,11 +11,11 @@ import soundfile
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ltu.audio import load_audio
-from ltu.decoding import ORIGINAL_DECODING, BatchStreamer, RowSampler, check_decoding
-from ltu.encoding_cache import content_hash
-from ltu.pipeline_ltu import LtuPipeline
-from ltu.request import Answer, Request
+from ltu.data.audio import load_audio
+from ltu.inference.embedding_cache import content_hash
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Answer, Request
+from ltu.inference.sampling import ORIGINAL_DECODING, BatchStreamer, RowSampler, check_decoding
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.whisper_tiny import save_whisper

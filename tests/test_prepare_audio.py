@@ -17,7 +17,7 @@ from data import prepare_audio  # noqa: E402
 from data.audio_names import RULES, audio_id_of, key_of, read_ids, read_table, read_wanted
 from data.toy.sounds import AUDIO
 from data.toy.speech import SPEECH
-from ltu.audio import AudioError, load_audio, read_sound
+from ltu.data.audio import AudioError, load_audio, read_sound
 from tests.machine import run_python, start_python, wait_until
 
 RNG = np.random.default_rng(0)

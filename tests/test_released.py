@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import ltu.download as transport
-from ltu.download import ReleasedError, unpack
-from ltu.modeling_ltu import LtuForConditionalGeneration
-from ltu.released import PREP, TABLE, Released, download, find, main, relocate_rows
+import ltu.checkpoints.download as transport
+from ltu.checkpoints.download import DownloadError, unpack
+from ltu.checkpoints.released_files import PREP, TABLE, Released, download, find, relocate_rows
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
+from ltu.released import main
 from tests.golden.rule_init import rule
 from tests.released import narrow, read, write_llm
 from tests.test_scripts import run_script
@@ -137,7 +138,7 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 
 def fails(row: Released, folder: Path, *words: str, **kwargs) -> None:
     """The download is an error that says these words, and leaves nothing under a final name."""
-    with pytest.raises(ReleasedError) as error:
+    with pytest.raises(DownloadError) as error:
         download(row, folder, **kwargs)
     for word in (row.name, *words):
         assert word in str(error.value)
@@ -166,7 +167,7 @@ def test_every_link_of_the_original_readme() -> None:
 
 def test_find_names_what_is_near() -> None:
     assert find("ltu_ori_paper").steps == 20_000
-    with pytest.raises(ReleasedError, match="'ltu_paper'.*ltu_ori_paper"):
+    with pytest.raises(DownloadError, match="'ltu_paper'.*ltu_ori_paper"):
         find("ltu_paper")
 
 
@@ -198,7 +199,7 @@ def test_what_was_put_there_by_hand_is_checked_and_taken(site: Site, tmp_path: P
     assert not site.requests
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "clip.wav").write_bytes(b"short")
-    with pytest.raises(ReleasedError, match="5 bytes instead of 512,000"):
+    with pytest.raises(DownloadError, match="5 bytes instead of 512,000"):
         download(row, tmp_path / "wrong")
 
 
@@ -348,7 +349,7 @@ def symlink_zip() -> bytes:
 )
 def test_zip_that_leads_out(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "evil.zip").write_bytes(data)
-    with pytest.raises(ReleasedError, match="leads out"):
+    with pytest.raises(DownloadError, match="leads out"):
         unpack(tmp_path / "evil.zip", tmp_path / "in" / "evil")
     assert [path.name for path in tmp_path.rglob("*")] == ["evil.zip"]
 
@@ -377,7 +378,7 @@ def test_clips_are_found_by_name_and_keep_the_names_of_their_features(tmp_path: 
         assert (tmp_path / "out" / audio_id).read_text() == Path(old).name
         assert original_name(audio_id) == original_name(old)
     (tmp_path / "meta.json").write_text('[{"audio_id": "/x/c.wav"}]')
-    with pytest.raises(ReleasedError, match="no clip of its 1 rows"):
+    with pytest.raises(DownloadError, match="no clip of its 1 rows"):
         relocate_rows(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
 
 
@@ -452,7 +453,7 @@ def test_prep_train_script(site: Site, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_prep_from_a_folder_says_which_file_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(ReleasedError, match=r"openaqa_toy\.json is not there"):
+    with pytest.raises(DownloadError, match=r"openaqa_toy\.json is not there"):
         main(["prep", "--kind", "ltu", "--from", str(tmp_path), "--root", str(tmp_path / "root")])
     assert dataclasses.asdict(find("vicuna"))["size"] is None
 

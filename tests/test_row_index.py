@@ -9,12 +9,16 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from ltu import qa_dataset, row_index
-from ltu.arguments import parse_args
+from ltu import index_dataset
+from ltu.data.dataset_parser import RowError
+from ltu.data.examples import read_rows
+from ltu.files import run_command
 from ltu.finetune import main as train
-from ltu.finetune import make_trainer
-from ltu.qa_dataset import RowError, read_rows
-from ltu.row_index import IndexedRows, build_index, find_index
+from ltu.training import dataset as dataset_module
+from ltu.training import dataset_index
+from ltu.training.arguments import parse_args
+from ltu.training.dataset_index import IndexedRows, build_index, find_index
+from ltu.training.trainer import make_trainer
 from tests.tiny import LORA, write_checkpoint, write_llm, write_rows
 
 
@@ -32,7 +36,7 @@ def processor(start):
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
     """23 rows, three to a record batch, with texts that JSON can hold and UTF-8 cannot."""
-    monkeypatch.setattr(row_index, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(dataset_index, "ROWS_AT_ONCE", 3)
     path = write_rows(tmp_path, 23, without_audio=3)
     content = json.loads(path.read_text())
     for number, row in enumerate(content):
@@ -86,9 +90,9 @@ def test_training_and_resuming_from_an_index_equals_training_from_the_file(start
 
 
 def test_too_many_rows_without_an_index_are_not_grouped_and_it_says_so(start, rows, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(qa_dataset, "MAX_UNINDEXED", 22)
+    monkeypatch.setattr(dataset_module, "MAX_UNINDEXED", 22)
     trainer = make_trainer(*parse_args(flags(start, rows, tmp_path / "run")))
-    assert "23 rows without an index" in caplog.text and f"ltu.qa_dataset index {rows}" in caplog.text
+    assert "23 rows without an index" in caplog.text and f"ltu.index_dataset {rows}" in caplog.text
     assert sorted(sum(list(trainer.micro_batches)[:12], [])) == list(range(23))
     ungrouped = make_trainer(*parse_args(flags(start, rows, tmp_path / "run", group_by_length=False)))
     assert list(trainer.micro_batches) == list(ungrouped.micro_batches)
@@ -133,7 +137,7 @@ def test_a_clip_whose_name_is_no_text_is_refused(processor, rows):
 
 def test_resuming_in_another_order_is_refused(start, processor, rows, tmp_path, monkeypatch):
     """Half an epoch in one order and half in another would leave rows unseen."""
-    monkeypatch.setattr(qa_dataset, "MAX_UNINDEXED", 22)
+    monkeypatch.setattr(dataset_module, "MAX_UNINDEXED", 22)
     train(flags(start, rows, tmp_path / "run", max_steps=3))
     build_index(rows, processor)
     with pytest.raises(ValueError, match="was trained with grouped: False, this run has True"):
@@ -185,7 +189,8 @@ def test_workers_can_be_spawned(processor, rows):
 
 
 def test_the_command(start, rows, capsys):
-    row_index.main(["index", str(rows), "--base_model", str(start)])
+    index_dataset.main([str(rows), "--base_model", str(start)])
     assert "rows.json.arrow: 23 rows" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: .*nothing.json is not there"):
-        row_index.main(["index", str(rows.parent / "nothing.json"), "--base_model", str(start)])
+        words = [str(rows.parent / "nothing.json"), "--base_model", str(start)]
+        run_command(lambda: index_dataset.main(words))

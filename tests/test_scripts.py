@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ltu.finetune import parse_args
+from ltu.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["stage1_proj_cla", "stage2_all_cla", "stage3_all_close", "stage4_all_mix"]

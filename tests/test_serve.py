@@ -22,10 +22,12 @@ import openai
 import pytest
 import soundfile
 
-from ltu.audio import load_audio
-from ltu.pipeline_ltu import LtuPipeline, Request
-from ltu.prompt_template import load_prompt_template
-from ltu.serve import make_server, read_flags
+from ltu.data.audio import load_audio
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Request
+from ltu.models.prompt_template import load_prompt_template
+from ltu.serve import read_flags
+from ltu.serving.openai_server import make_server
 from ltu_as.convert_checkpoint import main as convert
 from tests import tiny
 from tests.machine import PATIENCE, wait_until

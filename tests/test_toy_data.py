@@ -15,7 +15,7 @@ from data.toy import build, rows
 from data.toy.attribution import write_attribution
 from data.toy.render import WINDOW, centred
 from data.toy.sounds import AUDIO, HERE, make_split, read_fold, read_json, read_manifest, recording_of
-from ltu.qa_dataset import read_rows
+from ltu.data.examples import read_rows
 
 SOUNDS = read_manifest()
 BY_FILE = {sound["file"]: sound for sound in SOUNDS}

@@ -26,8 +26,8 @@ from data.toy.speech import (
     syllables,
 )
 from eval import toy_speech
-from ltu.audio import load_audio
-from ltu.qa_dataset import read_rows
+from ltu.data.audio import load_audio
+from ltu.data.examples import read_rows
 
 CLIPS = read_speech()
 BY_FILE = {clip["file"]: clip for clip in CLIPS}

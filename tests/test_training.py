@@ -13,11 +13,14 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ltu import LtuForConditionalGeneration
-from ltu.arguments import parse_args, parse_list
-from ltu.audio import AudioError, load_audio
-from ltu.finetune import main, make_trainer
-from ltu.micro_batches import MicroBatches, batches_per_rank, total_steps
-from ltu.qa_dataset import QaDataset, RowError, check_audio, read_rows
+from ltu.data.audio import AudioError, load_audio
+from ltu.data.dataset_parser import RowError
+from ltu.data.examples import check_audio, read_rows
+from ltu.finetune import main
+from ltu.training.arguments import parse_args, parse_list
+from ltu.training.batch_sampler import MicroBatches, batches_per_rank, total_steps
+from ltu.training.dataset import QaDataset
+from ltu.training.trainer import make_trainer
 from tests.machine import PATIENCE
 from tests.test_scripts import run_script
 from tests.tiny import LORA, start_ranks, write_checkpoint, write_llm, write_rows

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArguments
 
-from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor, version_check
-from ltu.arguments import OneGpuArguments
-from ltu.generation_ltu import find_cache
-from ltu.pipeline_ltu import LtuPipeline
-from ltu.request import Request
+from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Request
+from ltu.models import version_check
+from ltu.models.generation_ltu import find_cache
+from ltu.training.arguments import OneGpuArguments
 from tests.tiny import LORA, SPECIAL, audio_config, clip, write_checkpoint, write_llm
 
 QUESTIONS = ["What is it?", "Which of the two sounds comes first, and why do you think so?"]

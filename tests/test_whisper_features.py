@@ -11,10 +11,9 @@ import torch
 import whisper
 from whisper.audio import log_mel_spectrogram, pad_or_trim
 
-from ltu.audio import AudioError, load_audio
-from ltu.qa_dataset import clean_transcript
+from ltu.data.audio import AudioError, load_audio
 from ltu_as import LtuAsFeatureExtractor
-from ltu_as.feature_extraction_ltu_as import load_whisper
+from ltu_as.feature_extraction_ltu_as import clean_transcript, load_whisper
 from tests.whisper_tiny import save_whisper
 
 RATE = 16_000  # Hz

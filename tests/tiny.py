@@ -25,9 +25,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration, LtuProcessor
-from ltu.configuration_ltu import hash_language_model
-from ltu.pipeline_ltu import LtuPipeline
-from ltu.request import Answer, OnText, Request
+from ltu.inference.engine import LtuPipeline
+from ltu.inference.requests import Answer, OnText, Request
+from ltu.models.checkpoint_folder import hash_language_model
 
 GOLDEN = Path(__file__).parent / "golden"
 LLM = {

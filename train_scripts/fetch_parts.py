@@ -127,8 +127,8 @@ def convert_yamnet(unzipped: Path, folder: Path) -> int:
     import torch
     from onnx import numpy_helper
 
-    from ltu.configuration_ltu import YamnetConfig
-    from ltu.modeling_yamnet import YamnetModel
+    from ltu.models.configuration_ltu import YamnetConfig
+    from ltu.models.modeling_yamnet import YamnetModel
 
     with zipfile.ZipFile(next(unzipped.glob("*.onnx.zip"))) as archive:
         archive.extractall(unzipped)

@@ -6,7 +6,7 @@ python -m train_scripts.plot_loss --output_path exp/ltu/loss.png exp/ltu/stage1_
 import argparse
 from pathlib import Path
 
-from ltu.compare_log import read_log, with_loss
+from ltu.training.loss_log import read_log, with_loss
 
 
 def plot(folders: list[Path], output_path: Path) -> None:

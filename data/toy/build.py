@@ -24,7 +24,7 @@ from data.toy import render
 from data.toy.attribution import write_attribution
 from data.toy.rows import MIXTURE_TASKS, OPEN_TASKS, PAIR_TASKS, make_row
 from data.toy.sounds import AUDIO, HERE, Sound, make_split, read_fold, read_manifest
-from ltu.audio import SAMPLING_RATE
+from ltu.data.audio import SAMPLING_RATE
 
 # Share of each task in a stage, as in the paper: 1 and 2 classification, 3 all closed-ended questions, 4 all.
 OPEN_SHARE = {task: 0.3 / (len(OPEN_TASKS) + 1) for task in (*OPEN_TASKS, "how_many")}

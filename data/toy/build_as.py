@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.toy import build, speech_rows
 from data.toy.sounds import read_fold
 from data.toy.speech import SPEECH, Clip, cut_offs, read_speech
-from ltu.audio import SAMPLING_RATE
+from ltu.data.audio import SAMPLING_RATE
 
 SPEECH_SHARE = 0.4  # of the rows of every stage
 CLASSIFY = {"speech_gender": 0.5, "speech_pitch": 0.25, "speech_speed": 0.25}

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 
 from data.toy.sounds import AUDIO, Sound
-from ltu.audio import SAMPLING_RATE, load_audio
+from ltu.data.audio import SAMPLING_RATE, load_audio
 
 WINDOW = 163_840  # samples, 10.24 s at 16 kHz: what the ear hears of a clip
 PEAK = 0.98  # no render is louder, so none is clipped

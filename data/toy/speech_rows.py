@@ -17,7 +17,7 @@ from data import closed_qa
 from data.toy.rows import PREFIX_SHARE
 from data.toy.sounds import read_json
 from data.toy.speech import SPEECH, Clip, pitch_and_speed
-from ltu.audio import SAMPLING_RATE, load_audio
+from ltu.data.audio import SAMPLING_RATE, load_audio
 
 QUESTIONS = read_json("speech/questions.json")
 DATASET = "toy_speech"

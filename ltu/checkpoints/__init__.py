@@ -1,0 +1,1 @@
+"""Checkpoint folders: opened, converted from and to the original's files, merged, downloaded."""

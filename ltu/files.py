@@ -1,0 +1,95 @@
+"""Hashes files, writes them whole, locks them, and ends a command with one line of error."""
+
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+HASH_BLOCK = 2**22  # bytes
+
+
+def sha256_of(*paths: str | Path) -> str:
+    """Return the sha256 of the contents of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(HASH_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def replace_file(
+    path: Path, content: bytes | Iterable[bytes], shared: bool = False, is_synced: bool = False
+) -> None:
+    """Write a whole file, or none.
+
+    Args:
+        path: the file. Its folder is created.
+        content: its bytes, or pieces of them.
+        shared: several processes may write the file at once; the last one wins.
+        is_synced: the content is on the disk before it gets its name, because the content that it
+            replaces is lost then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp"
+    unfinished = path.with_name(name)
+    with unfinished.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+        if is_synced:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def sync_and_rename(unfinished: Path, path: Path) -> None:
+    """Give a file its name, once it is on the disk."""
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def lock_file(path: Path, output: Path) -> IO[bytes]:
+    """Open a file that only one process can have open; on a file system without locks, any can.
+
+    Raises:
+        ValueError: a running process has it open, and so writes the same output.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            message = f"Another run is writing {output}. Wait for it, or stop it."
+            raise ValueError(message) from error
+        except OSError:
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # Its last owner has removed or renamed it.
+
+
+def run_command(command: Callable[[], int | None], *more_errors: type[Exception]) -> None:
+    """Run a command and exit with its status.
+
+    An error that the user can fix is one line, which a traceback would hide.
+
+    Args:
+        command: returns the exit status; None is 0.
+        more_errors: further types of such errors, besides OSError and ValueError.
+    """
+    try:
+        status = command()
+    except (OSError, ValueError, *more_errors) as error:
+        message = str(error)
+        if isinstance(error, KeyError):  # Its text has quotes around it.
+            message = str(error.args[-1])
+        elif isinstance(error, OSError):  # transformers breaks its lines.
+            message = " ".join(message.split())
+        sys.exit(f"error: {message}")
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""The model as Hugging Face classes: configuration, feature extraction, processor, model, generation."""

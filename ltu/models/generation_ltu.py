@@ -1,0 +1,129 @@
+"""Runs stock `generate` over sequences with audio placeholders.
+
+`generate` embeds the whole prompt once, audio included, and hands it to the stock loop as
+`prompt_embeds`, one per row. So the loop may repeat rows for beams and samples, and may run with or
+without a cache, without knowing of audio. Nothing of the loop's own arguments is named here: what
+they are called changes between releases of transformers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from ltu.models.version_check import check_generation
+
+
+class TextRepetitionPenalty(LogitsProcessor):
+    """Repetition penalty over the text that the model has seen, as the original's.
+
+    The stock processor indexes the vocabulary by every id of the sequence: it dies on audio placeholders and counts
+    pads as text.
+
+    Args:
+        penalty: divides positive and multiplies negative scores of ids that have occurred.
+        is_text: (batch, prompt length) bool, False for placeholders and pads.
+    """
+
+    def __init__(self, penalty: float, is_text: Tensor):
+        self.penalty = penalty
+        self.is_text = is_text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        is_text = self.is_text.to(input_ids.device).repeat_interleave(
+            input_ids.shape[0] // self.is_text.shape[0], dim=0
+        )
+        generated = is_text.new_ones(input_ids.shape[0], input_ids.shape[1] - is_text.shape[1])
+        is_text = torch.cat([is_text, generated], dim=1)  # (rows, length so far)
+        seen = torch.zeros(
+            scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device
+        )
+        seen.scatter_(
+            1, input_ids.masked_fill(~is_text, scores.shape[1]), True
+        )  # What is not text lands in the extra column.
+        penalised = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(seen[:, :-1], penalised, scores)  # (rows, vocabulary)
+
+
+class LtuGenerationMixin(GenerationMixin):
+    """Greedy decoding, beam search and sampling over sequences with audio, by the stock loop."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        audio_embeds: Tensor | None = None,
+        audio_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run stock `generate`, whose other arguments and results these are.
+
+        Each clip is encoded once, whatever the number of beams or samples, and with or without a
+        cache. The repetition penalty counts text only.
+
+        Args:
+            input_ids: (batch, length), as in `forward`.
+            attention_mask: (batch, length); all ones if absent.
+            input_features, audio_embeds, audio_index: the clips, as in `forward`.
+
+        Raises:
+            ValueError: the placeholders do not fit the clips, or, on a version of transformers that
+                was not tested, generation is wrong (`ltu.models.version_check`).
+        """
+        check_generation(self)
+        has_clips = input_features is not None or audio_embeds is not None
+        if has_clips and input_ids is None:
+            raise ValueError(
+                "Clips need placeholders in input_ids; inputs_embeds hold the audio already."
+            )
+        # A cache of the caller's may hold the audio already; then the clips are not needed.
+        has_cache = any(isinstance(value, Cache) for value in kwargs.values())
+        if has_clips and not (has_cache and not (input_ids == self.config.audio_token_id).any()):
+            kwargs["prompt_embeds"] = self._embed(
+                input_ids, input_features, audio_index, audio_embeds
+            )
+        if input_ids is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+            self._replace_repetition_penalty(input_ids, attention_mask, kwargs)
+        return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+
+    def _replace_repetition_penalty(
+        self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Put `TextRepetitionPenalty` in the place of the stock one, in the arguments."""
+        penalty = kwargs.pop("repetition_penalty", None)
+        for config in (kwargs.get("generation_config"), self.generation_config):
+            if penalty is None and config is not None:
+                penalty = config.repetition_penalty
+        kwargs["repetition_penalty"] = 1.0  # Switches the stock one off, also in generation_config.
+        if penalty is None or penalty == 1.0:
+            return
+        # The mask is longer than the tokens where a cache holds the tokens before.
+        is_seen = attention_mask[:, -input_ids.shape[1] :].bool()
+        is_text = is_seen & (input_ids != self.config.audio_token_id)
+        processors = kwargs.get("logits_processor") or []
+        kwargs["logits_processor"] = LogitsProcessorList(
+            [TextRepetitionPenalty(penalty, is_text), *processors]
+        )
+
+
+def find_cache(output: ModelOutput) -> tuple[str, Cache]:
+    """Find the cache in the output of a forward pass, and the name that it has there.
+
+    `forward` takes it under the same name, which depends on the version of transformers.
+
+    Raises:
+        ValueError: the output holds no cache.
+    """
+    for name, value in output.items():
+        if isinstance(value, Cache):
+            return name, value
+    raise ValueError(
+        f"The output holds no cache, but {', '.join(output)}. Call the model with use_cache=True; "
+        "a language model without a key-value cache cannot share a prompt."
+    )

@@ -1,0 +1,1 @@
+"""Serving: the OpenAI-compatible server and the page in the browser."""

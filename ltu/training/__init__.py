@@ -1,0 +1,1 @@
+"""Training: arguments, dataset and its index, collator, batch sampler, trainer."""
