@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 from benchmarks.whisper_features import SIZES, random_whisper  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig, LtuProcessor  # noqa: E402
 from ltu.data.audio import SAMPLING_RATE  # noqa: E402
-from ltu.inference.engine import LtuPipeline  # noqa: E402
+from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu_as import LtuAsConfig, LtuAsProcessor, TltrConfig  # noqa: E402
 
@@ -52,7 +52,7 @@ ORIGINAL = {"ltu": 1.47, "ltu_as": 0.79}  # s a question, one by one at these si
 
 
 def make_parts(kind: str, args: argparse.Namespace, folder: str) -> tuple[torch.nn.Module, LtuProcessor]:
-    """Model and processor of a pipeline."""
+    """Model and processor of a engine."""
     torch.manual_seed(0)
     text_config = LlamaConfig(**LLM, dtype=args.dtype)
     if kind == "ltu":
@@ -60,8 +60,8 @@ def make_parts(kind: str, args: argparse.Namespace, folder: str) -> tuple[torch.
         processor: LtuProcessor = LtuProcessor.from_config(config, TOKENIZER)
     else:
         width, _, layers = SIZES[args.whisper_size]
-        ear = TltrConfig(hidden_size=width, num_whisper_layers=layers)
-        config = LtuAsConfig(audio_config=ear, text_config=text_config)
+        audio_encoder = TltrConfig(hidden_size=width, num_whisper_layers=layers)
+        config = LtuAsConfig(audio_config=audio_encoder, text_config=text_config)
         whisper = {"whisper_model": random_whisper(args.whisper_size, folder), "transcription_model": None}
         processor = LtuAsProcessor.from_config(config, TOKENIZER, **whisper, feature_precision="fp32")
         processor.feature_extractor.device = args.device
@@ -87,9 +87,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         for turn in range(args.rounds + 1):
             for way, (batch_size, cache_mb) in WAYS.items():
                 asked = requests if turn else requests[: 2 * batch_size]
-                pipeline = LtuPipeline(*parts, cache_mb)
+                engine = LtuEngine(*parts, cache_mb)
                 start = time.perf_counter()
-                answers = pipeline(asked, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+                answers = engine(asked, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
                 if turn:
                     times[way].append(time.perf_counter() - start)
                 if {(answer.answered, answer.new_tokens) for answer in answers} != {(True, NEW_TOKENS)}:

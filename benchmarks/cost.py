@@ -70,11 +70,11 @@ def make_model(kind: str, size: str, trains: str, device: torch.device) -> torch
 def make_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[str, torch.Tensor]:
     """Random clips and full rows of text, with loss on all text."""
     config, device = model.config, model.get_input_embeddings().weight.device
-    ear = config.audio_config
-    if hasattr(ear, "num_whisper_layers"):
-        shape = (ear.num_whisper_layers, ear.num_audio_tokens, ear.hidden_size)
+    audio_encoder = config.audio_config
+    if hasattr(audio_encoder, "num_whisper_layers"):
+        shape = (audio_encoder.num_whisper_layers, audio_encoder.num_audio_tokens, audio_encoder.hidden_size)
     else:
-        shape = (ear.num_frames, ear.num_mel_bins)
+        shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
     text = torch.randint(3, config.text_config.vocab_size, (batch, text_tokens), device=device)
     audio = text.new_full((batch, config.num_audio_tokens), config.audio_token_id)
     ids = torch.cat([audio, text], 1)

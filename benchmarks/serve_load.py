@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import openai  # noqa: E402
 import torch  # noqa: E402
 
-from ltu.inference.generation_flags import open_pipeline  # noqa: E402
+from ltu.inference.generation_flags import open_engine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu.serve import read_flags  # noqa: E402
 
@@ -124,10 +124,10 @@ def main() -> int:
     parser.add_argument("--output_path")
     args = parser.parse_args()
     flags = ["--model", args.model, "--dtype", "float32", "--max_batch", str(args.max_batch), "--max_body_mb", "2"]
-    pipeline = open_pipeline(read_flags(flags))
+    engine = open_engine(read_flags(flags))
     made = good_requests(Path(args.model).resolve().name, args.max_tokens)
-    good = [(said, pipeline([request], batch_size=1)[0].text) for said, request in made]
-    del pipeline
+    good = [(said, engine([request], batch_size=1)[0].text) for said, request in made]
+    del engine
     command = [sys.executable, "-m", "ltu.serve", *flags, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:

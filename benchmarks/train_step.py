@@ -82,10 +82,10 @@ class BareLlm(nn.Module):
 class BareTltr(BareLlm):
     """TLTR as the original builds it: two blocks of Whisper's, attention written out, the mean over layers last."""
 
-    def __init__(self, ear: TltrConfig):
-        super().__init__(ear.hidden_size)
-        self.time_tr = ResidualAttentionBlock(ear.hidden_size, ear.num_time_heads)
-        self.layer_tr = ResidualAttentionBlock(ear.hidden_size, ear.num_layer_heads)
+    def __init__(self, audio_encoder: TltrConfig):
+        super().__init__(audio_encoder.hidden_size)
+        self.time_tr = ResidualAttentionBlock(audio_encoder.hidden_size, audio_encoder.num_time_heads)
+        self.layer_tr = ResidualAttentionBlock(audio_encoder.hidden_size, audio_encoder.num_layer_heads)
 
     def forward(self, text: torch.Tensor, input_features: torch.Tensor) -> torch.Tensor:
         batch, layers, steps, _ = input_features.shape
@@ -98,17 +98,17 @@ class BareTltr(BareLlm):
 class BareStack(BareLlm):
     """The same sizes as ours with nothing around them: no unused norms either."""
 
-    def __init__(self, ear: CavMaeConfig):
-        super().__init__(ear.hidden_size)
-        width, heads, hidden = ear.hidden_size, ear.num_attention_heads, ear.intermediate_size
-        self.patches = nn.Conv2d(1, width, ear.patch_size, ear.patch_size)
+    def __init__(self, audio_encoder: CavMaeConfig):
+        super().__init__(audio_encoder.hidden_size)
+        width, heads, hidden = audio_encoder.hidden_size, audio_encoder.num_attention_heads, audio_encoder.intermediate_size
+        self.patches = nn.Conv2d(1, width, audio_encoder.patch_size, audio_encoder.patch_size)
         self.positions = nn.Parameter(torch.zeros(1, 512, width))
-        self.ear = nn.Sequential(*(BareBlock(width, heads, hidden, False) for _ in range(ear.num_hidden_layers)))
+        self.audio_encoder = nn.Sequential(*(BareBlock(width, heads, hidden, False) for _ in range(audio_encoder.num_hidden_layers)))
         self.ear_norm = nn.LayerNorm(width)
 
     def forward(self, text: torch.Tensor, input_features: torch.Tensor) -> torch.Tensor:
         x = self.patches(input_features.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)  # (batch, 512, 768)
-        x = self.ear_norm(self.ear(x + self.positions))
+        x = self.ear_norm(self.audio_encoder(x + self.positions))
         return self.loss(x.unflatten(1, (8, 32, 2)).mean((1, 3)), text)
 
 
@@ -118,17 +118,17 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
     device = torch.device(args.device)
     text = torch.randint(3, LLM["vocab_size"], (args.batch_size, args.text_tokens), device=device)
     if args.kind == "ltu":
-        config_class, bare, ear = LtuConfig, BareStack, CavMaeConfig(num_hidden_layers=args.num_layers)
-        shape = (ear.num_frames, ear.num_mel_bins)
+        config_class, bare, audio_encoder = LtuConfig, BareStack, CavMaeConfig(num_hidden_layers=args.num_layers)
+        shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
     else:
-        config_class, bare, ear = LtuAsConfig, BareTltr, TltrConfig()
-        shape = (ear.num_whisper_layers, ear.num_audio_tokens, ear.hidden_size)
+        config_class, bare, audio_encoder = LtuAsConfig, BareTltr, TltrConfig()
+        shape = (audio_encoder.num_whisper_layers, audio_encoder.num_audio_tokens, audio_encoder.hidden_size)
     features = torch.randn(args.batch_size, *shape, device=device)
     if side == "bare":
-        model = bare(ear).to(device).train()
+        model = bare(audio_encoder).to(device).train()
         inputs = {"text": text, "input_features": features}
     else:
-        config = config_class(audio_config=ear, text_config=LlamaConfig(**LLM), lora=LORA)
+        config = config_class(audio_config=audio_encoder, text_config=LlamaConfig(**LLM), lora=LORA)
         model = AutoModelForCausalLM.from_config(config).to(device).train()
         model.set_trainable("all")
         audio = text.new_full((args.batch_size, config.num_audio_tokens), config.audio_token_id)

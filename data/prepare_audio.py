@@ -45,7 +45,7 @@ from tqdm import tqdm
 from data.audio_ledger import Ledger
 from data.audio_names import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
 from data.recipe import recipe_path, write_recipe
-from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, read_sound
+from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, decode_audio
 from ltu.files import run_command, sync_and_rename
 
 QUIET = 2.0**-8  # peak (-48 dB) below which 16 bit would leave less than 8
@@ -110,7 +110,7 @@ def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dic
     Raises:
         AudioError: it cannot be heard, or is louder than sound is.
     """
-    sound = read_sound(source, max_seconds)
+    sound = decode_audio(source, max_seconds)
     peak = float(np.abs(sound.waveform).max())
     if peak > BEYOND:
         raise AudioError(str(source), "unreadable", f"holds values up to {peak:.3g}, where full scale is 1")

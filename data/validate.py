@@ -103,9 +103,9 @@ def look(path: Path) -> tuple[int, float]:
 
 def listen(path: Path) -> tuple[int, float]:
     """The same by decoding the whole clip."""
-    from ltu.data.audio import SAMPLING_RATE, read_sound
+    from ltu.data.audio import SAMPLING_RATE, decode_audio
 
-    sound = read_sound(path)
+    sound = decode_audio(path)
     return sound.sampling_rate, len(sound.waveform) / SAMPLING_RATE
 
 

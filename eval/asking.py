@@ -18,8 +18,8 @@ from ltu.data.audio import AudioError
 from ltu.data.dataset_files import encode_row, stream_rows
 from ltu.data.examples import read_rows
 from ltu.files import replace_file, sha256_of
-from ltu.inference.batch_inference import requests_of
-from ltu.inference.generation_flags import open_pipeline
+from ltu.inference.batch_inference import make_requests
+from ltu.inference.generation_flags import open_engine
 from ltu.inference.sampling import check_decoding
 from ltu.inference_batch import main as inference_batch
 from ltu.inference_batch import parse_args
@@ -111,14 +111,14 @@ def score_labels(model: str, task: Task, questions: Path, folder: Path, args: ar
     wanted = provenance(model, questions, args) | {"label_prompt": args.label_prompt, "candidates": candidates}
     path = folder / f"{task.name}.label_scores.jsonl"
     kept = start_scores(path, wanted)
-    pipeline = open_pipeline(flags) if len(kept) < len(rows) else None
+    engine = open_engine(flags) if len(kept) < len(rows) else None
     failed = {}
     with path.open("ab") as lines:
-        for number, request in enumerate(tqdm(requests_of(rows, flags), f"labels of {task.name}", unit="clip")):
+        for number, request in enumerate(tqdm(make_requests(rows, flags), f"labels of {task.name}", unit="clip")):
             if number in kept:
                 continue
             try:
-                kept[number] = [score.log_likelihood for score in pipeline.score(request, candidates)]
+                kept[number] = [score.log_likelihood for score in engine.score(request, candidates)]
             except AudioError as error:
                 failed[number] = error.reason
                 continue

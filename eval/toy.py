@@ -184,14 +184,14 @@ def stage_rows(folds: list[dict[str, dict[str, list[dict]]]], reader: Reader) ->
     return rows
 
 
-def baseline_rows(toy: Toy, folds: list[int], ear: Path | None) -> list[dict]:
+def baseline_rows(toy: Toy, folds: list[int], audio_encoder: Path | None) -> list[dict]:
     """Rows of the table: what can be had on these folds without our model; no linear probe without an ear."""
     methods: dict[str, Callable[..., list[str]]] = {
         "majority": toy_baselines.majority,
         "source package alone": toy_baselines.package,
     }
-    if ear is not None:
-        means = toy_baselines.ear_means([TOY / "audio" / file for file in toy.clips], ear)
+    if audio_encoder is not None:
+        means = toy_baselines.audio_encoder_means([TOY / "audio" / file for file in toy.clips], audio_encoder)
         methods["linear probe on the ear"] = partial(toy_baselines.probe, means)
     rows = []
     for name, method in methods.items():
@@ -233,7 +233,7 @@ def format_show(predictions: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
-def evaluate(folders: list[Path], ear: Path | None) -> dict:
+def evaluate(folders: list[Path], audio_encoder: Path | None) -> dict:
     """Everything that is printed: clips, folds, rows of the table, and five predictions of the last stage to show.
 
     Args:
@@ -246,7 +246,7 @@ def evaluate(folders: list[Path], ear: Path | None) -> dict:
     folds = [fold for numbers in found for fold in numbers]
     if len(folds) != len(folders) or len(set(folds)) != len(folds):
         raise PredictionError(f"The folders hold the folds {found}. Give one folder for each fold, and each fold once.")
-    rows = stage_rows(stages, toy.reader) + baseline_rows(toy, folds, ear)
+    rows = stage_rows(stages, toy.reader) + baseline_rows(toy, folds, audio_encoder)
     last = stages[0][max(stages[0])]
     shown = last.get("show", last["right"][:: max(1, len(last["right"]) // 5)])[:5]
     return {"clips": sum(len(toy.folds[fold]) for fold in folds), "folds": folds, "rows": rows, "show": shown}
@@ -257,12 +257,12 @@ def main(argv: list[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--folds", nargs="+", type=Path, required=True, metavar="DIR", help="one folder for each fold")
-    parser.add_argument("--ear", type=Path, default=Path("pretrained_mdls/yamnet"), help="YAMNet, for the linear probe")
+    parser.add_argument("--audio_encoder", type=Path, default=Path("pretrained_mdls/yamnet"), help="YAMNet, for the linear probe")
     parser.add_argument("--no_probe", action="store_true", help="leave the linear probe out")
     parser.add_argument("--output_path", type=Path, default=None, help="default: table.json in the first folder")
     args = parser.parse_args(argv)
     try:
-        result = evaluate(args.folds, None if args.no_probe else args.ear)
+        result = evaluate(args.folds, None if args.no_probe else args.audio_encoder)
     except PredictionError as error:
         parser.exit(1, f"{error}\n")
     path = args.output_path or args.folds[0] / "table.json"

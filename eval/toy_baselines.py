@@ -55,7 +55,7 @@ def ridge_classify(train: np.ndarray, classes: list[str], test: np.ndarray, stre
     return [names[index] for index in outputs.argmax(1)]
 
 
-def ear_means(files: list[Path], ear: Path) -> dict[str, np.ndarray]:
+def audio_encoder_means(files: list[Path], audio_encoder: Path) -> dict[str, np.ndarray]:
     """The mean of the ear's vectors of each clip by file name, float64 (hidden_size,)."""
     import torch
 
@@ -63,7 +63,7 @@ def ear_means(files: list[Path], ear: Path) -> dict[str, np.ndarray]:
     from ltu.models.feature_extraction_ltu import YamnetFeatureExtractor
     from ltu.models.modeling_yamnet import YamnetModel
 
-    model, extractor = YamnetModel.from_pretrained(ear).eval(), YamnetFeatureExtractor()
+    model, extractor = YamnetModel.from_pretrained(audio_encoder).eval(), YamnetFeatureExtractor()
     means = {}
     with torch.no_grad():
         for file in tqdm(files, desc="linear probe: the ear hears the clips", unit="clip"):

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from ltu.files import run_command
-from ltu.inference.generation_flags import add_decoding_flags, decoding_of, open_pipeline
+from ltu.inference.generation_flags import add_generation_flags, open_engine, read_decoding_flags
 from ltu.inference.requests import Request
 
 
@@ -19,13 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("clip", help="an audio file, or 'none'")
     parser.add_argument("question")
     parser.add_argument("--transcript", help="what is said in the clip; '' for nothing (LTU-AS transcribes by default)")
-    add_decoding_flags(parser)
+    add_generation_flags(parser)
     args = parser.parse_args(argv)
-    decoding = decoding_of(args)
-    pipeline = open_pipeline(args)
+    decoding = read_decoding_flags(args)
+    engine = open_engine(args)
     clip = None if args.clip == "none" else args.clip
-    request = Request(args.question, clip, args.transcript, audio_id=clip, mode=args.mode, windows=args.windows)
-    answer = pipeline([request], seed=args.seed, **decoding)[0]
+    request = Request(args.question, clip, args.transcript, audio_id=clip, mode=args.mode, num_chunks=args.num_chunks)
+    answer = engine([request], seed=args.seed, **decoding)[0]
     if not answer.answered:
         print(answer.error, file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 """Released files and small parts -> one of our checkpoint folders, every key accounted for; and back.
 
     python -m ltu.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE_OR_DIR --output_dir DIR
-    python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --ear FILE_OR_DIR --output_dir DIR
+    python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --audio_encoder FILE_OR_DIR --output_dir DIR
     python -m ltu.convert_checkpoint --model DIR --to_original FILE.bin
     python -m ltu.convert_checkpoint --model DIR --merge --output_dir DIR
 
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="an original file (.bin), or a folder with all of a model's")
     parser.add_argument("--init", action="store_true", help="write the folder that stage 1 starts from")
     parser.add_argument(
-        "--ear", help="with --init: a .pth, a folder with an ear of ours, or a released vicuna folder; none: random"
+        "--audio_encoder", help="with --init: a .pth, a folder with an ear of ours, or a released vicuna folder; none: random"
     )
     parser.add_argument("--model", help="a checkpoint folder of ours, for --to_original or --merge")
     parser.add_argument("--to_original", metavar="FILE", help="write it as the original's trainable-only file")
@@ -49,13 +49,13 @@ def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
     commands = [bool(flag) for flag in (args.checkpoint, args.init, args.to_original, args.merge)]
     out, in_folder = any(commands[2:]), args.checkpoint or args.merge
     fits = bool(args.model) == out and (out or args.llm) and bool(args.output_dir) != bool(args.to_original)
-    is_new = args.ear or args.prompt_template != "alpaca_short"
+    is_new = args.audio_encoder or args.prompt_template != "alpaca_short"
     if sum(commands) != 1 or not fits or (is_new and not args.init) or (args.llm_dtype and not in_folder):
         parser.error(
-            "give --llm and --output_dir with --checkpoint or --init (and its --ear, --prompt_template); --model "
+            "give --llm and --output_dir with --checkpoint or --init (and its --audio_encoder, --prompt_template); --model "
             "with --to_original; or --model and --output_dir with --merge. --llm_dtype is for --checkpoint and --merge"
         )
-    for source in (args.llm, args.checkpoint, args.ear, args.model):
+    for source in (args.llm, args.checkpoint, args.audio_encoder, args.model):
         if source and args.output_dir and Path(source).resolve() == Path(args.output_dir).resolve():
             parser.error(f"--output_dir {args.output_dir} is what is read. Name another folder.")
     return args

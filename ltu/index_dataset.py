@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(find_checkpoint(args.base_model, CHECKPOINT_FILES))
     processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
     rows = IndexedRows(build_index(args.data_path, processor, args.output_path, args.audio_root))
-    ids = rows.num_ids.float()
+    ids = rows.num_tokens.float()
     print(f"{rows.path}: {len(rows)} rows, {ids.mean():.1f} text ids on average, {int(ids.max())} at most")
 
 

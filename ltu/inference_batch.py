@@ -23,9 +23,9 @@ import torch
 
 from ltu.data.examples import read_rows
 from ltu.files import run_command
-from ltu.inference.batch_inference import Ranks, ask_file, print_ledger, requests_of
+from ltu.inference.batch_inference import Ranks, answer_file, make_requests, print_summary
 from ltu.inference.batch_invariance import check_batch
-from ltu.inference.generation_flags import add_decoding_flags, decoding_of, open_pipeline
+from ltu.inference.generation_flags import add_generation_flags, open_engine, read_decoding_flags
 from ltu.inference.predictions_file import AnswerFile
 
 
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_bad", type=int, default=0, help="questions that may fail without a non-zero exit")
     check_help = "compare batched answers with single ones on the first N questions (16); nothing is written"
     parser.add_argument("--check_batch", type=int, nargs="?", const=16, metavar="N", help=check_help)
-    add_decoding_flags(parser)
+    add_generation_flags(parser)
     args = parser.parse_args(argv)
     outputs = [Path(path).absolute() for path in args.output_path or []]
     if len(args.data_path) != len(outputs) and not args.check_batch:
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for path in outputs:  # Before hours of work, not after.
         if path.is_dir():
             parser.error(f"--output_path {path} is a folder; name a file in it")
-    args.decoding = decoding_of(args)
+    args.decoding = read_decoding_flags(args)
     rank = os.environ.get("LOCAL_RANK")
     if rank is not None and (args.device == "cuda" or (args.device is None and torch.cuda.is_available())):
         args.device = f"cuda:{rank}"
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.check_batch:
         args.cache_mb = 0  # A clip that was encoded alone must be encoded in its batch too.
         rows = [row for part in files for row in part][: args.check_batch]
-        return check_batch(open_pipeline(args), requests_of(rows, args), args.decoding)
+        return check_batch(open_engine(args), make_requests(rows, args), args.decoding)
     with ExitStack() as stack:
         ranks = stack.enter_context(closing(Ranks()))
         outputs = [stack.enter_context(closing(AnswerFile(path, ranks.rank))) for path in args.output_path]
@@ -71,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
             for output in outputs if is_my_turn else ():
                 output.lock()
             ranks.gather()
-        pipeline = open_pipeline(args)
-        found = [ask_file(*pair, pipeline, args, ranks) for pair in zip(outputs, files, strict=True)]
+        engine = open_engine(args)
+        found = [answer_file(*pair, engine, args, ranks) for pair in zip(outputs, files, strict=True)]
         answers = [answer for part in found for answer in part]
         has_failed = sum(not answer.answered for answer in answers) > args.max_bad
         if ranks.rank == 0 and len(found) > 1:
-            print_ledger("together", answers)
+            print_summary("together", answers)
         if has_failed:
             print("The partial files are kept: mend the clips and run it again, they alone are asked.", file=sys.stderr)
         for output in outputs if ranks.rank == 0 else ():

@@ -18,14 +18,14 @@ import tempfile
 
 from ltu.checkpoints.released_files import find_or_make
 from ltu.files import run_command
-from ltu.inference.generation_flags import add_decoding_flags, open_pipeline, refuse_unused
+from ltu.inference.generation_flags import add_generation_flags, open_engine, refuse_unused
 from ltu.serving.gradio_page import Demo
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **form)
-    add_decoding_flags(parser)
+    add_generation_flags(parser)
     parser.add_argument("--from", dest="source", help="folder or address with files of the released table's names")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None, kind: str = "ltu") -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # As Ctrl-C: uploads are removed, questions counted.
     with tempfile.TemporaryDirectory(prefix="ltu_demo_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        demo = Demo(open_pipeline(args), args)
+        demo = Demo(open_engine(args), args)
         demo.launch()
         print("Questions:", ", ".join(f"{count} {how}" for how, count in demo.counts.most_common()) or "none")
 

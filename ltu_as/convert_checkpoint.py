@@ -1,13 +1,13 @@
 """Released files and small parts -> a checkpoint folder of LTU-AS, every key accounted for.
 
     python -m ltu_as.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE_OR_DIR --output_dir DIR
-    python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --ear whisper_at_large_v1.pth --output_dir DIR
-    python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --ear vicuna_ltuas --output_dir DIR
+    python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --audio_encoder whisper_at_large_v1.pth --output_dir DIR
+    python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --audio_encoder vicuna_ltuas --output_dir DIR
     python -m ltu_as.convert_checkpoint --init --llm DIR_OR_ID --whisper whisper-tiny.en/whisper.pt --output_dir DIR
     python -m ltu_as.convert_checkpoint --model DIR --to_original FILE.bin
     python -m ltu_as.convert_checkpoint --model DIR --merge --output_dir DIR
 
-`--ear` is the TLTR of a Whisper-AT file ("ori", the full width), of a released folder, or none: random, said loudly.
+`--audio_encoder` is the TLTR of a Whisper-AT file ("ori", the full width), of a released folder, or none: random, said loudly.
 """
 
 import argparse
@@ -37,7 +37,7 @@ TLTR_KEYS = [
 class LtuAsKind(LtuKind):
     config_class = LtuAsConfig
     processor_class = LtuAsProcessor
-    ear_keys = TLTR_KEYS
+    audio_encoder_keys = TLTR_KEYS
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
@@ -50,7 +50,7 @@ class LtuAsKind(LtuKind):
         parser.add_argument("--num_time_heads", type=int, default=1, help="of TLTR; no file shows it")
         parser.add_argument("--num_layer_heads", type=int, default=8, help="of TLTR; no file shows it")
 
-    def ear_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> TltrConfig:
+    def make_audio_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> TltrConfig:
         """Sizes of the Whisper, held against the tensors, if there are any."""
         layers, width = LtuAsFeatureExtractor.shape_of(args.whisper)
         query = state.get("audio_tower.time_tr.attn.query.weight")
@@ -60,12 +60,12 @@ class LtuAsKind(LtuKind):
                 f"{width}. Name the Whisper that it was trained with: --whisper"
             )
         if args.standardize_on and (state or not args.feature_root):
-            raise ValueError("--standardize_on is for a random TLTR (no --ear), and needs --feature_root.")
+            raise ValueError("--standardize_on is for a random TLTR (no --audio_encoder), and needs --feature_root.")
         heads = {"num_time_heads": args.num_time_heads, "num_layer_heads": args.num_layer_heads}
         scale = {"standardize": bool(args.standardize_on)}
         return TltrConfig(hidden_size=width, num_whisper_layers=layers, **heads, **scale)
 
-    def finish_ear(self, state: dict[str, Tensor], args: argparse.Namespace) -> None:
+    def finish_audio_encoder(self, state: dict[str, Tensor], args: argparse.Namespace) -> None:
         """Mean and deviation of each channel of each layer over the clips of `--standardize_on`."""
         if not args.standardize_on:
             return

@@ -77,7 +77,7 @@ def extract(
             store.fail(name, "not_finite", f"{name}: Whisper's features overflow. Use --feature_precision fp32")
 
 
-def write_ledger(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> dict:
+def write_summary(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> dict:
     """What became of the clips. Written again if another process went on meanwhile, so that the last one is whole."""
     before, ledger = None, {}
     while ledger != before:
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         for following in tqdm(upcoming, total=len(todo), desc="features", unit="batch", disable=not todo):
             extract(store, extractor, {name: sound.result() for name, sound in sounds.items()}, spoken)
             sounds = following
-    ledger = write_ledger(store, clips)
+    ledger = write_summary(store, clips)
     print(f"{args.output_dir}: " + ", ".join(f"{ledger[key]} {key}" for key in ("stored", "failed", "not_done")))
     for mark in ledger["failures"][:20]:
         print(f"  {mark['reason']}: {mark['detail']}", file=sys.stderr)

@@ -26,11 +26,11 @@ from transformers import BatchFeature
 from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
 from ltu.data.audio import SAMPLING_RATE
-from ltu.models.feature_extraction_ltu import WindowFeatureExtractor
+from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-GPU_BATCH = 32  # windows: a clip may have hundreds
+GPU_BATCH = 32  # chunks: a clip may have hundreds
 CPU_BATCH = 2  # clips: gains nothing on a CPU by size, and loses where tensors outgrow what malloc keeps
 TEXT_MODELS = {"large-v1": "large-v2"}  # The papers' pair: what reads the words beside the model of the features.
 SEED = 0  # of Whisper's sampling, which it falls back to where greedy decoding fails
@@ -84,8 +84,8 @@ def clean_transcript(text: str) -> str:
     return HALLUCINATED_OUTRO.sub("", text).strip()
 
 
-class _FirstWindowKnown:
-    """A Whisper whose first window is decoded already; all else, and every rule, is the stock one's."""
+class _FirstChunkKnown:
+    """A Whisper whose first chunk is decoded already; all else, and every rule, is the stock one's."""
 
     def __init__(self, model: whisper.Whisper, result: whisper.DecodingResult | None):
         self._model, self._result = model, result
@@ -98,7 +98,7 @@ class _FirstWindowKnown:
         return result or self._model.decode(mel, options)
 
 
-class LtuAsFeatureExtractor(WindowFeatureExtractor):
+class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
     """Whisper as an ear: `(clips, layers, 25, width)` and transcripts.
 
     Args:
@@ -246,21 +246,21 @@ class LtuAsFeatureExtractor(WindowFeatureExtractor):
             layers.append(x.unflatten(1, (self.num_tokens, self.time_pooling)).mean(2))  # (clips, 25, width)
         return torch.stack(layers, 1)
 
-    def features_of(self, waveform: torch.Tensor) -> torch.Tensor:
+    def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
         """`(samples,)` → `(num_mel_bins, num_frames)`"""
-        return self.windows_of(waveform, 1)[0]
+        return self.extract_chunks(waveform, 1)[0]
 
-    def windows_of(self, waveform: torch.Tensor, windows: int) -> torch.Tensor:
-        """`(samples,)` → `(windows, num_mel_bins, num_frames)`, cut from the log-mel of the whole clip."""
+    def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
+        """`(samples,)` → `(chunks, num_mel_bins, num_frames)`, cut from the log-mel of the whole clip."""
         mel = log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu()
-        return pad_or_trim(mel, windows * self.num_frames).unflatten(1, (windows, -1)).transpose(0, 1)
+        return pad_or_trim(mel, num_chunks * self.num_frames).unflatten(1, (num_chunks, -1)).transpose(0, 1)
 
     @torch.no_grad()
     def transcribe(self, waveforms: list[np.ndarray], batched: bool | None = None) -> list[str]:
         """What is said in each clip, all of it; "" where Whisper hears no speech.
 
-        As `whisper.transcribe` without the text of the window before, its sampling seeded. On a GPU (`batched` None),
-        the first window of all clips is decoded at once; on a CPU a batch only waits for its longest text.
+        As `whisper.transcribe` without the text of the chunk before, its sampling seeded. On a GPU (`batched` None),
+        the first chunk of all clips is decoded at once; on a CPU a batch only waits for its longest text.
         """
         model, _ = self._load(self.transcription_model or self.whisper_model)
         fp16 = model.device.type == "cuda"
@@ -268,17 +268,17 @@ class LtuAsFeatureExtractor(WindowFeatureExtractor):
         texts = []
         with _decoding, torch.random.fork_rng([model.device] if fp16 else []):
             is_batched = bool(clips) and (fp16 if batched is None else batched)
-            windows = self._first_windows(model, clips, fp16) if is_batched else [None] * len(clips)
+            windows = self._first_chunks(model, clips, fp16) if is_batched else [None] * len(clips)
             for clip, window in zip(clips, windows, strict=True):
                 torch.manual_seed(SEED)
                 options = {"fp16": fp16, "language": window.language if window else self.language}
                 found = whisper.transcribe(
-                    _FirstWindowKnown(model, window), clip, condition_on_previous_text=False, **options
+                    _FirstChunkKnown(model, window), clip, condition_on_previous_text=False, **options
                 )
                 texts.append(clean_transcript(found["text"]))
         return texts
 
-    def _first_windows(self, model: whisper.Whisper, clips: list[torch.Tensor], fp16: bool) -> list:
+    def _first_chunks(self, model: whisper.Whisper, clips: list[torch.Tensor], fp16: bool) -> list:
         """The greedy decoding of each clip's first 30 s, as `whisper.transcribe` begins."""
         mels = [log_mel_spectrogram(clip, model.dims.n_mels, padding=N_SAMPLES) for clip in clips]
         languages = [self.language or "en"] * len(clips)

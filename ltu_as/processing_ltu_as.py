@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoProcessor
 
-from ltu.data.audio import AudioError, AudioSource, Heard, load_audio
-from ltu.models.checkpoint_folder import relative_place
+from ltu.data.audio import AudioClip, AudioError, AudioSource, load_audio
+from ltu.models.checkpoint_folder import relative_path_of
 from ltu.models.processing_ltu import LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
@@ -88,7 +88,7 @@ class LtuAsProcessor(LtuProcessor):
         extractor.whisper_fingerprint = prints[0] or prints[1]
 
     @property
-    def hears_with(self) -> tuple:
+    def audio_settings(self) -> tuple:
         """Its Whispers, their precision, and the feature folder."""
         extractor = self.feature_extractor
         models = extractor.whisper_model, extractor.transcription_model, extractor.language
@@ -110,27 +110,27 @@ class LtuAsProcessor(LtuProcessor):
             raise AudioError(str(audio_id), "damaged", str(error)) from error
         return stored
 
-    def hear(self, audio: AudioSource, audio_id: str | None = None, windows: int = 1) -> Heard:
-        """A clip, from the feature folder if that holds it; `LtuProcessor.hear` says what is raised.
+    def load_clip(self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1) -> AudioClip:
+        """A clip, from the feature folder if that holds it; `LtuProcessor.load_clip` says what is raised.
 
-        The folder holds a clip's first window only, so more of them are made from its sound.
+        The folder holds a clip's first chunk only, so more of them are made from its sound.
         """
-        stored = self.stored(audio, audio_id) if windows == 1 else None
+        stored = self.stored(audio, audio_id) if num_chunks == 1 else None
         if stored is None:
-            return super().hear(audio, windows=windows)
-        seconds = self.feature_extractor.window_seconds if stored.seconds is None else stored.seconds
-        return Heard(audio, seconds, features=stored.features, transcript=stored.transcript)
+            return super().load_clip(audio, num_chunks=num_chunks)
+        seconds = self.feature_extractor.chunk_seconds if stored.seconds is None else stored.seconds
+        return AudioClip(audio, seconds, features=stored.features, transcript=stored.transcript)
 
-    def features_of(self, clips: list[Heard]) -> Tensor:
+    def extract_features(self, clips: list[AudioClip]) -> Tensor:
         """What the ear takes: (clips, layers, time, width)."""
-        features = super().features_of(clips)
+        features = super().extract_features(clips)
         if not torch.isfinite(features).all():
-            parts = zip(clips, features.split([clip.windows for clip in clips]), strict=True)
+            parts = zip(clips, features.split([clip.num_chunks for clip in clips]), strict=True)
             names = [str(clip.source) for clip, own in parts if not torch.isfinite(own).all()]
             raise AudioError(", ".join(names[:3]), "unreadable", "Whisper's features overflow in fp16 (fp32 may help)")
         return features
 
-    def complete_transcripts(self, clips: list[Heard | None], transcripts: list[str | None]) -> list[str]:
+    def complete_transcripts(self, clips: list[AudioClip | None], transcripts: list[str | None]) -> list[str]:
         """Whisper's transcript for each clip that has None. A question without a clip has none."""
         pairs = list(zip(clips, transcripts, strict=True))
         todo = {id(c): c for c, text in pairs if text is None and c is not None and c.transcript is None}.values()
@@ -140,7 +140,7 @@ class LtuAsProcessor(LtuProcessor):
                 clip.transcript = text
         return [(clip.transcript if clip else "") if text is None else text for clip, text in pairs]
 
-    def complete_rows(self, rows: list[dict], batch_size: int = 16) -> list[dict]:
+    def add_transcripts(self, rows: list[dict], batch_size: int = 16) -> list[dict]:
         """Rows with `input`: as it is, or Whisper's transcript where it is absent. A clip that cannot be heard has
         none; training skips and counts it."""
         wanted = {row["audio"]: row.get("audio_id") for row in rows if row.get("input") is None and row["audio"]}
@@ -150,9 +150,9 @@ class LtuAsProcessor(LtuProcessor):
             clips = {}
             for audio in names[start : start + batch_size]:
                 try:
-                    clip = self.hear(audio, wanted[audio])
+                    clip = self.load_clip(audio, wanted[audio])
                     has_words = clip.transcript is not None or clip.waveform is not None
-                    clips[audio] = clip if has_words else super().hear(audio)
+                    clips[audio] = clip if has_words else super().load_clip(audio)
                 except AudioError:
                     continue
             texts |= dict(zip(clips, self.complete_transcripts(list(clips.values()), [None] * len(clips)), strict=True))
@@ -171,7 +171,7 @@ class LtuAsProcessor(LtuProcessor):
         try:
             for name, place in kept.items():
                 if place is not None and Path(place).is_file():
-                    setattr(extractor, name, relative_place(place, save_directory))
+                    setattr(extractor, name, relative_path_of(place, save_directory))
             return super().save_pretrained(save_directory, **kwargs)
         finally:
             for name, place in kept.items():

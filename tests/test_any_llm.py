@@ -69,9 +69,9 @@ def write_kind(folder: Path, kind: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ear(tmp_path_factory):
+def audio_encoder(tmp_path_factory):
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("ear")
+    folder = tmp_path_factory.mktemp("audio_encoder")
     AutoModel.from_config(audio_config()).save_pretrained(folder)
     return folder
 
@@ -105,9 +105,9 @@ SELDOM = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind n
 
 
 @pytest.mark.parametrize("kind", [*OFTEN, *SELDOM])
-def test_from_the_first_folder_to_answers(tmp_path, kind, ear, rows):
+def test_from_the_first_folder_to_answers(tmp_path, kind, audio_encoder, rows):
     llm = write_kind(tmp_path / "llm", kind)
-    convert(["--init", "--llm", str(llm), "--ear", str(ear), "--output_dir", str(tmp_path / "init")])
+    convert(["--init", "--llm", str(llm), "--audio_encoder", str(audio_encoder), "--output_dir", str(tmp_path / "init")])
     flags = f"--base_model {tmp_path / 'init'} --data_path {rows} --output_dir {tmp_path / 'run'} --batch_size 4"
     flags += " --micro_batch_size 4 --max_steps 3 --warmup_steps 0 --logging_steps 1 --learning_rate 1e-2 --bf16 False"
     trainer = make_trainer(*parse_args([*flags.split(), "--num_workers", "0", "--lora_dropout", "0"]))

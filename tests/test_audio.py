@@ -16,7 +16,7 @@ import torch
 import torchaudio.functional
 
 from ltu import audio
-from ltu.data.audio import AudioError, load_audio, read_sound
+from ltu.data.audio import AudioError, decode_audio, load_audio
 
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)).astype(np.float32)  # 1 s
 
@@ -125,7 +125,7 @@ def test_blocks_are_resampled_as_the_whole(tmp_path: Path, monkeypatch: pytest.M
     noise = np.random.default_rng(0).normal(0, 0.1, (30_011, 3)).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
     expected = whole(noise[:, 0].copy(), rate)
-    found = read_sound(tmp_path / "a.wav")
+    found = decode_audio(tmp_path / "a.wav")
     assert (found.sampling_rate, found.channels) == (rate, 3)
     assert np.abs(found.waveform - expected).max() <= (0 if rate % 1000 == 0 or rate % 11_025 == 0 else 1e-6)
     for block in (1501, 8192):
@@ -161,9 +161,9 @@ def test_long_files_of_many_channels_do_not_fill_the_memory(tmp_path: Path) -> N
 
 def test_too_long_is_what_is_there_not_what_is_claimed(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.resize(TONE, 48_000), 16_000)
-    assert len(read_sound(tmp_path / "a.wav", max_seconds=3).waveform) == 48_000
+    assert len(decode_audio(tmp_path / "a.wav", max_seconds=3).waveform) == 48_000
     with pytest.raises(AudioError, match="more than 2.9 s") as caught:
-        read_sound(tmp_path / "a.wav", max_seconds=2.9)
+        decode_audio(tmp_path / "a.wav", max_seconds=2.9)
     assert caught.value.reason == "too_long"
     soundfile.write(tmp_path / "a.flac", TONE, 16_000)
     data = bytearray((tmp_path / "a.flac").read_bytes())

@@ -8,7 +8,7 @@ import torch
 
 from ltu import ask
 from ltu.convert_checkpoint import main as convert
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from tests.tiny import LORA, audio_config, clip, write_checkpoint, write_llm
@@ -50,7 +50,7 @@ def cav_mae_file(path, width=64):
 def test_init_from_a_cav_mae_file(llm, tmp_path, capsys):
     state = cav_mae_file(tmp_path / "cav_mae.pth")
     convert(
-        ["--init", "--llm", str(llm), "--ear", str(tmp_path / "cav_mae.pth"), "--output_dir", str(tmp_path / "out")]
+        ["--init", "--llm", str(llm), "--audio_encoder", str(tmp_path / "cav_mae.pth"), "--output_dir", str(tmp_path / "out")]
     )
     model = LtuForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert model.config.audio_config.hidden_size == 64 and model.config.audio_config.num_hidden_layers == 2
@@ -82,7 +82,7 @@ def test_a_key_that_does_not_fit_is_an_error(llm, tmp_path, change):
     torch.save(state, tmp_path / "cav_mae.pth")
     with pytest.raises(KeyError, match={"stray": "head.weight", "missing": "fc2.bias", "shape": "norm_a"}[change]):
         convert(
-            ["--init", "--llm", str(llm), "--ear", str(tmp_path / "cav_mae.pth"), "--output_dir", str(tmp_path / "out")]
+            ["--init", "--llm", str(llm), "--audio_encoder", str(tmp_path / "cav_mae.pth"), "--output_dir", str(tmp_path / "out")]
         )
     assert not (tmp_path / "out").exists()
 
@@ -109,10 +109,10 @@ def test_ask(folder, clips, capsys):
 
 
 def test_batched_answers_equal_single_ones(folder):
-    pipeline = LtuPipeline.from_pretrained(folder, device="cpu")
+    engine = LtuEngine.from_pretrained(folder, device="cpu")
     shared = clip(7)
     requests = [Request("Loud?", shared), Request("What is it, and why do you think so?", shared), Request("One?")]
     requests += [Request(f"{'so ' * n}?", clip(n, 0.3 + n)) for n in range(4)]
-    alone = [pipeline([request], max_new_tokens=8)[0] for request in requests]
+    alone = [engine([request], max_new_tokens=8)[0] for request in requests]
     for batch_size in (2, 3, 7):
-        assert pipeline(requests, batch_size=batch_size, max_new_tokens=8) == alone
+        assert engine(requests, batch_size=batch_size, max_new_tokens=8) == alone

@@ -77,8 +77,8 @@ def convert(kind: str, state: dict | Path, llm: Path, folder: Path, *flags: str)
 
 def logits(folder: Path, **options) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    generator, ear = torch.Generator().manual_seed(0), model.config.audio_config
-    audio = (ear.num_mel_bins, ear.num_frames)[::-1] if hasattr(ear, "num_mel_bins") else (4, 25, 384)
+    generator, audio_encoder = torch.Generator().manual_seed(0), model.config.audio_config
+    audio = (audio_encoder.num_mel_bins, audio_encoder.num_frames)[::-1] if hasattr(audio_encoder, "num_mel_bins") else (4, 25, 384)
     ids = [model.config.audio_token_id] * model.config.num_audio_tokens + list(range(1, 9))
     with torch.no_grad():
         return model(torch.tensor([ids]), input_features=torch.randn(1, *audio, generator=generator)).logits
@@ -147,7 +147,7 @@ def test_a_released_vicuna_folder(llm: Path, tmp_path: Path) -> None:
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     vicuna = tmp_path / "vicuna_ltu"
-    command("ltu", "--init", "--llm", vicuna, "--ear", vicuna, "--output_dir", tmp_path / "init")
+    command("ltu", "--init", "--llm", vicuna, "--audio_encoder", vicuna, "--output_dir", tmp_path / "init")
     whole = convert("ltu", vicuna, vicuna, tmp_path / "whole")
     assert torch.equal(logits(tmp_path / "init"), logits(whole))
     merged = convert("ltu", content("ltu", "trainable_only"), vicuna, tmp_path / "converted")

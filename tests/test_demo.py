@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.checkpoints import released_files
-from ltu.inference.engine import LtuPipeline
-from ltu.inference.generation_flags import open_pipeline
+from ltu.inference.engine import LtuEngine
+from ltu.inference.generation_flags import open_engine
 from ltu.inference.requests import Request
 from ltu.inference_gradio import parse_args
 from ltu.serving.gradio_page import FIRST, TOY_SET, Demo
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SimpleNamespace]]:
     """`served(kind)`: a running demo, opened once.
 
-    Its `url`, `page`, `demo`, `pipeline` and a `client`; `uploads` is the folder of all uploads.
+    Its `url`, `page`, `demo`, `engine` and a `client`; `uploads` is the folder of all uploads.
     """
     running: dict[str, SimpleNamespace] = {}
     uploads = tmp_path_factory.mktemp("uploads")
@@ -73,9 +73,9 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     def open_once(kind: str) -> SimpleNamespace:
         if kind not in running:
             flags = f"--model {folder}/{kind} --device cpu --max_new_tokens {TOKENS} --max_seconds 50 --max_mb 1"
-            demo = Demo(open_pipeline(args := parse_args(flags.split())), args)
+            demo = Demo(open_engine(args := parse_args(flags.split())), args)
             page = demo.launch(prevent_thread_lock=True, quiet=True)
-            given = {"page": page, "demo": demo, "pipeline": demo.pipeline, "uploads": uploads}
+            given = {"page": page, "demo": demo, "engine": demo.engine, "uploads": uploads}
             given["client"] = Client(page.local_url, verbose=False)
             running[kind] = SimpleNamespace(url=page.local_url, **given)
         return running[kind]
@@ -91,9 +91,9 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         assert not [path for path in uploads.rglob("*") if path.is_file()]
 
 
-def expected(pipeline: LtuPipeline, question: str, clip: Path, **settings) -> str:
+def expected(engine: LtuEngine, question: str, clip: Path, **settings) -> str:
     settings = {"max_new_tokens": TOKENS, "repetition_penalty": 1.0} | settings
-    answer = pipeline([Request(question, str(clip), settings.pop("transcript", None))], **settings)[0]
+    answer = engine([Request(question, str(clip), settings.pop("transcript", None))], **settings)[0]
     assert answer.answered and answer.text
     return answer.text
 
@@ -106,7 +106,7 @@ def test_predict_of_ltu(served, folder: Path) -> None:
     here = served("ltu")
     client = here.client
     result = client.predict(handle_file(folder / "good.wav"), FIRST, api_name="/predict")
-    assert result == expected(here.pipeline, FIRST, folder / "good.wav")
+    assert result == expected(here.engine, FIRST, folder / "good.wav")
     endpoints = client.view_api(return_format="dict")
     assert list(endpoints["named_endpoints"]) == ["/predict"] and not endpoints["unnamed_endpoints"]
     names = [p["parameter_name"] for p in endpoints["named_endpoints"]["/predict"]["parameters"]]
@@ -120,8 +120,8 @@ def test_predict_of_ltu_as(served, folder: Path) -> None:
     found = [
         client.predict(handle_file(clip), words, FIRST, "7B (Default)", api_name="/predict") for words in ("", "a dog")
     ]
-    assert found == [expected(here.pipeline, FIRST, clip, transcript=words) for words in (None, "a dog")]
-    assert found[0] != expected(here.pipeline, FIRST, clip, transcript="")
+    assert found == [expected(here.engine, FIRST, clip, transcript=words) for words in (None, "a dog")]
+    assert found[0] != expected(here.engine, FIRST, clip, transcript="")
     endpoints = client.view_api(return_format="dict")
     assert list(endpoints["named_endpoints"]) == ["/predict"] and not endpoints["unnamed_endpoints"]
     names = [p["parameter_name"] for p in endpoints["named_endpoints"]["/predict"]["parameters"]]
@@ -169,7 +169,7 @@ def test_no_path_or_address_of_a_request_is_opened(
 ) -> None:
     """/etc/passwd, a file beside the uploads, one over a link or `..`, an address on this machine or another."""
     here, opened = served("ltu"), []
-    monkeypatch.setattr("ltu.serving.gradio_page.read_sound", lambda path, *_: opened.append(path))
+    monkeypatch.setattr("ltu.serving.gradio_page.decode_audio", lambda path, *_: opened.append(path))
     monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda url, **_: opened.append(url))
     beside, link = here.uploads.parent / "beside.wav", here.uploads / "link.wav"
     shutil.copy(folder / "good.wav", beside)
@@ -200,7 +200,7 @@ def test_an_upload_by_hand_is_answered(served, http: httpx.Client, folder: Path)
     files = {"files": ("good.wav", (folder / "good.wav").read_bytes())}
     place = http.post(f"{here.url}gradio_api/upload", files=files).json()[0]
     text = post(http, here.url, [{"path": place, "meta": {"_type": "gradio.FileData"}}, FIRST])
-    assert json.loads(text.split("data: ")[-1]) == [expected(here.pipeline, FIRST, folder / "good.wav")]
+    assert json.loads(text.split("data: ")[-1]) == [expected(here.engine, FIRST, folder / "good.wav")]
 
 
 # --- the command
@@ -240,8 +240,8 @@ def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     before = {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
     assert released_files.find_or_make("ltu_ori_paper", **given) == place
     assert before == {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
-    pipeline = LtuPipeline.from_pretrained(place, device="cpu")
-    assert pipeline([Request(FIRST, tiny.clip(1))], max_new_tokens=3)[0].answered
+    engine = LtuEngine.from_pretrained(place, device="cpu")
+    assert engine([Request(FIRST, tiny.clip(1))], max_new_tokens=3)[0].answered
     for name, words in (("ltu_as_ori_paper", "bash ltu_as/inference.sh"), ("ltu_13b", "no single checkpoint")):
         with pytest.raises(ValueError, match=words):
             released_files.find_or_make(name, "ltu")
@@ -453,23 +453,23 @@ def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> Non
             page.wait_for_function("document.querySelector('#words textarea').value != ''")
         page.evaluate("window.seen = []")
         before = answer
-        with tiny.closed_gate(here.pipeline) as gate:
+        with tiny.closed_gate(here.engine) as gate:
             start_asking(page, question)
             # The engine waits until the page shows a part of the answer.
             page.wait_for_function("before => window.seen.some(text => text != before)", arg=before)
             gate.is_open.set()
             wait(page, "#status", "tokens")
         answer = page.locator("#chat [data-testid=bot]").last.text_content().strip()
-        assert plain(answer) == plain(expected(here.pipeline, question, folder / "long.wav"))
+        assert plain(answer) == plain(expected(here.engine, question, folder / "long.wav"))
         seen = [text for text in page.evaluate("window.seen") if text != before]
         assert len(seen) > 1 and all(late.startswith(early) for early, late in zip(seen, seen[1:], strict=False)), seen
         assert len(seen[0]) < len(seen[-1])
         assert f"truncated: heard {heard}" in wait(page, "#status", "tokens")
     assert page.locator("#chat [data-testid=user]").count() == page.locator("#chat [data-testid=bot]").count() == 2
     page.click("#settings button")
-    set_number(page, "windows", 0)
+    set_number(page, "num_chunks", 0)
     wait(page, "#picture", "24.00 of 24.00")
-    all_heard = here.pipeline([Request(FIRST, str(folder / "long.wav"), windows=0)], max_new_tokens=TOKENS)[0]
+    all_heard = here.engine([Request(FIRST, str(folder / "long.wav"), num_chunks=0)], max_new_tokens=TOKENS)[0]
     assert plain(ask(page, FIRST)) == plain(all_heard.text)
     page.locator("#clip button[aria-label=Clear]").click()
     wait(page, "#picture", "^$")
@@ -483,12 +483,12 @@ def test_the_transcript_that_stands_there_is_used(visit, served, folder: Path) -
     upload(page, clip)
     page.wait_for_function("document.querySelector('#words textarea').value != ''")
     written = page.input_value("#words textarea")
-    assert written == here.pipeline.cache.listen([Request("", str(clip))])[0].transcript
+    assert written == here.engine.cache.encode([Request("", str(clip))])[0].transcript
     found = {}
     for words in (written, "a dog barks", ""):
         page.fill("#words textarea", words)
         found[words] = ask(page, FIRST)
-        assert plain(found[words]) == plain(expected(here.pipeline, FIRST, clip, transcript=words))
+        assert plain(found[words]) == plain(expected(here.engine, FIRST, clip, transcript=words))
     assert len(set(found.values())) == 3
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.body.classList.contains('dark')")
@@ -519,7 +519,7 @@ def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
     page.click("#settings button")
     set_number(page, "max_new_tokens", 1000)
     cancelled = here.demo.counts["cancelled"]
-    with tiny.closed_gate(here.pipeline) as gate:
+    with tiny.closed_gate(here.engine) as gate:
         page.click("#ask")
         page.wait_for_function(f"{LAST_ANSWER}?.textContent")
         page.click("#stop")
@@ -529,9 +529,9 @@ def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
     page.check("#do_sample input")
     sampled = {"do_sample": True, "temperature": 0.1, "top_p": 0.95, "top_k": 500, "max_new_tokens": 6, "seed": 42}
     answer = ask(page, FIRST, "6 tokens, cut")
-    assert plain(answer) == plain(expected(here.pipeline, FIRST, folder / "other.wav", **sampled))
+    assert plain(answer) == plain(expected(here.engine, FIRST, folder / "other.wav", **sampled))
     set_number(page, "max_new_tokens", 1000)
-    with tiny.closed_gate(here.pipeline) as gate:
+    with tiny.closed_gate(here.engine) as gate:
         page.click("#ask")
         wait(page, "#status", "listening")
         page.close()

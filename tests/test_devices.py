@@ -10,7 +10,7 @@ from transformers.integrations import accelerate as placing
 
 from ltu.checkpoints.open_checkpoint import open_model
 from ltu.finetune import main as finetune
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu_as import LtuAsFeatureExtractor
 from tests import tiny
@@ -81,7 +81,7 @@ def test_whisper_features_in_fp32_are_those_of_a_cpu(tmp_path: Path) -> None:
 def test_answers_are_those_of_a_cpu(folder: Path) -> None:
     requests = [Request(f"Question {n}?", tiny.clip(n)) for n in range(5)] + [Request("No audio?")]
     texts = {
-        device: [a.text for a in LtuPipeline.from_pretrained(folder / "init", device)(requests, max_new_tokens=12)]
+        device: [a.text for a in LtuEngine.from_pretrained(folder / "init", device)(requests, max_new_tokens=12)]
         for device in ("cpu", "cuda")
     }
     assert texts["cpu"] == texts["cuda"]

@@ -40,7 +40,7 @@ TESTS = [
     "ltu_as_contract",
     "any_llm",
     "convert_originals",
-    "pipeline",
+    "engine",
     "label_scoring",
     "inference_batch",
 ]

@@ -14,8 +14,8 @@ from eval import asking, embed, report, run
 from eval.asking import inference_flags
 from eval.outcome import Outcome
 from eval.tasks import find_task
-from ltu.inference.engine import LtuPipeline
-from ltu.inference.generation_flags import open_pipeline
+from ltu.inference.engine import LtuEngine
+from ltu.inference.generation_flags import open_engine
 from ltu.inference.predictions_file import AnswerFile
 from ltu.inference.requests import Request
 from tests.test_eval_questions import Stub
@@ -132,7 +132,7 @@ def test_interrupted_asking_goes_on(model, folder, monkeypatch, capsys):
     soundfile.write("4.wav", clip(4), 16_000)
     assert run.main(command(model)) == 0 and result()["failed"] == {}
     assert "4 from the partial file; asked 1" in capsys.readouterr().out
-    monkeypatch.setattr(LtuPipeline, "from_pretrained", None)
+    monkeypatch.setattr(LtuEngine, "from_pretrained", None)
     whole = contents(Path("out"))
     assert run.main(command(model)) == 0 and contents(Path("out")) == whole
 
@@ -148,10 +148,10 @@ def test_what_decides_answers_is_asked_anew(model, folder, capsys):
     assert run.main(command(model, "--temperature", "2.0", "--seed", "7")) == 0
     sampled = [row["pred"] for row in json.loads(Path("out/m/gtzan.predictions.json").read_text())]
     assert sampled[0] != sampled[2] and sampled[1] != sampled[3]
-    pipeline = open_pipeline(inference_flags(str(model), run.parse_args(command(model))))
+    engine = open_engine(inference_flags(str(model), run.parse_args(command(model))))
     for trial in (0, 1):
         asked = [Request("Which genre?", f"{number}.wav", "", f"{number}.wav") for number in (0, 1)]
-        own = pipeline(asked, seed=7 + trial, temperature=2.0, do_sample=True, max_new_tokens=6)
+        own = engine(asked, seed=7 + trial, temperature=2.0, do_sample=True, max_new_tokens=6)
         assert [answer.text for answer in own] == sampled[2 * trial : 2 * trial + 2]
     capsys.readouterr()
     assert run.main(command(model)) == 0 and "asked 2," in capsys.readouterr().out
@@ -224,30 +224,30 @@ def test_another_processor_is_asked_anew(model, folder, capsys):
 @pytest.mark.usefixtures("no_figures")
 def test_label_scores(model, folder, monkeypatch):
     """They are the engine's; what was interrupted goes on, after half a line too."""
-    stock, asked = LtuPipeline.score, []
+    stock, asked = LtuEngine.score, []
 
-    def score(pipeline, request, candidates):
+    def score(engine, request, candidates):
         if len(asked) == 2:
             raise Killed
         asked.append(request.audio_id)
-        return stock(pipeline, request, candidates)
+        return stock(engine, request, candidates)
 
-    monkeypatch.setattr(LtuPipeline, "score", score)
+    monkeypatch.setattr(LtuEngine, "score", score)
     labels = command(model, "--score_labels", "--label_prompt", "Genre?", "--label_answer", "Music genre: {}")
     with pytest.raises(Killed):
         run.main(labels)
     with Path("out/m/gtzan.label_scores.jsonl").open("a") as lines:
         lines.write('{"row": 2, "scores": [-1.0, ')
     asked.clear()
-    monkeypatch.setattr(LtuPipeline, "score", lambda *args: (asked.append(args[1].audio_id), stock(*args))[1])
+    monkeypatch.setattr(LtuEngine, "score", lambda *args: (asked.append(args[1].audio_id), stock(*args))[1])
     assert run.main(labels) == 1
     assert asked == ["2.wav", "3.wav", "4.wav"]
-    pipeline = open_pipeline(inference_flags(str(model), run.parse_args(command(model))))
+    engine = open_engine(inference_flags(str(model), run.parse_args(command(model))))
     lines = [json.loads(line) for line in Path("out/m/gtzan.label_scores.jsonl").read_text().splitlines()[1:]]
     candidates = [f"Music genre: {genre}" for genre in GENRES]
     likeliest = []
     for number in range(4):
-        own = stock(pipeline, Request("Genre?", f"{number}.wav", ""), candidates)
+        own = stock(engine, Request("Genre?", f"{number}.wav", ""), candidates)
         assert lines[number]["scores"] == pytest.approx([score.log_likelihood for score in own], abs=1e-4)
         likeliest.append(max(own, key=lambda score: score.log_likelihood).text.removeprefix("Music genre: "))
     found = result()

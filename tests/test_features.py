@@ -92,7 +92,7 @@ class TestEveryExtractor:
         clip[170_000:] = clip[170_000:][::-1]  # The mean stays.
         before = extractor(waveform_of(golden, "noise12p5")).input_features
         assert (extractor(clip).input_features - before).abs().max() < 1e-3
-        assert extractor.window_seconds == pytest.approx(10.24)
+        assert extractor.chunk_seconds == pytest.approx(10.24)
 
     @pytest.mark.parametrize("samples", [400, 401, 16_000, 163_840, 164_079, 164_080, 164_081, 400_000])
     def test_any_length(self, extractor, samples: int) -> None:
@@ -123,4 +123,4 @@ class TestEveryExtractor:
 def test_settings_survive_saving(tmp_path: Path) -> None:
     YamnetFeatureExtractor(num_frames=96, loop_short_clips=False).save_pretrained(tmp_path)
     opened = AutoFeatureExtractor.from_pretrained(tmp_path)
-    assert opened.num_frames == 96 and not opened.loop_short_clips and opened.window_seconds == pytest.approx(0.96)
+    assert opened.num_frames == 96 and not opened.loop_short_clips and opened.chunk_seconds == pytest.approx(0.96)

@@ -17,7 +17,7 @@ import torch
 
 from ltu.models.processing_ltu import IGNORED
 from ltu.training.arguments import parse_args
-from ltu.training.batch_sampler import MicroBatches
+from ltu.training.batch_sampler import MicroBatchSampler
 from ltu.training.collator import LtuCollator
 from ltu.training.trainer import make_trainer
 from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
@@ -73,7 +73,7 @@ def collate(processor: LtuAsProcessor, rows: list[int], audio: bool = True) -> d
     items = []
     for row in (read("toy_ltu_as")[index] for index in rows):
         ids, labels = processor.encode_example(row, CUTOFF)
-        features = processor.read_features(row | {"audio": row["audio_id"]}) if audio else None
+        features = processor.load_features(row | {"audio": row["audio_id"]}) if audio else None
         items.append({"input_ids": ids, "labels": labels, "input_features": features})
     return LtuCollator(processor, original_positions=True)(items)
 
@@ -177,7 +177,7 @@ def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeyp
 
 def test_five_steps(golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ear, projection and a fresh LoRA, by the trainer's own flags, from a folder of features."""
-    monkeypatch.setattr(MicroBatches, "order", lambda self, epoch: torch.arange(self.rows))
+    monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
     figures, arrays = read("traj_ltu_as_all"), stored("traj_ltu_as_all")
     names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
     flags = {name: figures["args"][name] for name in (*names, "batch_size", "micro_batch_size", "num_epochs")}

@@ -21,7 +21,7 @@ from ltu.data.audio import load_audio
 from ltu.models.modeling_cavmae import CavMaeModel
 from ltu.models.processing_ltu import IGNORED
 from ltu.training.arguments import parse_args
-from ltu.training.batch_sampler import MicroBatches
+from ltu.training.batch_sampler import MicroBatchSampler
 from ltu.training.collator import LtuCollator
 from ltu.training.trainer import LtuTrainer, make_trainer
 from tests.released import (
@@ -310,7 +310,7 @@ def stage_one(base_model: Path, data: Path, output_dir: Path) -> LtuTrainer:
 
 def test_first_steps_of_stage_one(golden_report, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The golden run took the rows as they stand.
-    monkeypatch.setattr(MicroBatches, "order", lambda self, epoch: torch.arange(self.rows))
+    monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
     figures, arrays = read("traj_ltu_stage1"), stored("traj_ltu_stage1")
     trainer = stage_one(folders["no_lora"], data, tmp_path)
     trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}

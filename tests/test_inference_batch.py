@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from ltu.inference import batch_invariance
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.predictions_file import AnswerFile
 from ltu.inference.requests import Request
 from ltu.inference_batch import main, parse_args
@@ -93,8 +93,8 @@ def test_killed_at_every_step_on_the_disk(folder, rows, tmp_path, monkeypatch, c
 
     The checkpoint is opened once for all runs, and answers are short.
     """
-    pipeline = LtuPipeline.from_pretrained(folder, device="cpu")
-    monkeypatch.setattr("ltu.inference_batch.open_pipeline", lambda args: pipeline)
+    engine = LtuEngine.from_pretrained(folder, device="cpu")
+    monkeypatch.setattr("ltu.inference_batch.open_engine", lambda args: engine)
     made = json.loads(rows.read_text())
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, made[:5])))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, made[-2:])))
@@ -179,7 +179,7 @@ def kept(folder, rows, tmp_path_factory) -> Path:
 def test_half_a_line_and_strange_lines(folder, rows, tmp_path, kept, reference, capsys):
     output = tmp_path / "p.json"
     lines = (kept / "one.json.partial.jsonl").read_bytes().splitlines(keepends=True)
-    junk = [b"null\n", b"[]\n", b'{"key": 1}\n', b"\xff\x00\n", lines[3].replace(b'"windows"', b'"unknown"')]
+    junk = [b"null\n", b"[]\n", b'{"key": 1}\n', b"\xff\x00\n", lines[3].replace(b'"num_chunks"', b'"unknown"')]
     partials_path = Path(f"{output}.partial.jsonl")
     partials_path.write_bytes(b"".join([*lines[:3], *junk, *lines[4:7], lines[7][:-20]]))
     assert main(flags(folder, rows, output)) == 0
@@ -215,7 +215,7 @@ def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
     assert second[1:3] == first[1:3] and second[7]["pred"] == first[0]["pred"] != second[0]["pred"]
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "tokens", "sampling", "seed", "dtype", "windows"])
+@pytest.mark.parametrize("change", ["checkpoint", "tokens", "sampling", "seed", "dtype", "num_chunks"])
 def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, kept, capsys, change):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     capsys.readouterr()
@@ -225,7 +225,7 @@ def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, kept, capsys
         shutil.copytree(folder, other)
         write_checkpoint(other, folder.parent / "llm", LORA, seed=1)
     changes = {"tokens": "--max_new_tokens 9", "sampling": "--temperature 0.5", "seed": "--seed 1"}
-    changes |= {"dtype": "--dtype bfloat16", "windows": "--windows all", "checkpoint": f"--model {tmp_path}/checkpoint"}
+    changes |= {"dtype": "--dtype bfloat16", "num_chunks": "--num_chunks all", "checkpoint": f"--model {tmp_path}/checkpoint"}
     command = flags(folder, tmp_path / "and_one.json", tmp_path / "one.json", *more)
     assert main([*command, *changes[change].split()]) == 0
     assert asked(capsys) == [(0, 23)]
@@ -306,7 +306,7 @@ def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
     assert [entry["status"] for entry in entries] == statuses
     assert all((entry["pred"] == "") == (entry["status"] not in ("ok", "truncated")) for entry in entries)
     long = entries[-1]
-    assert (long["seconds_heard"], long["seconds_total"], long["windows"]) == (0.64, 0.8, 1)
+    assert (long["seconds_heard"], long["seconds_total"], long["num_chunks"]) == (0.64, 0.8, 1)
     assert (long["sampling_rate"], long["channels"], long["model"]) == (16_000, 1, "ltu")
     assert long["new_tokens"] > 0 < long["prompt_tokens"] and long["finish_reason"] in ("stop", "length")
     assert len(long["checkpoint"]) == 64 and long["seconds"] > 0 and entries[2]["seconds_heard"] == 0
@@ -339,13 +339,13 @@ def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
     assert main([*command, "5", "--dtype", "float16"]) == 0
     assert "5 questions" in (shown := capsys.readouterr().out) and "leads by 0.01 or less" in shown
     assert list(tmp_path.iterdir()) == []
-    stock = LtuProcessor.lay_out
+    stock = LtuProcessor.pad_batch
 
     def pads_are_heard(*args, **kwargs):
         made = stock(*args, **kwargs)
         return made | {"attention_mask": made["attention_mask"] | 1}
 
-    monkeypatch.setattr(LtuProcessor, "lay_out", pads_are_heard)
+    monkeypatch.setattr(LtuProcessor, "pad_batch", pads_are_heard)
     for dtype in ("float32", "float16"):
         assert main([*command, "5", "--dtype", dtype]) == 1
         assert "DIFFERS" in capsys.readouterr().out
@@ -355,7 +355,7 @@ def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
 def test_only_near_ties_below_fp32_may_differ(folder, rows, tmp_path, capsys, monkeypatch, dtype, lead, code):
     """Answers made up here: the second token of every batched one is another."""
 
-    def generate(pipeline, requests, decoding):
+    def generate(engine, requests, decoding):
         count = len(requests)
         return [[7, 8 if count == 1 else 9, 2]] * count, [[(5.0, 0.01), (lead, 0.01), (5.0, 0.01)]] * count
 
@@ -367,16 +367,16 @@ def test_only_near_ties_below_fp32_may_differ(folder, rows, tmp_path, capsys, mo
 
 def test_what_rounding_may_decide(folder, rows):
     """A lead of 0.01; in bf16, which has steps larger than that, four of them."""
-    pipeline = LtuPipeline.from_pretrained(folder, device="cpu", dtype="bfloat16")
-    pipeline.model.get_output_embeddings().weight.data.mul_(40)  # Logits in the tens.
+    engine = LtuEngine.from_pretrained(folder, device="cpu", dtype="bfloat16")
+    engine.model.get_output_embeddings().weight.data.mul_(40)  # Logits in the tens.
     questions = [Request("What?"), Request("Why is it so?")]
-    _, margins = batch_invariance.generate(pipeline, questions, {"max_new_tokens": 4})
-    inputs = pipeline.inputs(questions)
-    top = pipeline.model(**inputs).logits[:, -1].detach().topk(2).values  # (rows, 2), bfloat16
+    _, margins = batch_invariance.generate(engine, questions, {"max_new_tokens": 4})
+    inputs = engine.inputs(questions)
+    top = engine.model(**inputs).logits[:, -1].detach().topk(2).values  # (rows, 2), bfloat16
     for (lead, near), (first, second) in zip([row[0] for row in margins], top, strict=True):
         assert lead == float(first) - float(second)
         step = float(torch.nextafter(first, torch.tensor(torch.inf, dtype=first.dtype)) - first)
         assert first > 8 and near == 4 * step > 0.1
-    half = LtuPipeline.from_pretrained(folder, device="cpu", dtype="float16")
+    half = LtuEngine.from_pretrained(folder, device="cpu", dtype="float16")
     _, margins = batch_invariance.generate(half, questions, {"max_new_tokens": 4})
     assert all(near == pytest.approx(0.01) for row in margins for _, near in row)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ltu.data.audio import AudioError
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.label_scoring import LabelScore, _chunks
 from ltu.inference.requests import Request
 from ltu.models.processing_ltu import IGNORED
@@ -35,14 +35,14 @@ LABELS = [
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
-def pipeline_of(root: Path, kind: str) -> LtuPipeline:
+def pipeline_of(root: Path, kind: str) -> LtuEngine:
     """A tiny model with that language model. "sliding": in the prompt the window of every second layer is long full."""
     if kind == "ltu_as":
         save_whisper(root / "whisper.pt")
         llm = write_llm(root / "llm")
         flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
         convert_as(f"{flags} --output_dir {root}/checkpoint".split())
-        return LtuPipeline.from_pretrained(root / "checkpoint", device="cpu")
+        return LtuEngine.from_pretrained(root / "checkpoint", device="cpu")
     settings, lora = {}, None
     if kind == "sliding":
         kind, settings = "gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -57,23 +57,23 @@ def pipeline_of(root: Path, kind: str) -> LtuPipeline:
         settings["tokenizer"].chat_template = TEMPLATES["spaced"]
     llm = write_llm(root / "llm", kind, **settings)
     template = load_prompt_template("chat", llm) if "tokenizer" in settings else None
-    return LtuPipeline.from_pretrained(write_checkpoint(root / "checkpoint", llm, lora, prompt_template=template))
+    return LtuEngine.from_pretrained(write_checkpoint(root / "checkpoint", llm, lora, prompt_template=template))
 
 
-def alone(pipeline: LtuPipeline, request: Request, texts: list[str]) -> list[LabelScore]:
+def alone(engine: LtuEngine, request: Request, texts: list[str]) -> list[LabelScore]:
     """By the training row of question and answer, whole and without a cache."""
-    processor = pipeline.processor
-    heard = [] if request.audio is None or request.mode == "asr_only" else [processor.hear(request.audio)]
+    processor = engine.processor
+    heard = [] if request.audio is None or request.mode == "asr_only" else [processor.load_clip(request.audio)]
     given = "" if request.mode == "audio_only" else request.transcript
     transcript = processor.complete_transcripts(heard, [given])[0] if heard else given or ""
-    features = {"input_features": processor.features_of(heard)} if heard else {}
+    features = {"input_features": processor.extract_features(heard)} if heard else {}
     found = []
     for text in texts:
         row = {"instruction": request.question, "input": transcript, "output": text}
         ids, labels = processor.encode_example(row, 10_000, train_on_inputs=False)
-        batch = processor.lay_out([ids], [bool(heard)])
+        batch = processor.pad_batch([ids], [bool(heard)])
         with torch.no_grad():
-            logits = pipeline.model(**batch, **features).logits[0].double()
+            logits = engine.model(**batch, **features).logits[0].double()
         before = batch["input_ids"].shape[1] - len(ids)
         scores = torch.log_softmax(logits, -1)
         answer = [place for place, label in enumerate(labels) if label != IGNORED]
@@ -82,9 +82,9 @@ def alone(pipeline: LtuPipeline, request: Request, texts: list[str]) -> list[Lab
     return found
 
 
-def check(pipeline: LtuPipeline, request: Request, **settings) -> list[LabelScore]:
-    found = pipeline.score(request, LABELS, **settings)
-    for score, expected in zip(found, alone(pipeline, request, LABELS), strict=True):
+def check(engine: LtuEngine, request: Request, **settings) -> list[LabelScore]:
+    found = engine.score(request, LABELS, **settings)
+    for score, expected in zip(found, alone(engine, request, LABELS), strict=True):
         assert (score.text, score.num_tokens) == (expected.text, expected.num_tokens)
         assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4), score.text
     return found
@@ -95,35 +95,35 @@ KINDS = ["llama", "lora", "gpt2", "gpt_neox", "qwen2", "spaced", "gemma", "slidi
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_each_alone(tmp_path: Path, kind: str) -> None:
-    pipeline = pipeline_of(tmp_path, kind)
-    heard = check(pipeline, Request(QUESTION, clip(1)))
+    engine = pipeline_of(tmp_path, kind)
+    heard = check(engine, Request(QUESTION, clip(1)))
     assert heard[0].log_likelihood == pytest.approx(heard[5].log_likelihood, abs=1e-4)  # The same label twice.
-    silent = check(pipeline, Request(QUESTION))
+    silent = check(engine, Request(QUESTION))
     if kind != "all_sliding":  # Its two layers cannot see as far back as the audio.
         assert silent[0].log_likelihood != pytest.approx(heard[0].log_likelihood, abs=1e-3)
-    in_threes = pipeline.score(Request(QUESTION, clip(1)), LABELS, tokens_at_once=200)
-    by_one = [pipeline.score(Request(QUESTION, clip(1)), [text])[0] for text in LABELS]
+    in_threes = engine.score(Request(QUESTION, clip(1)), LABELS, tokens_at_once=200)
+    by_one = [engine.score(Request(QUESTION, clip(1)), [text])[0] for text in LABELS]
     for one, three, all_at_once in zip(by_one, in_threes, heard, strict=True):
         assert one.log_likelihood == pytest.approx(all_at_once.log_likelihood, abs=1e-4)
         assert three.log_likelihood == pytest.approx(all_at_once.log_likelihood, abs=1e-4)
 
 
 def test_equals_each_alone_with_transcripts(tmp_path: Path) -> None:
-    pipeline = pipeline_of(tmp_path, "ltu_as")
+    engine = pipeline_of(tmp_path, "ltu_as")
     sound = clip(2, 1.5)
-    joint = check(pipeline, Request(QUESTION, sound, "good morning"))
+    joint = check(engine, Request(QUESTION, sound, "good morning"))
     for mode in ("audio_only", "asr_only"):
-        other = check(pipeline, Request(QUESTION, sound, "good morning", mode=mode))
+        other = check(engine, Request(QUESTION, sound, "good morning", mode=mode))
         assert other[0].log_likelihood != pytest.approx(joint[0].log_likelihood, abs=1e-3)
-    assert check(pipeline, Request(QUESTION, sound))[0].text == "dog"  # Whisper writes the transcript.
+    assert check(engine, Request(QUESTION, sound))[0].text == "dog"  # Whisper writes the transcript.
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> LtuPipeline:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LtuEngine:
     return pipeline_of(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuPipeline) -> None:
+def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
     """Without the end, one-token answers are the model's distribution of its first token, and greedy takes the best."""
     processor, request = llama.processor, Request(QUESTION, clip(1))
     prompt = processor.prompt(QUESTION)
@@ -136,15 +136,15 @@ def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuPipeline) -> Non
     assert all(a.log_likelihood > b.log_likelihood for a, b in zip(scores, with_end, strict=False))
 
 
-def test_the_clip_is_heard_once(llama: LtuPipeline) -> None:
+def test_the_clip_is_heard_once(llama: LtuEngine) -> None:
     before = llama.cache.encoded
     first = llama.score(Request(QUESTION, clip(9)), LABELS)
     assert llama.score(Request(QUESTION, clip(9)), LABELS) == first and llama.cache.encoded == before + 1
 
 
-def test_several_windows_are_heard(llama: LtuPipeline) -> None:
+def test_several_windows_are_heard(llama: LtuEngine) -> None:
     one = llama.score(Request(QUESTION, clip(3, 2.0)), LABELS[:2])
-    three = llama.score(Request(QUESTION, clip(3, 2.0), windows=3), LABELS[:2])
+    three = llama.score(Request(QUESTION, clip(3, 2.0), num_chunks=3), LABELS[:2])
     assert one[0].log_likelihood != pytest.approx(three[0].log_likelihood, abs=1e-3)
 
 
@@ -152,21 +152,21 @@ def test_tokens_that_merge_with_the_prompt_count(tmp_path: Path) -> None:
     """Behind "It is t", "he" completes a token of the prompt: its likelihood begins with that."""
     template = {"name": "open", "prompt_no_input": "{instruction} It is t", "prompt_input": "{instruction} {input} t"}
     folder = write_checkpoint(tmp_path / "checkpoint", write_llm(tmp_path / "llm"), prompt_template=template)
-    pipeline, candidates = LtuPipeline.from_pretrained(folder), ["he", "!", "", "hen a dog", "rain"]
-    processor = pipeline.processor
+    engine, candidates = LtuEngine.from_pretrained(folder), ["he", "!", "", "hen a dog", "rain"]
+    processor = engine.processor
     prompt, starts = processor.encode(processor.prompt(QUESTION)), []
-    for score in pipeline.score(Request(QUESTION), candidates):
+    for score in engine.score(Request(QUESTION), candidates):
         ids = [*processor.encode(processor.prompt(QUESTION) + score.text), processor.tokenizer.eos_token_id]
         starts.append(next(place for place, token in enumerate(ids) if token != [*prompt, -1][place]))
         with torch.no_grad():
-            scores = pipeline.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores = engine.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = sum(scores[place - 1, ids[place]].item() for place in range(starts[-1], len(ids)))
         assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
         assert score.num_tokens == len(ids) - starts[-1]
     assert min(starts) < max(starts) == len(prompt)
 
 
-def test_what_cannot_be_scored_is_refused(llama: LtuPipeline) -> None:
+def test_what_cannot_be_scored_is_refused(llama: LtuEngine) -> None:
     with pytest.raises(ValueError, match="one or more texts"):
         llama.score(Request(QUESTION), [])
     with pytest.raises(ValueError, match="one or more texts"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 import ltu_as
 from ltu import LtuForConditionalGeneration
 from ltu.index_dataset import main as index_rows
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.inference_batch import main as inference_batch
 from ltu.training.arguments import parse_args
@@ -99,7 +99,7 @@ def test_input_of_a_row(root: Path) -> None:
     rows = [
         {"audio": str(root / "0.wav"), "audio_id": "0.wav", **given} for given in ({}, {"input": ""}, {"input": " x "})
     ]
-    assert [row["input"] for row in processor.complete_rows(rows)] == ["words", "", " x "] and asked == [1]
+    assert [row["input"] for row in processor.add_transcripts(rows)] == ["words", "", " x "] and asked == [1]
     batch = processor(text=["Q"] * 3, audio=[str(root / "0.wav")] * 3, transcript=[None, "", "x"])
     texts = [processor.tokenizer.decode([i for i in ids if i < 512]) for ids in batch["input_ids"].tolist()]
     assert "words" in texts[0] and "Input" not in texts[1] and "x" in texts[2]
@@ -129,20 +129,20 @@ def test_no_forward_of_its_own() -> None:
 
 
 def test_batch_equals_single_and_modes(root: Path) -> None:
-    pipeline = LtuPipeline.from_pretrained(root / "init", device="cpu")
+    engine = LtuEngine.from_pretrained(root / "init", device="cpu")
     requests = [Request(q, str(root / f"{i}.wav"), t) for i, q in enumerate(QUESTIONS) for t in ("", "a dog", None)]
-    together = pipeline(requests, batch_size=9, max_new_tokens=8)
-    alone = [pipeline([request], max_new_tokens=8)[0] for request in requests]
+    together = engine(requests, batch_size=9, max_new_tokens=8)
+    alone = [engine([request], max_new_tokens=8)[0] for request in requests]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 
     def answer(**changes) -> tuple[str, str]:
-        found = pipeline([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", **changes)], max_new_tokens=8)[0]
+        found = engine([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", **changes)], max_new_tokens=8)[0]
         return found.text, found.transcript
 
     assert answer(mode="audio_only") == (alone[3].text, "")
-    text_only = pipeline([Request(QUESTIONS[1], None, "a dog")], max_new_tokens=8)[0].text
+    text_only = engine([Request(QUESTIONS[1], None, "a dog")], max_new_tokens=8)[0].text
     assert answer(mode="asr_only") == (text_only, "a dog")
-    left_out = pipeline([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", mode="asr_only")], max_new_tokens=2)[0]
+    left_out = engine([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", mode="asr_only")], max_new_tokens=2)[0]
     assert left_out.seconds_heard == 0 < left_out.seconds_total
 
 
@@ -203,23 +203,23 @@ def test_damaged_features_are_one_clips_failure(root: Path, features: Path, tmp_
     folder = shutil.copytree(features, tmp_path / "features")
     file = next(folder.glob("*/1-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-9])
-    pipeline = LtuPipeline.from_pretrained(root / "init", device="cpu")
-    pipeline.processor.use(feature_root=str(folder))
+    engine = LtuEngine.from_pretrained(root / "init", device="cpu")
+    engine.processor.use(feature_root=str(folder))
     requests = [Request("What?", str(root / f"{i}.wav"), "", audio_id=f"{i}.wav") for i in (0, 1)]
-    answers = pipeline(requests, max_new_tokens=4)
+    answers = engine(requests, max_new_tokens=4)
     assert [answer.status for answer in answers] == ["ok", "damaged"] and "extract" in answers[1].error
 
 
 def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
     """Kind is read from the folder; LTU refuses what only LTU-AS has."""
     ltu_folder = tiny.write_checkpoint(tmp_path / "ltu", root / "llm")
-    pipelines = [LtuPipeline.from_pretrained(folder, device="cpu") for folder in (ltu_folder, root / "init")]
-    assert [type(pipeline.model) for pipeline in pipelines] == [
+    pipelines = [LtuEngine.from_pretrained(folder, device="cpu") for folder in (ltu_folder, root / "init")]
+    assert [type(engine.model) for engine in pipelines] == [
         LtuForConditionalGeneration,
         ltu_as.LtuAsForConditionalGeneration,
     ]
-    for pipeline in pipelines:
-        assert pipeline([Request("What?", tiny.clip(3))], max_new_tokens=4)[0].status == "ok"
+    for engine in pipelines:
+        assert engine([Request("What?", tiny.clip(3))], max_new_tokens=4)[0].status == "ok"
     with pytest.raises(ValueError, match="only LTU-AS"):
         pipelines[0].processor.use(feature_precision="fp16")
 
@@ -241,7 +241,7 @@ def test_kinds_of_start(root: Path, tmp_path: Path) -> None:
     """A Whisper-AT file: TLTR is taken, the classifier dropped by name; a 'low' one, or another part, is refused."""
     start = AutoModelForCausalLM.from_pretrained(root / "init")
     tltr = {f"module.{key}": value for key, value in start.audio_tower.state_dict().items()}
-    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out --ear"
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out --audio_encoder"
 
     def init(extra: dict) -> Path:
         torch.save(tltr | extra, tmp_path / "tltr.pth")
@@ -263,12 +263,12 @@ def test_a_fresh_ear_is_standardised(root: Path, features: Path, tmp_path: Path)
     """Over the clips named, each channel of each layer has mean 0 and deviation 1; the numbers are kept."""
     flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out"
     convert(f"{flags} --standardize_on {root}/rows.json --feature_root {features}".split())
-    ear = AutoModelForCausalLM.from_pretrained(tmp_path / "out").audio_tower
+    audio_encoder = AutoModelForCausalLM.from_pretrained(tmp_path / "out").audio_tower
     processor = AutoProcessor.from_pretrained(root / "init")
-    heard = torch.stack([processor.read_features({"audio": root / f"{i}.wav"}) for i in range(6)])
+    heard = torch.stack([processor.load_features({"audio": root / f"{i}.wav"}) for i in range(6)])
     seen: list[torch.Tensor] = []
-    ear.time_tr.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    ear(heard)
+    audio_encoder.time_tr.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    audio_encoder(heard)
     channels = seen[0].unflatten(0, (6, 4)).transpose(0, 1).flatten(1, 2)  # (layers, clips x time, width)
     assert torch.allclose(channels.mean(1), torch.zeros(4, 64), atol=1e-3)
     assert torch.allclose(channels.std(1, correction=0), torch.ones(4, 64), atol=1e-2)
@@ -282,7 +282,7 @@ def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
 
     start = AutoModelForCausalLM.from_pretrained(root / "init")
     rng = torch.Generator().manual_seed(0)
-    ear = {
+    audio_encoder = {
         f"model.audio_encoder.{k}": torch.randn(v.shape, generator=rng)
         for k, v in start.audio_tower.state_dict().items()
     }
@@ -292,16 +292,16 @@ def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
     }
     folder = tmp_path / "vicuna_ltuas"
     folder.mkdir()
-    save_file(ear | {"model.embed_tokens.weight": torch.zeros(2, 2)}, folder / "model-00001-of-00002.safetensors")
+    save_file(audio_encoder | {"model.embed_tokens.weight": torch.zeros(2, 2)}, folder / "model-00001-of-00002.safetensors")
     save_file(proj | {"lm_head.weight": torch.zeros(2, 2)}, folder / "model-00002-of-00002.safetensors")
     (folder / "config.json").write_text((root / "llm" / "config.json").read_text())
     index = {"weight_map": {}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out"
-    convert(f"{flags} --ear {folder}".split())
+    convert(f"{flags} --audio_encoder {folder}".split())
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(
-        opened.audio_tower.time_tr.attn.query.weight, ear["model.audio_encoder.time_tr.attn.query.weight"]
+        opened.audio_tower.time_tr.attn.query.weight, audio_encoder["model.audio_encoder.time_tr.attn.query.weight"]
     )
     assert torch.equal(opened.multi_modal_projector.linear.weight, proj["model.audio_proj.1.weight"])
     assert len(json.loads((tmp_path / "out" / "ltu_state.json").read_text())["dropped_keys"]) == 2

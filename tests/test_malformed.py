@@ -21,8 +21,8 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from ltu.data.audio import WAYS_OUT, AudioError, read_sound
-from ltu.inference.engine import LtuPipeline
+from ltu.data.audio import HINTS, AudioError, decode_audio
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, Request
 from ltu.inference_batch import main as inference_batch
 from ltu_as.convert_checkpoint import main as convert_as
@@ -246,13 +246,13 @@ def test_what_is_heard_is_what_soundfile_decodes(cases: list[Case]) -> None:
     for case in cases:
         status, waveform = (case.expected, None) if case.data is None else decoded(case.data)
         try:
-            sound = read_sound(case.source)
+            sound = decode_audio(case.source)
             found = "ok"
             assert waveform is None or (sound.waveform.shape == waveform.shape and (sound.waveform == waveform).all())
             assert sound.waveform.dtype == np.float32 and np.isfinite(sound.waveform).all()
         except AudioError as error:
             found = error.reason
-            assert str(error).isprintable() and str(error).encode() and str(error).endswith(WAYS_OUT[found])
+            assert str(error).isprintable() and str(error).encode() and str(error).endswith(HINTS[found])
         assert found == status == (case.expected or status), f"{case.kind}: {case.source!r:.300}"
         statuses.setdefault(case.kind, Counter())[found] += 1
     refused = sum(count for each in statuses.values() for status, count in each.items() if status != "ok")
@@ -281,16 +281,16 @@ def check(case: Case, answer: Answer) -> None:
         assert answer.new_tokens > 0 and 0 < answer.seconds_heard <= answer.seconds_total
     else:
         assert (answer.text, answer.new_tokens, answer.seconds_heard) == ("", 0, 0.0)
-        assert answer.error.isprintable() and WAYS_OUT[status] in answer.error
+        assert answer.error.isprintable() and HINTS[status] in answer.error
 
 
 @pytest.mark.parametrize("kind", ["ltu", "ltu_as"])
 def test_a_mixed_batch_answers_the_good_ones_only(cases: list[Case], kind: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, kind)
-    pipeline = LtuPipeline.from_pretrained(checkpoint, device="cpu")
-    fresh = LtuPipeline.from_pretrained(checkpoint, device="cpu", cache_mb=0)
+    engine = LtuEngine.from_pretrained(checkpoint, device="cpu")
+    fresh = LtuEngine.from_pretrained(checkpoint, device="cpu", cache_mb=0)
     asked = [Request("What is it?", case.source, "") for case in cases]
-    answers = pipeline(asked, batch_size=16, max_new_tokens=4, min_new_tokens=1)
+    answers = engine(asked, batch_size=16, max_new_tokens=4, min_new_tokens=1)
     for case, answer in zip(cases, answers, strict=True):
         check(case, answer)
     good = [index for index, answer in enumerate(answers) if answer.answered]

@@ -1,4 +1,4 @@
-"""The answering engine: one answer a request, whatever is asked beside it; one encoding a clip; windows; streaming."""
+"""The answering engine: one answer a request, whatever is asked beside it; one encoding a clip; chunks; streaming."""
 
 import random
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ltu.data.audio import load_audio
-from ltu.inference.embedding_cache import content_hash
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.embedding_cache import hash_content
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import ORIGINAL_DECODING, BatchStreamer, RowSampler, check_decoding
 from ltu_as.convert_checkpoint import main as convert_as
@@ -25,7 +25,7 @@ WORDS = "what do you hear is the dog loud near or far and why say more".split()
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("pipeline")
+    root = tmp_path_factory.mktemp("engine")
     llm = tiny.write_llm(root / "llm")
     save_whisper(root / "whisper.pt")
     flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
@@ -34,32 +34,32 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def models(folders) -> dict[str, LtuPipeline]:
+def models(folders) -> dict[str, LtuEngine]:
     """Opened once; what a test changes in them it must put back."""
     opened = {}
     for kind, folder in folders.items():
-        opened[kind] = LtuPipeline.from_pretrained(folder, device="cpu")
+        opened[kind] = LtuEngine.from_pretrained(folder, device="cpu")
     return opened
 
 
 @pytest.fixture
-def fresh(models) -> Callable[..., LtuPipeline]:
-    """`fresh(kind, cache_mb=256)`: a pipeline that has encoded nothing yet."""
+def fresh(models) -> Callable[..., LtuEngine]:
+    """`fresh(kind, cache_mb=256)`: a engine that has encoded nothing yet."""
 
-    def make(kind: str, cache_mb: float = 256) -> LtuPipeline:
+    def make(kind: str, cache_mb: float = 256) -> LtuEngine:
         opened = models[kind]
-        return LtuPipeline(opened.model, opened.processor, cache_mb, opened.folder)
+        return LtuEngine(opened.model, opened.processor, cache_mb, opened.folder)
 
     return make
 
 
 @pytest.fixture(params=["ltu", "ltu_as"])
-def pipeline(fresh, request) -> LtuPipeline:
+def engine(fresh, request) -> LtuEngine:
     return fresh(request.param)
 
 
 @pytest.fixture
-def ltu(fresh) -> LtuPipeline:
+def ltu(fresh) -> LtuEngine:
     return fresh("ltu")
 
 
@@ -76,7 +76,7 @@ def mixture(seed: int, folder: Path) -> list[Request]:
     for number in range(14):
         drawn = {"decoding": rng.choice(decoding) | {"max_new_tokens": rng.choice([5, 5, 2])}}
         drawn["seed"] = rng.choice([None, 1, 2])
-        drawn |= {"transcript": rng.choice(["", "a dog", "so far, so good"]), "windows": rng.choice([1, 1, 2, 0])}
+        drawn |= {"transcript": rng.choice(["", "a dog", "so far, so good"]), "num_chunks": rng.choice([1, 1, 2, 0])}
         question = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
         clip = clips[number] if number < 2 else rng.choice(clips)
         requests.append(Request(question, clip, **drawn, mode=rng.choice(["joint", "audio_only"])))
@@ -84,15 +84,15 @@ def mixture(seed: int, folder: Path) -> list[Request]:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_an_answer_does_not_depend_on_its_company(pipeline, tmp_path, seed):
-    """Greedy, beams and sampling; clips of all sorts, none, several windows: each alone, together, in another order."""
+def test_an_answer_does_not_depend_on_its_company(engine, tmp_path, seed):
+    """Greedy, beams and sampling; clips of all sorts, none, several chunks: each alone, together, in another order."""
     requests = mixture(seed, tmp_path)
-    alone = [pipeline([request])[0] for request in requests]
+    alone = [engine([request])[0] for request in requests]
     assert {answer.status for answer in alone} >= {"ok", "missing"}
     assert len({answer.text for answer in alone}) > len(alone) // 2  # They are not all the same anyway.
     for batch_size in (3, 14):
         order = random.Random(batch_size).sample(range(len(requests)), len(requests))
-        answers = pipeline([requests[index] for index in order], batch_size)
+        answers = engine([requests[index] for index in order], batch_size)
         assert answers == [alone[index] for index in order]
 
 
@@ -110,7 +110,7 @@ def test_one_encoding_for_many_questions(ltu, tmp_path):
     Path(a).write_bytes(Path(c).read_bytes())  # The same name, another clip.
     other = ltu([Request(question, a) for question in questions], max_new_tokens=4)
     assert ltu.cache.encoded == 2 and [x.text for x in other] != [x.text for x in first]
-    assert ltu.clip_hash(Request("?", a)) == content_hash(c) != content_hash(b)
+    assert ltu.clip_hash(Request("?", a)) == hash_content(c) != hash_content(b)
 
 
 def test_the_cache_changes_nothing_and_keeps_to_its_size(fresh):
@@ -119,35 +119,35 @@ def test_the_cache_changes_nothing_and_keeps_to_its_size(fresh):
     answers, encoded = [], []
     vectors = 2 * tiny.LLM["hidden_size"] * 4 + 1000  # bytes a clip: 2 tokens of fp32, and the entry
     for megabytes in (256, 0, 3.5 * vectors / 2**20):
-        pipeline = fresh("ltu", megabytes)
-        answers.append(pipeline(requests, batch_size=3, max_new_tokens=6))
-        pipeline(requests[-1:], max_new_tokens=1)
-        encoded.append(pipeline.cache.encoded)
-        assert pipeline.cache.size == sum(1000 + clip.embeds.nbytes for clip in pipeline.cache.kept.values())
-        assert pipeline.cache.size <= megabytes * 2**20
-        assert all(clip.waveform is None for clip in pipeline.cache.kept.values())
+        engine = fresh("ltu", megabytes)
+        answers.append(engine(requests, batch_size=3, max_new_tokens=6))
+        engine(requests[-1:], max_new_tokens=1)
+        encoded.append(engine.cache.encoded)
+        assert engine.cache.size == sum(1000 + clip.embeds.nbytes for clip in engine.cache.entries.values())
+        assert engine.cache.size <= megabytes * 2**20
+        assert all(clip.waveform is None for clip in engine.cache.entries.values())
     assert answers[0] == answers[1] == answers[2]
-    assert encoded[0] == 6 < encoded[2] < encoded[1] and len(pipeline.cache.kept) == 3
+    assert encoded[0] == 6 < encoded[2] < encoded[1] and len(engine.cache.entries) == 3
 
 
 def test_words_and_sound_are_kept_apart(fresh):
     """A clip that was asked about with its words given is not encoded again when Whisper has to write them."""
     clip = tiny.clip(1, 1.0)
     written = fresh("ltu_as")([Request("What?", clip)], max_new_tokens=4)[0]
-    pipeline = fresh("ltu_as")
+    engine = fresh("ltu_as")
     requests = [Request("What?", clip, ""), Request("What?", clip, "a dog"), Request("What?", clip)]
-    answers = [pipeline([request], max_new_tokens=4)[0] for request in requests]
+    answers = [engine([request], max_new_tokens=4)[0] for request in requests]
     assert [answer.transcript for answer in answers] == ["", "a dog", written.transcript]
-    assert pipeline.cache.encoded == 1 and answers[2] == written
-    assert pipeline([Request("What?", clip)], max_new_tokens=4)[0] == written
+    assert engine.cache.encoded == 1 and answers[2] == written
+    assert engine([Request("What?", clip)], max_new_tokens=4)[0] == written
 
 
 @pytest.mark.parametrize("decoding", [{}, {"do_sample": True, "temperature": 1.3}, {"num_beams": 2}])
-def test_a_stream_grows_to_the_batchs_answer(pipeline, decoding):
+def test_a_stream_grows_to_the_batchs_answer(engine, decoding):
     requests = [Request("What do you hear?", tiny.clip(3)), Request("And why?"), Request("Who?", b"no sound")]
-    batch = pipeline(requests, max_new_tokens=12, **decoding)
+    batch = engine(requests, max_new_tokens=12, **decoding)
     for request, answer in zip(requests, batch, strict=True):
-        *texts, last = pipeline.stream(request, max_new_tokens=12, **decoding)
+        *texts, last = engine.stream(request, max_new_tokens=12, **decoding)
         assert last == answer and isinstance(last, Answer)
         assert all(later.startswith(sooner) for sooner, later in pairwise([*texts, last.text]))
         assert "num_beams" in decoding or len(texts) > 2 or not answer.answered
@@ -178,30 +178,30 @@ def test_who_stops_listening_stops_the_answer(ltu):
     assert whole[0].text.startswith(found[0].text) and whole[0].finish_reason == "length"
 
 
-def test_windows_are_heard_in_order(pipeline):
+def test_windows_are_heard_in_order(engine):
     """Each window's vectors are those of the ear on its stretch of the clip; LTU-AS cuts the log-mel of the whole."""
-    extractor, config = pipeline.processor.feature_extractor, pipeline.model.config
+    extractor, config = engine.processor.feature_extractor, engine.model.config
     window = extractor.num_frames * 160
     clip = tiny.clip(5, 3.4 * window / 16_000)
     clip[: window // 2] *= 5.0  # The loudest part, in the first window only.
-    for windows, heard in ((1, 1), (2, 2), (3, 3), (9, 4), (0, 4)):
-        request = Request("What?", clip, "", windows=windows)
-        answer = pipeline([request], max_new_tokens=3)[0]
-        assert (answer.windows, answer.status) == (heard, "ok" if heard == 4 else "truncated")
+    for num_chunks, heard in ((1, 1), (2, 2), (3, 3), (9, 4), (0, 4)):
+        request = Request("What?", clip, "", num_chunks=num_chunks)
+        answer = engine([request], max_new_tokens=3)[0]
+        assert (answer.num_chunks, answer.status) == (heard, "ok" if heard == 4 else "truncated")
         assert answer.seconds_heard == pytest.approx(min(heard * window, len(clip)) / 16_000)
-        inputs = pipeline.inputs([request])
+        inputs = engine.inputs([request])
         assert (inputs["input_ids"] == config.audio_token_id).sum() == heard * config.num_audio_tokens
-    whole = pipeline.inputs([Request("What?", clip, "", windows=0)])["audio_embeds"]
-    if pipeline.kind == "ltu":
+    whole = engine.inputs([Request("What?", clip, "", num_chunks=0)])["audio_embeds"]
+    if engine.kind == "ltu":
         parts = [extractor(clip[start:]).input_features for start in range(0, len(clip), window)]
     else:
-        mel = extractor.windows_of(torch.from_numpy(clip), 4)
-        lone = extractor.windows_of(torch.from_numpy(clip[window:].copy()), 1)
+        mel = extractor.extract_chunks(torch.from_numpy(clip), 4)
+        lone = extractor.extract_chunks(torch.from_numpy(clip[window:].copy()), 1)
         assert not torch.allclose(mel[1:2], lone, atol=1e-2)  # Cut first, its floor would be another.
         encoder = extractor.load_encoder()[0].encoder
         parts = [extractor._layers(encoder, mel[i : i + 1]) for i in range(4)]
     with torch.no_grad():
-        expected = torch.cat([pipeline.model.get_audio_features(part) for part in parts])
+        expected = torch.cat([engine.model.get_audio_features(part) for part in parts])
     assert torch.allclose(whole, expected, atol=1e-5)
     assert not torch.allclose(whole[0], whole[1], atol=1e-3)
 
@@ -209,18 +209,18 @@ def test_windows_are_heard_in_order(pipeline):
 def test_the_last_window_may_be_short(ltu):
     """What is left under 25 ms is no window, and counts as heard."""
     window = ltu.processor.feature_extractor.num_frames * 160
-    for extra, windows in ((0, 1), (240, 1), (399, 1), (400, 2)):
-        assert ltu.processor.feature_extractor.count_windows(window + extra) == windows
-        answer = ltu([Request("What?", tiny.clip(1, 1.0)[: window + extra], windows=0)], max_new_tokens=2)[0]
-        assert (answer.windows, answer.status) == (windows, "ok")
+    for extra, num_chunks in ((0, 1), (240, 1), (399, 1), (400, 2)):
+        assert ltu.processor.feature_extractor.count_chunks(window + extra) == num_chunks
+        answer = ltu([Request("What?", tiny.clip(1, 1.0)[: window + extra], num_chunks=0)], max_new_tokens=2)[0]
+        assert (answer.num_chunks, answer.status) == (num_chunks, "ok")
 
 
 # More tokens are demanded than fit, of which transformers warns; how the answer ends is tested.
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints:UserWarning")
 def test_what_does_not_fit_is_said(ltu, monkeypatch):
-    """Of an endless clip as many windows as fit are heard; an endless question has no answer."""
+    """Of an endless clip as many chunks as fit are heard; an endless question has no answer."""
     monkeypatch.setattr(ltu.model.config.text_config, "max_position_embeddings", 128)
-    long, short = Request("What?", tiny.clip(1, 60.0), windows=0), Request("Why?", tiny.clip(2))
+    long, short = Request("What?", tiny.clip(1, 60.0), num_chunks=0), Request("Why?", tiny.clip(2))
     endless = Request("why " * 200, tiny.clip(2))
     answers = ltu([long, short, endless], max_new_tokens=4)
     talkative = ltu([short, Request("What is it?", tiny.clip(3))], max_new_tokens=400, min_new_tokens=400)
@@ -237,7 +237,7 @@ def test_an_answer_says_what_was_found(ltu, folders, tmp_path):
     assert (answer.sampling_rate, answer.channels, answer.model) == (44_100, 2, "ltu")
     assert answer.seconds_total == pytest.approx(len(load_audio(tmp_path / "stereo.flac")) / 16_000)
     assert answer.seconds > 0 and answer.finish_reason == "length" and answer.new_tokens == 4
-    assert answer.checkpoint == content_hash(folders["ltu"] / "model.safetensors")
+    assert answer.checkpoint == hash_content(folders["ltu"] / "model.safetensors")
     assert answer.prompt_tokens == int(ltu.inputs([Request("What?", tmp_path / "stereo.flac")])["attention_mask"].sum())
 
 
@@ -268,7 +268,7 @@ def test_history_needs_a_chat_template(ltu, tmp_path):
         "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
     }
     llm = Path(ltu.model.config.language_model)
-    chat = LtuPipeline.from_pretrained(tiny.write_checkpoint(tmp_path / "chat", llm, prompt_template=template), "cpu")
+    chat = LtuEngine.from_pretrained(tiny.write_checkpoint(tmp_path / "chat", llm, prompt_template=template), "cpu")
     answer = chat([Request("Why?", tiny.clip(1), history=history)], max_new_tokens=3)[0]
     ids = chat.inputs([Request("Why?", tiny.clip(1), history=history)])["input_ids"][0].tolist()
     text = chat.processor.tokenizer.decode([token for token in ids if token < 512])
@@ -320,19 +320,19 @@ def test_what_is_shown_stays_though_bytes_go_wrong(ltu):
     "request_, settings",
     [
         (Request("?", mode="audio"), {}),
-        (Request("?", windows=-1), {}),
-        (Request("?", windows="all"), {}),
+        (Request("?", num_chunks=-1), {}),
+        (Request("?", num_chunks="all"), {}),
         (Request("?"), {"batch_size": 0}),
     ],
 )
 def test_impossible_requests(ltu, request_, settings):
-    with pytest.raises(ValueError, match="mode|windows|batch_size"):
+    with pytest.raises(ValueError, match="mode|num_chunks|batch_size"):
         ltu([request_], **settings)
 
 
 def test_an_impossible_cache(folders):
     with pytest.raises(ValueError, match="-1"):
-        LtuPipeline.from_pretrained(folders["ltu"], device="cpu", cache_mb=-1)
+        LtuEngine.from_pretrained(folders["ltu"], device="cpu", cache_mb=-1)
 
 
 def test_half_a_character_is_no_end(ltu):
@@ -345,8 +345,8 @@ def test_features_that_overflow_are_one_clips_failure(fresh, monkeypatch):
     clips = [tiny.clip(seed, 1.0) for seed in range(3)]
     requests = [Request("What?", clip, "") for clip in clips]
     whole = fresh("ltu_as")(requests, max_new_tokens=3)
-    pipeline = fresh("ltu_as")
-    stock = type(pipeline.processor.feature_extractor).__call__
+    engine = fresh("ltu_as")
+    stock = type(engine.processor.feature_extractor).__call__
 
     def overflowing(extractor, raw_speech, **kwargs):
         made = stock(extractor, raw_speech, **kwargs)
@@ -354,8 +354,8 @@ def test_features_that_overflow_are_one_clips_failure(fresh, monkeypatch):
             made["input_features"][row] *= float("inf") if np.array_equal(clip, clips[1]) else 1.0
         return made
 
-    monkeypatch.setattr(type(pipeline.processor.feature_extractor), "__call__", overflowing)
-    found = pipeline(requests, max_new_tokens=3)
+    monkeypatch.setattr(type(engine.processor.feature_extractor), "__call__", overflowing)
+    found = engine(requests, max_new_tokens=3)
     assert found[1].status == "unreadable" and "overflow" in found[1].error
     assert [found[0], found[2]] == [whole[0], whole[2]]
 
@@ -363,7 +363,7 @@ def test_features_that_overflow_are_one_clips_failure(fresh, monkeypatch):
 @pytest.mark.parametrize("setting", [{"quantization": "3bit"}, {"attention": "flash_attention_2"}])
 def test_what_cannot_be_opened_says_why(folders, setting):
     with pytest.raises(ValueError, match="3bit|(?i:flash)"):
-        LtuPipeline.from_pretrained(folders["ltu"], device="cpu", **setting)
+        LtuEngine.from_pretrained(folders["ltu"], device="cpu", **setting)
 
 
 COMPILED = pytest.param({"compile": True}, marks=pytest.mark.slow)
@@ -372,6 +372,6 @@ COMPILED = pytest.param({"compile": True}, marks=pytest.mark.slow)
 @pytest.mark.parametrize("setting", [COMPILED, {"attention": "eager"}, {"device_map": "auto"}])
 def test_other_ways_to_compute_give_the_same_answers(folders, setting):
     requests = [Request(question, tiny.clip(1)) for question in ("What?", "Why is it so?")]
-    plain = LtuPipeline.from_pretrained(folders["ltu"], device="cpu")(requests, max_new_tokens=6)
-    other = LtuPipeline.from_pretrained(folders["ltu"], device="cpu", **setting)(requests, max_new_tokens=6)
+    plain = LtuEngine.from_pretrained(folders["ltu"], device="cpu")(requests, max_new_tokens=6)
+    other = LtuEngine.from_pretrained(folders["ltu"], device="cpu", **setting)(requests, max_new_tokens=6)
     assert other == plain

@@ -17,7 +17,7 @@ from data import prepare_audio  # noqa: E402
 from data.audio_names import RULES, audio_id_of, key_of, read_ids, read_table, read_wanted
 from data.toy.sounds import AUDIO
 from data.toy.speech import SPEECH
-from ltu.data.audio import AudioError, load_audio, read_sound
+from ltu.data.audio import AudioError, decode_audio, load_audio
 from tests.machine import run_python, start_python, wait_until
 
 RNG = np.random.default_rng(0)
@@ -291,7 +291,7 @@ def test_map_with_coverage_against_rows(tmp_path, capsys):
     entries = ledger(output)
     assert entries["notes.wav"]["status"] == "name" and "no name of audioset" in entries["notes.wav"]["error"]
     assert prepare_audio.main([*run, "--max_bad", "1"]) == 1  # not only those asked for; two files fail
-    assert len(table(output / "audio_ids.csv")) == 4 and read_sound(output / "ccccccccccc.flac").sampling_rate == 16000
+    assert len(table(output / "audio_ids.csv")) == 4 and decode_audio(output / "ccccccccccc.flac").sampling_rate == 16000
 
 
 def test_table_of_two_columns(tmp_path):

@@ -19,7 +19,7 @@ import torch
 
 import ltu.checkpoints.download as transport
 from ltu.checkpoints.download import DownloadError, unpack
-from ltu.checkpoints.released_files import PREP, TABLE, Released, download, find, relocate_rows
+from ltu.checkpoints.released_files import PREP, TABLE, Released, download, find, remap_toy_paths
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.released import main
 from tests.golden.rule_init import rule
@@ -371,7 +371,7 @@ def test_clips_are_found_by_name_and_keep_the_names_of_their_features(tmp_path: 
     (tmp_path / "zip" / "audio").mkdir(parents=True)
     for name in ("a.flac", "b.wav"):
         (tmp_path / "zip" / "audio" / name).write_text(name)
-    relocate_rows(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
+    remap_toy_paths(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
     found = [row["audio_id"] for row in json.loads((tmp_path / "out" / "rows.json").read_text())]
     assert found[2:] == ids[2:]
     for audio_id, old in zip(found[:2], ids[:2], strict=True):
@@ -379,7 +379,7 @@ def test_clips_are_found_by_name_and_keep_the_names_of_their_features(tmp_path: 
         assert original_name(audio_id) == original_name(old)
     (tmp_path / "meta.json").write_text('[{"audio_id": "/x/c.wav"}]')
     with pytest.raises(DownloadError, match="no clip of its 1 rows"):
-        relocate_rows(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
+        remap_toy_paths(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
 
 
 def test_clips_of_one_name(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_clips_of_one_name(tmp_path: Path) -> None:
     for name in ("clotho", "fsd"):
         (tmp_path / "zip" / name).mkdir(parents=True)
         (tmp_path / "zip" / name / "1.wav").write_text(name)
-    relocate_rows(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
+    remap_toy_paths(tmp_path / "meta.json", tmp_path / "zip", tmp_path / "out" / "rows.json")
     found = [row["audio_id"] for row in json.loads((tmp_path / "out" / "rows.json").read_text())]
     assert [(tmp_path / "out" / audio_id).read_text() for audio_id in found] == ["clotho", "fsd"]
 

@@ -23,7 +23,7 @@ import pytest
 import soundfile
 
 from ltu.data.audio import load_audio
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.models.prompt_template import load_prompt_template
 from ltu.serve import read_flags
@@ -42,8 +42,8 @@ QUESTION = "What can be inferred from the audio?"
 class Served:
     """A server in a thread of this process, its engine, and clients of it."""
 
-    def __init__(self, pipeline: LtuPipeline, port: int):
-        self.pipeline, self.port, self.url = pipeline, port, f"http://127.0.0.1:{port}"
+    def __init__(self, engine: LtuEngine, port: int):
+        self.engine, self.port, self.url = engine, port, f"http://127.0.0.1:{port}"
         settings = {"max_retries": 0, "timeout": PATIENCE}
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", **settings)
 
@@ -51,9 +51,9 @@ class Served:
         said = {"messages": [{"role": "user", "content": list(parts)}], "model": "tiny", "max_tokens": 12} | settings
         return self.client.chat.completions.create(**said)
 
-    def engine(self, question: str, audio=None, **settings) -> str:
+    def answer_alone(self, question: str, audio=None, **settings) -> str:
         decoding = {"max_new_tokens": 12} | settings.pop("decoding", {})
-        return self.pipeline([Request(question, audio, decoding=decoding, **settings)])[0].text
+        return self.engine([Request(question, audio, decoding=decoding, **settings)])[0].text
 
     def meter(self, name: str) -> float:
         with urllib.request.urlopen(f"{self.url}/metrics") as reply:
@@ -82,16 +82,16 @@ class Served:
 
 
 @contextmanager
-def serve(pipeline: LtuPipeline, *flags: str) -> Iterator[Served]:
+def serve(engine: LtuEngine, *flags: str) -> Iterator[Served]:
     args = read_flags(["--model", "tiny", "--port", "0", *flags])
-    server = make_server(pipeline, args)
+    server = make_server(engine, args)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Served(pipeline, server.servers[0].sockets[0].getsockname()[1])
+        yield Served(engine, server.servers[0].sockets[0].getsockname()[1])
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -106,20 +106,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder: Path) -> LtuPipeline:
-    return LtuPipeline.from_pretrained(folder)
+def engine(folder: Path) -> LtuEngine:
+    return LtuEngine.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def served(pipeline: LtuPipeline) -> Iterator[Served]:
-    with serve(pipeline, "--max_seconds", "20", "--max_tokens", "600", "--max_body_mb", "2") as found:
+def served(engine: LtuEngine) -> Iterator[Served]:
+    with serve(engine, "--max_seconds", "20", "--max_tokens", "600", "--max_body_mb", "2") as found:
         yield found
 
 
 @pytest.fixture
-def gate(pipeline: LtuPipeline) -> Iterator[tiny.Gate]:
-    """A closed gate in the engine of `served` and of every server of `pipeline`."""
-    with tiny.closed_gate(pipeline) as gate:
+def gate(engine: LtuEngine) -> Iterator[tiny.Gate]:
+    """A closed gate in the engine of `served` and of every server of `engine`."""
+    with tiny.closed_gate(engine) as gate:
         yield gate
 
 
@@ -145,7 +145,7 @@ def test_answers_are_the_engines(served: Served, kind: str) -> None:
     for path in TOY:
         data = path.read_bytes() if kind == "flac" else encoded(load_audio(path), kind)
         reply = served.ask(words(), sound(data, kind))
-        answer = served.pipeline([Request(QUESTION, data)], max_new_tokens=12)[0]
+        answer = served.engine([Request(QUESTION, data)], max_new_tokens=12)[0]
         assert answer.text and reply.choices[0].message.content == answer.text
         assert reply.choices[0].finish_reason == answer.finish_reason
         assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (answer.prompt_tokens, answer.new_tokens)
@@ -169,12 +169,12 @@ def test_a_stream_is_the_answer_piece_by_piece(served: Served, settings: dict) -
     assert {part.id for part in parts} == {parts[0].id}
     if "stop" not in settings:
         sampling = {"do_sample": True, "temperature": 1.5} if settings else {}
-        expected = served.engine(QUESTION, data, decoding=sampling | {"max_new_tokens": 60}, seed=settings.get("seed"))
+        expected = served.answer_alone(QUESTION, data, decoding=sampling | {"max_new_tokens": 60}, seed=settings.get("seed"))
         assert expected == whole.choices[0].message.content
 
 
 def test_stop_sequences_end_an_answer(served: Served) -> None:
-    whole = served.engine(QUESTION, decoding={"max_new_tokens": 60})
+    whole = served.answer_alone(QUESTION, decoding={"max_new_tokens": 60})
     stop = whole[len(whole) // 2 :][:3]
     reply = served.ask(words(), max_tokens=60, stop=stop)
     assert reply.choices[0].message.content == whole.split(stop)[0] and reply.choices[0].finish_reason == "stop"
@@ -186,7 +186,7 @@ def test_stop_sequences_end_an_answer(served: Served) -> None:
 
 
 def test_sampling(served: Served) -> None:
-    greedy = served.engine(QUESTION)
+    greedy = served.answer_alone(QUESTION)
     assert served.ask(words()).choices[0].message.content == greedy
     assert served.ask(words(), temperature=0, top_p=0.5).choices[0].message.content == greedy
     replies = [served.ask(words(), temperature=2, extra_body={"top_k": 50}) for _ in range(3)]
@@ -194,31 +194,31 @@ def test_sampling(served: Served) -> None:
     for reply in replies:
         sampling = {"do_sample": True, "temperature": 2.0, "top_k": 50}
         seed = reply.model_extra["ltu"]["seed"]
-        assert served.engine(QUESTION, decoding=sampling, seed=seed) == reply.choices[0].message.content
+        assert served.answer_alone(QUESTION, decoding=sampling, seed=seed) == reply.choices[0].message.content
 
 
 def test_fields_of_ours(served: Served) -> None:
     data = encoded(tiny.clip(1, 2.0))
-    for ours in ({"windows": 2}, {"windows": "all"}, {"transcript": "good morning"}, {"mode": "asr_only"}):
+    for ours in ({"num_chunks": 2}, {"num_chunks": "all"}, {"transcript": "good morning"}, {"mode": "asr_only"}):
         reply = served.ask(words(), sound(data), extra_body=ours)
         theirs = {name: 0 if value == "all" else value for name, value in ours.items()}
-        assert reply.choices[0].message.content == served.engine(QUESTION, data, **theirs)
-        assert reply.model_extra["ltu"]["windows"] == {2: 2, 0: 4}.get(theirs.get("windows"), int("mode" not in ours))
+        assert reply.choices[0].message.content == served.answer_alone(QUESTION, data, **theirs)
+        assert reply.model_extra["ltu"]["num_chunks"] == {2: 2, 0: 4}.get(theirs.get("num_chunks"), int("mode" not in ours))
         assert reply.model_extra["ltu"]["transcript"] == ours.get("transcript", "")
     penalty = {"repetition_penalty": 9.0}
     reply = served.ask(words(), max_tokens=60, extra_body=penalty).choices[0].message.content
     plain = {"max_new_tokens": 60}
-    assert reply == served.engine(QUESTION, decoding=plain | penalty) != served.engine(QUESTION, decoding=plain)
+    assert reply == served.answer_alone(QUESTION, decoding=plain | penalty) != served.answer_alone(QUESTION, decoding=plain)
 
 
 def test_what_changes_nothing_is_ignored(served: Served) -> None:
     harmless = {"n": 1, "user": "u", "store": False, "metadata": {}, "frequency_penalty": 0.0, "logprobs": False}
     harmless |= {"response_format": {"type": "text"}, "tools": [], "presence_penalty": None, "reasoning_effort": "low"}
-    assert served.ask(words(), **harmless).choices[0].message.content == served.engine(QUESTION)
+    assert served.ask(words(), **harmless).choices[0].message.content == served.answer_alone(QUESTION)
     said = served.client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": QUESTION}], max_completion_tokens=12
     )
-    assert said.choices[0].message.content == served.engine(QUESTION) and said.model_extra["ltu"]["windows"] == 0
+    assert said.choices[0].message.content == served.answer_alone(QUESTION) and said.model_extra["ltu"]["num_chunks"] == 0
 
 
 def test_models_and_health(served: Served) -> None:
@@ -240,12 +240,12 @@ def test_turns_need_a_chat_template(served: Served, tmp_path: Path) -> None:
             served.ask(messages=few)
     llm = tiny.write_llm(tmp_path / "llm", tokenizer=byte_tokenizer(), bos_token_id=None, eos_token_id=0)
     folder = tiny.write_checkpoint(tmp_path / "c", llm, prompt_template=load_prompt_template("chat", llm))
-    with serve(LtuPipeline.from_pretrained(folder)) as chatting:
+    with serve(LtuEngine.from_pretrained(folder)) as chatting:
         data = encoded(tiny.clip(3))
         turns[1]["content"] = [sound(data), words("What is it?")]
         history = [*turns[:1], {"role": "user", "content": "What is it?"}, turns[2]]
-        expected = chatting.engine("Loud?", data, history=history)
-        assert chatting.ask(messages=turns).choices[0].message.content == expected != chatting.engine("Loud?", data)
+        expected = chatting.answer_alone("Loud?", data, history=history)
+        assert chatting.ask(messages=turns).choices[0].message.content == expected != chatting.answer_alone("Loud?", data)
         with pytest.raises(openai.BadRequestError, match="the last must be the user's"):
             chatting.ask(messages=turns[:3])
 
@@ -256,10 +256,10 @@ def test_ltu_as_hears_words(tmp_path: Path) -> None:
     flags = f"--init --llm {tmp_path}/llm --whisper {tmp_path}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
     convert(f"{flags} --output_dir {tmp_path}/init".split())
     data = SPEECH[0].read_bytes()
-    with serve(LtuPipeline.from_pretrained(tmp_path / "init")) as served:
+    with serve(LtuEngine.from_pretrained(tmp_path / "init")) as served:
         for ours in ({}, {"transcript": "good morning"}, {"mode": "audio_only"}, {"mode": "asr_only"}):
             reply = served.ask(words(), sound(data, "flac"), extra_body=ours)
-            answer = served.pipeline([Request(QUESTION, data, **ours)], max_new_tokens=12)[0]
+            answer = served.engine([Request(QUESTION, data, **ours)], max_new_tokens=12)[0]
             assert reply.choices[0].message.content == answer.text
             assert reply.model_extra["ltu"]["transcript"] == answer.transcript
             assert bool(answer.transcript) == (ours.get("mode") != "audio_only")
@@ -287,8 +287,8 @@ REFUSED = [
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": [""]}, "stop"),
     ({"extra_body": {"mode": "loud"}}, "mode is one of"),
-    ({"extra_body": {"windows": -1}}, "windows is"),
-    ({"extra_body": {"windows": "many"}}, "windows is"),
+    ({"extra_body": {"num_chunks": -1}}, "num_chunks is"),
+    ({"extra_body": {"num_chunks": "many"}}, "num_chunks is"),
     ({"extra_body": {"transcript": ["x"]}}, "transcript"),
     ({"messages": []}, "the last must be the user's"),
     ({"messages": "What is it?"}, "messages"),
@@ -338,7 +338,7 @@ def test_bodies_that_are_none(served: Served) -> None:
         assert status == (200 if b"top_p" in end else 400), said
     assert served.post(start + b'x"}], "\\ud800": 1}')[0] == 400
     assert served.post(start + b'x"}]}', Content_Type="text/plain")[0] == 415
-    assert served.ask(words()).choices[0].message.content == served.engine(QUESTION)
+    assert served.ask(words()).choices[0].message.content == served.answer_alone(QUESTION)
 
 
 def test_bodies_that_are_too_large(served: Served) -> None:
@@ -353,9 +353,9 @@ def test_bodies_that_are_too_large(served: Served) -> None:
     assert found.value.status_code == 413 and found.value.code == "body_too_large"
 
 
-def test_what_takes_too_long(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
+def test_what_takes_too_long(engine: LtuEngine, gate: tiny.Gate) -> None:
     """A stream that has begun, an answer behind it and a body that does not arrive."""
-    with serve(pipeline, "--timeout", "1") as served, ThreadPoolExecutor() as pool:
+    with serve(engine, "--timeout", "1") as served, ThreadPoolExecutor() as pool:
         stream = pool.submit(lambda: list(served.ask(words(), max_tokens=1000, stream=True)))
         assert gate.is_reached.wait(PATIENCE)
         answer = pool.submit(served.ask, words(), max_tokens=1000)
@@ -371,17 +371,17 @@ def test_what_takes_too_long(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
         wait_until(lambda: served.meter('ltu_answers_total{status="cancelled"}') == 2)
 
 
-def test_a_body_that_breaks_off(pipeline: LtuPipeline) -> None:
-    with serve(pipeline) as served:
+def test_a_body_that_breaks_off(engine: LtuEngine) -> None:
+    with serve(engine) as served:
         with socket.create_connection(("127.0.0.1", served.port)) as plain:
             head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             plain.sendall(f"{head}Content-Length: 99\r\n\r\nhalf".encode())
         wait_until(lambda: served.meter('ltu_requests_total{code="408"}') == 1)
 
 
-def test_the_key(pipeline: LtuPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key(engine: LtuEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTU_API_KEY", "käse")
-    with serve(pipeline) as served:
+    with serve(engine) as served:
         models = served.client.models
         for call in (lambda: served.ask(words()), models.list, lambda: models.retrieve("x")):
             with pytest.raises(openai.AuthenticationError) as found:
@@ -393,8 +393,8 @@ def test_the_key(pipeline: LtuPipeline, monkeypatch: pytest.MonkeyPatch) -> None
         assert served.post(b"{}", Authorization="Bearer käse".encode().decode("latin-1"))[0] == 404
 
 
-def test_the_queue_has_an_end(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
-    with serve(pipeline, "--max_queue", "1") as served:
+def test_the_queue_has_an_end(engine: LtuEngine, gate: tiny.Gate) -> None:
+    with serve(engine, "--max_queue", "1") as served:
         running = served.ask(words(), max_tokens=1000, stream=True)
         next(iter(running))
         with pytest.raises(openai.RateLimitError) as found:
@@ -406,7 +406,7 @@ def test_the_queue_has_an_end(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
         patient = served.client.with_options(max_retries=5)
         assert patient.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=12
-        ).choices[0].message.content == served.engine(QUESTION)  # fmt: skip
+        ).choices[0].message.content == served.answer_alone(QUESTION)  # fmt: skip
 
 
 def test_clients_that_go_away(served: Served, gate: tiny.Gate) -> None:
@@ -430,26 +430,26 @@ def test_clients_that_go_away(served: Served, gate: tiny.Gate) -> None:
     running.close()
     wait_until(lambda: served.meter(name) == before + 3)
     gate.is_open.set()
-    assert served.ask(words()).choices[0].message.content == served.engine(QUESTION)
+    assert served.ask(words()).choices[0].message.content == served.answer_alone(QUESTION)
 
 
 def test_an_engine_that_fails(
-    pipeline: LtuPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: LtuEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    forward = type(pipeline.model).get_input_embeddings
+    forward = type(engine.model).get_input_embeddings
 
     def broken(*_):
         raise RuntimeError("sec" + "ret")
 
-    with serve(pipeline) as served:
-        monkeypatch.setattr(type(pipeline.model), "get_input_embeddings", broken)
+    with serve(engine) as served:
+        monkeypatch.setattr(type(engine.model), "get_input_embeddings", broken)
         for is_streamed in (False, True):
             with pytest.raises(openai.InternalServerError) as found:
                 served.ask(words(), stream=is_streamed)
             assert found.value.code == "engine_error" and "secret" not in str(found.value)
-        monkeypatch.setattr(type(pipeline.model), "get_input_embeddings", forward)
-        assert served.ask(words()).choices[0].message.content == served.engine(QUESTION)
-        monkeypatch.setattr(type(pipeline.processor), "turn", broken)
+        monkeypatch.setattr(type(engine.model), "get_input_embeddings", forward)
+        assert served.ask(words()).choices[0].message.content == served.answer_alone(QUESTION)
+        monkeypatch.setattr(type(engine.processor), "render", broken)
         with pytest.raises(openai.InternalServerError) as found:
             served.ask(words())
         assert found.value.code == "internal_error" and "secret" not in str(found.value)
@@ -459,7 +459,7 @@ def test_an_engine_that_fails(
 # --- many at once, and the end
 
 
-def test_many_at_once(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
+def test_many_at_once(engine: LtuEngine, gate: tiny.Gate) -> None:
     """Good and bad, plain and streamed, greedy and sampled: each as if alone, in shared batches.
 
     The gate opens when all wait for the first one.
@@ -470,7 +470,7 @@ def test_many_at_once(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
         sampling = {"do_sample": True, "temperature": 0.9} if index % 5 == 0 else {}
         request = Request(f"Question {index}?", clips[index % 3] if index % 4 else None, decoding=sampling, seed=index)
         is_bad = index % 6 == 1
-        expected.append("unreadable" if is_bad else pipeline([request], max_new_tokens=10)[0].text)
+        expected.append("unreadable" if is_bad else engine([request], max_new_tokens=10)[0].text)
 
     async def ask(client: openai.AsyncOpenAI, index: int) -> str:
         clip = [sound(b"RIFF" if index % 6 == 1 else clips[index % 3], "flac")] if index % 4 or index % 6 == 1 else []
@@ -493,7 +493,7 @@ def test_many_at_once(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
     def is_full() -> bool:
         return served.meter("ltu_queue_depth") + served.meter("ltu_batch_size_sum") == 13
 
-    with serve(pipeline) as served, ThreadPoolExecutor(1) as pool:
+    with serve(engine) as served, ThreadPoolExecutor(1) as pool:
         replies = pool.submit(asyncio.run, ask_all(served.url))
         wait_until(is_full)
         gate.is_open.set()
@@ -506,15 +506,15 @@ def test_many_at_once(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
         assert served.meter("ltu_heard_seconds_total") > 0
 
 
-def test_what_runs_too_long_is_ended(pipeline: LtuPipeline, gate: tiny.Gate) -> None:
-    with serve(pipeline, "--shutdown_seconds", "0") as served:
+def test_what_runs_too_long_is_ended(engine: LtuEngine, gate: tiny.Gate) -> None:
+    with serve(engine, "--shutdown_seconds", "0") as served:
         parts = iter(served.ask(words(), max_tokens=1000, stream=True))
         next(parts)
     with pytest.raises(openai.APIConnectionError):
         list(parts)
 
 
-def test_sigterm_lets_answers_end(pipeline: LtuPipeline, folder: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_answers_end(engine: LtuEngine, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     words = ["--model", str(folder), "--port", "0", "--max_tokens", "200"]
     process = tiny.start_command("ltu.serve", words, output)
@@ -532,7 +532,7 @@ def test_sigterm_lets_answers_end(pipeline: LtuPipeline, folder: Path, tmp_path:
         got += list(parts)
         assert got[-1].choices[0].finish_reason in ("stop", "length")
         text = "".join(part.choices[0].delta.content or "" for part in got)
-        assert text == pipeline([Request(QUESTION)], max_new_tokens=200)[0].text
+        assert text == engine([Request(QUESTION)], max_new_tokens=200)[0].text
         process.join(PATIENCE)
         assert process.exitcode in (0, -signal.SIGTERM)
         with pytest.raises(openai.APIConnectionError):

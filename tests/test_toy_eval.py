@@ -223,7 +223,7 @@ def test_probe_separates_what_is_separable():
 @pytest.mark.parametrize("below", ["", "answers"])
 def test_evaluate_pools_folds(tmp_path, below):
     folders = [write_fold(tmp_path / str(fold), fold, below=below) for fold in (0, 3)]
-    result = evaluate(folders, ear=None)
+    result = evaluate(folders, audio_encoder=None)
     count = len(TOY.folds[0]) + len(TOY.folds[3])
     drums = sum(TOY.clips[file]["category"] == "drums" for fold in (0, 3) for file in TOY.folds[fold])
     assert result["clips"] == count and result["folds"] == [0, 3]
@@ -240,7 +240,7 @@ def test_evaluate_pools_folds(tmp_path, below):
 def test_a_missing_condition_is_a_dash(tmp_path):
     folder = write_fold(tmp_path, 1, stages=1)
     (folder / "stage1_name" / "none.json").unlink()
-    result = evaluate([folder], ear=None)
+    result = evaluate([folder], audio_encoder=None)
     assert "none" not in result["rows"][0]
     assert " - " in format_table(result["rows"], result["clips"], result["folds"])
 
@@ -256,7 +256,7 @@ def test_predictions_that_cannot_be_scored(tmp_path, capsys):
         read_predictions(tmp_path)
     folder = write_fold(tmp_path / "a", 0, stages=1)
     with pytest.raises(PredictionError, match="each fold once"):
-        evaluate([folder, folder], ear=None)
+        evaluate([folder, folder], audio_encoder=None)
     with pytest.raises(PredictionError, match="not the held-out clips of any fold"):
         fold_of(perfect(0)[1:], TOY)
     mislabelled = perfect(0)

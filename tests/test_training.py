@@ -18,7 +18,7 @@ from ltu.data.dataset_parser import RowError
 from ltu.data.examples import check_audio, read_rows
 from ltu.finetune import main
 from ltu.training.arguments import parse_args, parse_list
-from ltu.training.batch_sampler import MicroBatches, batches_per_rank, total_steps
+from ltu.training.batch_sampler import MicroBatchSampler, batches_per_rank, total_steps
 from ltu.training.dataset import QaDataset
 from ltu.training.trainer import make_trainer
 from tests.machine import PATIENCE
@@ -118,10 +118,10 @@ def test_resume_equals_an_uninterrupted_run(start, rows, tmp_path):
 @pytest.mark.parametrize("group", [False, True])
 def test_every_row_once_an_epoch_on_any_number_of_ranks(group):
     lengths = torch.tensor([5 + index % 17 for index in range(23)]) if group else None
-    one = list(MicroBatches(23, 3, accumulation=4, epochs=2, lengths=lengths))
+    one = list(MicroBatchSampler(23, 3, accumulation=4, epochs=2, lengths=lengths))
     assert sorted(index for batch in one[:8] for index in batch) == list(range(23))
     ranks = [
-        list(MicroBatches(23, 3, accumulation=2, epochs=2, lengths=lengths, rank=rank, world_size=2))
+        list(MicroBatchSampler(23, 3, accumulation=2, epochs=2, lengths=lengths, rank=rank, world_size=2))
         for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1]) == 2 * batches_per_rank(23, 3, 2)
@@ -134,7 +134,7 @@ def test_every_row_once_an_epoch_on_any_number_of_ranks(group):
 @pytest.mark.parametrize("accumulation", [1, 16])
 def test_length_grouping_is_that_of_transformers(rows_, accumulation):
     lengths = torch.randint(1, 40, (rows_,), generator=torch.Generator().manual_seed(rows_))
-    ours = MicroBatches(rows_, 4, accumulation, lengths=lengths, seed=7).order(2).tolist()
+    ours = MicroBatchSampler(rows_, 4, accumulation, lengths=lengths, seed=7).order(2).tolist()
     generator = torch.Generator().manual_seed(9)
     assert ours == get_length_grouped_indices(lengths.tolist(), max(1, 4 * accumulation // 4), generator=generator)
 
@@ -318,4 +318,4 @@ def test_a_skipped_row_is_replaced_not_invented(tmp_path):
     assert torch.equal(dataset[1]["input_features"], dataset[3]["input_features"])
     assert dataset.skipped == ["1.wav", "2.wav"]
     with pytest.raises(AudioError):
-        dataset.read_features(dataset.rows[1])
+        dataset.load_features(dataset.rows[1])

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArguments
 
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.models import version_check
 from ltu.models.generation_ltu import find_cache
@@ -282,7 +282,7 @@ def test_unknown_ranges_are_untested(monkeypatch, untested):
 def test_opening_for_inference_checks_at_once(folder, monkeypatch, untested):
     monkeypatch.setattr(version_check, "compare_cached_logits", lambda model: 0.5)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="difference 0.5 "):
-        LtuPipeline.from_pretrained(folder, device="cpu")
+        LtuEngine.from_pretrained(folder, device="cpu")
 
 
 def test_the_check_sees_what_generation_does(folder, model, batch):
@@ -297,8 +297,8 @@ def test_the_check_sees_what_generation_does(folder, model, batch):
 
 def test_a_pipeline_answers_on_an_untested_version(folder, untested):
     with pytest.warns(UserWarning, match="Not tested"):
-        pipeline = LtuPipeline.from_pretrained(folder, device="cpu")
-    answers = pipeline([Request(QUESTIONS[0], CLIPS[0])], max_new_tokens=4)
+        engine = LtuEngine.from_pretrained(folder, device="cpu")
+    answers = engine([Request(QUESTIONS[0], CLIPS[0])], max_new_tokens=4)
     assert answers[0].answered
 
 

@@ -41,7 +41,7 @@ def test_features_equal_the_original(golden: Path, golden_report, extractor, cli
     features = extractor([waveform], sampling_rate=RATE).input_features
     assert features.shape == (1, 4, 25, 64) and features.dtype == torch.float32
     golden_report("Whisper", f"{clip} pooled", np.abs(features[0].numpy() - figures[f"{clip}.feat"]).max(), 1e-4)
-    mel = extractor.features_of(torch.from_numpy(waveform)).numpy()
+    mel = extractor.extract_features(torch.from_numpy(waveform)).numpy()
     assert mel.shape == (80, 1000)
     golden_report("Whisper", f"{clip} mel", np.abs(mel[:, ::8] - figures[f"{clip}.mel"]).max(), 1e-4)
 
@@ -50,7 +50,7 @@ def test_features_equal_the_original(golden: Path, golden_report, extractor, cli
 def test_every_frame_of_the_mel(full_golden: Path, golden_report, extractor, clip: str) -> None:
     figures = np.load(full_golden / "whisper.npz")
     waveform = load_audio(full_golden / "wav" / f"{clip}.wav")
-    mel = extractor.features_of(torch.from_numpy(waveform)).numpy()
+    mel = extractor.extract_features(torch.from_numpy(waveform)).numpy()
     golden_report("Whisper, every frame", f"{clip} mel", np.abs(mel - figures[f"{clip}.mel1000"]).max(), 1e-4)
 
 
@@ -60,7 +60,7 @@ def test_loudest_part_after_ten_seconds_sets_the_floor(golden_report, extractor)
     heard = torch.from_numpy(waveform)
     stock = pad_or_trim(log_mel_spectrogram(heard), 1000)
     cut_first = log_mel_spectrogram(heard[: 10 * RATE])
-    mel = extractor.features_of(heard)
+    mel = extractor.extract_features(heard)
     golden_report("Whisper, stock", "late loud part, mel", (mel - stock).abs().max(), 1e-6)
     assert (mel - cut_first).abs().max() > 0.5
     expected = stock_features(extractor, stock)
@@ -111,7 +111,7 @@ def test_saved_and_opened_again_without_weights(extractor, tmp_path: Path) -> No
     assert "_device" not in settings and settings["num_layers"] == 4
     opened = LtuAsFeatureExtractor.from_pretrained(tmp_path)
     assert opened.to_dict() == extractor.to_dict()
-    assert (opened.window_seconds, opened.num_tokens) == (10.0, 25)
+    assert (opened.chunk_seconds, opened.num_tokens) == (10.0, 25)
     opened.whisper_model = "/nowhere.pt"
     assert opened.to_dict()["whisper_model"] == "/nowhere.pt"  # Nothing was loaded, so nothing is missed.
     assert LtuAsFeatureExtractor.shape_of(extractor.whisper_model) == (4, 64)
@@ -166,7 +166,7 @@ def test_transcripts_are_those_of_stock_whisper(stock: Transcribed, batched: boo
 def test_silence_has_no_transcript(extractor, monkeypatch) -> None:
     quiet = whisper.DecodingResult(torch.zeros(1), "en", tokens=[50257], text="hm", avg_logprob=-2, no_speech_prob=0.9,
                                    temperature=0.0, compression_ratio=0.5)  # fmt: skip
-    monkeypatch.setattr(LtuAsFeatureExtractor, "_first_windows", lambda *args: [quiet])
+    monkeypatch.setattr(LtuAsFeatureExtractor, "_first_chunks", lambda *args: [quiet])
     assert extractor.transcribe([noise(2, 0)], batched=True) == [""]
 
 

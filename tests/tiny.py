@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration, LtuProcessor
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, OnText, Request
 from ltu.models.checkpoint_folder import hash_language_model
 
@@ -151,7 +151,7 @@ class Gate:
         on_text: OnText | None = None,
         **decoding: Any,
     ) -> Iterator[tuple[int, Answer]]:
-        """`LtuPipeline.run`; where nobody reads the text, nothing is held."""
+        """`LtuEngine.run`; where nobody reads the text, nothing is held."""
 
         def hold(index: int, text: str) -> bool | None:
             goes_on = on_text(index, text)
@@ -167,11 +167,11 @@ class Gate:
 
 
 @contextmanager
-def closed_gate(pipeline: LtuPipeline) -> Iterator[Gate]:
-    """Put a closed gate into the engine of a pipeline; it is open and gone in the end."""
-    gate = Gate(pipeline.run)
+def closed_gate(engine: LtuEngine) -> Iterator[Gate]:
+    """Put a closed gate into the engine of a engine; it is open and gone in the end."""
+    gate = Gate(engine.run)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "run", gate.run)
+        patch.setattr(engine, "run", gate.run)
         try:
             yield gate
         finally:

@@ -18,7 +18,7 @@ if [ ! -f "$DATA/finished" ]; then
 fi
 if [ ! -f "$BASE/ltu_state.json" ]; then
     "$PYTHON" -m ltu.convert_checkpoint --init --llm pretrained_mdls/smollm2-135m-instruct \
-        --ear pretrained_mdls/yamnet --seed "$seed" --output_dir "$BASE"
+        --audio_encoder pretrained_mdls/yamnet --seed "$seed" --output_dir "$BASE"
 fi
 for stage in $stages; do
     step "$stage"

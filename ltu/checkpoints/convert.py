@@ -20,7 +20,7 @@ from ltu.checkpoints.original_checkpoints import (
     FOLDER_KEYS,
     ORIGINAL_KEYS,
     PREFIX,
-    check_ear,
+    check_audio_encoder,
     load_state,
     rename_keys,
 )
@@ -30,7 +30,7 @@ from ltu.models.modeling_ltu import LtuMultiModalProjector
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import load_prompt_template
 
-EARS = ("cavmae", "yamnet", "tltr")  # Folders with an ear of ours.
+AUDIO_ENCODERS = ("cavmae", "yamnet", "tltr")  # Folders with an ear of ours.
 EMBEDDINGS = ("model.embed_tokens", "gpt_neox.embed_in", "transformer.wte", "wte", "model.language_model.embed_tokens")
 
 
@@ -60,16 +60,16 @@ class LtuKind:
 
     config_class = LtuConfig
     processor_class = LtuProcessor
-    ear_keys = CAV_MAE_KEYS
+    audio_encoder_keys = CAV_MAE_KEYS
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         """Flags of this kind alone."""
 
-    def ear_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> PreTrainedConfig:
+    def make_audio_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> PreTrainedConfig:
         """Config of the ear whose tensors are `state`; of a random one if that is empty."""
         return cav_mae_config(state) if state else CavMaeConfig()
 
-    def finish_ear(self, state: dict[str, Tensor], args: argparse.Namespace) -> None:
+    def finish_audio_encoder(self, state: dict[str, Tensor], args: argparse.Namespace) -> None:
         """What a random ear needs beside its random weights; added to `state`."""
 
     def extractor_settings(self, args: argparse.Namespace) -> dict:
@@ -77,28 +77,28 @@ class LtuKind:
         return {}
 
 
-def load_ear(kind: LtuKind, args: argparse.Namespace) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+def load_audio_encoder(kind: LtuKind, args: argparse.Namespace) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
     """Config, tensors and dropped keys of an ear: its own `.pth`, a folder of ours, a released folder of the original
     (with its projection), or none (random)."""
-    path = args.ear
+    path = args.audio_encoder
     if path is None:
         print(
             "NO EAR FILE: the audio encoder is RANDOM. It hears nothing until it has been trained on a lot of sound.",
             file=sys.stderr,
         )
-        config = kind.ear_config({}, args)
+        config = kind.make_audio_config({}, args)
         state = {f"audio_tower.{key}": value for key, value in AutoModel.from_config(config).state_dict().items()}
-        kind.finish_ear(state, args)
+        kind.finish_audio_encoder(state, args)
         return config, state, {}
     if not Path(path).is_dir():
-        state, dropped = rename_keys(load_state(path), kind.ear_keys, ("module.",), path)
-    elif (Path(path) / "model.safetensors").is_file() and AutoConfig.from_pretrained(path).model_type in EARS:
+        state, dropped = rename_keys(load_state(path), kind.audio_encoder_keys, ("module.",), path)
+    elif (Path(path) / "model.safetensors").is_file() and AutoConfig.from_pretrained(path).model_type in AUDIO_ENCODERS:
         state = load_state(Path(path) / "model.safetensors")
         return AutoConfig.from_pretrained(path), {f"audio_tower.{key}": value for key, value in state.items()}, {}
     else:
         state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
-    check_ear(state, kind.config_class.model_type, path)
-    return kind.ear_config(state, args), state, dropped
+    check_audio_encoder(state, kind.config_class.model_type, path)
+    return kind.make_audio_config(state, args), state, dropped
 
 
 def init_projector(config: LtuConfig, llm: str | Path) -> dict[str, Tensor]:
@@ -134,11 +134,11 @@ def convert(args: argparse.Namespace, kind: LtuKind) -> None:
     parts = {"text_config": AutoConfig.from_pretrained(args.llm)}
     if args.init:
         parts["prompt_template"] = load_prompt_template(args.prompt_template, args.llm)
-        parts["audio_config"], state, dropped = load_ear(kind, args)
+        parts["audio_config"], state, dropped = load_audio_encoder(kind, args)
     else:
         state, dropped = rename_keys(load_state(args.checkpoint), ORIGINAL_KEYS, (PREFIX,), args.checkpoint)
-        check_ear(state, kind.config_class.model_type, args.checkpoint)
-        parts["audio_config"] = kind.ear_config(state, args)
+        check_audio_encoder(state, kind.config_class.model_type, args.checkpoint)
+        parts["audio_config"] = kind.make_audio_config(state, args)
         parts["lora"] = lora_settings(state, args.lora_alpha, args.lora_dropout)
     if not any(map(is_llm, state)):  # Else it was trained too, and the folder holds it.
         if args.llm_dtype:
@@ -148,7 +148,7 @@ def convert(args: argparse.Namespace, kind: LtuKind) -> None:
     if args.init:
         state = init_projector(config, args.llm) | state
     processor = kind.processor_class.from_config(config, args.llm, **kind.extractor_settings(args))
-    parent = args.checkpoint or args.ear
+    parent = args.checkpoint or args.audio_encoder
     record = {
         "stage": "init" if args.init else "converted",
         "parent": None if parent is None else {"name": Path(parent).name, "sha256": sha256_of_weights(parent)},

@@ -28,7 +28,7 @@ from ltu.files import replace_file, sha256_of
 
 TIMEOUT, RETRIES, WAIT = 60, 6, 1.0  # seconds of silence; tries without one byte more; seconds before the first of them
 SMALL_JSON = 1 << 28  # bytes; a larger file is not parsed, only its two ends are looked at
-WAY_OUT = "Other way: --from DIR_OR_URL, a folder or mirror with files of the table's names."
+HINT = "Other way: --from DIR_OR_URL, a folder or mirror with files of the table's names."
 
 
 class DownloadError(ValueError):
@@ -115,7 +115,7 @@ def check(row: RemoteFile, path: Path, origin: str) -> dict:
         except ValueError as error:
             wrong = f"not JSON ({error})"
     if wrong:
-        raise DownloadError(f"{row.name}: {origin} is {wrong}. {WAY_OUT}")
+        raise DownloadError(f"{row.name}: {origin} is {wrong}. {HINT}")
     return {"bytes": size, "sha256": digest}
 
 
@@ -123,7 +123,7 @@ def transfer(row: RemoteFile, url: str, part: Path) -> None:
     """Receive a file into `part`, going on from what is there; patient as long as bytes come. Raises DownloadError."""
     if "://" not in url:
         if not Path(url).is_file():
-            raise DownloadError(f"{row.name}: {url} is not there. {WAY_OUT}")
+            raise DownloadError(f"{row.name}: {url} is not there. {HINT}")
         shutil.copyfile(url, part)
         return
     most, failures = 0, 0
@@ -135,7 +135,7 @@ def transfer(row: RemoteFile, url: str, part: Path) -> None:
             if code == 416:  # The part is not shorter than the file.
                 part.unlink(missing_ok=True)
             elif code < 500 and code not in (408, 429):
-                raise DownloadError(f"{row.name}: {url}: {error}. {WAY_OUT}") from error
+                raise DownloadError(f"{row.name}: {url}: {error}. {HINT}") from error
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise DownloadError(f"{part}: the disk is full. Make room and run it again; it goes on.") from error
             kept = part.stat().st_size if part.is_file() else 0
@@ -143,7 +143,7 @@ def transfer(row: RemoteFile, url: str, part: Path) -> None:
             if failures > RETRIES:
                 raise DownloadError(
                     f"{row.name}: {url}: {error!r}, {failures} times. {kept:,} bytes are kept in {part}; run it again "
-                    f"to go on. {WAY_OUT}"
+                    f"to go on. {HINT}"
                 ) from error
             time.sleep(min(WAIT * 2 ** (failures - 1), 30))
 
@@ -159,7 +159,7 @@ def receive(row: RemoteFile, url: str, part: Path) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "ltu"} | headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.headers.get_content_type() == "text/html":
-            raise DownloadError(f"{row.name}: {url} gives a web page; the link may have died. {WAY_OUT}")
+            raise DownloadError(f"{row.name}: {url} gives a web page; the link may have died. {HINT}")
         tag, total = response.headers.get("ETag", "W/"), response.headers.get("Content-Length")
         # A weak tag ("W/") does not promise equal bytes.
         version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
@@ -192,7 +192,7 @@ def unpack(archive: Path, place: Path) -> None:
         for info in members:
             parts = re.split(r"[/\\]", info.filename)
             if ".." in parts or not parts[0] or stat.S_ISLNK(info.external_attr >> 16):
-                raise DownloadError(f"{archive}: {info.filename!r} leads out or is a link. Not unpacked. {WAY_OUT}")
+                raise DownloadError(f"{archive}: {info.filename!r} leads out or is a link. Not unpacked. {HINT}")
         try:
             scratch.mkdir(parents=True)
             opened.extractall(scratch, members)

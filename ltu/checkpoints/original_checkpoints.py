@@ -45,7 +45,7 @@ TO_ORIGINAL = [
     (r"language_model\.(.+?)(?:\.base_layer)?(\.\w+)", rf"{PREFIX}\1\2", None),
 ]
 # The package whose model has an ear, its name, and a tensor that it alone has.
-EAR_MARKS = {
+AUDIO_ENCODER_MARKS = {
     "ltu": ("CAV-MAE", "audio_tower.pos_embed_a"),
     "ltu_as": ("TLTR", "audio_tower.time_tr.attn.query.weight"),
 }
@@ -63,7 +63,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         return {key: value for file in weight_files(path) for key, value in load_state(file).items()}
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there. --checkpoint and --ear take a file on this disk.")
+        raise FileNotFoundError(f"{path} is not there. --checkpoint and --audio_encoder take a file on this disk.")
     with open(path, "rb") as stream:
         head = stream.read(len(LEGACY))
     is_torch = head.startswith((b"PK", LEGACY))
@@ -99,15 +99,15 @@ def _load_torch(path: Path, is_zip: bool) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def check_ear(state: dict[str, Tensor], package: str, path: str | Path) -> None:
+def check_audio_encoder(state: dict[str, Tensor], package: str, path: str | Path) -> None:
     """Refuse a file without an ear, or with the ear of the other model of the family."""
-    for theirs, (ear, mark) in EAR_MARKS.items():
+    for theirs, (audio_encoder, mark) in AUDIO_ENCODER_MARKS.items():
         if mark in state and theirs != package:
             raise ValueError(
-                f"{path} holds {ear}, {state[mark].shape[-1]} wide, which is not the ear of {package}. "
+                f"{path} holds {audio_encoder}, {state[mark].shape[-1]} wide, which is not the ear of {package}. "
                 f"Convert it with: python -m {theirs}.convert_checkpoint"
             )
-    if (mark := EAR_MARKS[package][1]) not in state:
+    if (mark := AUDIO_ENCODER_MARKS[package][1]) not in state:
         raise KeyError(f"{path} holds no audio encoder ({mark}): not a whole checkpoint of {package}.")
 
 

@@ -29,7 +29,7 @@ class Released:
     kind: str
     size: int | str | None = None  # bytes; text where the authors round it
     llm: str | None = None
-    ear: str | None = None
+    audio_encoder: str | None = None
     cutoff: int | None = None  # text ids
     steps: int | None = None
     precision: str | None = None  # of Whisper's features: fp32 is the authors' "old GPU", fp16 the "new"
@@ -46,8 +46,8 @@ class Released:
         return f"{self.name}.zip" if self.link.startswith("fo/") else self.link.split("?")[0].split("/")[-1]
 
 
-LTU = partial(Released, kind="ltu", llm=VICUNA, ear=CAV_MAE)
-LTU_AS = partial(Released, kind="ltu_as", llm=VICUNA, ear=TLTR)
+LTU = partial(Released, kind="ltu", llm=VICUNA, audio_encoder=CAV_MAE)
+LTU_AS = partial(Released, kind="ltu_as", llm=VICUNA, audio_encoder=TLTR)
 PAPER = {"cutoff": 108, "unanswerable": "in"}
 LONG = {"cutoff": 160, "steps": 40_000, "unanswerable": "out"}
 WHISPER = "e4b87e7e0bf463eb8e6956e646f1e277e901512310def2c24bf0e11bd3c28e9a"  # A part of OpenAI's link: the sha256.
@@ -74,9 +74,9 @@ TABLE = (
            note="stages 1-3, the last with and without unanswerable; recommended inside: stage3_long_seq_exclude_noqa"),
     Released("vicuna", "fo/mjn5wdnc1j67kkhbu0j9d/h?rlkey=anna5roa7netrmkjjm8p2hvyy", "llm", llm=VICUNA),
     Released("vicuna_ltu", "fo/wzw72e9e88x6nfd94zwi7/h?rlkey=9izvxo6eegww5qfkukz2bhdch", "start", llm=VICUNA,
-             ear=CAV_MAE, note="for --init --ear; the authors' scripts link vicuna's two shards into it"),
+             audio_encoder=CAV_MAE, note="for --init --audio_encoder; the authors' scripts link vicuna's two shards into it"),
     Released("vicuna_ltuas", "fo/254wkiknythx5vlenic3j/h?rlkey=zzneclei6tmagbxhqlewkj7l3", "start", llm=VICUNA,
-             ear=TLTR, note="the same for LTU-AS"),
+             audio_encoder=TLTR, note="the same for LTU-AS"),
     Released("whisper_large_v1", f"https://openaipublic.azureedge.net/main/whisper/models/{WHISPER}/large-v1.pt",
              "whisper", sha256=WHISPER, note="the authors' copy: "
              "https://www.dropbox.com/scl/fi/r7sfa5y2kh7nc8lpmdv9a/large-v1.pt?rlkey=ffc8abmxjy69vxairb336mkhq&dl=1"),
@@ -190,7 +190,7 @@ def link(file: Path, place: Path) -> None:
         place.symlink_to(os.path.relpath(file, place.parent))
 
 
-def relocate_rows(meta: Path, clips: Path, output: Path) -> None:
+def remap_toy_paths(meta: Path, clips: Path, output: Path) -> None:
     """Write rows again with every `audio_id` relative to them, and link its clip there.
 
     Its place is `audio/` and the last three folders of the authors' path: after those their Whisper features are named.
@@ -235,7 +235,7 @@ def prep(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     if not meta.is_file():
-        relocate_rows(toy / "original" / meta.name, toy / "original" / f"{name}_toy_audio", meta)
+        remap_toy_paths(toy / "original" / meta.name, toy / "original" / f"{name}_toy_audio", meta)
     folder = make_checkpoint(row, models, args.llm, args.source)
     for number, file in enumerate(stages if args.full else (), start=1):
         rows = next(iter(sorted(data.rglob(file))), None)

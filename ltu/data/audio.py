@@ -33,7 +33,7 @@ QUIETEST = 2.0**-23  # One step of 24 bit: the filterbanks of both models are at
 BLOCK = 2**22  # values that are decoded, and samples that are resampled, at once: 16 MiB of float32
 MAX_KERNEL = 2**20  # weights of torchaudio's kernel; 44,100 Hz needs 76,000, but 44,101 Hz 706 million.
 
-WAYS_OUT = {
+HINTS = {
     "missing": "Check the path; relative paths are looked up from the data file or from --audio_root.",
     "unreadable": "Convert it to wav, flac, ogg or mp3, or leave it out.",
     "too_short": "Use a clip of at least 25 ms, or leave it out.",
@@ -50,7 +50,7 @@ class AudioError(ValueError):
 
     Attributes:
         source: the path, or a description of the bytes or array.
-        reason: a key of `WAYS_OUT`.
+        reason: a key of `HINTS`.
     """
 
     def __init__(self, source: str, reason: str, detail: str):
@@ -58,7 +58,7 @@ class AudioError(ValueError):
         self.reason = reason
         self.detail = detail
         shown = source if len(source) <= 500 else f"{source[:240]}...{source[-240:]}"
-        text = f"{shown}: {detail}. {WAYS_OUT[reason]}"
+        text = f"{shown}: {detail}. {HINTS[reason]}"
         super().__init__(UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
 
     def __reduce__(self):
@@ -67,7 +67,7 @@ class AudioError(ValueError):
 
 
 @dataclass
-class Sound:
+class Waveform:
     """A clip as it is heard, `waveform` (samples,) mono at 16 kHz, and what was found: its rate in Hz, its channels."""
 
     waveform: np.ndarray
@@ -75,15 +75,15 @@ class Sound:
     channels: int
 
 
-AudioSource = str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Sound | None
+AudioSource = str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Waveform | None
 
 
 @dataclass
-class Heard:
+class AudioClip:
     """A clip before the ear: its waveform (samples,) at 16 kHz, or what a feature folder holds of it; and after it.
 
-    `sampling_rate` and `channels` are those that were found; `windows` is how many are to be heard; `embeds`
-    (windows, num_audio_tokens, hidden) is what the ear and the projection made of them, once they did.
+    `sampling_rate` and `channels` are those that were found; `num_chunks` is how many are to be used; `embeds`
+    (num_chunks, num_audio_tokens, hidden) is what the ear and the projection made of them, once they did.
     """
 
     source: AudioSource
@@ -93,18 +93,18 @@ class Heard:
     transcript: str | None = None
     sampling_rate: int | None = None
     channels: int | None = None
-    windows: int = 1
+    num_chunks: int = 1
     embeds: torch.Tensor | None = None
 
 
 def load_audio(source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int]) -> np.ndarray:
-    """The waveform of `read_sound`: float32 `(samples,)`, mono, 16 kHz."""
-    return read_sound(source).waveform
+    """The waveform of `decode_audio`: float32 `(samples,)`, mono, 16 kHz."""
+    return decode_audio(source).waveform
 
 
-def read_sound(
-    source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Sound, max_seconds: float = MAX_SECONDS
-) -> Sound:
+def decode_audio(
+    source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Waveform, max_seconds: float = MAX_SECONDS
+) -> Waveform:
     """Load a clip as mono 16 kHz.
 
     Args:
@@ -121,7 +121,7 @@ def read_sound(
             longer than `max_seconds`, or silent (constant but for less than a step of 24 bit).
         TypeError: the source is none of these.
     """
-    if isinstance(source, Sound):
+    if isinstance(source, Waveform):
         return source
     if isinstance(source, str | Path):
         return _read_file(str(source), max_seconds)
@@ -137,10 +137,10 @@ def read_sound(
     name = f"<array of shape {tuple(array.shape)} at {rate} Hz>"
     waveform = _first_channel(array, name)
     blocks = (waveform[start : start + BLOCK] for start in range(0, len(waveform), BLOCK))
-    return _hear(blocks, rate, 1 if array.ndim == 1 else len(array), name, max_seconds)
+    return _resample_blocks(blocks, rate, 1 if array.ndim == 1 else len(array), name, max_seconds)
 
 
-def _read_file(path: str, max_seconds: float) -> Sound:
+def _read_file(path: str, max_seconds: float) -> Waveform:
     try:
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
@@ -179,13 +179,13 @@ class _SoundFile(soundfile.SoundFile):
         return False
 
 
-def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Sound:
+def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Waveform:
     try:
         with _SoundFile(file, closefd=False) as opened:
             if opened.samplerate * opened.channels > MAX_VALUES:
                 detail = f"{opened.channels} channels at {opened.samplerate} Hz are more than is decoded here"
                 raise AudioError(name, "unreadable", detail)
-            return _hear(_blocks(opened), opened.samplerate, opened.channels, name, max_seconds)
+            return _resample_blocks(_blocks(opened), opened.samplerate, opened.channels, name, max_seconds)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(". ")
         raise AudioError(name, "unreadable", f"libsndfile cannot decode it ({reason})") from error
@@ -203,7 +203,7 @@ def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
             return
 
 
-def _hear(blocks: Iterable[np.ndarray], rate: int, channels: int, name: str, max_seconds: float) -> Sound:
+def _resample_blocks(blocks: Iterable[np.ndarray], rate: int, channels: int, name: str, max_seconds: float) -> Waveform:
     """Blocks (samples,) of the first channel -> a sound, unless something is wrong with them."""
     if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
         raise AudioError(name, "unreadable", f"an impossible sampling rate, {rate} Hz")
@@ -230,7 +230,7 @@ def _hear(blocks: Iterable[np.ndarray], rate: int, channels: int, name: str, max
         raise AudioError(name, "unreadable", f"holds values up to {max(-low, high):.3g}, where sound is within 1")
     if high - low < QUIETEST:
         raise AudioError(name, "silent", f"every sample of its first channel is {low:g}, or as good as that")
-    return Sound(waveform, rate, channels)
+    return Waveform(waveform, rate, channels)
 
 
 def _resample(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.predictions_file import AnswerFile, Key
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
@@ -48,34 +48,34 @@ def prediction(row: dict, answer: Answer) -> dict:
     return {"prompt": row["instruction"]} | entry
 
 
-def requests_of(rows: list[dict], args: argparse.Namespace) -> list[Request]:
-    given = {"mode": args.mode, "windows": args.windows}
+def make_requests(rows: list[dict], args: argparse.Namespace) -> list[Request]:
+    given = {"mode": args.mode, "num_chunks": args.num_chunks}
     return [Request(r["instruction"], r["audio"], r.get("input"), r.get("audio_id"), **given) for r in rows]
 
 
-def keys_of(requests: list[Request], pipeline: LtuPipeline, args: argparse.Namespace, ranks: Ranks) -> list[Key]:
+def make_keys(requests: list[Request], engine: LtuEngine, args: argparse.Namespace, ranks: Ranks) -> list[Key]:
     """What each answer depends on. Each rank reads its share of the clips."""
-    config, dtype = pipeline.model.config, pipeline.model.get_input_embeddings().weight.dtype
-    settings = [pipeline.kind, pipeline.checkpoint, config.language_model_sha256, str(dtype), args.load_in]
-    settings += [pipeline.processor.to_dict(), pipeline.processor.tokenizer.get_vocab()]  # Prompt and ear among them.
-    settings += [pipeline.processor.hears_with, check_decoding(args.decoding), args.seed]
+    config, dtype = engine.model.config, engine.model.get_input_embeddings().weight.dtype
+    settings = [engine.kind, engine.checkpoint, config.language_model_sha256, str(dtype), args.quantization]
+    settings += [engine.processor.to_dict(), engine.processor.tokenizer.get_vocab()]  # Prompt and ear among them.
+    settings += [engine.processor.audio_settings, check_decoding(args.decoding), args.seed]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     clips = {(request.audio, request.audio_id): request for request in requests if request.audio}
     mine = list(clips)[ranks.rank :: ranks.size]
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda clip: pipeline.clip_hash(clips[clip]) or f"unread: {clip}", mine)
+        hashes = pool.map(lambda clip: engine.clip_hash(clips[clip]) or f"unread: {clip}", mine)
         parts = ranks.gather(dict(zip(mine, hashes, strict=True)))
     found = {clip: content for part in parts for clip, content in part.items()} | {(None, None): None}
     contents = [found.get((request.audio, request.audio_id)) for request in requests]
-    return [(c, r.question, r.transcript, r.mode, r.windows, digest) for c, r in zip(contents, requests, strict=True)]
+    return [(c, r.question, r.transcript, r.mode, r.num_chunks, digest) for c, r in zip(contents, requests, strict=True)]
 
 
-def ask_file(
-    file: AnswerFile, rows: list[dict], pipeline: LtuPipeline, args: argparse.Namespace, ranks: Ranks
+def answer_file(
+    file: AnswerFile, rows: list[dict], engine: LtuEngine, args: argparse.Namespace, ranks: Ranks
 ) -> list[Answer]:
     """Ask what is not answered yet, and write the whole file. Returns the answers of all rows; on rank 0 only."""
-    requests = requests_of(rows, args)
-    keys = keys_of(requests, pipeline, args, ranks)
+    requests = make_requests(rows, args)
+    keys = make_keys(requests, engine, args, ranks)
     # Read by rank 0 alone: by the time that others did, it might have added to it.
     kept = {key for key, answer in file.merge().items() if answer.answered} if ranks.rank == 0 else None
     kept = ranks.gather(kept)[0]
@@ -84,7 +84,7 @@ def ask_file(
     own = set(clips[ranks.rank :: ranks.size])
     mine = [key for key in todo if (key[0] or key[1]) in own]
     start = time.perf_counter()
-    answering = pipeline.run([todo[key] for key in mine], args.batch_size, args.seed, **args.decoding)
+    answering = engine.run([todo[key] for key in mine], args.batch_size, args.seed, **args.decoding)
     is_quiet = ranks.rank > 0 or not mine
     for index, answer in tqdm(answering, "answering", len(mine), unit="question", disable=is_quiet):
         file.append(mine[index], answer)
@@ -95,7 +95,7 @@ def ask_file(
     found = file.merge()
     answers = [found[key] for key in keys]
     file.write([prediction(row, answer) for row, answer in zip(rows, answers, strict=True)])
-    print_ledger(str(file.path), answers)
+    print_summary(str(file.path), answers)
     rate = sum(found[key].answered for key in todo) / seconds
     print(f"  {sum(key in kept for key in keys)} from the partial file; asked {len(todo)}, {rate:.2f} questions/s")
     for answer in [answer for answer in answers if not answer.answered][:20]:
@@ -103,7 +103,7 @@ def ask_file(
     return answers
 
 
-def print_ledger(name: str, answers: list[Answer]) -> None:
+def print_summary(name: str, answers: list[Answer]) -> None:
     """What became of the questions, and how much of their clips was heard."""
     counts = Counter(answer.status for answer in answers).most_common()
     answered = sum(answer.answered for answer in answers)

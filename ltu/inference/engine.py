@@ -21,16 +21,16 @@ from tqdm import tqdm
 from transformers import AutoProcessor, BatchFeature, LogitsProcessorList, StoppingCriteriaList
 
 from ltu.checkpoints.open_checkpoint import open_model
-from ltu.data.audio import AudioError, Heard
-from ltu.inference.embedding_cache import EncodingCache
+from ltu.data.audio import AudioClip, AudioError
+from ltu.inference.embedding_cache import EmbeddingCache
 from ltu.inference.requests import ROW_SETTINGS, Answer, OnText, Request, batches
 from ltu.inference.sampling import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
 from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
-from ltu.models.prompt_template import Turn
+from ltu.models.prompt_template import RenderedPrompt
 from ltu.models.version_check import check_generation
 
 
-class LtuPipeline:
+class LtuEngine:
     """A model and its processor, ready to be asked. Threads may share it; batches are computed one at a time.
 
     Args:
@@ -42,7 +42,7 @@ class LtuPipeline:
     def __init__(self, model: Any, processor: Any, cache_mb: float = 256, folder: str | Path | None = None):
         self.model = model.eval()
         self.processor = processor
-        self.cache = EncodingCache(model, processor, cache_mb)
+        self.cache = EmbeddingCache(model, processor, cache_mb)
         self.folder = folder
         self._generating = threading.Lock()
 
@@ -58,7 +58,7 @@ class LtuPipeline:
         attention: str | None = None,
         compile: bool = False,
         cache_mb: float = 256,
-    ) -> "LtuPipeline":
+    ) -> "LtuEngine":
         """Open a checkpoint folder of LTU or LTU-AS on a GPU if there is one.
 
         Args:
@@ -141,7 +141,7 @@ class LtuPipeline:
             raise ValueError(f"batch_size is {batch_size}; it is at least 1.")
         for request in requests:
             request.check()
-            self.turn(request, "")
+            self.render(request, "")
         seeds = [seed if request.seed is None else request.seed for request in requests]
         for batch in batches(requests, settings, batch_size):
             for index in [index for index in batch if on_text is not None and on_text(index, "") is False]:
@@ -198,13 +198,13 @@ class LtuPipeline:
         Raises:
             ltu.data.audio.AudioError: one cannot.
         """
-        clips = self.cache.listen(requests)
+        clips = self.cache.encode(requests)
         if errors := [clip for clip in clips if isinstance(clip, AudioError)]:
             raise errors[0]
         rows = [self.encode(request, clip, new_tokens) for request, clip in zip(requests, clips, strict=True)]
-        return self.lay_out([row[0] for row in rows], [row[1] for row in rows])
+        return self.pad_batch([row[0] for row in rows], [row[1] for row in rows])
 
-    def turn(self, request: Request, transcript: str | None) -> Turn:
+    def render(self, request: Request, transcript: str | None) -> RenderedPrompt:
         """What stands around the answer. The transcript is in the message that has the clip.
 
         Raises:
@@ -216,23 +216,23 @@ class LtuPipeline:
         messages = [*request.history, {"role": "user", "content": request.question}]
         place = next((i for i, message in enumerate(messages) if message.get("audio") is not None), -1)
         messages[place] = messages[place] | {"transcript": transcript}
-        return self.processor.turn(messages)
+        return self.processor.render(messages)
 
     def encode(
-        self, request: Request, clip: Heard | None, new_tokens: int
+        self, request: Request, clip: AudioClip | None, new_tokens: int
     ) -> tuple[list[int], torch.Tensor | None, str]:
-        """Ids of the text, vectors (windows, tokens, hidden) of as much audio as leaves room, and the transcript."""
+        """Ids of the text, vectors (chunks, tokens, hidden) of as much audio as leaves room, and the transcript."""
         transcript = (clip and clip.transcript) or "" if request.transcript is None else request.transcript
         transcript = "" if request.mode == "audio_only" else transcript
-        ids = self.processor.encode(self.turn(request, transcript).prompt)
+        ids = self.processor.encode(self.render(request, transcript).prompt)
         if clip is None or request.mode == "asr_only":
             return ids, None, transcript
         room = (self.model.config.num_positions - len(ids) - new_tokens) // self.model.config.num_audio_tokens
         return ids, clip.embeds[: max(1, room)], transcript
 
-    def lay_out(self, ids: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
+    def pad_batch(self, ids: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
         """`[audio][pads][text]` with the clips' vectors, each clip's once, on the device of the language model."""
-        batch = self.processor.lay_out(ids, [0 if own is None else len(own) for own in embeds])
+        batch = self.processor.pad_batch(ids, [0 if own is None else len(own) for own in embeds])
         batch = BatchFeature(batch).to(self.model.get_input_embeddings().weight.device)
         if present := [own for own in embeds if own is not None]:
             batch["audio_embeds"] = torch.cat(present)  # (runs, tokens, hidden)
@@ -244,10 +244,10 @@ class LtuPipeline:
     ) -> list[Answer]:
         """One batch, with equal settings but for `ROW_SETTINGS`."""
         start = time.perf_counter()
-        clips = self.cache.listen(requests)
+        clips = self.cache.encode(requests)
         answers = [Answer("", model=self.kind, checkpoint=self.checkpoint) for _ in requests]
         good, ids, embeds = [], [], []
-        window = self.processor.feature_extractor.window_seconds
+        window = self.processor.feature_extractor.chunk_seconds
         for index, (answer, request, clip) in enumerate(zip(answers, requests, clips, strict=True)):
             answer.note_clip(clip)
             if answer.answered:
@@ -263,7 +263,7 @@ class LtuPipeline:
             # Past its last position a language model fails, or talks nonsense.
             rooms = [self.model.config.num_positions - answers[index].prompt_tokens for index in good]
             limits = [min(settings[i]["max_new_tokens"], room) for i, room in zip(good, rooms, strict=True)]
-            batch, own_answers = self.lay_out(ids, embeds), [answers[index] for index in good]
+            batch, own_answers = self.pad_batch(ids, embeds), [answers[index] for index in good]
             self._generate(batch, [settings[i] for i in good], limits, own_seeds, own_answers, inner)
         for answer in answers:
             answer.seconds = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
 from ltu.models.processing_ltu import WHISPER_FLAGS
@@ -10,24 +10,24 @@ from ltu.models.processing_ltu import WHISPER_FLAGS
 DECODING_FLAGS = ("max_new_tokens", "num_beams", "repetition_penalty", "temperature", "top_p", "top_k")
 
 
-def count_of_windows(text: str) -> int:
-    """A number of windows from 1, or 0 for "all"."""
+def parse_num_chunks(text: str) -> int:
+    """A number of chunks from 1, or 0 for "all"."""
     if text != "all" and not (text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 nor 'all'")
     return 0 if text == "all" else int(text)
 
 
-def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder, or hub id of one")
     parser.add_argument("--llm", help="another place of the folder's language model")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the best of them")
     parser.add_argument("--dtype", default="auto", help="of the language model: auto, float32, bfloat16, float16")
-    parser.add_argument("--load_in", choices=("8bit", "4bit"), help="of the language model's weights (bitsandbytes)")
+    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the language model's weights (bitsandbytes)")
     parser.add_argument("--device_map", help="auto: spread the language model over all GPUs")
     parser.add_argument("--attention", help="of the language model: sdpa, flash_attention_2, eager")
     parser.add_argument("--compile", action="store_true", help="run the language model through torch.compile")
     parser.add_argument("--cache_mb", type=float, default=256, help="of clips kept for further questions")
-    parser.add_argument("--windows", type=count_of_windows, default=1, help="heard of a clip: a number, or all")
+    parser.add_argument("--num_chunks", type=parse_num_chunks, default=1, help="heard of a clip: a number, or all")
     parser.add_argument("--max_new_tokens", type=int, help="by default 400")
     parser.add_argument("--num_beams", type=int, help="search with beams instead of greedily")
     parser.add_argument("--repetition_penalty", type=float, help="of text that the model has seen")
@@ -55,16 +55,16 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     return args
 
 
-def open_pipeline(args: argparse.Namespace) -> LtuPipeline:
-    """The pipeline that the flags ask for."""
+def open_engine(args: argparse.Namespace) -> LtuEngine:
+    """The engine that the flags ask for."""
     settings = {name: getattr(args, name) for name in ("device", "dtype", "device_map", "attention", "compile")}
-    settings |= {"language_model": args.llm, "quantization": args.load_in, "cache_mb": args.cache_mb}
-    pipeline = LtuPipeline.from_pretrained(args.model, **settings)
-    pipeline.processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
-    return pipeline
+    settings |= {"language_model": args.llm, "quantization": args.quantization, "cache_mb": args.cache_mb}
+    engine = LtuEngine.from_pretrained(args.model, **settings)
+    engine.processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
+    return engine
 
 
-def decoding_of(args: argparse.Namespace) -> dict:
+def read_decoding_flags(args: argparse.Namespace) -> dict:
     """Settings of `generate` that the flags ask for.
 
     Raises:

@@ -2,7 +2,7 @@
 
 Notable:
 - Audio and question go through the model once; candidates follow behind copies of their cache, many at a time.
-- A candidate's ids are those of training, where prompt and answer are tokenised in one string; its likelihood counts
+- A candidate's ids are those of training, where prompt and answer are tokenized in one string; its likelihood counts
   the tokens from where they leave the prompt's own, so it does not depend on the other candidates.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ltu.data.audio import AudioError
 from ltu.models.generation_ltu import find_cache
-from ltu.models.prompt_template import Turn, escape_control_tokens
+from ltu.models.prompt_template import RenderedPrompt, escape_control_tokens
 
 
 @dataclass
@@ -30,12 +30,12 @@ class LabelScore:
 
 @torch.no_grad()
 def score_labels(
-    pipeline: Any, request: Any, candidates: list[str], with_end: bool = True, tokens_at_once: int = 8192
+    engine: Any, request: Any, candidates: list[str], with_end: bool = True, tokens_at_once: int = 8192
 ) -> list[LabelScore]:
     """Log-likelihood of each candidate as the whole answer, in the order given.
 
     Args:
-        pipeline: an `ltu.inference.engine.LtuPipeline`.
+        engine: an `ltu.inference.engine.LtuEngine`.
         request: clip and question; its decoding settings play no part.
         with_end: count the end token too, so that "dog" and "dog bark" compete fairly.
         tokens_at_once: of a pass, each candidate with its copy of the shared part; bounds the memory.
@@ -46,39 +46,39 @@ def score_labels(
     """
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"Candidates are a list of one or more texts, not {candidates!r}.")
-    clip = pipeline.cache.listen([request])[0]
+    clip = engine.cache.encode([request])[0]
     if isinstance(clip, AudioError):
         raise clip
-    prompt, embeds, transcript = pipeline.encode(request, clip, 0)
-    turn = pipeline.turn(request, transcript)
-    ids = [_encode(pipeline.processor, turn, text, with_end) for text in candidates]
+    prompt, embeds, transcript = engine.encode(request, clip, 0)
+    rendered = engine.render(request, transcript)
+    ids = [_encode(engine.processor, rendered, text, with_end) for text in candidates]
     starts = [len(os.path.commonprefix([prompt, own])) for own in ids]  # Tokens may merge where prompt and answer meet.
     if empty := [text for text, own, start in zip(candidates, ids, starts, strict=True) if len(own) == start]:
         raise ValueError(f"The candidate {empty[0]!r} has no tokens of its own; use with_end, or leave it out.")
-    config = pipeline.model.config
-    if embeds is not None:  # As many windows as leave room for every candidate.
+    config = engine.model.config
+    if embeds is not None:  # As many chunks as leave room for every candidate.
         embeds = embeds[: max(1, (config.num_positions - max(map(len, ids))) // config.num_audio_tokens)]
     length = max(map(len, ids)) + (0 if embeds is None else len(embeds) * config.num_audio_tokens)
     if length > config.num_positions:
         raise ValueError(f"The longest candidate takes {length} tokens, the language model {config.num_positions}.")
     shared = min(starts)
-    inputs = pipeline.lay_out([ids[0][:shared]], [embeds])
-    output = pipeline.model(**inputs, use_cache=True, logits_to_keep=1)
+    inputs = engine.pad_batch([ids[0][:shared]], [embeds])
+    output = engine.model(**inputs, use_cache=True, logits_to_keep=1)
     width, rests = inputs["input_ids"].shape[1], [own[shared:] for own in ids]
     values: dict[int, float] = {}
     for chunk in _chunks([len(rest) - 1 for rest in rests], width, tokens_at_once):
-        found = _log_probabilities(pipeline, output, width, [rests[index] for index in chunk])
+        found = _log_probabilities(engine, output, width, [rests[index] for index in chunk])
         for index, own in zip(chunk, found, strict=True):
             values[index] = float(own[starts[index] - shared :].sum())
     counts = [len(own) - start for own, start in zip(ids, starts, strict=True)]
     return [LabelScore(text, values[index], counts[index]) for index, text in enumerate(candidates)]
 
 
-def _encode(processor: Any, turn: Turn, candidate: str, with_end: bool) -> list[int]:
+def _encode(processor: Any, rendered: RenderedPrompt, candidate: str, with_end: bool) -> list[int]:
     """Ids of prompt and candidate, as `LtuProcessor.encode_example` has them."""
-    text = turn.prompt + turn.leading_space + escape_control_tokens(candidate, processor.controls)
-    ids = processor.encode(text + turn.end if with_end else text)
-    return [*ids, turn.end_id] if with_end and ids[-1] != turn.end_id else ids
+    text = rendered.prompt + rendered.leading_space + escape_control_tokens(candidate, processor.controls)
+    ids = processor.encode(text + rendered.end if with_end else text)
+    return [*ids, rendered.end_id] if with_end and ids[-1] != rendered.end_id else ids
 
 
 def _chunks(lengths: list[int], width: int, tokens_at_once: int) -> list[list[int]]:
@@ -94,14 +94,14 @@ def _chunks(lengths: list[int], width: int, tokens_at_once: int) -> list[list[in
     return chunks
 
 
-def _log_probabilities(pipeline: Any, prefix: Any, width: int, rests: list[list[int]]) -> list[Tensor]:
+def _log_probabilities(engine: Any, prefix: Any, width: int, rests: list[list[int]]) -> list[Tensor]:
     """Of each token, given all before it: (tokens,) for each of the `rests` behind a prefix of `width` tokens."""
-    model, longest = pipeline.model, max(map(len, rests)) - 1  # A last token is predicted, but predicts nothing.
+    model, longest = engine.model, max(map(len, rests)) - 1  # A last token is predicted, but predicts nothing.
     first = prefix.logits[0, -1].float().log_softmax(-1)  # (vocabulary,)
     found = [first[rest[:1]] for rest in rests]
     if longest == 0:
         return found
-    ids = torch.full((len(rests), longest), pipeline.processor.pad_token_id)
+    ids = torch.full((len(rests), longest), engine.processor.pad_token_id)
     mask = torch.zeros(len(rests), width + longest, dtype=torch.long)
     for row, rest in enumerate(rests):
         ids[row, : len(rest) - 1] = torch.tensor(rest[:-1])

@@ -20,7 +20,7 @@ from typing import IO
 from ltu.files import replace_file
 from ltu.inference.requests import Answer
 
-# Hash of the clip's content (None without audio), question, transcript, mode, windows; hash of what a run sets for all.
+# Hash of the clip's content (None without audio), question, transcript, mode, chunks; hash of what a run sets for all.
 Key = tuple[str | None, str, str | None, str, int | None, str]
 
 

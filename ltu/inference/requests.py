@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioError, AudioSource, Heard
+from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioClip, AudioError, AudioSource
 from ltu.models.configuration_ltu import LtuConfig
 
 ROW_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")  # that rows of a batch may differ in
-UNHEARD = MIN_SAMPLES / SAMPLING_RATE  # seconds: what is left under them is no window, and counts as heard
+UNUSED_SECONDS = MIN_SAMPLES / SAMPLING_RATE  # seconds: what is left under them is no chunk, and counts as heard
 MODES = ("joint", "audio_only", "asr_only")
 OnText = Callable[[int, str], bool | None]  # number of a request, its text so far -> False cancels it
 GATHERED_BATCHES = 8  # that are sorted by length together
@@ -22,7 +22,7 @@ class Request:
 
     Without a `transcript` LTU-AS transcribes the clip; "" says that it has none. `audio_id` is the clip's name in a
     feature folder. `mode` is "joint", "audio_only" (the transcript is left out) or "asr_only" (the sound is).
-    `decoding` changes that of the call, `seed` is of sampling. `windows` are heard, one after the other, 0 for all.
+    `decoding` changes that of the call, `seed` is of sampling. `num_chunks` are heard, one after the other, 0 for all.
     `history` are messages before the question, {"role", "content"}, where the prompt template is the model's own.
     """
 
@@ -33,15 +33,15 @@ class Request:
     mode: str = "joint"
     decoding: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
-    windows: int = 1
+    num_chunks: int = 1
     history: list[dict] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises ValueError for a mode that there is not, or an impossible number of windows."""
+        """Raises ValueError for a mode that there is not, or an impossible number of chunks."""
         if self.mode not in MODES:
             raise ValueError(f"The mode of a request is {self.mode!r}; there are {', '.join(MODES)}.")
-        if not isinstance(self.windows, int) or self.windows < 0:
-            raise ValueError(f"The windows of a request are {self.windows!r}; give a number from 1, or 0 for all.")
+        if not isinstance(self.num_chunks, int) or self.num_chunks < 0:
+            raise ValueError(f"num_chunks of a request is {self.num_chunks!r}; give a number from 1, or 0 for all.")
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Answer:
     error: str | None = None
     seconds_heard: float = 0.0
     seconds_total: float = 0.0
-    windows: int = 0
+    num_chunks: int = 0
     sampling_rate: int | None = None
     channels: int | None = None
     prompt_tokens: int = 0
@@ -75,24 +75,24 @@ class Answer:
     def answered(self) -> bool:
         return self.status in ("ok", "truncated")
 
-    def note_clip(self, clip: Heard | AudioError | None) -> None:
+    def note_clip(self, clip: AudioClip | AudioError | None) -> None:
         """What was found, or why nothing can be heard."""
         if isinstance(clip, AudioError):
             self.status, self.error = clip.reason, str(clip)
         elif clip is not None:
             self.seconds_total, self.sampling_rate, self.channels = clip.seconds, clip.sampling_rate, clip.channels
 
-    def note_prompt(self, text_tokens: int, windows: int, window_seconds: float, config: LtuConfig) -> None:
+    def note_prompt(self, text_tokens: int, num_chunks: int, chunk_seconds: float, config: LtuConfig) -> None:
         """How much of the clip is heard in front of the text, and whether the language model has positions for both."""
-        self.windows, self.prompt_tokens = windows, text_tokens + windows * config.num_audio_tokens
-        self.seconds_heard = min(self.seconds_total, windows * window_seconds)
+        self.num_chunks, self.prompt_tokens = num_chunks, text_tokens + num_chunks * config.num_audio_tokens
+        self.seconds_heard = min(self.seconds_total, num_chunks * chunk_seconds)
         if self.prompt_tokens >= config.num_positions:
-            self.status, self.windows, self.seconds_heard = "too_long", 0, 0.0
+            self.status, self.num_chunks, self.seconds_heard = "too_long", 0, 0.0
             self.error = (
                 f"The prompt has {self.prompt_tokens} tokens, the language model takes {config.num_positions}: ask "
                 "less, or give a shorter clip or transcript."
             )
-        elif windows and self.seconds_heard < self.seconds_total - UNHEARD:
+        elif num_chunks and self.seconds_heard < self.seconds_total - UNUSED_SECONDS:
             self.status = "truncated"
 
 

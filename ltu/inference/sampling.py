@@ -1,4 +1,4 @@
-"""How an answer is drawn: settings of stock `generate`, checked, and what the pipeline adds to its loop.
+"""How an answer is drawn: settings of stock `generate`, checked, and what the engine adds to its loop.
 
 Notable:
 - Greedy by default. Sampling draws each row's numbers from a seed of its own, so a sampled answer does not depend on

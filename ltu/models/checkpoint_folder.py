@@ -16,7 +16,7 @@ from ltu.files import sha256_of
 CHECKPOINT_FILES = ("config.json", "processor_config.json")
 
 
-def relative_place(place: str | os.PathLike, folder: str | os.PathLike) -> str:
+def relative_path_of(place: str | os.PathLike, folder: str | os.PathLike) -> str:
     """Where a file or folder lies, seen from a checkpoint folder; begins with a dot, which no hub id does."""
     relative = os.path.relpath(Path(place).resolve(), Path(folder).resolve())
     return relative if relative.startswith(".") else f"./{relative}"

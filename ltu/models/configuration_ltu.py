@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ltu.models.checkpoint_folder import relative_place
+from ltu.models.checkpoint_folder import relative_path_of
 
 # The released checkpoints were trained on these strings, to the character.
 ALPACA_SHORT = {
@@ -183,7 +183,7 @@ class LtuConfig(PreTrainedConfig):
         """Write `config.json`, the folder of the language model relative to it, so that both can move together."""
         kept = self.language_model
         if kept is not None and Path(kept).is_dir():
-            self.language_model = relative_place(kept, save_directory)
+            self.language_model = relative_path_of(kept, save_directory)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:

@@ -4,7 +4,7 @@ Notable:
 - LTU: 128 Kaldi filterbank bins, padded with zeros or cut to 1024 frames and only then normalised, so padding becomes
   1.1329, which is not silence;
 - the mean of the *whole* clip is subtracted, also from a clip that is then cut;
-- YAMNet: 64 log-mel bins; a clip shorter than the window is repeated, because silence would dominate its tokens.
+- YAMNet: 64 log-mel bins; a clip shorter than the chunk is repeated, because silence would dominate its tokens.
 """
 
 from functools import lru_cache
@@ -17,12 +17,12 @@ from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtr
 from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioError
 from ltu.models.configuration_ltu import CavMaeConfig, YamnetConfig
 
-FRAME_LENGTH = 400  # samples, 25 ms: window of both front ends
+FRAME_LENGTH = 400  # samples, 25 ms: chunk of both front ends
 FRAME_SHIFT = 160  # samples, 10 ms
 
 
-class WindowFeatureExtractor(SequenceFeatureExtractor):
-    """Waveforms of any length to `(clips, num_frames, num_mel_bins)`; subclasses define `features_of`."""
+class ChunkedFeatureExtractor(SequenceFeatureExtractor):
+    """Waveforms of any length to `(clips, num_frames, num_mel_bins)`; subclasses define `extract_features`."""
 
     model_input_names = ["input_features"]
 
@@ -33,12 +33,12 @@ class WindowFeatureExtractor(SequenceFeatureExtractor):
         self.num_frames = num_frames
 
     @property
-    def window_seconds(self) -> float:
+    def chunk_seconds(self) -> float:
         """Seconds of a clip that the ear hears; what comes later is cut off."""
         return self.num_frames * FRAME_SHIFT / self.sampling_rate
 
     @property
-    def window_samples(self) -> int:
+    def chunk_samples(self) -> int:
         """Samples that give exactly `num_frames` frames (the last frame reaches 15 ms over its shift)."""
         return FRAME_LENGTH + (self.num_frames - 1) * FRAME_SHIFT
 
@@ -47,7 +47,7 @@ class WindowFeatureExtractor(SequenceFeatureExtractor):
         raw_speech: np.ndarray | list[np.ndarray],
         sampling_rate: int = SAMPLING_RATE,
         return_tensors: str | None = "pt",
-        windows: list[int] | None = None,
+        num_chunks: list[int] | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Turn waveforms into features.
@@ -56,10 +56,10 @@ class WindowFeatureExtractor(SequenceFeatureExtractor):
             raw_speech: one waveform `(samples,)`, mono, or a list of them, of any lengths from 25 ms.
             sampling_rate: in Hz; must be the extractor's. `ltu.data.audio.load_audio` resamples.
             return_tensors: "pt" for torch, "np" for numpy.
-            windows: how many windows of each clip are heard, by default the first; at most `count_windows`.
+            chunks: how many chunks of each clip are heard, by default the first; at most `count_chunks`.
 
         Returns:
-            `input_features`, float32 `(clips, num_frames, num_mel_bins)`, where each window counts as a clip.
+            `input_features`, float32 `(clips, num_frames, num_mel_bins)`, where each chunk counts as a clip.
         """
         if sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -74,25 +74,25 @@ class WindowFeatureExtractor(SequenceFeatureExtractor):
             if len(waveform) < MIN_SAMPLES:
                 milliseconds = 1000 * len(waveform) / self.sampling_rate
                 raise AudioError(f"<waveform {number}>", "too_short", f"{milliseconds:.1f} ms of sound")
-        heard = zip(waveforms, windows or [1] * len(waveforms), strict=True)
-        features = torch.cat([self.windows_of(waveform, count) for waveform, count in heard])
+        heard = zip(waveforms, num_chunks or [1] * len(waveforms), strict=True)
+        features = torch.cat([self.extract_chunks(waveform, count) for waveform, count in heard])
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
 
-    def count_windows(self, samples: int) -> int:
+    def count_chunks(self, samples: int) -> int:
         """Windows that a clip fills, the last in part; what is left of it under 25 ms is none."""
         return max(1, -(-(samples - MIN_SAMPLES + 1) // (self.num_frames * FRAME_SHIFT)))
 
-    def windows_of(self, waveform: torch.Tensor, windows: int) -> torch.Tensor:
-        """`(samples,)` → `(windows, num_frames, num_mel_bins)`, one window after the other."""
-        starts = range(0, windows * self.num_frames * FRAME_SHIFT, self.num_frames * FRAME_SHIFT)
-        return torch.stack([self.features_of(waveform[start:]) for start in starts])
+    def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
+        """`(samples,)` → `(chunks, num_frames, num_mel_bins)`, one chunk after the other."""
+        starts = range(0, num_chunks * self.num_frames * FRAME_SHIFT, self.num_frames * FRAME_SHIFT)
+        return torch.stack([self.extract_features(waveform[start:]) for start in starts])
 
-    def features_of(self, waveform: torch.Tensor) -> torch.Tensor:
+    def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
         """`(samples,)` → `(num_frames, num_mel_bins)`"""
         raise NotImplementedError
 
 
-class LtuFeatureExtractor(WindowFeatureExtractor):
+class LtuFeatureExtractor(ChunkedFeatureExtractor):
     """The filterbank that CAV-MAE reads.
 
     Args:
@@ -113,8 +113,8 @@ class LtuFeatureExtractor(WindowFeatureExtractor):
         self.mean = mean
         self.std = std
 
-    def features_of(self, waveform: torch.Tensor) -> torch.Tensor:
-        waveform = (waveform - waveform.mean())[: self.window_samples]
+    def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
+        waveform = (waveform - waveform.mean())[: self.chunk_samples]
         filterbank = kaldi.fbank(
             waveform[None],
             htk_compat=True,
@@ -130,11 +130,11 @@ class LtuFeatureExtractor(WindowFeatureExtractor):
         return (padded - self.mean) / self.std
 
 
-class YamnetFeatureExtractor(WindowFeatureExtractor):
+class YamnetFeatureExtractor(ChunkedFeatureExtractor):
     """The log-mel picture that YAMNet reads (parameters: tensorflow/models, research/audioset/yamnet/params.py).
 
     Args:
-        loop_short_clips: repeat a clip that is shorter than the window until it fills it; otherwise silence follows.
+        loop_short_clips: repeat a clip that is shorter than the chunk until it fills it; otherwise silence follows.
         log_offset: added before the logarithm.
         mel_min_hz, mel_max_hz: edges of the lowest and highest mel band.
     """
@@ -157,13 +157,13 @@ class YamnetFeatureExtractor(WindowFeatureExtractor):
         self.mel_min_hz = mel_min_hz
         self.mel_max_hz = mel_max_hz
 
-    def features_of(self, waveform: torch.Tensor) -> torch.Tensor:
-        missing = self.window_samples - len(waveform)
+    def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
+        missing = self.chunk_samples - len(waveform)
         if missing > 0 and self.loop_short_clips:
-            waveform = waveform.repeat(-(-self.window_samples // len(waveform)))
+            waveform = waveform.repeat(-(-self.chunk_samples // len(waveform)))
         elif missing > 0:
             waveform = torch.nn.functional.pad(waveform, (0, missing), value=self.padding_value)
-        return self.log_mel(waveform[: self.window_samples])
+        return self.log_mel(waveform[: self.chunk_samples])
 
     def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
         """`(samples,)` → `(frames, num_mel_bins)`, without padding or cutting."""

@@ -5,7 +5,7 @@ Notable:
 - The beginning-of-sequence token is put in front by hand. Whether a tokenizer adds it depends on its version and its
   config.
 - What a user types stays text: a literal `</s>` in a question is five characters, not the end of the sequence.
-- A training row is tokenised whole, prompt and answer in one string, as the released checkpoints were.
+- A training row is tokenized whole, prompt and answer in one string, as the released checkpoints were.
 """
 
 from pathlib import Path
@@ -21,18 +21,18 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ltu.data.audio import SAMPLING_RATE, AudioSource, Heard, read_sound
+from ltu.data.audio import SAMPLING_RATE, AudioClip, AudioSource, decode_audio
 from ltu.models.configuration_ltu import ALPACA_SHORT, LtuConfig
 from ltu.models.prompt_template import (
     CUT,
-    Turn,
+    RenderedPrompt,
     adds_bos,
+    broadcast,
     control_tokens,
     escape_control_tokens,
-    one_each,
     read_conversation,
-    tokenise,
-    turn_after,
+    render_prompt,
+    tokenize_texts,
     user_message,
 )
 
@@ -85,7 +85,7 @@ class LtuProcessor(ProcessorMixin):
         The token that ends its answers joins `config.eos_token_id`, for generation to stop there.
         """
         extractor_class = FEATURE_EXTRACTOR_MAPPING[type(config.audio_config)]
-        sizes = {ours: getattr(config.audio_config, ears) for ours, ears in cls.extractor_sizes.items()}
+        sizes = {ours: getattr(config.audio_config, audio_encoders) for ours, audio_encoders in cls.extractor_sizes.items()}
         processor = cls(
             extractor_class(**sizes, **extractor_settings),
             AutoTokenizer.from_pretrained(tokenizer_name),
@@ -94,7 +94,7 @@ class LtuProcessor(ProcessorMixin):
             prompt_template=config.prompt_template,
         )
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        if (end := processor.turn([user_message("")]).end_id) not in ends:
+        if (end := processor.render([user_message("")]).end_id) not in ends:
             config.eos_token_id = end if ends == [None] else [*ends, end]
         return processor
 
@@ -110,26 +110,26 @@ class LtuProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token_id
         return [bos] if self.add_bos and bos is not None else []
 
-    def turn(self, messages: list[dict]) -> Turn:
+    def render(self, messages: list[dict]) -> RenderedPrompt:
         """What stands around the answer to messages of `read_conversation`."""
-        return turn_after(messages, self.prompt_template, self.controls, self.tokenizer)
+        return render_prompt(messages, self.prompt_template, self.controls, self.tokenizer)
 
     def prompt(self, question: str, transcript: str | None = None) -> str:
         """The text in front of the answer."""
-        return self.turn([user_message(question, transcript)]).prompt
+        return self.render([user_message(question, transcript)]).prompt
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, `<s>` first where the language model knows one. A chat template writes its own."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; many at once are tokenised in parallel."""
+        """Ids of each text; many at once are tokenized in parallel."""
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold halves of characters.
         if self.controls is None:
-            found = [self.bos_ids + ids for ids in tokenise(self.tokenizer, texts, split_special_tokens=True)]
+            found = [self.bos_ids + ids for ids in tokenize_texts(self.tokenizer, texts, split_special_tokens=True)]
         else:
             pieces = [text.split(CUT) for text in texts]
-            parts = iter(tokenise(self.tokenizer, [part for each in pieces for part in each], False))
+            parts = iter(tokenize_texts(self.tokenizer, [part for each in pieces for part in each], False))
             found = [[token for _ in each for token in next(parts)] for each in pieces]
         highest = max((max(ids) for ids in found if ids), default=0)
         if self.audio_token_id is not None and highest >= self.audio_token_id:
@@ -144,20 +144,20 @@ class LtuProcessor(ProcessorMixin):
 
         The end token is there only when the text is shorter than the cutoff: a truncated answer has no end.
         """
-        turn, text = self.example(row)
+        render, text = self.example(row)
         ids = self.encode(text)[:cutoff_len]
-        if len(ids) < cutoff_len and ids[-1] != turn.end_id:
-            ids.append(turn.end_id)
+        if len(ids) < cutoff_len and ids[-1] != render.end_id:
+            ids.append(render.end_id)
         labels = list(ids)
         if not train_on_inputs:
-            masked = len(self.encode(turn.prompt)[:cutoff_len])
+            masked = len(self.encode(render.prompt)[:cutoff_len])
             labels[:masked] = [IGNORED] * min(masked, len(labels))
         return ids, labels
 
-    def example(self, row: dict) -> tuple[Turn, str]:
+    def example(self, row: dict) -> tuple[RenderedPrompt, str]:
         """What stands around the answer of a training row, and its whole text."""
-        turn = self.turn([user_message(row["instruction"], row.get("input"))])
-        return turn, turn.prompt + turn.leading_space + escape_control_tokens(row["output"], self.controls) + turn.end
+        render = self.render([user_message(row["instruction"], row.get("input"))])
+        return render, render.prompt + render.leading_space + escape_control_tokens(row["output"], self.controls) + render.end
 
     def __call__(
         self,
@@ -185,7 +185,7 @@ class LtuProcessor(ProcessorMixin):
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' (torch tensors) is made here.")
         questions = [text] if isinstance(text, str) else list(text)
-        given = [one_each(transcript, len(questions), "transcript"), one_each(audio, len(questions), "audio")]
+        given = [broadcast(transcript, len(questions), "transcript"), broadcast(audio, len(questions), "audio")]
         return self._batch([[user_message(*row)] for row in zip(questions, *given, strict=True)])
 
     def apply_chat_template(
@@ -209,29 +209,29 @@ class LtuProcessor(ProcessorMixin):
         several = bool(conversation) and isinstance(conversation[0], list)
         read = [read_conversation(each, self.prompt_template) for each in (conversation if several else [conversation])]
         if not tokenize:
-            texts = [self.turn(messages).prompt.replace(CUT, "") for messages in read]
+            texts = [self.render(messages).prompt.replace(CUT, "") for messages in read]
             return texts if several else texts[0]
         return self._batch(read) if return_dict else self._batch(read)["input_ids"]
 
     def _batch(self, conversations: list[list[dict]]) -> BatchFeature:
         """What `__call__` returns, one row a conversation."""
         asked = [next((m for m in each if m.get("audio") is not None), each[-1]) for each in conversations]
-        heard = [None if message.get("audio") is None else self.hear(message["audio"]) for message in asked]
+        heard = [None if message.get("audio") is None else self.load_clip(message["audio"]) for message in asked]
         texts = self.complete_transcripts(heard, [message.get("transcript") for message in asked])
         for message, transcript in zip(asked, texts, strict=True):
             message["transcript"] = transcript
-        ids = [self.encode(self.turn(messages).prompt) for messages in conversations]
-        batch = self.lay_out(ids, [clip is not None for clip in heard])
+        ids = [self.encode(self.render(messages).prompt) for messages in conversations]
+        batch = self.pad_batch(ids, [clip is not None for clip in heard])
         if found := [clip for clip in heard if clip is not None]:
-            batch["input_features"] = self.features_of(found)
+            batch["input_features"] = self.extract_features(found)
         return BatchFeature(batch)
 
-    def lay_out(self, ids: list[list[int]], has_audio: list[bool | int], multiple_of: int = 1) -> dict[str, Tensor]:
+    def pad_batch(self, ids: list[list[int]], has_audio: list[bool | int], multiple_of: int = 1) -> dict[str, Tensor]:
         """`[audio placeholders][pads][text]`: `input_ids` and `attention_mask`, both (batch, tokens + longest text).
 
         Args:
             ids: text of each row, `<s>` first.
-            has_audio: whether a row hears a clip, or how many windows of it; otherwise pads stand in that place.
+            has_audio: whether a row hears a clip, or how many chunks of it; otherwise pads stand in that place.
             multiple_of: the text part is padded to a multiple of this (8 in training).
         """
         width = -(-max(map(len, ids)) // multiple_of) * multiple_of
@@ -245,45 +245,45 @@ class LtuProcessor(ProcessorMixin):
             attention_mask[row, : hears * self.num_audio_tokens] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def hear(self, audio: AudioSource, audio_id: str | None = None, windows: int = 1) -> Heard:
-        """A clip, of which `windows` are to be heard, 0 for all that it has. `audio_id` is its name in a row, by which
+    def load_clip(self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1) -> AudioClip:
+        """A clip, of which `num_chunks` are to be heard, 0 for all that it has. `audio_id` is its name in a row, by which
         LTU-AS finds it in a feature folder.
 
         Raises:
             ltu.data.audio.AudioError: it cannot be heard.
         """
-        sound = read_sound(audio)
-        there = self.feature_extractor.count_windows(len(sound.waveform))
+        sound = decode_audio(audio)
+        there = self.feature_extractor.count_chunks(len(sound.waveform))
         found = {"sampling_rate": sound.sampling_rate, "channels": sound.channels}
-        found["windows"] = min(windows or there, there)
-        return Heard(audio, len(sound.waveform) / SAMPLING_RATE, sound.waveform, **found)
+        found["num_chunks"] = min(num_chunks or there, there)
+        return AudioClip(audio, len(sound.waveform) / SAMPLING_RATE, sound.waveform, **found)
 
     def stored(self, audio: AudioSource, audio_id: str | None = None) -> Any | None:
         """What a feature folder holds of a clip: nothing for LTU."""
         return None
 
     @property
-    def hears_with(self) -> tuple:
+    def audio_settings(self) -> tuple:
         """What can be changed after opening and changes what is heard; equal settings hear the same."""
         return ()
 
-    def features_of(self, clips: list[Heard]) -> Tensor:
-        """What the ear takes: (windows of all clips, frames, mel bins)."""
+    def extract_features(self, clips: list[AudioClip]) -> Tensor:
+        """What the ear takes: (chunks of all clips, frames, mel bins)."""
         todo = [clip for clip in clips if clip.features is None]
-        waveforms, windows = [clip.waveform for clip in todo], [clip.windows for clip in todo]
-        made = self.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, windows=windows) if todo else None
-        parts = iter(made.input_features.split(windows) if made else ())
+        waveforms, num_chunks = [clip.waveform for clip in todo], [clip.num_chunks for clip in todo]
+        made = self.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, num_chunks=num_chunks) if todo else None
+        parts = iter(made.input_features.split(num_chunks) if made else ())
         return torch.cat([next(parts) if clip.features is None else clip.features[None] for clip in clips])
 
-    def read_features(self, row: dict) -> Tensor:
+    def load_features(self, row: dict) -> Tensor:
         """What the ear takes of a row's clip: (frames, mel bins)."""
-        return self.features_of([self.hear(row["audio"], row.get("audio_id"))])[0]
+        return self.extract_features([self.load_clip(row["audio"], row.get("audio_id"))])[0]
 
-    def complete_transcripts(self, clips: list[Heard | None], transcripts: list[str | None]) -> list[str]:
+    def complete_transcripts(self, clips: list[AudioClip | None], transcripts: list[str | None]) -> list[str]:
         """Transcripts of clips, where None is given: LTU knows none, LTU-AS asks Whisper."""
         return [transcript or "" for transcript in transcripts]
 
-    def complete_rows(self, rows: list[dict]) -> list[dict]:
+    def add_transcripts(self, rows: list[dict]) -> list[dict]:
         """Rows with `input`, where it is absent: "" for LTU, Whisper's transcript for LTU-AS."""
         return [row | {"input": row.get("input") or ""} for row in rows]
 

@@ -22,7 +22,7 @@ DATE = "26 Jul 2024"  # What a template that writes the day gets (Llama 3's own 
 AUDIO_KEYS = ("audio", "audio_url", "url", "path")
 
 
-class Turn(NamedTuple):
+class RenderedPrompt(NamedTuple):
     """What stands around an answer: `prompt`, and the space that a tokenizer joins to the first word; then `end` and
     the end token."""
 
@@ -75,7 +75,7 @@ def escape_control_tokens(text: str, controls: re.Pattern | None) -> str:
     return controls.sub(lambda token: token[0][0] + CUT + token[0][1:], text.replace(CUT, "").replace(ANSWER, ""))
 
 
-def turn_after(messages: list[dict], template: dict[str, str], controls: re.Pattern | None, tokenizer: Any) -> Turn:
+def render_prompt(messages: list[dict], template: dict[str, str], controls: re.Pattern | None, tokenizer: Any) -> RenderedPrompt:
     """What stands around the answer to messages of `read_conversation`, each with its transcript if it has one.
 
     Raises:
@@ -88,7 +88,7 @@ def turn_after(messages: list[dict], template: dict[str, str], controls: re.Patt
             text = template["prompt_input" if heard else "prompt_no_input"].format(instruction=text, input=heard)
         filled.append({"role": role, "content": escape_control_tokens(text, controls)})
     if controls is None:
-        return Turn(filled[-1]["content"], "", "", tokenizer.eos_token_id)
+        return RenderedPrompt(filled[-1]["content"], "", "", tokenizer.eos_token_id)
     filled.append({"role": "assistant", "content": ANSWER})
     try:
         chosen = template["chat_template"]
@@ -101,7 +101,7 @@ def turn_after(messages: list[dict], template: dict[str, str], controls: re.Patt
     prompt, token = before.rstrip(" "), controls.search(behind)
     end = behind[: token.start()] if token else behind.rstrip()
     end_id = tokenizer.convert_tokens_to_ids(token[0]) if token else tokenizer.eos_token_id
-    return Turn(prompt, before[len(prompt) :], end, end_id)
+    return RenderedPrompt(prompt, before[len(prompt) :], end, end_id)
 
 
 def read_conversation(messages: list[dict], template: dict[str, str]) -> list[dict]:
@@ -144,7 +144,7 @@ def user_message(text: str, transcript: str | None = None, audio: Any = None) ->
     return {"role": "user", "content": text, "transcript": transcript, "audio": audio}
 
 
-def tokenise(tokenizer: Any, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+def tokenize_texts(tokenizer: Any, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
     """Ids of each text, without special tokens around it. What a tokenizer says beside ids would double the time."""
     if not texts:
         return []
@@ -166,7 +166,7 @@ def adds_bos(tokenizer: Any) -> bool:
     return isinstance(tokenizer, LlamaTokenizer) or (bool(ids) and ids[0] == tokenizer.bos_token_id)
 
 
-def one_each(value: Any, length: int, name: str) -> list:
+def broadcast(value: Any, length: int, name: str) -> list:
     """An argument of a batch as a list: one a question, or None for all."""
     if value is None:
         return [None] * length

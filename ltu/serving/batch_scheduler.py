@@ -15,14 +15,14 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ltu.inference.engine import LtuPipeline
+from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer
-from ltu.serving.request_parser import ApiError, Job
+from ltu.serving.request_parser import ApiError, PendingRequest
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
-class Meters:
+class Metrics:
     """What `/metrics` shows: counts, never contents."""
 
     def __init__(self) -> None:
@@ -36,58 +36,58 @@ class Meters:
         self.heard = Counter("ltu_heard_seconds", "Seconds of audio heard", registry=one)
 
 
-class Batcher(threading.Thread):
+class BatchScheduler(threading.Thread):
     """The thread that asks the model: at most `max_batch` requests at once, the first waits `max_wait` seconds."""
 
-    def __init__(self, pipeline: LtuPipeline, meters: Meters, max_batch: int, max_wait: float):
+    def __init__(self, engine: LtuEngine, metrics: Metrics, max_batch: int, max_wait: float):
         super().__init__(name="batches", daemon=True)
-        self.pipeline, self.meters, self.max_batch, self.max_wait = pipeline, meters, max_batch, max_wait
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None ends the thread.
-        meters.waiting.set_function(self.jobs.qsize)
+        self.engine, self.metrics, self.max_batch, self.max_wait = engine, metrics, max_batch, max_wait
+        self.pending_requests: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()  # None ends the thread.
+        metrics.waiting.set_function(self.pending_requests.qsize)
 
     def run(self) -> None:
-        batch: list[Job | None] = []
+        batch: list[PendingRequest | None] = []
         while None not in batch:
             batch = self._gather()
-            jobs = [job for job in batch if job is not None and not job.is_over]
-            left = len(batch) - len(jobs) - batch.count(None)  # Their clients went away while they waited.
-            self.meters.answers.labels("cancelled").inc(left)
-            if jobs:
-                self._answer(jobs)
+            pending_requests = [pending for pending in batch if pending is not None and not pending.is_over]
+            left = len(batch) - len(pending_requests) - batch.count(None)  # Their clients went away while they waited.
+            self.metrics.answers.labels("cancelled").inc(left)
+            if pending_requests:
+                self._answer(pending_requests)
 
-    def _gather(self) -> list[Job | None]:
-        batch = [self.jobs.get()]
-        if self.jobs.qsize() < self.max_batch - 1:
+    def _gather(self) -> list[PendingRequest | None]:
+        batch = [self.pending_requests.get()]
+        if self.pending_requests.qsize() < self.max_batch - 1:
             time.sleep(self.max_wait)
-        while batch[-1] is not None and len(batch) < self.max_batch and not self.jobs.empty():
-            batch.append(self.jobs.get())
+        while batch[-1] is not None and len(batch) < self.max_batch and not self.pending_requests.empty():
+            batch.append(self.pending_requests.get())
         return batch
 
-    def _answer(self, jobs: list[Job]) -> None:
-        self.meters.batch_size.observe(len(jobs))
-        left, requests = dict(enumerate(jobs)), [job.request for job in jobs]
+    def _answer(self, pending_requests: list[PendingRequest]) -> None:
+        self.metrics.batch_size.observe(len(pending_requests))
+        left, requests = dict(enumerate(pending_requests)), [pending.request for pending in pending_requests]
 
         def on_text(index: int, text: str) -> bool:
-            return not (jobs[index].show(text) or jobs[index].is_over)
+            return not (pending_requests[index].show(text) or pending_requests[index].is_over)
 
         try:
-            for index, answer in self.pipeline.run(requests, len(jobs), on_text=on_text):
+            for index, answer in self.engine.run(requests, len(pending_requests), on_text=on_text):
                 self._deliver(left.pop(index), answer)
         except Exception as error:  # Whatever a batch dies of, the server lives on, and so do the innocent.
             log(error)
-            for job in left.values():
-                if len(jobs) == 1:
-                    job.push(ApiError(500, "The model failed on this request.", None, "engine_error"))
-                elif not job.is_over:
-                    self._answer([job])
+            for pending in left.values():
+                if len(pending_requests) == 1:
+                    pending.push(ApiError(500, "The model failed on this request.", None, "engine_error"))
+                elif not pending.is_over:
+                    self._answer([pending])
 
-    def _deliver(self, job: Job, answer: Answer) -> None:
-        reason = "stop" if job.show(answer.text, is_whole=True) else answer.finish_reason
-        job.push(replace(answer, text=job.shown, finish_reason=reason))
-        self.meters.answers.labels("cancelled" if reason == "cancelled" else answer.status).inc()
-        self.meters.tokens.labels("prompt").inc(answer.prompt_tokens)
-        self.meters.tokens.labels("new").inc(answer.new_tokens)
-        self.meters.heard.inc(answer.seconds_heard)
+    def _deliver(self, pending: PendingRequest, answer: Answer) -> None:
+        reason = "stop" if pending.show(answer.text, is_whole=True) else answer.finish_reason
+        pending.push(replace(answer, text=pending.shown, finish_reason=reason))
+        self.metrics.answers.labels("cancelled" if reason == "cancelled" else answer.status).inc()
+        self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
+        self.metrics.tokens.labels("new").inc(answer.new_tokens)
+        self.metrics.heard.inc(answer.seconds_heard)
 
 
 def log(error: Exception) -> None:

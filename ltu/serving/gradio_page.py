@@ -21,9 +21,9 @@ import torch
 from matplotlib.image import imsave
 from starlette.middleware import Middleware
 
-from ltu.data.audio import AudioError, Sound, read_sound
-from ltu.inference.engine import LtuPipeline
-from ltu.inference.generation_flags import decoding_of
+from ltu.data.audio import AudioError, Waveform, decode_audio
+from ltu.inference.engine import LtuEngine
+from ltu.inference.generation_flags import read_decoding_flags
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import GREEDY_DECODING, ORIGINAL_DECODING
 
@@ -56,21 +56,21 @@ CSS = """
 class Demo:
     """What the page does. `args` are the flags of `main`."""
 
-    def __init__(self, pipeline: LtuPipeline, args: argparse.Namespace):
-        self.pipeline, self.processor, self.args = pipeline, pipeline.processor, args
+    def __init__(self, engine: LtuEngine, args: argparse.Namespace):
+        self.engine, self.processor, self.args = engine, engine.processor, args
         self.counts: Counter[str] = Counter()
         self.settings: dict[str, Any] = {}  # of an answer -> what it is chosen with
 
-    def read(self, path: str) -> Sound:
+    def read(self, path: str) -> Waveform:
         """An upload that is no longer than --max_seconds. Raises AudioError, which names it without its folder."""
         try:
             if not Path(path).resolve().is_relative_to(Path(gr.utils.get_upload_folder()).resolve()):
                 raise AudioError(path, "missing", "is no upload")
-            return read_sound(path, self.args.max_seconds)
+            return decode_audio(path, self.args.max_seconds)
         except AudioError as error:
             raise AudioError(Path(path).name, error.reason, error.detail) from None
 
-    def show(self, path: str | None, windows: int | None) -> str:
+    def show(self, path: str | None, num_chunks: int | None) -> str:
         """What is heard of an upload, or why it is not, as HTML."""
         if path is None:
             return ""
@@ -79,11 +79,11 @@ class Demo:
         except AudioError as error:
             return BAD.format(html.escape(f"{error.reason}: {error}"))
         extractor, samples = self.processor.feature_extractor, len(sound.waveform)
-        seconds, there = samples / extractor.sampling_rate, extractor.count_windows(samples)
-        heard = min(seconds, min(windows or there, there) * extractor.window_seconds)
-        mels = extractor.windows_of(torch.from_numpy(sound.waveform), there)  # (windows, frames, bins), or bins first
+        seconds, there = samples / extractor.sampling_rate, extractor.count_chunks(samples)
+        heard = min(seconds, min(num_chunks or there, there) * extractor.chunk_seconds)
+        mels = extractor.extract_chunks(torch.from_numpy(sound.waveform), there)  # (chunks, frames, bins), or bins first
         mels = (mels if mels.shape[1] == extractor.num_frames else mels.transpose(1, 2)).flatten(0, 1).float()
-        mels = mels[: max(1, int((seconds - 0.015) / extractor.window_seconds * extractor.num_frames))].T
+        mels = mels[: max(1, int((seconds - 0.015) / extractor.chunk_seconds * extractor.num_frames))].T
         mels = torch.nn.functional.interpolate(mels[None], min(COLUMNS, mels.shape[1]), mode="area")[0]  # (bins, _)
         imsave(file := io.BytesIO(), mels.numpy(), vmin=mels.quantile(0.02).item(), cmap="magma", origin="lower")
         data, share = base64.b64encode(file.getvalue()).decode(), 100 * heard / seconds
@@ -95,21 +95,21 @@ class Demo:
             f"</span></div>Heard: {heard:.2f} of {seconds:.2f} s. The file: {sound.sampling_rate:,} Hz, {channels}."
         )
 
-    def hear(self, path: str | None, windows: int | None) -> Iterator[tuple]:
+    def change_clip(self, path: str | None, num_chunks: int | None) -> Iterator[tuple]:
         """A clip has come or gone: its picture, an empty chat, its transcript and the clip that this is of."""
-        shown = self.show(path, windows)
+        shown = self.show(path, num_chunks)
         will_write = self.processor.transcribes and "class='mel'" in shown
         yield shown, [], [], "", gr.update(value="", placeholder="transcribing ..." if will_write else ""), None
         if will_write:
-            clip = self.pipeline.cache.listen([Request("", path, windows=windows)])[0]
+            clip = self.engine.cache.encode([Request("", path, num_chunks=num_chunks)])[0]
             yield shown, [], [], "", gr.update(value=getattr(clip, "transcript", ""), placeholder="no words"), path
 
     def ask(self, path: str | None, question: str, turns: list, words: str, words_of: str, *chosen: Any) -> Iterator:
         """The chat while one more answer grows. `words` are as they stand on the page, made of the clip `words_of`."""
-        settings = decoding_of(self.args) | dict(zip(self.settings, chosen, strict=True))
-        seed, windows = int(settings.pop("seed") or 0), int(settings.pop("windows") or 0)
+        settings = read_decoding_flags(self.args) | dict(zip(self.settings, chosen, strict=True))
+        seed, num_chunks = int(settings.pop("seed") or 0), int(settings.pop("num_chunks") or 0)
         known = words if words_of == path or not self.processor.transcribes else None
-        request = Request(question, path, known, mode=self.args.mode, seed=seed, windows=windows)
+        request = Request(question, path, known, mode=self.args.mode, seed=seed, num_chunks=num_chunks)
         turns = [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": ""}]
         yield turns, turns, "listening ...", *BUSY
         drawn = 0.0
@@ -131,7 +131,7 @@ class Demo:
             if len(request.question) + len(request.transcript or "") > MAX_TEXT:
                 raise ValueError(f"Question and transcript have more than {MAX_TEXT:,} characters.")
             self.read(request.audio)
-            with closing(self.pipeline.stream(request, **decoding)) as parts:
+            with closing(self.engine.stream(request, **decoding)) as parts:
                 for part in parts:
                     ended = part.status if isinstance(part, Answer) else ended
                     yield part
@@ -143,18 +143,18 @@ class Demo:
 
     def predict(self, audio: str, transcript: str, question: str, llm_size: str = "") -> str:
         """The answer alone, or gr.Error with the reason. `llm_size` changes nothing: a checkpoint has one model."""
-        given = {"mode": self.args.mode, "seed": self.args.seed, "windows": self.args.windows}
-        *_, answer = self.answers(Request(question, audio, transcript or None, **given), decoding_of(self.args))
+        given = {"mode": self.args.mode, "seed": self.args.seed, "num_chunks": self.args.num_chunks}
+        *_, answer = self.answers(Request(question, audio, transcript or None, **given), read_decoding_flags(self.args))
         if not answer.answered:
             raise gr.Error(html.escape(f"{answer.status}: {answer.error}"), print_exception=False)
         return answer.text
 
     def build(self) -> gr.Blocks:
         """The page."""
-        kind, hidden = self.pipeline.kind, {"api_visibility": "private"}
+        kind, hidden = self.engine.kind, {"api_visibility": "private"}
         one = {"concurrency_id": "model", "concurrency_limit": 1}
         with gr.Blocks(title=TITLES[kind], analytics_enabled=False, delete_cache=(300, 3600)) as page:
-            gr.HTML(f"<h1>{TITLES[kind]}</h1>{html.escape(Path(self.args.model).name)} {self.pipeline.checkpoint[:12]}")
+            gr.HTML(f"<h1>{TITLES[kind]}</h1>{html.escape(Path(self.args.model).name)} {self.engine.checkpoint[:12]}")
             with gr.Row():
                 with gr.Column(min_width=320):
                     clip = gr.Audio(type="filepath", buttons=["download"], label="Clip", elem_id="clip")
@@ -178,12 +178,12 @@ class Demo:
                     with gr.Row(elem_classes="presets"):
                         for text in (PRESETS + ABOUT_SPEECH * (kind == "ltu_as")).split("|"):
                             gr.Button(text, size="sm").click(None, outputs=question, js=f"() => {json.dumps(text)}")
-                    with gr.Accordion("Sampling, length, windows", open=False, elem_id="settings"):
+                    with gr.Accordion("Sampling, length, chunks", open=False, elem_id="settings"):
                         self._build_settings()
-            words_of, turns, windows = gr.State(None), gr.State([]), self.settings["windows"]
+            words_of, turns, num_chunks = gr.State(None), gr.State([]), self.settings["num_chunks"]
             heard, told = [shown, chat, turns, status, words, words_of], [chat, turns, status, ask, stop]
-            windows.change(self.show, [clip, windows], shown, show_progress="hidden", **hidden)
-            clip.change(self.hear, [clip, windows], heard, show_progress="hidden", **one, **hidden)
+            num_chunks.change(self.show, [clip, num_chunks], shown, show_progress="hidden", **hidden)
+            clip.change(self.change_clip, [clip, num_chunks], heard, show_progress="hidden", **one, **hidden)
             inputs = [clip, question, turns, words, words_of, *self.settings.values()]
             asked = gr.on([ask.click, question.submit], self.ask, inputs, told, show_progress="hidden", **one, **hidden)
             chat.clear(list, outputs=turns, queue=False, **hidden)
@@ -207,7 +207,7 @@ class Demo:
         return page
 
     def _build_settings(self) -> None:
-        start = ORIGINAL_DECODING | GREEDY_DECODING | {"repetition_penalty": 1.0} | decoding_of(self.args)
+        start = ORIGINAL_DECODING | GREEDY_DECODING | {"repetition_penalty": 1.0} | read_decoding_flags(self.args)
         self.settings["do_sample"] = gr.Checkbox(start["do_sample"], label="Sample (else greedy)", elem_id="do_sample")
         for name, least, most, step, label in (
             ("temperature", 0.05, 2, 0.05, "Temperature, of sampling"),
@@ -219,8 +219,8 @@ class Demo:
             ends = min(least, start[name]), max(most, start[name])  # The flags may go further.
             self.settings[name] = gr.Slider(*ends, start[name], step=step, label=label, elem_id=name)
         self.settings["seed"] = gr.Number(self.args.seed, precision=0, minimum=0, label="Seed, of sampling")
-        label = f"Windows of {self.processor.feature_extractor.window_seconds:g} s that are heard (0: all of the clip)"
-        self.settings["windows"] = gr.Number(self.args.windows, precision=0, minimum=0, label=label, elem_id="windows")
+        label = f"Windows of {self.processor.feature_extractor.chunk_seconds:g} s that are heard (0: all of the clip)"
+        self.settings["num_chunks"] = gr.Number(self.args.num_chunks, precision=0, minimum=0, label=label, elem_id="num_chunks")
 
 
 def take_uploads_only(clip: gr.Audio) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from ltu.data.audio import read_sound
-from ltu.inference.generation_flags import decoding_of
+from ltu.data.audio import decode_audio
+from ltu.inference.generation_flags import read_decoding_flags
 from ltu.inference.requests import MODES, Answer, Request
 from ltu.inference.sampling import check_decoding
 from ltu.models.prompt_template import read_conversation
@@ -20,7 +20,7 @@ NUMBER = (int, float)
 FIELDS = {
     "model": str, "messages": list, "stream": bool, "stream_options": dict, "max_tokens": int, "seed": int,
     "max_completion_tokens": int, "stop": (str, list), "temperature": NUMBER, "top_p": NUMBER, "top_k": int,
-    "repetition_penalty": NUMBER, "transcript": str, "mode": str, "windows": (int, str),
+    "repetition_penalty": NUMBER, "transcript": str, "mode": str, "num_chunks": (int, str),
 }  # fmt: skip
 # Fields of OpenAI's that change no answer, and those that do not with this value.
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
@@ -46,7 +46,7 @@ class ApiError(HTTPException):
 
 
 @dataclass(eq=False)
-class Job:
+class PendingRequest:
     """A request on its way. `events` gets pieces of its text if it streams, and at last its answer or an ApiError."""
 
     request: Request
@@ -79,38 +79,38 @@ class Job:
         return bool(places)
 
 
-class Reader:
+class RequestParser:
     """Makes jobs, within the limits that the flags `args` set for the model `name`."""
 
     def __init__(self, processor: Any, args: argparse.Namespace, name: str):
         self.processor, self.args, self.name = processor, args, name
-        self.decoding, self.seeds = decoding_of(args), random.Random(args.seed)
+        self.decoding, self.seeds = read_decoding_flags(args), random.Random(args.seed)
 
-    def read(self, data: bytearray) -> Job:
+    def read(self, data: bytearray) -> PendingRequest:
         """Takes time: base64, a sound. Raises ApiError, AudioError, ValueError, RecursionError."""
         fields = read_fields(data)
         if fields["model"] != self.name:
             raise ApiError(404, f"There is one model here: {self.name!r}.", "model", "model_not_found")
         messages = read_conversation(read_messages(fields["messages"]), self.processor.prompt_template)
         messages[-1]["transcript"] = fields.get("transcript")
-        if len(self.processor.turn(messages).prompt.encode()) > self.args.max_characters:
+        if len(self.processor.render(messages).prompt.encode()) > self.args.max_characters:
             raise ApiError(400, "The messages are too long.", "messages", "context_length_exceeded")
         mode = fields.get("mode", self.args.mode)
-        windows = 0 if fields.get("windows") == "all" else fields.get("windows", self.args.windows)
-        if mode not in MODES or not isinstance(windows, int) or windows < 0:
-            raise ValueError(f"mode is one of {', '.join(MODES)}; windows is a whole number, or 'all'.")
+        num_chunks = 0 if fields.get("num_chunks") == "all" else fields.get("num_chunks", self.args.num_chunks)
+        if mode not in MODES or not isinstance(num_chunks, int) or num_chunks < 0:
+            raise ValueError(f"mode is one of {', '.join(MODES)}; num_chunks is a whole number, or 'all'.")
         stop = [fields["stop"]] if isinstance(fields.get("stop"), str) else fields.get("stop", [])
         if len(stop) > 4 or not all(text and isinstance(text, str) for text in stop):
             raise ValueError("stop is a text, or at most four.")
         *history, last = messages
-        request = Request(last["content"], transcript=fields.get("transcript"), mode=mode, windows=windows)
+        request = Request(last["content"], transcript=fields.get("transcript"), mode=mode, num_chunks=num_chunks)
         request.history, request.decoding = history, self.decode_as(fields)
         request.seed = fields.get("seed", self.seeds.getrandbits(31))
         request.audio = next((message["audio"] for message in messages if message.get("audio") is not None), None)
         if request.audio is not None:  # What cannot be heard need not wait for the engine.
-            request.audio = read_sound(request.audio, max_seconds=self.args.max_seconds)
+            request.audio = decode_audio(request.audio, max_seconds=self.args.max_seconds)
         usage = fields.get("stream_options", {}).get("include_usage") is True
-        return Job(request, stop, fields.get("stream", False), usage)
+        return PendingRequest(request, stop, fields.get("stream", False), usage)
 
     def decode_as(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Settings of the engine: those of the flags, changed by the request's. Raises ValueError."""

@@ -32,7 +32,7 @@ def total_steps(rows: int, micro_batch_size: int, accumulation: int, world_size:
     return epochs * max(1, batches_per_rank(rows, micro_batch_size, world_size) // accumulation)
 
 
-class MicroBatches:
+class MicroBatchSampler:
     """Batch sampler of one rank over all epochs.
 
     Args:

@@ -33,7 +33,7 @@ class LtuCollator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         clips = [item["input_features"] for item in items if item["input_features"] is not None]
         has_audio = [item["input_features"] is not None for item in items]
-        batch = self.processor.lay_out([item["input_ids"] for item in items], has_audio, self.multiple_of)
+        batch = self.processor.pad_batch([item["input_ids"] for item in items], has_audio, self.multiple_of)
         length = batch["input_ids"].shape[1]
         labels = torch.full_like(batch["input_ids"], IGNORED)  # (batch, tokens + text)
         for row, item in enumerate(items):

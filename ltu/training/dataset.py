@@ -18,7 +18,7 @@ from ltu.data.examples import no_answer_left
 
 logger = logging.getLogger(__name__)
 
-MAX_UNINDEXED = 100_000  # rows that are tokenised at the start of a run, in about half a minute
+MAX_UNINDEXED = 100_000  # rows that are tokenized at the start of a run, in about half a minute
 
 
 class QaDataset(Dataset):
@@ -27,10 +27,10 @@ class QaDataset(Dataset):
     Args:
         rows: of `read_rows`.
         encode: row -> (ids, labels); `LtuProcessor.encode_example` with its settings.
-        read_features: row -> what the ear takes; `LtuProcessor.read_features`.
+        load_features: row -> what the ear takes; `LtuProcessor.load_features`.
         max_bad: how many different rows this process may skip because their clip cannot be heard.
         lengths: (rows,) text ids of each, by which batches are grouped, where an index knows them. Otherwise the rows
-            are tokenised here, unless there are too many: then `lengths` is None.
+            are tokenized here, unless there are too many: then `lengths` is None.
         numbers: of each row in its file, from 0; by default its place in `rows`.
     """
 
@@ -38,25 +38,25 @@ class QaDataset(Dataset):
         self,
         rows: Sequence[dict],
         encode: Callable,
-        read_features: Callable,
+        load_features: Callable,
         max_bad: int = 0,
         lengths: torch.Tensor | None = None,
         numbers: torch.Tensor | None = None,
     ):
         self.rows = rows
         self.encode = encode
-        self.read_features = read_features
+        self.load_features = load_features
         self.max_bad = max_bad
         self.numbers = range(len(rows)) if numbers is None else numbers
         self.lengths = lengths
         if lengths is None and len(rows) <= MAX_UNINDEXED:
-            self.lengths = self._count_ids()
+            self.lengths = self._count_tokens()
         # Shared memory, because each worker of the data loader is a process of its own.
         self.is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
-    def _count_ids(self) -> torch.Tensor:
+    def _count_tokens(self) -> torch.Tensor:
         lengths = torch.zeros(len(self.rows), dtype=torch.int32)
-        for index, row in enumerate(tqdm(self.rows, desc="tokenising", unit="row", disable=len(self.rows) < 20_000)):
+        for index, row in enumerate(tqdm(self.rows, desc="tokenizing", unit="row", disable=len(self.rows) < 20_000)):
             ids, labels = self.encode(row)
             if max(labels) < 0:
                 raise no_answer_left(int(self.numbers[index]), row)
@@ -76,7 +76,7 @@ class QaDataset(Dataset):
             row = (index + offset) % len(self)
             content = self.rows[row]
             try:
-                features = None if content["audio"] is None else self.read_features(content)
+                features = None if content["audio"] is None else self.load_features(content)
             except AudioError as error:
                 self._skip(row, error)
                 continue

@@ -1,11 +1,11 @@
-"""An Arrow index of a file of rows: checked and tokenised once, then mapped into memory by every process that trains.
+"""An Arrow index of a file of rows: checked and tokenized once, then mapped into memory by every process that trains.
 
     python -m ltu.index_dataset all.json --base_model DIR        writes all.json.arrow, which training then opens
 
 Notable:
 - The index holds the texts of the rows too, so training reads nothing else. Ranks and workers share its pages.
 - Lengths are those before any cutoff, as the tokenizer and the prompt template of a checkpoint make them: one index
-  serves every `--cutoff_len`, and all checkpoints of its kind (LTU or LTU-AS) that tokenise alike.
+  serves every `--cutoff_len`, and all checkpoints of its kind (LTU or LTU-AS) that tokenize alike.
 - Transcripts that rows of LTU-AS lack are written into it: by Whisper, or out of `--feature_root`.
 """
 
@@ -29,7 +29,7 @@ from ltu.files import sha256_of, sync_and_rename
 ENDING = ".arrow"
 ROWS_AT_ONCE = 16_384  # of one record batch
 TEXTS = ("instruction", "input", "audio_id", "output")
-COUNTS = ("num_ids", "num_prompt_ids")
+COUNTS = ("num_tokens", "num_prompt_tokens")
 MAX_KNOWN = 100_000  # prompts whose number of ids is kept
 PROBED = 256  # rows whose lengths are held against the processor that is to train
 
@@ -37,7 +37,7 @@ PROBED = 256  # rows whose lengths are held against the processor that is to tra
 def build_index(
     path: str | Path, processor: Any, output: str | Path | None = None, audio_root: str | Path | None = None
 ) -> Path:
-    """Check and tokenise every row, in constant memory; the index appears when it is whole.
+    """Check and tokenize every row, in constant memory; the index appears when it is whole.
 
     Args:
         path: rows, in any format of `ltu.data.dataset_files`.
@@ -64,7 +64,7 @@ def build_index(
         with pyarrow.OSFile(str(unfinished), "wb") as file, pyarrow.ipc.new_file(file, schema) as table:
             with tqdm(desc="indexing", unit="row", unit_scale=True) as bar, ThreadPoolExecutor(1) as pool:
                 block, known, waiting = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}, None
-                while block or waiting:  # A block is tokenised, without Python's lock, while the next one is read.
+                while block or waiting:  # A block is tokenized, without Python's lock, while the next one is read.
                     made = pool.submit(_columns, block, processor, known) if block else None
                     block = list(islice(rows, ROWS_AT_ONCE)) if block else []
                     if waiting:
@@ -80,32 +80,32 @@ def build_index(
 
 
 def _columns(rows: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
-    rows = processor.complete_rows(rows)
-    return [[_as_utf8(row.get(name), name) for row in rows] for name in TEXTS] + count_ids(rows, processor, known)
+    rows = processor.add_transcripts(rows)
+    return [[_as_utf8(row.get(name), name) for row in rows] for name in TEXTS] + count_tokens(rows, processor, known)
 
 
 def _as_utf8(text: str | None, name: str) -> bytes | None:
-    """Half of a surrogate pair, which JSON can hold, is replaced as the processor does before it tokenises."""
+    """Half of a surrogate pair, which JSON can hold, is replaced as the processor does before it tokenizes."""
     try:
         return None if text is None else text.encode("utf-8", "strict" if name == "audio_id" else "replace")
     except UnicodeEncodeError as error:
         raise RowError(f"The audio_id {text!r} is not UTF-8. Rename the file, or train without an index.") from error
 
 
-def count_ids(rows: list[dict], processor: Any, known: dict[str, int] | None = None) -> list[list[int]]:
+def count_tokens(rows: list[dict], processor: Any, known: dict[str, int] | None = None) -> list[list[int]]:
     """How many ids `encode_example` makes of each row before any cutoff, and how many are the prompt's.
 
     Args:
         known: prompts counted before, and where these are kept: closed-ended questions are a few hundred in millions.
     """
     known = {} if known is None else known
-    turns, texts = zip(*map(processor.example, rows), strict=True)
-    pairs = zip(processor.encode_all(list(texts)), turns, strict=True)
+    rendered_prompts, texts = zip(*map(processor.example, rows), strict=True)
+    pairs = zip(processor.encode_all(list(texts)), rendered_prompts, strict=True)
     if len(known) > MAX_KNOWN:
         known.clear()
-    prompts = list({turn.prompt for turn in turns} - known.keys())
+    prompts = list({rendered.prompt for rendered in rendered_prompts} - known.keys())
     known |= zip(prompts, map(len, processor.encode_all(prompts)), strict=True)
-    return [[len(ids) + (ids[-1] != turn.end_id) for ids, turn in pairs], [known[turn.prompt] for turn in turns]]
+    return [[len(ids) + (ids[-1] != rendered.end_id) for ids, rendered in pairs], [known[rendered.prompt] for rendered in rendered_prompts]]
 
 
 class IndexedRows(Sequence):
@@ -130,7 +130,7 @@ class IndexedRows(Sequence):
         except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
             raise RowError(f"{path} is no whole index of rows ({error}). Make it again.") from error
         self.part = torch.arange(len(counts[0])) if part is None else part
-        self.num_ids, self.num_prompt_ids = (torch.from_numpy(count)[self.part] for count in counts)  # (n,) int32
+        self.num_tokens, self.num_prompt_tokens = (torch.from_numpy(count)[self.part] for count in counts)  # (n,) int32
 
     def __len__(self) -> int:
         return len(self.part)
@@ -158,10 +158,10 @@ class IndexedRows(Sequence):
             kinds = ("LTU", "LTU-AS")[:: 1 if processor.transcribes else -1]
             raise RowError(f"{self.path} was made for {kinds[0]}; this checkpoint is of {kinds[1]}. Make it again.")
         probed = torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()
-        counts = count_ids([self[index] for index in probed], processor)
-        if counts != [self.num_ids[probed].tolist(), self.num_prompt_ids[probed].tolist()]:
+        counts = count_tokens([self[index] for index in probed], processor)
+        if counts != [self.num_tokens[probed].tolist(), self.num_prompt_tokens[probed].tolist()]:
             raise RowError(f"{self.path} was made for another tokenizer or prompt template. Make it again.")
-        lost = self.num_prompt_ids >= self.num_ids.clamp(max=cutoff_len)
+        lost = self.num_prompt_tokens >= self.num_tokens.clamp(max=cutoff_len)
         if not train_on_inputs and lost.any():
             first = int(lost.nonzero()[0])
             raise no_answer_left(int(self.part[first]), self[first])

@@ -22,7 +22,7 @@ from ltu.data.examples import check_audio, read_rows
 from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.processing_ltu import IGNORED, WHISPER_FLAGS, LtuProcessor
 from ltu.training.arguments import DataArguments, ModelArguments, OneGpuArguments, RunArguments
-from ltu.training.batch_sampler import MicroBatches, total_steps
+from ltu.training.batch_sampler import MicroBatchSampler, total_steps
 from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
 from ltu.training.dataset_index import IndexedRows, find_index
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class LtuTrainer(Trainer):
     """The stock Trainer with the original's order of rows, count of steps and way of logging."""
 
-    def __init__(self, *args: Any, micro_batches: MicroBatches, record: dict, **kwargs: Any):
+    def __init__(self, *args: Any, micro_batches: MicroBatchSampler, record: dict, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
@@ -145,7 +145,7 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
     """Rows to train on, and the held-out ones if `--val_set_size` asks for some."""
     rows = find_index(data.data_path, data.audio_root)
     if rows is None:
-        rows = processor.complete_rows(read_rows(data.data_path, data.audio_root))
+        rows = processor.add_transcripts(read_rows(data.data_path, data.audio_root))
     else:
         rows.check(processor, data.cutoff_len, data.train_on_inputs)
     if data.check_audio and (bad := check_audio(rows)):
@@ -162,9 +162,9 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
         return QaDataset(
             part,
             encode=partial(processor.encode_example, cutoff_len=data.cutoff_len, train_on_inputs=data.train_on_inputs),
-            read_features=processor.read_features,
+            load_features=processor.load_features,
             max_bad=data.max_bad,
-            lengths=part.num_ids.clamp(max=data.cutoff_len) if is_indexed else None,
+            lengths=part.num_tokens.clamp(max=data.cutoff_len) if is_indexed else None,
             numbers=numbers,
         )
 
@@ -194,7 +194,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     steps = run.max_steps if run.max_steps > 0 else steps
     sizes = (run.micro_batch_size, accumulation, run.num_epochs)
     order = (train_set.lengths if run.group_by_length else None, run.seed, rank, world_size)
-    batches = MicroBatches(len(train_set), *sizes, *order)
+    batches = MicroBatchSampler(len(train_set), *sizes, *order)
     batches.epochs = max(run.num_epochs, -(-steps * accumulation // batches.per_epoch))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {
