@@ -22,7 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Spinning threads would time the neighbours on a shared machine.
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # Spinning threads would time the neighbours on a shared machine.
 
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
@@ -36,7 +38,13 @@ from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu_as import LtuAsConfig, LtuAsProcessor, TltrConfig  # noqa: E402
 
-LLM = dict(vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8)
+LLM = dict(
+    vocab_size=32_000,
+    hidden_size=512,
+    intermediate_size=1376,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+)
 TOKENIZER = Path(__file__).parent.parent / "tests" / "golden" / "tokenizer"
 NEW_TOKENS = 50
 QUESTIONS = (
@@ -46,12 +54,21 @@ QUESTIONS = (
     "Describe the place in which this was recorded, and say what makes you think so.",
     "How loud is it, compared with a busy street?",
 )
-WAYS = {"encoding every time": (1, 0), "one by one": (1, 256), "batch 16": (16, 256)}  # batch size, cache in MB
+WAYS = {
+    "encoding every time": (1, 0),
+    "one by one": (1, 256),
+    "batch 16": (16, 256),
+}  # batch size, cache in MB
 NEEDED = {"cpu": 4.0, "cuda": 10.0}  # batch 16 / encoding every time
-ORIGINAL = {"ltu": 1.47, "ltu_as": 0.79}  # s a question, one by one at these sizes on two cores; measured by running it
+ORIGINAL = {
+    "ltu": 1.47,
+    "ltu_as": 0.79,
+}  # s a question, one by one at these sizes on two cores; measured by running it
 
 
-def make_parts(kind: str, args: argparse.Namespace, folder: str) -> tuple[torch.nn.Module, LtuProcessor]:
+def make_parts(
+    kind: str, args: argparse.Namespace, folder: str
+) -> tuple[torch.nn.Module, LtuProcessor]:
     """Model and processor of a engine."""
     torch.manual_seed(0)
     text_config = LlamaConfig(**LLM, dtype=args.dtype)
@@ -62,8 +79,13 @@ def make_parts(kind: str, args: argparse.Namespace, folder: str) -> tuple[torch.
         width, _, layers = SIZES[args.whisper_size]
         audio_encoder = TltrConfig(hidden_size=width, num_whisper_layers=layers)
         config = LtuAsConfig(audio_config=audio_encoder, text_config=text_config)
-        whisper = {"whisper_model": random_whisper(args.whisper_size, folder), "transcription_model": None}
-        processor = LtuAsProcessor.from_config(config, TOKENIZER, **whisper, feature_precision="fp32")
+        whisper = {
+            "whisper_model": random_whisper(args.whisper_size, folder),
+            "transcription_model": None,
+        }
+        processor = LtuAsProcessor.from_config(
+            config, TOKENIZER, **whisper, feature_precision="fp32"
+        )
         processor.feature_extractor.device = args.device
     return AutoModelForCausalLM.from_config(config).to(args.device), processor
 
@@ -83,51 +105,84 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     texts = {}
     with tempfile.TemporaryDirectory() as folder:
         parts = make_parts(kind, args, folder)
-        requests = [Request(text, clip, "") for clip in write_clips(folder, args.clips) for text in QUESTIONS]
+        requests = [
+            Request(text, clip, "")
+            for clip in write_clips(folder, args.clips)
+            for text in QUESTIONS
+        ]
         for turn in range(args.rounds + 1):
             for way, (batch_size, cache_mb) in WAYS.items():
                 asked = requests if turn else requests[: 2 * batch_size]
                 engine = LtuEngine(*parts, cache_mb)
                 start = time.perf_counter()
-                answers = engine(asked, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+                answers = engine(
+                    asked, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+                )
                 if turn:
                     times[way].append(time.perf_counter() - start)
-                if {(answer.answered, answer.new_tokens) for answer in answers} != {(True, NEW_TOKENS)}:
+                if {(answer.answered, answer.new_tokens) for answer in answers} != {
+                    (True, NEW_TOKENS)
+                }:
                     raise AssertionError(f"not every answer has {NEW_TOKENS} tokens: {answers[0]}")
                 texts[way] = [answer.text for answer in answers]
     rates = {way: len(requests) / statistics.median(found) for way, found in times.items()}
     first = next(iter(WAYS))
     report = {"questions": len(requests), "seconds": times, "questions_per_second": rates}
     report["ratio"] = {way: rate / rates[first] for way, rate in rates.items()}
-    report["equal_answers"] = {way: sum(map(str.__eq__, own, texts[first])) for way, own in texts.items()}
+    report["equal_answers"] = {
+        way: sum(map(str.__eq__, own, texts[first])) for way, own in texts.items()
+    }
     return report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kind", nargs="+", choices=list(ORIGINAL), default=list(ORIGINAL))
-    parser.add_argument("--clips", type=int, default=16, help="with five questions each: full batches")
+    parser.add_argument(
+        "--clips", type=int, default=16, help="with five questions each: full batches"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--whisper_size", choices=SIZES, default="base", help="of LTU-AS's ear")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the language model")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the language model"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output_path", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     is_cuda = args.device.startswith("cuda")
-    machine = torch.cuda.get_device_name(args.device) if is_cuda else f"{platform.machine()}, {os.cpu_count()} cores"
-    settings = {name: value for name, value in vars(args).items() if name not in ("kind", "output_path")}
-    report: dict[str, Any] = {"machine": machine, "torch": torch.__version__, **settings, "new_tokens": NEW_TOKENS}
+    machine = (
+        torch.cuda.get_device_name(args.device)
+        if is_cuda
+        else f"{platform.machine()}, {os.cpu_count()} cores"
+    )
+    settings = {
+        name: value for name, value in vars(args).items() if name not in ("kind", "output_path")
+    }
+    report: dict[str, Any] = {
+        "machine": machine,
+        "torch": torch.__version__,
+        **settings,
+        "new_tokens": NEW_TOKENS,
+    }
     needed, is_enough = NEEDED["cuda" if is_cuda else "cpu"], True
     print(f"{machine}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
-    print(f"{'':8}{'':22}{'questions/s':>12}{'s each':>9}{'ratio':>8}{'equal':>8}   the original: s each")
+    print(
+        f"{'':8}{'':22}{'questions/s':>12}{'s each':>9}{'ratio':>8}{'equal':>8}   the original: s each"
+    )
     for kind in args.kind:
         report[kind] = found = measure(kind, args)
         for way, rate in found["questions_per_second"].items():
             equal = f"{found['equal_answers'][way]}/{found['questions']}"
-            print(f"{kind:8}{way:22}{rate:12.2f}{1 / rate:9.3f}{found['ratio'][way]:8.2f}{equal:>8}   {ORIGINAL[kind]}")
-            is_enough &= args.dtype != "float32" or found["equal_answers"][way] == found["questions"]
+            print(
+                f"{kind:8}{way:22}{rate:12.2f}{1 / rate:9.3f}{found['ratio'][way]:8.2f}{equal:>8}   {ORIGINAL[kind]}"
+            )
+            is_enough &= (
+                args.dtype != "float32" or found["equal_answers"][way] == found["questions"]
+            )
         is_enough &= found["ratio"]["batch 16"] >= needed
     print(f"{'reaches' if is_enough else 'falls short of'} {needed} x, with equal answers in fp32")
     if args.output_path:

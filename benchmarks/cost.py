@@ -29,8 +29,12 @@ from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
 
 LLMS = {
     "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4),
-    "7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "13b": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "7b": dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "13b": dict(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    ),
 }
 BATCH = 256
 # (stage script, what it trains, text cut-off, rows x epochs), as in the scripts and the README.
@@ -60,8 +64,14 @@ def make_model(kind: str, size: str, trains: str, device: torch.device) -> torch
             config = LtuConfig(audio_config=CavMaeConfig(), text_config=text_config, lora=lora)
         else:
             config = LtuAsConfig(audio_config=TltrConfig(), text_config=text_config, lora=lora)
-        model = {"ltu": LtuForConditionalGeneration, "ltu_as": LtuAsForConditionalGeneration}[kind](config, llm)
-    wrong = {p.dtype for n, p in model.named_parameters() if ".lora_" in n or not n.startswith("language_model.")}
+        model = {"ltu": LtuForConditionalGeneration, "ltu_as": LtuAsForConditionalGeneration}[kind](
+            config, llm
+        )
+    wrong = {
+        p.dtype
+        for n, p in model.named_parameters()
+        if ".lora_" in n or not n.startswith("language_model.")
+    }
     assert wrong == {torch.float32}, wrong
     model.set_attn_implementation("sdpa")  # As a loaded model has it.
     return model
@@ -72,7 +82,11 @@ def make_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[st
     config, device = model.config, model.get_input_embeddings().weight.device
     audio_encoder = config.audio_config
     if hasattr(audio_encoder, "num_whisper_layers"):
-        shape = (audio_encoder.num_whisper_layers, audio_encoder.num_audio_tokens, audio_encoder.hidden_size)
+        shape = (
+            audio_encoder.num_whisper_layers,
+            audio_encoder.num_audio_tokens,
+            audio_encoder.hidden_size,
+        )
     else:
         shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
     text = torch.randint(3, config.text_config.vocab_size, (batch, text_tokens), device=device)
@@ -80,7 +94,9 @@ def make_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[st
     ids = torch.cat([audio, text], 1)
     labels = torch.cat([torch.full_like(audio, -100), text], 1)
     features = torch.randn(batch, *shape, device=device)
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), input_features=features, labels=labels)
+    return dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), input_features=features, labels=labels
+    )
 
 
 def synchronize(device: torch.device) -> None:
@@ -88,16 +104,31 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def train(model: torch.nn.Module, plan: str, micro_batch: int, text_tokens: int, checkpointing: bool, passes: int):
+def train(
+    model: torch.nn.Module,
+    plan: str,
+    micro_batch: int,
+    text_tokens: int,
+    checkpointing: bool,
+    passes: int,
+):
     """Seconds of a pass and of an optimizer step (medians), and the peak of allocated memory in GiB."""
     device = model.get_input_embeddings().weight.device
     model.train()
     model.set_trainable(plan)
     model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0
+    )
     inputs = make_inputs(model, micro_batch, text_tokens)
-    keep = torch.arange(model.config.num_audio_tokens - 1, inputs["input_ids"].shape[1], device=device)
-    inputs = inputs | {"labels": inputs["labels"][:, keep], "logits_to_keep": keep, "use_cache": False}
+    keep = torch.arange(
+        model.config.num_audio_tokens - 1, inputs["input_ids"].shape[1], device=device
+    )
+    inputs = inputs | {
+        "labels": inputs["labels"][:, keep],
+        "logits_to_keep": keep,
+        "use_cache": False,
+    }
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times: dict[str, list[float]] = {"pass": [], "step": []}
@@ -127,22 +158,33 @@ def train(model: torch.nn.Module, plan: str, micro_batch: int, text_tokens: int,
     return statistics.median(times["pass"][1:]), times["step"][-1], peak
 
 
-def training_rows(kind: str, size: str, trains: str, model: torch.nn.Module, args: argparse.Namespace) -> list[dict]:
+def training_rows(
+    kind: str, size: str, trains: str, model: torch.nn.Module, args: argparse.Namespace
+) -> list[dict]:
     """One row for each plan, cut-off, micro-batch and way of keeping activations."""
     rows = []
     settings = sorted({(plan, cutoff) for _, plan, cutoff, _ in STAGES[kind] if plan == trains})
     for plan, cutoff in settings:
         for micro_batch in args.micro_batches:
             for checkpointing in (False, True):
-                row = dict(kind=kind, llm=size, trains=plan, text_tokens=cutoff, micro_batch=micro_batch)
+                row = dict(
+                    kind=kind, llm=size, trains=plan, text_tokens=cutoff, micro_batch=micro_batch
+                )
                 row["gradient_checkpointing"] = checkpointing
                 try:
-                    in_pass, in_step, peak = train(model, plan, micro_batch, cutoff, checkpointing, args.passes)
+                    in_pass, in_step, peak = train(
+                        model, plan, micro_batch, cutoff, checkpointing, args.passes
+                    )
                 except torch.OutOfMemoryError:
                     row["out_of_memory"] = True
                 else:
                     rate = BATCH / (in_pass * BATCH / micro_batch + in_step)
-                    row |= dict(pass_seconds=in_pass, step_seconds=in_step, peak_gib=peak, samples_per_second=rate)
+                    row |= dict(
+                        pass_seconds=in_pass,
+                        step_seconds=in_step,
+                        peak_gib=peak,
+                        samples_per_second=rate,
+                    )
                     done = [s for s in STAGES[kind] if s[1:3] == (plan, cutoff)]
                     row["derived_hours"] = {name: count / rate / 3600 for name, _, _, count in done}
                 model.zero_grad(set_to_none=True)
@@ -154,23 +196,40 @@ def training_rows(kind: str, size: str, trains: str, model: torch.nn.Module, arg
     return rows
 
 
-def ask(model: torch.nn.Module, batch: int, clips: int, questions: int, prompt_tokens: int, new_tokens: int) -> dict:
+def ask(
+    model: torch.nn.Module,
+    batch: int,
+    clips: int,
+    questions: int,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> dict:
     """Questions per second; at `batch` 1 every question encodes its clip again."""
     device = model.get_input_embeddings().weight.device
     model.eval()
     model.gradient_checkpointing_disable()
     inputs = make_inputs(model, 1, prompt_tokens)
     features = inputs["input_features"]
-    options = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    options = dict(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
+    )
 
     def run(count: int) -> None:
         for start in range(0, count, batch):
             number = min(batch, count - start)
-            ids, mask = (inputs[name].expand(number, -1) for name in ("input_ids", "attention_mask"))
+            ids, mask = (
+                inputs[name].expand(number, -1) for name in ("input_ids", "attention_mask")
+            )
             owners = [(start + row) // questions for row in range(number)]
             index = torch.tensor([owner - owners[0] for owner in owners], device=device)
             heard = features.expand(owners[-1] - owners[0] + 1, *features.shape[1:])
-            model.generate(input_ids=ids, attention_mask=mask, input_features=heard, audio_index=index, **options)
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                input_features=heard,
+                audio_index=index,
+                **options,
+            )
 
     run(batch)
     if device.type == "cuda":
@@ -181,25 +240,45 @@ def ask(model: torch.nn.Module, batch: int, clips: int, questions: int, prompt_t
     synchronize(device)
     rate = count / (time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return dict(batch=batch, questions=count, new_tokens=new_tokens, questions_per_second=rate, peak_gib=peak)
+    return dict(
+        batch=batch,
+        questions=count,
+        new_tokens=new_tokens,
+        questions_per_second=rate,
+        peak_gib=peak,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", nargs="+", choices=list(LLMS), default=["7b"])
     parser.add_argument("--kind", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--micro_batches", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--passes", type=int, default=6, help="timed passes of each setting")
     parser.add_argument(
-        "--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
     parser.add_argument(
-        "--trains", nargs="+", choices=("proj", "all"), default=["proj", "all"], help="asking goes with all"
+        "--trains",
+        nargs="+",
+        choices=("proj", "all"),
+        default=["proj", "all"],
+        help="asking goes with all",
     )
     parser.add_argument("--output_path", type=Path)
     args = parser.parse_args()
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
-    report = {"device": device, "torch": torch.__version__, "batch": BATCH, "training": [], "asking": []}
+    report = {
+        "device": device,
+        "torch": torch.__version__,
+        "batch": BATCH,
+        "training": [],
+        "asking": [],
+    }
     for size, kind, trains in itertools.product(args.size, args.kind, args.trains):
         model = make_model(kind, size, trains, args.device)
         report["training"] += training_rows(kind, size, trains, model, args)

@@ -55,7 +55,13 @@ OPEN = [
 ]
 PHRASINGS = 100  # of each closed-ended question
 ROWS = sum(count for _, _, count in CLOSED + OPEN)
-CLIPS = {"as_strong": 102_000, "as_2m": 500_139, "as_20k": 18_691, "vggsound": 184_000, "fsd50k": 41_000}
+CLIPS = {
+    "as_strong": 102_000,
+    "as_2m": 500_139,
+    "as_20k": 18_691,
+    "vggsound": 184_000,
+    "fsd50k": 41_000,
+}
 CLIPS |= {"audiocaps": 46_000, "freesound": 91_000, "clotho": 5_000, "soundbible": 1_200}
 BARS = {"combine + shuffle + filter": 600, "stats": 180}  # seconds, at 5,681,708 rows on two cores
 BAR_MB = 1536
@@ -66,32 +72,44 @@ def random_rows(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> I
     chance = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(9000)]
-    labels = [" ".join(chance.choices(words, k=chance.randint(1, 3))).capitalize() for _ in range(527)]
+    labels = [
+        " ".join(chance.choices(words, k=chance.randint(1, 3))).capitalize() for _ in range(527)
+    ]
 
     def question() -> str:
         return " ".join(chance.choices(words, k=chance.randint(4, 17))).capitalize() + "?"
 
     for dataset, task, count in kinds:
         phrasings = [question() for _ in range(PHRASINGS)]
-        clips = max(1, round(scale * next(n for name, n in CLIPS.items() if dataset.startswith(name))))
+        clips = max(
+            1, round(scale * next(n for name, n in CLIPS.items() if dataset.startswith(name)))
+        )
         for _ in range(round(scale * count)):
             if task == "cla_label":
                 output = f"Labels: {'; '.join(chance.choices(labels, k=chance.randint(1, 4)))}"
             elif task == "cla_label_des":
-                parts = [f"{' '.join(chance.choices(words, k=3))} -> {label}" for label in chance.choices(labels, k=2)]
+                parts = [
+                    f"{' '.join(chance.choices(words, k=3))} -> {label}"
+                    for label in chance.choices(labels, k=2)
+                ]
                 output = f"Labels: {'; '.join(parts)}"
             elif task == "caption":
-                output = f"Audio caption: {' '.join(chance.choices(words, k=chance.randint(6, 15)))}."
+                output = (
+                    f"Audio caption: {' '.join(chance.choices(words, k=chance.randint(6, 15)))}."
+                )
             elif task == "temporal":
                 output = "; ".join(
-                    f"{label}: [0.{chance.randint(0, 99)}s-9.5s]" for label in chance.choices(labels, k=3)
+                    f"{label}: [0.{chance.randint(0, 99)}s-9.5s]"
+                    for label in chance.choices(labels, k=3)
                 )
             else:
                 output = " ".join(chance.choices(words, k=chance.randint(5, 69))).capitalize() + "."
                 if chance.random() < 1 / 8:
                     output = f"{chance.choice(PHRASES)} {output}"
             yield {
-                "instruction": question() if task == "open-ended question" else chance.choice(phrasings),
+                "instruction": question()
+                if task == "open-ended question"
+                else chance.choice(phrasings),
                 "input": "",
                 "audio_id": f"/data/{dataset}/audio/{chance.randrange(clips):011x}.flac",
                 "dataset": dataset,
@@ -114,11 +132,17 @@ def measure(command: list[str]) -> dict[str, float]:
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in ((0, 1) if command[0] == "data.validate" else (0,)):  # 1: it found something.
+    if process.returncode not in (
+        (0, 1) if command[0] == "data.validate" else (0,)
+    ):  # 1: it found something.
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
     seconds = time.perf_counter() - start
     used = usage.ru_utime + usage.ru_stime
-    return {"seconds": round(seconds, 1), "processor": round(used, 1), "peak_mb": round(usage.ru_maxrss / 1024)}
+    return {
+        "seconds": round(seconds, 1),
+        "processor": round(used, 1),
+        "peak_mb": round(usage.ru_maxrss / 1024),
+    }
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
@@ -132,8 +156,21 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "combine": ["data.combine", *parts, "--output_path", mixed],
         "shuffle": ["data.shuffle", "--data_path", mixed, "--output_path", shuffled],
         "filter": ["data.filter_unanswerable", "--data_path", shuffled, "--output_path", kept],
-        "original_shuffle": ["data.shuffle", "--data_path", kept, "--output_path", mixed, "--original_shuffle"],
-        "stats": ["data.stats", "--data_path", shuffled, "--output_path", str(folder / "stats.json")],
+        "original_shuffle": [
+            "data.shuffle",
+            "--data_path",
+            kept,
+            "--output_path",
+            mixed,
+            "--original_shuffle",
+        ],
+        "stats": [
+            "data.stats",
+            "--data_path",
+            shuffled,
+            "--output_path",
+            str(folder / "stats.json"),
+        ],
         "sample": ["data.sample", "--data_path", shuffled, *sample],
         "validate": ["data.validate", "--data_path", shuffled, "--no_audio"],
     }
@@ -141,10 +178,14 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--folder", type=Path, help="where the files are written (a temporary folder), and stay")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are written (a temporary folder), and stay"
+    )
     parser.add_argument("--generate_only", type=Path, nargs=2, metavar=("CLOSED", "OPEN"))
     parser.add_argument("--output_path", type=Path, help="the report as JSON")
     args = parser.parse_args(argv)
@@ -163,14 +204,27 @@ def main(argv: list[str] | None = None) -> int:
     three = sum(found[verb]["seconds"] for verb in ("combine", "shuffle", "filter"))
     totals = {"combine + shuffle + filter": round(three, 1), "stats": found["stats"]["seconds"]}
     peak = max(verb["peak_mb"] for verb in found.values())
-    reached = peak <= BAR_MB and all(totals[name] * ROWS / args.rows <= bar for name, bar in BARS.items())
-    report = {"rows": args.rows, "bytes": size, "verbs": found, "totals": totals, "bars": BARS, "bar_mb": BAR_MB}
+    reached = peak <= BAR_MB and all(
+        totals[name] * ROWS / args.rows <= bar for name, bar in BARS.items()
+    )
+    report = {
+        "rows": args.rows,
+        "bytes": size,
+        "verbs": found,
+        "totals": totals,
+        "bars": BARS,
+        "bar_mb": BAR_MB,
+    }
     if args.rows != ROWS:
-        report["extrapolated"] = {name: round(seconds * ROWS / args.rows, 1) for name, seconds in totals.items()}
+        report["extrapolated"] = {
+            name: round(seconds * ROWS / args.rows, 1) for name, seconds in totals.items()
+        }
     print(json.dumps(report | {"reached": reached}, indent=1))
     if args.output_path:
         args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        args.output_path.write_text(json.dumps(report | {"reached": reached}, indent=1) + "\n", encoding="utf-8")
+        args.output_path.write_text(
+            json.dumps(report | {"reached": reached}, indent=1) + "\n", encoding="utf-8"
+        )
     return 0 if reached else 1
 
 

@@ -62,7 +62,12 @@ def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
     arrays = [clip.astype(dtype) for clip in features]
     tensors = [torch.from_numpy(array) for array in arrays]
     with tempfile.TemporaryDirectory() as folder:
-        description = {"whisper_model": "large", "fingerprint": "", "feature_precision": dtype, "shape": list(SHAPE)}
+        description = {
+            "whisper_model": "large",
+            "fingerprint": "",
+            "feature_precision": dtype,
+            "shape": list(SHAPE),
+        }
         store = FeatureStore.create(f"{folder}/ours", description)
         npz = [Path(folder) / f"{number}.npz" for number in range(len(arrays))]
         runs = {
@@ -70,7 +75,10 @@ def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
                 lambda number: np.savez_compressed(npz[number], arrays[number]),
                 lambda number: store.write(str(number), tensors[number], "", 10.0),
             ),
-            "read": (lambda number: np.load(npz[number])["arr_0"], lambda number: store.read(str(number))),
+            "read": (
+                lambda number: np.load(npz[number])["arr_0"],
+                lambda number: store.read(str(number)),
+            ),
         }
         report: dict = {"npz": {}, "ours": {}}
         for name, both in runs.items():
@@ -79,15 +87,22 @@ def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
         report["npz"]["bytes"] = int(np.mean([path.stat().st_size for path in npz]))
         sizes = [store.path_of(str(number)).stat().st_size for number in range(len(arrays))]
         report["ours"]["bytes"] = int(np.mean(sizes))
-        if not all(torch.equal(store.read(str(number)).features, clip) for number, clip in enumerate(tensors)):
+        if not all(
+            torch.equal(store.read(str(number)).features, clip)
+            for number, clip in enumerate(tensors)
+        ):
             raise AssertionError("what was read is not what was written")
     ratio = {name: report["ours"][name] / report["npz"][name] for name in report["npz"]}
     return report | {"ours_over_npz": {name: round(value, 3) for name, value in ratio.items()}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--whisper", required=True, help="an openai-whisper .pt file or a name; base is enough")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--whisper", required=True, help="an openai-whisper .pt file or a name; base is enough"
+    )
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output_path")

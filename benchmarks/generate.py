@@ -55,12 +55,16 @@ def time_generate(model: torch.nn.Module, batch: int, num_tokens: int, **setting
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(LLMS), default="7b")
     parser.add_argument("--dynamic", nargs="*", type=int, default=[1, 16, 64], help="batch sizes")
     parser.add_argument("--static", nargs="*", type=int, default=[16, 64], help="batch sizes")
     parser.add_argument("--num_tokens", type=int, default=64, help="new tokens of each answer")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--output_path", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
 
@@ -75,10 +79,15 @@ def main() -> None:
         synchronize(args.device)
         start = time.perf_counter()
         difference = compare_cached_logits(model)
-        results[f"{name}_check"] = {"seconds": round(time.perf_counter() - start, 2), "difference": difference}
+        results[f"{name}_check"] = {
+            "seconds": round(time.perf_counter() - start, 2),
+            "difference": difference,
+        }
     results["rows"] = [time_generate(model, batch, args.num_tokens) for batch in args.dynamic]
     for batch in args.static:
-        results["rows"].append(time_generate(model, batch, args.num_tokens, cache_implementation="static"))
+        results["rows"].append(
+            time_generate(model, batch, args.num_tokens, cache_implementation="static")
+        )
     if is_gpu:
         results["peak_gib"] = round(torch.cuda.max_memory_allocated(args.device) / 2**30, 1)
     text = json.dumps(results, indent=1)

@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Spinning threads would time the neighbours on a shared machine.
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # Spinning threads would time the neighbours on a shared machine.
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -71,15 +73,21 @@ def measure(engine: LtuEngine, labels: list[str], args: argparse.Namespace) -> d
     return {
         "labels": len(labels),
         "tokens_of_the_prefix": engine.model.config.num_audio_tokens + prompt,
-        "tokens_of_a_label": statistics.mean(score.num_tokens for score in engine.score(request, labels)),
+        "tokens_of_a_label": statistics.mean(
+            score.num_tokens for score in engine.score(request, labels)
+        ),
         "seconds": medians,
         "speedup": {name: medians[name] / medians["shared"] for name in ("alone", "no cache")},
-        "largest_difference": max(abs(a - b) for a, b in zip(scores["shared"], scores["alone"], strict=True)),
+        "largest_difference": max(
+            abs(a - b) for a, b in zip(scores["shared"], scores["alone"], strict=True)
+        ),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--labels", required=True, help="a text file, one name a line")
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--device", default="cpu")
@@ -90,11 +98,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     engine = LtuEngine.from_pretrained(args.model, args.device, args.dtype)
-    labels = [name for name in Path(args.labels).read_text(encoding="utf-8").splitlines() if name.strip()]
-    report = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
+    labels = [
+        name for name in Path(args.labels).read_text(encoding="utf-8").splitlines() if name.strip()
+    ]
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+    }
     report |= {"device": args.device, "dtype": args.dtype, "threads": args.threads}
     names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
-    report["language_model"] = {name: getattr(engine.model.config.text_config, name) for name in names}
+    report["language_model"] = {
+        name: getattr(engine.model.config.text_config, name) for name in names
+    }
     report |= {"rounds": args.rounds, "needed": NEEDED} | measure(engine, labels, args)
     print(json.dumps(report, indent=1))
     is_equal = report["largest_difference"] <= MAX_ERROR or args.dtype != "float32"

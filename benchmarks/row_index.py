@@ -38,18 +38,35 @@ def train(base_model: str, data: Path, output: Path, ranks: int) -> list[str]:
     """One step on four clips a rank."""
     launch = ["torch.distributed.run", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []
     sizes = {"micro_batch_size": 4, "batch_size": 4 * ranks, "max_steps": 1, "num_workers": 2}
-    settings = {"base_model": base_model, "data_path": data, "output_dir": output, "group_by_length": True} | sizes
-    return [*launch, "ltu.finetune", *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
+    settings = {
+        "base_model": base_model,
+        "data_path": data,
+        "output_dir": output,
+        "group_by_length": True,
+    } | sizes
+    return [
+        *launch,
+        "ltu.finetune",
+        *(word for name, value in settings.items() for word in (f"--{name}", str(value))),
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--base_model", required=True, help="checkpoint folder, of stage 1 or later")
+    parser.add_argument(
+        "--base_model", required=True, help="checkpoint folder, of stage 1 or later"
+    )
     parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes of the trainings")
-    parser.add_argument("--folder", type=Path, help="where the files are written (a temporary folder), and stay")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2], help="processes of the trainings"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are written (a temporary folder), and stay"
+    )
     parser.add_argument("--output_path", type=Path, help="the report as JSON")
     args = parser.parse_args(argv)
     found = {}
@@ -67,14 +84,27 @@ def main(argv: list[str] | None = None) -> int:
                 command = train(args.base_model, path, folder / "run", ranks)
                 found[f"one step of {path.stem}, ranks: {ranks}"] = measure(command)
         sizes = {"json": many.stat().st_size, "index": Path(f"{many}.arrow").stat().st_size}
-    steps = [[found[f"one step of {name}, ranks: {ranks}"] for ranks in args.ranks] for name in ("many", "few")]
+    steps = [
+        [found[f"one step of {name}, ranks: {ranks}"] for ranks in args.ranks]
+        for name in ("many", "few")
+    ]
     reached = {
         "index": found["index many"]["seconds"],
         "first step": max(step["seconds"] for step in steps[0]),
-        "memory above 1,000 rows": max(own["peak_mb"] - few["peak_mb"] for own, few in zip(*steps, strict=True)),
+        "memory above 1,000 rows": max(
+            own["peak_mb"] - few["peak_mb"] for own, few in zip(*steps, strict=True)
+        ),
     }
-    report = {"rows": args.rows, "bytes": sizes, "commands": found, "figures": reached, "bars": BARS}
-    report["reached"] = args.rows == ROWS and all(reached[name] <= bar for name, bar in BARS.items())
+    report = {
+        "rows": args.rows,
+        "bytes": sizes,
+        "commands": found,
+        "figures": reached,
+        "bars": BARS,
+    }
+    report["reached"] = args.rows == ROWS and all(
+        reached[name] <= bar for name, bar in BARS.items()
+    )
     print(json.dumps(report, indent=1))
     if args.output_path:
         args.output_path.parent.mkdir(parents=True, exist_ok=True)

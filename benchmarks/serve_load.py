@@ -33,13 +33,21 @@ from ltu.inference.requests import Request  # noqa: E402
 from ltu.serve import read_flags  # noqa: E402
 
 AUDIO = Path(__file__).parents[1] / "data" / "toy" / "audio"
-QUESTIONS = ["What can be inferred from the audio?", "What do you hear?", "Classify the sound.", "Is it loud?"]
+QUESTIONS = [
+    "What can be inferred from the audio?",
+    "What do you hear?",
+    "Classify the sound.",
+    "Is it loud?",
+]
 MIN_SPEEDUP = 3.0
 MAX_GROWTH = 1.05  # of memory, from a quarter of the time to the end
 
 
 def sound(data: bytes) -> dict:
-    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": "flac"}}
+    return {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(data).decode(), "format": "flac"},
+    }
 
 
 def good_requests(model: str, tokens: int) -> list[tuple[dict, Request]]:
@@ -49,9 +57,15 @@ def good_requests(model: str, tokens: int) -> list[tuple[dict, Request]]:
         clip, question = None if number % 6 == 0 else path.read_bytes(), QUESTIONS[number % 4]
         sampling = {"temperature": 0.7, "seed": number} if number % 8 == 1 else {}
         content = [{"type": "text", "text": question}] + ([] if clip is None else [sound(clip)])
-        said = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens}
+        said = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": tokens,
+        }
         decoding = {"do_sample": True, "temperature": 0.7} if sampling else {}
-        request = Request(question, clip, decoding=decoding | {"max_new_tokens": tokens}, seed=number)
+        request = Request(
+            question, clip, decoding=decoding | {"max_new_tokens": tokens}, seed=number
+        )
         made.append((said | sampling | {"stream": number % 2 == 0}, request))
     return made
 
@@ -60,9 +74,14 @@ def bad_requests(said: dict) -> list[tuple[dict, str]]:
     """Requests with the code of the error that each gets; "gone": its client leaves."""
     parts = {"unreadable": sound(b"RIFF, but no sound"), "body_too_large": sound(bytes(3 * 2**20))}
     parts |= {"invalid_message": {"type": "image_url"}}
-    wrong = {code: {"messages": [{"role": "user", "content": [part]}]} for code, part in parts.items()}
+    wrong = {
+        code: {"messages": [{"role": "user", "content": [part]}]} for code, part in parts.items()
+    }
     wrong |= {"unsupported_parameter": {"n": 2}, "model_not_found": {"model": "another"}}
-    return [(said | more, code) for code, more in (wrong | {"gone": {"stream": True, "max_tokens": 400}}).items()]
+    return [
+        (said | more, code)
+        for code, more in (wrong | {"gone": {"stream": True, "max_tokens": 400}}).items()
+    ]
 
 
 async def send(client: openai.AsyncOpenAI, said: dict, is_left: bool = False) -> str:
@@ -82,7 +101,9 @@ async def send(client: openai.AsyncOpenAI, said: dict, is_left: bool = False) ->
         return str(error.code or error.status_code)
 
 
-async def load(url: str, pid: int, clients: int, seconds: float, good: list[tuple[dict, str]]) -> dict:
+async def load(
+    url: str, pid: int, clients: int, seconds: float, good: list[tuple[dict, str]]
+) -> dict:
     """Counts of requests that ended as they should and of others, good ones a second, and what the process held."""
     tally: Counter = Counter()
     bad = bad_requests(good[0][0])
@@ -90,7 +111,9 @@ async def load(url: str, pid: int, clients: int, seconds: float, good: list[tupl
 
     async def work(number: int) -> None:
         rng = random.Random(number)
-        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=300) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=300
+        ) as client:
             while time.monotonic() < start + seconds:
                 if number == 0 and time.monotonic() > start + len(looks) * seconds / 50:
                     looks.append(look(pid))
@@ -98,7 +121,9 @@ async def load(url: str, pid: int, clients: int, seconds: float, good: list[tupl
                 said, expected = rng.choice(good if is_good else bad)
                 found = await send(client, said, expected == "gone")
                 right = "answered" if is_good else "refused"
-                tally[right if found == expected else f"WRONG: {found[:50]!r}, not {expected[:50]!r}"] += 1
+                tally[
+                    right if found == expected else f"WRONG: {found[:50]!r}, not {expected[:50]!r}"
+                ] += 1
 
     await asyncio.gather(*(work(number) for number in range(clients)))
     rate = tally["answered"] / (time.monotonic() - start)
@@ -115,7 +140,9 @@ def look(pid: int) -> tuple[float, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="of many clients; one gets half")
@@ -123,7 +150,16 @@ def main() -> int:
     parser.add_argument("--max_batch", type=int, default=16)
     parser.add_argument("--output_path")
     args = parser.parse_args()
-    flags = ["--model", args.model, "--dtype", "float32", "--max_batch", str(args.max_batch), "--max_body_mb", "2"]
+    flags = [
+        "--model",
+        args.model,
+        "--dtype",
+        "float32",
+        "--max_batch",
+        str(args.max_batch),
+        "--max_body_mb",
+        "2",
+    ]
     engine = open_engine(read_flags(flags))
     made = good_requests(Path(args.model).resolve().name, args.max_tokens)
     good = [(said, engine([request], batch_size=1)[0].text) for said, request in made]
@@ -131,7 +167,9 @@ def main() -> int:
     command = [sys.executable, "-m", "ltu.serve", *flags, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
-            while not (found := re.search(r"running on (http\S+)", line := server.stderr.readline())):
+            while not (
+                found := re.search(r"running on (http\S+)", line := server.stderr.readline())
+            ):
                 if not line:
                     raise SystemExit(f"The server did not start; see why with {' '.join(command)}")
             threading.Thread(target=server.stderr.read, daemon=True).start()
@@ -140,11 +178,17 @@ def main() -> int:
         finally:
             server.terminate()
     output_path = vars(args).pop("output_path")
-    report = vars(args) | {"torch_threads": torch.get_num_threads(), "one_client": one, "many_clients": many}
+    report = vars(args) | {
+        "torch_threads": torch.get_num_threads(),
+        "one_client": one,
+        "many_clients": many,
+    }
     report["speedup"] = many["answers_per_second"] / one["answers_per_second"]
     report["is_right"] = set(one["requests"]) | set(many["requests"]) <= {"answered", "refused"}
     memory, files = many["memory"], many["open_files"]
-    report["leaks"] = memory["end_mb"] > memory["warm_mb"] * MAX_GROWTH or files["end"] > files["before"]
+    report["leaks"] = (
+        memory["end_mb"] > memory["warm_mb"] * MAX_GROWTH or files["end"] > files["before"]
+    )
     print(json.dumps(report, indent=1))
     print(f"answers {'right' if report['is_right'] else 'WRONG'}, {'LEAKS' if report['leaks'] else 'no leak'}, "
           f"{report['speedup']:.1f} x one client's throughput (needed: {MIN_SPEEDUP})")  # fmt: skip

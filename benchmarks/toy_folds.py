@@ -46,7 +46,10 @@ def learning_rate() -> list[str]:
 
 def seconds_of_training(folder: Path) -> float:
     """Sum over the stages of a fold of what the Trainer measured."""
-    histories = [json.loads(path.read_text())["log_history"] for path in folder.glob("stage*/trainer_state.json")]
+    histories = [
+        json.loads(path.read_text())["log_history"]
+        for path in folder.glob("stage*/trainer_state.json")
+    ]
     return sum(entry.get("train_runtime", 0.0) for history in histories for entry in history)
 
 
@@ -55,21 +58,27 @@ def verdicts(rows: list[dict]) -> dict[str, bool]:
     named = {row["name"]: row for row in rows}
     last = named[max(name for name in named if name.startswith("stage"))]
     share = {key: last[key]["share"] for key in ("right", "wrong", "label")}
-    probe, package = (named[name]["right"]["share"] for name in ("linear probe on the ear", "source package alone"))
+    probe, package = (
+        named[name]["right"]["share"]
+        for name in ("linear probe on the ear", "source package alone")
+    )
     return {
         f"category {share['right']:.3f} >= 0.65": share["right"] >= 0.65,
-        f"category {share['right']:.3f} >= linear probe {probe:.3f} - 0.05": share["right"] >= probe - 0.05,
-        f"category {share['right']:.3f} >= source package {package:.3f} + 0.08": share["right"] >= package + 0.08,
+        f"category {share['right']:.3f} >= linear probe {probe:.3f} - 0.05": share["right"]
+        >= probe - 0.05,
+        f"category {share['right']:.3f} >= source package {package:.3f} + 0.08": share["right"]
+        >= package + 0.08,
         f"exact label {share['label']:.3f} >= 0.55": share["label"] >= 0.55,
-        f"category with another category's audio {share['wrong']:.3f} <= 0.10": share["wrong"] <= 0.10,
+        f"category with another category's audio {share['wrong']:.3f} <= 0.10": share["wrong"]
+        <= 0.10,
     }
 
 
 def verdicts_as(rows: list[dict], speech: list[dict]) -> dict[str, bool]:
     """What was promised of LTU-AS before measuring, and whether the last stage keeps it."""
-    category = max((row for row in rows if row["name"].startswith("stage")), key=lambda row: row["name"])["right"][
-        "share"
-    ]
+    category = max(
+        (row for row in rows if row["name"].startswith("stage")), key=lambda row: row["name"]
+    )["right"]["share"]
     found = {f"category {category:.3f} >= 0.65": category >= 0.65}
     for row in speech:
         if "gender" in row["name"].lower() and row["name"].endswith(")"):
@@ -81,13 +90,17 @@ def verdicts_as(rows: list[dict], speech: list[dict]) -> dict[str, bool]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--output_dir", type=Path, default=Path("exp/toy"))
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=list(SCRIPTS), default="ltu")
-    parser.add_argument("--alone", action="store_true", help="stage 4 alone, for as many steps as the four stages")
+    parser.add_argument(
+        "--alone", action="store_true", help="stage 4 alone, for as many steps as the four stages"
+    )
     args = parser.parse_args(argv)
     if args.alone and args.kind != "ltu":
         parser.error("--alone is of LTU")
@@ -96,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
     for fold, folder in zip(args.folds, folders, strict=True):
         run_fold(args.kind, fold, args.seed, folder, args.alone)
     result = toy.evaluate(folders, Path("pretrained_mdls/yamnet") if args.kind == "ltu" else None)
-    result["seconds_of_training"] = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
+    result["seconds_of_training"] = {
+        folder.name: round(seconds_of_training(folder), 1) for folder in folders
+    }
     if args.kind == "ltu_as":
         result["speech"] = toy_speech.evaluate([max(folder.glob("stage3*")) for folder in folders])
         result["speech"]["runs"] = [folder.name for folder in folders]

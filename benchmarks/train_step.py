@@ -25,7 +25,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Spinning threads would time the neighbours on a shared machine.
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # Spinning threads would time the neighbours on a shared machine.
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -37,9 +39,18 @@ from ltu import CavMaeConfig, LtuConfig  # noqa: E402
 from ltu_as import LtuAsConfig, TltrConfig  # noqa: E402
 
 SIDES = ("bare", "ours")
-MAX_TIME = {"ltu": {"fp32": 1.12, "bf16": 1.25}, "ltu_as": {"fp32": 0.8, "bf16": 0.4}}  # ours / bare
+MAX_TIME = {
+    "ltu": {"fp32": 1.12, "bf16": 1.25},
+    "ltu_as": {"fp32": 0.8, "bf16": 0.4},
+}  # ours / bare
 MAX_PEAK = {"ltu": 1.10, "ltu_as": 0.6}  # ours / bare
-LLM = dict(vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4)
+LLM = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=172,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
 LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -70,11 +81,15 @@ class BareLlm(nn.Module):
         self.project = nn.Linear(audio_width, LLM["hidden_size"])
         self.embed = nn.Embedding(LLM["vocab_size"], LLM["hidden_size"])
         shape = (LLM["hidden_size"], LLM["num_attention_heads"], LLM["intermediate_size"])
-        self.llm = nn.Sequential(*(BareBlock(*shape, True) for _ in range(LLM["num_hidden_layers"])))
+        self.llm = nn.Sequential(
+            *(BareBlock(*shape, True) for _ in range(LLM["num_hidden_layers"]))
+        )
         self.head = nn.Linear(LLM["hidden_size"], LLM["vocab_size"], bias=False)
 
     def loss(self, heard: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        sequence = torch.cat([self.project(heard), self.embed(text)], dim=1)  # (batch, audio tokens + text, 64)
+        sequence = torch.cat(
+            [self.project(heard), self.embed(text)], dim=1
+        )  # (batch, audio tokens + text, 64)
         logits = self.head(self.llm(sequence))[:, heard.shape[1] :]  # (batch, text, vocabulary)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text[:, 1:].flatten())
 
@@ -84,14 +99,24 @@ class BareTltr(BareLlm):
 
     def __init__(self, audio_encoder: TltrConfig):
         super().__init__(audio_encoder.hidden_size)
-        self.time_tr = ResidualAttentionBlock(audio_encoder.hidden_size, audio_encoder.num_time_heads)
-        self.layer_tr = ResidualAttentionBlock(audio_encoder.hidden_size, audio_encoder.num_layer_heads)
+        self.time_tr = ResidualAttentionBlock(
+            audio_encoder.hidden_size, audio_encoder.num_time_heads
+        )
+        self.layer_tr = ResidualAttentionBlock(
+            audio_encoder.hidden_size, audio_encoder.num_layer_heads
+        )
 
     def forward(self, text: torch.Tensor, input_features: torch.Tensor) -> torch.Tensor:
         batch, layers, steps, _ = input_features.shape
         with disable_sdpa():
-            x = self.time_tr(input_features.flatten(0, 1)).unflatten(0, (batch, layers)).transpose(1, 2)
-            x = self.layer_tr(x.flatten(0, 1)).mean(1).unflatten(0, (batch, steps))  # (batch, 25, 1280)
+            x = (
+                self.time_tr(input_features.flatten(0, 1))
+                .unflatten(0, (batch, layers))
+                .transpose(1, 2)
+            )
+            x = (
+                self.layer_tr(x.flatten(0, 1)).mean(1).unflatten(0, (batch, steps))
+            )  # (batch, 25, 1280)
         return self.loss(x, text)
 
 
@@ -100,14 +125,25 @@ class BareStack(BareLlm):
 
     def __init__(self, audio_encoder: CavMaeConfig):
         super().__init__(audio_encoder.hidden_size)
-        width, heads, hidden = audio_encoder.hidden_size, audio_encoder.num_attention_heads, audio_encoder.intermediate_size
+        width, heads, hidden = (
+            audio_encoder.hidden_size,
+            audio_encoder.num_attention_heads,
+            audio_encoder.intermediate_size,
+        )
         self.patches = nn.Conv2d(1, width, audio_encoder.patch_size, audio_encoder.patch_size)
         self.positions = nn.Parameter(torch.zeros(1, 512, width))
-        self.audio_encoder = nn.Sequential(*(BareBlock(width, heads, hidden, False) for _ in range(audio_encoder.num_hidden_layers)))
+        self.audio_encoder = nn.Sequential(
+            *(
+                BareBlock(width, heads, hidden, False)
+                for _ in range(audio_encoder.num_hidden_layers)
+            )
+        )
         self.ear_norm = nn.LayerNorm(width)
 
     def forward(self, text: torch.Tensor, input_features: torch.Tensor) -> torch.Tensor:
-        x = self.patches(input_features.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)  # (batch, 512, 768)
+        x = (
+            self.patches(input_features.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)
+        )  # (batch, 512, 768)
         x = self.ear_norm(self.audio_encoder(x + self.positions))
         return self.loss(x.unflatten(1, (8, 32, 2)).mean((1, 3)), text)
 
@@ -118,11 +154,19 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
     device = torch.device(args.device)
     text = torch.randint(3, LLM["vocab_size"], (args.batch_size, args.text_tokens), device=device)
     if args.kind == "ltu":
-        config_class, bare, audio_encoder = LtuConfig, BareStack, CavMaeConfig(num_hidden_layers=args.num_layers)
+        config_class, bare, audio_encoder = (
+            LtuConfig,
+            BareStack,
+            CavMaeConfig(num_hidden_layers=args.num_layers),
+        )
         shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
     else:
         config_class, bare, audio_encoder = LtuAsConfig, BareTltr, TltrConfig()
-        shape = (audio_encoder.num_whisper_layers, audio_encoder.num_audio_tokens, audio_encoder.hidden_size)
+        shape = (
+            audio_encoder.num_whisper_layers,
+            audio_encoder.num_audio_tokens,
+            audio_encoder.hidden_size,
+        )
     features = torch.randn(args.batch_size, *shape, device=device)
     if side == "bare":
         model = bare(audio_encoder).to(device).train()
@@ -134,8 +178,15 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
         audio = text.new_full((args.batch_size, config.num_audio_tokens), config.audio_token_id)
         ids = torch.cat([audio, text], dim=1)  # (batch, 32 + text)
         labels = torch.cat([torch.full_like(audio, -100), text], dim=1)
-        inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), input_features=features, labels=labels)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+        inputs = dict(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            input_features=features,
+            labels=labels,
+        )
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0
+    )
 
     def precision() -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
@@ -168,7 +219,16 @@ def peak_of(side: str, args: argparse.Namespace, dtype: str) -> int:
         f"--{name}={getattr(args, name)}"
         for name in ("kind", "batch_size", "text_tokens", "num_layers", "device", "threads")
     ]
-    command = [sys.executable, "-m", "benchmarks.train_step", "--worker", side, "--dtypes", dtype, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        "--worker",
+        side,
+        "--dtypes",
+        dtype,
+        *options,
+    ]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(answer.strip().splitlines()[-1])
 
@@ -180,7 +240,10 @@ def reference_of(args: argparse.Namespace, dtype: str) -> str:
 
 def alternate(args: argparse.Namespace, dtype: str) -> dict[str, list[float]]:
     """Seconds of every step, bare and ours by turns, after one warm-up step each."""
-    steps = {"bare": make_step("bare", args, reference_of(args, dtype)), "ours": make_step("ours", args, dtype)}
+    steps = {
+        "bare": make_step("bare", args, reference_of(args, dtype)),
+        "ours": make_step("ours", args, dtype),
+    }
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(args.steps + 1):
         for side, step in steps.items():
@@ -198,7 +261,8 @@ def compare(args: argparse.Namespace, dtype: str, peaks: dict[str, int]) -> dict
     result["time_ratio"] = medians["ours"] / medians["bare"]
     result["peak_ratio"] = peaks["ours"] / peaks["bare"]
     result["within"] = (
-        result["time_ratio"] <= MAX_TIME[args.kind][dtype] and result["peak_ratio"] <= MAX_PEAK[args.kind]
+        result["time_ratio"] <= MAX_TIME[args.kind][dtype]
+        and result["peak_ratio"] <= MAX_PEAK[args.kind]
     )
     return result
 
@@ -209,12 +273,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--text_tokens", type=int, default=112)
-    parser.add_argument("--num_layers", type=int, default=12, help="layers of the ear; fewer for a quick look")
-    parser.add_argument("--dtypes", nargs="+", choices=list(MAX_TIME["ltu"]), default=list(MAX_TIME["ltu"]))
+    parser.add_argument(
+        "--num_layers", type=int, default=12, help="layers of the ear; fewer for a quick look"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(MAX_TIME["ltu"]), default=list(MAX_TIME["ltu"])
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output_path", type=Path, help="write the figures there as JSON")
-    parser.add_argument("--worker", choices=SIDES, help="print the peak of one side in bytes, and nothing else")
+    parser.add_argument(
+        "--worker", choices=SIDES, help="print the peak of one side in bytes, and nothing else"
+    )
     return parser.parse_args()
 
 
@@ -229,25 +299,43 @@ def main() -> int:
         return 0
     # Memory first, for all: on Linux a child's peak starts at what its parent had resident, which must still be small.
     peaks = {
-        dtype: {"bare": peak_of("bare", args, reference_of(args, dtype)), "ours": peak_of("ours", args, dtype)}
+        dtype: {
+            "bare": peak_of("bare", args, reference_of(args, dtype)),
+            "ours": peak_of("ours", args, dtype),
+        }
         for dtype in args.dtypes
     }
     results = [compare(args, dtype, peaks[dtype]) for dtype in args.dtypes]
     depth = f", {args.num_layers} layers" if args.kind == "ltu" else ""
     size = f"{args.kind}, batch {args.batch_size} x {args.text_tokens} text tokens{depth}"
     print(f"\n{args.device}, {args.threads} threads, {size}, torch {torch.__version__}")
-    print(f"{'':6}{'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}   {'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}")
+    print(
+        f"{'':6}{'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}   {'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}"
+    )
     for r in results:
-        (bare, ours), (low, high) = r["median_seconds"].values(), (peak / 2**30 for peak in r["peak_bytes"].values())
-        time_bound, peak_bound, verdict = MAX_TIME[args.kind], MAX_PEAK[args.kind], "ok" if r["within"] else "OVER"
+        (bare, ours), (low, high) = (
+            r["median_seconds"].values(),
+            (peak / 2**30 for peak in r["peak_bytes"].values()),
+        )
+        time_bound, peak_bound, verdict = (
+            MAX_TIME[args.kind],
+            MAX_PEAK[args.kind],
+            "ok" if r["within"] else "OVER",
+        )
         print(
             f"{r['dtype']:6}{bare:8.2f}s{ours:8.2f}s{r['time_ratio']:8.3f}{time_bound[r['dtype']]:7.2f}   "
             f"{low:7.2f}Gi{high:7.2f}Gi{r['peak_ratio']:8.3f}{peak_bound:7.2f}   {verdict}"
         )
     if args.output_path:
         args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        settings = {name: value for name, value in vars(args).items() if name not in ("output_path", "worker")}
-        args.output_path.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+        settings = {
+            name: value
+            for name, value in vars(args).items()
+            if name not in ("output_path", "worker")
+        }
+        args.output_path.write_text(
+            json.dumps({"settings": settings, "results": results}, indent=1) + "\n"
+        )
         print(f"written to {args.output_path}")
     return 0 if all(r["within"] for r in results) else 1
 

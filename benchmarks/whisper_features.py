@@ -20,7 +20,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # Spinning threads would time the neighbours on a shared machine.
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # Spinning threads would time the neighbours on a shared machine.
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -46,22 +48,36 @@ def random_whisper(size: str, folder: str) -> str:
     return path
 
 
-def one_by_one(extractor: LtuAsFeatureExtractor, clips: list[np.ndarray], dtype: torch.dtype) -> list[np.ndarray]:
+def one_by_one(
+    extractor: LtuAsFeatureExtractor, clips: list[np.ndarray], dtype: torch.dtype
+) -> list[np.ndarray]:
     """The original's way: features (layers, 25, width) of each clip."""
     model, _ = extractor.load_encoder()
     encoder = copy.copy(model.encoder)
-    encoder._buffers = {"positional_embedding": model.encoder.positional_embedding[: extractor.num_frames // 2]}
+    encoder._buffers = {
+        "positional_embedding": model.encoder.positional_embedding[: extractor.num_frames // 2]
+    }
     found = []
     for clip in clips:
         stack: list[torch.Tensor] = []
-        hooks = [encoder.blocks[0].register_forward_pre_hook(lambda module, inputs, stack=stack: stack.append(*inputs))]
+        hooks = [
+            encoder.blocks[0].register_forward_pre_hook(
+                lambda module, inputs, stack=stack: stack.append(*inputs)
+            )
+        ]
         for block in encoder.blocks:
-            hooks.append(block.register_forward_hook(lambda module, inputs, output, stack=stack: stack.append(output)))
+            hooks.append(
+                block.register_forward_hook(
+                    lambda module, inputs, output, stack=stack: stack.append(output)
+                )
+            )
         mel = pad_or_trim(log_mel_spectrogram(clip, extractor.num_mel_bins), extractor.num_frames)
         encoder(mel[None].to(extractor.device, dtype))
         for hook in hooks:
             hook.remove()
-        layers = torch.stack(stack, -1)[0].detach().cpu().permute(2, 0, 1).numpy()[1:]  # (layers, 500, width)
+        layers = (
+            torch.stack(stack, -1)[0].detach().cpu().permute(2, 0, 1).numpy()[1:]
+        )  # (layers, 500, width)
         shape = (len(layers), extractor.num_tokens, extractor.time_pooling, layers.shape[-1])
         found.append(layers.reshape(shape).mean(2, dtype=np.float32).astype(layers.dtype))
     return found
@@ -78,11 +94,17 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--whisper", help="an openai-whisper .pt file or a name")
-    parser.add_argument("--size", choices=SIZES, default="base", help="of the random one without --whisper")
+    parser.add_argument(
+        "--size", choices=SIZES, default="base", help="of the random one without --whisper"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--feature_precision", choices=MAX_ERROR, help="default: fp32 on a CPU, fp16 on a GPU")
+    parser.add_argument(
+        "--feature_precision", choices=MAX_ERROR, help="default: fp32 on a CPU, fp16 on a GPU"
+    )
     parser.add_argument("--clips", type=int, default=32, help="of 10 s")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
@@ -97,10 +119,17 @@ def main() -> None:
         extractor.device = args.device
         model, _ = extractor.load_encoder()
     is_half = precision == "fp16" and extractor.device.type == "cuda"
-    model.encoder.requires_grad_(not is_half)  # Half matrices beside full norms: gradients would only cost memory.
+    model.encoder.requires_grad_(
+        not is_half
+    )  # Half matrices beside full norms: gradients would only cost memory.
     noise = np.random.default_rng(0)
-    clips = [noise.standard_normal(10 * SAMPLING_RATE).astype(np.float32) * 0.1 for _ in range(args.clips)]
-    batches = [clips[start : start + args.batch_size] for start in range(0, len(clips), args.batch_size)]
+    clips = [
+        noise.standard_normal(10 * SAMPLING_RATE).astype(np.float32) * 0.1
+        for _ in range(args.clips)
+    ]
+    batches = [
+        clips[start : start + args.batch_size] for start in range(0, len(clips), args.batch_size)
+    ]
     dtype = torch.float16 if is_half else torch.float32
 
     def ours() -> torch.Tensor:
@@ -111,7 +140,9 @@ def main() -> None:
 
     sides = {"ours": (ours, nullcontext), "one_by_one": (theirs, nullcontext)}
     sides["original_attention"] = theirs, disable_sdpa
-    error = float(np.abs(ours().float().numpy() - theirs().astype(np.float32)).max())  # Also the warm-up.
+    error = float(
+        np.abs(ours().float().numpy() - theirs().astype(np.float32)).max()
+    )  # Also the warm-up.
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, (run, context) in sides.items():
@@ -121,8 +152,17 @@ def main() -> None:
     speedups = {name: rates["ours"] / rates[name] for name in ("one_by_one", "original_attention")}
     needed = MIN_SPEEDUP["cuda" if is_half or args.device.startswith("cuda") else "cpu"]
     report = {"device": args.device, "threads": args.threads, "precision": precision}
-    report |= {"shape": extractor.describe()["shape"], "clips": args.clips, "batch_size": args.batch_size}
-    report |= {"clips_per_second": rates, "speedup": speedups, "needed": needed, "largest_difference": error}
+    report |= {
+        "shape": extractor.describe()["shape"],
+        "clips": args.clips,
+        "batch_size": args.batch_size,
+    }
+    report |= {
+        "clips_per_second": rates,
+        "speedup": speedups,
+        "needed": needed,
+        "largest_difference": error,
+    }
     print(json.dumps(report, indent=1))
     print(f"numbers {'equal' if error <= MAX_ERROR[precision] else 'DIFFER'}; "
           f"{'reaches' if speedups['one_by_one'] >= needed else 'falls short of'} {needed} x")  # fmt: skip

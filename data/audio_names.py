@@ -78,7 +78,13 @@ def stem_of(name: str) -> str:
     return str(PurePosixPath(name).with_name(stem(name))) if stem(name) else name
 
 
-RULES = {"audioset": youtube, "vggsound": youtube, "audiocaps": youtube, "fsd50k": fsd50k, "clotho": clotho}
+RULES = {
+    "audioset": youtube,
+    "vggsound": youtube,
+    "audiocaps": youtube,
+    "fsd50k": fsd50k,
+    "clotho": clotho,
+}
 RULES |= {"esc50": esc50}
 
 
@@ -127,15 +133,21 @@ def read_table(file: Path) -> dict[str, str]:
     table: dict[str, str] = {}
     for number, cells in read_cells(file):
         if len(cells) != 2 or not all(cells):
-            raise ValueError(f"{file}, line {number}: {len(cells)} cells, not a source file and its audio_id: {cells}")
+            raise ValueError(
+                f"{file}, line {number}: {len(cells)} cells, not a source file and its audio_id: {cells}"
+            )
         source, audio_id = cells
         if not table and (source.lower(), audio_id.lower()) == ("file", "audio_id"):
             continue
         parts = PurePosixPath(audio_id).parts
         if ".." in parts or audio_id.startswith("/"):
-            raise ValueError(f"{file}, line {number}: {audio_id!r} leads out of --output_dir. Give a relative path.")
+            raise ValueError(
+                f"{file}, line {number}: {audio_id!r} leads out of --output_dir. Give a relative path."
+            )
         if source in table:
-            raise ValueError(f"{file}, line {number}: {source!r} is there twice. Keep one line of it.")
+            raise ValueError(
+                f"{file}, line {number}: {source!r} is there twice. Keep one line of it."
+            )
         table[source] = str(PurePosixPath(audio_id).with_name(stem(audio_id) + ".flac"))
     return table
 
@@ -150,7 +162,9 @@ def read_ids(file: Path, column: str | None = None) -> Iterator[str]:
         for number, row in enumerate(stream_rows(file), start=1):
             name = column or next((name for name in ID_COLUMNS if name in row), None)
             if name not in row:
-                raise ValueError(f"{file}, row {number} has no {name or 'audio_id'!r}, only {sorted(row)}.")
+                raise ValueError(
+                    f"{file}, row {number} has no {name or 'audio_id'!r}, only {sorted(row)}."
+                )
             if row[name] not in NO_AUDIO:
                 yield str(row[name])
         return
@@ -164,11 +178,15 @@ def read_ids(file: Path, column: str | None = None) -> Iterator[str]:
                 raise ValueError(f"{file} has no column {column!r}; its first line is {cells}.")
             if at is not None:
                 continue
-            if cells[0].startswith("# "):  # AudioSet's tables begin with two lines about themselves.
+            if cells[0].startswith(
+                "# "
+            ):  # AudioSet's tables begin with two lines about themselves.
                 continue
             at = 0
         if at >= len(cells):
-            raise ValueError(f"{file}, line {number}: {len(cells)} cells, but the id is in the {at + 1}th.")
+            raise ValueError(
+                f"{file}, line {number}: {len(cells)} cells, but the id is in the {at + 1}th."
+            )
         if cells[at]:
             yield cells[at]
 
@@ -184,4 +202,6 @@ def read_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
                 if any(cells):
                     yield reader.line_num, [cell.strip() for cell in cells]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8, after line {reader.line_num}. Save it as UTF-8.") from error
+            raise ValueError(
+                f"{file} is not UTF-8, after line {reader.line_num}. Save it as UTF-8."
+            ) from error

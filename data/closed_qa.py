@@ -49,10 +49,19 @@ NAMES = {
     "speed": (("slow", "normal", "fast"), ("very slow", "slow", "normal", "fast", "very fast")),
     "energy": (("low", "medium", "high"), ("very low", "low", "medium", "high", "very high")),
 }
-GENDERS = {"m": "male", "f": "female", "man": "male", "woman": "female", "male": "male", "female": "female"}
+GENDERS = {
+    "m": "male",
+    "f": "female",
+    "man": "male",
+    "woman": "female",
+    "male": "male",
+    "female": "female",
+}
 
 
-def ask(questions: list[str], answer: str, words: Words, rng: Random, prefix_share: float) -> tuple[str, str]:
+def ask(
+    questions: list[str], answer: str, words: Words, rng: Random, prefix_share: float
+) -> tuple[str, str]:
     """One of the questions, with the prefix in that share of the cases, and the answer; `words` fill both."""
     question = rng.choice(questions)
     if prefix_share and rng.random() < prefix_share:
@@ -60,11 +69,15 @@ def ask(questions: list[str], answer: str, words: Words, rng: Random, prefix_sha
     return question.format(**words), answer.format(**words)
 
 
-def make_row(asked: tuple[str, str], audio_id: str, dataset: str, task: str, text: str | None = "") -> dict[str, str]:
+def make_row(
+    asked: tuple[str, str], audio_id: str, dataset: str, task: str, text: str | None = ""
+) -> dict[str, str]:
     """A row with its keys in the order of the papers' data; without `input` if `text` is None."""
     given = {} if text is None else {"input": text}
     return (
-        {"instruction": asked[0]} | given | {"audio_id": audio_id, "dataset": dataset, "task": task, "output": asked[1]}
+        {"instruction": asked[0]}
+        | given
+        | {"audio_id": audio_id, "dataset": dataset, "task": task, "output": asked[1]}
     )
 
 
@@ -113,7 +126,11 @@ def side(score: float) -> str:
 def emotion(kind: str, record: dict, rng: Random, about: dict) -> list[Words]:
     name, score = str(record.get("emotion") or "").strip(), number_of(record.get("sentiment"))
     if kind == "gender":
-        return [{"gender": gender_of(record).capitalize(), "emotion": name.lower()}] if gender_of(record) else []
+        return (
+            [{"gender": gender_of(record).capitalize(), "emotion": name.lower()}]
+            if gender_of(record)
+            else []
+        )
     words = {"emotion": name.capitalize()} if kind in ("cla", "detail") else {}
     if kind == "cla":
         return [words]
@@ -134,19 +151,31 @@ def age(record: dict, rng: Random, about: dict) -> list[Words]:
 
 # Task -> the key that it needs of a record, and its words.
 TASKS: dict[str, tuple[str, Callable[[dict, Random, dict], list[Words]]]] = {
-    "cla_label": ("labels", lambda record, rng, about: [{"labels": "; ".join(listed(record["labels"]))}]),
+    "cla_label": (
+        "labels",
+        lambda record, rng, about: [{"labels": "; ".join(listed(record["labels"]))}],
+    ),
     "cla_label_des": ("labels", described),
     "caption": ("caption", captions),
-    **{f"temporal_{kind}": ("events", partial(events, kind)) for kind in ("order", "first", "single", "all")},
+    **{
+        f"temporal_{kind}": ("events", partial(events, kind))
+        for kind in ("order", "first", "single", "all")
+    },
     "gender_cla": ("gender", gender),
     "age_cla": ("age", age),
     **{f"{key}_cla": (key, partial(level, key)) for key in NAMES},
     "emotion_cla": ("emotion", partial(emotion, "cla")),
-    "emotion_bin": ("sentiment", partial(emotion, "bin")),  # A score of 0, neither of the two, is "neutral".
+    "emotion_bin": (
+        "sentiment",
+        partial(emotion, "bin"),
+    ),  # A score of 0, neither of the two, is "neutral".
     "emotion_detail": ("emotion", partial(emotion, "detail")),
     "emotion_score": ("sentiment", partial(emotion, "score")),
     "gender_emotion_cla": ("emotion", partial(emotion, "gender")),
-    "genre_cla": ("genre", lambda record, rng, about: [{"genre": ", ".join(listed(record["genre"]))}]),
+    "genre_cla": (
+        "genre",
+        lambda record, rng, about: [{"genre": ", ".join(listed(record["genre"]))}],
+    ),
     "asr": ("text", lambda record, rng, about: [{"text": str(record["text"]).strip()}]),
 }
 
@@ -167,12 +196,18 @@ def rows_of(record: dict, tasks: list[str], texts: dict, about: dict) -> Iterato
         for words in words_of(record, rng, about):
             if not all(value.strip() for name, value in words.items() if name != "style"):
                 continue  # An empty text, or a list of them, says nothing.
-            asked = ask(texts[task]["questions"], texts[task]["answer"], words, rng, about["prefix_share"])
+            asked = ask(
+                texts[task]["questions"], texts[task]["answer"], words, rng, about["prefix_share"]
+            )
             text = record.get("input", None if record.get("text") else "")
-            yield make_row(asked, record["audio_id"], record.get("dataset") or about["dataset"], task, text)
+            yield make_row(
+                asked, record["audio_id"], record.get("dataset") or about["dataset"], task, text
+            )
 
 
-def read_records(file: Path, columns: dict[str, list[str]], separator: str, audio_ids: dict | None) -> Iterator[dict]:
+def read_records(
+    file: Path, columns: dict[str, list[str]], separator: str, audio_ids: dict | None
+) -> Iterator[dict]:
     """Records with our keys; those whose clip is not in `audio_ids` are left out. A cell of a table may hold JSON.
 
     Raises:
@@ -187,9 +222,13 @@ def read_records(file: Path, columns: dict[str, list[str]], separator: str, audi
             if isinstance(record.get(key), str):
                 record[key] = record[key].split(separator)
         if not record.get("audio_id"):
-            raise ValueError(f"{file}, record {number} has no audio_id, only {list(record)}: --columns audio_id=NAME")
+            raise ValueError(
+                f"{file}, record {number} has no audio_id, only {list(record)}: --columns audio_id=NAME"
+            )
         if audio_ids is None or record["audio_id"] in audio_ids:
-            yield record | {"audio_id": (audio_ids or {}).get(record["audio_id"], record["audio_id"])}
+            yield record | {
+                "audio_id": (audio_ids or {}).get(record["audio_id"], record["audio_id"])
+            }
 
 
 def _table(file: Path) -> Iterator[dict]:
@@ -197,17 +236,27 @@ def _table(file: Path) -> Iterator[dict]:
     _, names = next(lines, (0, []))
     for number, cells in lines:
         if any(cells[len(names) :]):
-            raise ValueError(f"{file}, line {number}: {len(cells)} cells under {len(names)} names. Quote the commas.")
+            raise ValueError(
+                f"{file}, line {number}: {len(cells)} cells under {len(names)} names. Quote the commas."
+            )
         try:
-            pairs = zip(names, cells, strict=False)  # Spreadsheets leave out empty cells at the end.
-            yield {name: json.loads(cell) if cell[:2] in ("[{", '["') else cell for name, cell in pairs}
+            pairs = zip(
+                names, cells, strict=False
+            )  # Spreadsheets leave out empty cells at the end.
+            yield {
+                name: json.loads(cell) if cell[:2] in ("[{", '["') else cell for name, cell in pairs
+            }
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: a cell begins like JSON but is none: {error}") from error
+            raise ValueError(
+                f"{file}, line {number}: a cell begins like JSON but is none: {error}"
+            ) from error
 
 
 def find_cuts(records: Iterator[dict], given: dict) -> dict:
     """Cut points of every key that has numbers: those given, the papers' of pitch, thirds of the numbers of others."""
-    values: dict[str, list[float]] = {key: [] for key in NAMES if key not in given and key != "pitch"}
+    values: dict[str, list[float]] = {
+        key: [] for key in NAMES if key not in given and key != "pitch"
+    }
     for record in records:
         for key, numbers in values.items():
             if (number := number_of(record.get(key))) is not None:
@@ -218,7 +267,9 @@ def find_cuts(records: Iterator[dict], given: dict) -> dict:
         if low < high:
             cuts[key] = low, high
         elif numbers:  # All that are equal would be among the highest.
-            print(f"{key}: no thirds, too many are {low:g}, so its numbers make no rows. Give --cuts.")
+            print(
+                f"{key}: no thirds, too many are {low:g}, so its numbers make no rows. Give --cuts."
+            )
     return cuts
 
 
@@ -227,9 +278,18 @@ def read_cuts(file: Path) -> dict:
     given = json.loads(file.read_bytes())
     for key, cuts in given.items() if isinstance(given, dict) else [("", given)]:
         for points in cuts.values() if isinstance(cuts, dict) else [cuts]:
-            is_list = isinstance(points, list) and all(isinstance(point, int | float) for point in points)
-            if key not in NAMES or not is_list or len(points) not in (2, 4) or sorted(set(points)) != points:
-                raise ValueError(f"{file}: {key!r}: {cuts}. Give 2 or 4 ascending numbers for one of {[*NAMES]}.")
+            is_list = isinstance(points, list) and all(
+                isinstance(point, int | float) for point in points
+            )
+            if (
+                key not in NAMES
+                or not is_list
+                or len(points) not in (2, 4)
+                or sorted(set(points)) != points
+            ):
+                raise ValueError(
+                    f"{file}: {key!r}: {cuts}. Give 2 or 4 ascending numbers for one of {[*NAMES]}."
+                )
     return given
 
 
@@ -238,35 +298,62 @@ def read_audio_ids(file: Path) -> dict[str, str]:
     try:
         return {line["id"]: line["audio_id"] for line in _table(file)}
     except KeyError as name:
-        raise ValueError(f"{file} has no column {name}. Let its first line be id,audio_id.") from name
+        raise ValueError(
+            f"{file} has no column {name}. Let its first line be id,audio_id."
+        ) from name
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--metadata", required=True, type=Path, metavar="CLIPS")
-    parser.add_argument("--output_path", required=True, type=Path, metavar="ROWS", help=".json, .jsonl or .parquet")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="default: all")
+    parser.add_argument(
+        "--output_path", required=True, type=Path, metavar="ROWS", help=".json, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help="default: all",
+    )
     text = "other names; OURS=A,B makes a list"
     parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
     parser.add_argument("--separator", default=";", help="of labels and genres in a text")
-    parser.add_argument("--audio_ids", type=Path, help="audio_ids.csv of data.prepare_audio: only clips that are there")
+    parser.add_argument(
+        "--audio_ids",
+        type=Path,
+        help="audio_ids.csv of data.prepare_audio: only clips that are there",
+    )
     parser.add_argument("--dataset", default="own", help="of records that name none")
-    parser.add_argument("--descriptions", type=Path, help="JSON: label -> list of short acoustic descriptions")
-    parser.add_argument("--cuts", type=Path, help="JSON: key -> 2 or 4 cut points, or gender -> such")
+    parser.add_argument(
+        "--descriptions", type=Path, help="JSON: label -> list of short acoustic descriptions"
+    )
+    parser.add_argument(
+        "--cuts", type=Path, help="JSON: key -> 2 or 4 cut points, or gender -> such"
+    )
     parser.add_argument("--style", help="of captions: AudioCaps, Clotho")
-    parser.add_argument("--prefix_share", type=float, default=0.0, help=f"of questions that begin with {PREFIX!r}")
+    parser.add_argument(
+        "--prefix_share", type=float, default=0.0, help=f"of questions that begin with {PREFIX!r}"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if not all("=" in pair for pair in args.columns):
         parser.error(f"--columns takes pairs like labels=tags, got {args.columns}")
-    args.columns = {ours: theirs.split(",") for ours, theirs in (pair.split("=", 1) for pair in args.columns)}
+    args.columns = {
+        ours: theirs.split(",") for ours, theirs in (pair.split("=", 1) for pair in args.columns)
+    }
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    inputs = [path for path in (args.metadata, args.audio_ids, args.descriptions, args.cuts) if path]
+    inputs = [
+        path for path in (args.metadata, args.audio_ids, args.descriptions, args.cuts) if path
+    ]
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     about = {key: getattr(args, key) for key in ("dataset", "seed", "prefix_share", "style")}
     about["descriptions"] = json.loads(args.descriptions.read_bytes()) if args.descriptions else {}
@@ -282,17 +369,29 @@ def main(argv: list[str] | None = None) -> int:
                     output.write(row)
                     counts[row["task"]] += 1
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                reason = f"{args.metadata}, record {number} ({record['audio_id']}): {error!r}. Mend it."
+                reason = (
+                    f"{args.metadata}, record {number} ({record['audio_id']}): {error!r}. Mend it."
+                )
                 raise ValueError(reason) from error
             counts["records without a row"] += output.count == before
         if not output.count:
             hint = "name the keys with --columns; spell ids as --audio_ids does (data.prepare_audio --against CLIPS)"
-            raise ValueError(f"{args.metadata}: none of {counts['records']} records makes a row: {hint}.")
-    facts = {key: value for key, value in about.items() if key != "descriptions"} | {"columns": args.columns}
-    if args.audio_ids:  # Its ids are relative to its folder; those of other metadata may be names of any kind.
+            raise ValueError(
+                f"{args.metadata}: none of {counts['records']} records makes a row: {hint}."
+            )
+    facts = {key: value for key, value in about.items() if key != "descriptions"} | {
+        "columns": args.columns
+    }
+    if (
+        args.audio_ids
+    ):  # Its ids are relative to its folder; those of other metadata may be names of any kind.
         facts |= audio_root_of(args.output_path, [args.output_path], args.audio_ids.parent)
-    write_recipe(args.output_path, "closed_qa", inputs, **facts, tasks=args.tasks, counts=dict(counts))
-    print(f"{args.output_path}: {output.count} rows: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    write_recipe(
+        args.output_path, "closed_qa", inputs, **facts, tasks=args.tasks, counts=dict(counts)
+    )
+    print(
+        f"{args.output_path}: {output.count} rows: {', '.join(f'{count} {name}' for name, count in counts.items())}"
+    )
     return 0
 
 

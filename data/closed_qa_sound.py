@@ -31,7 +31,10 @@ def captions(record: dict, rng: Random, about: dict) -> list[Words]:
 
 
 def events(kind: str, record: dict, rng: Random, about: dict) -> list[Words]:
-    found = sorted((float(event["onset"]), float(event["offset"]), event["label"]) for event in record["events"])
+    found = sorted(
+        (float(event["onset"]), float(event["offset"]), event["label"])
+        for event in record["events"]
+    )
     spans = defaultdict(list)
     for onset, offset, label in found:
         spans[label].append(f"{onset:.1f}-{offset:.1f}")
@@ -46,4 +49,9 @@ def events(kind: str, record: dict, rng: Random, about: dict) -> list[Words]:
     is_outlasted = found[0][1] >= min((offset for _, offset, _ in found[1:]), default=0.0)
     if len(spans) < 2 or is_tied or (kind == "first" and is_outlasted):
         return []
-    return [{"first": found[0][2], "order": "; ".join(label for label, _ in groupby(label for _, _, label in found))}]
+    return [
+        {
+            "first": found[0][2],
+            "order": "; ".join(label for label, _ in groupby(label for _, _, label in found)),
+        }
+    ]

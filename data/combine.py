@@ -58,7 +58,11 @@ def part_rows(path: Path, part: dict[str, Any], chance: random.Random) -> Iterat
     for turn in range(max([1, *repeat.values()])):
         for row in stream_rows(path):
             dataset = str(row.get("dataset", "")).lower()
-            times = next((n for pattern, n in repeat.items() if fnmatchcase(dataset, pattern)), 1) if repeat else 1
+            times = (
+                next((n for pattern, n in repeat.items() if fnmatchcase(dataset, pattern)), 1)
+                if repeat
+                else 1
+            )
             if turn >= times:
                 continue
             if share and chance.random() < share:
@@ -83,19 +87,29 @@ def differences(counts: Counts, recipe: dict[str, Any]) -> list[str]:
     expected = recipe.get("expected", {})
     parts = {name: part["rows"] for name, part in recipe["parts"].items() if "rows" in part}
     wanted = [("part", name, number) for name, number in parts.items()]
-    wanted += [(kind, name, n) for kind in ("dataset", "task") for name, n in expected.get(kind, {}).items()]
+    wanted += [
+        (kind, name, n)
+        for kind in ("dataset", "task")
+        for name, n in expected.get(kind, {}).items()
+    ]
     lines = []
     for kind, pattern, number in wanted:
-        found = sum(n for name, n in counts[kind].items() if fnmatchcase(name.lower(), pattern.lower()))
+        found = sum(
+            n for name, n in counts[kind].items() if fnmatchcase(name.lower(), pattern.lower())
+        )
         is_rounded = isinstance(number, str)
         if (f"{found / 1000:.0f}k" if is_rounded else found) != number:
             number = number if is_rounded else f"{number:,}"
             lines.append(f"{kind} {pattern}: {found:,} rows, published {number}")
     found, number = counts["part"].total(), expected.get("rows")
-    return lines + ([f"all: {found:,} rows, published {number:,}"] if number not in (None, found) else [])
+    return lines + (
+        [f"all: {found:,} rows, published {number:,}"] if number not in (None, found) else []
+    )
 
 
-def parse_parts(given: list[str], recipe: dict[str, Any] | None, is_partial: bool) -> list[tuple[str, Path]]:
+def parse_parts(
+    given: list[str], recipe: dict[str, Any] | None, is_partial: bool
+) -> list[tuple[str, Path]]:
     """`NAME=FILE` of a recipe, or files -> (part, path) in the order of the files.
 
     Raises:
@@ -110,18 +124,26 @@ def parse_parts(given: list[str], recipe: dict[str, Any] | None, is_partial: boo
             raise ValueError(f"{name!r} is no part of the recipe: give --data_path {known}.")
     missing = recipe["parts"].keys() - {name for name, _ in parts}
     if missing and not is_partial:
-        raise ValueError(f"No file for {', '.join(sorted(missing))}: give {known}, or --partial to go without.")
+        raise ValueError(
+            f"No file for {', '.join(sorted(missing))}: give {known}, or --partial to go without."
+        )
     return parts
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--data_path", nargs="+", metavar="[PART=]FILE", help="JSON list, JSON lines or Parquet")
+    parser.add_argument(
+        "--data_path", nargs="+", metavar="[PART=]FILE", help="JSON list, JSON lines or Parquet"
+    )
     parser.add_argument("--output_path", type=Path)
     parser.add_argument("--recipe", help="name or file of a recipe")
-    parser.add_argument("--partial", action="store_true", help="go without the parts that no file is given for")
+    parser.add_argument(
+        "--partial", action="store_true", help="go without the parts that no file is given for"
+    )
     parser.add_argument("--no_shuffle", action="store_true", help="keep the order of the files")
     parser.add_argument("--list", action="store_true", help="print the recipes and their parts")
     add_order_flags(parser)
@@ -138,7 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         for path in sorted(RECIPES.glob("*.json")):
             recipe = read_recipe(path.stem)
-            print(f"{path.stem}: {' '.join(f'{part}=FILE' for part in recipe['parts'])}\n  {recipe['about']}")
+            print(
+                f"{path.stem}: {' '.join(f'{part}=FILE' for part in recipe['parts'])}\n  {recipe['about']}"
+            )
         return 0
     recipe = read_recipe(args.recipe) if args.recipe else None
     parts = parse_parts(args.data_path, recipe, args.partial)
@@ -163,7 +187,13 @@ def main(argv: list[str] | None = None) -> int:
             output.write(line)
     order = {"order": "as given", "seed": args.seed} if args.no_shuffle else order_of(args)
     unlike = differences(counts, recipe) if recipe else []
-    facts = {"recipe": recipe, "parts": [name for name, _ in parts], "rows": output.count, "counts": counts, **order}
+    facts = {
+        "recipe": recipe,
+        "parts": [name for name, _ in parts],
+        "rows": output.count,
+        "counts": counts,
+        **order,
+    }
     facts |= {"differences": unlike} | audio_root_of(args.output_path, files)
     write_recipe(args.output_path, "combine", files, **facts)
     print(f"{args.output_path}: {output.count:,} rows")

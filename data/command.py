@@ -11,7 +11,9 @@ def command_parser(
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data_path", required=True, type=Path, help="rows: JSON list, JSON lines or Parquet")
+    parser.add_argument(
+        "--data_path", required=True, type=Path, help="rows: JSON list, JSON lines or Parquet"
+    )
     if output:
         parser.add_argument("--output_path", required=True, type=Path, help=output)
     return parser

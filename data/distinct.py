@@ -23,7 +23,9 @@ class Distinct:
 
     def add(self, value: object, number: int = 0) -> None:
         content = str(value).encode("utf-8", "surrogatepass")
-        self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True))
+        self.hashes.append(
+            int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+        )
         self.numbers.append(number)
         if len(self.hashes) == HELD:
             self._flush()
@@ -31,7 +33,9 @@ class Distinct:
     def _flush(self) -> None:
         if not self.hashes:
             return
-        table = np.stack([np.frombuffer(self.hashes, np.int64), np.frombuffer(self.numbers, np.int64)], 1)  # (n, 2)
+        table = np.stack(
+            [np.frombuffer(self.hashes, np.int64), np.frombuffer(self.numbers, np.int64)], 1
+        )  # (n, 2)
         part = table[:, 0] % PARTS
         table = table[np.argsort(part, kind="stable")]
         ends = np.cumsum(np.bincount(part, minlength=PARTS))[:-1]
@@ -61,4 +65,6 @@ class Distinct:
 
     def firsts(self) -> np.ndarray:
         """(n,) in ascending order: the number of the first occurrence of every value."""
-        return np.sort(np.concatenate([np.zeros(0, np.int64), *(firsts for firsts, _ in self.parts())]))
+        return np.sort(
+            np.concatenate([np.zeros(0, np.int64), *(firsts for firsts, _ in self.parts())])
+        )

@@ -28,7 +28,11 @@ do not provide sufficient|does not provide|difficult to determine|no information
 difficult to infer|not specified|no specific|no information|without additional|it is difficult to|no indication"""
 PHRASES = re.split(r"[|\n]", ORIGINAL)
 # "enough information" is in a text only if "enough" is: these decide.
-DECIDING = [phrase for phrase in PHRASES if not any(other != phrase and other in phrase for other in PHRASES)]
+DECIDING = [
+    phrase
+    for phrase in PHRASES
+    if not any(other != phrase and other in phrase for other in PHRASES)
+]
 FINDING_OUT = (
     "(?:accurately |definitively |reliably |exactly |directly )?(?:determin|infer|identif|tell|say\\b|know|specif|"
     "conclu|confirm|assess|ascertain|answer|judg|deduc|pinpoint|establish)"
@@ -65,7 +69,9 @@ HEDGE = (
     "(?:(?:i )?(?:do not|don't) know(?: the answer| that)?|(?:i(?:'m| am) )?not (?:sure|certain)|no idea|"
     "un(?:clear|known|answerable)|not clear|hard to (?:say|tell)|(?:i )?(?:can't|cannot) (?:say|tell)|n/a)"
 )
-WHOLE = re.compile(rf"(?:(?:it|that|this)(?:'s| is) |the answer is |i have |sorry, )?{HEDGE}(?:,? sorry)?[.!]?")
+WHOLE = re.compile(
+    rf"(?:(?:it|that|this)(?:'s| is) |the answer is |i have |sorry, )?{HEDGE}(?:,? sorry)?[.!]?"
+)
 LONGEST_WHOLE = 40  # characters; longer answers need not be looked at
 
 
@@ -76,7 +82,11 @@ def _own_words(text: str) -> str:
 def is_unanswerable(output: str, rule: str = "refusal") -> bool:
     """Whether an answer is dropped by a rule."""
     text = output.lower()
-    if rule == "refusal" and len(text) <= LONGEST_WHOLE and WHOLE.fullmatch(text.strip().replace("’", "'")):
+    if (
+        rule == "refusal"
+        and len(text) <= LONGEST_WHOLE
+        and WHOLE.fullmatch(text.strip().replace("’", "'"))
+    ):
         return True
     for phrase in DECIDING:
         if phrase in text:
@@ -93,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     has_rest = args.dropped_path is not None
     with (
         write_rows(args.output_path, [args.data_path]) as kept,
-        RowWriter(args.dropped_path, [args.data_path, args.output_path]) if has_rest else nullcontext() as rest,
+        RowWriter(args.dropped_path, [args.data_path, args.output_path])
+        if has_rest
+        else nullcontext() as rest,
     ):
         for row in stream_rows(args.data_path):
             output = row.get("output")
@@ -107,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
             elif has_rest:
                 rest.write(encode_row(row))
     total = kept.count + dropped[args.rule]
-    facts = {"rule": args.rule, "rows": total, "dropped": dropped} | audio_root_of(args.output_path, [args.data_path])
+    facts = {"rule": args.rule, "rows": total, "dropped": dropped} | audio_root_of(
+        args.output_path, [args.data_path]
+    )
     write_recipe(args.output_path, "filter_unanswerable", [args.data_path], **facts)
     print(f"{args.output_path}: {kept.count:,} of {total:,} rows")
     for rule, number in dropped.items():

@@ -48,7 +48,9 @@ def hash_content(path: str) -> str | None:
         waveform = load_audio(path)  # (samples,)
     except AudioError:
         return None
-    return hashlib.sha256(np.round(waveform * 32768).clip(-32768, 32767).astype("<i2").tobytes()).hexdigest()
+    return hashlib.sha256(
+        np.round(waveform * 32768).clip(-32768, 32767).astype("<i2").tobytes()
+    ).hexdigest()
 
 
 def hash_clips(names: Iterable[str], root: Path, workers: int) -> Iterator[tuple[str, str | None]]:
@@ -73,21 +75,44 @@ def clips_of(path: Path) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__, None)
-    parser.add_argument("--against", required=True, nargs="+", type=Path, help="files of evaluation questions")
-    parser.add_argument("--audio_root", type=Path, help="folder of the training clips (default: that of the data file)")
-    parser.add_argument("--eval_root", type=Path, help="folder of the evaluation clips (default: that of each file)")
+    parser.add_argument(
+        "--against", required=True, nargs="+", type=Path, help="files of evaluation questions"
+    )
+    parser.add_argument(
+        "--audio_root",
+        type=Path,
+        help="folder of the training clips (default: that of the data file)",
+    )
+    parser.add_argument(
+        "--eval_root", type=Path, help="folder of the evaluation clips (default: that of each file)"
+    )
     parser.add_argument("--content", action="store_true", help="decode and compare the clips too")
-    parser.add_argument("--clean_path", type=Path, help="training rows without the clips that were found")
+    parser.add_argument(
+        "--clean_path", type=Path, help="training rows without the clips that were found"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
-    names, contents, unread, not_read = {}, {}, 0, []  # Of clips that cannot be heard, the first few by name.
+    names, contents, unread, not_read = (
+        {},
+        {},
+        0,
+        [],
+    )  # Of clips that cannot be heard, the first few by name.
     for path in args.against:
-        clips = list(dict.fromkeys(row["audio_id"] for row in stream_rows(path) if row.get("audio_id") not in NO_AUDIO))
+        clips = list(
+            dict.fromkeys(
+                row["audio_id"] for row in stream_rows(path) if row.get("audio_id") not in NO_AUDIO
+            )
+        )
         times = Counter(id_of(clip) for clip in clips if not youtube(clip))
         names |= {id_of(clip): f"{path.name}: {clip}" for clip in clips if times[id_of(clip)] <= 1}
         if shared := [clip for clip in clips if times[id_of(clip)] > 1]:
-            print(f"{path}: {len(shared):,} clips have no name of their own, such as {shared[0]}; use --content")
-        for clip, digest in hash_clips(clips, args.eval_root or path.parent, args.workers) if args.content else ():
+            print(
+                f"{path}: {len(shared):,} clips have no name of their own, such as {shared[0]}; use --content"
+            )
+        for clip, digest in (
+            hash_clips(clips, args.eval_root or path.parent, args.workers) if args.content else ()
+        ):
             contents[digest] = f"{path.name}: {clip}"
             if digest is None:
                 unread, not_read = unread + 1, [*not_read, f"{path.name}: {clip}"][:SHOWN]
@@ -105,8 +130,12 @@ def main(argv: list[str] | None = None) -> int:
         rows, clip = rows + 1, row.get("audio_id")
         if clip not in NO_AUDIO and (clip in copies or id_of(clip) in names):
             leaked += 1
-            found[clip] = f"content of {copies[clip]}" if clip in copies else f"id of {names[id_of(clip)]}"
-    print(f"{args.data_path}: {leaked:,} of {rows:,} rows are on {len(found):,} clips of the evaluation sets")
+            found[clip] = (
+                f"content of {copies[clip]}" if clip in copies else f"id of {names[id_of(clip)]}"
+            )
+    print(
+        f"{args.data_path}: {leaked:,} of {rows:,} rows are on {len(found):,} clips of the evaluation sets"
+    )
     for clip in sorted(found)[:SHOWN]:
         print(f"  {clip}: {found[clip]}")
     if unread:

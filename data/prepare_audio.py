@@ -61,7 +61,9 @@ def find_sources(folder: Path, leave_out: Path, other: Counter) -> Iterator[str]
     seen = set()
     for root, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         found = os.stat(root)
-        if (found.st_dev, found.st_ino) in seen or Path(root).resolve() == leave_out:  # A loop of links; the output.
+        if (found.st_dev, found.st_ino) in seen or Path(
+            root
+        ).resolve() == leave_out:  # A loop of links; the output.
             folders.clear()
             continue
         seen.add((found.st_dev, found.st_ino))
@@ -83,7 +85,9 @@ def _shown(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def make_plan(sources: Iterator[str], rule: str | None, table: dict[str, str] | None) -> tuple[list[Job], list[dict]]:
+def make_plan(
+    sources: Iterator[str], rule: str | None, table: dict[str, str] | None
+) -> tuple[list[Job], list[dict]]:
     """Which file becomes which clip, and entries of those that become none: no id in their name, or another's clip."""
     jobs: dict[str, str] = {}
     refused = []
@@ -95,7 +99,9 @@ def make_plan(sources: Iterator[str], rule: str | None, table: dict[str, str] | 
             audio_id = audio_id_of(source, rule)
             detail = f"is no name of {rule}; give --table, or leave --map out"
         if audio_id is None:
-            refused.append({"audio_id": None, "file": source, "status": "name", "error": f"{source} {detail}."})
+            refused.append(
+                {"audio_id": None, "file": source, "status": "name", "error": f"{source} {detail}."}
+            )
         elif audio_id in jobs:
             error = f"{source} would become {audio_id}, as {jobs[audio_id]} does. Remove one, or give --table."
             refused.append({"audio_id": None, "file": source, "status": "clash", "error": error})
@@ -113,7 +119,9 @@ def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dic
     sound = decode_audio(source, max_seconds)
     peak = float(np.abs(sound.waveform).max())
     if peak > BEYOND:
-        raise AudioError(str(source), "unreadable", f"holds values up to {peak:.3g}, where full scale is 1")
+        raise AudioError(
+            str(source), "unreadable", f"holds values up to {peak:.3g}, where full scale is 1"
+        )
     bits = 24 if peak < QUIET else 16
     # soundfile takes the upper bits of an int32; scaled here, 16 bit in are the same 16 bit out.
     steps = np.rint(sound.waveform.astype(np.float64) * 2 ** (bits - 1))  # (samples,)
@@ -126,7 +134,12 @@ def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dic
     part.write_bytes(flac.getvalue())
     sync_and_rename(part, target)
     about = {"seconds": round(len(steps) / SAMPLING_RATE, 3), "sampling_rate": sound.sampling_rate}
-    return about | {"channels": sound.channels, "bits": bits, "clipped": clipped, "bytes": len(flac.getvalue())}
+    return about | {
+        "channels": sound.channels,
+        "bits": bits,
+        "clipped": clipped,
+        "bytes": len(flac.getvalue()),
+    }
 
 
 def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
@@ -136,7 +149,10 @@ def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
     try:
         found = source.stat()
     except OSError as error:
-        return entry | {"status": "missing", "error": f"{source}: {error.strerror}. Mend the link, or its folder."}
+        return entry | {
+            "status": "missing",
+            "error": f"{source}: {error.strerror}. Mend the link, or its folder.",
+        }
     entry |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
     try:
         return entry | convert(source, Path(output) / audio_id, max_seconds)
@@ -145,7 +161,10 @@ def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        return entry | {"status": "name", "error": f"{source}: the name is too long for {audio_id}.tmp. Shorten it."}
+        return entry | {
+            "status": "name",
+            "error": f"{source}: the name is too long for {audio_id}.tmp. Shorten it.",
+        }
 
 
 def run(jobs: list[Job], workers: int, *settings) -> Iterator[dict]:
@@ -199,7 +218,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def write_ids(path: Path, ledger: Ledger, rule: str | None, wanted: dict[str, list[str]] | None) -> None:
+def write_ids(
+    path: Path, ledger: Ledger, rule: str | None, wanted: dict[str, list[str]] | None
+) -> None:
     """CSV of the clips there are, as `data.relocate` takes it: each spelling of --against, and its audio_id."""
     part = path.with_name(f"{path.name}.tmp")
     with open(part, "w", encoding="utf-8", newline="") as file:
@@ -218,24 +239,43 @@ def measure_coverage(wanted: dict[str, list[str]], ledger: Ledger, rule: str | N
     status = {key_of(audio_id, rule): entry["status"] for audio_id, entry in ledger.entries.items()}
     found = {key: status.get(key, "absent") for key in wanted}
     lost = {key: state for key, state in found.items() if state != "ok"}
-    names = {state: sorted(wanted[key][0] for key in lost if lost[key] == state) for state in sorted({*lost.values()})}
+    names = {
+        state: sorted(wanted[key][0] for key in lost if lost[key] == state)
+        for state in sorted({*lost.values()})
+    }
     return {"asked_for": len(wanted), "prepared": len(wanted) - len(lost), "missing": names}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--input", required=True, type=Path, metavar="DIR", help="folder of sound files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input", required=True, type=Path, metavar="DIR", help="folder of sound files"
+    )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="OUT")
     parser.add_argument("--map", choices=sorted(RULES), help="how the files of DIR are named")
-    parser.add_argument("--table", type=Path, help="source file and audio_id, CSV or TSV; other files are left out")
-    parser.add_argument("--against", type=Path, help="metadata (CSV, TSV) or rows (JSON): what should be there")
+    parser.add_argument(
+        "--table", type=Path, help="source file and audio_id, CSV or TSV; other files are left out"
+    )
+    parser.add_argument(
+        "--against", type=Path, help="metadata (CSV, TSV) or rows (JSON): what should be there"
+    )
     parser.add_argument("--id_column", help="of --against, if it has no usual name")
-    parser.add_argument("--only_asked", action="store_true", help="leave out files that --against does not ask for")
+    parser.add_argument(
+        "--only_asked", action="store_true", help="leave out files that --against does not ask for"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--max_seconds", type=float, default=MAX_SECONDS, help="longer clips are refused")
-    parser.add_argument("--max_bad", type=int, default=0, help="files that may fail without a non-zero exit")
-    parser.add_argument("--dry_run", action="store_true", help="show what would be done, and write nothing")
+    parser.add_argument(
+        "--max_seconds", type=float, default=MAX_SECONDS, help="longer clips are refused"
+    )
+    parser.add_argument(
+        "--max_bad", type=int, default=0, help="files that may fail without a non-zero exit"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="show what would be done, and write nothing"
+    )
     args = parser.parse_args(argv)
     if args.map and args.table:
         parser.error("--map and --table both name the clips; give one of them")
@@ -258,7 +298,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.only_asked:
         jobs = [job for job in jobs if key_of(job[1], args.map) in wanted]
     ignored = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5))
-    print(f"{args.input}: {len(jobs)} clips, {len(refused)} without a name of their own; no sound: {ignored or 'none'}")
+    print(
+        f"{args.input}: {len(jobs)} clips, {len(refused)} without a name of their own; no sound: {ignored or 'none'}"
+    )
     if args.dry_run:
         print(_shown("\n".join(f"{source} -> {audio_id}" for source, audio_id in jobs[:20])))
         return 0
@@ -286,11 +328,18 @@ def report(jobs: list[Job], tried: int, refused: list[dict], ledger: Ledger) -> 
     entries = [ledger.entries[audio_id] for _, audio_id in jobs] + refused
     failed = [entry for entry in entries if entry["status"] != "ok"]
     made = [entry for entry in entries if entry["status"] == "ok"]
-    hours, clipped = sum(entry["seconds"] for entry in made) / 3600, sum(entry["clipped"] > 0 for entry in made)
-    print(f"{ledger.folder}: {len(made)} clips, {hours:.2f} h; {len(jobs) - tried} were there; {clipped} clipped")
+    hours, clipped = (
+        sum(entry["seconds"] for entry in made) / 3600,
+        sum(entry["clipped"] > 0 for entry in made),
+    )
+    print(
+        f"{ledger.folder}: {len(made)} clips, {hours:.2f} h; {len(jobs) - tried} were there; {clipped} clipped"
+    )
     if failed:
         reasons = Counter(entry["status"] for entry in failed).most_common()
-        print(f"failed: {', '.join(f'{reason} {count}' for reason, count in reasons)}; see {ledger.path}")
+        print(
+            f"failed: {', '.join(f'{reason} {count}' for reason, count in reasons)}; see {ledger.path}"
+        )
         print(_shown("\n".join(f"  {entry['error']}" for entry in failed[:20])), file=sys.stderr)
     return len(failed)
 

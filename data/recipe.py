@@ -36,7 +36,9 @@ def write_rows(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[RowWri
         recipe_path(path).unlink(missing_ok=True)
 
 
-def audio_root_of(output: Path, sources: Iterable[Path], root: Path | None = None) -> dict[str, Any]:
+def audio_root_of(
+    output: Path, sources: Iterable[Path], root: Path | None = None
+) -> dict[str, Any]:
     """What a recipe says of relative `audio_id`s that were looked up in another folder than the output's.
 
     They are kept as they are, since they name the clips in every file of a data set; a line says what training needs.
@@ -49,7 +51,12 @@ def audio_root_of(output: Path, sources: Iterable[Path], root: Path | None = Non
     folders = {source: [str(root.resolve())] if root else _roots_of(source) for source in sources}
     roots = {folder for found in folders.values() for folder in found}
     if not roots <= {here}:
-        roots = {folder for source, found in folders.items() if _has_relative_ids(source) for folder in found}
+        roots = {
+            folder
+            for source, found in folders.items()
+            if _has_relative_ids(source)
+            for folder in found
+        }
     roots = sorted(roots)
     if set(roots) <= {here}:
         return {}
@@ -78,11 +85,16 @@ def _has_relative_ids(path: Path) -> bool:
     return False
 
 
-def write_recipe(output: str | Path, verb: str, inputs: Iterable[str | Path], **facts: Any) -> dict[str, Any]:
+def write_recipe(
+    output: str | Path, verb: str, inputs: Iterable[str | Path], **facts: Any
+) -> dict[str, Any]:
     """Write FILE.recipe.json beside the output: what it was made of, by which settings. Same run, same bytes."""
     output = Path(output)
     versions = {"python": platform.python_version(), "msgspec": msgspec.__version__}
-    sources = [{"path": str(path), "bytes": Path(path).stat().st_size, "sha256": sha256_of(path)} for path in inputs]
+    sources = [
+        {"path": str(path), "bytes": Path(path).stat().st_size, "sha256": sha256_of(path)}
+        for path in inputs
+    ]
     recipe = {"verb": verb, "inputs": sources, **facts}
     recipe |= {"output": {"path": output.name, "sha256": sha256_of(output)}, "versions": versions}
     write_json(recipe, recipe_path(output))

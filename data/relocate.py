@@ -59,7 +59,9 @@ class Found(NamedTuple):
 def is_of(dataset: str, label: str) -> bool:
     """Whether a folder of that name has the clips of a dataset."""
     dataset, label = dataset.lower(), label.lower()
-    return dataset.startswith((label, "as_") if label == "audioset" else label) or fnmatchcase(dataset, label)
+    return dataset.startswith((label, "as_") if label == "audioset" else label) or fnmatchcase(
+        dataset, label
+    )
 
 
 def backwards(path: str) -> str:
@@ -91,10 +93,14 @@ def two_of(paths: Iterable[str]) -> list[str]:
 class Places:
     """Where clips lie here; `labels[n]` is the name of the nth folder, or ""."""
 
-    def __init__(self, tables: list[Path], prefixes: list[tuple[str, str]], folders: list[tuple[str, Path]]):
+    def __init__(
+        self, tables: list[Path], prefixes: list[tuple[str, str]], folders: list[tuple[str, Path]]
+    ):
         self.prefixes, self.labels = prefixes, [label for label, _ in folders]
         self.table: dict[str, str] = {}
-        self.files: list[dict[str, list[tuple[str, str]]]] = [{} for _ in folders]  # of each: key -> (folder, name)
+        self.files: list[dict[str, list[tuple[str, str]]]] = [
+            {} for _ in folders
+        ]  # of each: key -> (folder, name)
         self.claims: dict[str, str] = {}
         self.shared: set[str] = set()
         for path in tables:
@@ -119,7 +125,9 @@ class Places:
     def _read_table(self, path: Path) -> None:
         for number, cells in read_cells(path):
             if len(cells) != 2:
-                raise ValueError(f"{path}, line {number}: {len(cells)} cells, not an id and its path: {cells}")
+                raise ValueError(
+                    f"{path}, line {number}: {len(cells)} cells, not an id and its path: {cells}"
+                )
             if number > 1 or tuple(cells) not in HEADERS:
                 file = str(path.parent / cells[1])
                 if self.table.setdefault(cells[0], file) != file:
@@ -130,7 +138,9 @@ class Places:
         name, video = stem(audio_id), youtube(audio_id)
         of_video = self.table.get(video) if video else None
         told = [self.table.get(audio_id)]
-        told += [new + audio_id[len(old) :] for old, new in self.prefixes if audio_id.startswith(old)]
+        told += [
+            new + audio_id[len(old) :] for old, new in self.prefixes if audio_id.startswith(old)
+        ]
         likely = [self.table.get(name), of_video if segment(audio_id) is None else None]
         for path in [*told[:1], *likely, *told[1:]]:
             if path and os.path.isfile(path):
@@ -148,31 +158,59 @@ class Places:
         same = [f"{key}/{start}" for start in times[0]] if times else [key]
         other = [key] if times else [f"{key}/"]
         # Without times, another dataset has another part of the video, or another clip of the name.
-        for folders, keys in ((own, same), (own, other), (unnamed + foreign * bool(times), same), (unnamed, other)):
+        for folders, keys in (
+            (own, same),
+            (own, other),
+            (unnamed + foreign * bool(times), same),
+            (unnamed, other),
+        ):
             if paths := self._nearest(audio_id, folders, keys, keys is same):
                 return Found(paths, keys is same)
-        return Found([] if own else self._nearest(audio_id, foreign, [*same, *other], False), is_foreign=True)
+        return Found(
+            [] if own else self._nearest(audio_id, foreign, [*same, *other], False), is_foreign=True
+        )
 
     def _named(self, number: int, key: str) -> list[tuple[str, list[tuple[str, str]]]]:
         """The files of a key: those of each name, as (backwards, path) in order."""
-        files = sorted((name, backwards(f"{place}/"), place) for place, name in self.files[number].get(key, ()))
+        files = sorted(
+            (name, backwards(f"{place}/"), place) for place, name in self.files[number].get(key, ())
+        )
         groups = groupby(files, key=lambda file: file[0])
-        return [(name, [(order, f"{place}/{name}") for _, order, place in group]) for name, group in groups]
+        return [
+            (name, [(order, f"{place}/{name}") for _, order, place in group])
+            for name, group in groups
+        ]
 
-    def _nearest(self, audio_id: str, folders: list[int], keys: list[str], is_timed: bool) -> list[str]:
+    def _nearest(
+        self, audio_id: str, folders: list[int], keys: list[str], is_timed: bool
+    ) -> list[str]:
         """The file of these keys that shares most folders with an id, or two of them, in the time of a search."""
-        own_name, is_video = audio_id.replace("\\", "/").rsplit("/", 1)[-1], youtube(audio_id) is not None
+        own_name, is_video = (
+            audio_id.replace("\\", "/").rsplit("/", 1)[-1],
+            youtube(audio_id) is not None,
+        )
         order, best, found = "" if is_video else backwards(audio_id), (-1, False), []
-        for name, files in (group for number in folders for key in keys for group in self.named(number, key)):
+        for name, files in (
+            group for number in folders for key in keys for group in self.named(number, key)
+        ):
             if is_timed and not is_same_segment(audio_id, name):
                 continue
             at = bisect_left(files, (order,))
-            shared = max((common_start(order, near) for near, _ in files[max(0, at - 1) : at + 1]), key=len)
+            shared = max(
+                (common_start(order, near) for near, _ in files[max(0, at - 1) : at + 1]), key=len
+            )
             # Without times, the name of a video does not say which part of it a file is.
-            rank = (shared.count("/"), name == own_name and not (is_video and segment(audio_id) is None))
+            rank = (
+                shared.count("/"),
+                name == own_name and not (is_video and segment(audio_id) is None),
+            )
             if rank >= best:
-                span = range(bisect_left(files, (shared,)), bisect_left(files, (shared + "\U0010ffff",)))
-                found = two_of([*(found if rank == best else []), *two_of(files[n][1] for n in span)])
+                span = range(
+                    bisect_left(files, (shared,)), bisect_left(files, (shared + "\U0010ffff",))
+                )
+                found = two_of(
+                    [*(found if rank == best else []), *two_of(files[n][1] for n in span)]
+                )
                 best = rank
         return found
 
@@ -186,7 +224,9 @@ class Places:
         one, other = (backwards(name) + stem(name) for name in (first, audio_id))
         if not is_same_segment(first, audio_id) if is_video else one != other:
             self.shared.add(paths[0])
-            self.claims[paths[0]] = max(first, audio_id, key=lambda name: shared_folders(name, paths[0]))
+            self.claims[paths[0]] = max(
+                first, audio_id, key=lambda name: shared_folders(name, paths[0])
+            )
 
     def find(self, audio_id: str, dataset: str) -> tuple[str | None, str]:
         """The file of a clip; or None and, unless there is none at all, why it is not certain. `claim` all before."""
@@ -199,7 +239,9 @@ class Places:
             if youtube(audio_id):
                 if not is_exact and segment(audio_id):
                     return None, f"{paths[0]}, which has no times, or another segment"
-            elif shared_folders(audio_id, paths[0]) < max(1, shared_folders(self.claims[paths[0]], paths[0])):
+            elif shared_folders(audio_id, paths[0]) < max(
+                1, shared_folders(self.claims[paths[0]], paths[0])
+            ):
                 return None, f"{paths[0]}, which {self.claims[paths[0]]} may be too"
         return (paths[0] if paths else None), ""
 
@@ -211,14 +253,22 @@ def parse_folder(text: str) -> tuple[str, Path]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument("--table", action="append", default=[], type=Path, help="CSV or TSV of two columns")
+    parser.add_argument(
+        "--table", action="append", default=[], type=Path, help="CSV or TSV of two columns"
+    )
     parser.add_argument("--prefix", action="append", default=[], metavar="OLD=NEW")
     text = "of clips, searched with its folders"
-    parser.add_argument("--folder", action="append", default=[], type=parse_folder, metavar="[NAME=]DIR", help=text)
-    parser.add_argument("--drop_missing", action="store_true", help="leave out rows whose clip is not here")
+    parser.add_argument(
+        "--folder", action="append", default=[], type=parse_folder, metavar="[NAME=]DIR", help=text
+    )
+    parser.add_argument(
+        "--drop_missing", action="store_true", help="leave out rows whose clip is not here"
+    )
     parser.add_argument("--relative", action="store_true", help="paths relative to the output")
     args = parser.parse_args(argv)
-    if not (args.table or args.prefix or args.folder) or any("=" not in prefix for prefix in args.prefix):
+    if not (args.table or args.prefix or args.folder) or any(
+        "=" not in prefix for prefix in args.prefix
+    ):
         parser.error("give --folder DIR, --prefix OLD=NEW or --table FILE")
     return args
 
@@ -256,8 +306,16 @@ def main(argv: list[str] | None = None) -> int:
             )
     coverage = {name: {"rows": number, "found": here[name]} for name, number in asked.most_common()}
     sources = {"folders": [f"{name}={path}" if name else str(path) for name, path in args.folder]}
-    facts = {"rows": output.count, "coverage": coverage, "missing": missing, "ambiguous": doubted, **sources}
-    write_recipe(args.output_path, "relocate", [args.data_path, *args.table], **facts, prefixes=args.prefix)
+    facts = {
+        "rows": output.count,
+        "coverage": coverage,
+        "missing": missing,
+        "ambiguous": doubted,
+        **sources,
+    }
+    write_recipe(
+        args.output_path, "relocate", [args.data_path, *args.table], **facts, prefixes=args.prefix
+    )
     for name, numbers in coverage.items():
         print(f"  {name}: {numbers['found']:,} of {numbers['rows']:,} rows")
     if doubted:

@@ -32,14 +32,18 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
         if audio_id in NO_AUDIO:
             continue
         group = str(row.get("dataset")) if by_dataset else ""
-        digest = hashlib.blake2b(f"{seed}/{audio_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        digest = hashlib.blake2b(
+            f"{seed}/{audio_id}".encode("utf-8", "surrogatepass"), digest_size=16
+        ).digest()
         if digest > highest.get(group, b"\xff" * 16):
             continue
         chosen[group][audio_id] = digest
         if len(chosen[group]) >= 2 * clips:
             kept = sorted(chosen[group].items(), key=lambda pair: pair[1])[:clips]
             chosen[group], highest[group] = dict(kept), kept[-1][1]
-    return {name for group in chosen.values() for name in sorted(group, key=group.__getitem__)[:clips]}
+    return {
+        name for group in chosen.values() for name in sorted(group, key=group.__getitem__)[:clips]
+    }
 
 
 def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
@@ -52,8 +56,12 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
     taken: set[str] = set()
     for name in sorted(names):
         target, hashed = folder / "audio" / Path(name).name, name.encode()
-        while target.name in taken or (target.exists() and not filecmp.cmp(root / name, target, shallow=False)):
-            target = target.with_name(f"{hashlib.blake2b(hashed, digest_size=4).hexdigest()}_{Path(name).name}")
+        while target.name in taken or (
+            target.exists() and not filecmp.cmp(root / name, target, shallow=False)
+        ):
+            target = target.with_name(
+                f"{hashlib.blake2b(hashed, digest_size=4).hexdigest()}_{Path(name).name}"
+            )
             hashed += b"/"
         taken.add(target.name)
         places[name] = f"audio/{target.name}"
@@ -69,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, required=True)
     parser.add_argument("--by_dataset", action="store_true", help="so many of each dataset")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--audio_root", type=Path, help="folder of relative audio_ids (default: that of the data file)")
+    parser.add_argument(
+        "--audio_root",
+        type=Path,
+        help="folder of relative audio_ids (default: that of the data file)",
+    )
     parser.add_argument("--copy_audio", action="store_true")
     args = parser.parse_args(argv)
     if args.clips < 1:
@@ -81,7 +93,12 @@ def main(argv: list[str] | None = None) -> int:
         for row in stream_rows(args.data_path):
             if row.get("audio_id") in chosen:
                 output.write(row | {"audio_id": places.get(row["audio_id"], row["audio_id"])})
-    settings = {"clips": len(chosen), "seed": args.seed, "by_dataset": args.by_dataset, "copied": args.copy_audio}
+    settings = {
+        "clips": len(chosen),
+        "seed": args.seed,
+        "by_dataset": args.by_dataset,
+        "copied": args.copy_audio,
+    }
     if not args.copy_audio:
         settings |= audio_root_of(args.output_path, [args.data_path], args.audio_root)
     write_recipe(args.output_path, "sample", [args.data_path], rows=output.count, **settings)

@@ -55,7 +55,9 @@ class DiskSort:
         self.held = 0
 
     def _path(self, number: int) -> str:
-        return f"{self.folder}/{self.depth}_{number:02x}"  # pathlib would keep every name in memory.
+        return (
+            f"{self.folder}/{self.depth}_{number:02x}"  # pathlib would keep every name in memory.
+        )
 
     def __iter__(self) -> Iterator[bytes]:
         """All lines, without their keys."""
@@ -95,7 +97,10 @@ def original_keys(count: int, chance: random.Random) -> Iterator[int]:
 
 
 def shuffle_rows(
-    rows: Callable[[random.Random], Iterable[dict[str, Any]]], output: Path, seed: int, is_original: bool = False
+    rows: Callable[[random.Random], Iterable[dict[str, Any]]],
+    output: Path,
+    seed: int,
+    is_original: bool = False,
 ) -> Iterator[bytes]:
     """Encoded rows in random order.
 
@@ -131,7 +136,11 @@ def add_order_flags(parser: argparse.ArgumentParser) -> None:
 
 def order_of(args: argparse.Namespace) -> dict[str, Any]:
     """What a recipe file says of these flags."""
-    return {"order": "original", "seed": 0} if args.original_shuffle else {"order": "random", "seed": args.seed}
+    return (
+        {"order": "original", "seed": 0}
+        if args.original_shuffle
+        else {"order": "random", "seed": args.seed}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,7 +148,12 @@ def main(argv: list[str] | None = None) -> int:
     add_order_flags(parser)
     args = parser.parse_args(argv)
     with write_rows(args.output_path, [args.data_path]) as output:
-        rows = shuffle_rows(lambda _: stream_rows(args.data_path), args.output_path, args.seed, args.original_shuffle)
+        rows = shuffle_rows(
+            lambda _: stream_rows(args.data_path),
+            args.output_path,
+            args.seed,
+            args.original_shuffle,
+        )
         for line in rows:
             output.write(line)
     facts = order_of(args) | audio_root_of(args.output_path, [args.data_path])

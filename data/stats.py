@@ -27,7 +27,11 @@ DISTINCT = ("audio_id", "instruction", "output")
 def summarize(lengths: Counter[int]) -> dict[str, float]:
     """Number, sum, mean and quantiles of counted lengths."""
     count, total = lengths.total(), sum(length * n for length, n in lengths.items())
-    found: dict[str, float] = {"texts": count, "words": total, "mean": round(total / max(1, count), 2)}
+    found: dict[str, float] = {
+        "texts": count,
+        "words": total,
+        "mean": round(total / max(1, count), 2),
+    }
     seen, wanted = 0, {"median": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
     for length, n in sorted(lengths.items()):
         seen += n
@@ -67,11 +71,23 @@ def count_rows(path: Path, folder: str) -> dict[str, Any]:
     for (name, kind), number in kinds.items():
         dataset[name] += number
         task[kind] += number
-    found = {"rows": rows, "clips": distinct["audio_id"].count(), "questions": distinct["instruction"].count()}
-    found |= {"answers": distinct["output"].count(), "rows_without_audio": silent, "marked_closed_ended": marked}
-    found["rows_lacking"] = {key: sum(n for names, n in keys.items() if key not in names) for key in KEYS}
+    found = {
+        "rows": rows,
+        "clips": distinct["audio_id"].count(),
+        "questions": distinct["instruction"].count(),
+    }
+    found |= {
+        "answers": distinct["output"].count(),
+        "rows_without_audio": silent,
+        "marked_closed_ended": marked,
+    }
+    found["rows_lacking"] = {
+        key: sum(n for names, n in keys.items() if key not in names) for key in KEYS
+    }
     found |= {"dataset": dict(dataset.most_common()), "task": dict(task.most_common())}
-    found["dataset_task"] = {f"{name} / {kind}": number for (name, kind), number in sorted(kinds.items())}
+    found["dataset_task"] = {
+        f"{name} / {kind}": number for (name, kind), number in sorted(kinds.items())
+    }
     found["lengths"] = {key: summarize(counts) for key, counts in lengths.items()}
     found["answer_lengths"] = {kind: summarize(counts) for kind, counts in sorted(by_task.items())}
     found["answer_histogram"] = {str(length): n for length, n in sorted(lengths["output"].items())}
@@ -89,11 +105,17 @@ def plot(found: dict[str, Any], path: Path) -> None:
         panel.barh([name for name, _ in shown], [number for _, number in shown])
         panel.invert_yaxis()
         panel.set(
-            xlabel="rows", title=f"{len(found[kind])} {kind}s" + (", the largest" if len(found[kind]) > 20 else "")
+            xlabel="rows",
+            title=f"{len(found[kind])} {kind}s"
+            + (", the largest" if len(found[kind]) > 20 else ""),
         )
     lengths = {int(length): number for length, number in found["answer_histogram"].items()}
     end = found["lengths"]["output"].get("p99", 1)
-    panels[2].bar([n for n in lengths if n <= end], [number for n, number in lengths.items() if n <= end], width=1)
+    panels[2].bar(
+        [n for n in lengths if n <= end],
+        [number for n, number in lengths.items() if n <= end],
+        width=1,
+    )
     panels[2].set(xlabel="words (99 % of the answers)", ylabel="rows", title="answers by length")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -60,7 +60,9 @@ def check_rows(path: Path, folder: str, findings: Findings) -> tuple[int, Counte
             findings.add("row", f"row {number + 1}: {reason}")
         lacking.update(key for key in ("input", "audio_id", "dataset", "task") if key not in row)
         audio_id = row.get("audio_id")
-        contents.add((row.get("instruction"), row.get("input"), audio_id, row.get("output")), number)
+        contents.add(
+            (row.get("instruction"), row.get("input"), audio_id, row.get("output")), number
+        )
         if audio_id not in NO_AUDIO:
             clips.add(audio_id, number)
     for _, repeated in contents.parts():
@@ -110,7 +112,10 @@ def listen(path: Path) -> tuple[int, float]:
 
 
 def check_clips(
-    clips: Iterator[tuple[str, str]], root: Path, check: Callable[[Path], tuple[int, float]], findings: Findings
+    clips: Iterator[tuple[str, str]],
+    root: Path,
+    check: Callable[[Path], tuple[int, float]],
+    findings: Findings,
 ) -> dict[str, Any]:
     """Coverage by dataset, rates and hours."""
     from ltu.data.audio import AudioError
@@ -132,16 +137,24 @@ def check_clips(
                 usable[dataset] += 1
                 rates[f"{found[0]} Hz"] += 1
                 seconds += found[1]
-    coverage = {name: {"clips": number, "usable": usable[name]} for name, number in asked.most_common()}
+    coverage = {
+        name: {"clips": number, "usable": usable[name]} for name, number in asked.most_common()
+    }
     return {"coverage": coverage, "rates": dict(rates), "hours": round(seconds / 3600, 2)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__, None)
     parser.add_argument("--output_path", type=Path, help="a report as JSON")
-    parser.add_argument("--audio_root", type=Path, help="folder of relative audio_ids (default: that of the data file)")
+    parser.add_argument(
+        "--audio_root",
+        type=Path,
+        help="folder of relative audio_ids (default: that of the data file)",
+    )
     parser.add_argument("--no_audio", action="store_true", help="check the rows alone")
-    parser.add_argument("--allow_duplicates", action="store_true", help="recipes repeat some datasets on purpose")
+    parser.add_argument(
+        "--allow_duplicates", action="store_true", help="recipes repeat some datasets on purpose"
+    )
     parser.add_argument("--listen", action="store_true", help="decode every clip")
     parser.add_argument("--max_bad", type=int, default=0, help="rows and clips that may be wrong")
     args = parser.parse_args(argv)

@@ -37,9 +37,18 @@ def provenance(model: str, questions: Path, args: argparse.Namespace) -> dict[st
     """All that decides the answers, but for the content of clips."""
     folder = find_checkpoint(model, CHECKPOINT_FILES)
     small = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".md"]
-    small = [path for path in small if not path.name.startswith(("model", "pytorch_model"))]  # Weights are hashed once.
-    found = {"checkpoint": sha256_of_weights(folder), "files": {path.name: sha256_of(path) for path in small}}
-    found |= {"decoding": check_decoding(inference_flags(model, args).decoding), "flags": args.rest, "seed": args.seed}
+    small = [
+        path for path in small if not path.name.startswith(("model", "pytorch_model"))
+    ]  # Weights are hashed once.
+    found = {
+        "checkpoint": sha256_of_weights(folder),
+        "files": {path.name: sha256_of(path) for path in small},
+    }
+    found |= {
+        "decoding": check_decoding(inference_flags(model, args).decoding),
+        "flags": args.rest,
+        "seed": args.seed,
+    }
     found |= {"questions": {"path": str(questions), "sha256": sha256_of(questions)}}
     return found | {"audio_root": str(args.audio_root or questions.parent)}
 
@@ -70,14 +79,25 @@ def ask(model: str, files: dict[str, Path], folder: Path, args: argparse.Namespa
         asked = [path.with_suffix(".questions.json") for path in places.values()]
         for name, path in zip(places, asked, strict=True):
             write_rows(questions[name], path)
-        flags = ["--model", model, *args.rest, "--seed", str(args.seed + trial), "--max_bad", "0"]  # Failures are kept.
+        flags = [
+            "--model",
+            model,
+            *args.rest,
+            "--seed",
+            str(args.seed + trial),
+            "--max_bad",
+            "0",
+        ]  # Failures are kept.
         flags += ["--audio_root", wanted[todo[0]]["audio_root"], "--data_path", *map(str, asked)]
         inference_batch([*flags, "--output_path", *map(str, places.values())])
         for name, path in places.items():
             record(path, wanted[name])
     failed = 0
     for name in todo:
-        answers = [stream_rows(folder / "asked" / f"{name}.{trial}.json") for trial in range(max(trials[name]) + 1)]
+        answers = [
+            stream_rows(folder / "asked" / f"{name}.{trial}.json")
+            for trial in range(max(trials[name]) + 1)
+        ]
         rows = [next(answers[trial]) for trial in trials[name]]
         for row in rows:
             del row["seconds"]  # Wall time, of which no two runs have the same.
@@ -95,26 +115,38 @@ def record(path: Path, wanted: dict[str, Any], rows: list[dict] | None = None) -
 
 def is_done(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether all of these predictions were asked for just so, and answered."""
-    return read_provenance(path) == wanted and all(row["status"] in ANSWERED for row in stream_rows(path))
+    return read_provenance(path) == wanted and all(
+        row["status"] in ANSWERED for row in stream_rows(path)
+    )
 
 
-def score_labels(model: str, task: Task, questions: Path, folder: Path, args: argparse.Namespace) -> np.ndarray:
+def score_labels(
+    model: str, task: Task, questions: Path, folder: Path, args: argparse.Namespace
+) -> np.ndarray:
     """Log-likelihood of every class as the answer to every clip, (rows, classes); -inf for clips that cannot be heard.
 
     Writes the files of `ask`, where the likeliest is the answer. Scores are kept as they come, in
     TASK.label_scores.jsonl, whose first line says of what; a clip that failed is tried again.
     """
     flags = inference_flags(model, args)
-    rows = [r | {"instruction": args.label_prompt} for r in read_rows(questions, args.audio_root, need_output=False)]
+    rows = [
+        r | {"instruction": args.label_prompt}
+        for r in read_rows(questions, args.audio_root, need_output=False)
+    ]
     names = [" ".join(name.replace("_", " ").split()) for name in Classes(task, "strict").names]
     candidates = [args.label_answer.format(name) for name in names]
-    wanted = provenance(model, questions, args) | {"label_prompt": args.label_prompt, "candidates": candidates}
+    wanted = provenance(model, questions, args) | {
+        "label_prompt": args.label_prompt,
+        "candidates": candidates,
+    }
     path = folder / f"{task.name}.label_scores.jsonl"
     kept = start_scores(path, wanted)
     engine = open_engine(flags) if len(kept) < len(rows) else None
     failed = {}
     with path.open("ab") as lines:
-        for number, request in enumerate(tqdm(make_requests(rows, flags), f"labels of {task.name}", unit="clip")):
+        for number, request in enumerate(
+            tqdm(make_requests(rows, flags), f"labels of {task.name}", unit="clip")
+        ):
             if number in kept:
                 continue
             try:
@@ -124,11 +156,19 @@ def score_labels(model: str, task: Task, questions: Path, folder: Path, args: ar
                 continue
             lines.write(encode_row({"row": number, "scores": kept[number]}) + b"\n")
             lines.flush()
-    scores = np.array([kept.get(number, [-np.inf] * len(candidates)) for number in range(len(rows))])
-    made = [{"prompt": args.label_prompt, "ref": row.get("output"), "audio_id": row.get("audio_id")} for row in rows]
+    scores = np.array(
+        [kept.get(number, [-np.inf] * len(candidates)) for number in range(len(rows))]
+    )
+    made = [
+        {"prompt": args.label_prompt, "ref": row.get("output"), "audio_id": row.get("audio_id")}
+        for row in rows
+    ]
     for number, row in enumerate(made):
         status = failed.get(number, "ok")
-        row |= {"pred": candidates[scores[number].argmax()] if status == "ok" else "", "status": status}
+        row |= {
+            "pred": candidates[scores[number].argmax()] if status == "ok" else "",
+            "status": status,
+        }
     record(folder / f"{task.name}{PREDICTIONS}", wanted, made)
     return scores
 

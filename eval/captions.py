@@ -22,7 +22,13 @@ Captions = dict[int, list[str]]  # number of a clip -> its captions
 KEYS, ORIGINAL_TRIALS = ("ref", "pred"), 5
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 # METEOR 1.5, English: weights of exact, stem, synonym and paraphrase matches; of content and function words; the rest.
-STAGES, WORDS, ALPHA, BETA, GAMMA = np.array([1.0, 0.6, 0.8, 0.6]), np.array([0.75, 0.25]), 0.85, 0.2, 0.6
+STAGES, WORDS, ALPHA, BETA, GAMMA = (
+    np.array([1.0, 0.6, 0.8, 0.6]),
+    np.array([0.75, 0.25]),
+    0.85,
+    0.2,
+    0.6,
+)
 
 
 def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
@@ -32,15 +38,25 @@ def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
         EvaluationError: clips with unequal numbers of rows (original: fewer than five), or pycocoevalcap is missing.
     """
     clips = _clips(rows, context)
-    items = [{"audio_id": clip[0]["audio_id"]} | {key: [row[key] for row in clip] for key in KEYS} for clip in clips]
+    items = [
+        {"audio_id": clip[0]["audio_id"]} | {key: [row[key] for row in clip] for key in KEYS}
+        for clip in clips
+    ]
     for item, clip in zip(items, clips, strict=True):
         item["failed"] = next((row["failed"] for row in clip if row["failed"]), None)
     if context.protocol == "original" and not shutil.which("java"):
-        return Outcome(items, lambda indices: {}, notes=["not computed: no Java, which runs the original's tokenizer"])
+        return Outcome(
+            items,
+            lambda indices: {},
+            notes=["not computed: no Java, which runs the original's tokenizer"],
+        )
     texts = {key: [[_text(row[key], context) for row in clip] for clip in clips] for key in KEYS}
     try:
         tokens = _tokenize({text for part in texts.values() for clip in part for text in clip})
-        refs, preds = ({n: [tokens[text] for text in clip] for n, clip in enumerate(part)} for part in texts.values())
+        refs, preds = (
+            {n: [tokens[text] for text in clip] for n, clip in enumerate(part)}
+            for part in texts.values()
+        )
         trials = [{n: [clip[t]] for n, clip in preds.items()} for t in range(len(clips[0]))]
         means, bleu, meteor, notes = _score(refs, trials)
     except ImportError as error:
@@ -49,13 +65,21 @@ def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
         item |= {name: float(values[:, n].mean()) for name, values in means.items()}
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        found = {name: values[:, indices].mean(1) for name, values in means.items()}  # each (trials,)
-        found |= {f"BLEU-{n + 1}": values for n, values in enumerate(_bleu(bleu[:, indices].sum(1)))}
+        found = {
+            name: values[:, indices].mean(1) for name, values in means.items()
+        }  # each (trials,)
+        found |= {
+            f"BLEU-{n + 1}": values for n, values in enumerate(_bleu(bleu[:, indices].sum(1)))
+        }
         if meteor is not None:
             found["METEOR"] = _meteor(meteor[:, indices].sum(1))
         if "SPICE" in found:
             found["SPIDEr"] = (found["CIDEr-D"] + found["SPICE"]) / 2
-        return {name + end: float(of(v)) for name, v in found.items() for end, of in (("", np.mean), (" std", np.std))}
+        return {
+            name + end: float(of(v))
+            for name, v in found.items()
+            for end, of in (("", np.mean), (" std", np.std))
+        }
 
     if left_out := len(rows) - sum(map(len, clips)):
         notes.append(f"{left_out} rows left out: of a clip the first five count")
@@ -68,7 +92,9 @@ def _clips(rows: list[dict], context: Context) -> list[list[dict]]:
         clip = clips.setdefault(Path(item["audio_id"] or "").name, [])
         clip.append(item)
         if not item["audio_id"] or clip[0]["audio_id"] != item["audio_id"] and not is_original:
-            raise context.error(index, f"{item['audio_id']} is no clip, or {clip[0]['audio_id']} has the same name.")
+            raise context.error(
+                index, f"{item['audio_id']} is no clip, or {clip[0]['audio_id']} has the same name."
+            )
         del clip[ORIGINAL_TRIALS if is_original else len(rows) :]
     wanted = ORIGINAL_TRIALS if is_original else len(next(iter(clips.values())))
     for name, clip in clips.items():
@@ -81,7 +107,9 @@ def _clips(rows: list[dict], context: Context) -> list[list[dict]]:
 def _text(text: str | None, context: Context) -> str:
     """A caption without its prefix, ASCII punctuation and capitals, words one space apart."""
     if context.protocol == "original":
-        text = (text or "").split(":")[-1][1:]  # Costs a letter where there is no prefix, and all before "10:30".
+        text = (text or "").split(":")[-1][
+            1:
+        ]  # Costs a letter where there is no prefix, and all before "10:30".
     else:
         text = without_lead(text or "")
     return " ".join(text.translate(PUNCTUATION).lower().split())
@@ -96,11 +124,15 @@ def _tokenize(texts: set[str]) -> dict[str, str]:
 
     made = PTBTokenizer().tokenize({n: [{"caption": text}] for n, text in enumerate(listed)})
     if len(made) != len(listed):
-        raise EvaluationError(f"The PTB tokenizer gave {len(made)} of {len(listed)} captions back: does java run?")
+        raise EvaluationError(
+            f"The PTB tokenizer gave {len(made)} of {len(listed)} captions back: does java run?"
+        )
     return {text: made[n][0] for n, text in enumerate(listed)} | {"": ""}
 
 
-def _score(refs: Captions, trials: list[Captions]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None, list]:
+def _score(
+    refs: Captions, trials: list[Captions]
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None, list]:
     """Scores whose mean is a figure, (trials, clips); counts of BLEU and METEOR, (trials, clips, counts); notes."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -135,8 +167,14 @@ def _bleu_counts(refs: Captions, preds: Captions) -> list[list[int]]:
     scorer = BleuScorer(n=4)
     for n, (pred,) in preds.items():
         scorer += (pred, refs[n])
-    nearest = [min((abs(length - clip["testlen"]), length) for length in clip["reflen"])[1] for clip in scorer.ctest]
-    return [[c["testlen"], n, *c["guess"], *c["correct"]] for c, n in zip(scorer.ctest, nearest, strict=True)]
+    nearest = [
+        min((abs(length - clip["testlen"]), length) for length in clip["reflen"])[1]
+        for clip in scorer.ctest
+    ]
+    return [
+        [c["testlen"], n, *c["guess"], *c["correct"]]
+        for c, n in zip(scorer.ctest, nearest, strict=True)
+    ]
 
 
 def _bleu(counts: np.ndarray) -> np.ndarray:
@@ -148,7 +186,9 @@ def _bleu(counts: np.ndarray) -> np.ndarray:
 
 def _meteor(counts: np.ndarray) -> np.ndarray:
     """(trials, 23) -> METEOR (trials,), as the jar makes it from summed counts."""
-    length, function, matches, chunks, matched = np.split(counts, (2, 4, 20, 21), axis=1)  # (answer, reference) or one
+    length, function, matches, chunks, matched = np.split(
+        counts, (2, 4, 20, 21), axis=1
+    )  # (answer, reference) or one
     found = np.einsum("tskr,s,k->tr", matches.reshape(-1, 4, 2, 2), STAGES, WORDS)
     with np.errstate(divide="ignore", invalid="ignore"):
         precision, recall = (found / (WORDS[0] * (length - function) + WORDS[1] * function)).T
@@ -160,6 +200,13 @@ def _meteor(counts: np.ndarray) -> np.ndarray:
 def _spice(refs: Captions, preds: Captions) -> np.ndarray:
     from pycocoevalcap.spice import spice
 
-    if not Path(spice.__file__).with_name("lib").joinpath("stanford-corenlp-3.6.0-models.jar").is_file():
-        raise FileNotFoundError("no CoreNLP models (python -m pycocoevalcap.spice.get_stanford_models brings them)")
+    if (
+        not Path(spice.__file__)
+        .with_name("lib")
+        .joinpath("stanford-corenlp-3.6.0-models.jar")
+        .is_file()
+    ):
+        raise FileNotFoundError(
+            "no CoreNLP models (python -m pycocoevalcap.spice.get_stanford_models brings them)"
+        )
     return np.nan_to_num([clip["All"]["f"] for clip in spice.Spice().compute_score(refs, preds)[1]])

@@ -49,7 +49,9 @@ TRUTHS: dict[str, Callable[[str], str]] = {
 
 def plain(name: str) -> str:
     """A class's name so that spellings of it are equal."""
-    return " ".join(re.sub(r"[_,\s]+", " ", name.replace("\u00ad", "")).strip(" .\"'").lower().split())
+    return " ".join(
+        re.sub(r"[_,\s]+", " ", name.replace("\u00ad", "")).strip(" .\"'").lower().split()
+    )
 
 
 class Classes:
@@ -61,7 +63,10 @@ class Classes:
 
     def __init__(self, task: Task, protocol: str):
         self.is_strict, self.prefix = protocol == "strict", task.options.get("prefix", "")
-        self.rule, self.separator = task.options.get("truth", "after_colon"), task.options.get("separator")
+        self.rule, self.separator = (
+            task.options.get("truth", "after_colon"),
+            task.options.get("separator"),
+        )
         self.read = ANSWERS[task.options.get("answer", "after_colon")]
         lines = (LABELS / task.options["labels"]).read_text(encoding="utf-8").splitlines()
         spellings = [line.split(" | ") for line in lines]
@@ -71,7 +76,9 @@ class Classes:
         for number, names in enumerate(spellings):
             for key in map(plain, names) if self.is_strict else names[:1]:
                 if self.numbers.setdefault(key, number) != number:
-                    raise EvaluationError(f"{task.options['labels']}, row {number + 1}: {key!r} is there twice.")
+                    raise EvaluationError(
+                        f"{task.options['labels']}, row {number + 1}: {key!r} is there twice."
+                    )
 
     def text(self, words: str) -> str:
         """What is embedded for a class or for what an answer says."""
@@ -85,11 +92,17 @@ class Classes:
         """Numbers of the classes that a reference names; KeyError if it names something else."""
         if not self.is_strict:
             text = TRUTHS[self.rule](reference)
-            return [self.numbers[name] for name in (text.split(self.separator) if self.separator else [text])]
+            return [
+                self.numbers[name]
+                for name in (text.split(self.separator) if self.separator else [text])
+            ]
         text = reference.split(":")[-1]
         if self.rule == "first_sentence":
             text = re.split("[.,]", text)[0]
-        return [self.numbers[plain(name)] for name in (text.split(self.separator[0]) if self.separator else [text])]
+        return [
+            self.numbers[plain(name)]
+            for name in (text.split(self.separator[0]) if self.separator else [text])
+        ]
 
 
 def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarray:
@@ -100,7 +113,9 @@ def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarr
     """
     norms = [np.sqrt(np.cumsum(vectors**2, axis=1)[:, -1:]) for vectors in (answers, classes)]
     if not min(norm.min(initial=1) for norm in norms) > 0:
-        raise EvaluationError("An embedding is all zeros or not a number. Mend the table, or take another embedder.")
+        raise EvaluationError(
+            "An embedding is all zeros or not a number. Mend the table, or take another embedder."
+        )
     if protocol == "strict":
         return (answers / norms[0]) @ (classes / norms[1]).T
     products = np.zeros((len(answers), len(classes)))
@@ -117,15 +132,24 @@ def class_scores(items: list[dict], classes: Classes, task: Task, context: Conte
     if context.label_scores is not None:
         given, wanted = context.label_scores.shape, (len(items), len(classes.names))
         if given != wanted:
-            raise EvaluationError(f"{context.source}: {given} label scores, not {wanted} (rows, classes). Score anew.")
+            raise EvaluationError(
+                f"{context.source}: {given} label scores, not {wanted} (rows, classes). Score anew."
+            )
         return np.where(failed[:, None], -np.inf, context.label_scores)
     if context.embed is None:
-        raise EvaluationError(f"{context.source}: {task.name} is scored by embeddings. Give an --embedder.")
+        raise EvaluationError(
+            f"{context.source}: {task.name} is scored by embeddings. Give an --embedder."
+        )
     if context.protocol == "original" and task.options.get("answer") == "after_colon_cut":
         if ":" not in (items[0]["pred"] or ""):  # It prints what stands before that colon.
-            raise context.error(0, "the original stops at a first prediction without a colon. Use --protocol strict.")
+            raise context.error(
+                0,
+                "the original stops at a first prediction without a colon. Use --protocol strict.",
+            )
     answers = [classes.answer(item["pred"]) for item in items if item["failed"] is None]
-    used = {text: row for row, text in enumerate(dict.fromkeys(answers))}  # Equal texts get equal scores.
+    used = {
+        text: row for row, text in enumerate(dict.fromkeys(answers))
+    }  # Equal texts get equal scores.
     vectors = np.asarray(context.embed([*classes.texts, *used]), dtype=np.float64)
     found = cosines(vectors[len(classes.texts) :], vectors[: len(classes.texts)], context.protocol)
     if context.protocol == "original" and task.options.get("mode") == "max":
@@ -135,24 +159,39 @@ def class_scores(items: list[dict], classes: Classes, task: Task, context: Conte
     return scores
 
 
-def choice_figures(truth: np.ndarray, chosen: np.ndarray, count: int, protocol: str) -> dict[str, float]:
+def choice_figures(
+    truth: np.ndarray, chosen: np.ndarray, count: int, protocol: str
+) -> dict[str, float]:
     """Accuracy and F1 of (m,) class numbers, -1 chose none. The original's macro F1 has a 0 for absent classes."""
     given = truth, chosen[chosen >= 0], truth[truth == chosen]
     true, said, right = (np.bincount(numbers, minlength=count) for numbers in given)
-    macro = (2 * right / np.maximum(true + said, 1))[(true + said > 0) | (protocol == "original")].mean()
+    macro = (2 * right / np.maximum(true + said, 1))[
+        (true + said > 0) | (protocol == "original")
+    ].mean()
     micro = 2 * right.sum() / (true.sum() + said.sum())
-    return {"accuracy": float(right.sum() / len(truth)), "micro_f1": float(micro), "macro_f1": float(macro)}
+    return {
+        "accuracy": float(right.sum() / len(truth)),
+        "micro_f1": float(micro),
+        "macro_f1": float(macro),
+    }
 
 
 def ranked_figures(ranking: Ranking, indices: np.ndarray, protocol: str) -> dict[str, float]:
     """mAP, mAUC and d' of the rows at (m,) indices, and how many classes have an AP."""
     precision, area = ranking.scores(np.bincount(indices, minlength=ranking.rows))
-    if protocol == "original":  # A class without positives has AP 0 and AUC -1 (scikit-learn 1.9: nan) and counts.
+    if (
+        protocol == "original"
+    ):  # A class without positives has AP 0 and AUC -1 (scikit-learn 1.9: nan) and counts.
         precision, area = np.nan_to_num(precision), np.nan_to_num(area, nan=-1.0)
     else:
         precision, area = precision[~np.isnan(precision)], area[~np.isnan(area)]
     means = [float(values.mean()) if len(values) else float("nan") for values in (precision, area)]
-    return {"mAP": means[0], "mAUC": means[1], "d_prime": d_prime(means[1]), "classes": float(len(precision))}
+    return {
+        "mAP": means[0],
+        "mAUC": means[1],
+        "d_prime": d_prime(means[1]),
+        "classes": float(len(precision)),
+    }
 
 
 def d_prime(area: float) -> float:
@@ -170,7 +209,9 @@ def multi_label(rows: list[dict], task: Task, context: Context) -> Outcome:
     return _score(rows, task, context, is_ranked=True, is_single=False)
 
 
-def _score(rows: list[dict], task: Task, context: Context, is_ranked: bool, is_single: bool) -> Outcome:
+def _score(
+    rows: list[dict], task: Task, context: Context, is_ranked: bool, is_single: bool
+) -> Outcome:
     items, classes = start_items(rows, context), Classes(task, context.protocol)
     count = len(classes.names)
     truths = np.zeros((len(items), count), dtype=bool)
@@ -185,21 +226,31 @@ def _score(rows: list[dict], task: Task, context: Context, is_ranked: bool, is_s
     truth = truths.argmax(1)
     for row, (item, said) in enumerate(zip(items, chosen, strict=True)):
         names = [classes.names[number] for number in np.flatnonzero(truths[row])]
-        item["truth"], item["chosen"] = names[0] if is_single else names, classes.names[said] if said >= 0 else None
+        item["truth"], item["chosen"] = (
+            names[0] if is_single else names,
+            classes.names[said] if said >= 0 else None,
+        )
         item["right"] = bool(said >= 0 and truths[row, said])
     has_scores = not is_single or task.options.get("scores", False)
     ranked = scores if has_scores else (chosen[:, None] == np.arange(count)).astype(float)
     ranking = Ranking(ranked, truths) if is_ranked else None
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        figures = choice_figures(truth[indices], chosen[indices], count, context.protocol) if is_single else {}
+        figures = (
+            choice_figures(truth[indices], chosen[indices], count, context.protocol)
+            if is_single
+            else {}
+        )
         if ranking:
             figures |= ranked_figures(ranking, indices, context.protocol)
         if not is_single and context.protocol == "original":
             figures["accuracy"] = float((truth[indices] == chosen[indices]).mean())
         return figures
 
-    absent, few = (int(((low <= truths.sum(0)) & (truths.sum(0) < high)).sum()) for low, high in ((0, 1), (1, 5)))
+    absent, few = (
+        int(((low <= truths.sum(0)) & (truths.sum(0) < high)).sum())
+        for low, high in ((0, 1), (1, 5))
+    )
     notes = [f"{absent} of {count} classes have no positives"] if is_ranked and absent else []
     if few and not is_single:
         why = "resamples repeat or lose these, which biases the interval"
@@ -222,10 +273,16 @@ def toy_category(rows: list[dict], task: Task, context: Context) -> Outcome:
     items, reader = start_items(rows, context), Toy.load().reader
     for index, item in enumerate(items):
         if reader.read(item["ref"]) is None:
-            raise context.error(index, f"the reference {item['ref']!r} has no form of data/toy/questions.json.")
-    hits = score([item if item["failed"] is None else item | {"pred": None} for item in items], reader)
+            raise context.error(
+                index, f"the reference {item['ref']!r} has no form of data/toy/questions.json."
+            )
+    hits = score(
+        [item if item["failed"] is None else item | {"pred": None} for item in items], reader
+    )
     for item, right in zip(items, hits["category"], strict=True):
         item["right"] = right
     shares = {"accuracy": "category", "exact_label": "label", "in_form": "in_form"}
     found = {name: np.array(hits[key], dtype=float) for name, key in shares.items()}
-    return Outcome(items, lambda indices: {name: float(right[indices].mean()) for name, right in found.items()})
+    return Outcome(
+        items, lambda indices: {name: float(right[indices].mean()) for name, right in found.items()}
+    )

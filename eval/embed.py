@@ -30,7 +30,9 @@ ROWS = 32  # of a local batch, filled up if there are fewer
 LENGTH_STEP = 16  # tokens; a batch is as long as the next multiple
 TEXTS_PER_REQUEST = 256  # OpenAI takes 2,048 and 300,000 tokens
 
-Encode = Callable[[list[str]], Iterable[tuple[list[str], np.ndarray]]]  # texts -> some of them, (texts, dim)
+Encode = Callable[
+    [list[str]], Iterable[tuple[list[str], np.ndarray]]
+]  # texts -> some of them, (texts, dim)
 
 
 class Embedder:
@@ -50,22 +52,33 @@ class Embedder:
         try:
             self.cache.execute(f"CREATE TABLE IF NOT EXISTS vectors ({columns}) WITHOUT ROWID")
         except sqlite3.DatabaseError as error:
-            raise EvaluationError(f"{path}: {error}. Remove it, or name another folder for the cache.") from None
+            raise EvaluationError(
+                f"{path}: {error}. Remove it, or name another folder for the cache."
+            ) from None
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """(n, dim) float64. Raises EvaluationError: one has no vector."""
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # No tokenizer takes half an emoji.
+        texts = [
+            text.encode("utf-8", "replace").decode() for text in texts
+        ]  # No tokenizer takes half an emoji.
         vectors: dict[str, np.ndarray] = {}
         for text in dict.fromkeys(texts):
             select = "SELECT dtype, vector FROM vectors WHERE model = ? AND text = ?"
             if found := self.cache.execute(select, (self.name, text)).fetchone():
                 vectors[text] = np.frombuffer(found[1], found[0])
         todo = [text for text in dict.fromkeys(texts) if text not in vectors]
-        with tqdm(desc="embedding", total=len(todo), unit="text", disable=None if todo else True) as bar:
+        with tqdm(
+            desc="embedding", total=len(todo), unit="text", disable=None if todo else True
+        ) as bar:
             for batch, made in self.encode(todo) if todo else ():
-                rows = [(self.name, text, row.dtype.str, row.tobytes()) for text, row in zip(batch, made, strict=True)]
+                rows = [
+                    (self.name, text, row.dtype.str, row.tobytes())
+                    for text, row in zip(batch, made, strict=True)
+                ]
                 with self.cache:  # One transaction, on the disk when it ends.
-                    self.cache.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?, ?)", rows)
+                    self.cache.executemany(
+                        "INSERT OR IGNORE INTO vectors VALUES (?, ?, ?, ?)", rows
+                    )
                 vectors.update(zip(batch, made, strict=True))
                 bar.update(len(batch))
         return np.array([vectors[text] for text in texts], dtype=np.float64)
@@ -89,7 +102,11 @@ def open_embedder(name: str, cache_dir: str | Path | None = None) -> Embedder:
         return Embedder(f"{path.name} (sha256 {model.sha256})", model, cache_dir)
     if path.is_file():
         return Embedder(f"{path.name} (sha256 {sha256_of(path)})", _table(path))
-    way = "python -m train_scripts.fetch_parts --also minilm" if name == "minilm" else "a folder, a table, openai:MODEL"
+    way = (
+        "python -m train_scripts.fetch_parts --also minilm"
+        if name == "minilm"
+        else "a folder, a table, openai:MODEL"
+    )
     raise EvaluationError(f"{path} is not there: {way}")
 
 
@@ -100,13 +117,17 @@ def _table(path: Path) -> Encode:
                 texts, vectors = arrays["texts"].tolist(), arrays["vectors"]
         else:
             texts, vectors = zip(*json.loads(path.read_text(encoding="utf-8")).items(), strict=True)
-        table = dict(zip(texts, np.array(vectors, dtype=np.float64).reshape(len(texts), -1), strict=True))
+        table = dict(
+            zip(texts, np.array(vectors, dtype=np.float64).reshape(len(texts), -1), strict=True)
+        )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise EvaluationError(f"{path}: no table of vectors of one length ({error}).") from None
 
     def look_up(texts: list[str]) -> Iterable[tuple[list[str], np.ndarray]]:
         if missing := [text for text in texts if text not in table]:
-            raise EvaluationError(f"{path} lacks vectors of {len(missing)} texts, the first: {missing[0]!r}.")
+            raise EvaluationError(
+                f"{path} lacks vectors of {len(missing)} texts, the first: {missing[0]!r}."
+            )
         yield texts, np.array([table[text] for text in texts])
 
     return look_up
@@ -126,20 +147,34 @@ class SentenceModel:
         modules = _read(folder / "modules.json") or [{"type": "nothing"}]
         kinds = [module["type"].rpartition(".")[2] for module in modules]
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise EvaluationError(f"{folder}/modules.json: {kinds}; only Transformer, Pooling, Normalize are done.")
+            raise EvaluationError(
+                f"{folder}/modules.json: {kinds}; only Transformer, Pooling, Normalize are done."
+            )
         pooling = _read(folder / modules[1]["path"] / "config.json")
-        named = [key.split("_")[2] for key in pooling if key.startswith("pooling_mode_") and pooling[key] is True]
-        self.pooling = pooling.get("pooling_mode", "+".join(named))  # newer versions have the one name
+        named = [
+            key.split("_")[2]
+            for key in pooling
+            if key.startswith("pooling_mode_") and pooling[key] is True
+        ]
+        self.pooling = pooling.get(
+            "pooling_mode", "+".join(named)
+        )  # newer versions have the one name
         prompt = _read(folder / "config_sentence_transformers.json").get("default_prompt_name")
         source = folder / modules[0]["path"]
         settings = _read(source / "sentence_bert_config.json")
         if self.pooling not in ("mean", "cls") or prompt or settings.get("do_lower_case"):
             asked = f"pooling {self.pooling!r}, prompt {prompt!r}, lower case {settings.get('do_lower_case', False)}"
-            raise EvaluationError(f"{folder}: {asked}; only mean and cls, without a prompt, are done here.")
+            raise EvaluationError(
+                f"{folder}: {asked}; only mean and cls, without a prompt, are done here."
+            )
         self.is_normalized = "Normalize" in kinds
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+        files = sorted(
+            path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"
+        )
         self.sha256 = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
-        self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, padding_side="right")
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            source, local_files_only=True, padding_side="right"
+        )
         model = AutoModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         longest = min(self.tokenizer.model_max_length, model.config.max_position_embeddings)
@@ -149,16 +184,32 @@ class SentenceModel:
         import torch
 
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        lengths = [min(-(-len(ids) // LENGTH_STEP) * LENGTH_STEP, self.max_length) for ids in tokens]
-        for length, group in groupby(sorted(range(len(texts)), key=lengths.__getitem__), lengths.__getitem__):
+        lengths = [
+            min(-(-len(ids) // LENGTH_STEP) * LENGTH_STEP, self.max_length) for ids in tokens
+        ]
+        for length, group in groupby(
+            sorted(range(len(texts)), key=lengths.__getitem__), lengths.__getitem__
+        ):
             indices = list(group)
             for batch in (indices[start : start + ROWS] for start in range(0, len(indices), ROWS)):
-                filled = {"input_ids": [tokens[index] for index in batch + batch[:1] * (ROWS - len(batch))]}
-                inputs = self.tokenizer.pad(filled, padding="max_length", max_length=length, return_tensors="pt")
+                filled = {
+                    "input_ids": [
+                        tokens[index] for index in batch + batch[:1] * (ROWS - len(batch))
+                    ]
+                }
+                inputs = self.tokenizer.pad(
+                    filled, padding="max_length", max_length=length, return_tensors="pt"
+                )
                 with torch.inference_mode():
-                    hidden = self.model(**inputs.to(self.model.device)).last_hidden_state  # (ROWS, length, dim)
+                    hidden = self.model(
+                        **inputs.to(self.model.device)
+                    ).last_hidden_state  # (ROWS, length, dim)
                     mask = inputs["attention_mask"].to(hidden.device)[..., None]
-                    vectors = hidden[:, 0] if self.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
+                    vectors = (
+                        hidden[:, 0]
+                        if self.pooling == "cls"
+                        else (hidden * mask).sum(1) / mask.sum(1)
+                    )
                     if self.is_normalized:
                         vectors = vectors / vectors.norm(dim=-1, keepdim=True)
                 yield [texts[index] for index in batch], vectors[: len(batch)].cpu().numpy()
@@ -179,7 +230,11 @@ class EmbeddingApi(OpenAiEndpoint):
 
     def __call__(self, texts: list[str]) -> Iterable[tuple[list[str], np.ndarray]]:
         # The client waits and tries again by itself: 408, 409, 429, 5xx, time-outs, lost connections.
-        given = {"base_url": self.settings.url, "api_key": self.key or "none", "timeout": self.settings.timeout}
+        given = {
+            "base_url": self.settings.url,
+            "api_key": self.key or "none",
+            "timeout": self.settings.timeout,
+        }
         with self.openai.OpenAI(max_retries=self.settings.tries, **given) as client:
             for start in range(0, len(texts), TEXTS_PER_REQUEST):
                 batch = texts[start : start + TEXTS_PER_REQUEST]
@@ -200,4 +255,6 @@ class EmbeddingApi(OpenAiEndpoint):
             reason = self._clean(error)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no list of embeddings ({error!r})"
-        raise EvaluationError(f"{url}: {reason}; first of the texts: {batch[0]!r}. Run it again: what it gave is kept.")
+        raise EvaluationError(
+            f"{url}: {reason}; first of the texts: {batch[0]!r}. Run it again: what it gave is kept."
+        )

@@ -25,7 +25,9 @@ PROMPT = (
     "Below is a pair of question and response. Identify if the response answers the question. Return yes or no.\n\n"
     "Question: {question}\nResponse: {response}"
 )
-VERDICT = re.compile(r"""[\s"'*(]*(yes|no)["'*)]*\s*($|[.,;:!\n]|\s[-–—]).*""", re.IGNORECASE | re.DOTALL)
+VERDICT = re.compile(
+    r"""[\s"'*(]*(yes|no)["'*)]*\s*($|[.,;:!\n]|\s[-–—]).*""", re.IGNORECASE | re.DOTALL
+)
 
 
 class Judge:
@@ -46,12 +48,16 @@ class Judge:
 
     def __call__(self, pairs: list[tuple[str, str]]) -> list[str | RequestFailed]:
         """Replies to (question, response), or why there is none. EvaluationError: no more are given (key, budget)."""
-        asked = [[{"role": "user", "content": PROMPT.format(question=q, response=r)}] for q, r in pairs]
+        asked = [
+            [{"role": "user", "content": PROMPT.format(question=q, response=r)}] for q, r in pairs
+        ]
         try:
             with ReplyStore(self.replies) as store:
                 replies = Llm(self.settings, store).complete_all(asked)
         except (StopAsking, ValueError) as error:
-            raise EvaluationError(f"The judge stopped: {error}. Run it again: replies are in {self.replies}.") from None
+            raise EvaluationError(
+                f"The judge stopped: {error}. Run it again: replies are in {self.replies}."
+            ) from None
         return [reply if isinstance(reply, RequestFailed) else reply.text for reply in replies]
 
 
@@ -64,15 +70,24 @@ def parse_verdict(reply: str) -> bool | None:
 def open_ended(rows: list[dict], task: Task, context: Context) -> Outcome:
     """Score answers by `context.judge`. EvaluationError: there is none, or it stopped."""
     if context.judge is None:
-        raise EvaluationError(f"{context.source}: open-ended answers need a judge; name one with --judge_model.")
-    started = start_items([row | {"ref": row.get("ref") or ""} for row in rows], context)  # There may be no reference.
-    items = [item | {"prompt": row["prompt"], "follows": False} for item, row in zip(started, rows, strict=True)]
+        raise EvaluationError(
+            f"{context.source}: open-ended answers need a judge; name one with --judge_model."
+        )
+    started = start_items(
+        [row | {"ref": row.get("ref") or ""} for row in rows], context
+    )  # There may be no reference.
+    items = [
+        item | {"prompt": row["prompt"], "follows": False}
+        for item, row in zip(started, rows, strict=True)
+    ]
     answered = [item for item in items if item["failed"] is None]
     replies = context.judge([(item["prompt"], item["pred"]) for item in answered])
     for item, reply in zip(answered, replies, strict=True):
         if isinstance(reply, RequestFailed):
             item |= {"follows": None, "failed": "judge failed"}
-            print(f"  {item['audio_id']}: {reply}", file=sys.stderr)  # Of which no two runs have the same.
+            print(
+                f"  {item['audio_id']}: {reply}", file=sys.stderr
+            )  # Of which no two runs have the same.
             continue
         item |= {"reply": reply, "follows": parse_verdict(reply)}
         item["failed"] = "unparsed judgement" if item["follows"] is None else None

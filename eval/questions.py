@@ -37,11 +37,18 @@ REFERENCES = {
     "voxceleb_gender": "The speaker is {}.",
     "voxceleb_age": "The age of the speaker is {}.",
 }
-POSSIBLE = {"voxceleb_gender": "male|female", "voxceleb_age": "1?[0-9]?[0-9]"}  # truths that no file of classes has
+POSSIBLE = {
+    "voxceleb_gender": "male|female",
+    "voxceleb_age": "1?[0-9]?[0-9]",
+}  # truths that no file of classes has
 
 
 CAPTIONS = tuple(f"caption_{number}" for number in range(1, 6))
-TABLE = "", "audio", "label"  # pattern of the metadata's file; column of the clip; columns of a truth a question
+TABLE = (
+    "",
+    "audio",
+    "label",
+)  # pattern of the metadata's file; column of the clip; columns of a truth a question
 SOURCES = {
     "esc50": ("esc50.csv", "filename", "category"),
     "fsd50k": ("eval.csv", "fname", "labels"),
@@ -60,20 +67,33 @@ def find_metadata(pattern: str, root: Path) -> list[Path]:
     return found
 
 
-def read_metadata(columns: tuple[str, ...], paths: list[Path]) -> Iterator[tuple[str, list[str], list[str]]]:
+def read_metadata(
+    columns: tuple[str, ...], paths: list[Path]
+) -> Iterator[tuple[str, list[str], list[str]]]:
     """(file and row, names its clip may have, truths) of every row."""
     for path in paths:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             if path.name.endswith(".trans.txt"):
-                rows = (dict(zip(("id", "text"), line.strip().split(" ", 1), strict=False)) for line in lines)
+                rows = (
+                    dict(zip(("id", "text"), line.strip().split(" ", 1), strict=False))
+                    for line in lines
+                )
             else:
                 rows = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
             for number, row in enumerate(rows, start=1):
                 if lacking := [name for name in columns if not (row.get(name) or "").strip()]:
-                    raise EvaluationError(f"{path}, row {number}: no {', '.join(lacking)}; it has {', '.join(row)}.")
+                    raise EvaluationError(
+                        f"{path}, row {number}: no {', '.join(lacking)}; it has {', '.join(row)}."
+                    )
                 names = [row[columns[0]]]
-                if columns[0] == "youtube_id":  # Downloaders name clips by it, with or without a Y and the start.
-                    names = [f"{y}{names[0]}{end}" for end in ("", f"_{row.get('start_time')}") for y in ("", "Y")]
+                if (
+                    columns[0] == "youtube_id"
+                ):  # Downloaders name clips by it, with or without a Y and the start.
+                    names = [
+                        f"{y}{names[0]}{end}"
+                        for end in ("", f"_{row.get('start_time')}")
+                        for y in ("", "Y")
+                    ]
                 yield f"{path}, row {number}", names, [row[name] for name in columns[1:]]
 
 
@@ -92,8 +112,12 @@ def references(task: Task) -> Callable[[str, str], str]:
         mark = "," if task.name == "fsd50k" else ";"
         keys = [plain(name) for name in (truth.split(mark) if separator else [truth])]
         if unknown := [key for key in keys if key not in classes.numbers]:
-            raise EvaluationError(f"{place}: {unknown[0]!r} is no class of eval/labels/{task.options['labels']}.")
-        return form.format((separator or "").join(classes.names[classes.numbers[key]] for key in keys))
+            raise EvaluationError(
+                f"{place}: {unknown[0]!r} is no class of eval/labels/{task.options['labels']}."
+            )
+        return form.format(
+            (separator or "").join(classes.names[classes.numbers[key]] for key in keys)
+        )
 
     return reference
 
@@ -108,34 +132,63 @@ def build(task: Task, metadata: list[Path], root: Path) -> tuple[list[dict], dic
         outputs = [reference(place, truth) for truth in truths]
         found = [name for name in names if (root / name).is_file()]
         if not found:
-            bare = [Path(name).stem if Path(name).suffix.lower() in SOUNDS else Path(name).name for name in names]
+            bare = [
+                Path(name).stem if Path(name).suffix.lower() in SOUNDS else Path(name).name
+                for name in names
+            ]
             found = [path for name in bare for path in clips.get(name, ())]
         if len(found) > 1:
-            raise EvaluationError(f"{place}: {root} has {' and '.join(found[:2])}. Leave one, or name its path.")
+            raise EvaluationError(
+                f"{place}: {root} has {' and '.join(found[:2])}. Leave one, or name its path."
+            )
         if not found:
             missing.setdefault(names[0], place)
-        common = {"instruction": task.prompt, "audio_id": "".join(found), "dataset": task.name, "task": "evaluation"}
+        common = {
+            "instruction": task.prompt,
+            "audio_id": "".join(found),
+            "dataset": task.name,
+            "task": "evaluation",
+        }
         rows += [common | {"output": output} for output in outputs if found]
     return rows, missing
 
 
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--task", required=True, choices=[task.name for task in TASKS if task.prompt], metavar="TASK")
-    parser.add_argument("--audio_root", required=True, type=Path, help="folder of the clips, later eval.run's too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--task",
+        required=True,
+        choices=[task.name for task in TASKS if task.prompt],
+        metavar="TASK",
+    )
+    parser.add_argument(
+        "--audio_root", required=True, type=Path, help="folder of the clips, later eval.run's too"
+    )
     parser.add_argument("--metadata", type=Path, help="its file, where it is not found by its name")
     parser.add_argument("--output_path", required=True, type=Path, help=".json or .jsonl")
-    parser.add_argument("--allow_missing", action="store_true", help="leave out clips that are not on the disk")
+    parser.add_argument(
+        "--allow_missing", action="store_true", help="leave out clips that are not on the disk"
+    )
     args = parser.parse_args(argv)
     task = find_task(args.task)
-    metadata = [args.metadata] if args.metadata else find_metadata(SOURCES.get(task.name, TABLE)[0], args.audio_root)
+    metadata = (
+        [args.metadata]
+        if args.metadata
+        else find_metadata(SOURCES.get(task.name, TABLE)[0], args.audio_root)
+    )
     rows, missing = build(task, metadata, args.audio_root)
-    print(f"{task.name}: {len(rows)} questions, {len({row['audio_id'] for row in rows})} clips; {len(missing)} missing")
+    print(
+        f"{task.name}: {len(rows)} questions, {len({row['audio_id'] for row in rows})} clips; {len(missing)} missing"
+    )
     for clip, place in list(missing.items())[:20]:
         print(f"  missing: {clip} ({place})", file=sys.stderr)
     if not rows or (missing and not args.allow_missing):
-        raise EvaluationError(f"{args.audio_root} lacks {len(missing)} clips. Bring them, or give --allow_missing.")
+        raise EvaluationError(
+            f"{args.audio_root} lacks {len(missing)} clips. Bring them, or give --allow_missing."
+        )
     write_rows(rows, args.output_path)
     return 0
 

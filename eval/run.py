@@ -48,7 +48,11 @@ class Embedding:
 
 
 def open_judge(args: argparse.Namespace) -> Any:
-    more = {"is_local": args.judge_local, "base_url": args.judge_url, "token_budget": args.judge_budget}
+    more = {
+        "is_local": args.judge_local,
+        "base_url": args.judge_url,
+        "token_budget": args.judge_budget,
+    }
     settings = LlmSettings(args.judge_model, args.judge_temperature, max_tokens=16, **more)
     return Judge(settings, args.cache_dir)
 
@@ -60,20 +64,32 @@ def read_predictions(path: Path, questions: Path | None) -> list[dict]:
         waiting[row.get("audio_id"), row["instruction"]].append(row.get("output"))
     for number, row in enumerate(rows, start=1):
         if lacking := {"prompt", "pred", "ref", "audio_id"} - row.keys():
-            raise EvaluationError(f"{path}, row {number}: no {', '.join(sorted(lacking))}. Answer the questions anew.")
+            raise EvaluationError(
+                f"{path}, row {number}: no {', '.join(sorted(lacking))}. Answer the questions anew."
+            )
         left = waiting[row["audio_id"], row["prompt"]] if questions else [row["ref"]]
         if row["ref"] not in left:
-            raise EvaluationError(f"{path}, row {number}: not in {questions}, or not as often: {row['audio_id']}.")
+            raise EvaluationError(
+                f"{path}, row {number}: not in {questions}, or not as often: {row['audio_id']}."
+            )
         left.remove(row["ref"])
     if not rows:
         raise EvaluationError(f"{path} holds no rows.")
     for (audio_id, prompt), left in waiting.items():
-        rows += [{"prompt": prompt, "pred": None, "ref": ref, "audio_id": audio_id, "status": "no row"} for ref in left]
+        rows += [
+            {"prompt": prompt, "pred": None, "ref": ref, "audio_id": audio_id, "status": "no row"}
+            for ref in left
+        ]
     return rows
 
 
 def score(
-    name: str, task_name: str, path: Path, questions: Path | None, args: argparse.Namespace, scores: Any = None
+    name: str,
+    task_name: str,
+    path: Path,
+    questions: Path | None,
+    args: argparse.Namespace,
+    scores: Any = None,
 ) -> report.Result:
     """The result of one file of predictions; writes its items and its confusion matrix."""
     task, rows = find_task(task_name), read_predictions(path, questions)
@@ -93,8 +109,16 @@ def score(
     report.write_rows(outcome.items, folder / f"{task.name}.items.jsonl")
     if outcome.confusion:
         report.plot_confusion(*outcome.confusion, folder / f"{task.name}.confusion.png")
-    scoring = "label log-likelihood" if scores is not None else "embedding" if embedding.name else function
-    result = {"task": task.name, "model": name, "scoring": scoring} | report.summarize(outcome, task, args.seed)
+    scoring = (
+        "label log-likelihood"
+        if scores is not None
+        else "embedding"
+        if embedding.name
+        else function
+    )
+    result = {"task": task.name, "model": name, "scoring": scoring} | report.summarize(
+        outcome, task, args.seed
+    )
     result |= {"rows": len(rows)} if len(rows) != result["asked"] else {}
     if task.options.get("rows", len(rows)) != len(rows):
         result["notes"].append(f"{len(rows)} rows; the whole set has {task.options['rows']}")
@@ -105,7 +129,9 @@ def trace(rows: list[dict], path: Path, questions: Path | None) -> dict[str, Any
     """What was asked, of which weights and how, as far as the predictions and the file beside them say."""
     prompt, count = Counter(row["prompt"] for row in rows).most_common(1)[0]
     found = {"prompt": f"{count} of {len(rows)}: {prompt}", "decoding": "not recorded"}
-    found |= {"checkpoint": ", ".join(sorted({row.get("checkpoint") or "not recorded" for row in rows}))}
+    found |= {
+        "checkpoint": ", ".join(sorted({row.get("checkpoint") or "not recorded" for row in rows}))
+    }
     found |= {"questions": report.file_record(questions)} if questions else {}
     return found | report.read_provenance(path) | {"predictions": report.file_record(path)}
 
@@ -113,24 +139,35 @@ def trace(rows: list[dict], path: Path, questions: Path | None) -> dict[str, Any
 def named(text: str) -> tuple[str, Path]:
     """Name and place: NAME=PATH, or a path whose last part is the name."""
     name, sign, path = text.partition("=")
-    return (name, Path(path)) if sign and "/" not in name else (Path(text).resolve().name.split(".json")[0], Path(text))
+    return (
+        (name, Path(path))
+        if sign and "/" not in name
+        else (Path(text).resolve().name.split(".json")[0], Path(text))
+    )
 
 
 def find_files(args: argparse.Namespace, place: Path, own: str = "") -> dict[str, Path]:
     """Task -> its file: `place`, or in it TASK and `own`, else what --list names; with "all" where it is there."""
     names = args.task if "all" not in args.task else [task.name for task in TASKS]
     if not place.is_dir() and len(names) > 1:
-        raise EvaluationError(f"{place} is no folder; several tasks need one, with each one's file.")
+        raise EvaluationError(
+            f"{place} is no folder; several tasks need one, with each one's file."
+        )
     files = {name: place / find_task(name).questions if place.is_dir() else place for name in names}
     files |= {name: path for name in names if own and (path := place / f"{name}{own}").is_file()}
     there = {name: path for name, path in files.items() if path.is_file()}
     if not there or ("all" not in args.task and len(there) < len(files)):
-        raise EvaluationError(f"{next(path for path in files.values() if not path.is_file())} is not there.")
+        raise EvaluationError(
+            f"{next(path for path in files.values() if not path.is_file())} is not there."
+        )
     return there
 
 
 def list_tasks() -> str:
-    rows = [(task.name, task.questions, task.metric, report.paper_text(task.paper), task.prompt) for task in TASKS]
+    rows = [
+        (task.name, task.questions, task.metric, report.paper_text(task.paper), task.prompt)
+        for task in TASKS
+    ]
     rows.insert(0, ("task", "questions", "metric", "papers", "prompt"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     cells = [[f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
@@ -139,27 +176,73 @@ def list_tasks() -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--list", action="store_true", help="print the tasks")
     names = ["all", *(task.name for task in TASKS)]
     parser.add_argument("--task", nargs="+", default=[], choices=names, metavar="TASK")
-    parser.add_argument("--model", nargs="+", type=named, default=[], metavar="[NAME=]DIR", help="checkpoint folders")
-    parser.add_argument("--predictions", nargs="+", type=named, default=[], metavar="[NAME=]P.json", help="only score")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        type=named,
+        default=[],
+        metavar="[NAME=]DIR",
+        help="checkpoint folders",
+    )
+    parser.add_argument(
+        "--predictions",
+        nargs="+",
+        type=named,
+        default=[],
+        metavar="[NAME=]P.json",
+        help="only score",
+    )
     parser.add_argument("--questions", type=Path, help="a file, or a folder of each task's file")
-    parser.add_argument("--max_bad", type=int, default=0, help="questions a model may fail without an exit status of 1")
-    parser.add_argument("--audio_root", type=Path, help="folder of relative audio_ids (default: that of the questions)")
+    parser.add_argument(
+        "--max_bad",
+        type=int,
+        default=0,
+        help="questions a model may fail without an exit status of 1",
+    )
+    parser.add_argument(
+        "--audio_root",
+        type=Path,
+        help="folder of relative audio_ids (default: that of the questions)",
+    )
     parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--protocol", choices=("strict", "original"), default="strict", help="README: what differs")
-    parser.add_argument("--embedder", default="minilm", help="minilm, a sentence-transformers folder, or openai:MODEL")
+    parser.add_argument(
+        "--protocol", choices=("strict", "original"), default="strict", help="README: what differs"
+    )
+    parser.add_argument(
+        "--embedder",
+        default="minilm",
+        help="minilm, a sentence-transformers folder, or openai:MODEL",
+    )
     parser.add_argument("--embeddings", help="ready vectors instead: JSON {text: vector}, or .npz")
-    parser.add_argument("--cache_dir", type=Path, default=Path("exp/eval_cache"), help="of embeddings and judgements")
-    parser.add_argument("--whisper_text", type=Path, help="JSON audio_id -> transcript (default: that of the answers)")
-    parser.add_argument("--score_labels", action="store_true", help="by log-likelihoods of classes, no embeddings")
+    parser.add_argument(
+        "--cache_dir",
+        type=Path,
+        default=Path("exp/eval_cache"),
+        help="of embeddings and judgements",
+    )
+    parser.add_argument(
+        "--whisper_text",
+        type=Path,
+        help="JSON audio_id -> transcript (default: that of the answers)",
+    )
+    parser.add_argument(
+        "--score_labels", action="store_true", help="by log-likelihoods of classes, no embeddings"
+    )
     parser.add_argument("--label_prompt", default="Closed-ended question: Generate audio labels.")
     parser.add_argument("--label_answer", default="Labels: {}", help="a class as the answer")
     judge = parser.add_argument_group("open-ended answers")
-    judge.add_argument("--judge_model", help="at an OpenAI-compatible endpoint; the key is in OPENAI_API_KEY")
-    judge.add_argument("--judge_url", help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)")
+    judge.add_argument(
+        "--judge_model", help="at an OpenAI-compatible endpoint; the key is in OPENAI_API_KEY"
+    )
+    judge.add_argument(
+        "--judge_url", help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)"
+    )
     judge.add_argument("--judge_local", action="store_true", help="--judge_model is a local folder")
     judge.add_argument("--judge_temperature", type=float, default=0.0)
     judge.add_argument("--judge_budget", type=int, help="tokens, over all runs")
@@ -174,9 +257,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.rest and not args.model:
         parser.error(f"unknown without --model: {' '.join(args.rest)}")
     if args.score_labels and (args.protocol == "original" or not args.model):
-        parser.error("--score_labels is of a --model, and of --protocol strict: the original embeds")
+        parser.error(
+            "--score_labels is of a --model, and of --protocol strict: the original embeds"
+        )
     named_tasks = [find_task(name) for name in args.task if name != "all"]
-    if lacking := [task.name for task in named_tasks if args.score_labels and "labels" not in task.options]:
+    if lacking := [
+        task.name for task in named_tasks if args.score_labels and "labels" not in task.options
+    ]:
         parser.error(f"--score_labels: {', '.join(lacking)}: no classes. Leave it out")
     names = [name for name, _ in args.model + args.predictions]
     if len(set(names)) < len(names):
@@ -196,14 +283,26 @@ def main(argv: list[str] | None = None) -> int:
     for name, model in args.model:
         files, folder, scores = asked, args.output_dir / name, {}  # scores: task -> of labels
         if args.score_labels:
-            files = {task: path for task, path in asked.items() if "labels" in find_task(task).options}
-            left_out += [f"{name}, {task}: it has no classes" for task in asked if task not in files]
-            scores = {t: asking.score_labels(str(model), find_task(t), path, folder, args) for t, path in files.items()}
-            code |= int(sum(int(np.isneginf(own).all(1).sum()) for own in scores.values()) > args.max_bad)
+            files = {
+                task: path for task, path in asked.items() if "labels" in find_task(task).options
+            }
+            left_out += [
+                f"{name}, {task}: it has no classes" for task in asked if task not in files
+            ]
+            scores = {
+                t: asking.score_labels(str(model), find_task(t), path, folder, args)
+                for t, path in files.items()
+            }
+            code |= int(
+                sum(int(np.isneginf(own).all(1).sum()) for own in scores.values()) > args.max_bad
+            )
         else:
             code |= asking.ask(str(model), files, folder, args)
         for task, questions in files.items():
-            place, questions = folder / f"{task}{report.PREDICTIONS}", None if args.score_labels else questions
+            place, questions = (
+                folder / f"{task}{report.PREDICTIONS}",
+                None if args.score_labels else questions,
+            )
             results.append(score(name, task, place, questions, args, scores.get(task)))
     for name, place in args.predictions:
         files = find_files(args, place, report.PREDICTIONS)

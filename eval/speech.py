@@ -28,7 +28,8 @@ MALE = re.compile(r"\b(male|m[ae]n|boy|gentleman|he|his|him)\b", re.IGNORECASE)
 YEARS = r"(?<![\w.])(\d{1,3}(?:\.\d+)?)"
 # A number or a range of them, of years or decades; "5th" is none, "70yo" is one.
 AGE = re.compile(
-    YEARS + r"(?:'?s?\s*(?:-|–|—|to\b|and\b)\s*(\d{1,3}(?:\.\d+)?))?('?s\b)?(?!\d|\.\d|st\b|nd\b|rd\b|th\b)"
+    YEARS
+    + r"(?:'?s?\s*(?:-|–|—|to\b|and\b)\s*(\d{1,3}(?:\.\d+)?))?('?s\b)?(?!\d|\.\d|st\b|nd\b|rd\b|th\b)"
 )
 ORIGINAL_AGE = re.compile(r"\b(\d+(?:-\d+)?)\b")
 
@@ -55,33 +56,55 @@ def word_error_rate(rows: list[dict], task: Task, context: Context) -> Outcome:
     """Errors by words of the references, of all rows together; a failed answer lacks all words."""
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-    spellings = Path(find_spec("whisper").origin).parent / "normalizers" / "english.json"  # Importing it takes seconds.
+    spellings = (
+        Path(find_spec("whisper").origin).parent / "normalizers" / "english.json"
+    )  # Importing it takes seconds.
     normalize = EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
     items = start_items(rows, context)
     for index, item in enumerate(items):
         truth, answer = spoken(item["ref"]), "" if item["failed"] else spoken(item["pred"])
-        pairs = {"wer": (bare(truth), bare(answer)), "wer_normalized": (normalize(truth), normalize(answer))}
+        pairs = {
+            "wer": (bare(truth), bare(answer)),
+            "wer_normalized": (normalize(truth), normalize(answer)),
+        }
         if not pairs["wer"][0].split():
             raise context.error(index, "the reference has no words. Leave the row out.")
         if context.whisper is not None:
             heard = context.whisper.get(item["audio_id"])
             if heard is None and not item["failed"]:
-                raise context.error(index, f"no Whisper transcript of {item['audio_id']!r}. Give each clip's, or none.")
+                raise context.error(
+                    index,
+                    f"no Whisper transcript of {item['audio_id']!r}. Give each clip's, or none.",
+                )
             heard = bare(spoken(heard or ""))
             said = substituted(bare(answer), heard, context.protocol)
             pairs |= {"wer_whisper": (bare(truth), heard), "wer_substituted": (bare(truth), said)}
         found = {name: jiwer.process_words(*pair) for name, pair in pairs.items()}
-        item["words"] = {name: one.hits + one.substitutions + one.deletions for name, one in found.items()}
-        item["errors"] = {name: one.substitutions + one.deletions + one.insertions for name, one in found.items()}
+        item["words"] = {
+            name: one.hits + one.substitutions + one.deletions for name, one in found.items()
+        }
+        item["errors"] = {
+            name: one.substitutions + one.deletions + one.insertions for name, one in found.items()
+        }
     names = items[0]["words"] if items else {}
-    counts = {name: np.array([(item["errors"][name], item["words"][name]) for item in items]) for name in names}
+    counts = {
+        name: np.array([(item["errors"][name], item["words"][name]) for item in items])
+        for name in names
+    }
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         sums = {name: pairs[indices].sum(0) for name, pairs in counts.items()}
         # Whisper's normaliser may leave no words: it takes out all of "hmm".
-        return {name: float(errors / words) if words else float("nan") for name, (errors, words) in sums.items()}
+        return {
+            name: float(errors / words) if words else float("nan")
+            for name, (errors, words) in sums.items()
+        }
 
-    notes = [] if context.whisper is not None else ["wer_substituted: not computed: no Whisper transcripts"]
+    notes = (
+        []
+        if context.whisper is not None
+        else ["wer_substituted: not computed: no Whisper transcripts"]
+    )
     return Outcome(items, compute, notes=notes)
 
 
@@ -110,13 +133,19 @@ def _read(
 
 def gender(rows: list[dict], task: Task, context: Context) -> Outcome:
     """Accuracy and F1."""
-    items = _read(rows, context, (read_gender, read_gender), "does not name one gender", "not one gender")
+    items = _read(
+        rows, context, (read_gender, read_gender), "does not name one gender", "not one gender"
+    )
     for item in items:
         item["right"] = item["truth"] == item["chosen"]
     numbers = {"female": 0, "male": 1, None: -1}
-    truth, chosen = (np.array([numbers[item[key]] for item in items], dtype=int) for key in ("truth", "chosen"))
+    truth, chosen = (
+        np.array([numbers[item[key]] for item in items], dtype=int) for key in ("truth", "chosen")
+    )
 
-    def compute(indices: np.ndarray) -> dict[str, float]:  # scikit-learn leaves out a class that is nowhere.
+    def compute(
+        indices: np.ndarray,
+    ) -> dict[str, float]:  # scikit-learn leaves out a class that is nowhere.
         return choice_figures(truth[indices], chosen[indices], 2, "strict")
 
     return Outcome(items, compute, confusion=(GENDERS, table(truth, chosen, 2)))
@@ -127,7 +156,11 @@ def read_age(text: str, protocol: str) -> float | None:
     match = (AGE if protocol == "strict" else ORIGINAL_AGE).search(text)
     if match is None:
         return None
-    numbers = [number for number in match.groups()[:2] if number] if protocol == "strict" else match[1].split("-")
+    numbers = (
+        [number for number in match.groups()[:2] if number]
+        if protocol == "strict"
+        else match[1].split("-")
+    )
     decade = 5 if protocol == "strict" and match[3] else 0
     return sum(map(float, numbers)) / len(numbers) + decade
 
@@ -141,13 +174,19 @@ def true_age(reference: str, protocol: str) -> float | None:
 
 def age(rows: list[dict], task: Task, context: Context) -> Outcome:
     """Mean absolute error in years and Pearson's r; of all rows also how many name an age."""
-    items = _read(rows, context, (true_age, read_age), "does not end with one age in years", "no age")
-    true, said = (np.array([item[key] for item in items], dtype=float) for key in ("truth", "chosen"))  # None: nan
+    items = _read(
+        rows, context, (true_age, read_age), "does not end with one age in years", "no age"
+    )
+    true, said = (
+        np.array([item[key] for item in items], dtype=float) for key in ("truth", "chosen")
+    )  # None: nan
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         named = indices[~np.isnan(said[indices])]
         coverage = {"coverage": len(named) / len(items)} if len(indices) == len(items) else {}
-        if context.protocol == "strict" and len(named) < len(indices):  # All have no error if some have none.
+        if context.protocol == "strict" and len(named) < len(
+            indices
+        ):  # All have no error if some have none.
             named = named[:0]
         pair = true[named], said[named]
         is_spread = len(named) > 1 and min(np.ptp(values) for values in pair) > 0

@@ -17,7 +17,12 @@ CAPTION = "Close-ended question: Write an audio caption describing the sound."
 GENRE = "Describe the music genre with a sentence?"
 ONE, MANY = "closed:single_label", "closed:multi_label"
 SOUND = {"prefix": "sound of ", "answer": "after_colon_cut", "mode": "max"}
-PHRASE = {"prefix": "sound of ", "answer": "after_phrase", "truth": "after_colon_space", "separator": "; "}
+PHRASE = {
+    "prefix": "sound of ",
+    "answer": "after_phrase",
+    "truth": "after_colon_space",
+    "separator": "; ",
+}
 EMOTION = {"prefix": "", "answer": "whole", "truth": "first_sentence"}
 MUSIC = {"prefix": "Music Genre: ", "answer": "after_colon", "truth": "lstrip"}
 
@@ -106,4 +111,6 @@ def find_task(name: str) -> Task:
     for task in TASKS:
         if task.name == name:
             return task
-    raise ValueError(f"There is no task {name!r}. Choose from: {', '.join(task.name for task in TASKS)}.")
+    raise ValueError(
+        f"There is no task {name!r}. Choose from: {', '.join(task.name for task in TASKS)}."
+    )

@@ -26,7 +26,10 @@ from eval import toy_baselines
 
 TOY = Path(__file__).parent.parent / "data" / "toy"
 CONDITIONS = ("right", "wrong", "none")
-CLASSIFICATION = ("cla_label_des", "cla_label")  # the answer formats of questions.json that name label and category
+CLASSIFICATION = (
+    "cla_label_des",
+    "cla_label",
+)  # the answer formats of questions.json that name label and category
 Z = 1.959964  # standard normal quantile of a two-sided 95 % interval
 COLUMNS = {  # of the table, by key of a row
     "right": "right audio",
@@ -50,7 +53,9 @@ class Reader:
     """
 
     def __init__(self, formats: list[str], categories: set[str]):
-        self.patterns = [re.compile(answer_pattern(template), re.IGNORECASE) for template in formats]
+        self.patterns = [
+            re.compile(answer_pattern(template), re.IGNORECASE) for template in formats
+        ]
         self.categories = categories
 
     def read(self, answer: str) -> tuple[str, str] | None:
@@ -60,8 +65,12 @@ class Reader:
             if match is None:
                 continue
             label, category = normalise(match["label"]), normalise(match["category"])
-            named = {normalise(piece) for piece in re.split(r"[;,/]|\band\b", label)} & self.categories
-            return (label, category) if category in self.categories and named <= {category} else None
+            named = {
+                normalise(piece) for piece in re.split(r"[;,/]|\band\b", label)
+            } & self.categories
+            return (
+                (label, category) if category in self.categories and named <= {category} else None
+            )
         return None
 
 
@@ -70,7 +79,11 @@ def answer_pattern(template: str) -> str:
     field = r"(?:(?!->)[^.:\n])+"
     made = ""
     for piece in re.split(r"(\{\w+\})", template.strip().rstrip(".")):
-        made += f"(?P<{piece[1:-1]}>{field})" if piece.startswith("{") else re.escape(piece).replace(r"\ ", r"\s+")
+        made += (
+            f"(?P<{piece[1:-1]}>{field})"
+            if piece.startswith("{")
+            else re.escape(piece).replace(r"\ ", r"\s+")
+        )
     return made + r"\s*\.?"
 
 
@@ -110,8 +123,13 @@ class Toy:
         lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         clips = {clip["file"]: clip for clip in map(json.loads, lines)}
         answers = json.loads((folder / "questions.json").read_text(encoding="utf-8"))["answers"]
-        reader = Reader([answers[task] for task in CLASSIFICATION], {clip["category"] for clip in clips.values()})
-        return cls(clips, json.loads((folder / "split.json").read_text(encoding="utf-8"))["folds"], reader)
+        reader = Reader(
+            [answers[task] for task in CLASSIFICATION],
+            {clip["category"] for clip in clips.values()},
+        )
+        return cls(
+            clips, json.loads((folder / "split.json").read_text(encoding="utf-8"))["folds"], reader
+        )
 
     def training(self, fold: int) -> list[str]:
         """Files of a fold's training clips."""
@@ -142,15 +160,25 @@ def read_predictions(folder: Path) -> dict[str, dict[str, list[dict]]]:
     for place in sorted(path.parent for path in found):
         stage = place.relative_to(folder).parts[0][: len("stage1")]
         if stage in stages:
-            raise PredictionError(f"{folder} holds predictions of {stage} twice. Leave one right.json.")
+            raise PredictionError(
+                f"{folder} holds predictions of {stage} twice. Leave one right.json."
+            )
         paths = {name: place / f"{name}.json" for name in (*CONDITIONS, "show")}
-        stages[stage] = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.is_file()}
+        stages[stage] = {
+            name: json.loads(path.read_text("utf-8"))
+            for name, path in paths.items()
+            if path.is_file()
+        }
         references = {name: [row["ref"] for row in rows] for name, rows in stages[stage].items()}
         for name in CONDITIONS:
             if references.get(name, references["right"]) != references["right"]:
-                raise PredictionError(f"{paths[name]} does not ask the questions of right.json. Answer both anew.")
+                raise PredictionError(
+                    f"{paths[name]} does not ask the questions of right.json. Answer both anew."
+                )
     if not stages:
-        raise PredictionError(f"{folder} holds no stage*/right.json, nor one in a folder below a stage's.")
+        raise PredictionError(
+            f"{folder} holds no stage*/right.json, nor one in a folder below a stage's."
+        )
     return stages
 
 
@@ -165,7 +193,9 @@ def fold_of(predictions: list[dict], toy: Toy) -> int:
         )
     for file, row in zip(files, predictions, strict=True):
         if toy.reader.read(row["ref"]) != (toy.clips[file]["label"], toy.clips[file]["category"]):
-            raise PredictionError(f"The reference {row['ref']!r} is not what the manifest says of {file}.")
+            raise PredictionError(
+                f"The reference {row['ref']!r} is not what the manifest says of {file}."
+            )
     return found[0]
 
 
@@ -176,7 +206,9 @@ def stage_rows(folds: list[dict[str, dict[str, list[dict]]]], reader: Reader) ->
         row: dict = {"name": stage}
         for condition in CONDITIONS:
             if all(condition in fold[stage] for fold in folds):
-                hits = score([prediction for fold in folds for prediction in fold[stage][condition]], reader)
+                hits = score(
+                    [prediction for fold in folds for prediction in fold[stage][condition]], reader
+                )
                 row[condition] = rate(hits["category"])
                 if condition == "right":
                     row |= {"label": rate(hits["label"]), "in_form": rate(hits["in_form"])}
@@ -191,7 +223,9 @@ def baseline_rows(toy: Toy, folds: list[int], audio_encoder: Path | None) -> lis
         "source package alone": toy_baselines.package,
     }
     if audio_encoder is not None:
-        means = toy_baselines.audio_encoder_means([TOY / "audio" / file for file in toy.clips], audio_encoder)
+        means = toy_baselines.audio_encoder_means(
+            [TOY / "audio" / file for file in toy.clips], audio_encoder
+        )
         methods["linear probe on the ear"] = partial(toy_baselines.probe, means)
     rows = []
     for name, method in methods.items():
@@ -200,7 +234,10 @@ def baseline_rows(toy: Toy, folds: list[int], audio_encoder: Path | None) -> lis
             hits = []
             for fold in folds:
                 guesses = method(toy.clips, toy.training(fold), toy.folds[fold], key)
-                hits += [guess == toy.clips[file][key] for guess, file in zip(guesses, toy.folds[fold], strict=True)]
+                hits += [
+                    guess == toy.clips[file][key]
+                    for guess, file in zip(guesses, toy.folds[fold], strict=True)
+                ]
             row[column] = rate(hits)
         rows.append(row)
     return rows
@@ -228,7 +265,11 @@ def format_show(predictions: list[dict]) -> str:
     """Question, answer and reference of each prediction."""
     blocks = []
     for row in predictions:
-        texts = [f"question:  {row['prompt']}", f"answer:    {row['pred']}", f"reference: {row['ref']}"]
+        texts = [
+            f"question:  {row['prompt']}",
+            f"answer:    {row['pred']}",
+            f"reference: {row['ref']}",
+        ]
         blocks.append("\n  ".join([Path(row["audio_id"]).name, *texts]))
     return "\n\n".join(blocks)
 
@@ -245,21 +286,44 @@ def evaluate(folders: list[Path], audio_encoder: Path | None) -> dict:
     found = [sorted({fold_of(stage["right"], toy) for stage in fold.values()}) for fold in stages]
     folds = [fold for numbers in found for fold in numbers]
     if len(folds) != len(folders) or len(set(folds)) != len(folds):
-        raise PredictionError(f"The folders hold the folds {found}. Give one folder for each fold, and each fold once.")
+        raise PredictionError(
+            f"The folders hold the folds {found}. Give one folder for each fold, and each fold once."
+        )
     rows = stage_rows(stages, toy.reader) + baseline_rows(toy, folds, audio_encoder)
     last = stages[0][max(stages[0])]
     shown = last.get("show", last["right"][:: max(1, len(last["right"]) // 5)])[:5]
-    return {"clips": sum(len(toy.folds[fold]) for fold in folds), "folds": folds, "rows": rows, "show": shown}
+    return {
+        "clips": sum(len(toy.folds[fold]) for fold in folds),
+        "folds": folds,
+        "rows": rows,
+        "show": shown,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table and five answers, and write table.json."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--folds", nargs="+", type=Path, required=True, metavar="DIR", help="one folder for each fold")
-    parser.add_argument("--audio_encoder", type=Path, default=Path("pretrained_mdls/yamnet"), help="YAMNet, for the linear probe")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--folds",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="one folder for each fold",
+    )
+    parser.add_argument(
+        "--audio_encoder",
+        type=Path,
+        default=Path("pretrained_mdls/yamnet"),
+        help="YAMNet, for the linear probe",
+    )
     parser.add_argument("--no_probe", action="store_true", help="leave the linear probe out")
-    parser.add_argument("--output_path", type=Path, default=None, help="default: table.json in the first folder")
+    parser.add_argument(
+        "--output_path", type=Path, default=None, help="default: table.json in the first folder"
+    )
     args = parser.parse_args(argv)
     try:
         result = evaluate(args.folds, None if args.no_probe else args.audio_encoder)
@@ -268,7 +332,9 @@ def main(argv: list[str] | None = None) -> None:
     path = args.output_path or args.folds[0] / "table.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(format_table(result["rows"], result["clips"], result["folds"]))
-    print(f"\nFive answers of the last stage\n\n{format_show(result['show'])}\n\nThe table as JSON: {path}")
+    print(
+        f"\nFive answers of the last stage\n\n{format_show(result['show'])}\n\nThe table as JSON: {path}"
+    )
 
 
 if __name__ == "__main__":

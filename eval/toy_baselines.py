@@ -38,20 +38,28 @@ def package(clips: Clips, training: list[str], heldout: list[str], key: str) -> 
     return [guesses[clips[file]["package"]] for file in heldout]
 
 
-def probe(means: dict[str, np.ndarray], clips: Clips, training: list[str], heldout: list[str], key: str) -> list[str]:
+def probe(
+    means: dict[str, np.ndarray], clips: Clips, training: list[str], heldout: list[str], key: str
+) -> list[str]:
     """The guess of a linear classifier on `means` of `ear_means`, trained on the untouched training clips."""
     train, test = (np.stack([means[file] for file in files]) for files in (training, heldout))
     return ridge_classify(train, [clips[file][key] for file in training], test)
 
 
-def ridge_classify(train: np.ndarray, classes: list[str], test: np.ndarray, strength: float = RIDGE) -> list[str]:
+def ridge_classify(
+    train: np.ndarray, classes: list[str], test: np.ndarray, strength: float = RIDGE
+) -> list[str]:
     """Ridge regression from (clips, features), standardised, to one-hot classes; the class of the largest output."""
     names = sorted(set(classes))
     targets = np.eye(len(names))[[names.index(value) for value in classes]]  # (clips, classes)
     mean, deviation = train.mean(0), train.std(0) + 1e-3
     train, test = (train - mean) / deviation, (test - mean) / deviation
-    gram = train @ train.T + strength * np.eye(len(train))  # (clips, clips): there are fewer clips than features
-    outputs = test @ train.T @ np.linalg.solve(gram, targets - targets.mean(0)) + targets.mean(0)  # (clips, classes)
+    gram = train @ train.T + strength * np.eye(
+        len(train)
+    )  # (clips, clips): there are fewer clips than features
+    outputs = test @ train.T @ np.linalg.solve(gram, targets - targets.mean(0)) + targets.mean(
+        0
+    )  # (clips, classes)
     return [names[index] for index in outputs.argmax(1)]
 
 

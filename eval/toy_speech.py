@@ -60,7 +60,9 @@ def spoken(answer: str | None) -> str:
 def word_error_rate(references: list[str], answers: list[str]) -> float:
     """Errors of all answers by words of all references, after normalising both."""
     normalise = EnglishTextNormalizer({})
-    return float(jiwer.wer([normalise(text) for text in references], [normalise(text) for text in answers]))
+    return float(
+        jiwer.wer([normalise(text) for text in references], [normalise(text) for text in answers])
+    )
 
 
 def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
@@ -73,7 +75,9 @@ def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
         found[file] = json.loads(path.read_text(encoding="utf-8"))
         names = [Path(row["audio_id"]).name for row in found[file]]
         if sorted(names) != sorted(asked(file, clips)):
-            raise PredictionError(f"{path} does not ask about each held-out clip once. Build the data and answer anew.")
+            raise PredictionError(
+                f"{path} does not ask about each held-out clip once. Build the data and answer anew."
+            )
         for row, name in zip(found[file], names, strict=True):
             row["clip"] = clips[name]
             if row["ref"] != reference(file, row["clip"]):
@@ -92,7 +96,11 @@ def asked(file: str, clips: dict[str, dict]) -> list[str]:
     """The clips that a question file is about: those held out, and for the gender only voices not in training."""
     known = {clip["voice"] for clip in clips.values() if clip["split"] == "train"}
     heldout = [clip for clip in clips.values() if clip["split"] == "test"]
-    return [clip["file"] for clip in heldout if clip["voice"] not in known or not file.startswith("speech_gender")]
+    return [
+        clip["file"]
+        for clip in heldout
+        if clip["voice"] not in known or not file.startswith("speech_gender")
+    ]
 
 
 def reference(file: str, clip: dict) -> str:
@@ -114,10 +122,14 @@ def choice_lines(file: str, rows: list[dict]) -> dict[str, Line]:
     lines = {title: rate(hits)}
     if file.startswith("speech_gender"):
         for voice in dict.fromkeys(row["clip"]["voice"] for row in rows):
-            own = [hit for hit, row in zip(hits, rows, strict=True) if row["clip"]["voice"] == voice]
+            own = [
+                hit for hit, row in zip(hits, rows, strict=True) if row["clip"]["voice"] == voice
+            ]
             lines[f"{title}: {voice} ({rows_gender(rows, voice)})"] = rate(own)
     lines[f"{title}: in form"] = rate([choice is not None for choice in chosen])
-    lines[f"{title}: if always the most frequent"] = {"share": Counter(truths).most_common(1)[0][1] / len(truths)}
+    lines[f"{title}: if always the most frequent"] = {
+        "share": Counter(truths).most_common(1)[0][1] / len(truths)
+    }
     return lines
 
 
@@ -133,9 +145,14 @@ def word_lines(file: str, rows: list[dict]) -> dict[str, Line]:
     answers = [spoken(row["pred"]) for row in rows]
     lines: dict[str, Line] = {f"WER, {title}": {"share": word_error_rate(texts, answers)}}
     recorded = [number for number, row in enumerate(rows) if "source_file" in row["clip"]]
-    for name, chosen in (("recorded voice", recorded), ("synthetic", sorted(set(range(len(rows))) - set(recorded)))):
+    for name, chosen in (
+        ("recorded voice", recorded),
+        ("synthetic", sorted(set(range(len(rows))) - set(recorded))),
+    ):
         if chosen:
-            errors = word_error_rate([texts[number] for number in chosen], [answers[number] for number in chosen])
+            errors = word_error_rate(
+                [texts[number] for number in chosen], [answers[number] for number in chosen]
+            )
             lines[f"WER, {title}: {name}"] = {"share": errors}
     given = [row.get("transcript") or "" for row in rows]
     if any(given):
@@ -176,7 +193,9 @@ def format_table(result: dict) -> str:
         " " * width + "".join(f"  {head:<17}" for head in heads),
     ]
     for row in result["rows"]:
-        cells = [format_line(cell) for cell in row["runs"]] + ([f"{row['mean']:.2f}"] if several else [])
+        cells = [format_line(cell) for cell in row["runs"]] + (
+            [f"{row['mean']:.2f}"] if several else []
+        )
         lines.append(f"{row['name']:<{width}}" + "".join(f"  {cell:<17}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
@@ -185,15 +204,33 @@ def format_line(line: Line | None) -> str:
     """A cell: a share with its interval if it has one, a dash where nothing was answered."""
     if line is None:
         return "-"
-    return "{share:.2f} [{low:.2f}, {high:.2f}]".format(**line) if "low" in line else f"{line['share']:.3f}"
+    return (
+        "{share:.2f} [{low:.2f}, {high:.2f}]".format(**line)
+        if "low" in line
+        else f"{line['share']:.3f}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table and write it as JSON."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--run", nargs="+", type=Path, required=True, metavar="DIR", help="folders that hold answers/")
-    parser.add_argument("--output_path", type=Path, default=None, help="default: speech_table.json in the first folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folders that hold answers/",
+    )
+    parser.add_argument(
+        "--output_path",
+        type=Path,
+        default=None,
+        help="default: speech_table.json in the first folder",
+    )
     args = parser.parse_args(argv)
     try:
         result = evaluate(args.run)

@@ -14,17 +14,29 @@ from ltu.inference.requests import Request
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("clip", help="an audio file, or 'none'")
     parser.add_argument("question")
-    parser.add_argument("--transcript", help="what is said in the clip; '' for nothing (LTU-AS transcribes by default)")
+    parser.add_argument(
+        "--transcript",
+        help="what is said in the clip; '' for nothing (LTU-AS transcribes by default)",
+    )
     add_generation_flags(parser)
     args = parser.parse_args(argv)
     decoding = read_decoding_flags(args)
     engine = open_engine(args)
     clip = None if args.clip == "none" else args.clip
-    request = Request(args.question, clip, args.transcript, audio_id=clip, mode=args.mode, num_chunks=args.num_chunks)
+    request = Request(
+        args.question,
+        clip,
+        args.transcript,
+        audio_id=clip,
+        mode=args.mode,
+        num_chunks=args.num_chunks,
+    )
     answer = engine([request], seed=args.seed, **decoding)[0]
     if not answer.answered:
         print(answer.error, file=sys.stderr)
@@ -33,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     if request.audio is not None:
         if answer.transcript:
             print(f"(transcript: {answer.transcript})", file=sys.stderr)
-        print(f"(heard {answer.seconds_heard:.2f} of {answer.seconds_total:.2f} seconds)", file=sys.stderr)
+        print(
+            f"(heard {answer.seconds_heard:.2f} of {answer.seconds_total:.2f} seconds)",
+            file=sys.stderr,
+        )
     return 0
 
 

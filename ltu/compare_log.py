@@ -33,12 +33,21 @@ from ltu.training.loss_log import (
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="--output_dir of ltu.finetune, or a log")
     parser.add_argument("--with", dest="other", type=Path, help="a released log")
-    parser.add_argument("--expected", type=parse_expected, default={}, help="losses at steps: 10:0.6383,20:0.6052")
-    parser.add_argument("--tolerance", type=float, default=0.03, help="of --expected (the author's own runs differ so)")
+    parser.add_argument(
+        "--expected", type=parse_expected, default={}, help="losses at steps: 10:0.6383,20:0.6052"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.03,
+        help="of --expected (the author's own runs differ so)",
+    )
     parser.add_argument("--warmup_steps", type=int, default=100, help="of logs that do not say it")
     parser.add_argument("--output_path", type=Path, help="a PNG")
     args = parser.parse_args(argv)
@@ -61,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{'step':>7}{'loss':>10}{'other':>10}{'difference':>12}   means of {PERIOD} steps")
         shared = [step for step in ours if step in theirs]
         for step in shared[:: max(1, len(shared) // 20)]:
-            print(f"{step:7}{ours[step]:10.4f}{theirs[step]:10.4f}{ours[step] - theirs[step]:+12.4f}")
+            print(
+                f"{step:7}{ours[step]:10.4f}{theirs[step]:10.4f}{ours[step] - theirs[step]:+12.4f}"
+            )
     is_right &= compare_expected(logs[0][1], args.expected, args.tolerance)
     if args.output_path:
         plot(logs, args.output_path)

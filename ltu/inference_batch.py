@@ -31,28 +31,46 @@ from ltu.inference.predictions_file import AnswerFile
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--data_path", required=True, nargs="+", help="questions: JSON list or JSON lines")
-    parser.add_argument("--output_path", nargs="+", help="answers as JSON, one for each file of questions")
-    parser.add_argument("--audio_root", help="folder of relative audio_ids (default: that of the data file)")
+    parser.add_argument(
+        "--data_path", required=True, nargs="+", help="questions: JSON list or JSON lines"
+    )
+    parser.add_argument(
+        "--output_path", nargs="+", help="answers as JSON, one for each file of questions"
+    )
+    parser.add_argument(
+        "--audio_root", help="folder of relative audio_ids (default: that of the data file)"
+    )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_bad", type=int, default=0, help="questions that may fail without a non-zero exit")
-    check_help = "compare batched answers with single ones on the first N questions (16); nothing is written"
-    parser.add_argument("--check_batch", type=int, nargs="?", const=16, metavar="N", help=check_help)
+    parser.add_argument(
+        "--max_bad", type=int, default=0, help="questions that may fail without a non-zero exit"
+    )
+    check_help = (
+        "compare batched answers with single ones on the first N questions (16); nothing is written"
+    )
+    parser.add_argument(
+        "--check_batch", type=int, nargs="?", const=16, metavar="N", help=check_help
+    )
     add_generation_flags(parser)
     args = parser.parse_args(argv)
     outputs = [Path(path).absolute() for path in args.output_path or []]
     if len(args.data_path) != len(outputs) and not args.check_batch:
         parser.error(f"{len(args.data_path)} files of questions, but {len(outputs)} --output_path")
-    if len({*outputs, *(Path(path).absolute() for path in args.data_path)}) < len(outputs) + len(set(args.data_path)):
+    if len({*outputs, *(Path(path).absolute() for path in args.data_path)}) < len(outputs) + len(
+        set(args.data_path)
+    ):
         parser.error("an --output_path is that of another file, or of the questions themselves")
     for path in outputs:  # Before hours of work, not after.
         if path.is_dir():
             parser.error(f"--output_path {path} is a folder; name a file in it")
     args.decoding = read_decoding_flags(args)
     rank = os.environ.get("LOCAL_RANK")
-    if rank is not None and (args.device == "cuda" or (args.device is None and torch.cuda.is_available())):
+    if rank is not None and (
+        args.device == "cuda" or (args.device is None and torch.cuda.is_available())
+    ):
         args.device = f"cuda:{rank}"
     return args
 
@@ -66,19 +84,29 @@ def main(argv: list[str] | None = None) -> int:
         return check_batch(open_engine(args), make_requests(rows, args), args.decoding)
     with ExitStack() as stack:
         ranks = stack.enter_context(closing(Ranks()))
-        outputs = [stack.enter_context(closing(AnswerFile(path, ranks.rank))) for path in args.output_path]
-        for is_my_turn in (ranks.rank == 0, ranks.rank > 0):  # Rank 0 finds out whether another run is there.
+        outputs = [
+            stack.enter_context(closing(AnswerFile(path, ranks.rank))) for path in args.output_path
+        ]
+        for is_my_turn in (
+            ranks.rank == 0,
+            ranks.rank > 0,
+        ):  # Rank 0 finds out whether another run is there.
             for output in outputs if is_my_turn else ():
                 output.lock()
             ranks.gather()
         engine = open_engine(args)
-        found = [answer_file(*pair, engine, args, ranks) for pair in zip(outputs, files, strict=True)]
+        found = [
+            answer_file(*pair, engine, args, ranks) for pair in zip(outputs, files, strict=True)
+        ]
         answers = [answer for part in found for answer in part]
         has_failed = sum(not answer.answered for answer in answers) > args.max_bad
         if ranks.rank == 0 and len(found) > 1:
             print_summary("together", answers)
         if has_failed:
-            print("The partial files are kept: mend the clips and run it again, they alone are asked.", file=sys.stderr)
+            print(
+                "The partial files are kept: mend the clips and run it again, they alone are asked.",
+                file=sys.stderr,
+            )
         for output in outputs if ranks.rank == 0 else ():
             output.finish(keep_partial=has_failed)
     return int(has_failed)

@@ -28,10 +28,14 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add_generation_flags(parser)
     for name, (default, text) in FLAGS.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})")
+        parser.add_argument(
+            f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})"
+        )
     args = refuse_unused(parser, parser.parse_args(argv))
     if (args.max_new_tokens or 0) > args.max_tokens:
-        parser.error(f"--max_new_tokens {args.max_new_tokens} is more than --max_tokens {args.max_tokens}")
+        parser.error(
+            f"--max_new_tokens {args.max_new_tokens} is more than --max_tokens {args.max_tokens}"
+        )
     return args
 
 
@@ -39,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
     engine = open_engine(args)
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLING_RATE).astype(np.float32)
-    engine([Request("?", noise)], max_new_tokens=1)  # What is missing shows now, and the first client waits less.
+    engine(
+        [Request("?", noise)], max_new_tokens=1
+    )  # What is missing shows now, and the first client waits less.
     make_server(engine, args).run()
 
 

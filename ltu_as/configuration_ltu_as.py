@@ -40,7 +40,10 @@ class TltrConfig(PreTrainedConfig):
         feature_divisor: float = 1.0,
         **kwargs: Any,
     ):
-        for name, heads in (("num_time_heads", num_time_heads), ("num_layer_heads", num_layer_heads)):
+        for name, heads in (
+            ("num_time_heads", num_time_heads),
+            ("num_layer_heads", num_layer_heads),
+        ):
             if hidden_size % heads:
                 raise ValueError(
                     f"hidden_size {hidden_size} does not divide by {name} {heads}. Choose a divisor of it."
@@ -63,7 +66,9 @@ class LtuAsConfig(LtuConfig):
     model_type = "ltu_as"
     default_audio_model_type = "tltr"
 
-    def __init__(self, **kwargs: Any):  # Without it transformers generates one that skips LtuConfig's.
+    def __init__(
+        self, **kwargs: Any
+    ):  # Without it transformers generates one that skips LtuConfig's.
         super().__init__(**kwargs)
 
 

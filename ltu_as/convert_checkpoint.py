@@ -30,7 +30,11 @@ from ltu_as.processing_ltu_as import LtuAsProcessor
 TLTR_KEYS = [
     (r"((?:time|layer)_tr\..+)", r"audio_tower.\1", None),
     (r"mlp_layer\..+", None, "the classifier of AudioSet's 527 classes"),
-    (r"down_layer\..+", None, f"{REFUSED}a 'low' Whisper-AT, 512 wide behind a layer that LTU-AS has not; take 'ori'"),
+    (
+        r"down_layer\..+",
+        None,
+        f"{REFUSED}a 'low' Whisper-AT, 512 wide behind a layer that LTU-AS has not; take 'ori'",
+    ),
 ]
 
 
@@ -41,14 +45,30 @@ class LtuAsKind(LtuKind):
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "--whisper", default="large-v1", help="gives features: a name, or an openai-whisper .pt file"
+            "--whisper",
+            default="large-v1",
+            help="gives features: a name, or an openai-whisper .pt file",
         )
-        parser.add_argument("--transcription_model", help="gives transcripts (large-v2 beside large-v1, else the same)")
-        parser.add_argument("--feature_precision", default="fp16", choices=("fp16", "fp32"), help="of its encoder")
-        parser.add_argument("--feature_root", help="with --standardize_on: where the features of its clips lie")
-        parser.add_argument("--standardize_on", help="rows; a random TLTR then takes channels with their mean and std")
-        parser.add_argument("--num_time_heads", type=int, default=1, help="of TLTR; no file shows it")
-        parser.add_argument("--num_layer_heads", type=int, default=8, help="of TLTR; no file shows it")
+        parser.add_argument(
+            "--transcription_model",
+            help="gives transcripts (large-v2 beside large-v1, else the same)",
+        )
+        parser.add_argument(
+            "--feature_precision", default="fp16", choices=("fp16", "fp32"), help="of its encoder"
+        )
+        parser.add_argument(
+            "--feature_root", help="with --standardize_on: where the features of its clips lie"
+        )
+        parser.add_argument(
+            "--standardize_on",
+            help="rows; a random TLTR then takes channels with their mean and std",
+        )
+        parser.add_argument(
+            "--num_time_heads", type=int, default=1, help="of TLTR; no file shows it"
+        )
+        parser.add_argument(
+            "--num_layer_heads", type=int, default=8, help="of TLTR; no file shows it"
+        )
 
     def make_audio_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> TltrConfig:
         """Sizes of the Whisper, held against the tensors, if there are any."""
@@ -60,7 +80,9 @@ class LtuAsKind(LtuKind):
                 f"{width}. Name the Whisper that it was trained with: --whisper"
             )
         if args.standardize_on and (state or not args.feature_root):
-            raise ValueError("--standardize_on is for a random TLTR (no --audio_encoder), and needs --feature_root.")
+            raise ValueError(
+                "--standardize_on is for a random TLTR (no --audio_encoder), and needs --feature_root."
+            )
         heads = {"num_time_heads": args.num_time_heads, "num_layer_heads": args.num_layer_heads}
         scale = {"standardize": bool(args.standardize_on)}
         return TltrConfig(hidden_size=width, num_whisper_layers=layers, **heads, **scale)
@@ -74,19 +96,28 @@ class LtuAsKind(LtuKind):
         for stored in map(store.read, sorted(names)):
             if stored is not None:
                 features = stored.features.double()  # (layers, time, width)
-                total, squares = total + features.sum(1, True), squares + features.square().sum(1, True)
+                total, squares = (
+                    total + features.sum(1, True),
+                    squares + features.square().sum(1, True),
+                )
                 count += features.shape[1]
         if not count:
-            raise ValueError(f"{args.feature_root} holds features of no clip of {args.standardize_on}.")
+            raise ValueError(
+                f"{args.feature_root} holds features of no clip of {args.standardize_on}."
+            )
         mean = total / count
         state["audio_tower.feature_mean"] = mean.float()  # (layers, 1, width)
-        state["audio_tower.feature_std"] = (squares / count - mean.square()).clamp(min=1e-10).sqrt().float()
+        state["audio_tower.feature_std"] = (
+            (squares / count - mean.square()).clamp(min=1e-10).sqrt().float()
+        )
 
     def extractor_settings(self, args: argparse.Namespace) -> dict:
         text_model = args.transcription_model or TEXT_MODELS.get(args.whisper)
         settings = {"whisper_model": args.whisper, "transcription_model": text_model}
         if Path(args.whisper).is_file():  # Of an official name it is taken at the first use.
-            settings["whisper_fingerprint"] = LtuAsFeatureExtractor(None, None, args.whisper).describe()["fingerprint"]
+            settings["whisper_fingerprint"] = LtuAsFeatureExtractor(
+                None, None, args.whisper
+            ).describe()["fingerprint"]
         return settings | {"feature_precision": args.feature_precision}
 
 

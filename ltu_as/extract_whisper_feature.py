@@ -44,7 +44,9 @@ def clips_of(rows: list[dict], transcribe: str) -> dict[str, tuple[str, bool]]:
             name, absent = row["audio_id"], transcribe == "missing" and row.get("input") is None
             path, wanted = clips.get(name, (row["audio"], transcribe == "all"))
             if path != row["audio"]:
-                raise RowError(f"audio_id {name!r} is {path} and {row['audio']}. Give data with one --audio_root.")
+                raise RowError(
+                    f"audio_id {name!r} is {path} and {row['audio']}. Give data with one --audio_root."
+                )
             clips[name] = path, wanted or absent
     return clips
 
@@ -58,7 +60,10 @@ def load(path: str) -> np.ndarray | AudioError:
 
 
 def extract(
-    store: FeatureStore, extractor: LtuAsFeatureExtractor, sounds: dict[str, np.ndarray | AudioError], spoken: set[str]
+    store: FeatureStore,
+    extractor: LtuAsFeatureExtractor,
+    sounds: dict[str, np.ndarray | AudioError],
+    spoken: set[str],
 ) -> None:
     """Compute a batch and keep what is not there yet. All of it, because a part of it might round otherwise."""
     todo = {name for name in sounds if not store.has(name, name in spoken)}
@@ -74,7 +79,11 @@ def extract(
         if name in todo and torch.isfinite(feature).all():
             store.write(name, feature, texts.get(name), len(heard[name]) / SAMPLING_RATE)
         elif name in todo:
-            store.fail(name, "not_finite", f"{name}: Whisper's features overflow. Use --feature_precision fp32")
+            store.fail(
+                name,
+                "not_finite",
+                f"{name}: Whisper's features overflow. Use --feature_precision fp32",
+            )
 
 
 def write_summary(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> dict:
@@ -90,7 +99,9 @@ def write_summary(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> di
         by_reason = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         before, ledger = ledger, counts | {"reasons": by_reason, "failures": failures}
         replace_file(
-            store.folder / "ledger.json", json.dumps(ledger, indent=1, ensure_ascii=False).encode(), shared=True
+            store.folder / "ledger.json",
+            json.dumps(ledger, indent=1, ensure_ascii=False).encode(),
+            shared=True,
         )
     return ledger
 
@@ -98,7 +109,9 @@ def write_summary(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> di
 def extractor_of(args: argparse.Namespace) -> LtuAsFeatureExtractor:
     """That of a checkpoint, or one of any Whisper; flags override its settings."""
     if args.model:
-        extractor = AutoProcessor.from_pretrained(find_checkpoint(args.model, CHECKPOINT_FILES)).feature_extractor
+        extractor = AutoProcessor.from_pretrained(
+            find_checkpoint(args.model, CHECKPOINT_FILES)
+        ).feature_extractor
         if not isinstance(extractor, LtuAsFeatureExtractor):
             raise ValueError(
                 f"{args.model} is of LTU, which has no Whisper. Give a checkpoint of LTU-AS, or --whisper."
@@ -115,39 +128,69 @@ def extractor_of(args: argparse.Namespace) -> LtuAsFeatureExtractor:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--data_path", required=True, nargs="+", help="rows: JSON list or JSON lines")
+    parser.add_argument(
+        "--data_path", required=True, nargs="+", help="rows: JSON list or JSON lines"
+    )
     parser.add_argument("--output_dir", required=True, help="folder of the features")
-    parser.add_argument("--audio_root", help="folder of relative audio_ids (default: that of the data file)")
+    parser.add_argument(
+        "--audio_root", help="folder of relative audio_ids (default: that of the data file)"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="checkpoint folder of LTU-AS; its Whisper is used")
     source.add_argument("--whisper", help="a name such as large-v1, or an openai-whisper .pt file")
     parser.add_argument("--transcription_model", help="another Whisper for the transcripts")
-    parser.add_argument("--feature_precision", choices=("fp16", "fp32"), help="of Whisper's encoder")
+    parser.add_argument(
+        "--feature_precision", choices=("fp16", "fp32"), help="of Whisper's encoder"
+    )
     parser.add_argument("--language", help="of the speech (default: Whisper finds out)")
     transcribe = {"choices": ("missing", "all", "none"), "default": "missing"}
-    parser.add_argument("--transcribe", **transcribe, help="clips that a row leaves without input, all or none")
+    parser.add_argument(
+        "--transcribe", **transcribe, help="clips that a row leaves without input, all or none"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--max_bad", type=int, default=0, help="clips that may fail without a non-zero exit")
+    parser.add_argument(
+        "--max_bad", type=int, default=0, help="clips that may fail without a non-zero exit"
+    )
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     args = parser.parse_args(argv)
-    rows = [row for path in args.data_path for row in read_rows(path, args.audio_root, need_output=False)]
+    rows = [
+        row
+        for path in args.data_path
+        for row in read_rows(path, args.audio_root, need_output=False)
+    ]
     clips = clips_of(rows, args.transcribe)
     spoken = {name for name, (_, wanted) in clips.items() if wanted}
     extractor = extractor_of(args)
     store = FeatureStore.create(args.output_dir, extractor.describe())
-    batches = [list(clips)[start : start + args.batch_size] for start in range(0, len(clips), args.batch_size)]
+    batches = [
+        list(clips)[start : start + args.batch_size]
+        for start in range(0, len(clips), args.batch_size)
+    ]
     mine = batches[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
     todo = [batch for batch in mine if not all(store.has(name, name in spoken) for name in batch)]
-    with ThreadPoolExecutor() as pool:  # The clips of the next batch are read while this one is computed.
-        upcoming = ({name: pool.submit(load, clips[name][0]) for name in batch} for batch in [*todo, []])
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # The clips of the next batch are read while this one is computed.
+        upcoming = (
+            {name: pool.submit(load, clips[name][0]) for name in batch} for batch in [*todo, []]
+        )
         sounds = next(upcoming)
-        for following in tqdm(upcoming, total=len(todo), desc="features", unit="batch", disable=not todo):
-            extract(store, extractor, {name: sound.result() for name, sound in sounds.items()}, spoken)
+        for following in tqdm(
+            upcoming, total=len(todo), desc="features", unit="batch", disable=not todo
+        ):
+            extract(
+                store, extractor, {name: sound.result() for name, sound in sounds.items()}, spoken
+            )
             sounds = following
     ledger = write_summary(store, clips)
-    print(f"{args.output_dir}: " + ", ".join(f"{ledger[key]} {key}" for key in ("stored", "failed", "not_done")))
+    print(
+        f"{args.output_dir}: "
+        + ", ".join(f"{ledger[key]} {key}" for key in ("stored", "failed", "not_done"))
+    )
     for mark in ledger["failures"][:20]:
         print(f"  {mark['reason']}: {mark['detail']}", file=sys.stderr)
     # A process that ends before the others must not exit with 1: torchrun would stop them.

@@ -31,10 +31,16 @@ from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 GPU_BATCH = 32  # chunks: a clip may have hundreds
-CPU_BATCH = 2  # clips: gains nothing on a CPU by size, and loses where tensors outgrow what malloc keeps
-TEXT_MODELS = {"large-v1": "large-v2"}  # The papers' pair: what reads the words beside the model of the features.
+CPU_BATCH = (
+    2  # clips: gains nothing on a CPU by size, and loses where tensors outgrow what malloc keeps
+)
+TEXT_MODELS = {
+    "large-v1": "large-v2"
+}  # The papers' pair: what reads the words beside the model of the features.
 SEED = 0  # of Whisper's sampling, which it falls back to where greedy decoding fails
-_decoding = threading.Lock()  # Whisper hangs the cache of its decoder on the model, so one at a time.
+_decoding = (
+    threading.Lock()
+)  # Whisper hangs the cache of its decoder on the model, so one at a time.
 
 
 @lru_cache(maxsize=4)
@@ -55,12 +61,18 @@ def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper
     if name not in whisper.available_models() and not os.path.isfile(name):
         raise FileNotFoundError(f"Whisper {name!r} is no file and no name of a model. {ways_out}")
     try:
-        with torch.random.fork_rng([]):  # Weights are drawn before they are read; a run must not see the difference.
+        with torch.random.fork_rng(
+            []
+        ):  # Weights are drawn before they are read; a run must not see the difference.
             model = whisper.load_model(name, device=device).eval().requires_grad_(False)
     except OSError as error:
-        raise FileNotFoundError(f"Whisper {name!r} cannot be read or downloaded ({error}). {ways_out}") from error
+        raise FileNotFoundError(
+            f"Whisper {name!r} cannot be read or downloaded ({error}). {ways_out}"
+        ) from error
     except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name} is no checkpoint of openai-whisper ({error!r}). {ways_out}") from error
+        raise ValueError(
+            f"{name} is no checkpoint of openai-whisper ({error!r}). {ways_out}"
+        ) from error
     digest = hashlib.sha256()
     for key, parameter in sorted(model.encoder.named_parameters()):
         if parameter.ndim == 1:
@@ -69,6 +81,8 @@ def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper
         if in_half and isinstance(module, torch.nn.Linear | torch.nn.Conv1d):
             module.half()
     return model, digest.hexdigest()
+
+
 # Whisper learned from the subtitles of videos and writes this for silence. In three casings, no others.
 HALLUCINATED_OUTRO = re.compile(
     "|".join(
@@ -150,7 +164,9 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         """
         if whisper_model in whisper.available_models():
             return WHISPER_SIZES[whisper_model.split(".")[0].split("-")[0]]
-        layers, _, width = cls(None, None, whisper_model, feature_precision="fp32").describe()["shape"]
+        layers, _, width = cls(None, None, whisper_model, feature_precision="fp32").describe()[
+            "shape"
+        ]
         return layers, width
 
     @property
@@ -160,7 +176,9 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
             return torch.device(self._device)
         if not torch.cuda.is_available() or torch.utils.data.get_worker_info() is not None:
             return torch.device("cpu")  # A forked worker of a data loader cannot use CUDA.
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        return torch.device(
+            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        )
 
     @device.setter
     def device(self, device: str | torch.device | None) -> None:
@@ -176,7 +194,9 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         return {name: value for name, value in super().to_dict().items() if name != "_device"}
 
     def _load(self, name: str) -> tuple[whisper.Whisper, str]:
-        return load_whisper(name, str(self.device), self.device.type == "cuda" and self.feature_precision == "fp16")
+        return load_whisper(
+            name, str(self.device), self.device.type == "cuda" and self.feature_precision == "fp16"
+        )
 
     def load_encoder(self) -> tuple[whisper.Whisper, str]:
         """The model of the features and its fingerprint.
@@ -221,29 +241,46 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         return description | ({"computed_in": "fp32"} if rounded else {})
 
     @torch.no_grad()
-    def __call__(self, raw_speech: np.ndarray | list[np.ndarray], *args, return_tensors: str | None = "pt", **kwargs):
+    def __call__(
+        self,
+        raw_speech: np.ndarray | list[np.ndarray],
+        *args,
+        return_tensors: str | None = "pt",
+        **kwargs,
+    ):
         """One batch; arguments as for `ltu.LtuFeatureExtractor`.
 
         Returns:
             `input_features`, `(clips, layers, 25, width)` on the CPU, in `feature_precision`.
         """
         encoder = self.load_encoder()[0].encoder
-        mels = super().__call__(raw_speech, *args, **kwargs).input_features.to(self.device)  # (clips, mels, frames)
+        mels = (
+            super().__call__(raw_speech, *args, **kwargs).input_features.to(self.device)
+        )  # (clips, mels, frames)
         is_cpu = self.device.type == "cpu"
         mels = mels if is_cpu else mels.to(DTYPES[self.feature_precision])
-        with torch.backends.cudnn.flags(allow_tf32=False):  # Else "fp32" convolutions of a new GPU have 10 bits.
-            parts = [self._layers(encoder, part) for part in mels.split(CPU_BATCH if is_cpu else GPU_BATCH)]
+        with torch.backends.cudnn.flags(
+            allow_tf32=False
+        ):  # Else "fp32" convolutions of a new GPU have 10 bits.
+            parts = [
+                self._layers(encoder, part)
+                for part in mels.split(CPU_BATCH if is_cpu else GPU_BATCH)
+            ]
         features = torch.cat(parts).to("cpu", DTYPES[self.feature_precision])
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
 
     def _layers(self, encoder: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         """`(clips, mels, frames)` → `(clips, layers, 25, width)`"""
-        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(x)))).transpose(1, 2)  # (clips, positions, width)
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(x)))).transpose(
+            1, 2
+        )  # (clips, positions, width)
         x = (x + encoder.positional_embedding[: x.shape[1]]).to(x.dtype)
         layers = []
         for block in encoder.blocks:
             x = block(x)
-            layers.append(x.unflatten(1, (self.num_tokens, self.time_pooling)).mean(2))  # (clips, 25, width)
+            layers.append(
+                x.unflatten(1, (self.num_tokens, self.time_pooling)).mean(2)
+            )  # (clips, 25, width)
         return torch.stack(layers, 1)
 
     def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
@@ -253,7 +290,11 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
     def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
         """`(samples,)` → `(chunks, num_mel_bins, num_frames)`, cut from the log-mel of the whole clip."""
         mel = log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu()
-        return pad_or_trim(mel, num_chunks * self.num_frames).unflatten(1, (num_chunks, -1)).transpose(0, 1)
+        return (
+            pad_or_trim(mel, num_chunks * self.num_frames)
+            .unflatten(1, (num_chunks, -1))
+            .transpose(0, 1)
+        )
 
     @torch.no_grad()
     def transcribe(self, waveforms: list[np.ndarray], batched: bool | None = None) -> list[str]:
@@ -264,7 +305,9 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         """
         model, _ = self._load(self.transcription_model or self.whisper_model)
         fp16 = model.device.type == "cuda"
-        clips = [torch.as_tensor(clip, dtype=torch.float32, device=model.device) for clip in waveforms]
+        clips = [
+            torch.as_tensor(clip, dtype=torch.float32, device=model.device) for clip in waveforms
+        ]
         texts = []
         with _decoding, torch.random.fork_rng([model.device] if fp16 else []):
             is_batched = bool(clips) and (fp16 if batched is None else batched)
@@ -273,7 +316,10 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
                 torch.manual_seed(SEED)
                 options = {"fp16": fp16, "language": window.language if window else self.language}
                 found = whisper.transcribe(
-                    _FirstChunkKnown(model, window), clip, condition_on_previous_text=False, **options
+                    _FirstChunkKnown(model, window),
+                    clip,
+                    condition_on_previous_text=False,
+                    **options,
                 )
                 texts.append(clean_transcript(found["text"]))
         return texts
@@ -287,10 +333,14 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
             heard = torch.stack([pad_or_trim(mel, N_FRAMES) for mel in mels])
             found = model.detect_language(heard.half() if fp16 else heard)[1]
             languages = [max(probabilities, key=probabilities.get) for probabilities in found]
-        windows = torch.stack([pad_or_trim(mel[:, :-N_FRAMES], N_FRAMES) for mel in mels])  # (clips, mels, 3000)
+        windows = torch.stack(
+            [pad_or_trim(mel[:, :-N_FRAMES], N_FRAMES) for mel in mels]
+        )  # (clips, mels, 3000)
         results = {}
         for language in sorted(set(languages)):
             rows = [row for row, found in enumerate(languages) if found == language]
-            decoded = model.decode(windows[rows], whisper.DecodingOptions(language=language, fp16=fp16))
+            decoded = model.decode(
+                windows[rows], whisper.DecodingOptions(language=language, fp16=fp16)
+            )
             results |= dict(zip(rows, decoded, strict=True))
         return [results[row] for row in range(len(clips))]

@@ -32,7 +32,9 @@ EXTRACT = "python -m ltu_as.extract_whisper_feature"
 class FeatureError(ValueError):
     """A file of features that cannot be used: its path, the reason and the way out."""
 
-    def __init__(self, path: str | Path, reason: str, way_out: str = f"Delete it and run {EXTRACT} again."):
+    def __init__(
+        self, path: str | Path, reason: str, way_out: str = f"Delete it and run {EXTRACT} again."
+    ):
         self.path, self.reason, self.way_out = str(path), reason, way_out
         super().__init__(f"{path}: {reason}. {way_out}")
 
@@ -77,8 +79,12 @@ class FeatureStore:
         file = self.folder / "store.json"
         self.is_original = not file.is_file()
         if self.is_original and not any(self.folder.glob("*.npz")):
-            raise FileNotFoundError(f"{folder} holds no features (store.json or .npz files). Make them: {EXTRACT}")
-        self.description: dict[str, Any] = {} if self.is_original else json.loads(file.read_text())["features"]
+            raise FileNotFoundError(
+                f"{folder} holds no features (store.json or .npz files). Make them: {EXTRACT}"
+            )
+        self.description: dict[str, Any] = (
+            {} if self.is_original else json.loads(file.read_text())["features"]
+        )
         self.shape = self.description.get("shape") or (shape and list(shape))
 
     @classmethod
@@ -90,13 +96,26 @@ class FeatureStore:
         """
         file = Path(folder) / "store.json"
         if not file.is_file() and any(file.parent.glob("*.npz")):
-            raise ValueError(f"{folder} holds .npz files of the original, which are only read. Choose another folder.")
+            raise ValueError(
+                f"{folder} holds .npz files of the original, which are only read. Choose another folder."
+            )
         if not file.is_file():
-            replace_file(file, json.dumps({"format": 1, "features": description}, indent=1).encode(), shared=True)
+            replace_file(
+                file,
+                json.dumps({"format": 1, "features": description}, indent=1).encode(),
+                shared=True,
+            )
         store = cls(folder)
         different = [
             f"{key} {store.description.get(key)} there, {description.get(key)} now"
-            for key in ("fingerprint", "shape", "feature_precision", "computed_in", "transcription_model", "language")
+            for key in (
+                "fingerprint",
+                "shape",
+                "feature_precision",
+                "computed_in",
+                "transcription_model",
+                "language",
+            )
             if store.description.get(key) != description.get(key)
         ]
         if different:
@@ -121,7 +140,9 @@ class FeatureStore:
             stored = _load(path)
         if stored is not None and self.shape and list(stored.features.shape) != self.shape:
             reason = f"its features are (layers, time, width) = {list(stored.features.shape)}, needed are {self.shape}"
-            raise FeatureError(path, reason, "It is another Whisper's; give the folder that fits the checkpoint.")
+            raise FeatureError(
+                path, reason, "It is another Whisper's; give the folder that fits the checkpoint."
+            )
         return stored
 
     def has(self, audio_id: str, with_transcript: bool = False) -> bool:
@@ -130,41 +151,68 @@ class FeatureStore:
             return not with_transcript and self._find_original(audio_id) is not None
         try:
             with safe_open(self.path_of(audio_id), "np") as file:
-                return not with_transcript or json.loads(file.metadata()["clip"])["transcript"] is not None
+                return (
+                    not with_transcript
+                    or json.loads(file.metadata()["clip"])["transcript"] is not None
+                )
         except (FileNotFoundError, SafetensorError):
             return False
 
-    def write(self, audio_id: str, features: torch.Tensor, transcript: str | None, seconds: float | None) -> None:
+    def write(
+        self, audio_id: str, features: torch.Tensor, transcript: str | None, seconds: float | None
+    ) -> None:
         """Keep a clip: features (layers, 25, width) in half or single precision."""
         path = self.path_of(audio_id)
         if list(features.shape) != self.shape:
-            raise FeatureError(path, f"{list(features.shape)} is not the store's {self.shape}", "Use its own Whisper.")
+            raise FeatureError(
+                path,
+                f"{list(features.shape)} is not the store's {self.shape}",
+                "Use its own Whisper.",
+            )
         array = np.ascontiguousarray(features.numpy())
         words = array.view(WORDS[array.dtype.name]).reshape(-1)
         planes = [(words >> shift).astype(np.uint8) for shift in range(0, 8 * words.itemsize, 8)]
         high = np.frombuffer(CODEC.compress(planes.pop(), asbytes=True), np.uint8)
         low = np.stack(planes[::-1])  # (bytes of a number - 1, numbers)
-        clip = {"audio_id": audio_id, "transcript": transcript, "seconds": seconds, "shape": self.shape}
+        clip = {
+            "audio_id": audio_id,
+            "transcript": transcript,
+            "seconds": seconds,
+            "shape": self.shape,
+        }
         clip |= {"dtype": array.dtype.name, "sum": _sum(high) + _sum(low)}
-        replace_file(path, save({"high": high, "low": low}, {"clip": json.dumps(clip, ensure_ascii=False)}))
+        replace_file(
+            path, save({"high": high, "low": low}, {"clip": json.dumps(clip, ensure_ascii=False)})
+        )
         path.with_suffix(".failed").unlink(missing_ok=True)
 
     def fail(self, audio_id: str, reason: str, detail: str) -> None:
         """Mark a clip as failed; a later `write` removes the mark."""
         mark = {"audio_id": audio_id, "reason": reason, "detail": detail}
-        replace_file(self.path_of(audio_id).with_suffix(".failed"), json.dumps(mark, ensure_ascii=False).encode())
+        replace_file(
+            self.path_of(audio_id).with_suffix(".failed"),
+            json.dumps(mark, ensure_ascii=False).encode(),
+        )
 
     def failures(self) -> list[dict[str, str]]:
         """The marks of failed clips: audio_id (of the original's: file name), reason, detail."""
         if self.is_original:
             zeros = [path.name for path in sorted(self.folder.glob("*.npz")) if _is_zeros(path)]
-            return [{"audio_id": name, "reason": "zeros", "detail": "the original's mark of failure"} for name in zeros]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("*/*.failed"))]
+            return [
+                {"audio_id": name, "reason": "zeros", "detail": "the original's mark of failure"}
+                for name in zeros
+            ]
+        return [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(self.folder.glob("*/*.failed"))
+        ]
 
     def path_of(self, audio_id: str) -> Path:
         """Where the features of a clip are written."""
         if self.is_original:
-            raise ValueError(f"{self.folder} holds .npz files of the original, which are only read.")
+            raise ValueError(
+                f"{self.folder} holds .npz files of the original, which are only read."
+            )
         digest = hashlib.sha256(audio_id.encode()).hexdigest()[:16]
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(audio_id).stem)[:40]
         return self.folder / digest[:2] / f"{stem}-{digest}.safetensors"
@@ -178,7 +226,11 @@ class FeatureStore:
 def _load(path: Path) -> Stored | None:
     try:
         with safe_open(path, "np") as file:
-            clip, high, low = json.loads(file.metadata()["clip"]), file.get_tensor("high"), file.get_tensor("low")
+            clip, high, low = (
+                json.loads(file.metadata()["clip"]),
+                file.get_tensor("high"),
+                file.get_tensor("low"),
+            )
         if _sum(high) + _sum(low) != clip["sum"]:
             raise DamagedFeatures(path, "damaged: its sum does not fit")
         words = np.frombuffer(CODEC.decompress(high, decompressed_size=low.shape[1]), np.uint8)
@@ -204,7 +256,9 @@ def _load_npz(path: Path) -> np.ndarray:
         with np.load(path) as file:
             return file["arr_0"]
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise DamagedFeatures(path, f"no features of the original ({error})", "Extract them again.") from error
+        raise DamagedFeatures(
+            path, f"no features of the original ({error})", "Extract them again."
+        ) from error
 
 
 def _is_zeros(path: Path) -> bool:

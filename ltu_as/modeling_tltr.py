@@ -31,10 +31,14 @@ class TltrAttention(nn.Module):
             # One head: query and key meet in one product, value and out follow each other, so each pair is one matrix.
             # Rows of attention sum to one, so the bias of value passes through it.
             hidden_query = F.linear(hidden, key.weight.T @ query.weight, query.bias @ key.weight)
-            mixed = F.scaled_dot_product_attention(hidden_query, hidden, hidden)  # (batch, length, width)
+            mixed = F.scaled_dot_product_attention(
+                hidden_query, hidden, hidden
+            )  # (batch, length, width)
             return F.linear(mixed, out.weight @ value.weight, out(value.bias))
         heads = (
-            part(hidden).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
+            part(hidden)
+            .unflatten(-1, (self.num_heads, -1))
+            .transpose(1, 2)  # (batch, heads, length, width / heads)
             for part in (query, key, value)
         )
         mixed = F.scaled_dot_product_attention(*heads)
@@ -48,14 +52,18 @@ class TltrBlock(GradientCheckpointingLayer):
         super().__init__()
         self.attn = TltrAttention(width, num_heads)
         self.attn_ln = nn.LayerNorm(width, eps=eps)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.mlp_ln = nn.LayerNorm(width, eps=eps)
 
     def forward(self, hidden: Tensor, mean: bool = False) -> Tensor:
         """(batch, length, width) -> the same shape, or its mean over the length, (batch, width)."""
         hidden = hidden + self.attn(self.attn_ln(hidden))
         inner = self.mlp[:2](self.mlp_ln(hidden))  # (batch, length, 4 x width)
-        if mean:  # Taken before the last linear map, not after it: the same, and a third of the work.
+        if (
+            mean
+        ):  # Taken before the last linear map, not after it: the same, and a third of the work.
             hidden, inner = hidden.mean(1), inner.mean(1)
         return hidden + self.mlp[2](inner)
 
@@ -69,7 +77,9 @@ class TltrModel(PreTrainedModel):
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = True  # Its own attention is always sdpa; whatever is chosen for the language model fits.
+    _supports_flash_attn = (
+        True  # Its own attention is always sdpa; whatever is chosen for the language model fits.
+    )
     _no_split_modules = ["TltrBlock"]
 
     def __init__(self, config: TltrConfig):
@@ -99,7 +109,9 @@ class TltrModel(PreTrainedModel):
             input_features = (input_features - self.feature_mean) / self.feature_std
         batch, layers, time, _ = input_features.shape
         hidden = self.time_tr(input_features.flatten(0, 1))  # (batch x layers, time, width)
-        hidden = hidden.unflatten(0, (batch, layers)).transpose(1, 2)  # (batch, time, layers, width)
+        hidden = hidden.unflatten(0, (batch, layers)).transpose(
+            1, 2
+        )  # (batch, time, layers, width)
         hidden = self.layer_tr(hidden.flatten(0, 1), mean=True)  # (batch x time, width)
         return hidden.unflatten(0, (batch, time))  # (batch, time, width)
 

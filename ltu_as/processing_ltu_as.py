@@ -104,13 +104,17 @@ class LtuAsProcessor(LtuProcessor):
             return None
         try:
             stored = self.store.read(audio_id)
-            if stored is None and self.store.is_original:  # Named by the whole path, or by what is in the row.
+            if (
+                stored is None and self.store.is_original
+            ):  # Named by the whole path, or by what is in the row.
                 stored = self.store.read(str(audio))
         except FeatureError as error:
             raise AudioError(str(audio_id), "damaged", str(error)) from error
         return stored
 
-    def load_clip(self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1) -> AudioClip:
+    def load_clip(
+        self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1
+    ) -> AudioClip:
         """A clip, from the feature folder if that holds it; `LtuProcessor.load_clip` says what is raised.
 
         The folder holds a clip's first chunk only, so more of them are made from its sound.
@@ -127,15 +131,25 @@ class LtuAsProcessor(LtuProcessor):
         if not torch.isfinite(features).all():
             parts = zip(clips, features.split([clip.num_chunks for clip in clips]), strict=True)
             names = [str(clip.source) for clip, own in parts if not torch.isfinite(own).all()]
-            raise AudioError(", ".join(names[:3]), "unreadable", "Whisper's features overflow in fp16 (fp32 may help)")
+            raise AudioError(
+                ", ".join(names[:3]),
+                "unreadable",
+                "Whisper's features overflow in fp16 (fp32 may help)",
+            )
         return features
 
-    def complete_transcripts(self, clips: list[AudioClip | None], transcripts: list[str | None]) -> list[str]:
+    def complete_transcripts(
+        self, clips: list[AudioClip | None], transcripts: list[str | None]
+    ) -> list[str]:
         """Whisper's transcript for each clip that has None. A question without a clip has none."""
         pairs = list(zip(clips, transcripts, strict=True))
-        todo = {id(c): c for c, text in pairs if text is None and c is not None and c.transcript is None}.values()
+        todo = {
+            id(c): c for c, text in pairs if text is None and c is not None and c.transcript is None
+        }.values()
         if todo:
-            waveforms = [load_audio(clip.source) if clip.waveform is None else clip.waveform for clip in todo]
+            waveforms = [
+                load_audio(clip.source) if clip.waveform is None else clip.waveform for clip in todo
+            ]
             for clip, text in zip(todo, self.feature_extractor.transcribe(waveforms), strict=True):
                 clip.transcript = text
         return [(clip.transcript if clip else "") if text is None else text for clip, text in pairs]
@@ -143,10 +157,16 @@ class LtuAsProcessor(LtuProcessor):
     def add_transcripts(self, rows: list[dict], batch_size: int = 16) -> list[dict]:
         """Rows with `input`: as it is, or Whisper's transcript where it is absent. A clip that cannot be heard has
         none; training skips and counts it."""
-        wanted = {row["audio"]: row.get("audio_id") for row in rows if row.get("input") is None and row["audio"]}
+        wanted = {
+            row["audio"]: row.get("audio_id")
+            for row in rows
+            if row.get("input") is None and row["audio"]
+        }
         texts: dict[str, str] = {}
         names = list(wanted)
-        for start in tqdm(range(0, len(names), batch_size), desc="transcripts", unit="batch", disable=not names):
+        for start in tqdm(
+            range(0, len(names), batch_size), desc="transcripts", unit="batch", disable=not names
+        ):
             clips = {}
             for audio in names[start : start + batch_size]:
                 try:
@@ -155,12 +175,25 @@ class LtuAsProcessor(LtuProcessor):
                     clips[audio] = clip if has_words else super().load_clip(audio)
                 except AudioError:
                     continue
-            texts |= dict(zip(clips, self.complete_transcripts(list(clips.values()), [None] * len(clips)), strict=True))
-        return [row | {"input": texts.get(row["audio"], "")} if row.get("input") is None else row for row in rows]
+            texts |= dict(
+                zip(
+                    clips,
+                    self.complete_transcripts(list(clips.values()), [None] * len(clips)),
+                    strict=True,
+                )
+            )
+        return [
+            row | {"input": texts.get(row["audio"], "")} if row.get("input") is None else row
+            for row in rows
+        ]
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the stock method; where features lie is not part of a processor."""
-        return {name: value for name, value in super().to_dict(*args, **kwargs).items() if name != "store"}
+        return {
+            name: value
+            for name, value in super().to_dict(*args, **kwargs).items()
+            if name != "store"
+        }
 
     # Where the weights of Whisper lie is written relative to the folder, so that both can move together.
 
@@ -178,13 +211,19 @@ class LtuAsProcessor(LtuProcessor):
                 setattr(extractor, name, place)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "LtuAsProcessor":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "LtuAsProcessor":
         """As the stock method."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name in MODELS:
             place = getattr(processor.feature_extractor, name)
             if place is not None and place.startswith("."):
-                setattr(processor.feature_extractor, name, str((Path(pretrained_model_name_or_path) / place).resolve()))
+                setattr(
+                    processor.feature_extractor,
+                    name,
+                    str((Path(pretrained_model_name_or_path) / place).resolve()),
+                )
         return processor
 
 

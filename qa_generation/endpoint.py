@@ -21,12 +21,30 @@ Message = dict[str, str]
 OPENAI_URL = "https://api.openai.com/v1"
 AGAIN = {408, 409, 425, 429}  # and all from 500 on
 STOP = {401, 402, 404, 405}  # key, account, model or address: no further request would fare better
-GATEWAY = {408, 502, 504, 520, 524}  # Something in between gave up; the model behind it may be at work, and bill it.
+GATEWAY = {
+    408,
+    502,
+    504,
+    520,
+    524,
+}  # Something in between gave up; the model behind it may be at work, and bill it.
 CUT = {"length", "max_tokens", "content_filter"}  # finish reasons
 # Errors before a request is sent; by name, as versions of `openai` come with one or another httpx.
-UNSENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "LocalProtocolError"}
+UNSENT = {
+    "ConnectError",
+    "ConnectTimeout",
+    "PoolTimeout",
+    "UnsupportedProtocol",
+    "LocalProtocolError",
+}
 LENGTHS = ("max_tokens", "max_completion_tokens")
-OWN = ("model", "messages", "stream", "n", "best_of")  # fields that the client sets, or could not account for
+OWN = (
+    "model",
+    "messages",
+    "stream",
+    "n",
+    "best_of",
+)  # fields that the client sets, or could not account for
 PIECE = re.compile(r"[A-Za-z]{1,5}|\s(?=\d)|[^\sA-Za-z]")
 
 
@@ -97,12 +115,16 @@ class LlmSettings:
     def __post_init__(self) -> None:
         for name, value in ({"max_tokens": self.max_tokens} | self.extra).items():
             if name in OWN:
-                raise ValueError(f"extra: {name} is not to be set; one reply is asked for, in one piece.")
+                raise ValueError(
+                    f"extra: {name} is not to be set; one reply is asked for, in one piece."
+                )
             is_length = name in (*LENGTHS, "max_new_tokens") and value is not None
             if is_length and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: {value!r} is not a number of tokens, 1 or more.")
         if self.token_budget is not None and self.longest_reply is None:
-            raise ValueError("A token budget needs a longest reply: give max_tokens or max_completion_tokens.")
+            raise ValueError(
+                "A token budget needs a longest reply: give max_tokens or max_completion_tokens."
+            )
 
     @property
     def longest_reply(self) -> int | None:
@@ -125,7 +147,11 @@ class LlmSettings:
         parts = urlsplit(self.url)
         url = f"{parts.scheme}://{parts.netloc.rpartition('@')[-1]}{parts.path}"
         place = {"is_local": True} if self.is_local else {"base_url": url}
-        asked = {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        asked = {
+            "model": self.model,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
         return asked | {"extra": self.extra} | place
 
 
@@ -148,7 +174,9 @@ def estimate_tokens(messages: list[Message]) -> int:
     """Tokens of a prompt, before its model counts them, rather too many: up to five letters each, every digit and
     sign, half of each byte that other scripts take beyond one, and what frames a message."""
     texts = [message["content"] for message in messages]
-    return sum(len(PIECE.findall(text)) + (len(text.encode()) - len(text)) // 2 + 8 for text in texts)
+    return sum(
+        len(PIECE.findall(text)) + (len(text.encode()) - len(text)) // 2 + 8 for text in texts
+    )
 
 
 class OpenAiEndpoint:
@@ -161,16 +189,24 @@ class OpenAiEndpoint:
             raise ValueError(f"{error}: pip install openai, or ask a --local model") from None
         self.key = os.environ.get(settings.key_from, "").strip()
         if not self.key and urlsplit(settings.url).hostname == urlsplit(OPENAI_URL).hostname:
-            raise ValueError(f"No key for {OPENAI_URL}: set {settings.key_from}, or name another --base_url.")
+            raise ValueError(
+                f"No key for {OPENAI_URL}: set {settings.key_from}, or name another --base_url."
+            )
         if not (self.key.isascii() and self.key.isprintable()):
-            raise ValueError(f"The key in {settings.key_from} has a line break or a letter that no header takes.")
+            raise ValueError(
+                f"The key in {settings.key_from} has a line break or a letter that no header takes."
+            )
         self.openai, self.settings = openai, settings
         self.client: Any = None
 
     async def send(self, request: dict[str, Any], key: str) -> dict[str, Any]:
         """The reply as it is stored. TryAgain, RequestFailed, StopAsking: there is none."""
         if self.client is None:  # Within the loop that will use it.
-            given = {"base_url": self.settings.url, "api_key": self.key or "none", "timeout": self.settings.timeout}
+            given = {
+                "base_url": self.settings.url,
+                "api_key": self.key or "none",
+                "timeout": self.settings.timeout,
+            }
             self.client = self.openai.AsyncOpenAI(max_retries=0, **given)
         asking = self.client.chat.completions.with_raw_response.create(
             model=request["model"],
@@ -185,7 +221,9 @@ class OpenAiEndpoint:
         except self.openai.APIConnectionError as error:
             is_sent = type(error.__cause__).__name__ not in UNSENT
             is_late = isinstance(error, self.openai.APITimeoutError)
-            reason = "time-out" if is_late else f"connection: {self._clean(error.__cause__ or error)}"
+            reason = (
+                "time-out" if is_late else f"connection: {self._clean(error.__cause__ or error)}"
+            )
             raise TryAgain(reason, is_lost=is_sent) from None
         except self.openai.APIStatusError as error:
             raise self._judge(error) from None
@@ -196,7 +234,9 @@ class OpenAiEndpoint:
         if status in STOP or getattr(error, "code", None) == "insufficient_quota":
             return StopAsking(reason)
         if status in AGAIN or status >= 500:
-            return TryAgain(str(status), _retry_after(error.response.headers), is_lost=status in GATEWAY)
+            return TryAgain(
+                str(status), _retry_after(error.response.headers), is_lost=status in GATEWAY
+            )
         return (Forbidden if status == 403 else Refused)(reason)
 
     def _clean(self, error: Any) -> str:
@@ -213,13 +253,20 @@ class OpenAiEndpoint:
             text = _text(choice["message"].get("content"))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             said = self._clean(body[:80])
-            raise TryAgain(f"a body that is no chat completion: {said!r}", is_lost=True, is_odd=True) from None
+            raise TryAgain(
+                f"a body that is no chat completion: {said!r}", is_lost=True, is_odd=True
+            ) from None
         # What was paid for is kept, however odd all else is.
         told, model, reason = data.get("usage"), data.get("model"), choice.get("finish_reason")
         told = told if isinstance(told, dict) else {}
         said = [{"content": text}]
-        usage = {"prompt_tokens": estimate_tokens(request["messages"]), "completion_tokens": estimate_tokens(said)}
-        usage |= {name: told[name] for name in usage if type(told.get(name)) is int and told[name] > 0}
+        usage = {
+            "prompt_tokens": estimate_tokens(request["messages"]),
+            "completion_tokens": estimate_tokens(said),
+        }
+        usage |= {
+            name: told[name] for name in usage if type(told.get(name)) is int and told[name] > 0
+        }
         model = model if isinstance(model, str) and model else request["model"]
         reason = reason if isinstance(reason, str) and reason else "stop"
         return {"text": text, "finish_reason": reason, "model": model, "usage": usage}
@@ -237,7 +284,9 @@ def _text(content: Any) -> str:
         content = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(content, str | None):
         raise TypeError
-    return (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # No file takes half an emoji.
+    return (
+        (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    )  # No file takes half an emoji.
 
 
 def _retry_after(headers: Any) -> float:

@@ -49,7 +49,9 @@ def make_filter(
 
     def reason(pair: Pair) -> str | None:
         words = {"short": len(pair.answer.split()) < min_words or len(pair.question.split()) < 3}
-        words["metadata"] = bool(METADATA.search(f"{pair.question}\n{pair.answer}") or spoken & _runs(pair.question))
+        words["metadata"] = bool(
+            METADATA.search(f"{pair.question}\n{pair.answer}") or spoken & _runs(pair.question)
+        )
         words["unanswerable"] = bool(UNANSWERABLE.search(pair.answer))
         both = marks(pair)
         words["duplicate"] = bool(both & seen)

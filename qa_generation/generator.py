@@ -42,20 +42,39 @@ class Generator:
     """
 
     def __init__(
-        self, source: Source, models: list[str], prompt: Path | None, drops: tuple[str, ...], asks: int, seed: int
+        self,
+        source: Source,
+        models: list[str],
+        prompt: Path | None,
+        drops: tuple[str, ...],
+        asks: int,
+        seed: int,
     ):
-        self.source, self.models, self.drops, self.asks, self.seed = source, models, drops, asks, seed
+        self.source, self.models, self.drops, self.asks, self.seed = (
+            source,
+            models,
+            drops,
+            asks,
+            seed,
+        )
         self.earlier: dict[str, set[str]] = {}
         own = prompt or PROMPTS / f"{source.prompt}.txt"
         files = {"questions": own, "format": PROMPTS / "format.txt"}
         if source.infers:
-            files |= {"inference": PROMPTS / "joint_inference.txt", "summaries": PROMPTS / "joint_questions.txt"}
-        self.prompts = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
+            files |= {
+                "inference": PROMPTS / "joint_inference.txt",
+                "summaries": PROMPTS / "joint_questions.txt",
+            }
+        self.prompts = {
+            name: file.read_text(encoding="utf-8").strip() for name, file in files.items()
+        }
         for name in ("format", "questions"):  # The first is a part of the second.
             values = {"count": source.count, "format": self.prompts["format"]}
             self.prompts[name] = string.Template(self.prompts[name]).safe_substitute(values)
 
-    async def ask_clip(self, llm: "Llm | Estimate", rows: list[Row]) -> tuple[list[Row], list[Reject], int]:
+    async def ask_clip(
+        self, llm: "Llm | Estimate", rows: list[Row]
+    ) -> tuple[list[Row], list[Reject], int]:
         """Rows that are made of all metadata rows about one clip, what was dropped, and how many had no reply.
 
         Raises:
@@ -67,13 +86,17 @@ class Generator:
             own = set(seen)
             try:
                 some, dropped = await self.ask(llm, row, own)
-            except RequestFailed:  # Counted by llm. Without its rows it has no pairs that others could repeat.
+            except (
+                RequestFailed
+            ):  # Counted by llm. Without its rows it has no pairs that others could repeat.
                 failed += 1
                 continue
             made, rejects, seen = made + some, rejects + dropped, own
         return made, rejects, failed
 
-    async def ask(self, llm: "Llm | Estimate", row: Row, seen: set[str]) -> tuple[list[Row], list[Reject]]:
+    async def ask(
+        self, llm: "Llm | Estimate", row: Row, seen: set[str]
+    ) -> tuple[list[Row], list[Reject]]:
         """Rows about one metadata row, and what was dropped. The replies and `seen`, which grows, decide them.
 
         Raises:
@@ -82,17 +105,23 @@ class Generator:
         facts, rejects = message(self.source, row), []
         rows = []
         if self.source.infers:
-            found = await self._ask(llm, row, "inference", facts, lambda reply: self._paragraph(reply, row), rejects)
+            found = await self._ask(
+                llm, row, "inference", facts, lambda reply: self._paragraph(reply, row), rejects
+            )
             if not found:
                 return [], rejects
-            repeats = make_filter("", 0, tuple(name for name in self.drops if name == "duplicate"), seen)
+            repeats = make_filter(
+                "", 0, tuple(name for name in self.drops if name == "duplicate"), seen
+            )
             if reason := repeats(found[0]):
                 rejects.append(_reject(reason, found[0]))
             else:
                 rows.append(_row(row, *found[0], SUMMARY_TASK))
             facts = f"{facts}; Inference: {found[0].answer}"
         is_good = make_filter(row.get("text") or "", self.source.min_words, self.drops, seen)
-        found = await self._ask(llm, row, "questions", facts, lambda reply: _pairs(reply, is_good), rejects)
+        found = await self._ask(
+            llm, row, "questions", facts, lambda reply: _pairs(reply, is_good), rejects
+        )
         return rows + [_row(row, *pair, TASK) for pair in found], rejects
 
     def is_answered(self, offline: Llm, clips: Clips) -> bool:
@@ -107,12 +136,23 @@ class Generator:
         return asyncio.run(look())
 
     async def _ask(
-        self, llm: "Llm | Estimate", row: Row, prompt: str, facts: str, read: Callable[[Reply], Read], rejects: list
+        self,
+        llm: "Llm | Estimate",
+        row: Row,
+        prompt: str,
+        facts: str,
+        read: Callable[[Reply], Read],
+        rejects: list,
     ) -> list[Pair]:
-        messages = [{"role": "system", "content": self.prompts[prompt]}, {"role": "user", "content": facts}]
+        messages = [
+            {"role": "system", "content": self.prompts[prompt]},
+            {"role": "user", "content": facts},
+        ]
         model = self._draw(row, self.models)
         for number in range(self.asks):  # The name gives clips of equal facts replies of their own.
-            found, dropped = read(await llm.complete(messages, model, f"{row['audio_id']} {number}"))
+            found, dropped = read(
+                await llm.complete(messages, model, f"{row['audio_id']} {number}")
+            )
             rejects += dropped
             if found:
                 return found
@@ -124,7 +164,12 @@ class Generator:
     def _paragraph(self, reply: Reply, row: Row) -> Read:
         if reply.is_cut or len(reply.text.split()) < INFERENCE_WORDS:
             return [], [Reject("no paragraph", reply.text)]
-        return [Pair(self._draw(row, self.prompts["summaries"].splitlines()), " ".join(reply.text.split()))], []
+        return [
+            Pair(
+                self._draw(row, self.prompts["summaries"].splitlines()),
+                " ".join(reply.text.split()),
+            )
+        ], []
 
 
 def _pairs(reply: Reply, is_good: Callable) -> Read:
@@ -164,8 +209,12 @@ class Estimate:
         is_paragraph = messages[0]["content"] == self.generator.prompts.get("inference")
         expected = TOKENS_PER_PAIR * (1 if is_paragraph else self.generator.source.count)
         asked, at_most = estimate_tokens(messages), self.settings.reserved(messages)
-        self.counts.update(requests=1, asked=asked, said=min(expected, at_most - asked), at_most=at_most)
-        number = self.counts["requests"]  # Makes it a pair of its own: a duplicate would be asked again.
+        self.counts.update(
+            requests=1, asked=asked, said=min(expected, at_most - asked), at_most=at_most
+        )
+        number = self.counts[
+            "requests"
+        ]  # Makes it a pair of its own: a duplicate would be asked again.
         pair = {"q": f"What is heard here, {number}?", "a": f"{self.words}{number}"}
         return Reply(json.dumps(pair), "stop", "", 0, 0)
 
@@ -177,8 +226,16 @@ class Estimate:
                 await self.generator.ask_clip(self, rows)
 
         asyncio.run(ask_all())
-        asked, said, kept = self.counts["asked"], self.counts["said"], self.kept.counts["kept"] if self.kept else 0
-        print(f"{len(clips)} clips: {self.counts['requests']} requests to ask, {kept} are kept already")
-        print(f"about {asked} tokens of prompts, {said} of replies; at most {self.counts['at_most']}, each tried once")
+        asked, said, kept = (
+            self.counts["asked"],
+            self.counts["said"],
+            self.kept.counts["kept"] if self.kept else 0,
+        )
+        print(
+            f"{len(clips)} clips: {self.counts['requests']} requests to ask, {kept} are kept already"
+        )
+        print(
+            f"about {asked} tokens of prompts, {said} of replies; at most {self.counts['at_most']}, each tried once"
+        )
         if price:
             print(f"about {(asked * price[0] + said * price[1]) / 1e6:.2f} dollars")

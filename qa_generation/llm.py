@@ -42,8 +42,19 @@ from qa_generation.endpoint import (
 )
 from qa_generation.reply_store import ReplyStore
 
-__all__ = ["Llm", "LlmSettings", "Message", "Reply", "ReplyStore", "RequestFailed", "StopAsking", "estimate_tokens"]
-FAILURES_IN_ROW = 20  # requests that were given up one after the other: the endpoint is gone, so stop
+__all__ = [
+    "Llm",
+    "LlmSettings",
+    "Message",
+    "Reply",
+    "ReplyStore",
+    "RequestFailed",
+    "StopAsking",
+    "estimate_tokens",
+]
+FAILURES_IN_ROW = (
+    20  # requests that were given up one after the other: the endpoint is gone, so stop
+)
 ODD_BODIES = 3  # of one request, before it is given up
 LONGEST_WAIT = 60.0  # seconds between two tries without Retry-After
 MOMENT = 0.1  # seconds; how soon a waiting request sees that asking has stopped
@@ -79,7 +90,9 @@ class Llm:
         body |= {"max_tokens": own.max_tokens} | own.extra
         return {name: value for name, value in body.items() if value is not None}
 
-    async def complete(self, messages: list[Message], model: str | None = None, sample: str = "") -> Reply:
+    async def complete(
+        self, messages: list[Message], model: str | None = None, sample: str = ""
+    ) -> Reply:
         """The reply to these messages, from the store if it is there.
 
         Args:
@@ -115,12 +128,16 @@ class Llm:
             if isinstance(error, Forbidden) and not is_own:
                 self.stop(str(error))
             if self.in_row >= FAILURES_IN_ROW:
-                self.stop(f"{self.in_row} requests failed one after the other, the last with {error}")
+                self.stop(
+                    f"{self.in_row} requests failed one after the other, the last with {error}"
+                )
             raise
         except StopAsking as error:
             self.stop(str(error))
             raise
-        except OSError as error:  # The store's: a full disk keeps no reply, so none is to be paid for.
+        except (
+            OSError
+        ) as error:  # The store's: a full disk keeps no reply, so none is to be paid for.
             self.stop(f"{error.filename}: {error.strerror}")
             raise StopAsking(self.stopped) from None
         self.counts["asked"] += 1
@@ -141,7 +158,9 @@ class Llm:
             if odd == ODD_BODIES:
                 break
             if not wait:
-                not_before = time.monotonic() + min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                not_before = time.monotonic() + min(2.0**attempt, LONGEST_WAIT) * random.uniform(
+                    0.5, 1.0
+                )
             elif wait > self.settings.max_wait:
                 raise RequestFailed(f"{last}, to be tried again in {wait:.0f} s")
             else:
@@ -163,7 +182,9 @@ class Llm:
         if budget is None or store.tokens + store.lost + tokens <= budget:
             return True
         if not self.sent:
-            used = f"{store.tokens} of {budget} spent, {store.lost} reserved for tries without a reply"
+            used = (
+                f"{store.tokens} of {budget} spent, {store.lost} reserved for tries without a reply"
+            )
             self.stop(f"token budget: {used}; the next request may take {tokens}")
         return False
 
@@ -173,7 +194,9 @@ class Llm:
         self.sent += 1
         try:
             reply = await self.endpoint.send(request, key)
-            self.store.put(key, reply, tokens)  # Before any other thing may happen: nothing is awaited in between.
+            self.store.put(
+                key, reply, tokens
+            )  # Before any other thing may happen: nothing is awaited in between.
             return reply
         except (TryAgain, RequestFailed, StopAsking) as error:
             if not getattr(error, "is_lost", False):
@@ -197,7 +220,9 @@ class Llm:
                     raise
 
         try:
-            results = await asyncio.gather(*[work() for _ in range(self.settings.concurrency)], return_exceptions=True)
+            results = await asyncio.gather(
+                *[work() for _ in range(self.settings.concurrency)], return_exceptions=True
+            )
         finally:
             await self.endpoint.close()
         for error in results:
@@ -207,7 +232,9 @@ class Llm:
             raise StopAsking(self.stopped)
 
     def complete_all(
-        self, messages: list[list[Message]], on_reply: Callable[[int, Reply | RequestFailed], None] = lambda *_: None
+        self,
+        messages: list[list[Message]],
+        on_reply: Callable[[int, Reply | RequestFailed], None] = lambda *_: None,
     ) -> list[Reply | RequestFailed]:
         """For callers without a loop: replies in the order of `messages`; one that failed is the error.
         StopAsking: not all were asked, but replies so far are in the store."""

@@ -41,25 +41,37 @@ class LocalModel:
             await asyncio.sleep(0.02)  # So that requests of the same moment come into one batch.
             count = self.settings.concurrency
             batch, self.waiting = self.waiting[:count], self.waiting[count:]
-            answering = asyncio.create_task(asyncio.to_thread(self._answer, [part[:2] for part in batch]))
+            answering = asyncio.create_task(
+                asyncio.to_thread(self._answer, [part[:2] for part in batch])
+            )
             await asyncio.wait([answering])
             for number, (_, _, future) in enumerate(batch):
-                if error := answering.exception():  # Whatever it is, those who wait for the batch must hear of it.
+                if (
+                    error := answering.exception()
+                ):  # Whatever it is, those who wait for the batch must hear of it.
                     future.set_exception(error)
                 else:
                     future.set_result(answering.result()[number])
 
     def _prompt(self, messages: list[dict[str, str]]) -> str:
         if self.tokenizer.chat_template:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return (self.tokenizer.bos_token or "") + "".join(f"{message['content']}\n\n" for message in messages)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        return (self.tokenizer.bos_token or "") + "".join(
+            f"{message['content']}\n\n" for message in messages
+        )
 
     def _answer(self, batch: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
         import torch
 
         prompts = [self._prompt(request["messages"]) for request, _ in batch]
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        torch.manual_seed(int(hashlib.sha256("".join(key for _, key in batch).encode()).hexdigest()[:15], 16))
+        inputs = self.tokenizer(
+            prompts, return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        torch.manual_seed(
+            int(hashlib.sha256("".join(key for _, key in batch).encode()).hexdigest()[:15], 16)
+        )
         heat = self.settings.temperature
         given = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
         given |= {"pad_token_id": self.tokenizer.pad_token_id} | self.settings.extra
@@ -67,7 +79,10 @@ class LocalModel:
         with torch.inference_mode():
             tokens = self.model.generate(**inputs.to(self.model.device), **given)
         said = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (batch, new tokens)
-        return [self._reply(*pair) for pair in zip(said, inputs["attention_mask"].sum(-1).tolist(), strict=True)]
+        return [
+            self._reply(*pair)
+            for pair in zip(said, inputs["attention_mask"].sum(-1).tolist(), strict=True)
+        ]
 
     def _reply(self, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
         ends = self.model.generation_config.eos_token_id

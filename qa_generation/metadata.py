@@ -32,9 +32,13 @@ def read_json(path: Path) -> Iterator[Any]:
                 yield from data if isinstance(data, list) else [data]
     except json.JSONDecodeError as error:
         place = f"line {number + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{path}, {place}: {error.msg}; a JSON list or JSON lines are needed") from None
+        raise ValueError(
+            f"{path}, {place}: {error.msg}; a JSON list or JSON lines are needed"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}; a JSON list or JSON lines in UTF-8 are needed") from None
+        raise ValueError(
+            f"{path}: {error}; a JSON list or JSON lines in UTF-8 are needed"
+        ) from None
 
 
 def read_metadata(path: Path, source: Source, dataset: str) -> tuple[Clips, list[str], int]:
@@ -58,7 +62,9 @@ def read_metadata(path: Path, source: Source, dataset: str) -> tuple[Clips, list
             repeats += 1
             continue
         known.add(mark)
-        clips.setdefault(row["audio_id"], []).append(row | {"dataset": row.get("dataset") or dataset})
+        clips.setdefault(row["audio_id"], []).append(
+            row | {"dataset": row.get("dataset") or dataset}
+        )
     return clips, bad, repeats
 
 

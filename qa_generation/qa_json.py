@@ -16,7 +16,8 @@ LONGEST = 200_000  # characters of a reply: twenty questions are about 8,000, an
 NAMES = {"q": "q", "question": "q", "a": "a", "answer": "a"}
 QUOTES = str.maketrans("“”„‟", '""""')
 OPENER = re.compile(
-    r"""\{\s*(?:"\w+"\s*:\s*(?:\d+|"[^"]*")\s*,\s*){0,3}["'“”]?(?:q|a|question|answer)["'“”]?\s*:""", re.IGNORECASE
+    r"""\{\s*(?:"\w+"\s*:\s*(?:\d+|"[^"]*")\s*,\s*){0,3}["'“”]?(?:q|a|question|answer)["'“”]?\s*:""",
+    re.IGNORECASE,
 )
 OBJECT = re.compile(r"\{[^{}]*\}")
 ANSWER = re.compile(r"""(?<!\w)a(?:nswer)?["'“”]\s*:|["'“”]a(?:nswer)?["'“”]?\s*:""", re.IGNORECASE)
@@ -67,7 +68,9 @@ def parse_pairs(text: str, is_cut: bool = False) -> tuple[list[Pair], list[Rejec
 def _read(text: str, start: int, is_cut: bool) -> tuple[Pair | Reject, int]:
     try:
         found, size = DECODER.raw_decode(text[start:])
-        return _pair(found) or Reject("not one question and one answer", text[start : start + size]), start + size
+        return _pair(found) or Reject(
+            "not one question and one answer", text[start : start + size]
+        ), start + size
     except (json.JSONDecodeError, RecursionError):
         pass
     following = OPENER.search(text, start + 1)
@@ -75,7 +78,9 @@ def _read(text: str, start: int, is_cut: bool) -> tuple[Pair | Reject, int]:
     broken = text[start:end]
     if len(ANSWER.findall(broken)) > 1:
         return Reject("more than one way to read it", broken.strip()), end
-    results = {repair(broken.strip()) for repair in (_commas, _typographic, _python, _brace, _inner)} - {None}
+    results = {
+        repair(broken.strip()) for repair in (_commas, _typographic, _python, _brace, _inner)
+    } - {None}
     if len(results) == 1 and not (is_cut and not following and "}" not in broken):
         return results.pop(), end
     reason = "more than one way to read it" if results else "malformed"
@@ -90,7 +95,9 @@ def _pair(members: Any) -> Pair | None:
     both = values["q"] + values["a"]
     if len(values["q"]) != 1 or len(both) != 2 or not all(isinstance(value, str) for value in both):
         return None
-    is_whole = not re.search("[\ud800-\udfff]", "".join(both))  # Half an emoji can be written to no file.
+    is_whole = not re.search(
+        "[\ud800-\udfff]", "".join(both)
+    )  # Half an emoji can be written to no file.
     return Pair(*[" ".join(value.split()) for value in both]) if is_whole else None
 
 
@@ -115,7 +122,9 @@ def _python(text: str) -> Pair | None:
     """A dictionary of Python, in single quotes."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # An escape that Python does not know is no way to read it.
+            warnings.simplefilter(
+                "error"
+            )  # An escape that Python does not know is no way to read it.
             found = ast.literal_eval(text[: text.rindex("}") + 1])
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None

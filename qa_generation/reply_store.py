@@ -32,7 +32,9 @@ class ReplyStore:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: Any = self.path.open("a+b", buffering=0)  # A buffer would write again what a full disk refused.
+        self.file: Any = self.path.open(
+            "a+b", buffering=0
+        )  # A buffer would write again what a full disk refused.
         self.places: dict[bytes, int] = {}  # sha256 -> offset
         self.tokens = self.lost = self.end = 0  # tokens: what all replies cost, prompts included
         self.is_torn = False
@@ -41,11 +43,15 @@ class ReplyStore:
             self._read_all()
         except BlockingIOError:
             self.file.close()
-            raise ValueError(f"Another run is adding to {self.path}. Wait for it or stop it.") from None
+            raise ValueError(
+                f"Another run is adding to {self.path}. Wait for it or stop it."
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.file.close()
             place = f"{self.path}, byte {self.end}"
-            raise ValueError(f"{place}: not a reply ({error}). Remove that line, or name another file.") from None
+            raise ValueError(
+                f"{place}: not a reply ({error}). Remove that line, or name another file."
+            ) from None
 
     def _read_all(self) -> None:
         with self.path.open("rb") as lines:
@@ -73,7 +79,9 @@ class ReplyStore:
         size = 8192
         while b"\n" not in (data := os.pread(self.file.fileno(), size, place)):
             if len(data) < size:
-                raise ValueError(f"{self.path}, byte {place}: a reply is gone; something else has cut the file.")
+                raise ValueError(
+                    f"{self.path}, byte {place}: a reply is gone; something else has cut the file."
+                )
             size *= 2
         return json.loads(data[: data.index(b"\n")])["reply"]
 
@@ -90,7 +98,9 @@ class ReplyStore:
         Raises:
             OSError: it is not on the disk; all that was there before is, and so is its place for the next one.
         """
-        self._append({"key": key, "reply": reply} | ({"sent": -sent} if sent else {}), is_synced=True)
+        self._append(
+            {"key": key, "reply": reply} | ({"sent": -sent} if sent else {}), is_synced=True
+        )
 
     def _append(self, entry: dict, is_synced: bool = False) -> None:
         left = line = json.dumps(entry).encode() + b"\n"

@@ -60,13 +60,17 @@ def _timed_events(row: Row) -> str:
     times: dict[str, list[str]] = {}
     for event in row["events"]:
         described = f" ({event['description']})" if event.get("description") else ""
-        times.setdefault(f"{event['label']}{described}", []).append(f"{event['onset']:.1f}s-{event['offset']:.1f}s")
+        times.setdefault(f"{event['label']}{described}", []).append(
+            f"{event['onset']:.1f}s-{event['offset']:.1f}s"
+        )
     return "; ".join(f"{name}: [{', '.join(parts)}]" for name, parts in times.items())
 
 
 def _texts(value: Any) -> list[str]:
     """Of a field that is text or a list of texts: those that say something."""
-    return [text for text in (value if isinstance(value, list) else [value]) if not _is_absent(text)]
+    return [
+        text for text in (value if isinstance(value, list) else [value]) if not _is_absent(text)
+    ]
 
 
 def speech(row: Row) -> str:
@@ -77,7 +81,11 @@ def speech(row: Row) -> str:
     rank = f", {row['pitch']} among all speakers" if isinstance(row.get("pitch"), str) else ""
     rank += f", {pitch_rank(hertz, gender)} among {gender} speakers"
     facts = [f'Spoken words: "{row["text"].strip()}"', f"Gender: {gender}"]
-    facts += [f"Fundamental frequency: {hertz:.0f} Hz{rank}", f"Volume: {row['energy']}", f"Speed: {row['speed']}"]
+    facts += [
+        f"Fundamental frequency: {hertz:.0f} Hz{rank}",
+        f"Volume: {row['energy']}",
+        f"Speed: {row['speed']}",
+    ]
     facts += [f"Emotion: {row['emotion']}"] if row.get("emotion") else []
     if (sentiment := row.get("sentiment")) is not None:
         if not -3 <= sentiment <= 3:
@@ -88,7 +96,9 @@ def speech(row: Row) -> str:
 
 
 def music(row: Row) -> str:
-    known = {name: ", ".join(_texts(row.get(name))) for name in ("genre", "instruments", "tempo", "mood")}
+    known = {
+        name: ", ".join(_texts(row.get(name))) for name in ("genre", "instruments", "tempo", "mood")
+    }
     return "; ".join(f"{name.capitalize()}: {words}" for name, words in known.items() if words)
 
 
@@ -153,7 +163,11 @@ def _is_absent(value: Any) -> bool:
 def _check(name: str, value: Any, within: str = "") -> None:
     """ValueError: a field is not of its form."""
     form = FORMS[name]
-    if name == "events" and isinstance(value, list) and all(isinstance(event, dict) for event in value):
+    if (
+        name == "events"
+        and isinstance(value, list)
+        and all(isinstance(event, dict) for event in value)
+    ):
         for event in value:
             for part in ("label", "onset", "offset", "description"):
                 if part != "description" or event.get(part) is not None:
@@ -162,6 +176,8 @@ def _check(name: str, value: Any, within: str = "") -> None:
     values = value if form == TEXTS and isinstance(value, list) else [value]
     if all(isinstance(part, str) for part in values) and "text" in form:
         if re.search("[\ud800-\udfff]", "".join(values)):
-            raise ValueError(f"{within}{name}: {value!r:.80} has half a character, which no request can carry")
+            raise ValueError(
+                f"{within}{name}: {value!r:.80} has half a character, which no request can carry"
+            )
     elif not (form.endswith(NUMBER) and type(value) in (int, float) and -1e9 < value < 1e9):
         raise ValueError(f"{within}{name}: {value!r:.80} is not {form}")

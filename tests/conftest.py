@@ -6,7 +6,9 @@ import os
 # torch's idle threads spin by default; beside another process on few cores that costs more than the work itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # No test may need the network.
-if not os.environ.get("LTU_TEST_GPU"):  # The golden numbers are a CPU's; so is what every machine has.
+if not os.environ.get(
+    "LTU_TEST_GPU"
+):  # The golden numbers are a CPU's; so is what every machine has.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Callable  # noqa: E402
@@ -69,11 +71,15 @@ def pytest_testnodedown(node: Any) -> None:
         node.config.stash[COMPARISONS].setdefault(module, []).extend(comparisons)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     for module, comparisons in config.stash[COMPARISONS].items():
         within = sum(error <= bound for _, error, bound in comparisons)
         # A nan is the worst of all, but compares as neither larger nor smaller.
-        name, error, bound = max(comparisons, key=lambda c: float("inf") if c[1] != c[1] else c[1] / (c[2] or 1e-30))
+        name, error, bound = max(
+            comparisons, key=lambda c: float("inf") if c[1] != c[1] else c[1] / (c[2] or 1e-30)
+        )
         terminalreporter.write_line(
             f"golden numbers: {module}: {within} of {len(comparisons)} within the bound "
             f"(worst {error:.2g} of bound {bound:.2g}: {name})"

@@ -22,7 +22,11 @@ FAULTS = (*QUICK_FAULTS, "429 date")
 
 
 def completion(text: str, finish_reason: str = "stop") -> dict:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": finish_reason,
+    }
     usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
     return {
         "id": "x",
@@ -55,7 +59,12 @@ class FakeLlm:
         delay: float = 0.0,
         hold_after: int | None = None,
     ):
-        self.answer, self.share, self.rng, self.delay = answer, fault_share, random.Random(seed), delay
+        self.answer, self.share, self.rng, self.delay = (
+            answer,
+            fault_share,
+            random.Random(seed),
+            delay,
+        )
         self.kinds, self.hold_after = faults, hold_after
         self.begun = self.held = 0  # replies
         self.released = asyncio.Event()
@@ -96,7 +105,11 @@ class FakeLlm:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                size = next(line for line in head.lower().split("\r\n") if line.startswith("content-length:"))
+                size = next(
+                    line
+                    for line in head.lower().split("\r\n")
+                    if line.startswith("content-length:")
+                )
                 body = json.loads(await reader.readexactly(int(size.split(":")[1])))
                 self.headers.append(head)
                 self.times.append(time.monotonic())
@@ -140,23 +153,47 @@ class FakeLlm:
         if fault == "drop":
             return False
         if fault == "half a body":
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 900\r\n\r\n" + b'{"cho')
+            writer.write(
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 900\r\n\r\n"
+                + b'{"cho'
+            )
             await writer.drain()
             return False
         if fault in ("HTML", "not JSON", "no choices", "error in a 200"):
-            text = {"HTML": "<html>busy", "not JSON": '{"choices": [{"mess', "no choices": '{"choices": []}'}
+            text = {
+                "HTML": "<html>busy",
+                "not JSON": '{"choices": [{"mess',
+                "no choices": '{"choices": []}',
+            }
             kind = "text/html" if fault == "HTML" else "application/json"
-            return await self.send(writer, 200, text.get(fault, '{"error": {"message": "overloaded"}}'), kind)
+            return await self.send(
+                writer, 200, text.get(fault, '{"error": {"message": "overloaded"}}'), kind
+            )
         status, _, form = fault.partition(" ")
-        codes = {"quota": (429, "insufficient_quota"), "401": (401, "invalid_api_key"), "400": (400, "bad")}
+        codes = {
+            "quota": (429, "insufficient_quota"),
+            "401": (401, "invalid_api_key"),
+            "400": (400, "bad"),
+        }
         number, code = codes.get(status) or (int(status), "busy")
         wait = {"seconds": "0.05", "date": formatdate(time.time() + 1, usegmt=True)}.get(form, form)
-        said = "".join(line for line in self.headers[-1].split("\r\n") if line.lower().startswith("authorization"))
+        said = "".join(
+            line
+            for line in self.headers[-1].split("\r\n")
+            if line.lower().startswith("authorization")
+        )
         error = json.dumps({"error": {"message": f"no: {said}", "code": code}})
-        return await self.send(writer, number, error, extra=f"retry-after: {wait}\r\n" if wait else "")
+        return await self.send(
+            writer, number, error, extra=f"retry-after: {wait}\r\n" if wait else ""
+        )
 
     async def send(
-        self, writer: asyncio.StreamWriter, status: int, text: str, kind: str = "application/json", extra: str = ""
+        self,
+        writer: asyncio.StreamWriter,
+        status: int,
+        text: str,
+        kind: str = "application/json",
+        extra: str = "",
     ) -> bool:
         body = text.encode()
         head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{extra}content-length: {len(body)}\r\n\r\n"

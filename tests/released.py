@@ -41,7 +41,9 @@ LLAMA = {
 
 
 CUTOFF = 96  # Text ids of a row, in all golden batches.
-RELATIVE = 2e-5  # Bound of gradients and of what training gives: sums of many terms, each rounded to 6e-8.
+RELATIVE = (
+    2e-5  # Bound of gradients and of what training gives: sums of many terms, each rounded to 6e-8.
+)
 
 
 def worst(found: torch.Tensor, expected: np.ndarray) -> float:
@@ -110,7 +112,11 @@ def write_llm(folder: Path) -> Path:
     """A Hugging Face folder with tokenizer, such as the original was trained on."""
     shutil.copytree(GOLDEN / "tokenizer", folder)
     shapes = read("layout_ltu")["tiny.lora_all"]["base_state_dict"]
-    kept = {key: tuple(shape) for key, shape in shapes.items() if "audio" not in key and "rotary" not in key}
+    kept = {
+        key: tuple(shape)
+        for key, shape in shapes.items()
+        if "audio" not in key and "rotary" not in key
+    }
     tensors = {key: torch.from_numpy(rule(key, shape)) for key, shape in kept.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(LLAMA))

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
 from ltu.convert_checkpoint import main as convert
@@ -42,8 +48,18 @@ PLAIN = (  # No control token at all.
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-TEMPLATES = {"chatml": CHATML, "with_bos": WITH_BOS, "spaced": SPACED, "thinking": THINKING, "plain": PLAIN}
-QUESTIONS = ["What is it?", "Which of the two sounds comes first, and why do you think so?", "Loud?"]
+TEMPLATES = {
+    "chatml": CHATML,
+    "with_bos": WITH_BOS,
+    "spaced": SPACED,
+    "thinking": THINKING,
+    "plain": PLAIN,
+}
+QUESTIONS = [
+    "What is it?",
+    "Which of the two sounds comes first, and why do you think so?",
+    "Loud?",
+]
 CLIPS = [clip(1), clip(2, 2.0), None]
 KINDS = ["llama", "tied", "qwen2", "qwen3", "gpt_neox", "gemma", "gemma2", "gemma3_text"]
 
@@ -55,7 +71,9 @@ def byte_tokenizer(template: str | None = CHATML, **special: str) -> PreTrainedT
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|sep|>", "<s>"]
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator(["the sound of a dog and rain, loud and far"] * 9, trainer)
     special = {"eos_token": "<|endoftext|>"} | special
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **special)
@@ -81,7 +99,9 @@ def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows"), 4, without_audio=1)
 
 
-def chat_processor(folder: Path, name: str, **special: str) -> tuple[LtuProcessor, PreTrainedTokenizerFast]:
+def chat_processor(
+    folder: Path, name: str, **special: str
+) -> tuple[LtuProcessor, PreTrainedTokenizerFast]:
     """A processor whose template is that chat template, and the tokenizer as a user would have it."""
     if name == "spaced":  # A sentencepiece tokenizer, whose words begin with their space.
         tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
@@ -92,7 +112,9 @@ def chat_processor(folder: Path, name: str, **special: str) -> tuple[LtuProcesso
     tokenizer.save_pretrained(folder)
     text_config = AutoConfig.for_model("llama", **LLM, eos_token_id=0)
     template = load_prompt_template("chat", folder)
-    config = LtuConfig(audio_config=audio_config(), text_config=text_config, prompt_template=template)
+    config = LtuConfig(
+        audio_config=audio_config(), text_config=text_config, prompt_template=template
+    )
     return LtuProcessor.from_config(config, folder), AutoTokenizer.from_pretrained(folder)
 
 
@@ -107,24 +129,45 @@ SELDOM = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind n
 @pytest.mark.parametrize("kind", [*OFTEN, *SELDOM])
 def test_from_the_first_folder_to_answers(tmp_path, kind, audio_encoder, rows):
     llm = write_kind(tmp_path / "llm", kind)
-    convert(["--init", "--llm", str(llm), "--audio_encoder", str(audio_encoder), "--output_dir", str(tmp_path / "init")])
+    convert(
+        [
+            "--init",
+            "--llm",
+            str(llm),
+            "--audio_encoder",
+            str(audio_encoder),
+            "--output_dir",
+            str(tmp_path / "init"),
+        ]
+    )
     flags = f"--base_model {tmp_path / 'init'} --data_path {rows} --output_dir {tmp_path / 'run'} --batch_size 4"
     flags += " --micro_batch_size 4 --max_steps 3 --warmup_steps 0 --logging_steps 1 --learning_rate 1e-2 --bf16 False"
-    trainer = make_trainer(*parse_args([*flags.split(), "--num_workers", "0", "--lora_dropout", "0"]))
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer = make_trainer(
+        *parse_args([*flags.split(), "--num_workers", "0", "--lora_dropout", "0"])
+    )
+    before = {
+        name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad
+    }
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     after = dict(trainer.model.named_parameters())
     parts = (".lora_B", "multi_modal_projector.", "audio_tower.")
-    moved = {part for part in parts for name in before if part in name and not torch.equal(before[name], after[name])}
+    moved = {
+        part
+        for part in parts
+        for name in before
+        if part in name and not torch.equal(before[name], after[name])
+    }
     assert moved == set(parts)
     trainer.save_model()
     model = LtuForConditionalGeneration.from_pretrained(tmp_path / "run")
     processor = LtuProcessor.from_pretrained(tmp_path / "run")
     batch = processor(text=QUESTIONS, audio=CLIPS)
     with torch.no_grad():
-        torch.testing.assert_close(model(**batch).logits, trainer.model.eval()(**batch).logits, atol=0, rtol=0)
+        torch.testing.assert_close(
+            model(**batch).logits, trainer.model.eval()(**batch).logits, atol=0, rtol=0
+        )
     for decoding in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
         settings = decoding | {"max_new_tokens": 4, "min_new_tokens": 4}
         alone = []
@@ -135,7 +178,9 @@ def test_from_the_first_folder_to_answers(tmp_path, kind, audio_encoder, rows):
     sampled = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found = model.generate(**batch, do_sample=True, temperature=3.0, max_new_tokens=6, repetition_penalty=1.1)
+        found = model.generate(
+            **batch, do_sample=True, temperature=3.0, max_new_tokens=6, repetition_penalty=1.1
+        )
         sampled.append(found.tolist())
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -145,7 +190,9 @@ def test_text_takes_the_stock_path(tmp_path, kind):
     """Text is what the language model makes of it (Gemma scales its embeddings), and audio vectors stand beside it as
     they are."""
     llm = write_kind(tmp_path / "llm", kind)
-    model = LtuForConditionalGeneration.from_pretrained(write_checkpoint(tmp_path / "checkpoint", llm))
+    model = LtuForConditionalGeneration.from_pretrained(
+        write_checkpoint(tmp_path / "checkpoint", llm)
+    )
     processor = LtuProcessor.from_pretrained(tmp_path / "checkpoint")
     text = processor(text=QUESTIONS)
     seen = text["attention_mask"].bool()
@@ -162,8 +209,12 @@ def test_text_takes_the_stock_path(tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_finds_its_places(kind):
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama" if kind == "tied" else kind, **LLM))
-    assert find_targets(llm) == (["query_key_value"] if kind == "gpt_neox" else ["q_proj", "v_proj"])
+        llm = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama" if kind == "tied" else kind, **LLM)
+        )
+    assert find_targets(llm) == (
+        ["query_key_value"] if kind == "gpt_neox" else ["q_proj", "v_proj"]
+    )
     output = {"gpt_neox": "dense"}.get(kind, "o_proj")
     assert find_targets(llm, [output]) == [output]
     with pytest.raises(ValueError, match=rf"'nowhere'.*are .*{output}.*--lora_target_modules"):
@@ -174,7 +225,9 @@ def test_where_no_place_is_known_the_error_lists_them():
     with torch.device("meta"):
         sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
         llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
-    with pytest.raises(ValueError, match="no usual place .* of this mamba are dt_proj, in_proj, out_proj, x_proj"):
+    with pytest.raises(
+        ValueError, match="no usual place .* of this mamba are dt_proj, in_proj, out_proj, x_proj"
+    ):
         find_targets(llm)
 
 
@@ -190,12 +243,22 @@ def test_named_places_are_checked(tmp_path, rows):
 
 def test_a_tokenizer_without_bos_and_pad_on_wide_logits(tmp_path):
     """As Qwen's: the prompt follows the audio at once; 280 tokens, 512 logits."""
-    llm = write_llm(tmp_path / "llm", tokenizer=byte_tokenizer(None), bos_token_id=None, pad_token_id=None)
-    model = LtuForConditionalGeneration.from_pretrained(write_checkpoint(tmp_path / "checkpoint", llm))
+    llm = write_llm(
+        tmp_path / "llm", tokenizer=byte_tokenizer(None), bos_token_id=None, pad_token_id=None
+    )
+    model = LtuForConditionalGeneration.from_pretrained(
+        write_checkpoint(tmp_path / "checkpoint", llm)
+    )
     processor = LtuProcessor.from_pretrained(tmp_path / "checkpoint")
     batch = processor(text=QUESTIONS, audio=CLIPS)
-    assert processor.tokenizer.pad_token_id is None and batch["input_ids"][0, :2].tolist() == [512, 512]
-    assert batch["input_ids"][1, 2:].tolist() == processor.tokenizer(processor.prompt(QUESTIONS[1])).input_ids
+    assert processor.tokenizer.pad_token_id is None and batch["input_ids"][0, :2].tolist() == [
+        512,
+        512,
+    ]
+    assert (
+        batch["input_ids"][1, 2:].tolist()
+        == processor.tokenizer(processor.prompt(QUESTIONS[1])).input_ids
+    )
     wide = model.generate(**batch, max_new_tokens=4, sequence_bias={(505,): 1e4})[:, -4:]
     assert (wide == 505).all() and [processor.decode_answer(ids) for ids in wide] == [""] * 3
     ids, labels = processor.encode_example({"instruction": "a", "output": "b"}, 99)
@@ -218,7 +281,9 @@ def test_generation_stops_at_every_end_token(tmp_path, template):
     tokenizer = byte_tokenizer(eos_token="<|sep|>")
     llm = write_llm(tmp_path / "llm", "qwen2", tokenizer=tokenizer, eos_token_id=[0, 7])
     kept = load_prompt_template(template, llm)
-    model = LtuForConditionalGeneration.from_pretrained(write_checkpoint(tmp_path / "c", llm, prompt_template=kept))
+    model = LtuForConditionalGeneration.from_pretrained(
+        write_checkpoint(tmp_path / "c", llm, prompt_template=kept)
+    )
     processor = LtuProcessor.from_pretrained(tmp_path / "c")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>" if template == "chat" else "<|sep|>")
     assert processor.encode_example({"instruction": "a", "output": "b"}, 99)[0][-1] == end
@@ -236,20 +301,31 @@ def test_a_chat_is_what_the_tokenizer_makes_of_it(tmp_path, name):
     """The prompt is the stock one, the row the stock conversation up to the end of the answer, and labels begin with
     the answer."""
     processor, tokenizer = chat_processor(tmp_path, name)
-    question, answer = [{"role": "user", "content": "What is it?"}], [{"role": "assistant", "content": "a dog"}]
+    question, answer = (
+        [{"role": "user", "content": "What is it?"}],
+        [{"role": "assistant", "content": "a dog"}],
+    )
     stock = {"tokenize": False, "add_generation_prompt": True}
-    prompt = tokenizer.apply_chat_template(question, **stock) + "<think>\n\n</think>\n\n" * (name == "thinking")
+    prompt = tokenizer.apply_chat_template(question, **stock) + "<think>\n\n</think>\n\n" * (
+        name == "thinking"
+    )
     assert processor.prompt("What is it?") == prompt.rstrip(" ")
     whole = tokenizer.apply_chat_template(question + answer, tokenize=False)
     end = {"spaced": "</s>", "plain": "<|endoftext|>"}.get(name, "<|im_end|>")
     whole = whole.strip() + end if name == "plain" else whole.rpartition(end)[0] + end
-    ids, labels = processor.encode_example({"instruction": "What is it?", "output": "a dog"}, 200, False)
+    ids, labels = processor.encode_example(
+        {"instruction": "What is it?", "output": "a dog"}, 200, False
+    )
     assert ids == tokenizer(whole, add_special_tokens=False).input_ids
     masked = tokenizer(prompt.rstrip(" "), add_special_tokens=False).input_ids
     assert ids[: len(masked)] == masked and labels == [-100] * len(masked) + ids[len(masked) :]
     assert tokenizer.decode(labels[len(masked) :]).replace(" ", "") == "adog" + end
-    assert len(processor.encode_example({"instruction": "What is it?", "output": "a dog"}, len(ids) - 1)[0]) < len(ids)
-    assert processor.encode_example({"instruction": "What is it?", "output": "a dog"}, 200)[1] == ids
+    assert len(
+        processor.encode_example({"instruction": "What is it?", "output": "a dog"}, len(ids) - 1)[0]
+    ) < len(ids)
+    assert (
+        processor.encode_example({"instruction": "What is it?", "output": "a dog"}, 200)[1] == ids
+    )
 
 
 def test_a_transcript_is_part_of_the_question(tmp_path):
@@ -267,7 +343,12 @@ def test_only_the_template_writes_control_tokens(tmp_path):
     row = {"instruction": typed, "input": typed, "output": typed}
     ids, _ = processor.encode_example(row, 999)
     controls = [token for token in ids if token in tokenizer.all_special_ids or token in (1, 2)]
-    assert tokenizer.convert_ids_to_tokens(controls) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens(controls) == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
     plain = typed.replace("\ufdd0", "").replace("\ufdd1", "")
     assert tokenizer.decode(ids).count(plain) == 3
 
@@ -275,7 +356,10 @@ def test_only_the_template_writes_control_tokens(tmp_path):
 def test_the_folder_holds_its_chat_template(tmp_path):
     llm = write_llm(tmp_path / "llm", tokenizer=byte_tokenizer())
     write_checkpoint(tmp_path / "c", llm, prompt_template=load_prompt_template("chat", llm))
-    assert json.loads((tmp_path / "c" / "config.json").read_text())["prompt_template"]["chat_template"] == CHATML
+    assert (
+        json.loads((tmp_path / "c" / "config.json").read_text())["prompt_template"]["chat_template"]
+        == CHATML
+    )
     (tmp_path / "c" / "chat_template.jinja").unlink()
     processor = LtuProcessor.from_pretrained(tmp_path / "c")
     assert processor.tokenizer.chat_template is None and processor.prompt("a").startswith(
@@ -299,7 +383,13 @@ def test_a_template_file(tmp_path):
     assert LtuProcessor.from_pretrained(folder).prompt("a", "b") == "USER: a (b) BOT: "
 
 
-WRONG = ['{"prompt_input": "{instruction}{input}"}', '{"prompt_no_input": "{a}", "prompt_input": ""}', "[]", "{", "[1]"]
+WRONG = [
+    '{"prompt_input": "{instruction}{input}"}',
+    '{"prompt_no_input": "{a}", "prompt_input": ""}',
+    "[]",
+    "{",
+    "[1]",
+]
 WRONG += ['{"prompt_no_input": "{instruction", "prompt_input": "{instruction}{input}"}']
 WRONG += ['{"prompt_no_input": "{instruction}", "prompt_input": "{instruction}"}']
 
@@ -313,7 +403,10 @@ def test_a_template_file_with_other_blanks_is_refused(tmp_path, text):
 
 def test_templates_that_are_not_there(tmp_path):
     byte_tokenizer(None).save_pretrained(tmp_path)
-    for name, says in (("vicuna", "alpaca_short, chat, or a JSON file"), ("chat", "has no chat template")):
+    for name, says in (
+        ("vicuna", "alpaca_short, chat, or a JSON file"),
+        ("chat", "has no chat template"),
+    ):
         with pytest.raises(ValueError, match=says):
             load_prompt_template(name, tmp_path)
 
@@ -323,7 +416,11 @@ def test_show_batch_tells_prompt_and_answer(tmp_path, name):
     processor, _ = chat_processor(tmp_path, name)
     ids, labels = processor.encode_example({"instruction": "Loud?", "output": "a dog"}, 200, False)
     batch = LtuCollator(processor)([{"input_ids": ids, "labels": labels, "input_features": None}])
-    shown = [line for line in describe_batch(batch, processor).splitlines() if " loss " in line and " pad " not in line]
+    shown = [
+        line
+        for line in describe_batch(batch, processor).splitlines()
+        if " loss " in line and " pad " not in line
+    ]
     assert ["answer" in line for line in shown] == [label != -100 for label in labels]
 
 
@@ -345,30 +442,51 @@ def sound(source):
 @pytest.fixture(scope="module")
 def alpaca(tmp_path_factory):
     root = tmp_path_factory.mktemp("alpaca")
-    return LtuProcessor.from_pretrained(write_checkpoint(root / "checkpoint", write_llm(root / "llm")))
+    return LtuProcessor.from_pretrained(
+        write_checkpoint(root / "checkpoint", write_llm(root / "llm"))
+    )
 
 
 def same(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in expected
+    )
 
 
 def test_one_question_equals_the_processor(alpaca, rows, monkeypatch):
     ask = {"tokenize": True, "return_dict": True}
     expected = alpaca(text="Loud?", audio=[CLIPS[0]])
-    for parts in ([sound(CLIPS[0]), words("Loud?")], [words("Loud?"), sound(CLIPS[0])]):  # Audio goes in front.
-        assert same(alpaca.apply_chat_template(user(*parts), **ask, add_generation_prompt=True), expected)
+    for parts in (
+        [sound(CLIPS[0]), words("Loud?")],
+        [words("Loud?"), sound(CLIPS[0])],
+    ):  # Audio goes in front.
+        assert same(
+            alpaca.apply_chat_template(user(*parts), **ask, add_generation_prompt=True), expected
+        )
     path = str(rows.parent / "1.wav")
-    found = alpaca.apply_chat_template(user({"type": "audio", "audio_url": path}, words("Loud?")), **ask)
+    found = alpaca.apply_chat_template(
+        user({"type": "audio", "audio_url": path}, words("Loud?")), **ask
+    )
     assert same(found, alpaca(text="Loud?", audio=[path]))
-    several = [user(sound(CLIPS[0]), words(QUESTIONS[0])), user(words(QUESTIONS[1])), user(sound(CLIPS[1]), words("c"))]
+    several = [
+        user(sound(CLIPS[0]), words(QUESTIONS[0])),
+        user(words(QUESTIONS[1])),
+        user(sound(CLIPS[1]), words("c")),
+    ]
     expected = alpaca(text=[*QUESTIONS[:2], "c"], audio=[CLIPS[0], None, CLIPS[1]])
-    assert same(alpaca.apply_chat_template(several, **ask, return_tensors="pt", padding=True), expected)
-    assert alpaca.apply_chat_template([{"role": "user", "content": "Loud?"}]) == alpaca.prompt("Loud?")
+    assert same(
+        alpaca.apply_chat_template(several, **ask, return_tensors="pt", padding=True), expected
+    )
+    assert alpaca.apply_chat_template([{"role": "user", "content": "Loud?"}]) == alpaca.prompt(
+        "Loud?"
+    )
     said = user(sound(CLIPS[0]) | {"transcript": "the dog"}, words("Loud?"))
     expected = alpaca(text="Loud?", audio=[CLIPS[0]], transcript=["the dog"])
     assert same(alpaca.apply_chat_template(said, **ask), expected)
     # LTU-AS writes a transcript where none is given; here another does.
-    monkeypatch.setattr(alpaca, "complete_transcripts", lambda clips, given: ["the dog" for _ in clips])
+    monkeypatch.setattr(
+        alpaca, "complete_transcripts", lambda clips, given: ["the dog" for _ in clips]
+    )
     assert same(alpaca.apply_chat_template(user(sound(CLIPS[0]), words("Loud?")), **ask), expected)
 
 
@@ -378,16 +496,22 @@ TURNS += [{"role": "assistant", "content": "a dog"}, *user(words("Loud?"))]
 
 def test_a_chat_has_several_turns(tmp_path):
     llm = write_llm(tmp_path / "llm", "qwen2", tokenizer=byte_tokenizer())
-    folder = write_checkpoint(tmp_path / "c", llm, prompt_template=load_prompt_template("chat", llm))
+    folder = write_checkpoint(
+        tmp_path / "c", llm, prompt_template=load_prompt_template("chat", llm)
+    )
     processor = LtuProcessor.from_pretrained(folder)
     batch = processor.apply_chat_template(TURNS, tokenize=True, return_dict=True)
     plain = [{"role": turn["role"], "content": turn["content"]} for turn in TURNS]
     plain[1] = plain[1] | {"content": "What is it?"}
     plain[3] = plain[3] | {"content": "Loud?"}
     stock = byte_tokenizer().apply_chat_template(plain, add_generation_prompt=True)["input_ids"]
-    assert batch["input_ids"][0].tolist() == [512, 512, *stock] and len(batch["input_features"]) == 1
+    assert (
+        batch["input_ids"][0].tolist() == [512, 512, *stock] and len(batch["input_features"]) == 1
+    )
     assert torch.equal(processor.apply_chat_template(TURNS, tokenize=True), batch["input_ids"])
-    answer = LtuForConditionalGeneration.from_pretrained(folder).generate(**batch, max_new_tokens=3, min_new_tokens=3)
+    answer = LtuForConditionalGeneration.from_pretrained(folder).generate(
+        **batch, max_new_tokens=3, min_new_tokens=3
+    )
     assert answer.shape[1] == batch["input_ids"].shape[1] + 3
     first = user(sound(CLIPS[0]) | {"transcript": "the dog"}, words("What is it?"))
     said = processor.apply_chat_template([first[0], *TURNS[2:]], tokenize=True)
@@ -414,7 +538,9 @@ def test_a_chat_refuses_what_it_cannot_express(alpaca, tmp_path):
     with pytest.raises(ValueError, match="refuses the turns .*system.*: no system"):
         processor.apply_chat_template(TURNS)
     with pytest.raises(ValueError, match="in a turn of the user; here are 1, of \\['system'\\]"):
-        processor.apply_chat_template([{"role": "system", "content": [sound(CLIPS[0])]}, *user(words("Loud?"))])
+        processor.apply_chat_template(
+            [{"role": "system", "content": [sound(CLIPS[0])]}, *user(words("Loud?"))]
+        )
     with pytest.raises(ValueError, match="ends where the answer begins"):
         alpaca.apply_chat_template(user(words("Loud?")), add_generation_prompt=False)
 
@@ -432,7 +558,13 @@ def test_a_real_chat_template():
     question = [{"role": "user", "content": "What is it?"}]
     stock = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
     assert processor.encode(processor.prompt("What is it?")) == stock
-    ids, labels = processor.encode_example({"instruction": "What is it?", "output": "A dog barks."}, 200, False)
-    whole = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "A dog barks."}])["input_ids"]
-    assert ids == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"  # What follows the end token is not learned.
+    ids, labels = processor.encode_example(
+        {"instruction": "What is it?", "output": "A dog barks."}, 200, False
+    )
+    whole = tokenizer.apply_chat_template(
+        [*question, {"role": "assistant", "content": "A dog barks."}]
+    )["input_ids"]
+    assert (
+        ids == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
+    )  # What follows the end token is not learned.
     assert labels == [-100] * len(stock) + ids[len(stock) :]

@@ -34,7 +34,9 @@ def test_reads_common_files(tmp_path: Path, suffix: str) -> None:
     waveform = load_audio(path)
     assert waveform.dtype == np.float32 and waveform.ndim == 1
     assert abs(len(waveform) - 16_000) < 2500  # A lossy encoder pads.
-    assert np.abs(np.fft.rfft(waveform[2000:14_000])).argmax() * 16_000 / 12_000 == pytest.approx(440, abs=2)
+    assert np.abs(np.fft.rfft(waveform[2000:14_000])).argmax() * 16_000 / 12_000 == pytest.approx(
+        440, abs=2
+    )
     assert np.array_equal(load_audio(str(path)), waveform)
     assert np.array_equal(load_audio(path.read_bytes()), waveform)
 
@@ -119,15 +121,21 @@ def whole(array: np.ndarray, rate: int) -> np.ndarray:
     return torchaudio.functional.resample(torch.from_numpy(array), rate, 16_000).numpy()
 
 
-@pytest.mark.parametrize("rate", [1000, 8000, 11_025, 44_100, 48_000, 192_000, 768_000, 12_345, 44_056])
-def test_blocks_are_resampled_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int) -> None:
+@pytest.mark.parametrize(
+    "rate", [1000, 8000, 11_025, 44_100, 48_000, 192_000, 768_000, 12_345, 44_056]
+)
+def test_blocks_are_resampled_as_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int
+) -> None:
     """Also where torchaudio's kernel is too large: the last two, whose weights are made phase by phase."""
     noise = np.random.default_rng(0).normal(0, 0.1, (30_011, 3)).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
     expected = whole(noise[:, 0].copy(), rate)
     found = decode_audio(tmp_path / "a.wav")
     assert (found.sampling_rate, found.channels) == (rate, 3)
-    assert np.abs(found.waveform - expected).max() <= (0 if rate % 1000 == 0 or rate % 11_025 == 0 else 1e-6)
+    assert np.abs(found.waveform - expected).max() <= (
+        0 if rate % 1000 == 0 or rate % 11_025 == 0 else 1e-6
+    )
     for block in (1501, 8192):
         monkeypatch.setattr(audio, "BLOCK", block)
         for source in (tmp_path / "a.wav", (noise.T, rate)):
@@ -167,7 +175,11 @@ def test_too_long_is_what_is_there_not_what_is_claimed(tmp_path: Path) -> None:
     assert caught.value.reason == "too_long"
     soundfile.write(tmp_path / "a.flac", TONE, 16_000)
     data = bytearray((tmp_path / "a.flac").read_bytes())
-    for samples in (0, 20_000, 2**36 - 1):  # In STREAMINFO. 0 is what a live encoder writes: it cannot know.
+    for samples in (
+        0,
+        20_000,
+        2**36 - 1,
+    ):  # In STREAMINFO. 0 is what a live encoder writes: it cannot know.
         data[21] = data[21] & 0xF0 | samples >> 32
         data[22:26] = (samples % 2**32).to_bytes(4, "big")
         assert np.array_equal(load_audio(bytes(data)), load_audio(tmp_path / "a.flac"))
@@ -223,7 +235,11 @@ def test_messages_can_be_printed(tmp_path: Path) -> None:
     """Whatever the name: one line that UTF-8 can write, while `source` is the name itself."""
     name = os.fsdecode(os.fsencode(tmp_path) + b"/n\xff\n\x1b[31m.wav")
     error = pickle.loads(pickle.dumps(refusal(name)))
-    assert error.source == name and str(error).isprintable() and r"n\udcff\n\x1b[31m.wav: no such file" in str(error)
+    assert (
+        error.source == name
+        and str(error).isprintable()
+        and r"n\udcff\n\x1b[31m.wav: no such file" in str(error)
+    )
     assert str(error).encode("utf-8")
     assert len(str(refusal("x" * 100_000))) < 1000
     soundfile.write(tmp_path / "a.wav", TONE, 16_000)
@@ -233,7 +249,9 @@ def test_messages_can_be_printed(tmp_path: Path) -> None:
 
 def test_devices_and_empty_files_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a.wav").touch()
-    assert "device" in str(refusal("/dev/zero")) and "is an empty file" in str(refusal(tmp_path / "a.wav"))
+    assert "device" in str(refusal("/dev/zero")) and "is an empty file" in str(
+        refusal(tmp_path / "a.wav")
+    )
 
 
 def test_a_companion_file_of_macos_does_not_matter(tmp_path: Path) -> None:
@@ -255,7 +273,9 @@ def test_files_are_closed(tmp_path: Path) -> None:
 
 def test_a_small_file_may_not_claim_endless_values(tmp_path):
     """Eight channels at 655,350 Hz: 300 silent seconds are 100 kB, and 1.6e9 values."""
-    soundfile.write(tmp_path / "many.flac", np.random.default_rng(0).normal(0, 0.1, (4096, 8)), 655_350)
+    soundfile.write(
+        tmp_path / "many.flac", np.random.default_rng(0).normal(0, 0.1, (4096, 8)), 655_350
+    )
     with pytest.raises(AudioError, match="8 channels at 655350 Hz") as found:
         load_audio(tmp_path / "many.flac")
     assert found.value.reason == "unreadable"

@@ -15,7 +15,10 @@ from ltu.data.examples import read_rows
 
 pytest.importorskip("msgspec")
 TEXTS = json.loads((HERE.parent / "closed_qa.json").read_text(encoding="utf-8"))
-DESCRIPTIONS = {"Dog": ["short, harsh bursts"], "Speech": ["rich in frequency modulation", "lively in pitch"]}
+DESCRIPTIONS = {
+    "Dog": ["short, harsh bursts"],
+    "Speech": ["rich in frequency modulation", "lively in pitch"],
+}
 EVENTS = [
     {"label": "Dog", "onset": 0.5, "offset": 1.0},
     {"label": "Speech", "onset": 2.0, "offset": 4.04},
@@ -26,7 +29,9 @@ EVENTS = [
 
 def about(**changes) -> dict:
     cuts = {"pitch": closed_qa.PITCH, "speed": (2.0, 4.0)}
-    base = dict(dataset="own", seed=0, prefix_share=0.0, style=None, descriptions=DESCRIPTIONS, cuts=cuts)
+    base = dict(
+        dataset="own", seed=0, prefix_share=0.0, style=None, descriptions=DESCRIPTIONS, cuts=cuts
+    )
     return base | changes
 
 
@@ -48,10 +53,18 @@ def outputs(task: str, record: dict, **changes) -> list[str]:
         ("cla_label_des", {"labels": "Dog"}, ["Labels: short, harsh bursts -> Dog"]),
         ("cla_label_des", {"labels": "Dog;Cat"}, []),  # nothing is known of the cat's sound
         ("caption", {"caption": "A dog."}, ["Audio caption: A dog."]),
-        ("caption", {"caption": ["A dog.", " ", "It barks."]}, ["Audio caption: A dog.", "Audio caption: It barks."]),
+        (
+            "caption",
+            {"caption": ["A dog.", " ", "It barks."]},
+            ["Audio caption: A dog.", "Audio caption: It barks."],
+        ),
         ("temporal_order", {"events": EVENTS}, ["Order: Dog; Speech; Dog."]),
         ("temporal_first", {"events": EVENTS}, ["First: Dog."]),
-        ("temporal_all", {"events": EVENTS}, ["Dog: [0.5-1.0, 3.0-3.5, 5.0-6.0]; Speech: [2.0-4.0]."]),
+        (
+            "temporal_all",
+            {"events": EVENTS},
+            ["Dog: [0.5-1.0, 3.0-3.5, 5.0-6.0]; Speech: [2.0-4.0]."],
+        ),
         ("temporal_single", {"events": EVENTS[:1]}, ["Dog: [0.5-1.0]."]),
         ("temporal_order", {"events": EVENTS[:1]}, []),
         ("temporal_first", {"events": EVENTS[1:3]}, []),  # the dog begins later and is over earlier
@@ -70,17 +83,29 @@ def outputs(task: str, record: dict, **changes) -> list[str]:
         ("speed_cla", {"speed": 1}, ["The speed is slow."]),
         ("energy_cla", {"energy": "medium"}, ["The energy is medium."]),
         ("emotion_cla", {"emotion": "happy", "sentiment": 2}, ["Happy."]),
-        ("emotion_detail", {"emotion": "happy", "sentiment": 2}, ["Happy, with a sentiment score of 2 (positive)."]),
+        (
+            "emotion_detail",
+            {"emotion": "happy", "sentiment": 2},
+            ["Happy, with a sentiment score of 2 (positive)."],
+        ),
         (
             "emotion_detail",
             {"emotion": "sad", "sentiment": "-1.5"},
             ["Sad, with a sentiment score of -1.5 (negative)."],
         ),
-        ("emotion_detail", {"emotion": "sad", "sentiment": -0.0}, ["Sad, with a sentiment score of 0 (neutral)."]),
+        (
+            "emotion_detail",
+            {"emotion": "sad", "sentiment": -0.0},
+            ["Sad, with a sentiment score of 0 (neutral)."],
+        ),
         ("emotion_detail", {"emotion": "happy"}, []),
         ("emotion_bin", {"sentiment": 0.333333}, ["Positive."]),
         ("emotion_bin", {"sentiment": "-3"}, ["Negative."]),
-        ("emotion_bin", {"sentiment": 0}, ["Neutral."]),  # The published number has a row for every clip.
+        (
+            "emotion_bin",
+            {"sentiment": 0},
+            ["Neutral."],
+        ),  # The published number has a row for every clip.
         ("emotion_bin", {"emotion": "happy"}, []),
         ("emotion_score", {"sentiment": "2.0"}, ["The sentiment score is 2."]),
         ("emotion_score", {"sentiment": -0.666667}, ["The sentiment score is -0.666667."]),
@@ -116,14 +141,26 @@ def test_every_task_has_phrasings_that_fill():
     for task, texts in TEXTS.items():
         assert len(set(texts["questions"])) == len(texts["questions"]) >= 10, task
         for question in texts["questions"]:
-            assert set(re.findall(r"{(\w*)}", question)) == {"caption": {"style"}, "temporal_single": {"label"}}.get(
-                task, set()
-            )
+            assert set(re.findall(r"{(\w*)}", question)) == {
+                "caption": {"style"},
+                "temporal_single": {"label"},
+            }.get(task, set())
     asked = {question for texts in TEXTS.values() for question in texts["questions"]}
-    fixed = ["Generate audio labels.", "Produce audible tags.", "Which sound begins and ends first?"]
-    fixed += ["Can you determine the music genre?", "Can you identify the spoken text?", "How old is the speaker?"]
+    fixed = [
+        "Generate audio labels.",
+        "Produce audible tags.",
+        "Which sound begins and ends first?",
+    ]
+    fixed += [
+        "Can you determine the music genre?",
+        "Can you identify the spoken text?",
+        "How old is the speaker?",
+    ]
     assert set(fixed) <= asked and closed_qa.PREFIX == toy_rows.QUESTIONS["closed_prefix"]
-    styled = {f"Write an audio caption describing the sound{style}." for style in ("", ", in AudioCaps style")}
+    styled = {
+        f"Write an audio caption describing the sound{style}."
+        for style in ("", ", in AudioCaps style")
+    }
     made = {
         closed_qa.ask(TEXTS["caption"]["questions"][:1], "", {"style": style}, Random(0), 0)[0]
         for style in ("", ", in AudioCaps style")
@@ -135,20 +172,32 @@ def test_rows_have_the_keys_and_input_of_the_papers():
     keys = ["instruction", "input", "audio_id", "dataset", "task", "output"]
     record = {"audio_id": "a", "labels": "Dog", "gender": "f"}
     assert all(
-        list(row) == keys and row["input"] == "" for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, about())
+        list(row) == keys and row["input"] == ""
+        for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, about())
     )
     spoken = record | {"text": "Hello."}
-    assert all("input" not in row for row in closed_qa.rows_of(spoken, ["cla_label", "asr"], TEXTS, about()))
+    assert all(
+        "input" not in row
+        for row in closed_qa.rows_of(spoken, ["cla_label", "asr"], TEXTS, about())
+    )
     heard = spoken | {"input": "hello"}
-    assert all(row["input"] == "hello" for row in closed_qa.rows_of(heard, ["cla_label", "asr"], TEXTS, about()))
+    assert all(
+        row["input"] == "hello"
+        for row in closed_qa.rows_of(heard, ["cla_label", "asr"], TEXTS, about())
+    )
 
 
 def test_draws_depend_on_seed_clip_and_task_alone():
     record = {"audio_id": "a", "labels": "Dog;Speech", "caption": "A dog.", "events": EVENTS}
     everything = list(closed_qa.rows_of(record, list(closed_qa.TASKS), TEXTS, about()))
-    alone = [row for task in closed_qa.TASKS for row in closed_qa.rows_of(record, [task], TEXTS, about())]
+    alone = [
+        row for task in closed_qa.TASKS for row in closed_qa.rows_of(record, [task], TEXTS, about())
+    ]
     assert everything == alone
-    of_seeds = {json.dumps(list(closed_qa.rows_of(record, ["caption"], TEXTS, about(seed=s)))) for s in range(20)}
+    of_seeds = {
+        json.dumps(list(closed_qa.rows_of(record, ["caption"], TEXTS, about(seed=s))))
+        for s in range(20)
+    }
     assert len(of_seeds) > 5
     asked = [
         row
@@ -163,7 +212,13 @@ def test_draws_depend_on_seed_clip_and_task_alone():
 
 def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
     """facts.md 3.1: eight of MOSEI and one of ASR; with a gender also gender_emotion_cla."""
-    record = {"audio_id": "v_1.wav", "dataset": "mosei_tr", "emotion": "happy", "sentiment": 2, "gender": "male"}
+    record = {
+        "audio_id": "v_1.wav",
+        "dataset": "mosei_tr",
+        "emotion": "happy",
+        "sentiment": 2,
+        "gender": "male",
+    }
     record |= {"pitch": 130.0, "speed": "slow", "energy": "high", "text": "A film."}
     (tmp_path / "clips.json").write_text(json.dumps([record]))
     made = run(tmp_path, "--metadata", tmp_path / "clips.json")
@@ -181,7 +236,9 @@ def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
     }
     counts = json.loads((tmp_path / "rows.json.recipe.json").read_text())["counts"]
     assert counts == {"records": 1, "records without a row": 0} | {row["task"]: 1 for row in made}
-    published = json.loads((HERE.parent / "recipes/openasqa_classification.json").read_text())["expected"]["task"]
+    published = json.loads((HERE.parent / "recipes/openasqa_classification.json").read_text())[
+        "expected"
+    ]["task"]
     assert not [task for task in published if task.strip("*") not in closed_qa.TASKS]
 
 
@@ -227,12 +284,17 @@ def test_toy_speech_by_its_manifest(tmp_path):
         clip = clips[row["audio_id"]]
         pitch = name_of(clip["f0_hz"], closed_qa.PITCH[clip["gender"]], closed_qa.NAMES["pitch"][1])
         speed = name_of(clip["syllables_per_second"], (low, high), closed_qa.NAMES["speed"][0])
-        expected = {"gender_cla": f"{clip['gender'].capitalize()}.", "asr": f"Spoken text: {clip['text']}"}
+        expected = {
+            "gender_cla": f"{clip['gender'].capitalize()}.",
+            "asr": f"Spoken text: {clip['text']}",
+        }
         expected |= {"pitch_cla": f"The pitch is {pitch}.", "speed_cla": f"The speed is {speed}."}
         assert row["output"] == expected[row["task"]] and "input" not in row
     assert len(made) == 4 * len(clips)
     train = [clip["f0_hz"] for clip in clips.values() if clip["split"] == "train"]
-    assert cut_offs(list(clips.values()))["f0_hz"] == tuple(round(cut / 5) * 5.0 for cut in closed_qa.thirds(train))
+    assert cut_offs(list(clips.values()))["f0_hz"] == tuple(
+        round(cut / 5) * 5.0 for cut in closed_qa.thirds(train)
+    )
 
 
 def test_csv_with_prepared_audio_and_other_names(tmp_path):
@@ -246,12 +308,25 @@ def test_csv_with_prepared_audio_and_other_names(tmp_path):
         "id,audio_id,file,seconds\none.wav,x/1.flac,one.wav,2\ntwo.wav,x/2.flac,b,1\n"
     )
     (tmp_path / "des.json").write_text(json.dumps(DESCRIPTIONS))
-    arguments = ["--metadata", tmp_path / "clips.csv", "--columns", "audio_id=file_name", "labels=tags"]
-    arguments += ["--audio_ids", tmp_path / "audio_ids.csv", "--descriptions", tmp_path / "des.json"]
+    arguments = [
+        "--metadata",
+        tmp_path / "clips.csv",
+        "--columns",
+        "audio_id=file_name",
+        "labels=tags",
+    ]
+    arguments += [
+        "--audio_ids",
+        tmp_path / "audio_ids.csv",
+        "--descriptions",
+        tmp_path / "des.json",
+    ]
     made = run(tmp_path, *arguments, "--prefix_share", 1, name="rows.jsonl")
     assert {row["audio_id"] for row in made} == {"x/1.flac", "x/2.flac"}
     assert [row["output"] for row in made if row["task"] == "temporal_all"] == ["Dog: [0.0-1.5]."]
-    assert [row["output"] for row in made if row["task"] == "age_cla"] == ["The age of the speaker is 40."]
+    assert [row["output"] for row in made if row["task"] == "age_cla"] == [
+        "The age of the speaker is 40."
+    ]
     assert sum(row["task"] == "cla_label_des" for row in made) == 2
     assert all(row["instruction"].startswith(closed_qa.PREFIX) for row in made)
     only = run(tmp_path, *arguments, "--tasks", "cla_label", name="rows.jsonl")
@@ -259,17 +334,33 @@ def test_csv_with_prepared_audio_and_other_names(tmp_path):
 
 
 def test_tables_of_clotho_audiocaps_and_fsd50k(tmp_path):
-    (tmp_path / "clotho.csv").write_text("file_name,caption_1,caption_2\na b.wav,A radio.,It hums.\n")
+    (tmp_path / "clotho.csv").write_text(
+        "file_name,caption_1,caption_2\na b.wav,A radio.,It hums.\n"
+    )
     names = ["--columns", "audio_id=file_name", "caption=caption_1,caption_2"]
     made = run(tmp_path, "--metadata", tmp_path / "clotho.csv", *names, "--style", "Clotho")
     assert [row["output"] for row in made] == ["Audio caption: A radio.", "Audio caption: It hums."]
     assert all(row["instruction"].endswith(", in Clotho style.") for row in made)
     lines = "".join(f"{number},r1nicOVtvkQ,130,Caption {number}\n" for number in range(20))
     (tmp_path / "audiocaps.csv").write_text(f"audiocap_id,youtube_id,start_time,caption\n{lines}")
-    made = run(tmp_path, "--metadata", tmp_path / "audiocaps.csv", "--columns", "audio_id=youtube_id")
-    assert len(made) == 20 and len({row["instruction"] for row in made}) > 4  # one clip, a line for each caption
-    (tmp_path / "fsd.csv").write_text('fname,labels,mids,split\n64760,"Guitar,Music","/m/0,/m/1",train\n')
-    made = run(tmp_path, "--metadata", tmp_path / "fsd.csv", "--columns", "audio_id=fname", "--separator", ",")
+    made = run(
+        tmp_path, "--metadata", tmp_path / "audiocaps.csv", "--columns", "audio_id=youtube_id"
+    )
+    assert (
+        len(made) == 20 and len({row["instruction"] for row in made}) > 4
+    )  # one clip, a line for each caption
+    (tmp_path / "fsd.csv").write_text(
+        'fname,labels,mids,split\n64760,"Guitar,Music","/m/0,/m/1",train\n'
+    )
+    made = run(
+        tmp_path,
+        "--metadata",
+        tmp_path / "fsd.csv",
+        "--columns",
+        "audio_id=fname",
+        "--separator",
+        ",",
+    )
     assert [row["output"] for row in made] == ["Labels: Guitar; Music"]
 
 
@@ -277,7 +368,13 @@ def test_clips_that_are_spelled_otherwise_are_an_error(tmp_path):
     (tmp_path / "clips.csv").write_text("audio_id,labels\none.wav,Dog\n")
     (tmp_path / "audio_ids.csv").write_text("id,audio_id\none,one.flac\n")
     with pytest.raises(ValueError, match="none of 0 records .* --against"):
-        run(tmp_path, "--metadata", tmp_path / "clips.csv", "--audio_ids", tmp_path / "audio_ids.csv")
+        run(
+            tmp_path,
+            "--metadata",
+            tmp_path / "clips.csv",
+            "--audio_ids",
+            tmp_path / "audio_ids.csv",
+        )
     assert not (tmp_path / "rows.json").exists()
 
 
@@ -304,7 +401,9 @@ def test_cuts_of_another_number_or_order_are_an_error(tmp_path, cuts):
 
 def test_cuts_of_ones_own(tmp_path):
     (tmp_path / "clips.csv").write_text("audio_id,gender,pitch,speed\na.wav,f,50,3\nb.wav,m,50,9\n")
-    (tmp_path / "cuts.json").write_text('{"speed": [1, 2, 3, 4], "pitch": {"male": [10, 20], "female": [60, 70]}}')
+    (tmp_path / "cuts.json").write_text(
+        '{"speed": [1, 2, 3, 4], "pitch": {"male": [10, 20], "female": [60, 70]}}'
+    )
     arguments = ["--metadata", tmp_path / "clips.csv", "--cuts", tmp_path / "cuts.json"]
     made = run(tmp_path, *arguments, "--tasks", "pitch_cla", "speed_cla")
     words = [row["output"].split(" is ")[1] for row in made]
@@ -315,15 +414,21 @@ def test_numbers_that_have_no_thirds_make_no_rows(tmp_path, capsys):
     for speeds, words in (("23334", []), ("12345", ["slow", "slow", "normal", "fast", "fast"])):
         lines = "".join(f"{number}.wav,{speed},m\n" for number, speed in enumerate(speeds))
         (tmp_path / "clips.csv").write_text(f"audio_id,speed,gender\n{lines}")
-        made = run(tmp_path, "--metadata", tmp_path / "clips.csv", "--tasks", "speed_cla", "gender_cla")
-        assert [row["output"] for row in made if row["task"] == "speed_cla"] == [f"The speed is {w}." for w in words]
+        made = run(
+            tmp_path, "--metadata", tmp_path / "clips.csv", "--tasks", "speed_cla", "gender_cla"
+        )
+        assert [row["output"] for row in made if row["task"] == "speed_cla"] == [
+            f"The speed is {w}." for w in words
+        ]
         assert ("speed: no thirds, too many are 3" in capsys.readouterr().out) == (not words)
 
 
 def test_a_table_of_ids_without_its_columns_is_an_error(tmp_path):
     (tmp_path / "clips.csv").write_text("audio_id,labels\none.wav,Dog\n")
     (tmp_path / "ids.csv").write_text("audio_id,path\none.wav,one.flac\n")
-    with pytest.raises(ValueError, match="ids.csv has no column 'id'. Let its first line be id,audio_id"):
+    with pytest.raises(
+        ValueError, match="ids.csv has no column 'id'. Let its first line be id,audio_id"
+    ):
         run(tmp_path, "--metadata", tmp_path / "clips.csv", "--audio_ids", tmp_path / "ids.csv")
 
 
@@ -344,5 +449,12 @@ def test_a_line_with_more_cells_than_names_is_an_error(tmp_path):
 def test_bad_records_are_named_and_leave_nothing(record, message, tmp_path):
     (tmp_path / "clips.json").write_text(json.dumps([record]))
     with pytest.raises(ValueError, match=message):
-        closed_qa.main(["--metadata", str(tmp_path / "clips.json"), "--output_path", str(tmp_path / "rows.json")])
+        closed_qa.main(
+            [
+                "--metadata",
+                str(tmp_path / "clips.json"),
+                "--output_path",
+                str(tmp_path / "rows.json"),
+            ]
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["clips.json"]

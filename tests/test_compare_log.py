@@ -24,7 +24,10 @@ RELEASED = {
 
 
 def log_of(rates: dict[int, float]) -> list[dict]:
-    return [{"step": step, "epoch": 0.0, "learning_rate": rate, "loss": 1.0} for step, rate in rates.items()]
+    return [
+        {"step": step, "epoch": 0.0, "learning_rate": rate, "loss": 1.0}
+        for step, rate in rates.items()
+    ]
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -65,7 +68,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_our_own_run_is_exact(run: Path, capsys: pytest.CaptureFixture) -> None:
     schedule = own_schedule(run)
-    assert (schedule.base, schedule.warmup, schedule.total, schedule.accumulation) == (1e-3, 5, 12, 2)
+    assert (schedule.base, schedule.warmup, schedule.total, schedule.accumulation) == (
+        1e-3,
+        5,
+        12,
+        2,
+    )
     assert main([str(run), "--output_path", str(run / "loss.png")]) == 0
     assert "exact" in capsys.readouterr().out
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -91,7 +99,9 @@ def test_expected_losses(run: Path) -> None:
     assert main([str(run), "--expected", "999:1.0"]) == 1
 
 
-def test_a_released_state_beside_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_released_state_beside_a_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     other = tmp_path / "trainer_state.json"
     base, total, rates = RELEASED["stage2"]
     other.write_text(json.dumps({"log_history": log_of(rates)}))
@@ -100,7 +110,9 @@ def test_a_released_state_beside_a_run(run: Path, tmp_path: Path, capsys: pytest
     assert main([str(other), "--with", str(other)]) == 0
 
 
-def test_an_interrupted_run_is_held_against_its_record(run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_interrupted_run_is_held_against_its_record(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
     checkpoint = run / "checkpoint-12"
     assert (checkpoint / "ltu_state.json").is_file() and main([str(checkpoint)]) == 0
     assert "as recorded" in capsys.readouterr().out
@@ -109,8 +121,14 @@ def test_an_interrupted_run_is_held_against_its_record(run: Path, capsys: pytest
 def test_the_epoch_of_four_processes() -> None:
     """The authors' toy set: 6,306 rows, micro-batch 4, 16 of them a step on each of four ranks."""
     schedule = Schedule(1e-4, 100, 24, 16, batches_per_rank(6306, 4, 4))
-    log = [{"step": s, "epoch": s * 16 / 395, "learning_rate": 1e-4 * s / 100, "loss": 0.6} for s in (10, 20)]
-    assert check(log, schedule) == [] and [round(entry["epoch"], 2) for entry in log] == [0.41, 0.81]
+    log = [
+        {"step": s, "epoch": s * 16 / 395, "learning_rate": 1e-4 * s / 100, "loss": 0.6}
+        for s in (10, 20)
+    ]
+    assert check(log, schedule) == [] and [round(entry["epoch"], 2) for entry in log] == [
+        0.41,
+        0.81,
+    ]
 
 
 def test_what_is_no_log_is_named(tmp_path: Path) -> None:

@@ -33,7 +33,12 @@ def processor(folder):
     return LtuProcessor.from_pretrained(folder)
 
 
-QUESTIONS = ["What is it?", "Which of the two sounds comes first, and why do you think so?", "Loud?", "Name the sound."]
+QUESTIONS = [
+    "What is it?",
+    "Which of the two sounds comes first, and why do you think so?",
+    "Loud?",
+    "Name the sound.",
+]
 CLIPS = [clip(1), clip(2, 2.0), None, clip(3, 0.1)]
 
 
@@ -48,11 +53,16 @@ def answers(model, batch, **kwargs):
 def test_sequence_is_audio_pads_text(processor, model):
     batch = processor(text=QUESTIONS, audio=CLIPS)
     tokens, audio = model.config.num_audio_tokens, model.config.audio_token_id
-    assert audio == model.config.text_config.vocab_size == model.get_output_embeddings().out_features
+    assert (
+        audio == model.config.text_config.vocab_size == model.get_output_embeddings().out_features
+    )
     assert batch["input_features"].shape == (3, 64, 32)
     for row, (question, heard) in enumerate(zip(QUESTIONS, CLIPS, strict=True)):
         ids, mask = batch["input_ids"][row].tolist(), batch["attention_mask"][row].tolist()
-        text = [1, *processor.tokenizer(processor.prompt(question), add_special_tokens=False).input_ids]
+        text = [
+            1,
+            *processor.tokenizer(processor.prompt(question), add_special_tokens=False).input_ids,
+        ]
         assert ids[-len(text) :] == text and mask[-len(text) :] == [1] * len(text)
         assert ids[:tokens] == [audio if heard is not None else processor.pad_token_id] * tokens
         assert mask[:tokens] == [int(heard is not None)] * tokens
@@ -60,15 +70,25 @@ def test_sequence_is_audio_pads_text(processor, model):
 
 
 def test_collator_pads_to_eight_and_labels_the_text(processor):
-    rows = [{"instruction": "a", "output": "bell"}, {"instruction": "a longer one, by far", "output": "a dog and rain"}]
+    rows = [
+        {"instruction": "a", "output": "bell"},
+        {"instruction": "a longer one, by far", "output": "a dog and rain"},
+    ]
     items = []
     for row in rows:
         ids, labels = processor.encode_example(row, 96)
         items.append({"input_ids": ids, "labels": labels, "input_features": torch.zeros(64, 32)})
-    plain, original = LtuCollator(processor)(items), LtuCollator(processor, original_positions=True)(items)
-    assert (plain["input_ids"].shape[1] - 2) % 8 == 0 and torch.equal(plain["input_ids"], original["input_ids"])
+    plain, original = (
+        LtuCollator(processor)(items),
+        LtuCollator(processor, original_positions=True)(items),
+    )
+    assert (plain["input_ids"].shape[1] - 2) % 8 == 0 and torch.equal(
+        plain["input_ids"], original["input_ids"]
+    )
     length = plain["input_ids"].shape[1]
-    assert "position_ids" not in plain and torch.equal(original["position_ids"][1], torch.arange(length))
+    assert "position_ids" not in plain and torch.equal(
+        original["position_ids"][1], torch.arange(length)
+    )
     start = length - len(items[0]["input_ids"])
     # The original predicts <s> from the pad before it.
     assert plain["labels"][0, start] == -100 and original["labels"][0, start] == 1
@@ -89,21 +109,29 @@ def test_pads_may_stand_anywhere(model, processor):
     length, audio, pads = batch["input_ids"].shape[1], 2, 0
     pads = int((batch["attention_mask"][0] == 0).sum())
     order = torch.arange(length).repeat(2, 1)
-    order[0] = torch.cat([torch.arange(audio, audio + pads), torch.arange(audio), torch.arange(audio + pads, length)])
+    order[0] = torch.cat(
+        [torch.arange(audio, audio + pads), torch.arange(audio), torch.arange(audio + pads, length)]
+    )
     moved = {key: batch[key].gather(1, order) for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         expected = model(**batch).logits
         found = model(**moved, input_features=batch["input_features"]).logits
-    torch.testing.assert_close(found[:, audio + pads :], expected[:, audio + pads :], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found[:, audio + pads :], expected[:, audio + pads :], atol=1e-5, rtol=0
+    )
 
 
 def test_without_a_mask_everything_is_seen(model, processor):
     batch = processor(text=QUESTIONS[:1], audio=CLIPS[:1])
-    gaps = torch.arange(batch["input_ids"].shape[1])[None] * 2  # transformers would take these for packed sequences.
+    gaps = (
+        torch.arange(batch["input_ids"].shape[1])[None] * 2
+    )  # transformers would take these for packed sequences.
     with torch.no_grad():
         expected = model(**batch, position_ids=gaps).logits
         del batch["attention_mask"]
-        torch.testing.assert_close(model(**batch, position_ids=gaps).logits, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            model(**batch, position_ids=gaps).logits, expected, atol=1e-6, rtol=0
+        )
 
 
 def test_a_loaded_language_model_computes_as_before(folder, processor):
@@ -119,7 +147,10 @@ def test_a_loaded_language_model_computes_as_before(folder, processor):
 
 def test_audio_is_heard(model, processor):
     with torch.no_grad():
-        logits = [model(**processor(text="What is it?", audio=[clip(seed)])).logits[0, -1] for seed in (1, 2)]
+        logits = [
+            model(**processor(text="What is it?", audio=[clip(seed)])).logits[0, -1]
+            for seed in (1, 2)
+        ]
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
@@ -131,9 +162,14 @@ def test_placeholders_must_match_clips(model, processor):
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
-@pytest.mark.parametrize("decoding", [{}, {"num_beams": 3}, {"repetition_penalty": 1.3}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "decoding", [{}, {"num_beams": 3}, {"repetition_penalty": 1.3}, {"use_cache": False}]
+)
 def test_batch_equals_single(model, processor, decoding):
-    alone = [answers(model, processor(text=q, audio=[c]), **decoding)[0] for q, c in zip(QUESTIONS, CLIPS, strict=True)]
+    alone = [
+        answers(model, processor(text=q, audio=[c]), **decoding)[0]
+        for q, c in zip(QUESTIONS, CLIPS, strict=True)
+    ]
     assert answers(model, processor(text=QUESTIONS, audio=CLIPS), **decoding) == alone
 
 
@@ -142,22 +178,35 @@ def test_any_mix_equals_single(model, processor):
     rng = np.random.default_rng(0)
     for _ in range(6):
         size = int(rng.integers(2, 6))
-        questions = [" ".join(rng.choice(["bell", "rain", "why", "so", "?"], rng.integers(1, 30))) for _ in range(size)]
-        clips = [None if rng.random() < 0.3 else clip(int(rng.integers(5)), rng.uniform(0.03, 3)) for _ in range(size)]
-        alone = [answers(model, processor(text=q, audio=[c]))[0] for q, c in zip(questions, clips, strict=True)]
+        questions = [
+            " ".join(rng.choice(["bell", "rain", "why", "so", "?"], rng.integers(1, 30)))
+            for _ in range(size)
+        ]
+        clips = [
+            None if rng.random() < 0.3 else clip(int(rng.integers(5)), rng.uniform(0.03, 3))
+            for _ in range(size)
+        ]
+        alone = [
+            answers(model, processor(text=q, audio=[c]))[0]
+            for q, c in zip(questions, clips, strict=True)
+        ]
         assert answers(model, processor(text=questions, audio=clips)) == alone
 
 
 def test_repetition_penalty_counts_text_only(model, processor):
     batch = processor(text=QUESTIONS[:2], audio=CLIPS[:2])
-    batch["input_ids"][batch["attention_mask"] == 0] = 300  # A pad that is a real token is still no text.
+    batch["input_ids"][batch["attention_mask"] == 0] = (
+        300  # A pad that is a real token is still no text.
+    )
     found = answers(model, batch, repetition_penalty=1.5)
     for row in range(2):
         ids = processor(text=QUESTIONS[row], audio=[CLIPS[row]])
         sequence, features, expected = ids["input_ids"][0], ids["input_features"], []
         for _ in range(10):
             with torch.no_grad():
-                scores = model(input_ids=sequence[None], input_features=features).logits[0, -1].clone()
+                scores = (
+                    model(input_ids=sequence[None], input_features=features).logits[0, -1].clone()
+                )
             seen = sequence[sequence < 512].unique()
             scores[seen] = torch.where(scores[seen] < 0, scores[seen] * 1.5, scores[seen] / 1.5)
             scores[2] = -torch.inf
@@ -168,7 +217,13 @@ def test_repetition_penalty_counts_text_only(model, processor):
 
 def test_sampling_repeats_with_its_seed(model, processor):
     batch = processor(text=QUESTIONS, audio=CLIPS)
-    sampling = {"do_sample": True, "temperature": 2.0, "top_p": 0.95, "top_k": 500, "repetition_penalty": 1.1}
+    sampling = {
+        "do_sample": True,
+        "temperature": 2.0,
+        "top_p": 0.95,
+        "top_k": 500,
+        "repetition_penalty": 1.1,
+    }
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -193,7 +248,11 @@ def test_rows_with_two_clips_expand_by_row(model, processor, decoding):
         seen = batch["attention_mask"][row].bool()
         ids = batch["input_ids"][row][seen][None]
         features = batch["input_features"][clips]
-        single = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": features}
+        single = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "input_features": features,
+        }
         alone.append(answers(model, single, **decoding)[0])
     assert answers(model, batch, **decoding) == alone
     assert alone[0] != alone[1]
@@ -207,7 +266,10 @@ def test_num_return_sequences(model, processor):
 
 def test_one_clip_many_questions(model, processor):
     batch = processor(text=QUESTIONS, audio=[CLIPS[0]] * 4)
-    shared = batch | {"input_features": batch["input_features"][:1], "audio_index": torch.zeros(4, dtype=torch.long)}
+    shared = batch | {
+        "input_features": batch["input_features"][:1],
+        "audio_index": torch.zeros(4, dtype=torch.long),
+    }
     assert answers(model, shared) == answers(model, batch)
     assert answers(model, shared, num_beams=2) == answers(model, batch, num_beams=2)
 
@@ -234,8 +296,14 @@ def test_any_causal_lm(tmp_path, model_type):
     targets = ["query_key_value"] if model_type == "gpt_neox" else ["q_proj", "v_proj"]
     llm = write_llm(tmp_path / "llm", model_type)
     folder = write_checkpoint(tmp_path / "checkpoint", llm, LORA | {"target_modules": targets})
-    model, processor = LtuForConditionalGeneration.from_pretrained(folder), LtuProcessor.from_pretrained(folder)
-    alone = [answers(model, processor(text=q, audio=[c]))[0] for q, c in zip(QUESTIONS, CLIPS, strict=True)]
+    model, processor = (
+        LtuForConditionalGeneration.from_pretrained(folder),
+        LtuProcessor.from_pretrained(folder),
+    )
+    alone = [
+        answers(model, processor(text=q, audio=[c]))[0]
+        for q, c in zip(QUESTIONS, CLIPS, strict=True)
+    ]
     assert answers(model, processor(text=QUESTIONS, audio=CLIPS), repetition_penalty=1.0) == alone
 
 
@@ -257,7 +325,9 @@ def test_old_llama_folders_add_bos(folder, processor, tmp_path, said):
 def test_a_language_model_without_bos(folder, processor):
     plain = LtuProcessor.from_pretrained(folder)
     plain.tokenizer.bos_token = None
-    with_bos, without = (p(text="Loud?", audio=[clip(1)])["input_ids"][0].tolist() for p in (processor, plain))
+    with_bos, without = (
+        p(text="Loud?", audio=[clip(1)])["input_ids"][0].tolist() for p in (processor, plain)
+    )
     assert without == with_bos[:2] + with_bos[3:]
 
 
@@ -266,9 +336,13 @@ def test_a_language_model_without_bos(folder, processor):
 
 def test_folder_holds_what_was_trained(folder, model):
     keys = set(load_file(folder / "model.safetensors"))
-    assert keys == {k for k in model.state_dict() if ".lora_" in k or not k.startswith("language_model.")}
+    assert keys == {
+        k for k in model.state_dict() if ".lora_" in k or not k.startswith("language_model.")
+    }
     assert "language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight" in keys
-    assert all(value.dtype == torch.float32 for value in load_file(folder / "model.safetensors").values())
+    assert all(
+        value.dtype == torch.float32 for value in load_file(folder / "model.safetensors").values()
+    )
     stored = json.loads((folder / "config.json").read_text())
     assert stored["language_model"] == "../llm" and len(stored["language_model_sha256"]) == 64
 
@@ -286,7 +360,10 @@ def test_save_then_load(folder, model, processor, tmp_path):
     shutil.copytree(folder.parent / "llm", tmp_path / "llm")
     moved = LtuForConditionalGeneration.from_pretrained(folder, language_model=tmp_path / "llm")
     moved.save_pretrained(tmp_path / "deep" / "copy")
-    assert json.loads((tmp_path / "deep" / "copy" / "config.json").read_text())["language_model"] == "../../llm"
+    assert (
+        json.loads((tmp_path / "deep" / "copy" / "config.json").read_text())["language_model"]
+        == "../../llm"
+    )
     again = LtuForConditionalGeneration.from_pretrained(tmp_path / "deep" / "copy")
     batch = processor(text=QUESTIONS, audio=CLIPS)
     with torch.no_grad():
@@ -334,7 +411,9 @@ def test_every_key_is_accounted_for(folder, tmp_path, change):
     shutil.copytree(folder, tmp_path / "checkpoint")
     shutil.copytree(folder.parent / "llm", tmp_path / "llm")
     state = load_file(folder / "model.safetensors")
-    state.pop("audio_tower.pos_embed_a") if change == "missing" else state.update(stray=torch.zeros(1))
+    state.pop("audio_tower.pos_embed_a") if change == "missing" else state.update(
+        stray=torch.zeros(1)
+    )
     save_file(state, tmp_path / "checkpoint" / "model.safetensors")
     with pytest.raises(KeyError, match="1 keys missing" if change == "missing" else "1 left over"):
         LtuForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
@@ -342,7 +421,9 @@ def test_every_key_is_accounted_for(folder, tmp_path, change):
 
 def test_trainable_parameters_are_fp32_on_a_bf16_language_model(folder, tmp_path):
     llm = write_llm(tmp_path / "llm", dtype=torch.bfloat16)
-    model = LtuForConditionalGeneration.from_pretrained(write_checkpoint(tmp_path / "checkpoint", llm))
+    model = LtuForConditionalGeneration.from_pretrained(
+        write_checkpoint(tmp_path / "checkpoint", llm)
+    )
     assert model.language_model.dtype == torch.bfloat16
     model.add_lora(**LORA)
     model.set_trainable("all")
@@ -359,7 +440,9 @@ def test_trainable_parameters_are_fp32_on_a_bf16_language_model(folder, tmp_path
 def test_seven_billion_parameters_on_the_meta_device():
     lora = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
     with torch.device("meta"):
-        model = LtuForConditionalGeneration(LtuConfig(text_config={"model_type": "llama"}, lora=lora))
+        model = LtuForConditionalGeneration(
+            LtuConfig(text_config={"model_type": "llama"}, lora=lora)
+        )
     model.set_trainable("all")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 93_065_216
     assert sum(p.numel() for p in model.parameters()) == 6_831_480_832

@@ -31,18 +31,32 @@ def cav_mae_file(path, width=64):
     """A fine-tuned CAV-MAE as its authors save it, with one audio block: both branches, DataParallel's prefix."""
     state = {"pos_embed_a": torch.randn(1, 512, width), "modality_a": torch.randn(1, 1, width)}
     state |= {"pos_embed_v": torch.zeros(1, 196, width), "modality_v": torch.zeros(1, 1, width)}
-    state |= {"patch_embed_a.proj.weight": torch.randn(width, 1, 16, 16), "patch_embed_a.proj.bias": torch.randn(width)}
+    state |= {
+        "patch_embed_a.proj.weight": torch.randn(width, 1, 16, 16),
+        "patch_embed_a.proj.bias": torch.randn(width),
+    }
     state |= {"patch_embed_v.proj.weight": torch.randn(width, 3, 16, 16)}
     for block in ("blocks_a.0", "blocks_u.0", "blocks_v.0"):
         for norm in ("norm1", "norm2", "norm1_a", "norm2_a", "norm1_v", "norm2_v"):
-            state |= {f"{block}.{norm}.weight": torch.ones(width), f"{block}.{norm}.bias": torch.zeros(width)}
-        for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+            state |= {
+                f"{block}.{norm}.weight": torch.ones(width),
+                f"{block}.{norm}.bias": torch.zeros(width),
+            }
+        for name, rows, columns in (
+            ("attn.qkv", 3, 1),
+            ("attn.proj", 1, 1),
+            ("mlp.fc1", 4, 1),
+            ("mlp.fc2", 1, 4),
+        ):
             state[f"{block}.{name}.weight"] = torch.randn(rows * width, columns * width)
             state[f"{block}.{name}.bias"] = torch.randn(rows * width)
     for norm in ("norm", "norm_a", "norm_v"):
         state |= {f"{norm}.weight": torch.ones(width), f"{norm}.bias": torch.zeros(width)}
     state |= {"mlp_head.1.weight": torch.zeros(527, width), "mask_token": torch.zeros(1, 1, 512)}
-    state |= {"decoder_blocks.0.mlp.fc1.weight": torch.zeros(4, 4), "decoder_pos_embed_a": torch.zeros(1, 512, 512)}
+    state |= {
+        "decoder_blocks.0.mlp.fc1.weight": torch.zeros(4, 4),
+        "decoder_pos_embed_a": torch.zeros(1, 512, 512),
+    }
     torch.save({f"module.{key}": value for key, value in state.items()}, path)
     return state
 
@@ -50,10 +64,21 @@ def cav_mae_file(path, width=64):
 def test_init_from_a_cav_mae_file(llm, tmp_path, capsys):
     state = cav_mae_file(tmp_path / "cav_mae.pth")
     convert(
-        ["--init", "--llm", str(llm), "--audio_encoder", str(tmp_path / "cav_mae.pth"), "--output_dir", str(tmp_path / "out")]
+        [
+            "--init",
+            "--llm",
+            str(llm),
+            "--audio_encoder",
+            str(tmp_path / "cav_mae.pth"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
     )
     model = LtuForConditionalGeneration.from_pretrained(tmp_path / "out")
-    assert model.config.audio_config.hidden_size == 64 and model.config.audio_config.num_hidden_layers == 2
+    assert (
+        model.config.audio_config.hidden_size == 64
+        and model.config.audio_config.num_hidden_layers == 2
+    )
     assert model.config.lora is None
     for key, value in model.audio_tower.state_dict().items():
         assert torch.equal(value, state[key]), key
@@ -80,9 +105,19 @@ def test_a_key_that_does_not_fit_is_an_error(llm, tmp_path, change):
     if change == "shape":
         state["norm_a.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "cav_mae.pth")
-    with pytest.raises(KeyError, match={"stray": "head.weight", "missing": "fc2.bias", "shape": "norm_a"}[change]):
+    with pytest.raises(
+        KeyError, match={"stray": "head.weight", "missing": "fc2.bias", "shape": "norm_a"}[change]
+    ):
         convert(
-            ["--init", "--llm", str(llm), "--audio_encoder", str(tmp_path / "cav_mae.pth"), "--output_dir", str(tmp_path / "out")]
+            [
+                "--init",
+                "--llm",
+                str(llm),
+                "--audio_encoder",
+                str(tmp_path / "cav_mae.pth"),
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
         )
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +146,11 @@ def test_ask(folder, clips, capsys):
 def test_batched_answers_equal_single_ones(folder):
     engine = LtuEngine.from_pretrained(folder, device="cpu")
     shared = clip(7)
-    requests = [Request("Loud?", shared), Request("What is it, and why do you think so?", shared), Request("One?")]
+    requests = [
+        Request("Loud?", shared),
+        Request("What is it, and why do you think so?", shared),
+        Request("One?"),
+    ]
     requests += [Request(f"{'so ' * n}?", clip(n, 0.3 + n)) for n in range(4)]
     alone = [engine([request], max_new_tokens=8)[0] for request in requests]
     for batch_size in (2, 3, 7):

@@ -37,8 +37,16 @@ FILES = {
     "trainable_only": ("tiny.lora_all", "saved_by_trainer", str),
     "stage1": ("tiny.stage1_proj", "saved_by_trainer", str),
     "unprefixed": ("tiny.lora_all", "saved_by_trainer", lambda key: key.removeprefix(PREFIX)),
-    "mixed": ("tiny.lora_all", "saved_by_trainer", lambda key: key.removeprefix(PREFIX) if "norm" in key else key),
-    "without_default": ("tiny.lora_all", "saved_by_trainer", lambda key: key.replace(".default", "")),
+    "mixed": (
+        "tiny.lora_all",
+        "saved_by_trainer",
+        lambda key: key.removeprefix(PREFIX) if "norm" in key else key,
+    ),
+    "without_default": (
+        "tiny.lora_all",
+        "saved_by_trainer",
+        lambda key: key.replace(".default", ""),
+    ),
     "full": ("tiny.stage2_all", "peft_state_dict", str),
     "full_unprefixed": ("tiny.stage2_all", "peft_state_dict", lambda key: key.removeprefix(PREFIX)),
     "full_with_lora": ("tiny.lora_all", "peft_state_dict", str),
@@ -78,10 +86,16 @@ def convert(kind: str, state: dict | Path, llm: Path, folder: Path, *flags: str)
 def logits(folder: Path, **options) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     generator, audio_encoder = torch.Generator().manual_seed(0), model.config.audio_config
-    audio = (audio_encoder.num_mel_bins, audio_encoder.num_frames)[::-1] if hasattr(audio_encoder, "num_mel_bins") else (4, 25, 384)
+    audio = (
+        (audio_encoder.num_mel_bins, audio_encoder.num_frames)[::-1]
+        if hasattr(audio_encoder, "num_mel_bins")
+        else (4, 25, 384)
+    )
     ids = [model.config.audio_token_id] * model.config.num_audio_tokens + list(range(1, 9))
     with torch.no_grad():
-        return model(torch.tensor([ids]), input_features=torch.randn(1, *audio, generator=generator)).logits
+        return model(
+            torch.tensor([ids]), input_features=torch.randn(1, *audio, generator=generator)
+        ).logits
 
 
 # --- every kind of file in, and out again
@@ -93,7 +107,9 @@ ROUND_TRIPS += [("ltu_as", name) for name in ("trainable_only", "stage1", "full"
 
 
 @pytest.mark.parametrize("kind, name", ROUND_TRIPS)
-def test_round_trip(golden_report, llm: Path, nameplate: Path, tmp_path: Path, kind: str, name: str) -> None:
+def test_round_trip(
+    golden_report, llm: Path, nameplate: Path, tmp_path: Path, kind: str, name: str
+) -> None:
     """File -> folder -> file: keys in the order that the original's Trainer writes, and every value."""
     state, full = content(kind, name), name.startswith("full")
     folder = convert(kind, state, nameplate if full else llm, tmp_path / "folder")
@@ -103,7 +119,9 @@ def test_round_trip(golden_report, llm: Path, nameplate: Path, tmp_path: Path, k
     expected = [key for key in read(f"layout_{kind}")[stage][which] if "rotary" not in key]
     expected = list(narrow(dict.fromkeys(expected, ())))
     order = sorted if full else list  # Llama's up_proj and down_proj have changed places since.
-    golden_report("original files", f"{kind} {name}, keys in order", order(back) != order(expected), 0)
+    golden_report(
+        "original files", f"{kind} {name}, keys in order", order(back) != order(expected), 0
+    )
     theirs, change = content(kind, name), FILES[name][2]
     different = [key for key in back if not torch.equal(back[key], theirs[change(key)])]
     golden_report("original files", f"{kind} {name}, values {different[:3]}", len(different), 0)
@@ -111,24 +129,36 @@ def test_round_trip(golden_report, llm: Path, nameplate: Path, tmp_path: Path, k
     assert set(record["dropped_keys"]) == {key for key in state if "rotary" in key}
     assert (record.get("language_model") == "in this folder") == full
     assert (AutoConfig.from_pretrained(folder).language_model is None) == full
-    assert (tmp_path / "back.bin").stat().st_size < 1.05 * sum(value.nbytes for value in back.values()) + 2e5
+    assert (tmp_path / "back.bin").stat().st_size < 1.05 * sum(
+        value.nbytes for value in back.values()
+    ) + 2e5
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_a_full_file_answers_as_its_parts(llm: Path, nameplate: Path, tmp_path: Path, kind: str, monkeypatch) -> None:
+def test_a_full_file_answers_as_its_parts(
+    llm: Path, nameplate: Path, tmp_path: Path, kind: str, monkeypatch
+) -> None:
     """The golden rule gives one language model, whether it lies in its own folder or in the file; shards or not."""
     parts = logits(convert(kind, content(kind, "trainable_only"), llm, tmp_path / "parts"))
     monkeypatch.setattr(export, "SHARD", "500KB")
     whole = convert(kind, content(kind, "full_with_lora"), nameplate, tmp_path / "whole")
-    assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2 and (whole / "model.safetensors.index.json").is_file()
+    assert (
+        len(list(whole.glob("model-*-of-*.safetensors"))) > 2
+        and (whole / "model.safetensors.index.json").is_file()
+    )
     assert torch.equal(logits(whole), parts)
     monkeypatch.undo()  # Written again in one file: the shards must go.
-    assert torch.equal(logits(convert(kind, content(kind, "full_with_lora"), nameplate, whole)), parts)
+    assert torch.equal(
+        logits(convert(kind, content(kind, "full_with_lora"), nameplate, whole)), parts
+    )
     assert [file.name for file in whole.glob("model*")] == ["model.safetensors"]
-    half = convert(kind, content(kind, "full"), nameplate, tmp_path / "half", "--llm_dtype", "bfloat16")
+    half = convert(
+        kind, content(kind, "full"), nameplate, tmp_path / "half", "--llm_dtype", "bfloat16"
+    )
     model = AutoModelForCausalLM.from_pretrained(half)
     assert (
-        model.language_model.dtype == torch.bfloat16 and model.multi_modal_projector.linear.weight.dtype.itemsize == 4
+        model.language_model.dtype == torch.bfloat16
+        and model.multi_modal_projector.linear.weight.dtype.itemsize == 4
     )
     kept = {key: value for key, value in content(kind, "full").items() if "lm_head" not in key}
     with pytest.raises(KeyError, match="lm_head"):
@@ -142,12 +172,23 @@ def test_a_released_vicuna_folder(llm: Path, tmp_path: Path) -> None:
     for index, odd in enumerate((False, True)):
         shard = {key: value for place, (key, value) in enumerate(state.items()) if place % 2 == odd}
         torch.save(shard, tmp_path / "vicuna_ltu" / f"pytorch_model-0000{index + 1}-of-00002.bin")
-    weight_map = {key: f"pytorch_model-0000{place % 2 + 1}-of-00002.bin" for place, key in enumerate(state)}
+    weight_map = {
+        key: f"pytorch_model-0000{place % 2 + 1}-of-00002.bin" for place, key in enumerate(state)
+    }
     (tmp_path / "vicuna_ltu" / "pytorch_model.bin.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     vicuna = tmp_path / "vicuna_ltu"
-    command("ltu", "--init", "--llm", vicuna, "--audio_encoder", vicuna, "--output_dir", tmp_path / "init")
+    command(
+        "ltu",
+        "--init",
+        "--llm",
+        vicuna,
+        "--audio_encoder",
+        vicuna,
+        "--output_dir",
+        tmp_path / "init",
+    )
     whole = convert("ltu", vicuna, vicuna, tmp_path / "whole")
     assert torch.equal(logits(tmp_path / "init"), logits(whole))
     merged = convert("ltu", content("ltu", "trainable_only"), vicuna, tmp_path / "converted")
@@ -168,7 +209,9 @@ def test_a_file_is_what_its_bytes_say(llm: Path, tmp_path: Path, form: str) -> N
     folder = convert("ltu", file, llm, tmp_path / "folder")
     command("ltu", "--model", folder, "--to_original", tmp_path / "back.bin")
     back = torch.load(tmp_path / "back.bin", weights_only=True)
-    assert all(torch.equal(back[key], value) for key, value in state.items()) and len(back) == len(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items()) and len(back) == len(
+        state
+    )
 
 
 # --- refused: one line that says what, where and the way out; nothing is written
@@ -185,11 +228,16 @@ def cut(state: dict, file: Path, share: float, **options) -> None:
 
 
 def without(part: str) -> Callable[[dict, Path], None]:
-    return lambda state, file: torch.save({key: value for key, value in state.items() if part not in key}, file)
+    return lambda state, file: torch.save(
+        {key: value for key, value in state.items() if part not in key}, file
+    )
 
 
 REFUSED = {
-    "truncated": (lambda state, file: cut(state, file, 0.7), "cannot be read.*cut short, download it again"),
+    "truncated": (
+        lambda state, file: cut(state, file, 0.7),
+        "cannot be read.*cut short, download it again",
+    ),
     "truncated_legacy": (
         lambda state, file: cut(state, file, 0.7, _use_new_zipfile_serialization=False),
         "cannot be read.*cut short, download it again",
@@ -200,26 +248,41 @@ REFUSED = {
         "cannot be read.*cut short, download it again",
     ),
     "empty": (lambda state, file: file.touch(), "is empty. Download"),
-    "web_page": (lambda state, file: file.write_text("\n<!DOCTYPE html><html>"), "is a web page.*Download"),
-    "noise": (lambda state, file: file.write_bytes(bytes(range(200))), "neither a torch file nor safetensors"),
+    "web_page": (
+        lambda state, file: file.write_text("\n<!DOCTYPE html><html>"),
+        "is a web page.*Download",
+    ),
+    "noise": (
+        lambda state, file: file.write_bytes(bytes(range(200))),
+        "neither a torch file nor safetensors",
+    ),
     "code": (
         lambda state, file: torch.save(state | {"a": Evil()}, file),
         "print.*run code, so it is refused.*safetensors",
     ),
     "legacy_code": (
-        lambda state, file: torch.save(state | {"a": Evil()}, file, _use_new_zipfile_serialization=False),
+        lambda state, file: torch.save(
+            state | {"a": Evil()}, file, _use_new_zipfile_serialization=False
+        ),
         "print.*run code, so it is refused.*safetensors",
     ),
-    "foreign": (lambda state, file: torch.save({"bert.pooler.weight": torch.zeros(3)}, file), "bert.pooler.weight"),
+    "foreign": (
+        lambda state, file: torch.save({"bert.pooler.weight": torch.zeros(3)}, file),
+        "bert.pooler.weight",
+    ),
     "optimizer": (lambda state, file: torch.save({"state": state}, file), "is not a state dict"),
     "twice": (
-        lambda state, file: torch.save(state | {key.removeprefix(PREFIX): state[key] for key in list(state)[:1]}, file),
+        lambda state, file: torch.save(
+            state | {key.removeprefix(PREFIX): state[key] for key in list(state)[:1]}, file
+        ),
         "both mean",
     ),
     "without_ear": (without("audio_encoder"), "no audio encoder"),
     "without_projection": (without("audio_proj"), "keys missing.*multi_modal_projector"),
     "another_width": (
-        lambda state, file: torch.save(state | {f"{PREFIX}model.audio_proj.1.bias": torch.zeros(3)}, file),
+        lambda state, file: torch.save(
+            state | {f"{PREFIX}model.audio_proj.1.bias": torch.zeros(3)}, file
+        ),
         "1 keys of another shape.*linear.bias: .3. for .64.",
     ),
     "half_of_lora": (without("lora_B"), "keys missing.*lora_B"),
@@ -244,7 +307,15 @@ def refused(capsys, kind: str, *words: str | Path) -> str:
 def test_refused(llm: Path, tmp_path: Path, capsys, kind: str, name: str) -> None:
     write, pattern = REFUSED[name]
     write(content(kind, "trainable_only"), tmp_path / "file.bin")
-    words = ("--llm", llm, "--checkpoint", tmp_path / "file.bin", "--output_dir", tmp_path / "out", *FLAGS[kind])
+    words = (
+        "--llm",
+        llm,
+        "--checkpoint",
+        tmp_path / "file.bin",
+        "--output_dir",
+        tmp_path / "out",
+        *FLAGS[kind],
+    )
     message = refused(capsys, kind, *words)
     assert re.search(pattern, message), message
     assert "file.bin" in message
@@ -255,12 +326,27 @@ def test_refused(llm: Path, tmp_path: Path, capsys, kind: str, name: str) -> Non
 def test_the_other_kind(llm: Path, tmp_path: Path, capsys, kind: str, other: str) -> None:
     """A file or folder of LTU given to LTU-AS's command, and the other way round: named, with the right command."""
     torch.save(content(other, "trainable_only"), tmp_path / "file.bin")
-    words = ("--llm", llm, "--checkpoint", tmp_path / "file.bin", "--output_dir", tmp_path / "out", *FLAGS[kind])
+    words = (
+        "--llm",
+        llm,
+        "--checkpoint",
+        tmp_path / "file.bin",
+        "--output_dir",
+        tmp_path / "out",
+        *FLAGS[kind],
+    )
     message = refused(capsys, kind, *words)
-    assert f"not the ear of {kind}." in message and f"python -m {other}.convert_checkpoint" in message
+    assert (
+        f"not the ear of {kind}." in message and f"python -m {other}.convert_checkpoint" in message
+    )
     folder = convert(other, content(other, "trainable_only"), llm, tmp_path / "folder")
-    for words in (("--to_original", tmp_path / "back.bin"), ("--merge", "--output_dir", tmp_path / "out")):
-        assert f"python -m {other}.convert_checkpoint" in refused(capsys, kind, "--model", folder, *words)
+    for words in (
+        ("--to_original", tmp_path / "back.bin"),
+        ("--merge", "--output_dir", tmp_path / "out"),
+    ):
+        assert f"python -m {other}.convert_checkpoint" in refused(
+            capsys, kind, "--model", folder, *words
+        )
     assert not (tmp_path / "out").exists() and not (tmp_path / "back.bin").exists()
 
 
@@ -280,17 +366,43 @@ def test_wrong_use(llm: Path, tmp_path: Path, capsys) -> None:
             command("ltu", *words)
         assert stop.value.code == 2
     assert "nowhere" in refused(
-        capsys, "ltu", "--llm", tmp_path / "nowhere", "--checkpoint", tmp_path / "folder.bin", "--output_dir", "out"
+        capsys,
+        "ltu",
+        "--llm",
+        tmp_path / "nowhere",
+        "--checkpoint",
+        tmp_path / "folder.bin",
+        "--output_dir",
+        "out",
     )
     another = tiny.write_llm(tmp_path / "another")
-    message = refused(capsys, "ltu", "--model", folder, "--merge", "--llm", another, "--output_dir", tmp_path / "out")
+    message = refused(
+        capsys,
+        "ltu",
+        "--model",
+        folder,
+        "--merge",
+        "--llm",
+        another,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert "hash" in message and not (tmp_path / "out").exists()
     assert "not ours" in refused(capsys, "ltu", "--model", folder, "--merge", "--output_dir", llm)
     assert (llm / "model.safetensors").is_file()
-    words = ("--llm", llm, "--checkpoint", tmp_path / "folder.bin", "--output_dir", tmp_path / "out")
+    words = (
+        "--llm",
+        llm,
+        "--checkpoint",
+        tmp_path / "folder.bin",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert "nothing to say" in refused(capsys, "ltu", *words, "--llm_dtype", "float16")
     command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
-    message = refused(capsys, "ltu", "--model", tmp_path / "merged", "--merge", "--output_dir", tmp_path / "out")
+    message = refused(
+        capsys, "ltu", "--model", tmp_path / "merged", "--merge", "--output_dir", tmp_path / "out"
+    )
     assert "nothing to merge" in message
 
 
@@ -313,15 +425,24 @@ def test_merged_answers_equal(tmp_path: Path, name: str, monkeypatch) -> None:
     if name == "qwen2":
         monkeypatch.setitem(tiny.LLM, "tie_word_embeddings", True)
     llm = tiny.write_llm(tmp_path / "llm", name)
-    folder = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA | {"target_modules": LLMS[name]})
+    folder = tiny.write_checkpoint(
+        tmp_path / "folder", llm, tiny.LORA | {"target_modules": LLMS[name]}
+    )
     unmerged, plain = logits(folder), logits(tiny.write_checkpoint(tmp_path / "plain", llm))
     assert (unmerged - plain).abs().max() > 1e-2  # LoRA says something.
     command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
     shutil.rmtree(llm)
     shutil.rmtree(folder)
     config = AutoConfig.from_pretrained(tmp_path / "merged")
-    assert config.lora is None and config.language_model is None and config.language_model_sha256 is None
-    assert json.loads((tmp_path / "merged" / "ltu_state.json").read_text())["language_model"] == "in this folder"
+    assert (
+        config.lora is None
+        and config.language_model is None
+        and config.language_model_sha256 is None
+    )
+    assert (
+        json.loads((tmp_path / "merged" / "ltu_state.json").read_text())["language_model"]
+        == "in this folder"
+    )
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
     torch.testing.assert_close(logits(tmp_path / "merged"), unmerged, atol=1e-5, rtol=0)
     LtuProcessor.from_pretrained(tmp_path / "merged")
@@ -334,7 +455,10 @@ def test_merge_keeps_the_stored_dtype(tmp_path: Path) -> None:
     for flags, dtype in (((), torch.bfloat16), (("--llm_dtype", "float32"), torch.float32)):
         command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged", *flags)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        assert model.language_model.dtype == dtype and model.multi_modal_projector.linear.weight.dtype == torch.float32
+        assert (
+            model.language_model.dtype == dtype
+            and model.multi_modal_projector.linear.weight.dtype == torch.float32
+        )
     torch.testing.assert_close(logits(tmp_path / "merged"), unmerged, atol=1e-5, rtol=0)
 
 
@@ -360,7 +484,9 @@ def test_nothing_is_lost(tmp_path: Path, capsys, monkeypatch) -> None:
     folder, out = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA), tmp_path / "out"
     words = ("--model", folder, "--merge", "--output_dir", out)
     with monkeypatch.context() as patch:
-        patch.setattr(LtuProcessor, "save_pretrained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            LtuProcessor, "save_pretrained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             command("ltu", *words)
     assert not out.exists()
@@ -406,7 +532,9 @@ def test_merge_of_ltu_as(llm: Path, nameplate: Path, tmp_path: Path, full: bool)
 def test_lora_on_a_tied_weight_is_not_merged(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(tiny.LLM, "tie_word_embeddings", True)
     llm = tiny.write_llm(tmp_path / "llm")
-    folder = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA | {"target_modules": ["lm_head"]})
+    folder = tiny.write_checkpoint(
+        tmp_path / "folder", llm, tiny.LORA | {"target_modules": ["lm_head"]}
+    )
     message = refused(capsys, "ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "out")
     assert "cannot be merged" in message and not (tmp_path / "out").exists()
 
@@ -419,7 +547,11 @@ def as_13b(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     wide = {4096: 5120, 11008: 13824}
     shapes = {key: [wide.get(size, size) for size in shape] for key, shape in shapes.items()}
     first = {key: shape for key, shape in shapes.items() if ".layers.0." in key}
-    return shapes | {key.replace(".0.", f".{n}.", 1): shape for key, shape in first.items() for n in range(32, 40)}
+    return shapes | {
+        key.replace(".0.", f".{n}.", 1): shape
+        for key, shape in first.items()
+        for n in range(32, 40)
+    }
 
 
 SIZES = {"7B": {}, "13B": {"hidden_size": 5120, "intermediate_size": 13824}}
@@ -447,12 +579,16 @@ def test_keys_of_7b_and_13b(golden_report, kind: str, stage: str, which: str, si
     keys = export.match_keys(state, export.build_on_meta(config), "the file")
     assert all("rotary" in key for key in dropped)
     back, _ = rename_keys(dict.fromkeys(keys), TO_ORIGINAL, (), "the folder")
-    golden_report("names", f"{kind} {stage} {which} {size}, back", set(back) != set(shapes) - set(dropped), 0)
+    golden_report(
+        "names", f"{kind} {stage} {which} {size}, back", set(back) != set(shapes) - set(dropped), 0
+    )
     stored = sum(state[key].numel() for key in keys)
     if which == "saved_by_trainer":
         golden_report("names", f"{kind} {stage} {size}, bytes of the folder", 4 * stored, 400e6)
         if (size, stage) == ("7B", "real7b.lora_all"):
-            golden_report("names", f"{kind}, count", stored != read(f"layout_{kind}")[stage]["n_trainable"], 0)
+            golden_report(
+                "names", f"{kind}, count", stored != read(f"layout_{kind}")[stage]["n_trainable"], 0
+            )
 
 
 # --- a file larger than what a conversion may need
@@ -479,7 +615,12 @@ watcher.join()
 resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 print(json.dumps({"start": start, "peak": peak, "resident": resident, "seconds": time.time() - began}))
 """
-WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 3, "vocab_size": 32_000}
+WIDE = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 3,
+    "vocab_size": 32_000,
+}
 WIDE |= {"num_attention_heads": 32, "num_key_value_heads": 32}
 
 
@@ -490,7 +631,10 @@ def measure(*words: str | Path) -> dict[str, float]:
     which the kernel keeps while there is room and drops when there is none.
     """
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, words)], cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, *map(str, words)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
@@ -504,18 +648,29 @@ def test_a_file_of_several_gigabytes(golden_report, nameplate: Path, tmp_path: P
     shutil.copytree(nameplate, tmp_path / "llm")
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
     shapes = read("layout_ltu")["real7b.lora_all"]["peft_state_dict"]
-    shapes = {key: shape for key, shape in shapes.items() if not re.search(r"layers\.([3-9]|\d\d)\.", key)}
+    shapes = {
+        key: shape for key, shape in shapes.items() if not re.search(r"layers\.([3-9]|\d\d)\.", key)
+    }
     state = {key: torch.rand(shape) for key, shape in shapes.items()}
     torch.save(state, tmp_path / "full_ft.bin")
     size = (tmp_path / "full_ft.bin").stat().st_size / 1e9
     assert size > 3.5
     figures = measure(
-        "--llm", tmp_path / "llm", "--checkpoint", tmp_path / "full_ft.bin", "--output_dir", tmp_path / "whole"
+        "--llm",
+        tmp_path / "llm",
+        "--checkpoint",
+        tmp_path / "full_ft.bin",
+        "--output_dir",
+        tmp_path / "whole",
     )
     print(f"full fine-tuned, {size:.2f} GB: {figures}")
-    golden_report("memory", "GB to convert a full fine-tuned file", figures["peak"] - figures["start"], 0.6)
+    golden_report(
+        "memory", "GB to convert a full fine-tuned file", figures["peak"] - figures["start"], 0.6
+    )
     key = "lm_head.weight"
-    index = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
     with safe_open(tmp_path / "whole" / index[f"language_model.{key}"], "pt") as stored:
         assert torch.equal(stored.get_tensor(f"language_model.{key}"), state[PREFIX + key])
     del state

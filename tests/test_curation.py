@@ -12,7 +12,16 @@ import pytest
 import soundfile
 
 from benchmarks.curation import CLOSED, OPEN, ROWS, random_rows
-from data import combine, filter_unanswerable, leak_check, relocate, sample, shuffle, stats, validate
+from data import (
+    combine,
+    filter_unanswerable,
+    leak_check,
+    relocate,
+    sample,
+    shuffle,
+    stats,
+    validate,
+)
 from data.distinct import Distinct
 from ltu.data.dataset_files import RowError, RowWriter, encode_row, stream_rows
 from ltu.data.dataset_parser import LineSplitter, ListSplitter
@@ -49,7 +58,10 @@ def nasty_text(chance: random.Random) -> str:
 def nasty_rows(count: int, seed: int = 0) -> list[dict]:
     chance = random.Random(seed)
     keys = ("instruction", "input", "dataset", "output")
-    return [{key: nasty_text(chance) for key in keys} | {"audio_id": f"{n % 7}.wav"} for n in range(count)]
+    return [
+        {key: nasty_text(chance) for key in keys} | {"audio_id": f"{n % 7}.wav"}
+        for n in range(count)
+    ]
 
 
 def write(path: Path, rows: list) -> Path:
@@ -96,7 +108,9 @@ def test_lists_of_other_writers(tmp_path, small_blocks, indent, ascii_only):
     path.write_text(f"\ufeff \n{text}\n\n", encoding="utf-8")
     assert list(stream_rows(path)) == rows
     lines = tmp_path / "rows.jsonl"
-    lines.write_text("\r\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + "\n\n", newline="")
+    lines.write_text(
+        "\r\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + "\n\n", newline=""
+    )
     assert list(stream_rows(lines)) == rows
 
 
@@ -120,14 +134,18 @@ def test_half_a_surrogate_pair_survives(tmp_path):
     assert not (tmp_path / "again.parquet").exists()
 
 
-@pytest.mark.parametrize("rows", [[{"e": {"b": 1}}, {"e": {"c": 1}}], [{"e": []}, {"e": [[{"b": 1}]]}], [{"e": {}}]])
+@pytest.mark.parametrize(
+    "rows", [[{"e": {"b": 1}}, {"e": {"c": 1}}], [{"e": []}, {"e": [[{"b": 1}]]}], [{"e": {}}]]
+)
 def test_a_table_takes_no_nested_keys(tmp_path, rows):
     """Its structs would lose the keys of later rows, and give each row those of all others."""
     with pytest.raises(ValueError, match="fit no table: 'e' has keys of its own. Write .jsonl"):
         write(tmp_path / "rows.parquet", rows)
     assert list(tmp_path.iterdir()) == []
     lists = [{"e": [[1], []]}, {"e": []}]
-    assert [{"e": row["e"]} for row in stream_rows(write(tmp_path / "rows.parquet", lists))] == lists
+    assert [
+        {"e": row["e"]} for row in stream_rows(write(tmp_path / "rows.parquet", lists))
+    ] == lists
 
 
 MALFORMED = {  # text -> (row, byte), the byte from the start of the first occurrence of a mark
@@ -213,7 +231,9 @@ def test_an_error_leaves_nothing_behind_and_keeps_what_was(tmp_path):
 @pytest.mark.parametrize("splitter", [ListSplitter, LineSplitter])
 def test_parser_takes_nothing_that_is_not_json(splitter):
     """Damaged at any byte, a file gives an error or rows: never a crash of another kind."""
-    text = (json.dumps(nasty_rows(4))[1:] if splitter is ListSplitter else json.dumps(nasty_rows(1)[0])).encode()
+    text = (
+        json.dumps(nasty_rows(4))[1:] if splitter is ListSplitter else json.dumps(nasty_rows(1)[0])
+    ).encode()
     chance = random.Random(0)
     for _ in range(2000):
         damaged = bytearray(text)
@@ -239,11 +259,17 @@ def test_shuffle_keeps_rows_and_repeats(tmp_path, monkeypatch, ending):
     source = write(tmp_path / f"a{ending}", rows)
     found = run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
     assert multiset(found) == multiset(rows) and found != rows
-    first = (tmp_path / f"b{ending}").read_bytes(), (tmp_path / f"b{ending}.recipe.json").read_bytes()
+    first = (
+        (tmp_path / f"b{ending}").read_bytes(),
+        (tmp_path / f"b{ending}.recipe.json").read_bytes(),
+    )
     monkeypatch.setattr(shuffle, "MAX_HELD", 1000)  # Other memory, the same order.
     monkeypatch.setattr(shuffle, "MAX_PART", 2000)
     run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
-    assert first == ((tmp_path / f"b{ending}").read_bytes(), (tmp_path / f"b{ending}.recipe.json").read_bytes())
+    assert first == (
+        (tmp_path / f"b{ending}").read_bytes(),
+        (tmp_path / f"b{ending}.recipe.json").read_bytes(),
+    )
     assert run_shuffle(source, tmp_path / f"c{ending}", "--seed", "6") != found
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
@@ -270,13 +296,19 @@ def test_original_shuffle_is_pythons(tmp_path, count):
 def test_combine_shuffle_split_keeps_the_multiset(tmp_path):
     for seed in range(5):
         files = [
-            write(tmp_path / f"{n}.jsonl", nasty_rows(random.Random(n + seed).randint(0, 300), n)) for n in range(4)
+            write(tmp_path / f"{n}.jsonl", nasty_rows(random.Random(n + seed).randint(0, 300), n))
+            for n in range(4)
         ]
         target = tmp_path / "all.json"
-        combine.main(["--data_path", *map(str, files), "--output_path", str(target), "--seed", str(seed)])
+        combine.main(
+            ["--data_path", *map(str, files), "--output_path", str(target), "--seed", str(seed)]
+        )
         found = list(stream_rows(target))
         cut = len(found) // 3
-        parts = [write(tmp_path / "x.json", found[:cut]), write(tmp_path / "y.parquet", found[cut:])]
+        parts = [
+            write(tmp_path / "x.json", found[:cut]),
+            write(tmp_path / "y.parquet", found[cut:]),
+        ]
         wanted = multiset(row for file in files for row in stream_rows(file))
         assert sum((multiset(stream_rows(part)) for part in parts), Counter()) == wanted
 
@@ -285,22 +317,40 @@ def test_combine_original_order_over_several_files(tmp_path):
     rows = nasty_rows(900)
     files = [write(tmp_path / "a.json", rows[:500]), write(tmp_path / "b.json", rows[500:])]
     target = tmp_path / "all.json"
-    combine.main(["--data_path", *map(str, files), "--output_path", str(target), "--original_shuffle"])
+    combine.main(
+        ["--data_path", *map(str, files), "--output_path", str(target), "--original_shuffle"]
+    )
     random.seed(0)
     random.shuffle(rows)
     assert list(stream_rows(target)) == rows
 
 
 def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
-    recipe = {"about": "", "parts": {"c": {"rows": 1000, "closed_ended_share": 0.5}, "d": {"repeat": {"Clotho*": 2}}}}
+    recipe = {
+        "about": "",
+        "parts": {"c": {"rows": 1000, "closed_ended_share": 0.5}, "d": {"repeat": {"Clotho*": 2}}},
+    }
     recipe["expected"] = {"rows": 1030, "dataset": {"Clotho": 20, "X": "1k"}}
     place = tmp_path / "recipe.json"
     place.write_text(json.dumps(recipe))
-    closed = write(tmp_path / "c.json", [{"instruction": "q?", "dataset": "x", "output": str(n)} for n in range(1000)])
+    closed = write(
+        tmp_path / "c.json",
+        [{"instruction": "q?", "dataset": "x", "output": str(n)} for n in range(1000)],
+    )
     names = ["Clotho"] * 10 + ["other"] * 5
-    caption = write(tmp_path / "d.json", [{"instruction": "d", "dataset": name, "output": ""} for name in names])
+    caption = write(
+        tmp_path / "d.json", [{"instruction": "d", "dataset": name, "output": ""} for name in names]
+    )
     target = tmp_path / "out.jsonl"
-    flags = ["--recipe", str(place), "--data_path", f"c={closed}", f"d={caption}", "--output_path", str(target)]
+    flags = [
+        "--recipe",
+        str(place),
+        "--data_path",
+        f"c={closed}",
+        f"d={caption}",
+        "--output_path",
+        str(target),
+    ]
     for order in ([], ["--original_shuffle"], ["--no_shuffle"]):
         assert combine.main([*flags, *order]) == 0
         rows = list(stream_rows(target))
@@ -324,7 +374,9 @@ def test_published_recipes_add_up():
         parts = recipes[name]["parts"].values()
         assert sum(part["rows"] for part in parts) == recipes[name]["expected"]["rows"], name
     exact = recipes["openasqa_classification"]["expected"]
-    assert sum(exact["dataset"].values()) == sum(exact["task"].values()) == exact["rows"] == 2_072_481
+    assert (
+        sum(exact["dataset"].values()) == sum(exact["task"].values()) == exact["rows"] == 2_072_481
+    )
     assert ROWS == recipes["openaqa_all"]["expected"]["rows"] == 5_681_708
 
 
@@ -335,18 +387,32 @@ def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
     rows = []
     for number in range(3000):
         parts = [
-            chance.choice(filter_unanswerable.PHRASES) if chance.random() < 0.1 else chance.choice(words)
+            chance.choice(filter_unanswerable.PHRASES)
+            if chance.random() < 0.1
+            else chance.choice(words)
             for _ in range(8)
         ]
-        rows.append({"instruction": "q", "audio_id": str(number), "output": " ".join(parts).capitalize()})
-    source, first, second = write(tmp_path / "a.json", rows), tmp_path / "b.json", tmp_path / "c.json"
+        rows.append(
+            {"instruction": "q", "audio_id": str(number), "output": " ".join(parts).capitalize()}
+        )
+    source, first, second = (
+        write(tmp_path / "a.json", rows),
+        tmp_path / "b.json",
+        tmp_path / "c.json",
+    )
     flags = ["--rule", rule, "--dropped_path", str(tmp_path / "dropped.jsonl")]
     filter_unanswerable.main(["--data_path", str(source), "--output_path", str(first), *flags])
-    filter_unanswerable.main(["--data_path", str(first), "--output_path", str(second), "--rule", rule])
+    filter_unanswerable.main(
+        ["--data_path", str(first), "--output_path", str(second), "--rule", rule]
+    )
     assert first.read_bytes() == second.read_bytes()
     dropped = list(stream_rows(tmp_path / "dropped.jsonl"))
     assert multiset(dropped) + multiset(stream_rows(first)) == multiset(rows)
-    wanted = [row for row in rows if any(phrase in row["output"].lower() for phrase in filter_unanswerable.PHRASES)]
+    wanted = [
+        row
+        for row in rows
+        if any(phrase in row["output"].lower() for phrase in filter_unanswerable.PHRASES)
+    ]
     assert dropped == wanted if rule == "original" else all(row in wanted for row in dropped)
     record = json.loads((tmp_path / "b.json.recipe.json").read_text())
     assert record["dropped"]["original"] == len(wanted) > record["dropped"]["refusal"] > 0
@@ -365,7 +431,9 @@ def test_filter_rules():
         "A dog barks.": (False, False),
     }
     for answer, wanted in answers.items():
-        found = tuple(filter_unanswerable.is_unanswerable(answer, rule) for rule in ("original", "refusal"))
+        found = tuple(
+            filter_unanswerable.is_unanswerable(answer, rule) for rule in ("original", "refusal")
+        )
         assert found == wanted, answer
 
 
@@ -375,12 +443,19 @@ def test_filter_rules():
 @pytest.fixture
 def published(tmp_path):
     """5,700 rows with the shares of OpenAQA."""
-    return write(tmp_path / "rows.jsonl", [*random_rows(CLOSED, 0.001, 0), *random_rows(OPEN, 0.001, 1)])
+    return write(
+        tmp_path / "rows.jsonl", [*random_rows(CLOSED, 0.001, 0), *random_rows(OPEN, 0.001, 1)]
+    )
 
 
 def test_stats(tmp_path, published):
     target, picture = tmp_path / "stats.json", tmp_path / "stats.png"
-    assert stats.main(["--data_path", str(published), "--output_path", str(target), "--plot", str(picture)]) == 0
+    assert (
+        stats.main(
+            ["--data_path", str(published), "--output_path", str(target), "--plot", str(picture)]
+        )
+        == 0
+    )
     found, rows = json.loads(target.read_text()), list(stream_rows(published))
     assert found["rows"] == len(rows) and found["clips"] == len({row["audio_id"] for row in rows})
     assert found["questions"] == len({row["instruction"] for row in rows})
@@ -399,7 +474,9 @@ def test_files_without_rows_or_audio(tmp_path):
         source, target = write(tmp_path / "a.json", rows), str(tmp_path / "b.json")
         for verb in (stats, shuffle, combine, filter_unanswerable):
             assert verb.main(["--data_path", str(source), "--output_path", target]) == 0
-        assert sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"]) == 0
+        assert (
+            sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"]) == 0
+        )
         assert validate.main(["--data_path", str(source)]) == 0
         assert leak_check.main(["--data_path", str(source), "--against", str(source)]) == 0
 
@@ -410,20 +487,47 @@ def test_distinct(tmp_path, monkeypatch):
     counter = Distinct(str(tmp_path))
     for number, value in enumerate(values):
         counter.add(value, number)
-    assert counter.firsts().tolist() == sorted({value: n for n, value in reversed(list(enumerate(values)))}.values())
+    assert counter.firsts().tolist() == sorted(
+        {value: n for n, value in reversed(list(enumerate(values)))}.values()
+    )
 
 
 def test_sample_takes_whole_clips(tmp_path, published):
     target = tmp_path / "toy" / "rows.json"
-    sample.main(["--data_path", str(published), "--output_path", str(target), "--clips", "40", "--seed", "3"])
+    sample.main(
+        [
+            "--data_path",
+            str(published),
+            "--output_path",
+            str(target),
+            "--clips",
+            "40",
+            "--seed",
+            "3",
+        ]
+    )
     found, rows = list(stream_rows(target)), list(stream_rows(published))
     chosen = {row["audio_id"] for row in found}
     assert len(chosen) == 40 and found == [row for row in rows if row["audio_id"] in chosen]
     turned = write(tmp_path / "turned.jsonl", rows[::-1])
-    sample.main(["--data_path", str(turned), "--output_path", str(target), "--clips", "40", "--seed", "3"])
+    sample.main(
+        ["--data_path", str(turned), "--output_path", str(target), "--clips", "40", "--seed", "3"]
+    )
     assert {row["audio_id"] for row in stream_rows(target)} == chosen
-    sample.main(["--data_path", str(published), "--output_path", str(target), "--clips", "2", "--by_dataset"])
-    groups = Counter(dataset for dataset, _ in {(row["dataset"], row["audio_id"]) for row in stream_rows(target)})
+    sample.main(
+        [
+            "--data_path",
+            str(published),
+            "--output_path",
+            str(target),
+            "--clips",
+            "2",
+            "--by_dataset",
+        ]
+    )
+    groups = Counter(
+        dataset for dataset, _ in {(row["dataset"], row["audio_id"]) for row in stream_rows(target)}
+    )
     assert set(groups.values()) <= {1, 2} and len(groups) == len({row["dataset"] for row in rows})
 
 
@@ -435,7 +539,14 @@ def clip(path: Path, seed: int, rate: int = 16_000, seconds: float = 0.5) -> str
 
 
 def question(audio_id: str, text: str = "q", dataset: str = "d") -> dict:
-    return {"instruction": text, "input": "", "audio_id": audio_id, "dataset": dataset, "task": "t", "output": "a"}
+    return {
+        "instruction": text,
+        "input": "",
+        "audio_id": audio_id,
+        "dataset": dataset,
+        "task": "t",
+        "output": "a",
+    }
 
 
 def test_sample_copies_audio(tmp_path):
@@ -444,9 +555,13 @@ def test_sample_copies_audio(tmp_path):
         clip(tmp_path / name, number)
     source = write(tmp_path / "rows.json", [question(name) for name in names])
     target = tmp_path / "toy" / "rows.json"
-    sample.main(["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"])
+    sample.main(
+        ["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"]
+    )
     copied = [target.parent / row["audio_id"] for row in stream_rows(target)]
-    assert [path.read_bytes() for path in copied] == [(tmp_path / name).read_bytes() for name in names]
+    assert [path.read_bytes() for path in copied] == [
+        (tmp_path / name).read_bytes() for name in names
+    ]
 
 
 def test_sample_overwrites_no_clip(tmp_path):
@@ -456,9 +571,23 @@ def test_sample_overwrites_no_clip(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.wav")}
     target = tmp_path / "rows.json"
     copied = []
-    for folder, names in (("", ["a/1.wav", "audio/1.wav"]), ("other", ["a/1.wav"]), ("third", ["a/1.wav"])) * 2:
+    for folder, names in (
+        ("", ["a/1.wav", "audio/1.wav"]),
+        ("other", ["a/1.wav"]),
+        ("third", ["a/1.wav"]),
+    ) * 2:
         source = write(tmp_path / folder / "given.json", [question(name) for name in names])
-        sample.main(["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"])
+        sample.main(
+            [
+                "--data_path",
+                str(source),
+                "--output_path",
+                str(target),
+                "--clips",
+                "2",
+                "--copy_audio",
+            ]
+        )
         copied.append([row["audio_id"] for row in stream_rows(target)])
         for name, place in zip(names, copied[-1], strict=True):
             assert (tmp_path / place).read_bytes() == before[tmp_path / folder / name]
@@ -473,8 +602,18 @@ def test_validate(tmp_path, capsys, listen):
     clip(tmp_path / "b.wav", 1, rate=44_100)
     clip(tmp_path / "short.wav", 2, seconds=0.01)
     (tmp_path / "text.wav").write_text("no sound")
-    rows = [question("a.wav"), question("a.wav"), question("b.wav"), question("gone.wav"), question("short.wav")]
-    rows += [question("text.wav", dataset="e"), question("empty"), {"instruction": "q", "audio_id": "a.wav"}]
+    rows = [
+        question("a.wav"),
+        question("a.wav"),
+        question("b.wav"),
+        question("gone.wav"),
+        question("short.wav"),
+    ]
+    rows += [
+        question("text.wav", dataset="e"),
+        question("empty"),
+        {"instruction": "q", "audio_id": "a.wav"},
+    ]
     source, report = write(tmp_path / "rows.jsonl", rows), tmp_path / "report.json"
     flags = ["--data_path", str(source), "--output_path", str(report), *["--listen"] * listen]
     assert validate.main(flags) == 1
@@ -482,9 +621,9 @@ def test_validate(tmp_path, capsys, listen):
     wrong = {"row": 1, "duplicate": 1, "clip missing": 1, "clip too_short": 1, "clip unreadable": 1}
     assert found["wrong"] == wrong and (found["rows"], found["clips"]) == (8, 5)
     assert found["coverage"] == {"d": {"clips": 4, "usable": 2}, "e": {"clips": 1, "usable": 0}}
-    assert found["rates"] == {"16000 Hz": 1, "44100 Hz": 1} and found["examples"]["row"][0].startswith(
-        "row 8: no 'output'"
-    )
+    assert found["rates"] == {"16000 Hz": 1, "44100 Hz": 1} and found["examples"]["row"][
+        0
+    ].startswith("row 8: no 'output'")
     assert found["examples"]["duplicate"] == ["row 2: the same as one before it"]
     assert validate.main([*flags, "--max_bad", "5"]) == 0
 
@@ -496,9 +635,12 @@ def test_leak_check(tmp_path, capsys):
     clip(tmp_path / "eval/abcdefghijK_10.000.wav", 3)
     clip(tmp_path / "eval/original.wav", 1)
     names = ["YabcdefghijK.wav", "renamed.flac", "clean.wav", "clean.wav"]
-    train = write(tmp_path / "train/rows.json", [question(name, str(n)) for n, name in enumerate(names)])
+    train = write(
+        tmp_path / "train/rows.json", [question(name, str(n)) for n, name in enumerate(names)]
+    )
     test = write(
-        tmp_path / "eval/rows.json", [question(n) for n in ("abcdefghijK_10.000.wav", "original.wav", "empty")]
+        tmp_path / "eval/rows.json",
+        [question(n) for n in ("abcdefghijK_10.000.wav", "original.wav", "empty")],
     )
     flags = ["--data_path", str(train), "--against", str(test), "--workers", "1"]
     assert leak_check.main(flags) == 1
@@ -507,7 +649,15 @@ def test_leak_check(tmp_path, capsys):
     assert leak_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
     assert "2 of 4 rows are on 2 clips" in capsys.readouterr().out
     assert [row["instruction"] for row in stream_rows(clean)] == ["2", "3"]
-    again = ["--data_path", str(clean), "--audio_root", str(train.parent), "--against", str(test), "--content"]
+    again = [
+        "--data_path",
+        str(clean),
+        "--audio_root",
+        str(train.parent),
+        "--against",
+        str(test),
+        "--content",
+    ]
     assert leak_check.main([*again, "--workers", "1"]) == 0
 
 
@@ -520,7 +670,14 @@ def test_numbers_are_no_ids(tmp_path, capsys):
     names = [str(path.relative_to(tmp_path / "test")) for path in map(Path, test)]
     asked = write(tmp_path / "test/rows.json", [question(name) for name in names])
     rows = [question(name) for name in ("id3/JF4Rb0tDv1E/00001.wav", "id4/copy/00001.wav")]
-    flags = ["--data_path", str(write(tmp_path / "train/rows.json", rows)), "--against", str(asked), "--workers", "1"]
+    flags = [
+        "--data_path",
+        str(write(tmp_path / "train/rows.json", rows)),
+        "--against",
+        str(asked),
+        "--workers",
+        "1",
+    ]
     assert leak_check.main(flags) == 0
     assert "2 clips have no name of their own" in capsys.readouterr().out
     assert leak_check.main([*flags, "--content"]) == 1
@@ -536,8 +693,17 @@ def test_relocate(tmp_path, capsys):
         question("/gone/z.wav"),
     ]
     source, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "out" / "rows.jsonl"
-    flags = ["--data_path", str(source), "--output_path", str(target), "--folder", str(tmp_path / "disk")]
-    with pytest.raises(ValueError, match="1 of 3 rows have a clip that is not here .row 4: /gone/z.wav"):
+    flags = [
+        "--data_path",
+        str(source),
+        "--output_path",
+        str(target),
+        "--folder",
+        str(tmp_path / "disk"),
+    ]
+    with pytest.raises(
+        ValueError, match="1 of 3 rows have a clip that is not here .row 4: /gone/z.wav"
+    ):
         relocate.main(flags)
     assert not target.exists()
     assert relocate.main([*flags, "--drop_missing"]) == 0
@@ -552,8 +718,13 @@ def test_relocate(tmp_path, capsys):
     assert relocate.main([*flags[:4], *prefix, "--table", str(table)]) == 0
     found = [Path(row["audio_id"]).name for row in stream_rows(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
-    assert relocate.main([*flags, "--drop_missing"]) == 0  # Each of two names is that of two files now.
-    assert [row["audio_id"] for row in stream_rows(target)] == [f"{tmp_path}/disk/other.wav", "empty"]
+    assert (
+        relocate.main([*flags, "--drop_missing"]) == 0
+    )  # Each of two names is that of two files now.
+    assert [row["audio_id"] for row in stream_rows(target)] == [
+        f"{tmp_path}/disk/other.wav",
+        "empty",
+    ]
     record = json.loads((tmp_path / "out/rows.jsonl.recipe.json").read_text())
     assert (record["missing"], record["ambiguous"]) == (1, 1)
 
@@ -586,9 +757,13 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         verbs = {
             "shuffle": lambda flags=flags: shuffle.main([*flags, str(tmp_path / "b.json")]),
             "combine": lambda flags=flags: combine.main([*flags, str(tmp_path / "b.jsonl.zst")]),
-            "filter": lambda flags=flags: filter_unanswerable.main([*flags, str(tmp_path / "b.json")]),
+            "filter": lambda flags=flags: filter_unanswerable.main(
+                [*flags, str(tmp_path / "b.json")]
+            ),
             "stats": lambda flags=flags: stats.main([*flags, str(tmp_path / "s.json")]),
-            "sample": lambda flags=flags: sample.main([*flags, str(tmp_path / "b.json"), "--clips", "9"]),
+            "sample": lambda flags=flags: sample.main(
+                [*flags, str(tmp_path / "b.json"), "--clips", "9"]
+            ),
         }
         peaks[times] = {name: peak(verb) for name, verb in verbs.items()}
     assert source.stat().st_size > 2 * max(peaks[10].values()), (source.stat().st_size, peaks)

@@ -21,7 +21,14 @@ VIDEO = "-_Yabcdefgh"  # 11 characters
 
 
 def question(audio_id: str, dataset: str = "d") -> dict:
-    return {"instruction": "q", "input": "", "audio_id": audio_id, "dataset": dataset, "task": "t", "output": "a"}
+    return {
+        "instruction": "q",
+        "input": "",
+        "audio_id": audio_id,
+        "dataset": dataset,
+        "task": "t",
+        "output": "a",
+    }
 
 
 def write(path: Path, rows: list) -> Path:
@@ -64,37 +71,59 @@ def test_segments(one, other, is_same):
     assert segment("street.wav") is None
 
 
-def run_relocate(tmp_path: Path, rows: list, files: list[str], *folders: str, flags: tuple = ()) -> tuple[int, list]:
+def run_relocate(
+    tmp_path: Path, rows: list, files: list[str], *folders: str, flags: tuple = ()
+) -> tuple[int, list]:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     source, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
-    given = [flag for folder in folders for flag in ("--folder", folder.replace("DIR", str(tmp_path)))]
-    code = relocate.main(["--data_path", str(source), "--output_path", str(target), *given, *flags, "--relative"])
+    given = [
+        flag for folder in folders for flag in ("--folder", folder.replace("DIR", str(tmp_path)))
+    ]
+    code = relocate.main(
+        ["--data_path", str(source), "--output_path", str(target), *given, *flags, "--relative"]
+    )
     return code, [row["audio_id"] for row in stream_rows(target)]
 
 
 @pytest.mark.parametrize(
     "ids, files, wanted",
     [
-        (["Y{}_30_40", "Y{}_50_60"], ["v/{}_000050.wav", "v/{}_000030.wav"], ["v/{}_000030.wav", "v/{}_000050.wav"]),
+        (
+            ["Y{}_30_40", "Y{}_50_60"],
+            ["v/{}_000050.wav", "v/{}_000030.wav"],
+            ["v/{}_000030.wav", "v/{}_000050.wav"],
+        ),
         (["Y{}_30_40", "Y{}_50_60"], ["v/{}.wav"], ["?", "?"]),  # which of both it is, nobody knows
         (["Y{}_30_40", "{}_000030"], ["v/{}.wav"], ["v/{}.wav"] * 2),  # one segment
         (["{}", "Y{}_50_60"], ["v/{}.wav"], ["v/{}.wav", "?"]),
         (["{}"], ["v/{}_30_40.wav", "v/{}_50_60.wav"], ["?"]),
         (["{}", "Y{}_30_40"], ["v/{}_30_40.wav"], ["v/{}_30_40.wav"] * 2),
         (["{}_30_40"], ["v/{}.wav", "w/Y{}_30.0_40.0.flac"], ["w/Y{}_30.0_40.0.flac"]),
-        (["Y{}_30.0_40.0.wav"], ["v/{}_000030.wav", "w/Y{}_30.0_40.0.wav"], ["w/Y{}_30.0_40.0.wav"]),
+        (
+            ["Y{}_30.0_40.0.wav"],
+            ["v/{}_000030.wav", "w/Y{}_30.0_40.0.wav"],
+            ["w/Y{}_30.0_40.0.wav"],
+        ),
         (["Y{}_30_40.wav"], ["v/{}_000030.wav", "w/Y{}_30.0_40.0.wav"], ["?"]),
-        (["{}.wav"], ["v/Y{}.wav", "w/{}.wav"], ["?"]),  # Without times, a name does not say which part it is.
+        (
+            ["{}.wav"],
+            ["v/Y{}.wav", "w/{}.wav"],
+            ["?"],
+        ),  # Without times, a name does not say which part it is.
     ],
 )
 def test_segments_of_a_video_never_share_a_file(tmp_path, capsys, ids, files, wanted):
     ids, files, wanted = ([name.format(VIDEO) for name in names] for names in (ids, files, wanted))
     for order in (1, -1):
-        code, found = run_relocate(tmp_path, [question(name) for name in ids[::order]], files, "DIR")
+        code, found = run_relocate(
+            tmp_path, [question(name) for name in ids[::order]], files, "DIR"
+        )
         assert found == [name for name in wanted[::order] if name != "?"]
-        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")["ambiguous"] == wanted.count("?")
+        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")[
+            "ambiguous"
+        ] == wanted.count("?")
         assert ("ambiguous: " in capsys.readouterr().out) == ("?" in wanted)
 
 
@@ -112,15 +141,26 @@ def test_folders_of_data_sets_that_share_a_video(tmp_path, capsys):
     rows = [question(VIDEO, name) for name in ("as_2m", "AudioSet_20k", "vggsound_train")]
     folders = ["audioset=DIR/as", "vggsound=DIR/vgg"]
     assert run_relocate(tmp_path, rows, files, *folders) == (0, [files[0], files[0], files[1]])
-    assert run_relocate(tmp_path, rows, files, *folders[::-1]) == (0, [files[0], files[0], files[1]])
+    assert run_relocate(tmp_path, rows, files, *folders[::-1]) == (
+        0,
+        [files[0], files[0], files[1]],
+    )
     code, found = run_relocate(tmp_path, [*rows, question(VIDEO, "freesound")], files, *folders)
     assert (code, found) == (1, [files[0], files[0], files[1]])
     out = capsys.readouterr().out
-    assert f"ambiguous: 1 rows (row 4: {VIDEO} (" in out and all(str(tmp_path / name) in out for name in files)
-    assert run_relocate(tmp_path, [question(VIDEO, "x")], files, *folders, flags=("--drop_missing",)) == (0, [])
+    assert f"ambiguous: 1 rows (row 4: {VIDEO} (" in out and all(
+        str(tmp_path / name) in out for name in files
+    )
+    assert run_relocate(
+        tmp_path, [question(VIDEO, "x")], files, *folders, flags=("--drop_missing",)
+    ) == (0, [])
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="not here"):  # VGGSound's part of the video is not AudioSet's.
-        run_relocate(tmp_path, [question(VIDEO, "as_2m")], [], "audioset=DIR/none", "vggsound=DIR/vgg")
+    with pytest.raises(
+        ValueError, match="not here"
+    ):  # VGGSound's part of the video is not AudioSet's.
+        run_relocate(
+            tmp_path, [question(VIDEO, "as_2m")], [], "audioset=DIR/none", "vggsound=DIR/vgg"
+        )
 
 
 # Names that are no ids.
@@ -132,7 +172,11 @@ VOX = ["vox/id1/vidA/00001.wav", "vox/id2/vidB/00001.wav"]
     "ids, files, wanted",
     [
         (VOX, ["x/id1/vidA/00001.wav"], ["x/id1/vidA/00001.wav", "?"]),
-        (VOX, ["x/id1/vidA/00001.flac", "x/id2/vidB/00001.flac"], ["x/id1/vidA/00001.flac", "x/id2/vidB/00001.flac"]),
+        (
+            VOX,
+            ["x/id1/vidA/00001.flac", "x/id2/vidB/00001.flac"],
+            ["x/id1/vidA/00001.flac", "x/id2/vidB/00001.flac"],
+        ),
         (VOX, ["00001.wav"], ["?", "?"]),
         (["1.wav", "1.flac"], ["x/1.wav"], ["x/1.wav"] * 2),
         (["a/train/1.wav", "b/train/1.wav"], ["x/a/train/1.wav"], ["x/a/train/1.wav", "?"]),
@@ -145,16 +189,22 @@ VOX = ["vox/id1/vidA/00001.wav", "vox/id2/vidB/00001.wav"]
 )
 def test_a_name_that_several_have_goes_by_its_folders(tmp_path, ids, files, wanted):
     for order in (1, -1):
-        code, found = run_relocate(tmp_path, [question(name) for name in ids[::order]], files, "DIR")
+        code, found = run_relocate(
+            tmp_path, [question(name) for name in ids[::order]], files, "DIR"
+        )
         assert found == [name for name in wanted[::order] if name != "?"]
-        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")["ambiguous"] == wanted.count("?")
+        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")[
+            "ambiguous"
+        ] == wanted.count("?")
 
 
 def test_a_folder_of_another_data_set_gives_no_clip_for_certain(tmp_path, capsys):
     rows = [question("fma/102/102863.wav", "fma"), question("102863.wav", "fsd50k")]
     files = ["fsd/102863.wav"]
     assert run_relocate(tmp_path, rows, files, "fsd50k=DIR/fsd") == (1, files)
-    assert f"{tmp_path}/fsd/102863.wav, in the folder of another data set" in capsys.readouterr().out
+    assert (
+        f"{tmp_path}/fsd/102863.wav, in the folder of another data set" in capsys.readouterr().out
+    )
     files += ["fma/102/102863.wav"]
     for fma in ("DIR/fma", "fma=DIR/fma"):
         assert run_relocate(tmp_path, rows, files, "fsd50k=DIR/fsd", fma) == (0, files[::-1])
@@ -170,7 +220,9 @@ def test_tables_that_disagree_are_an_error_and_whole_ids_of_a_table_are_certain(
         run_relocate(tmp_path, [question("1.wav")], ["a/1.flac", "b/1.flac"], flags=tuple(flags))
     tables[1].write_text("id,audio_id\nx/2.wav,1.flac\ny/2.wav,1.flac\n3,1.flac\n")
     ids = ["x/2.wav", "y/2.wav", "z/3.wav"]
-    code, found = run_relocate(tmp_path, [question(name) for name in ids], [], flags=tuple(flags[-2:]))
+    code, found = run_relocate(
+        tmp_path, [question(name) for name in ids], [], flags=tuple(flags[-2:])
+    )
     assert (code, found) == (1, ["b/1.flac"] * 2)
 
 
@@ -199,7 +251,9 @@ def test_relocating_takes_time_by_the_clip(tmp_path, monkeypatch, stem):
 
 
 def test_audio_root_is_said_where_relative_ids_leave_their_folder(tmp_path, capsys):
-    source = write(tmp_path / "a/rows.jsonl", [question("clips/1.wav"), question("empty"), question("2.wav")])
+    source = write(
+        tmp_path / "a/rows.jsonl", [question("clips/1.wav"), question("empty"), question("2.wav")]
+    )
     root = str((tmp_path / "a").resolve())
     near, far = tmp_path / "a/near.jsonl", tmp_path / "b/far.jsonl"
     against = write(tmp_path / "e.jsonl", [question("z.wav")])
@@ -217,8 +271,12 @@ def test_audio_root_is_said_where_relative_ids_leave_their_folder(tmp_path, caps
     shuffle.main(["--data_path", str(far), "--output_path", str(near)])
     assert "audio_root" not in recipe(near)
     other = write(tmp_path / "b/other.jsonl", [question("3.wav")])
-    combine.main(["--data_path", str(far), str(other), "--output_path", str(tmp_path / "b/all.jsonl")])
-    assert recipe(tmp_path / "b/all.jsonl")["audio_root"] == sorted([root, str((tmp_path / "b").resolve())])
+    combine.main(
+        ["--data_path", str(far), str(other), "--output_path", str(tmp_path / "b/all.jsonl")]
+    )
+    assert recipe(tmp_path / "b/all.jsonl")["audio_root"] == sorted(
+        [root, str((tmp_path / "b").resolve())]
+    )
     assert "so no --audio_root finds all of them" in capsys.readouterr().out
     absolute = write(tmp_path / "a/absolute.jsonl", [question("/x/1.wav"), question("empty")])
     combine.main(["--data_path", str(absolute), "--output_path", str(far)])
@@ -244,7 +302,10 @@ data.{verb}.main(sys.argv[1:])
 
 @pytest.mark.parametrize("verb", ["shuffle", "combine", "filter_unanswerable"])
 def test_no_recipe_of_older_rows_beside_new_ones(tmp_path, verb):
-    source, target = write(tmp_path / "a.jsonl", [question("1.wav"), question("2.wav")]), tmp_path / "b.jsonl"
+    source, target = (
+        write(tmp_path / "a.jsonl", [question("1.wav"), question("2.wav")]),
+        tmp_path / "b.jsonl",
+    )
     command = ["--data_path", str(source), "--output_path", str(target)]
     shuffle.main(command)
     write(source, [question("3.wav")])
@@ -306,7 +367,10 @@ def test_the_next_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path, v
 @pytest.mark.parametrize("verb", [shuffle, combine, filter_unanswerable])
 def test_a_run_that_writes_is_not_disturbed(tmp_path, verb, ending):
     source, target = write(tmp_path / "a.jsonl", [question("1.wav")]), tmp_path / f"b{ending}"
-    command, rows = ["--data_path", str(source), "--output_path", str(target)], [question(f"{n}") for n in range(99)]
+    command, rows = (
+        ["--data_path", str(source), "--output_path", str(target)],
+        [question(f"{n}") for n in range(99)],
+    )
     with RowWriter(target) as held:
         for row in rows:
             held.write(row)
@@ -317,13 +381,19 @@ def test_a_run_that_writes_is_not_disturbed(tmp_path, verb, ending):
     assert list(stream_rows(target)) == [*rows, rows[0]]
     left = target.with_name(f"{target.name}.tmp")
     left.write_text("of a killed run")
-    assert verb.main(command) == 0 and list(stream_rows(target)) == [question("1.wav")] and not left.exists()
+    assert (
+        verb.main(command) == 0
+        and list(stream_rows(target)) == [question("1.wav")]
+        and not left.exists()
+    )
 
 
 def test_a_lock_is_of_the_file_that_has_the_name_and_not_needed(tmp_path, monkeypatch):
     flock, path = fcntl.flock, tmp_path / "rows.jsonl.tmp"
 
-    def finished_meanwhile(file, how):  # The other run gives its rows their name, after its file was opened.
+    def finished_meanwhile(
+        file, how
+    ):  # The other run gives its rows their name, after its file was opened.
         monkeypatch.setattr(fcntl, "flock", flock)
         os.replace(path, tmp_path / "rows.jsonl")
         flock(file, how)
@@ -345,7 +415,12 @@ def test_a_lock_is_of_the_file_that_has_the_name_and_not_needed(tmp_path, monkey
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    command = ["--data_path", str(tmp_path / "rows.jsonl"), "--output_path", str(tmp_path / "b.json")]
+    command = [
+        "--data_path",
+        str(tmp_path / "rows.jsonl"),
+        "--output_path",
+        str(tmp_path / "b.json"),
+    ]
     assert shuffle.main(command) == 0 and list(stream_rows(tmp_path / "b.json")) == [question("2")]
     with Ledger(tmp_path):
         pass
@@ -354,7 +429,9 @@ def test_a_lock_is_of_the_file_that_has_the_name_and_not_needed(tmp_path, monkey
 def test_rows_that_change_between_the_two_passes_are_an_error(tmp_path):
     for later in (1, 3):
         passes = iter([2, later])
-        rows = shuffle.shuffle_rows(lambda _, p=passes: [{"n": n} for n in range(next(p))], tmp_path / "b", 0, True)
+        rows = shuffle.shuffle_rows(
+            lambda _, p=passes: [{"n": n} for n in range(next(p))], tmp_path / "b", 0, True
+        )
         with pytest.raises(ValueError, match="changed while they were read"):
             list(rows)
     assert not os.listdir(tmp_path)
@@ -487,11 +564,18 @@ The text has no information on the gender of the speaker."""
 def test_refusals_by_example(answers, is_dropped):
     answers = answers.split("\n")
     assert len(set(answers)) >= 40
-    assert [answer for answer in answers if filter_unanswerable.is_unanswerable(answer) != is_dropped] == []
+    assert [
+        answer for answer in answers if filter_unanswerable.is_unanswerable(answer) != is_dropped
+    ] == []
 
 
 def test_whole_answers_are_dropped_by_the_narrow_rule_alone(tmp_path):
-    source = write(tmp_path / "a.jsonl", [question("1.wav") | {"output": text} for text in ("I'm not sure.", "Rain.")])
-    filter_unanswerable.main(["--data_path", str(source), "--output_path", str(tmp_path / "b.jsonl")])
+    source = write(
+        tmp_path / "a.jsonl",
+        [question("1.wav") | {"output": text} for text in ("I'm not sure.", "Rain.")],
+    )
+    filter_unanswerable.main(
+        ["--data_path", str(source), "--output_path", str(tmp_path / "b.jsonl")]
+    )
     assert [row["output"] for row in stream_rows(tmp_path / "b.jsonl")] == ["Rain."]
     assert recipe(tmp_path / "b.jsonl")["dropped"] == {"original": 0, "refusal": 1}

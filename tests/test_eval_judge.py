@@ -12,12 +12,27 @@ from qa_generation.llm import LlmSettings
 pytest.importorskip("openai")
 TASK = find_task("open_ended")
 ROWS = [
-    {"prompt": "What barks?", "pred": "A dog {barks}.", "ref": "A dog.", "audio_id": "a.wav", "status": "ok"},
-    {"prompt": "Why?", "pred": "I like cheese.", "audio_id": "b.wav"},  # as the original writes it, without a reference
+    {
+        "prompt": "What barks?",
+        "pred": "A dog {barks}.",
+        "ref": "A dog.",
+        "audio_id": "a.wav",
+        "status": "ok",
+    },
+    {
+        "prompt": "Why?",
+        "pred": "I like cheese.",
+        "audio_id": "b.wav",
+    },  # as the original writes it, without a reference
     {"prompt": "Where?", "pred": "", "ref": "x", "audio_id": "c.wav", "status": "unreadable"},
     {"prompt": "When?", "pred": "Perhaps.", "ref": "x", "audio_id": "d.wav", "status": "truncated"},
     {"prompt": "Who?", "pred": "A man.", "ref": "x", "audio_id": "e.wav"},
-    {"prompt": "What barks?", "pred": "A dog {barks}.", "ref": "A dog.", "audio_id": "f.wav"},  # the first again
+    {
+        "prompt": "What barks?",
+        "pred": "A dog {barks}.",
+        "ref": "A dog.",
+        "audio_id": "f.wav",
+    },  # the first again
 ]
 SAYS = {"What barks?": "Yes.", "Why?": "no, it does not", "When?": "It might, yes", "Who?": "Yes"}
 ASKED = (
@@ -28,16 +43,38 @@ ASKED = (
 
 def answer(body: dict) -> dict:
     content = body["messages"][0]["content"]
-    return completion(next(reply for question, reply in SAYS.items() if f"Question: {question}\n" in content))
+    return completion(
+        next(reply for question, reply in SAYS.items() if f"Question: {question}\n" in content)
+    )
 
 
 @pytest.mark.parametrize(
     ("reply", "verdict"),
-    [(reply, True) for reply in ("yes", "Yes.", " YES!\n", "yes, it does", "Yes\nIt does.", "**Yes**", '"yes"')]
+    [
+        (reply, True)
+        for reply in ("yes", "Yes.", " YES!\n", "yes, it does", "Yes\nIt does.", "**Yes**", '"yes"')
+    ]
     + [(reply, True) for reply in ("Yes - it does", "**Yes.** It does", "(yes)", "yes: a dog")]
-    + [(reply, False) for reply in ("no", "No.", "NO\n", "No, yes would be wrong", "no; it says nothing", "'No'")]
-    + [(reply, None) for reply in ("", "Yes or no", "Yes it does", "no-one", "Not at all", "yes/no", "Answer: yes")]
-    + [(reply, None) for reply in ("N/A", "The answer is yes.", "yesterday", "I say yes", "none", "nope.", "1")],
+    + [
+        (reply, False)
+        for reply in ("no", "No.", "NO\n", "No, yes would be wrong", "no; it says nothing", "'No'")
+    ]
+    + [
+        (reply, None)
+        for reply in (
+            "",
+            "Yes or no",
+            "Yes it does",
+            "no-one",
+            "Not at all",
+            "yes/no",
+            "Answer: yes",
+        )
+    ]
+    + [
+        (reply, None)
+        for reply in ("N/A", "The answer is yes.", "yesterday", "I say yes", "none", "nope.", "1")
+    ],
 )
 def test_verdicts(reply: str, verdict: bool | None) -> None:
     assert parse_verdict(reply) is verdict
@@ -59,9 +96,18 @@ def test_rate_failures_and_what_is_recorded(tmp_path, monkeypatch) -> None:
             None,
             None,
         ]
-        assert [item.get("follows") for item in outcome.items] == [True, False, False, None, True, True]
+        assert [item.get("follows") for item in outcome.items] == [
+            True,
+            False,
+            False,
+            None,
+            True,
+            True,
+        ]
         assert outcome.items[3]["reply"] == "It might, yes"
-        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.6}, "an unparsed judgement is not the model's failure"
+        assert outcome.compute(np.arange(6)) == {TASK.metric: 0.6}, (
+            "an unparsed judgement is not the model's failure"
+        )
         assert np.isnan(outcome.compute(np.array([3]))[TASK.metric])
         assert outcome.compute(np.array([0, 1, 1, 4])) == {TASK.metric: 0.5}
         assert outcome.compute(np.array([0, 1, 4, 5])) == {TASK.metric: 0.75}
@@ -70,7 +116,11 @@ def test_rate_failures_and_what_is_recorded(tmp_path, monkeypatch) -> None:
         assert again.items == outcome.items and again.notes == outcome.notes
         assert sum(server.paid.values()) == 4, "the second run asked"
     record = judge.record()
-    assert (record["model"], record["temperature"], record["base_url"]) == ("judge-1", 0.0, server.url)
+    assert (record["model"], record["temperature"], record["base_url"]) == (
+        "judge-1",
+        0.0,
+        server.url,
+    )
     assert record["prompt"].startswith(ASKED.partition("What")[0])
     assert any("judge-1" in note for note in outcome.notes)
 
@@ -78,7 +128,9 @@ def test_rate_failures_and_what_is_recorded(tmp_path, monkeypatch) -> None:
 def test_request(tmp_path) -> None:
     bodies = []
     with FakeLlm(lambda body: bodies.append(body) or completion("no")) as server:
-        judge = Judge(LlmSettings("m", temperature=0.0, max_tokens=16, base_url=server.url), tmp_path)
+        judge = Judge(
+            LlmSettings("m", temperature=0.0, max_tokens=16, base_url=server.url), tmp_path
+        )
         assert judge([("What barks?", "A dog {barks}.")]) == ["no"]
     messages = [{"role": "user", "content": ASKED}]
     assert bodies == [{"model": "m", "messages": messages, "temperature": 0.0, "max_tokens": 16}]

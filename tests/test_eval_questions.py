@@ -46,13 +46,19 @@ def esc50(root: Path) -> None:
     names = ["1-100032-A-0.wav", "1-28135-A-11.wav", "5-9032-A-20.wav"]
     labels = ["dog", "sea_waves", "crying_baby"]
     write_table(
-        root / "meta/esc50.csv", header, *[(n, 1, 0, c, "x", 1, "A") for n, c in zip(names, labels, strict=True)]
+        root / "meta/esc50.csv",
+        header,
+        *[(n, 1, 0, c, "x", 1, "A") for n, c in zip(names, labels, strict=True)],
     )
     touch(root / "audio", *names)
 
 
 def fsd50k(root: Path) -> None:
-    rows = [(37199, "Electric_guitar,Guitar", "/m/1,/m/2"), (175151, "Bark,Dog", "/m/3"), (253463, "Rain", "/m/4")]
+    rows = [
+        (37199, "Electric_guitar,Guitar", "/m/1,/m/2"),
+        (175151, "Bark,Dog", "/m/3"),
+        (253463, "Rain", "/m/4"),
+    ]
     write_table(root / "FSD50K.ground_truth/eval.csv", "fname,labels,mids", *rows)
     touch(root / "FSD50K.eval_audio", "37199.wav", "175151.wav", "253463.wav")
 
@@ -60,7 +66,9 @@ def fsd50k(root: Path) -> None:
 def audiocaps(root: Path) -> None:
     clips = [("rqfQRErjfk8", 170), ("-6cS0FsUM-g", 30), ("6CDl4CqOgMg", 10)]
     rows = [
-        (n, *clip, f"A {word} is here") for n, word in enumerate(("big", "red", "new", "old", "sad")) for clip in clips
+        (n, *clip, f"A {word} is here")
+        for n, word in enumerate(("big", "red", "new", "old", "sad"))
+        for clip in clips
     ]
     write_table(root / "test.csv", "audiocap_id,youtube_id,start_time,caption", *rows)
     touch(root, "rqfQRErjfk8_170.flac", "Y-6cS0FsUM-g.wav", "sub/6CDl4CqOgMg.wav")
@@ -69,7 +77,9 @@ def audiocaps(root: Path) -> None:
 def clotho(root: Path) -> None:
     words = ("big", "red", "new", "old", "sad")
     rows = [(f"Santa Motor {n}.wav", *(f"A {word}, heard dog" for word in words)) for n in range(3)]
-    write_table(root / "clotho_captions_evaluation.csv", "file_name," + ",".join(questions.CAPTIONS), *rows)
+    write_table(
+        root / "clotho_captions_evaluation.csv", "file_name," + ",".join(questions.CAPTIONS), *rows
+    )
     touch(root, *(row[0] for row in rows))
 
 
@@ -96,9 +106,21 @@ SOUNDS = [
     ("iemocap", ["hap", "sad", "neutral"], ["Emotion: happy.", "Emotion: sad.", "Emotion: neutral."]),
     ("mosei", ["fear", "sad", "happy"], ["Emotion: fearful.", "Emotion: sad.", "Emotion: happy."]),
 ]  # fmt: skip
-WRONG = {"beijing_opera": "Clapper-drum", "gtzan": "Disco", "iemocap": "angry", "mosei": "angry", "dcase17": "Truck"}
+WRONG = {
+    "beijing_opera": "Clapper-drum",
+    "gtzan": "Disco",
+    "iemocap": "angry",
+    "mosei": "angry",
+    "dcase17": "Truck",
+}
 CASES = {
-    task: (labels, refs, [refs[0], f"Audio caption: {WRONG.get(task, refs[0][8:])}", None], A_RIGHT_ONE, ONE_OF_THREE)
+    task: (
+        labels,
+        refs,
+        [refs[0], f"Audio caption: {WRONG.get(task, refs[0][8:])}", None],
+        A_RIGHT_ONE,
+        ONE_OF_THREE,
+    )
     for task, labels, refs in SOUNDS
 }
 CASES["dcase17"] = (*CASES["dcase17"][:4], 2 / 5)  # Micro F1: one right of two said and three true.
@@ -126,7 +148,13 @@ CASES |= {
 
 # The original's figure on what was answered, where it is another: classes without positives have AP 0; "mall gong" is
 # nearest to "large gong"; a woman is male; of "60 to 70" it reads 60.
-ORIGINAL = {"fsd50k": 4 / 200, "audioset": 3 / 527, "fma": 3 / 16, "beijing_opera": 0, "voxceleb_gender": 0}
+ORIGINAL = {
+    "fsd50k": 4 / 200,
+    "audioset": 3 / 527,
+    "fma": 3 / 16,
+    "beijing_opera": 0,
+    "voxceleb_gender": 0,
+}
 ORIGINAL["voxceleb_age"] = (5 + 2) / 2
 
 
@@ -135,7 +163,11 @@ def make(task: str, root: Path, labels: list[str] | None) -> list[str]:
     if labels is None:
         globals()[task](root)
         return []
-    write_table(root / "table.csv", "audio,label", *[(f"clips/{n}.wav", label) for n, label in enumerate(labels)])
+    write_table(
+        root / "table.csv",
+        "audio,label",
+        *[(f"clips/{n}.wav", label) for n, label in enumerate(labels)],
+    )
     touch(root, "clips/0.wav", "clips/1.wav", "clips/2.wav")
     return ["--metadata", str(root / "table.csv")]
 
@@ -150,10 +182,25 @@ def score(task: str, root: Path, rows: list[dict], answers: list[str | None], *f
     """The result for these answers; a None could not be heard."""
     made = []
     for row, text in zip(rows, answers, strict=True):
-        heard = {"pred": text, "status": "ok"} if text is not None else {"pred": "", "status": "missing"}
-        made.append({"prompt": row["instruction"], "ref": row["output"], "audio_id": row["audio_id"]} | heard)
+        heard = (
+            {"pred": text, "status": "ok"}
+            if text is not None
+            else {"pred": "", "status": "missing"}
+        )
+        made.append(
+            {"prompt": row["instruction"], "ref": row["output"], "audio_id": row["audio_id"]}
+            | heard
+        )
     (root / "p.json").write_text(json.dumps(made))
-    command = ["--task", task, "--predictions", str(root / "p.json"), "--output_dir", str(root / "out"), *flags]
+    command = [
+        "--task",
+        task,
+        "--predictions",
+        str(root / "p.json"),
+        "--output_dir",
+        str(root / "out"),
+        *flags,
+    ]
     assert run.main([*command, "--cache_dir", str(root / "cache")]) == 0
     return json.loads((root / "out" / "report.json").read_text())["results"][0]
 
@@ -175,7 +222,9 @@ def test_task(task, tmp_path, monkeypatch):
     assert result["figure"]["on_answered"] == pytest.approx(on_answered)
     assert result["figure"]["on_all"] == pytest.approx(on_all)
     monkeypatch.setattr(report, "_save", lambda figure, path: None)  # The same figures again.
-    original = score(task, tmp_path, rows, answers, "--protocol", "original")  # It reads these references too.
+    original = score(
+        task, tmp_path, rows, answers, "--protocol", "original"
+    )  # It reads these references too.
     assert original["asked"] == 3
     assert original["figure"]["on_answered"] == pytest.approx(ORIGINAL.get(task, on_answered))
 
@@ -188,13 +237,23 @@ def test_captions(task, tmp_path, monkeypatch):
     assert len(rows) == 15 and len({row["audio_id"] for row in rows}) == 3
     first = {"audiocaps": "A {} is here", "clotho": "A {}, heard dog"}[task]
     own = [row["output"] for row in rows if row["audio_id"] == rows[0]["audio_id"]]
-    assert own == ["Audio caption: " + first.format(word) for word in ("big", "red", "new", "old", "sad")]
+    assert own == [
+        "Audio caption: " + first.format(word) for word in ("big", "red", "new", "old", "sad")
+    ]
     pytest.importorskip("pycocoevalcap")
     answers = [row["output"] for row in rows[:-1]]
-    result = score(task, tmp_path, rows, [*answers, None])  # Every clip but the last is described by its references.
-    assert (result["asked"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})  # of clips
+    result = score(
+        task, tmp_path, rows, [*answers, None]
+    )  # Every clip but the last is described by its references.
+    assert (result["asked"], result["answered"], result["failed"]) == (
+        3,
+        2,
+        {"missing": 1},
+    )  # of clips
     assert result["rows"] == 15
-    assert result["on_answered"]["ROUGE-L"] == pytest.approx(1) and result["on_all"]["ROUGE-L"] < 0.95
+    assert (
+        result["on_answered"]["ROUGE-L"] == pytest.approx(1) and result["on_all"]["ROUGE-L"] < 0.95
+    )
 
 
 def test_every_task_is_run_here():
@@ -203,15 +262,26 @@ def test_every_task_is_run_here():
 
 def test_toy(tmp_path):
     forms = json.loads(Path("data/toy/questions.json").read_text())["answers"]["cla_label"]
-    refs = [forms.format(label="snare drum", category="drums"), forms.format(label="dog", category="animals")]
-    rows = [{"instruction": "What?", "output": ref, "audio_id": f"{n}.wav"} for n, ref in enumerate([*refs, refs[0]])]
+    refs = [
+        forms.format(label="snare drum", category="drums"),
+        forms.format(label="dog", category="animals"),
+    ]
+    rows = [
+        {"instruction": "What?", "output": ref, "audio_id": f"{n}.wav"}
+        for n, ref in enumerate([*refs, refs[0]])
+    ]
     result = score("toy", tmp_path, rows, [refs[0], refs[0], None])
-    assert result["figure"]["on_answered"] == A_RIGHT_ONE and result["figure"]["on_all"] == pytest.approx(1 / 3)
+    assert result["figure"]["on_answered"] == A_RIGHT_ONE and result["figure"][
+        "on_all"
+    ] == pytest.approx(1 / 3)
 
 
 def test_open_ended(tmp_path):
     """Each question is its row's own; the judge is asked once."""
-    rows = [{"instruction": f"Why is it {word}?", "output": "", "audio_id": f"{word}.wav"} for word in "abcd"]
+    rows = [
+        {"instruction": f"Why is it {word}?", "output": "", "audio_id": f"{word}.wav"}
+        for word in "abcd"
+    ]
     verdicts = {"It rains.": "Yes.", "I cannot say.": "no", "Hm.": "Perhaps"}
 
     def judge(body: dict) -> dict:
@@ -223,20 +293,33 @@ def test_open_ended(tmp_path):
             result = score("open_ended", tmp_path, rows, [*verdicts, None], *flags)
         assert server.paid.total() == 3
     assert result["failed"] == {"missing": 1, "unparsed judgement": 1} and result["answered"] == 2
-    assert result["figure"]["on_answered"] == 0.5 and result["figure"]["on_all"] == pytest.approx(1 / 3)
+    assert result["figure"]["on_answered"] == 0.5 and result["figure"]["on_all"] == pytest.approx(
+        1 / 3
+    )
     assert result["prompt"].startswith("1 of 4: ") and "'temperature': 0.0" in result["notes"][0]
 
 
 def test_missing_clips(tmp_path, capsys):
     esc50(tmp_path)
     (tmp_path / "audio/1-28135-A-11.wav").unlink()
-    flags = ["--task", "esc50", "--audio_root", str(tmp_path), "--output_path", str(tmp_path / "q.json")]
+    flags = [
+        "--task",
+        "esc50",
+        "--audio_root",
+        str(tmp_path),
+        "--output_path",
+        str(tmp_path / "q.json"),
+    ]
     with pytest.raises(ValueError, match="lacks 1 clips"):
         questions.main(flags)
     assert not (tmp_path / "q.json").exists()
     assert questions.main([*flags, "--allow_missing"]) == 0
     out, errors = capsys.readouterr()
-    assert "2 questions, 2 clips; 1 missing" in out and "1-28135-A-11.wav" in errors and "esc50.csv, row 2" in errors
+    assert (
+        "2 questions, 2 clips; 1 missing" in out
+        and "1-28135-A-11.wav" in errors
+        and "esc50.csv, row 2" in errors
+    )
     assert [row["output"] for row in json.loads((tmp_path / "q.json").read_text())] == [
         "Labels:dog",
         "Labels:crying_baby",
@@ -246,7 +329,14 @@ def test_missing_clips(tmp_path, capsys):
 def test_a_missing_clip_of_five_rows_is_one(tmp_path, capsys):
     audiocaps(tmp_path)
     (tmp_path / "sub/6CDl4CqOgMg.wav").unlink()
-    flags = ["--task", "audiocaps", "--audio_root", str(tmp_path), "--output_path", str(tmp_path / "q.json")]
+    flags = [
+        "--task",
+        "audiocaps",
+        "--audio_root",
+        str(tmp_path),
+        "--output_path",
+        str(tmp_path / "q.json"),
+    ]
     assert questions.main([*flags, "--allow_missing"]) == 0
     out, errors = capsys.readouterr()
     assert "10 questions, 2 clips; 1 missing" in out and errors.count("missing: 6CDl4CqOgMg") == 1

@@ -21,7 +21,18 @@ from ltu.inference.requests import Request
 from tests.test_eval_questions import Stub
 from tests.tiny import LORA, clip, write_checkpoint, write_llm
 
-GENRES = ["Hip-Hop", "Reggae", "Rock", "Country", "Jazz", "Blues", "Pop", "Disco", "Metal", "Classical"]
+GENRES = [
+    "Hip-Hop",
+    "Reggae",
+    "Rock",
+    "Country",
+    "Jazz",
+    "Blues",
+    "Pop",
+    "Disco",
+    "Metal",
+    "Classical",
+]
 ASKING = ["--device", "cpu", "--max_new_tokens", "6", "--batch_size", "2"]
 
 
@@ -72,7 +83,12 @@ def no_figures(monkeypatch) -> None:
 
 def questions(*genres: str) -> list[dict]:
     return [
-        {"instruction": "Which genre?", "input": "", "audio_id": f"{number}.wav", "output": f"Music genre: {genre}"}
+        {
+            "instruction": "Which genre?",
+            "input": "",
+            "audio_id": f"{number}.wav",
+            "output": f"Music genre: {genre}",
+        }
         for number, genre in enumerate(genres)
     ]
 
@@ -105,7 +121,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def command(model: Path, *more: str) -> list[str]:
-    own = ["--task", "gtzan", "--model", f"m={model}", "--questions", "gtzan.json", "--output_dir", "out"]
+    own = [
+        "--task",
+        "gtzan",
+        "--model",
+        f"m={model}",
+        "--questions",
+        "gtzan.json",
+        "--output_dir",
+        "out",
+    ]
     return [*own, *ASKING, *more]
 
 
@@ -122,12 +147,19 @@ def test_interrupted_asking_goes_on(model, folder, monkeypatch, capsys):
     run_killed(command(model), monkeypatch)
     capsys.readouterr()
     assert run.main(command(model)) == 1
-    kept, asked = map(int, re.search(r"(\d+) from the partial file; asked (\d+)", capsys.readouterr().out).groups())
+    kept, asked = map(
+        int,
+        re.search(r"(\d+) from the partial file; asked (\d+)", capsys.readouterr().out).groups(),
+    )
     assert kept >= 1 and asked < 5 and kept + asked == 5
     assert contents(folder / "a" / "out") == expected
     found = result()
     assert (found["asked"], found["answered"], found["failed"]) == (5, 4, {"missing": 1})
-    assert len(found["checkpoint"]) == 64 and found["decoding"]["max_new_tokens"] == 6 and found["embedder"] == "stub"
+    assert (
+        len(found["checkpoint"]) == 64
+        and found["decoding"]["max_new_tokens"] == 6
+        and found["embedder"] == "stub"
+    )
     # The clip is brought: it alone is asked. Then nothing is.
     soundfile.write("4.wav", clip(4), 16_000)
     assert run.main(command(model)) == 0 and result()["failed"] == {}
@@ -159,7 +191,10 @@ def test_what_decides_answers_is_asked_anew(model, folder, capsys):
 
 def ask_twice(*clips: str) -> tuple[str, ...]:
     """Each clip's question two times, so in two trials; the flags that sample."""
-    rows = [row | {"audio_id": clip} for row, clip in zip(questions(*GENRES[:4]), clips * 2, strict=False)]
+    rows = [
+        row | {"audio_id": clip}
+        for row, clip in zip(questions(*GENRES[:4]), clips * 2, strict=False)
+    ]
     write(Path("gtzan.json"), rows)
     return "--temperature", "2.0"
 
@@ -181,9 +216,15 @@ def test_a_trial_is_kept_when_a_later_one_is_killed(model, folder, monkeypatch, 
 def test_max_bad_is_of_all_trials(model, folder, capsys):
     """And what was answered beside failures that are allowed is not asked again."""
     sampled = ask_twice("0.wav", "missing.wav")
-    assert run.main(command(model, *sampled, "--max_bad", "1")) == 1 and asked_of(capsys) == ["2", "2"]
+    assert run.main(command(model, *sampled, "--max_bad", "1")) == 1 and asked_of(capsys) == [
+        "2",
+        "2",
+    ]
     for _ in range(2):
-        assert run.main(command(model, *sampled, "--max_bad", "2")) == 0 and asked_of(capsys) == ["1", "1"]
+        assert run.main(command(model, *sampled, "--max_bad", "2")) == 0 and asked_of(capsys) == [
+            "1",
+            "1",
+        ]
     assert result()["failed"] == {"missing": 2}
 
 
@@ -202,7 +243,14 @@ def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
     monkeypatch.setattr(asking, "write_json", write_json)
     with pytest.raises(Killed):
         run.main(command(model, *sampled, "--seed", "7"))
-    scoring = ["--task", "gtzan", "--predictions", "out/m/gtzan.predictions.json", "--output_dir", "other"]
+    scoring = [
+        "--task",
+        "gtzan",
+        "--predictions",
+        "out/m/gtzan.predictions.json",
+        "--output_dir",
+        "other",
+    ]
     assert run.main(scoring) == 0 and result("other")["decoding"] == "not recorded"
     monkeypatch.setattr(asking, "write_json", stock)
     assert run.main(command(model, *sampled)) == 0 and contents(Path("out")) == expected
@@ -233,33 +281,50 @@ def test_label_scores(model, folder, monkeypatch):
         return stock(engine, request, candidates)
 
     monkeypatch.setattr(LtuEngine, "score", score)
-    labels = command(model, "--score_labels", "--label_prompt", "Genre?", "--label_answer", "Music genre: {}")
+    labels = command(
+        model, "--score_labels", "--label_prompt", "Genre?", "--label_answer", "Music genre: {}"
+    )
     with pytest.raises(Killed):
         run.main(labels)
     with Path("out/m/gtzan.label_scores.jsonl").open("a") as lines:
         lines.write('{"row": 2, "scores": [-1.0, ')
     asked.clear()
-    monkeypatch.setattr(LtuEngine, "score", lambda *args: (asked.append(args[1].audio_id), stock(*args))[1])
+    monkeypatch.setattr(
+        LtuEngine, "score", lambda *args: (asked.append(args[1].audio_id), stock(*args))[1]
+    )
     assert run.main(labels) == 1
     assert asked == ["2.wav", "3.wav", "4.wav"]
     engine = open_engine(inference_flags(str(model), run.parse_args(command(model))))
-    lines = [json.loads(line) for line in Path("out/m/gtzan.label_scores.jsonl").read_text().splitlines()[1:]]
+    lines = [
+        json.loads(line)
+        for line in Path("out/m/gtzan.label_scores.jsonl").read_text().splitlines()[1:]
+    ]
     candidates = [f"Music genre: {genre}" for genre in GENRES]
     likeliest = []
     for number in range(4):
         own = stock(engine, Request("Genre?", f"{number}.wav", ""), candidates)
-        assert lines[number]["scores"] == pytest.approx([score.log_likelihood for score in own], abs=1e-4)
-        likeliest.append(max(own, key=lambda score: score.log_likelihood).text.removeprefix("Music genre: "))
+        assert lines[number]["scores"] == pytest.approx(
+            [score.log_likelihood for score in own], abs=1e-4
+        )
+        likeliest.append(
+            max(own, key=lambda score: score.log_likelihood).text.removeprefix("Music genre: ")
+        )
     found = result()
     items = [json.loads(line) for line in Path("out/m/gtzan.items.jsonl").read_text().splitlines()]
     assert [item["chosen"] for item in items] == [*likeliest, None]
-    assert found["failed"] == {"missing": 1} and found["embedder"] is None and found["label_prompt"] == "Genre?"
+    assert (
+        found["failed"] == {"missing": 1}
+        and found["embedder"] is None
+        and found["label_prompt"] == "Genre?"
+    )
     assert found["scoring"] == "label log-likelihood"
     # A task without classes is left out of "all", with a word, and otherwise refused.
     shutil.copy("gtzan.json", "voxceleb_age.json")
     labels[labels.index("gtzan.json")] = "."
     assert run.main(["--task", "all", *labels[2:]]) == 1
-    assert json.loads(Path("out/report.json").read_text())["left_out"] == ["m, voxceleb_age: it has no classes"]
+    assert json.loads(Path("out/report.json").read_text())["left_out"] == [
+        "m, voxceleb_age: it has no classes"
+    ]
     for tasks, more in (
         (["gtzan", "voxceleb_age"], []),
         (["voxceleb_age"], []),
@@ -268,7 +333,9 @@ def test_label_scores(model, folder, monkeypatch):
         with pytest.raises(SystemExit):
             run.main(["--task", *tasks, *labels[2:], *more])
     Path("gtzan.json").unlink()
-    with pytest.raises(ValueError, match="Nothing is left to score. m, voxceleb_age: it has no classes"):
+    with pytest.raises(
+        ValueError, match="Nothing is left to score. m, voxceleb_age: it has no classes"
+    ):
         run.main(["--task", "all", *labels[2:]])
 
 
@@ -277,8 +344,14 @@ def test_label_scores(model, folder, monkeypatch):
 
 def test_two_models_side_by_side(folder, capsys):
     """The same command twice: the same bytes. Figures by hand."""
-    write(Path("p.json"), predictions(("Rock", "Rock"), ("Jazz", "a Jazz piece"), ("Pop", "Disco"), ("Blues", None)))
-    write(Path("q.json"), predictions(("Rock", "Metal"), ("Jazz", "Jazz"), ("Pop", "Pop"), ("Blues", "  ")))
+    write(
+        Path("p.json"),
+        predictions(("Rock", "Rock"), ("Jazz", "a Jazz piece"), ("Pop", "Disco"), ("Blues", None)),
+    )
+    write(
+        Path("q.json"),
+        predictions(("Rock", "Metal"), ("Jazz", "Jazz"), ("Pop", "Pop"), ("Blues", "  ")),
+    )
     flags = ["--task", "gtzan", "--predictions", "mine=p.json", "q.json", "--output_dir", "out"]
     assert run.main(flags) == 0
     first = contents(Path("out"))
@@ -290,8 +363,13 @@ def test_two_models_side_by_side(folder, capsys):
     assert mine["figure"]["on_answered"] == other["figure"]["on_answered"] == pytest.approx(2 / 3)
     assert mine["figure"]["on_all"] == 0.5 and mine["paper"] == {"LTU-AS": 0.503, "LTU": 0.298}
     assert (mine["failed"], other["failed"]) == ({"no answer": 1}, {"empty answer": 1})
-    items = [json.loads(line) for line in Path("out/mine/gtzan.items.jsonl").read_text().splitlines()]
-    assert [(item["chosen"], item["failed"]) for item in items[-2:]] == [("Disco", None), (None, "no answer")]
+    items = [
+        json.loads(line) for line in Path("out/mine/gtzan.items.jsonl").read_text().splitlines()
+    ]
+    assert [(item["chosen"], item["failed"]) for item in items[-2:]] == [
+        ("Disco", None),
+        (None, "no answer"),
+    ]
     assert not re.search(rb"(?i)matplotlib|20\d\d-\d\d-\d\d", first["report.png"])
 
 
@@ -299,14 +377,34 @@ def test_a_truth_that_is_no_class(folder):
     write(Path("p.json"), predictions(("Rock", "Rock"), ("Schlager", "Rock")))
     for protocol in ("strict", "original"):
         with pytest.raises(ValueError, match="p.json, row 2: .*chlager"):
-            run.main(["--task", "gtzan", "--predictions", "p.json", "--output_dir", "out", "--protocol", protocol])
+            run.main(
+                [
+                    "--task",
+                    "gtzan",
+                    "--predictions",
+                    "p.json",
+                    "--output_dir",
+                    "out",
+                    "--protocol",
+                    protocol,
+                ]
+            )
     assert not Path("out/report.json").exists()
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_questions_without_a_row_are_failed(folder):
     rows = predictions(("Hip-Hop", "Hip-Hop"), ("Reggae", "Rock"))
-    flags = ["--task", "gtzan", "--predictions", "p.json", "--questions", "gtzan.json", "--output_dir", "out"]
+    flags = [
+        "--task",
+        "gtzan",
+        "--predictions",
+        "p.json",
+        "--questions",
+        "gtzan.json",
+        "--output_dir",
+        "out",
+    ]
     write(Path("p.json"), rows)
     assert run.main(flags) == 0
     found = result()
@@ -325,7 +423,16 @@ def test_questions_without_a_row_are_failed(folder):
 
 def test_malformed_questions(model, folder):
     write(Path("p.json"), predictions(("Rock", "Rock")))
-    scoring = ["--task", "gtzan", "--predictions", "p.json", "--questions", "gtzan.json", "--output_dir", "out"]
+    scoring = [
+        "--task",
+        "gtzan",
+        "--predictions",
+        "p.json",
+        "--questions",
+        "gtzan.json",
+        "--output_dir",
+        "out",
+    ]
     for wrong, message in (
         ([{"audio_id": "0.wav"}], "gtzan.json, row 1: no 'instruction'"),
         ([], "json holds no rows"),
@@ -362,7 +469,10 @@ def test_all_tasks_of_a_folder(folder, capsys):
     capsys.readouterr()
     assert run.main(["--list"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"esc50 +esc50.json +accuracy +LTU 0.831, .*Close-ended question: Write an audio caption", shown)
+    assert re.search(
+        r"esc50 +esc50.json +accuracy +LTU 0.831, .*Close-ended question: Write an audio caption",
+        shown,
+    )
     for more in (
         [],
         [*flags, "--max_new_token", "9"],
@@ -377,7 +487,9 @@ def test_interval():
     """Of 100 right ones of 400 answered: 1.96 standard errors each way. Failed items play no part; nan is None."""
     items = [{"failed": None}] * 400 + [{"failed": "missing"}] * 50
     right = np.arange(450) % 4 == 0
-    outcome = Outcome(items, lambda indices: {"accuracy": float(right[indices].mean()), "other": float("nan")})
+    outcome = Outcome(
+        items, lambda indices: {"accuracy": float(right[indices].mean()), "other": float("nan")}
+    )
     found = report.summarize(outcome, find_task("gtzan"), seed=0)
     error = 1.96 * (0.25 * 0.75 / 400) ** 0.5
     assert found["figure"]["low"] == pytest.approx(0.25 - error, abs=0.006)

@@ -20,10 +20,17 @@ from tests.tiny import start_command
 from tests.whisper_tiny import save_whisper
 
 SHAPE = [4, 25, 64]
-DESCRIPTION = {"whisper_model": "tiny.pt", "fingerprint": "ab" * 32, "feature_precision": "fp32", "shape": SHAPE}
+DESCRIPTION = {
+    "whisper_model": "tiny.pt",
+    "fingerprint": "ab" * 32,
+    "feature_precision": "fp32",
+    "shape": SHAPE,
+}
 
 
-def features(seed: int = 0, shape: list[int] = SHAPE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def features(
+    seed: int = 0, shape: list[int] = SHAPE, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -43,7 +50,9 @@ def test_read_is_what_was_written(tmp_path: Path, dtype: torch.dtype, shape: lis
     assert torch.equal(stored.features, content) and stored.features.dtype == dtype
     assert (stored.transcript, stored.seconds) == ("He said “no”.", 1.5)
     assert store.has("a/ö clip.wav", with_transcript=True)
-    store.write("b/ö clip.wav", content, None, None)  # The same stem in another folder is another clip.
+    store.write(
+        "b/ö clip.wav", content, None, None
+    )  # The same stem in another folder is another clip.
     assert store.has("b/ö clip.wav") and not store.has("b/ö clip.wav", with_transcript=True)
     assert store.read("c/ö clip.wav") is None and not store.has("c/ö clip.wav")
 
@@ -52,7 +61,9 @@ def test_opened_again(store: FeatureStore) -> None:
     store.write("a.wav", features(), "", 1.0)
     opened = FeatureStore(store.folder)
     assert opened.description == DESCRIPTION and opened.read("a.wav").transcript == ""
-    assert FeatureStore.create(store.folder, DESCRIPTION | {"whisper_model": "moved.pt"}).has("a.wav")
+    assert FeatureStore.create(store.folder, DESCRIPTION | {"whisper_model": "moved.pt"}).has(
+        "a.wav"
+    )
     with pytest.raises(FileNotFoundError, match="holds no features.*extract_whisper_feature"):
         FeatureStore(store.folder / "nothing")
 
@@ -76,7 +87,10 @@ def test_damage_is_found(store: FeatureStore) -> None:
 
 def test_another_model_is_refused(store: FeatureStore) -> None:
     for change, words in (
-        ({"fingerprint": "cd" * 32, "whisper_model": "large-v1"}, "tiny.pt.*large-v1.*abab.*there, cdcd.*now"),
+        (
+            {"fingerprint": "cd" * 32, "whisper_model": "large-v1"},
+            "tiny.pt.*large-v1.*abab.*there, cdcd.*now",
+        ),
         ({"shape": [6, 25, 512]}, r"\[4, 25, 64\] there, \[6, 25, 512\] now"),
         ({"feature_precision": "fp16"}, "feature_precision fp32 there, fp16 now"),
         ({"computed_in": "fp32"}, "computed_in None there, fp32 now"),
@@ -92,21 +106,27 @@ def test_wrong_width_names_both(store: FeatureStore, tmp_path: Path) -> None:
     other.write("a.wav", features(shape=[4, 25, 32]), "", 1.0)
     store.path_of("a.wav").parent.mkdir()
     other.path_of("a.wav").rename(store.path_of("a.wav"))
-    with pytest.raises(FeatureError, match=r"= \[4, 25, 32\], needed are \[4, 25, 64\]. It is another Whisper's"):
+    with pytest.raises(
+        FeatureError, match=r"= \[4, 25, 32\], needed are \[4, 25, 64\]. It is another Whisper's"
+    ):
         store.read("a.wav")
 
 
 def test_failed_clips_have_a_mark_and_no_features(store: FeatureStore) -> None:
     store.fail("a.wav", "missing", "a.wav: no such file")
     assert store.read("a.wav") is None and not store.has("a.wav")
-    assert store.failures() == [{"audio_id": "a.wav", "reason": "missing", "detail": "a.wav: no such file"}]
+    assert store.failures() == [
+        {"audio_id": "a.wav", "reason": "missing", "detail": "a.wav: no such file"}
+    ]
     store.write("a.wav", features(), "", 1.0)
     assert store.failures() == []
 
 
 def test_original_names(golden: Path) -> None:
     names = json.loads((golden / "whisper.json").read_text())["file_names"]["training"]
-    assert {path: original_name(path) for path in names} == {path: f"{name}.npz" for path, name in names.items()}
+    assert {path: original_name(path) for path in names} == {
+        path: f"{name}.npz" for path, name in names.items()
+    }
 
 
 def test_original_folders_are_read(tmp_path: Path) -> None:
@@ -118,16 +138,27 @@ def test_original_folders_are_read(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     assert store.description == {}
     assert torch.equal(store.read("/a/b/c/d/clip.wav").features, content)
-    assert torch.equal(store.read("/p/q/e.f.mp3").features, content + 1)  # inference_batch of the original: the stem
+    assert torch.equal(
+        store.read("/p/q/e.f.mp3").features, content + 1
+    )  # inference_batch of the original: the stem
     assert store.read("/p/q/e.f.mp3")[1:] == (None, None)
-    assert store.read("x/failed.wav") is None and not store.has("x/failed.wav") and store.has("e.f.wav")
+    assert (
+        store.read("x/failed.wav") is None
+        and not store.has("x/failed.wav")
+        and store.has("e.f.wav")
+    )
     with pytest.raises(FeatureError, match="x_bad.npz: no features of the original"):
         store.read("x/bad.wav")
     (tmp_path / "x_bad.npz").unlink()
-    assert [(mark["audio_id"], mark["reason"]) for mark in store.failures()] == [("x_failed.npz", "zeros")]
+    assert [(mark["audio_id"], mark["reason"]) for mark in store.failures()] == [
+        ("x_failed.npz", "zeros")
+    ]
     with pytest.raises(FeatureError, match=r"\[4, 25, 64\], needed are \[32, 25, 1280\]"):
         FeatureStore(tmp_path, shape=[32, 25, 1280]).read("/a/b/c/d/clip.wav")
-    for write in (lambda: store.write("a.wav", content, "", 1.0), lambda: FeatureStore.create(tmp_path, DESCRIPTION)):
+    for write in (
+        lambda: store.write("a.wav", content, "", 1.0),
+        lambda: FeatureStore.create(tmp_path, DESCRIPTION),
+    ):
         with pytest.raises(ValueError, match="npz files of the original, which are only read"):
             write()
 
@@ -145,7 +176,11 @@ def data(tmp_path_factory) -> Path:
     for number in range(CLIPS):
         sound = np.random.default_rng(number).standard_normal(4000 + 900 * number) * 0.1
         soundfile.write(folder / f"clip{number}.wav", sound, 16_000)
-        row = {"instruction": "What is it?", "audio_id": f"clip{number}.wav", "input": "words" if number % 3 else None}
+        row = {
+            "instruction": "What is it?",
+            "audio_id": f"clip{number}.wav",
+            "input": "words" if number % 3 else None,
+        }
         rows.append(row if number % 3 else {key: row[key] for key in row if key != "input"})
     rows.append({"instruction": "No sound?", "audio_id": "empty"})
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -155,12 +190,18 @@ def data(tmp_path_factory) -> Path:
 def flags(data: Path, folder: Path, *more: str) -> list[str]:
     settings = {"data_path": data / "rows.json", "output_dir": folder, "whisper": data / "tiny.pt"}
     settings |= {"feature_precision": "fp32", "batch_size": "4", "device": "cpu"}
-    return [*(word for name, value in settings.items() for word in (f"--{name}", str(value))), *more]
+    return [
+        *(word for name, value in settings.items() for word in (f"--{name}", str(value))),
+        *more,
+    ]
 
 
 def files_of(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +228,16 @@ def test_extraction_keeps_what_is_wanted(data: Path, whole_folder: Path, tmp_pat
     store = FeatureStore(tmp_path)
     stored = [store.read(f"clip{number}.wav") for number in range(CLIPS)]
     assert all(clip.features.any() and clip.features.dtype == torch.float32 for clip in stored)
-    assert [clip.transcript is not None for clip in stored] == [number % 3 == 0 for number in range(CLIPS)]
+    assert [clip.transcript is not None for clip in stored] == [
+        number % 3 == 0 for number in range(CLIPS)
+    ]
     assert stored[4].seconds == (4000 + 900 * 4) / 16_000
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert extract_whisper_feature.main(flags(data, tmp_path)) == 0  # Nothing is done twice ...
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert extract_whisper_feature.main(flags(data, tmp_path, "--transcribe", "all")) == 0  # ... but words are added.
+    assert (
+        extract_whisper_feature.main(flags(data, tmp_path, "--transcribe", "all")) == 0
+    )  # ... but words are added.
     assert all(store.has(f"clip{number}.wav", with_transcript=True) for number in range(CLIPS))
 
 
@@ -212,7 +257,9 @@ def test_killed_and_run_again(data: Path, whole: dict[str, str], tmp_path: Path)
     assert files_of(folder) == whole
 
 
-def test_two_processes_make_the_same_files(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
+def test_two_processes_make_the_same_files(
+    data: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
     folder = tmp_path / "features"
     output = tmp_path / "output"
     ranks = [start(data, folder, output, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
@@ -222,9 +269,14 @@ def test_two_processes_make_the_same_files(data: Path, whole: dict[str, str], tm
     assert files_of(folder) == whole
 
 
-def test_failures_are_named_and_never_zeros(data: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_failures_are_named_and_never_zeros(
+    data: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     (data / "noise.wav").write_bytes(b"RIFF")
-    rows = [{"instruction": "?", "audio_id": name, "input": ""} for name in ("clip1.wav", "noise.wav", "gone.wav")]
+    rows = [
+        {"instruction": "?", "audio_id": name, "input": ""}
+        for name in ("clip1.wav", "noise.wav", "gone.wav")
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     command = flags(data, tmp_path / "out", "--audio_root", str(data))
     command[1] = str(tmp_path / "rows.jsonl")
@@ -265,8 +317,16 @@ def test_extraction_refuses_what_does_not_fit(data: Path, whole, tmp_path: Path)
         extract_whisper_feature.main(flags(data, tmp_path))
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "q.json").write_text(json.dumps([{"instruction": "?", "audio_id": "clip0.wav"}]))
-    command = flags(data, tmp_path / "out", "--data_path", str(tmp_path / "x/q.json"), str(tmp_path / "y/q.json"))
+        (tmp_path / name / "q.json").write_text(
+            json.dumps([{"instruction": "?", "audio_id": "clip0.wav"}])
+        )
+    command = flags(
+        data,
+        tmp_path / "out",
+        "--data_path",
+        str(tmp_path / "x/q.json"),
+        str(tmp_path / "y/q.json"),
+    )
     with pytest.raises(ValueError, match="clip0.wav' is .*x/clip0.wav and .*y/clip0.wav"):
         extract_whisper_feature.main(command)
     process = start(data, tmp_path, tmp_path / "output")

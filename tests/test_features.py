@@ -19,7 +19,11 @@ NOISE = 5e-3
 
 def waveform_of(golden: Path, clip: str) -> np.ndarray:
     # Silence is refused by load_audio, yet its filterbank is defined.
-    return np.zeros(32_000, np.float32) if clip == "silence2" else load_audio(golden / "wav" / f"{clip}.wav")
+    return (
+        np.zeros(32_000, np.float32)
+        if clip == "silence2"
+        else load_audio(golden / "wav" / f"{clip}.wav")
+    )
 
 
 def within_60_db(normalised: np.ndarray) -> np.ndarray:
@@ -37,14 +41,20 @@ def test_filterbank_equals_the_original(golden: Path, golden_report, clip: str) 
 
 
 @pytest.mark.parametrize("clip", CLIPS)
-def test_every_frame_of_the_filterbank(golden: Path, full_golden: Path, golden_report, clip: str) -> None:
+def test_every_frame_of_the_filterbank(
+    golden: Path, full_golden: Path, golden_report, clip: str
+) -> None:
     figures = np.load(full_golden / "fbank_ltu.npz")
     key = f"{clip}.gradio" if f"{clip}.gradio" in figures.files else f"{clip}.collator"
     summary = json.loads((full_golden / "fbank_ltu.json").read_text())[clip][key.split(".")[1]]
-    check_filterbank(golden, golden_report, "filterbank, every frame", clip, figures[key], summary, step=1)
+    check_filterbank(
+        golden, golden_report, "filterbank, every frame", clip, figures[key], summary, step=1
+    )
 
 
-def check_filterbank(golden: Path, golden_report, module: str, clip: str, expected, summary: dict, step: int) -> None:
+def check_filterbank(
+    golden: Path, golden_report, module: str, clip: str, expected, summary: dict, step: int
+) -> None:
     features = LtuFeatureExtractor()(waveform_of(golden, clip)).input_features[0].numpy()
     assert features.shape == (1024, 128) and features.dtype == np.float32
     frames = summary["real_frames"]
@@ -55,8 +65,12 @@ def check_filterbank(golden: Path, golden_report, module: str, clip: str, expect
     else:
         golden_report(module, clip, error.max(), 1e-4)
     if frames < 1024:
-        golden_report(module, f"{clip} padding", np.abs(features[frames:] - summary["tail_value"]).max(), 1e-6)
-    golden_report(module, f"{clip} mean", abs(features.astype(np.float64).mean() - summary["mean"]), 1e-5)
+        golden_report(
+            module, f"{clip} padding", np.abs(features[frames:] - summary["tail_value"]).max(), 1e-6
+        )
+    golden_report(
+        module, f"{clip} mean", abs(features.astype(np.float64).mean() - summary["mean"]), 1e-5
+    )
 
 
 @pytest.mark.parametrize("clip", ["noise3", "tone4"])
@@ -64,9 +78,15 @@ def test_log_mel_equals_an_independent_front_end(golden: Path, golden_report, cl
     features = YamnetFeatureExtractor()(waveform_of(golden, clip)).input_features[0].numpy()
     assert features.shape == (1024, 64) and features.dtype == np.float32
     expected = np.load(golden / "yamnet.npz")
-    golden_report("log-mel (YAMNet)", clip, np.abs(features[::16] - expected[f"{clip}.log_mel"]).max(), 1e-4)
+    golden_report(
+        "log-mel (YAMNet)", clip, np.abs(features[::16] - expected[f"{clip}.log_mel"]).max(), 1e-4
+    )
     if clip == "tone4":
-        padded = YamnetFeatureExtractor(loop_short_clips=False)(waveform_of(golden, clip)).input_features[0].numpy()
+        padded = (
+            YamnetFeatureExtractor(loop_short_clips=False)(waveform_of(golden, clip))
+            .input_features[0]
+            .numpy()
+        )
         error = np.abs(padded[::16] - expected["tone4.log_mel_padded"]).max()
         golden_report("log-mel (YAMNet)", "tone4 padded", error, 1e-4)
         assert np.allclose(padded[402:], np.log(0.001))
@@ -78,7 +98,9 @@ def test_short_clips_are_repeated() -> None:
     assert (features[:10] - features[10:20]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("extractor", [LtuFeatureExtractor(), YamnetFeatureExtractor()], ids=["ltu", "yamnet"])
+@pytest.mark.parametrize(
+    "extractor", [LtuFeatureExtractor(), YamnetFeatureExtractor()], ids=["ltu", "yamnet"]
+)
 class TestEveryExtractor:
     def test_a_batch_equals_single_clips(self, extractor, golden: Path) -> None:
         clips = [waveform_of(golden, clip) for clip in ("noise3", "noise12p5", "tone4")]
@@ -94,22 +116,31 @@ class TestEveryExtractor:
         assert (extractor(clip).input_features - before).abs().max() < 1e-3
         assert extractor.chunk_seconds == pytest.approx(10.24)
 
-    @pytest.mark.parametrize("samples", [400, 401, 16_000, 163_840, 164_079, 164_080, 164_081, 400_000])
+    @pytest.mark.parametrize(
+        "samples", [400, 401, 16_000, 163_840, 164_079, 164_080, 164_081, 400_000]
+    )
     def test_any_length(self, extractor, samples: int) -> None:
         clip = np.random.default_rng(samples).normal(size=samples).astype(np.float32)
         features = extractor(clip).input_features
         assert features.shape[1] == 1024 and features.isfinite().all()
 
-    def test_saved_and_opened_by_the_auto_class(self, extractor, golden: Path, tmp_path: Path) -> None:
+    def test_saved_and_opened_by_the_auto_class(
+        self, extractor, golden: Path, tmp_path: Path
+    ) -> None:
         extractor.save_pretrained(tmp_path)
         opened = AutoFeatureExtractor.from_pretrained(tmp_path)
         assert type(opened) is type(extractor) and opened.to_dict() == extractor.to_dict()
         clip = waveform_of(golden, "noise3")
         assert (opened(clip).input_features == extractor(clip).input_features).all()
-        assert (type(extractor).from_pretrained(tmp_path)(clip).input_features == opened(clip).input_features).all()
+        assert (
+            type(extractor).from_pretrained(tmp_path)(clip).input_features
+            == opened(clip).input_features
+        ).all()
 
     def test_numpy_on_request(self, extractor, golden: Path) -> None:
-        assert isinstance(extractor(waveform_of(golden, "noise3"), return_tensors="np").input_features, np.ndarray)
+        assert isinstance(
+            extractor(waveform_of(golden, "noise3"), return_tensors="np").input_features, np.ndarray
+        )
 
     def test_refusals(self, extractor) -> None:
         with pytest.raises(ValueError, match="16000 Hz, got 44100 Hz"):
@@ -123,4 +154,8 @@ class TestEveryExtractor:
 def test_settings_survive_saving(tmp_path: Path) -> None:
     YamnetFeatureExtractor(num_frames=96, loop_short_clips=False).save_pretrained(tmp_path)
     opened = AutoFeatureExtractor.from_pretrained(tmp_path)
-    assert opened.num_frames == 96 and not opened.loop_short_clips and opened.chunk_seconds == pytest.approx(0.96)
+    assert (
+        opened.num_frames == 96
+        and not opened.loop_short_clips
+        and opened.chunk_seconds == pytest.approx(0.96)
+    )

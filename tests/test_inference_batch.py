@@ -54,7 +54,10 @@ def flags(folder: Path, rows: Path, output: Path, *more: str) -> list[str]:
 
 def read(path: Path) -> list[dict]:
     """What must be equal: all but wall times."""
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in json.loads(path.read_text())]
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in json.loads(path.read_text())
+    ]
 
 
 def asked(capsys) -> list[tuple[int, int]]:
@@ -158,7 +161,9 @@ def test_kill_9(folder, rows, tmp_path, reference, capsys):
         assert not output.exists() and done < count_lines(output) < 22
         done = count_lines(output)
     assert main(flags(folder, rows, output)) == 0
-    assert asked(capsys) == [(pytest.approx(done, abs=2), 22 - done)] and read(output) == read(reference)
+    assert asked(capsys) == [(pytest.approx(done, abs=2), 22 - done)] and read(output) == read(
+        reference
+    )
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +184,13 @@ def kept(folder, rows, tmp_path_factory) -> Path:
 def test_half_a_line_and_strange_lines(folder, rows, tmp_path, kept, reference, capsys):
     output = tmp_path / "p.json"
     lines = (kept / "one.json.partial.jsonl").read_bytes().splitlines(keepends=True)
-    junk = [b"null\n", b"[]\n", b'{"key": 1}\n', b"\xff\x00\n", lines[3].replace(b'"num_chunks"', b'"unknown"')]
+    junk = [
+        b"null\n",
+        b"[]\n",
+        b'{"key": 1}\n',
+        b"\xff\x00\n",
+        lines[3].replace(b'"num_chunks"', b'"unknown"'),
+    ]
     partials_path = Path(f"{output}.partial.jsonl")
     partials_path.write_bytes(b"".join([*lines[:3], *junk, *lines[4:7], lines[7][:-20]]))
     assert main(flags(folder, rows, output)) == 0
@@ -193,9 +204,18 @@ def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
     """By content, not by name; the same name with other content is another clip."""
     for name, seed in (("a.wav", 1), ("copy.wav", 1), ("b.wav", 2)):
         soundfile.write(tmp_path / name, clip(seed), 16_000)
-    questions = [("What?", "a.wav"), ("What?", "copy.wav"), ("What?", "b.wav"), ("Why?", "a.wav"), ("What?", "empty")]
+    questions = [
+        ("What?", "a.wav"),
+        ("What?", "copy.wav"),
+        ("What?", "b.wav"),
+        ("Why?", "a.wav"),
+        ("What?", "empty"),
+    ]
     questions += [("What?", "a.wav"), ("What?", "empty")]
-    rows = [{"instruction": text, "audio_id": name, "output": f"{n}"} for n, (text, name) in enumerate(questions)]
+    rows = [
+        {"instruction": text, "audio_id": name, "output": f"{n}"}
+        for n, (text, name) in enumerate(questions)
+    ]
     rows[-2]["input"] = "someone speaks"
     rows.append({"instruction": "What?", "audio_id": "gone.wav"})  # Keeps the partial file.
     (tmp_path / "q.json").write_text(json.dumps(rows))
@@ -215,7 +235,9 @@ def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
     assert second[1:3] == first[1:3] and second[7]["pred"] == first[0]["pred"] != second[0]["pred"]
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "tokens", "sampling", "seed", "dtype", "num_chunks"])
+@pytest.mark.parametrize(
+    "change", ["checkpoint", "tokens", "sampling", "seed", "dtype", "num_chunks"]
+)
 def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, kept, capsys, change):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     capsys.readouterr()
@@ -225,7 +247,11 @@ def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, kept, capsys
         shutil.copytree(folder, other)
         write_checkpoint(other, folder.parent / "llm", LORA, seed=1)
     changes = {"tokens": "--max_new_tokens 9", "sampling": "--temperature 0.5", "seed": "--seed 1"}
-    changes |= {"dtype": "--dtype bfloat16", "num_chunks": "--num_chunks all", "checkpoint": f"--model {tmp_path}/checkpoint"}
+    changes |= {
+        "dtype": "--dtype bfloat16",
+        "num_chunks": "--num_chunks all",
+        "checkpoint": f"--model {tmp_path}/checkpoint",
+    }
     command = flags(folder, tmp_path / "and_one.json", tmp_path / "one.json", *more)
     assert main([*command, *changes[change].split()]) == 0
     assert asked(capsys) == [(0, 23)]
@@ -290,12 +316,27 @@ def test_each_rank_has_its_gpu(folder, rows, tmp_path, monkeypatch):
 
 
 def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
-    sounds = {"good.wav": clip(1, 0.5), "long.wav": clip(1, 0.8), "silent.wav": clip(1) * 0, "short.wav": clip(1, 0.02)}
+    sounds = {
+        "good.wav": clip(1, 0.5),
+        "long.wav": clip(1, 0.8),
+        "silent.wav": clip(1) * 0,
+        "short.wav": clip(1, 0.02),
+    }
     for name, samples in sounds.items():
         soundfile.write(tmp_path / name, samples, 16_000)
     (tmp_path / "broken.wav").write_bytes(b"RIFF and nothing else")
-    names = ["good.wav", "silent.wav", "empty", "short.wav", "broken.wav", "nowhere.wav", "long.wav"]
-    rows = [{"instruction": f"Question {index}?", "audio_id": name} for index, name in enumerate(names)]
+    names = [
+        "good.wav",
+        "silent.wav",
+        "empty",
+        "short.wav",
+        "broken.wav",
+        "nowhere.wav",
+        "long.wav",
+    ]
+    rows = [
+        {"instruction": f"Question {index}?", "audio_id": name} for index, name in enumerate(names)
+    ]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     command = flags(folder, tmp_path / "q.json", tmp_path / "out" / "p.json")
     assert main([*command, "--max_bad", "3"]) == 1
@@ -304,12 +345,19 @@ def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
     assert [entry["prompt"] for entry in entries] == [row["instruction"] for row in rows]
     statuses = ["ok", "silent", "ok", "too_short", "unreadable", "missing", "truncated"]
     assert [entry["status"] for entry in entries] == statuses
-    assert all((entry["pred"] == "") == (entry["status"] not in ("ok", "truncated")) for entry in entries)
+    assert all(
+        (entry["pred"] == "") == (entry["status"] not in ("ok", "truncated")) for entry in entries
+    )
     long = entries[-1]
     assert (long["seconds_heard"], long["seconds_total"], long["num_chunks"]) == (0.64, 0.8, 1)
     assert (long["sampling_rate"], long["channels"], long["model"]) == (16_000, 1, "ltu")
-    assert long["new_tokens"] > 0 < long["prompt_tokens"] and long["finish_reason"] in ("stop", "length")
-    assert len(long["checkpoint"]) == 64 and long["seconds"] > 0 and entries[2]["seconds_heard"] == 0
+    assert long["new_tokens"] > 0 < long["prompt_tokens"] and long["finish_reason"] in (
+        "stop",
+        "length",
+    )
+    assert (
+        len(long["checkpoint"]) == 64 and long["seconds"] > 0 and entries[2]["seconds_heard"] == 0
+    )
     out, errors = capsys.readouterr()
     first, second = out.split(f"{tmp_path / 'out' / 'p.json'}: ")[1:]
     for ledger in (first, second):
@@ -317,7 +365,10 @@ def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
             "ok 2", "truncated 1", "silent 1", "too_short 1", "unreadable 1", "missing 1",
         }  # fmt: skip
         assert "answered 3 of 7 questions; heard 1.1 of 1.3 s" in ledger
-    assert "0 from the partial file; asked 7," in first and "3 from the partial file; asked 4," in second
+    assert (
+        "0 from the partial file; asked 7," in first
+        and "3 from the partial file; asked 4," in second
+    )
     assert "nowhere.wav: no such file" in errors and "partial files are kept" in errors
     assert not partials(tmp_path / "out" / "p.json")
 
@@ -351,13 +402,19 @@ def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
         assert "DIFFERS" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dtype, lead, code", [("float16", 0.009, 0), ("float16", 0.02, 1), ("float32", 0.009, 1)])
-def test_only_near_ties_below_fp32_may_differ(folder, rows, tmp_path, capsys, monkeypatch, dtype, lead, code):
+@pytest.mark.parametrize(
+    "dtype, lead, code", [("float16", 0.009, 0), ("float16", 0.02, 1), ("float32", 0.009, 1)]
+)
+def test_only_near_ties_below_fp32_may_differ(
+    folder, rows, tmp_path, capsys, monkeypatch, dtype, lead, code
+):
     """Answers made up here: the second token of every batched one is another."""
 
     def generate(engine, requests, decoding):
         count = len(requests)
-        return [[7, 8 if count == 1 else 9, 2]] * count, [[(5.0, 0.01), (lead, 0.01), (5.0, 0.01)]] * count
+        return [[7, 8 if count == 1 else 9, 2]] * count, [
+            [(5.0, 0.01), (lead, 0.01), (5.0, 0.01)]
+        ] * count
 
     monkeypatch.setattr(batch_invariance, "generate", generate)
     assert main(flags(folder, rows, tmp_path / "p.json", "--check_batch", "--dtype", dtype)) == code

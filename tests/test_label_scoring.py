@@ -26,7 +26,8 @@ LABELS = [
     "I",
     "Male speech, man speaking",
     "dog",
-    "a long answer about a bell, which rings far away, and about rain that falls on a dog who does not mind it " * 2,
+    "a long answer about a bell, which rings far away, and about rain that falls on a dog who does not mind it "
+    * 2,
     "",
     "Ünïcode 雨",
     "</s> is text",
@@ -45,7 +46,10 @@ def pipeline_of(root: Path, kind: str) -> LtuEngine:
         return LtuEngine.from_pretrained(root / "checkpoint", device="cpu")
     settings, lora = {}, None
     if kind == "sliding":
-        kind, settings = "gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+        kind, settings = (
+            "gemma3_text",
+            {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        )
     elif kind == "all_sliding":
         kind, settings = "mistral", {"sliding_window": 8}
     elif kind == "lora":
@@ -57,13 +61,19 @@ def pipeline_of(root: Path, kind: str) -> LtuEngine:
         settings["tokenizer"].chat_template = TEMPLATES["spaced"]
     llm = write_llm(root / "llm", kind, **settings)
     template = load_prompt_template("chat", llm) if "tokenizer" in settings else None
-    return LtuEngine.from_pretrained(write_checkpoint(root / "checkpoint", llm, lora, prompt_template=template))
+    return LtuEngine.from_pretrained(
+        write_checkpoint(root / "checkpoint", llm, lora, prompt_template=template)
+    )
 
 
 def alone(engine: LtuEngine, request: Request, texts: list[str]) -> list[LabelScore]:
     """By the training row of question and answer, whole and without a cache."""
     processor = engine.processor
-    heard = [] if request.audio is None or request.mode == "asr_only" else [processor.load_clip(request.audio)]
+    heard = (
+        []
+        if request.audio is None or request.mode == "asr_only"
+        else [processor.load_clip(request.audio)]
+    )
     given = "" if request.mode == "audio_only" else request.transcript
     transcript = processor.complete_transcripts(heard, [given])[0] if heard else given or ""
     features = {"input_features": processor.extract_features(heard)} if heard else {}
@@ -97,7 +107,9 @@ KINDS = ["llama", "lora", "gpt2", "gpt_neox", "qwen2", "spaced", "gemma", "slidi
 def test_equals_each_alone(tmp_path: Path, kind: str) -> None:
     engine = pipeline_of(tmp_path, kind)
     heard = check(engine, Request(QUESTION, clip(1)))
-    assert heard[0].log_likelihood == pytest.approx(heard[5].log_likelihood, abs=1e-4)  # The same label twice.
+    assert heard[0].log_likelihood == pytest.approx(
+        heard[5].log_likelihood, abs=1e-4
+    )  # The same label twice.
     silent = check(engine, Request(QUESTION))
     if kind != "all_sliding":  # Its two layers cannot see as far back as the audio.
         assert silent[0].log_likelihood != pytest.approx(heard[0].log_likelihood, abs=1e-3)
@@ -115,7 +127,9 @@ def test_equals_each_alone_with_transcripts(tmp_path: Path) -> None:
     for mode in ("audio_only", "asr_only"):
         other = check(engine, Request(QUESTION, sound, "good morning", mode=mode))
         assert other[0].log_likelihood != pytest.approx(joint[0].log_likelihood, abs=1e-3)
-    assert check(engine, Request(QUESTION, sound))[0].text == "dog"  # Whisper writes the transcript.
+    assert (
+        check(engine, Request(QUESTION, sound))[0].text == "dog"
+    )  # Whisper writes the transcript.
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +142,11 @@ def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
     processor, request = llama.processor, Request(QUESTION, clip(1))
     prompt = processor.prompt(QUESTION)
     texts = [processor.tokenizer.decode([token]) for token in range(259, 512)]
-    own = [text for text in texts if len(processor.encode(prompt + text)) == len(processor.encode(prompt)) + 1]
+    own = [
+        text
+        for text in texts
+        if len(processor.encode(prompt + text)) == len(processor.encode(prompt)) + 1
+    ]
     scores = llama.score(request, own, with_end=False)
     assert len(own) > 20 and {score.num_tokens for score in scores} == {1}
     assert 0 < np.exp([score.log_likelihood for score in scores]).sum() <= 1 + 1e-5
@@ -139,7 +157,10 @@ def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
 def test_the_clip_is_heard_once(llama: LtuEngine) -> None:
     before = llama.cache.encoded
     first = llama.score(Request(QUESTION, clip(9)), LABELS)
-    assert llama.score(Request(QUESTION, clip(9)), LABELS) == first and llama.cache.encoded == before + 1
+    assert (
+        llama.score(Request(QUESTION, clip(9)), LABELS) == first
+        and llama.cache.encoded == before + 1
+    )
 
 
 def test_several_windows_are_heard(llama: LtuEngine) -> None:
@@ -150,17 +171,30 @@ def test_several_windows_are_heard(llama: LtuEngine) -> None:
 
 def test_tokens_that_merge_with_the_prompt_count(tmp_path: Path) -> None:
     """Behind "It is t", "he" completes a token of the prompt: its likelihood begins with that."""
-    template = {"name": "open", "prompt_no_input": "{instruction} It is t", "prompt_input": "{instruction} {input} t"}
-    folder = write_checkpoint(tmp_path / "checkpoint", write_llm(tmp_path / "llm"), prompt_template=template)
+    template = {
+        "name": "open",
+        "prompt_no_input": "{instruction} It is t",
+        "prompt_input": "{instruction} {input} t",
+    }
+    folder = write_checkpoint(
+        tmp_path / "checkpoint", write_llm(tmp_path / "llm"), prompt_template=template
+    )
     engine, candidates = LtuEngine.from_pretrained(folder), ["he", "!", "", "hen a dog", "rain"]
     processor = engine.processor
     prompt, starts = processor.encode(processor.prompt(QUESTION)), []
     for score in engine.score(Request(QUESTION), candidates):
-        ids = [*processor.encode(processor.prompt(QUESTION) + score.text), processor.tokenizer.eos_token_id]
-        starts.append(next(place for place, token in enumerate(ids) if token != [*prompt, -1][place]))
+        ids = [
+            *processor.encode(processor.prompt(QUESTION) + score.text),
+            processor.tokenizer.eos_token_id,
+        ]
+        starts.append(
+            next(place for place, token in enumerate(ids) if token != [*prompt, -1][place])
+        )
         with torch.no_grad():
             scores = engine.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        expected = sum(scores[place - 1, ids[place]].item() for place in range(starts[-1], len(ids)))
+        expected = sum(
+            scores[place - 1, ids[place]].item() for place in range(starts[-1], len(ids))
+        )
         assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
         assert score.num_tokens == len(ids) - starts[-1]
     assert min(starts) < max(starts) == len(prompt)

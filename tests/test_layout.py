@@ -59,8 +59,13 @@ def test_arrows(package):
             if top not in OURS - {package}:
                 continue
             allowed = ARROWS[package]
-            fits = any(module == a or module.startswith(f"{a}.") or a.startswith(f"{module}.") for a in allowed)
-            assert fits, f"{file.relative_to(ROOT)} imports {module}; {package} may import {sorted(allowed)}"
+            fits = any(
+                module == a or module.startswith(f"{a}.") or a.startswith(f"{module}.")
+                for a in allowed
+            )
+            assert fits, (
+                f"{file.relative_to(ROOT)} imports {module}; {package} may import {sorted(allowed)}"
+            )
 
 
 def room_of(module: str) -> str:
@@ -86,7 +91,9 @@ def test_imports_inside_ltu_go_down():
             room, other_room = room_of(module), room_of(other)
             is_down = level[room] < level[other_room]
             assert is_down or room == other_room, f"{module} imports {other}"
-            assert room != "commands" or is_down, f"the command {module} imports the command {other}"
+            assert room != "commands" or is_down, (
+                f"the command {module} imports the command {other}"
+            )
 
 
 def test_no_circle_inside_ltu():
@@ -113,7 +120,9 @@ def test_light_modules():
 
 def test_no_file_is_called_utils():
     names = {"utils.py", "common.py", "helpers.py", "misc.py"}
-    assert not [file for package in OURS for file in (ROOT / package).rglob("*.py") if file.name in names]
+    assert not [
+        file for package in OURS for file in (ROOT / package).rglob("*.py") if file.name in names
+    ]
 
 
 def test_no_pickle_is_opened_unsafely():
@@ -121,5 +130,9 @@ def test_no_pickle_is_opened_unsafely():
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                    safe = [k for k in node.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
+                    safe = [
+                        k
+                        for k in node.keywords
+                        if k.arg == "weights_only" and ast.unparse(k.value) == "True"
+                    ]
                     assert safe, f"{file}:{node.lineno} opens a pickle without weights_only=True"

@@ -39,16 +39,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for index in range(6):
         soundfile.write(folder / f"{index}.wav", tiny.clip(index, 0.6 + index / 2), 16_000)
-        row = {"instruction": QUESTIONS[index % 3], "audio_id": f"{index}.wav", "output": "rain and a dog"}
+        row = {
+            "instruction": QUESTIONS[index % 3],
+            "audio_id": f"{index}.wav",
+            "output": "rain and a dog",
+        }
         rows.append(row | ({}, {"input": ""}, {"input": "good morning"})[index % 3])
-    rows.append({"instruction": "Name an animal.", "input": "", "audio_id": "empty", "output": "dog"})
+    rows.append(
+        {"instruction": "Name an animal.", "input": "", "audio_id": "empty", "output": "dog"}
+    )
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
 
 
 @pytest.fixture(scope="module")
 def features(root: Path) -> Path:
-    extract(f"--data_path {root}/rows.json --output_dir {root}/features --model {root}/init".split())
+    extract(
+        f"--data_path {root}/rows.json --output_dir {root}/features --model {root}/init".split()
+    )
     return root / "features"
 
 
@@ -70,7 +78,9 @@ def test_raw_audio_and_folder_train_alike(root: Path, features: Path, tmp_path: 
     raw = make(root, tmp_path / "raw")
     stored = make(root, tmp_path / "stored", "--feature_root", str(features))
     half = tmp_path / "half"
-    extract(f"--data_path {_some(root, tmp_path)} --audio_root {root} --output_dir {half} --model {root}/init".split())
+    extract(
+        f"--data_path {_some(root, tmp_path)} --audio_root {root} --output_dir {half} --model {root}/init".split()
+    )
     both = make(root, tmp_path / "both", "--feature_root", str(half))
     for one, other in zip(raw.train_dataset.rows, stored.train_dataset.rows, strict=True):
         assert one["input"] == other["input"]
@@ -97,11 +107,19 @@ def test_input_of_a_row(root: Path) -> None:
         asked.append(len(waveforms)) or ["words"] * len(waveforms)
     )
     rows = [
-        {"audio": str(root / "0.wav"), "audio_id": "0.wav", **given} for given in ({}, {"input": ""}, {"input": " x "})
+        {"audio": str(root / "0.wav"), "audio_id": "0.wav", **given}
+        for given in ({}, {"input": ""}, {"input": " x "})
     ]
-    assert [row["input"] for row in processor.add_transcripts(rows)] == ["words", "", " x "] and asked == [1]
+    assert [row["input"] for row in processor.add_transcripts(rows)] == [
+        "words",
+        "",
+        " x ",
+    ] and asked == [1]
     batch = processor(text=["Q"] * 3, audio=[str(root / "0.wav")] * 3, transcript=[None, "", "x"])
-    texts = [processor.tokenizer.decode([i for i in ids if i < 512]) for ids in batch["input_ids"].tolist()]
+    texts = [
+        processor.tokenizer.decode([i for i in ids if i < 512])
+        for ids in batch["input_ids"].tolist()
+    ]
     assert "words" in texts[0] and "Input" not in texts[1] and "x" in texts[2]
     assert batch["input_features"].shape == (3, 4, 25, 64)
 
@@ -114,7 +132,10 @@ def test_save_and_load(root: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "stage" / "ltu_state.json").read_text())["stage"] == "stage"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stage")
     processor = AutoProcessor.from_pretrained(tmp_path / "stage")
-    assert type(model) is ltu_as.LtuAsForConditionalGeneration and type(processor) is ltu_as.LtuAsProcessor
+    assert (
+        type(model) is ltu_as.LtuAsForConditionalGeneration
+        and type(processor) is ltu_as.LtuAsProcessor
+    )
     assert Path(processor.feature_extractor.whisper_model).samefile(root / "whisper.pt")
     inputs = processor(text=QUESTIONS[0], audio=str(root / "1.wav"), transcript="")
     with torch.no_grad():
@@ -130,23 +151,33 @@ def test_no_forward_of_its_own() -> None:
 
 def test_batch_equals_single_and_modes(root: Path) -> None:
     engine = LtuEngine.from_pretrained(root / "init", device="cpu")
-    requests = [Request(q, str(root / f"{i}.wav"), t) for i, q in enumerate(QUESTIONS) for t in ("", "a dog", None)]
+    requests = [
+        Request(q, str(root / f"{i}.wav"), t)
+        for i, q in enumerate(QUESTIONS)
+        for t in ("", "a dog", None)
+    ]
     together = engine(requests, batch_size=9, max_new_tokens=8)
     alone = [engine([request], max_new_tokens=8)[0] for request in requests]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 
     def answer(**changes) -> tuple[str, str]:
-        found = engine([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", **changes)], max_new_tokens=8)[0]
+        found = engine(
+            [Request(QUESTIONS[1], str(root / "1.wav"), "a dog", **changes)], max_new_tokens=8
+        )[0]
         return found.text, found.transcript
 
     assert answer(mode="audio_only") == (alone[3].text, "")
     text_only = engine([Request(QUESTIONS[1], None, "a dog")], max_new_tokens=8)[0].text
     assert answer(mode="asr_only") == (text_only, "a dog")
-    left_out = engine([Request(QUESTIONS[1], str(root / "1.wav"), "a dog", mode="asr_only")], max_new_tokens=2)[0]
+    left_out = engine(
+        [Request(QUESTIONS[1], str(root / "1.wav"), "a dog", mode="asr_only")], max_new_tokens=2
+    )[0]
     assert left_out.seconds_heard == 0 < left_out.seconds_total
 
 
-def test_inference_batch_from_the_feature_folder_alone(root: Path, features: Path, tmp_path: Path) -> None:
+def test_inference_batch_from_the_feature_folder_alone(
+    root: Path, features: Path, tmp_path: Path
+) -> None:
     """The clips themselves are not there: what the folder holds is enough, words included."""
     for name in ("rows.json",):
         (tmp_path / name).write_text((root / name).read_text())
@@ -155,7 +186,9 @@ def test_inference_batch_from_the_feature_folder_alone(root: Path, features: Pat
         f"{common} {tmp_path}/rows.json --output_path {tmp_path}/p.json --feature_root {features}".split()
     )
     assert status == 0
-    assert inference_batch(f"{common} {root}/rows.json --output_path {tmp_path}/raw.json".split()) == 0
+    assert (
+        inference_batch(f"{common} {root}/rows.json --output_path {tmp_path}/raw.json".split()) == 0
+    )
     found, raw = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("p", "raw"))
     assert [row["pred"] for row in found] == [row["pred"] for row in raw]
     assert [row["transcript"] for row in found] == [row["transcript"] for row in raw]
@@ -171,7 +204,9 @@ def test_other_precision_is_a_warning_that_names_both(root: Path, features: Path
         AutoProcessor.from_pretrained(root / "init").use(feature_root=str(features))
 
 
-def test_features_of_another_whisper_are_refused(root: Path, features: Path, tmp_path: Path) -> None:
+def test_features_of_another_whisper_are_refused(
+    root: Path, features: Path, tmp_path: Path
+) -> None:
     save_whisper(tmp_path / "other.pt", suffix="other")
     flags = f"--init --llm {root}/llm --whisper {tmp_path}/other.pt --feature_precision fp32 --num_layer_heads 2"
     convert(f"{flags} --output_dir {tmp_path}/other".split())
@@ -185,7 +220,9 @@ def test_a_whisper_known_by_name_only_is_held_to_it(root: Path, features: Path) 
     processor = AutoProcessor.from_pretrained(root / "init")
     processor.feature_extractor.whisper_fingerprint = None
     processor.use(feature_root=str(features))
-    assert processor.feature_extractor.whisper_fingerprint  # Taken from the folder, and saved from now on.
+    assert (
+        processor.feature_extractor.whisper_fingerprint
+    )  # Taken from the folder, and saved from now on.
     processor.feature_extractor.whisper_fingerprint = None
     with pytest.raises(ValueError, match="whisper.pt.*large-v1"):
         processor.use(feature_root=str(features), whisper="large-v1")
@@ -207,13 +244,17 @@ def test_damaged_features_are_one_clips_failure(root: Path, features: Path, tmp_
     engine.processor.use(feature_root=str(folder))
     requests = [Request("What?", str(root / f"{i}.wav"), "", audio_id=f"{i}.wav") for i in (0, 1)]
     answers = engine(requests, max_new_tokens=4)
-    assert [answer.status for answer in answers] == ["ok", "damaged"] and "extract" in answers[1].error
+    assert [answer.status for answer in answers] == ["ok", "damaged"] and "extract" in answers[
+        1
+    ].error
 
 
 def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
     """Kind is read from the folder; LTU refuses what only LTU-AS has."""
     ltu_folder = tiny.write_checkpoint(tmp_path / "ltu", root / "llm")
-    pipelines = [LtuEngine.from_pretrained(folder, device="cpu") for folder in (ltu_folder, root / "init")]
+    pipelines = [
+        LtuEngine.from_pretrained(folder, device="cpu") for folder in (ltu_folder, root / "init")
+    ]
     assert [type(engine.model) for engine in pipelines] == [
         LtuForConditionalGeneration,
         ltu_as.LtuAsForConditionalGeneration,
@@ -224,14 +265,27 @@ def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
         pipelines[0].processor.use(feature_precision="fp16")
 
 
-def test_an_index_holds_the_transcripts_that_rows_lack(root: Path, features: Path, tmp_path: Path) -> None:
+def test_an_index_holds_the_transcripts_that_rows_lack(
+    root: Path, features: Path, tmp_path: Path
+) -> None:
     """Out of the feature folder, or by Whisper; training from the index asks no Whisper and trains the same."""
-    words = [Path(shutil.copy(root / "rows.json", tmp_path)), root / "init", tmp_path / "rows.arrow"]
+    words = [
+        Path(shutil.copy(root / "rows.json", tmp_path)),
+        root / "init",
+        tmp_path / "rows.arrow",
+    ]
     command = "{} --base_model {} --output_path {}".format(*words).split()
     index_rows([*command, "--audio_root", str(root), "--feature_root", str(features)])
     indexed = IndexedRows(tmp_path / "rows.arrow", root)
     plain = make(root, tmp_path / "plain", "--feature_root", str(features))
-    trainer = make(root, tmp_path / "run", "--data_path", str(tmp_path / "rows.arrow"), "--audio_root", str(root))
+    trainer = make(
+        root,
+        tmp_path / "run",
+        "--data_path",
+        str(tmp_path / "rows.arrow"),
+        "--audio_root",
+        str(root),
+    )
     assert [row["input"] for row in indexed] == [row["input"] for row in plain.train_dataset.rows]
     assert [row["input"] for row in trainer.train_dataset.rows] == [row["input"] for row in indexed]
     assert trainer.train_dataset.lengths.tolist() == plain.train_dataset.lengths.tolist()
@@ -252,7 +306,9 @@ def test_kinds_of_start(root: Path, tmp_path: Path) -> None:
     state = json.loads((folder / "ltu_state.json").read_text())
     assert list(state["dropped_keys"]) == ["module.mlp_layer.1.weight"]
     opened = AutoModelForCausalLM.from_pretrained(folder).audio_tower.state_dict()
-    assert all(torch.equal(opened[key.removeprefix("module.")], value) for key, value in tltr.items())
+    assert all(
+        torch.equal(opened[key.removeprefix("module.")], value) for key, value in tltr.items()
+    )
     with pytest.raises(ValueError, match="low"):
         init({"down_layer.0.weight": torch.zeros(1)})
     with pytest.raises(KeyError, match="no rule knows"):
@@ -269,7 +325,9 @@ def test_a_fresh_ear_is_standardised(root: Path, features: Path, tmp_path: Path)
     seen: list[torch.Tensor] = []
     audio_encoder.time_tr.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     audio_encoder(heard)
-    channels = seen[0].unflatten(0, (6, 4)).transpose(0, 1).flatten(1, 2)  # (layers, clips x time, width)
+    channels = (
+        seen[0].unflatten(0, (6, 4)).transpose(0, 1).flatten(1, 2)
+    )  # (layers, clips x time, width)
     assert torch.allclose(channels.mean(1), torch.zeros(4, 64), atol=1e-3)
     assert torch.allclose(channels.std(1, correction=0), torch.ones(4, 64), atol=1e-2)
     with pytest.raises(ValueError, match="random TLTR"):
@@ -292,8 +350,13 @@ def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
     }
     folder = tmp_path / "vicuna_ltuas"
     folder.mkdir()
-    save_file(audio_encoder | {"model.embed_tokens.weight": torch.zeros(2, 2)}, folder / "model-00001-of-00002.safetensors")
-    save_file(proj | {"lm_head.weight": torch.zeros(2, 2)}, folder / "model-00002-of-00002.safetensors")
+    save_file(
+        audio_encoder | {"model.embed_tokens.weight": torch.zeros(2, 2)},
+        folder / "model-00001-of-00002.safetensors",
+    )
+    save_file(
+        proj | {"lm_head.weight": torch.zeros(2, 2)}, folder / "model-00002-of-00002.safetensors"
+    )
     (folder / "config.json").write_text((root / "llm" / "config.json").read_text())
     index = {"weight_map": {}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -301,9 +364,12 @@ def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
     convert(f"{flags} --audio_encoder {folder}".split())
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(
-        opened.audio_tower.time_tr.attn.query.weight, audio_encoder["model.audio_encoder.time_tr.attn.query.weight"]
+        opened.audio_tower.time_tr.attn.query.weight,
+        audio_encoder["model.audio_encoder.time_tr.attn.query.weight"],
     )
-    assert torch.equal(opened.multi_modal_projector.linear.weight, proj["model.audio_proj.1.weight"])
+    assert torch.equal(
+        opened.multi_modal_projector.linear.weight, proj["model.audio_proj.1.weight"]
+    )
     assert len(json.loads((tmp_path / "out" / "ltu_state.json").read_text())["dropped_keys"]) == 2
 
 

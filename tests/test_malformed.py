@@ -46,7 +46,14 @@ FORMATS = {  # name -> (format, subtype) of soundfile
     "opus": ("OGG", "OPUS"),
     "mp3": ("MP3", "MPEG_LAYER_III"),
 }
-FOREIGN = (b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"%PDF-1.7\n", b"\x7fELF\x02\x01", b"\x00\x00\x00\x20ftypM4A ", b"RIFF")
+FOREIGN = (
+    b"\x89PNG\r\n\x1a\n",
+    b"PK\x03\x04",
+    b"%PDF-1.7\n",
+    b"\x7fELF\x02\x01",
+    b"\x00\x00\x00\x20ftypM4A ",
+    b"RIFF",
+)
 
 
 @dataclass
@@ -63,7 +70,9 @@ def sound(rng: np.random.Generator, samples: int = 6000, channels: int = 1) -> n
     return rng.normal(0, 0.1, (samples, channels)).astype(np.float32)
 
 
-def encoded(rng: np.random.Generator, name: str, array: np.ndarray | None = None, rate: int | None = None) -> bytes:
+def encoded(
+    rng: np.random.Generator, name: str, array: np.ndarray | None = None, rate: int | None = None
+) -> bytes:
     """A file of noise, of random length, rate and channels where these are not given."""
     form, subtype = FORMATS[name]
     if array is None:
@@ -74,7 +83,14 @@ def encoded(rng: np.random.Generator, name: str, array: np.ndarray | None = None
     return buffer.getvalue()
 
 
-def wav(body: bytes, tag: int = 1, channels: int = 1, rate: int = 16_000, bits: int = 16, claim: int | None = None):
+def wav(
+    body: bytes,
+    tag: int = 1,
+    channels: int = 1,
+    rate: int = 16_000,
+    bits: int = 16,
+    claim: int | None = None,
+):
     """A wav file by hand, for what no encoder writes."""
     claim = len(body) if claim is None else claim
     width = max(1, channels * bits // 8) % 2**16
@@ -106,43 +122,75 @@ def flac_claiming(rng: np.random.Generator) -> bytes:
 # Kinds whose files are told by their bytes alone: kind -> (rng, number) -> bytes. What becomes of them, `decoded` says.
 BYTES: dict[str, Callable[[np.random.Generator, int], bytes]] = {
     "text": lambda r, i: ("This is not sound. " * int(r.integers(1, 200)) + str(i)).encode(),
-    "page of an error": lambda r, i: f"<html><h1>{i} Not Found</h1>{'x' * int(r.integers(9, 9000))}</html>".encode(),
+    "page of an error": lambda r, i: (
+        f"<html><h1>{i} Not Found</h1>{'x' * int(r.integers(9, 9000))}</html>".encode()
+    ),
     "nothing": lambda r, i: b"",
     "zeros": lambda r, i: bytes(int(r.integers(1, 20_000))),
     "random bytes": lambda r, i: r.bytes(int(r.integers(1, 20_000))),
-    "other kind of file": lambda r, i: FOREIGN[i % len(FOREIGN)] + r.bytes(int(r.integers(9, 5000))),
+    "other kind of file": lambda r, i: (
+        FOREIGN[i % len(FOREIGN)] + r.bytes(int(r.integers(9, 5000)))
+    ),
     "compressed wav": lambda r, i: gzip.compress(encoded(r, "wav")),
     "wav cut in its header": lambda r, i: encoded(r, "wav")[: int(r.integers(1, 44))],
     "wav cut": lambda r, i: encoded(r, "wav")[: int(r.integers(44, 2000))],
     "flac cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d)))])(encoded(r, "flac")),
-    "ogg cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d)))])(encoded(r, ("ogg", "opus")[i % 2])),
-    "mp3 cut": lambda r, i: (lambda d: d[: int(r.integers(1, 600))])(encoded(r, "mp3")),
-    "aiff, au, caf, w64 or rf64 cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d) if i % 4 == 0 else 200))])(
-        encoded(r, ("aiff", "au", "caf", "w64", "rf64")[i % 5])
+    "ogg cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d)))])(
+        encoded(r, ("ogg", "opus")[i % 2])
     ),
-    "start cut off": lambda r, i: encoded(r, list(FORMATS)[i % len(FORMATS)])[int(r.integers(1, 60)) :],
-    "wav header damaged": lambda r, i: flipped(r, encoded(r, ("wav", "wav24", "wav_double")[i % 3]), 0, 44),
+    "mp3 cut": lambda r, i: (lambda d: d[: int(r.integers(1, 600))])(encoded(r, "mp3")),
+    "aiff, au, caf, w64 or rf64 cut": lambda r, i: (
+        lambda d: d[: int(r.integers(4, len(d) if i % 4 == 0 else 200))]
+    )(encoded(r, ("aiff", "au", "caf", "w64", "rf64")[i % 5])),
+    "start cut off": lambda r, i: encoded(r, list(FORMATS)[i % len(FORMATS)])[
+        int(r.integers(1, 60)) :
+    ],
+    "wav header damaged": lambda r, i: flipped(
+        r, encoded(r, ("wav", "wav24", "wav_double")[i % 3]), 0, 44
+    ),
     "flac damaged": lambda r, i: flipped(r, encoded(r, "flac"), 0, 10**9 if i % 2 else 60),
-    "ogg damaged": lambda r, i: flipped(r, encoded(r, ("ogg", "opus")[i % 2]), 0, 10**9 if i % 3 else 60),
+    "ogg damaged": lambda r, i: flipped(
+        r, encoded(r, ("ogg", "opus")[i % 2]), 0, 10**9 if i % 3 else 60
+    ),
     "mp3 damaged": lambda r, i: flipped(r, encoded(r, "mp3"), 0, 40),
-    "any header damaged": lambda r, i: flipped(r, encoded(r, list(FORMATS)[i % len(FORMATS)]), 0, 90),
-    "wav of nan": lambda r, i: floats(np.where(np.arange(6000) == r.integers(6000), np.nan, sound(r)[:, 0])),
-    "wav of infinity": lambda r, i: floats(np.where(np.arange(6000) == r.integers(6000), -np.inf, sound(r)[:, 0])),
+    "any header damaged": lambda r, i: flipped(
+        r, encoded(r, list(FORMATS)[i % len(FORMATS)]), 0, 90
+    ),
+    "wav of nan": lambda r, i: floats(
+        np.where(np.arange(6000) == r.integers(6000), np.nan, sound(r)[:, 0])
+    ),
+    "wav of infinity": lambda r, i: floats(
+        np.where(np.arange(6000) == r.integers(6000), -np.inf, sound(r)[:, 0])
+    ),
     "wav of huge values": lambda r, i: floats(sound(r) * np.float32(10.0 ** r.uniform(12, 37))),
     "doubles beyond float32": lambda r, i: encoded(r, "wav_double", sound(r).astype(float) * 1e300),
-    "impossible rate": lambda r, i: wav(sound(r).tobytes(), rate=int((0, 1, 50, 999, 1_000_001, 4 * 10**9)[i % 6])),
+    "impossible rate": lambda r, i: wav(
+        sound(r).tobytes(), rate=int((0, 1, 50, 999, 1_000_001, 4 * 10**9)[i % 6])
+    ),
     "impossible channels or bits": lambda r, i: wav(
-        sound(r).tobytes(), channels=(0, 1025, 65_535, 1, 1, 2)[i % 6], bits=(16, 16, 8, 0, 7, 1000)[i % 6]
+        sound(r).tobytes(),
+        channels=(0, 1025, 65_535, 1, 1, 2)[i % 6],
+        bits=(16, 16, 8, 0, 7, 1000)[i % 6],
     ),
     "unknown codec": lambda r, i: wav(sound(r).tobytes(), tag=int(r.integers(0x60, 0xFFFE))),
-    "too short": lambda r, i: encoded(r, ("wav", "flac", "au")[i % 3], sound(r, int(r.integers(0, 400))), 16_000),
+    "too short": lambda r, i: encoded(
+        r, ("wav", "flac", "au")[i % 3], sound(r, int(r.integers(0, 400))), 16_000
+    ),
     "silent": lambda r, i: encoded(r, "wav", np.full((6000, 1), (i % 5) / 5)),
     "near silence": lambda r, i: floats(sound(r) * np.float32(10.0 ** -r.uniform(9, 44))),
-    "first channel silent": lambda r, i: floats(np.concatenate([np.zeros((6000, 1)), sound(r, 6000, 1 + i % 7)], 1)),
-    "tags without sound": lambda r, i: b"ID3\x04\x00\x00\x00\x00" + bytes([0, int(r.integers(128))]) + r.bytes(i * 50),
-    "claims that lie": lambda r, i: wav(sound(r, 300).tobytes(), claim=int((0, 1, 2**31, 2**32 - 1, 700)[i % 5])),
+    "first channel silent": lambda r, i: floats(
+        np.concatenate([np.zeros((6000, 1)), sound(r, 6000, 1 + i % 7)], 1)
+    ),
+    "tags without sound": lambda r, i: (
+        b"ID3\x04\x00\x00\x00\x00" + bytes([0, int(r.integers(128))]) + r.bytes(i * 50)
+    ),
+    "claims that lie": lambda r, i: wav(
+        sound(r, 300).tobytes(), claim=int((0, 1, 2**31, 2**32 - 1, 700)[i % 5])
+    ),
     "flac that claims terabytes": lambda r, i: flac_claiming(r),
-    "huge tags": lambda r, i: b"ID3\x04\x00\x00" + bytes([0x7F] * 4) + bytes(i * 1000) + encoded(r, "mp3"),
+    "huge tags": lambda r, i: (
+        b"ID3\x04\x00\x00" + bytes([0x7F] * 4) + bytes(i * 1000) + encoded(r, "mp3")
+    ),
 }
 
 
@@ -157,33 +205,91 @@ def oddities(folder: Path) -> list[Case]:
     there.write_bytes(encoded(rng, "wav"))
     pipes = [folder / "pipe.wav", "/dev/zero", "/dev/null", "/dev/random", "/proc/kmsg"]
     cases += [Case("pipe or device", place, "unreadable") for place in pipes]
-    cases += [Case("folder", path, "missing") for path in (folder, str(folder / "a\nb.wav"), "/", ".")]
+    cases += [
+        Case("folder", path, "missing") for path in (folder, str(folder / "a\nb.wav"), "/", ".")
+    ]
     undecodable = os.fsdecode(os.fsencode(folder) + b"/n\xff\xc3(.wav")
-    missing = ["loop.wav", "dangling.wav", "there.wav/x.wav", "x" * 256, "x/" * 3000, "a\0b.wav", "\ud800.wav"]
-    missing += ["a\nc.wav", "雪.wav", "*.wav", "~/x.wav", "%s.wav", "\x1b[31mred.wav", "\u2028.wav", "there.WAV"]
+    missing = [
+        "loop.wav",
+        "dangling.wav",
+        "there.wav/x.wav",
+        "x" * 256,
+        "x/" * 3000,
+        "a\0b.wav",
+        "\ud800.wav",
+    ]
+    missing += [
+        "a\nc.wav",
+        "雪.wav",
+        "*.wav",
+        "~/x.wav",
+        "%s.wav",
+        "\x1b[31mred.wav",
+        "\u2028.wav",
+        "there.WAV",
+    ]
     cases += [Case("no such name", str(folder / name), "missing") for name in [*missing, "<b>.wav"]]
-    cases += [Case("no such name", name, "missing") for name in ("", "http://a.b/c.wav", undecodable, f"{there} ")]
+    cases += [
+        Case("no such name", name, "missing")
+        for name in ("", "http://a.b/c.wav", undecodable, f"{there} ")
+    ]
     hour = wav(b"", bits=8, rate=1000, claim=3_700_000)
     for number, seconds in enumerate((3601, 3700, 4000)):
         path = folder / f"hour{number}.wav"
         path.write_bytes(hour)
         os.truncate(path, 44 + 1000 * seconds)
         cases.append(Case("longer than an hour", path, "too_long"))
-    cases.append(Case("longer than an hour", (np.resize(sound(rng)[:, 0], 3_600_001), 1000), "too_long"))
+    cases.append(
+        Case("longer than an hour", (np.resize(sound(rng)[:, 0], 3_600_001), 1000), "too_long")
+    )
     noise = sound(rng)[:, 0]
-    arrays = [np.full(6000, np.nan, "f4"), noise[:0], noise.reshape(-1, 1), noise.reshape(1, 2, -1), np.float32(1)]
-    arrays += [noise + 0j, noise > 0, (noise * 99).astype("u1"), noise.astype(object), noise.astype(float) * 1e300]
-    arrays += [np.array(["a"] * 900), np.zeros(900, "m8[s]"), noise * np.float32(1e20), np.array(1.0)]
-    cases += [Case("array", array, "unreadable") for array in arrays if isinstance(array, np.ndarray)]
+    arrays = [
+        np.full(6000, np.nan, "f4"),
+        noise[:0],
+        noise.reshape(-1, 1),
+        noise.reshape(1, 2, -1),
+        np.float32(1),
+    ]
+    arrays += [
+        noise + 0j,
+        noise > 0,
+        (noise * 99).astype("u1"),
+        noise.astype(object),
+        noise.astype(float) * 1e300,
+    ]
+    arrays += [
+        np.array(["a"] * 900),
+        np.zeros(900, "m8[s]"),
+        noise * np.float32(1e20),
+        np.array(1.0),
+    ]
+    cases += [
+        Case("array", array, "unreadable") for array in arrays if isinstance(array, np.ndarray)
+    ]
     rates = (0, -1, 1, 4e9, np.nan, np.inf, 44_100.5, "16000", None)
     cases += [Case("rate of an array", (noise, rate), "unreadable") for rate in rates]
-    cases += [Case("array", noise[:399], "too_short"), Case("array", (noise[:100], 8000), "too_short")]
-    return cases + [Case("array", np.zeros(6000, np.int16), "silent"), Case("array", np.full(6000, 0.3), "silent")]
+    cases += [
+        Case("array", noise[:399], "too_short"),
+        Case("array", (noise[:100], 8000), "too_short"),
+    ]
+    return cases + [
+        Case("array", np.zeros(6000, np.int16), "silent"),
+        Case("array", np.full(6000, 0.3), "silent"),
+    ]
 
 
 def good_ones(folder: Path) -> list[Case]:
     rng, cases = np.random.default_rng(2), []
-    names = ["plain.wav", "two\nlines.wav", "雨.wav", "-rf.wav", "x" * 250 + ".wav", "x", "a.txt", "n\udcff.wav"]
+    names = [
+        "plain.wav",
+        "two\nlines.wav",
+        "雨.wav",
+        "-rf.wav",
+        "x" * 250 + ".wav",
+        "x",
+        "a.txt",
+        "n\udcff.wav",
+    ]
     for number, name in enumerate([*FORMATS, *FORMATS]):
         data = encoded(rng, name)
         path = folder / (names[number] if number < len(names) else f"good{number}.{name}")
@@ -231,14 +337,20 @@ def decoded(data: bytes) -> tuple[str, np.ndarray | None]:
         return "unreadable", None
     if rate * channels > 2**22:
         return "unreadable", None
-    if not 1000 <= rate <= 1_000_000 or not np.isfinite(array).all() or (len(array) and abs(array).max() > 2**31):
+    if (
+        not 1000 <= rate <= 1_000_000
+        or not np.isfinite(array).all()
+        or (len(array) and abs(array).max() > 2**31)
+    ):
         return "unreadable", None
     if -(-len(array) * 16_000 // rate) < 400:
         return "too_short", None
     if np.ptp(array.astype(float)) < 2**-23:
         return "silent", None
     is_odd = rate % 50 and rate != 16_000  # torchaudio's kernel for it would not fit into memory.
-    return "ok", None if is_odd else torchaudio.functional.resample(torch.from_numpy(array), rate, 16_000).numpy()
+    return "ok", None if is_odd else torchaudio.functional.resample(
+        torch.from_numpy(array), rate, 16_000
+    ).numpy()
 
 
 def test_what_is_heard_is_what_soundfile_decodes(cases: list[Case]) -> None:
@@ -248,14 +360,22 @@ def test_what_is_heard_is_what_soundfile_decodes(cases: list[Case]) -> None:
         try:
             sound = decode_audio(case.source)
             found = "ok"
-            assert waveform is None or (sound.waveform.shape == waveform.shape and (sound.waveform == waveform).all())
+            assert waveform is None or (
+                sound.waveform.shape == waveform.shape and (sound.waveform == waveform).all()
+            )
             assert sound.waveform.dtype == np.float32 and np.isfinite(sound.waveform).all()
         except AudioError as error:
             found = error.reason
-            assert str(error).isprintable() and str(error).encode() and str(error).endswith(HINTS[found])
+            assert (
+                str(error).isprintable()
+                and str(error).encode()
+                and str(error).endswith(HINTS[found])
+            )
         assert found == status == (case.expected or status), f"{case.kind}: {case.source!r:.300}"
         statuses.setdefault(case.kind, Counter())[found] += 1
-    refused = sum(count for each in statuses.values() for status, count in each.items() if status != "ok")
+    refused = sum(
+        count for each in statuses.values() for status, count in each.items() if status != "ok"
+    )
     kinds = [kind for kind, each in statuses.items() if each.total() > each["ok"]]
     listed = "\n".join(f"{kind}: {dict(each)}" for kind, each in sorted(statuses.items()))
     assert refused >= 500 and len(kinds) >= 20, f"{refused} of {len(kinds)} kinds\n{listed}"
@@ -276,7 +396,9 @@ def make_checkpoint(root: Path, kind: str) -> Path:
 def check(case: Case, answer: Answer) -> None:
     """A status and a reason, or an answer."""
     status = case.expected or decoded(case.data)[0]
-    assert answer.answered == (status == "ok") and (answer.answered or answer.status == status), case
+    assert answer.answered == (status == "ok") and (answer.answered or answer.status == status), (
+        case
+    )
     if answer.answered:
         assert answer.new_tokens > 0 and 0 < answer.seconds_heard <= answer.seconds_total
     else:
@@ -285,7 +407,9 @@ def check(case: Case, answer: Answer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ltu", "ltu_as"])
-def test_a_mixed_batch_answers_the_good_ones_only(cases: list[Case], kind: str, tmp_path: Path) -> None:
+def test_a_mixed_batch_answers_the_good_ones_only(
+    cases: list[Case], kind: str, tmp_path: Path
+) -> None:
     checkpoint = make_checkpoint(tmp_path, kind)
     engine = LtuEngine.from_pretrained(checkpoint, device="cpu")
     fresh = LtuEngine.from_pretrained(checkpoint, device="cpu", cache_mb=0)
@@ -305,7 +429,9 @@ def test_a_run_over_files_ends_with_a_ledger(
     """`python -m ltu.inference_batch`: what no path can say is left out."""
     checkpoint = make_checkpoint(tmp_path, "ltu")
     cases = [case for case in cases if isinstance(case.source, str | Path) and str(case.source)]
-    rows = [{"instruction": "What is it?", "input": "", "audio_id": str(case.source)} for case in cases]
+    rows = [
+        {"instruction": "What is it?", "input": "", "audio_id": str(case.source)} for case in cases
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     command = ["--model", str(checkpoint), "--device", "cpu"]
     command += ["--data_path", f"{tmp_path}/rows.json", "--output_path", f"{tmp_path}/p.json"]
@@ -317,7 +443,13 @@ def test_a_run_over_files_ends_with_a_ledger(
     assert len(entries) == len(cases)
     for case, entry in zip(cases, entries, strict=True):
         assert entry["audio_id"] == str(case.source)
-        check(case, Answer(entry["pred"], **{key: entry[key] for key in Answer.__dataclass_fields__ if key in entry}))
+        check(
+            case,
+            Answer(
+                entry["pred"],
+                **{key: entry[key] for key in Answer.__dataclass_fields__ if key in entry},
+            ),
+        )
     counts = Counter(entry["status"] for entry in entries)
     for status, count in counts.items():
         assert f"{status} {count}" in printed.out

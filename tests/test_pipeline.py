@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ltu.data.audio import load_audio
 from ltu.inference.embedding_cache import hash_content
@@ -68,15 +73,29 @@ def mixture(seed: int, folder: Path) -> list[Request]:
     rng = random.Random(seed)
     clips = [None, folder / "nowhere.wav"]
     for index in range(4):
-        soundfile.write(folder / f"{seed}_{index}.wav", tiny.clip(index, rng.uniform(0.1, 2.0)), 16_000)
-        clips += [str(folder / f"{seed}_{index}.wav"), (folder / f"{seed}_{index}.wav").read_bytes()]
+        soundfile.write(
+            folder / f"{seed}_{index}.wav", tiny.clip(index, rng.uniform(0.1, 2.0)), 16_000
+        )
+        clips += [
+            str(folder / f"{seed}_{index}.wav"),
+            (folder / f"{seed}_{index}.wav").read_bytes(),
+        ]
     clips.append((tiny.clip(9, 1.0), 8_000))
-    decoding = [{}, {}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.7}, dict(ORIGINAL_DECODING)]
+    decoding = [
+        {},
+        {},
+        {"num_beams": 2},
+        {"do_sample": True, "temperature": 0.7},
+        dict(ORIGINAL_DECODING),
+    ]
     requests = []
     for number in range(14):
         drawn = {"decoding": rng.choice(decoding) | {"max_new_tokens": rng.choice([5, 5, 2])}}
         drawn["seed"] = rng.choice([None, 1, 2])
-        drawn |= {"transcript": rng.choice(["", "a dog", "so far, so good"]), "num_chunks": rng.choice([1, 1, 2, 0])}
+        drawn |= {
+            "transcript": rng.choice(["", "a dog", "so far, so good"]),
+            "num_chunks": rng.choice([1, 1, 2, 0]),
+        }
         question = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
         clip = clips[number] if number < 2 else rng.choice(clips)
         requests.append(Request(question, clip, **drawn, mode=rng.choice(["joint", "audio_only"])))
@@ -89,7 +108,9 @@ def test_an_answer_does_not_depend_on_its_company(engine, tmp_path, seed):
     requests = mixture(seed, tmp_path)
     alone = [engine([request])[0] for request in requests]
     assert {answer.status for answer in alone} >= {"ok", "missing"}
-    assert len({answer.text for answer in alone}) > len(alone) // 2  # They are not all the same anyway.
+    assert (
+        len({answer.text for answer in alone}) > len(alone) // 2
+    )  # They are not all the same anyway.
     for batch_size in (3, 14):
         order = random.Random(batch_size).sample(range(len(requests)), len(requests))
         answers = engine([requests[index] for index in order], batch_size)
@@ -105,7 +126,9 @@ def test_one_encoding_for_many_questions(ltu, tmp_path):
     first = ltu([Request(question, a) for question in questions], batch_size=1, max_new_tokens=4)
     assert ltu.cache.encoded == 1
     again = ltu([Request(question, b) for question in questions], max_new_tokens=4)
-    as_bytes = ltu([Request(question, Path(a).read_bytes()) for question in questions], max_new_tokens=4)
+    as_bytes = ltu(
+        [Request(question, Path(a).read_bytes()) for question in questions], max_new_tokens=4
+    )
     assert ltu.cache.encoded == 1 and again == as_bytes == first
     Path(a).write_bytes(Path(c).read_bytes())  # The same name, another clip.
     other = ltu([Request(question, a) for question in questions], max_new_tokens=4)
@@ -115,15 +138,21 @@ def test_one_encoding_for_many_questions(ltu, tmp_path):
 
 def test_the_cache_changes_nothing_and_keeps_to_its_size(fresh):
     clips = [tiny.clip(seed) for seed in range(6)]
-    requests = [Request(question, clip) for question in ("What?", "Why is it so?") for clip in clips]
+    requests = [
+        Request(question, clip) for question in ("What?", "Why is it so?") for clip in clips
+    ]
     answers, encoded = [], []
-    vectors = 2 * tiny.LLM["hidden_size"] * 4 + 1000  # bytes a clip: 2 tokens of fp32, and the entry
+    vectors = (
+        2 * tiny.LLM["hidden_size"] * 4 + 1000
+    )  # bytes a clip: 2 tokens of fp32, and the entry
     for megabytes in (256, 0, 3.5 * vectors / 2**20):
         engine = fresh("ltu", megabytes)
         answers.append(engine(requests, batch_size=3, max_new_tokens=6))
         engine(requests[-1:], max_new_tokens=1)
         encoded.append(engine.cache.encoded)
-        assert engine.cache.size == sum(1000 + clip.embeds.nbytes for clip in engine.cache.entries.values())
+        assert engine.cache.size == sum(
+            1000 + clip.embeds.nbytes for clip in engine.cache.entries.values()
+        )
         assert engine.cache.size <= megabytes * 2**20
         assert all(clip.waveform is None for clip in engine.cache.entries.values())
     assert answers[0] == answers[1] == answers[2]
@@ -142,9 +171,15 @@ def test_words_and_sound_are_kept_apart(fresh):
     assert engine([Request("What?", clip)], max_new_tokens=4)[0] == written
 
 
-@pytest.mark.parametrize("decoding", [{}, {"do_sample": True, "temperature": 1.3}, {"num_beams": 2}])
+@pytest.mark.parametrize(
+    "decoding", [{}, {"do_sample": True, "temperature": 1.3}, {"num_beams": 2}]
+)
 def test_a_stream_grows_to_the_batchs_answer(engine, decoding):
-    requests = [Request("What do you hear?", tiny.clip(3)), Request("And why?"), Request("Who?", b"no sound")]
+    requests = [
+        Request("What do you hear?", tiny.clip(3)),
+        Request("And why?"),
+        Request("Who?", b"no sound"),
+    ]
     batch = engine(requests, max_new_tokens=12, **decoding)
     for request, answer in zip(requests, batch, strict=True):
         *texts, last = engine.stream(request, max_new_tokens=12, **decoding)
@@ -155,15 +190,29 @@ def test_a_stream_grows_to_the_batchs_answer(engine, decoding):
 
 def test_nobody_waits_any_more(ltu):
     """What is cancelled before its batch is not even heard; a beam search is stopped on its way."""
-    run = ltu.run([Request("What?", tiny.clip(3)), Request("And why?")], on_text=lambda i, t: i == 1, max_new_tokens=3)
+    run = ltu.run(
+        [Request("What?", tiny.clip(3)), Request("And why?")],
+        on_text=lambda i, t: i == 1,
+        max_new_tokens=3,
+    )
     found = dict(run)
     assert (found[0].finish_reason, found[0].new_tokens, ltu.cache.encoded) == ("cancelled", 0, 0)
     assert found[1] == ltu([Request("And why?")], max_new_tokens=3)[0]
     calls: list[int] = []
     settings = {"num_beams": 2, "max_new_tokens": 40, "min_new_tokens": 40}
-    found = dict(ltu.run([Request("What?"), Request("Why?")], on_text=lambda i, t: calls.append(i) or i, **settings))
+    found = dict(
+        ltu.run(
+            [Request("What?"), Request("Why?")],
+            on_text=lambda i, t: calls.append(i) or i,
+            **settings,
+        )
+    )
     assert calls.count(1) > 30 and found[1] == ltu([Request("Why?")], **settings)[0]
-    found = dict(ltu.run([Request("What?")], on_text=lambda i, t: len(calls.append(i) or calls) < 60, **settings))
+    found = dict(
+        ltu.run(
+            [Request("What?")], on_text=lambda i, t: len(calls.append(i) or calls) < 60, **settings
+        )
+    )
     assert found[0].finish_reason == "cancelled" and found[0].new_tokens < 30
 
 
@@ -172,8 +221,12 @@ def test_who_stops_listening_stops_the_answer(ltu):
     whole = ltu(requests, max_new_tokens=40, min_new_tokens=40)
     calls: list[int] = []
     settings = {"max_new_tokens": 40, "min_new_tokens": 40}
-    found = dict(ltu.run(requests, on_text=lambda i, t: calls.append(i) or i == 1 or not t, **settings))
-    assert found[1] == whole[1] and calls.count(0) == 2  # Before its batch, and with the first text.
+    found = dict(
+        ltu.run(requests, on_text=lambda i, t: calls.append(i) or i == 1 or not t, **settings)
+    )
+    assert (
+        found[1] == whole[1] and calls.count(0) == 2
+    )  # Before its batch, and with the first text.
     assert found[0].finish_reason == "cancelled" and found[0].new_tokens == 1
     assert whole[0].text.startswith(found[0].text) and whole[0].finish_reason == "length"
 
@@ -190,14 +243,18 @@ def test_windows_are_heard_in_order(engine):
         assert (answer.num_chunks, answer.status) == (heard, "ok" if heard == 4 else "truncated")
         assert answer.seconds_heard == pytest.approx(min(heard * window, len(clip)) / 16_000)
         inputs = engine.inputs([request])
-        assert (inputs["input_ids"] == config.audio_token_id).sum() == heard * config.num_audio_tokens
+        assert (
+            inputs["input_ids"] == config.audio_token_id
+        ).sum() == heard * config.num_audio_tokens
     whole = engine.inputs([Request("What?", clip, "", num_chunks=0)])["audio_embeds"]
     if engine.kind == "ltu":
         parts = [extractor(clip[start:]).input_features for start in range(0, len(clip), window)]
     else:
         mel = extractor.extract_chunks(torch.from_numpy(clip), 4)
         lone = extractor.extract_chunks(torch.from_numpy(clip[window:].copy()), 1)
-        assert not torch.allclose(mel[1:2], lone, atol=1e-2)  # Cut first, its floor would be another.
+        assert not torch.allclose(
+            mel[1:2], lone, atol=1e-2
+        )  # Cut first, its floor would be another.
         encoder = extractor.load_encoder()[0].encoder
         parts = [extractor._layers(encoder, mel[i : i + 1]) for i in range(4)]
     with torch.no_grad():
@@ -211,7 +268,9 @@ def test_the_last_window_may_be_short(ltu):
     window = ltu.processor.feature_extractor.num_frames * 160
     for extra, num_chunks in ((0, 1), (240, 1), (399, 1), (400, 2)):
         assert ltu.processor.feature_extractor.count_chunks(window + extra) == num_chunks
-        answer = ltu([Request("What?", tiny.clip(1, 1.0)[: window + extra], num_chunks=0)], max_new_tokens=2)[0]
+        answer = ltu(
+            [Request("What?", tiny.clip(1, 1.0)[: window + extra], num_chunks=0)], max_new_tokens=2
+        )[0]
         assert (answer.num_chunks, answer.status) == (num_chunks, "ok")
 
 
@@ -223,10 +282,17 @@ def test_what_does_not_fit_is_said(ltu, monkeypatch):
     long, short = Request("What?", tiny.clip(1, 60.0), num_chunks=0), Request("Why?", tiny.clip(2))
     endless = Request("why " * 200, tiny.clip(2))
     answers = ltu([long, short, endless], max_new_tokens=4)
-    talkative = ltu([short, Request("What is it?", tiny.clip(3))], max_new_tokens=400, min_new_tokens=400)
-    assert all(a.prompt_tokens + a.new_tokens == 128 and a.finish_reason == "length" for a in talkative)
+    talkative = ltu(
+        [short, Request("What is it?", tiny.clip(3))], max_new_tokens=400, min_new_tokens=400
+    )
+    assert all(
+        a.prompt_tokens + a.new_tokens == 128 and a.finish_reason == "length" for a in talkative
+    )
     assert [answer.status for answer in answers] == ["truncated", "ok", "too_long"]
-    assert 120 < answers[0].prompt_tokens + 4 <= 128 < answers[2].prompt_tokens and "128" in answers[2].error
+    assert (
+        120 < answers[0].prompt_tokens + 4 <= 128 < answers[2].prompt_tokens
+        and "128" in answers[2].error
+    )
     assert answers[1] == ltu([short], max_new_tokens=4)[0]
 
 
@@ -238,7 +304,9 @@ def test_an_answer_says_what_was_found(ltu, folders, tmp_path):
     assert answer.seconds_total == pytest.approx(len(load_audio(tmp_path / "stereo.flac")) / 16_000)
     assert answer.seconds > 0 and answer.finish_reason == "length" and answer.new_tokens == 4
     assert answer.checkpoint == hash_content(folders["ltu"] / "model.safetensors")
-    assert answer.prompt_tokens == int(ltu.inputs([Request("What?", tmp_path / "stereo.flac")])["attention_mask"].sum())
+    assert answer.prompt_tokens == int(
+        ltu.inputs([Request("What?", tmp_path / "stereo.flac")])["attention_mask"].sum()
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +336,9 @@ def test_history_needs_a_chat_template(ltu, tmp_path):
         "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
     }
     llm = Path(ltu.model.config.language_model)
-    chat = LtuEngine.from_pretrained(tiny.write_checkpoint(tmp_path / "chat", llm, prompt_template=template), "cpu")
+    chat = LtuEngine.from_pretrained(
+        tiny.write_checkpoint(tmp_path / "chat", llm, prompt_template=template), "cpu"
+    )
     answer = chat([Request("Why?", tiny.clip(1), history=history)], max_new_tokens=3)[0]
     ids = chat.inputs([Request("Why?", tiny.clip(1), history=history)])["input_ids"][0].tolist()
     text = chat.processor.tokenizer.decode([token for token in ids if token < 512])
@@ -292,19 +362,29 @@ def test_samples_follow_the_stock_distribution():
     assert ((wanted == 0) == (counts == 0)).all()
     assert torch.allclose(counts / counts.sum(), wanted, atol=0.006)
     one = RowSampler(["a"], [drawn_so])
-    mixed = RowSampler(["b", "a", "c"], [drawn_so | {"temperature": 2.0}, drawn_so, {"do_sample": False}])
+    mixed = RowSampler(
+        ["b", "a", "c"], [drawn_so | {"temperature": 2.0}, drawn_so, {"do_sample": False}]
+    )
     ones = [int(one(torch.zeros(1, 1), logits).argmax(-1)) for _ in range(50)]
-    several = [mixed(torch.zeros(3, 1), logits.expand(3, -1)).argmax(-1).tolist() for _ in range(50)]
+    several = [
+        mixed(torch.zeros(3, 1), logits.expand(3, -1)).argmax(-1).tolist() for _ in range(50)
+    ]
     assert ones == [row[1] for row in several] and len(set(ones)) > 2
-    assert {row[2] for row in several} == {int(logits.argmax())} and len({row[0] for row in several}) > 2
+    assert {row[2] for row in several} == {int(logits.argmax())} and len(
+        {row[0] for row in several}
+    ) > 2
 
 
 def test_what_is_shown_stays_though_bytes_go_wrong(ltu):
     """Tokenizers that spell in bytes turn a whole run of them into U+FFFD when one does not fit."""
     tokenizer, shown = ltu.processor.tokenizer, []
-    ids = tokenizer.convert_tokens_to_ids(["▁a", "<0xC3>", "<0xA9>", "<0xFF>", "▁a", "<0xC3>", "<0xA9>", "▁a"])
+    ids = tokenizer.convert_tokens_to_ids(
+        ["▁a", "<0xC3>", "<0xA9>", "<0xFF>", "▁a", "<0xC3>", "<0xA9>", "▁a"]
+    )
     decode = ltu.processor.decode_answer
-    streamer = BatchStreamer(lambda row, text: shown.append(text), tokenizer, decode, {2}, [len(ids)])
+    streamer = BatchStreamer(
+        lambda row, text: shown.append(text), tokenizer, decode, {2}, [len(ids)]
+    )
     streamer.put(torch.zeros(1, 3))
     for token in ids:
         streamer.put(torch.tensor([token]))
@@ -312,8 +392,14 @@ def test_what_is_shown_stays_though_bytes_go_wrong(ltu):
     nameless.put(torch.zeros(1, 3))
     nameless.put(torch.tensor([600]))  # Language models have more ids than their tokenizers know.
     whole = decode(ids)
-    assert decode(ids[:3]) == "aé" and not whole.startswith("aé")  # So a stream that showed it would be wrong.
-    assert len(shown) == len(ids) and all(whole.startswith(text) for text in shown) and shown[-1] == whole
+    assert decode(ids[:3]) == "aé" and not whole.startswith(
+        "aé"
+    )  # So a stream that showed it would be wrong.
+    assert (
+        len(shown) == len(ids)
+        and all(whole.startswith(text) for text in shown)
+        and shown[-1] == whole
+    )
 
 
 @pytest.mark.parametrize(
@@ -373,5 +459,7 @@ COMPILED = pytest.param({"compile": True}, marks=pytest.mark.slow)
 def test_other_ways_to_compute_give_the_same_answers(folders, setting):
     requests = [Request(question, tiny.clip(1)) for question in ("What?", "Why is it so?")]
     plain = LtuEngine.from_pretrained(folders["ltu"], device="cpu")(requests, max_new_tokens=6)
-    other = LtuEngine.from_pretrained(folders["ltu"], device="cpu", **setting)(requests, max_new_tokens=6)
+    other = LtuEngine.from_pretrained(folders["ltu"], device="cpu", **setting)(
+        requests, max_new_tokens=6
+    )
     assert other == plain

@@ -54,7 +54,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def ledger(output: Path) -> dict[str, dict]:
-    return {entry["file"]: entry for entry in map(json.loads, (output / "ledger.jsonl").read_text().splitlines())}
+    return {
+        entry["file"]: entry
+        for entry in map(json.loads, (output / "ledger.jsonl").read_text().splitlines())
+    }
 
 
 def table(file: Path) -> list[dict]:
@@ -63,10 +66,23 @@ def table(file: Path) -> list[dict]:
 
 
 def test_a_folder_becomes_what_is_heard_of_it(folder, tmp_path, capsys):
-    assert prepare_audio.main(["--input", str(folder), "--output_dir", str(tmp_path / "out"), "--workers", "2"]) == 1
+    assert (
+        prepare_audio.main(
+            ["--input", str(folder), "--output_dir", str(tmp_path / "out"), "--workers", "2"]
+        )
+        == 1
+    )
     entries = ledger(tmp_path / "out")
     status = {file: entry["status"] for file, entry in entries.items()}
-    made = ["bell.flac", "stereo.wav", "lossy.ogg", "quiet.wav", "sub/float.wav", "sub/speech.FLAC", "latin_\udce9.wav"]
+    made = [
+        "bell.flac",
+        "stereo.wav",
+        "lossy.ogg",
+        "quiet.wav",
+        "sub/float.wav",
+        "sub/speech.FLAC",
+        "latin_\udce9.wav",
+    ]
     assert status == dict.fromkeys(made, "ok") | {
         "bell.wav": "clash",
         "silent.wav": "silent",
@@ -84,17 +100,30 @@ def test_a_folder_becomes_what_is_heard_of_it(folder, tmp_path, capsys):
         made = tmp_path / "out" / entry["audio_id"]
         info, heard = soundfile.info(made), load_audio(folder / file)
         assert (info.samplerate, info.channels, info.format) == (16000, 1, "FLAC")
-        assert info.subtype == f"PCM_{entry['bits']}" and entry["bits"] == (24 if file == "quiet.wav" else 16)
-        assert entry["seconds"] == round(len(heard) / 16000, 3) and entry["bytes"] == made.stat().st_size
+        assert info.subtype == f"PCM_{entry['bits']}" and entry["bits"] == (
+            24 if file == "quiet.wav" else 16
+        )
+        assert (
+            entry["seconds"] == round(len(heard) / 16000, 3)
+            and entry["bytes"] == made.stat().st_size
+        )
         step = 2.0 ** (1 - entry["bits"])
         assert np.abs(load_audio(made) - heard.clip(-1, 1 - step)).max() <= step / 2 + 1e-9, file
     assert entries["sub/float.wav"]["clipped"] > 0 == entries["bell.flac"]["clipped"]
     assert (entries["stereo.wav"]["sampling_rate"], entries["stereo.wav"]["channels"]) == (44100, 2)
-    flacs = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.flac"))
-    assert [line["audio_id"] for line in table(tmp_path / "out" / "audio_ids.csv")] == flacs and len(flacs) == 7
+    flacs = sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.flac")
+    )
+    assert [
+        line["audio_id"] for line in table(tmp_path / "out" / "audio_ids.csv")
+    ] == flacs and len(flacs) == 7
     assert "latin_%E9.flac" in flacs and not list((tmp_path / "out").rglob("*.tmp"))
     said = capsys.readouterr()
-    assert "1 .txt" in said.out and "unreadable 3" in said.out and "silent.wav: every sample" in said.err
+    assert (
+        "1 .txt" in said.out
+        and "unreadable 3" in said.out
+        and "silent.wav: every sample" in said.err
+    )
 
 
 def test_sixteen_bit_in_is_the_same_sixteen_bit_out(tmp_path):
@@ -126,7 +155,11 @@ def test_a_second_run_does_only_what_is_new(tmp_path):
         file.write('{"audio_id": "half')
     assert prepare_audio.main(run) == 0
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
-    assert after["a.flac"] == before["a.flac"] and after["b.flac"] > before["b.flac"] and len(after) == 3
+    assert (
+        after["a.flac"] == before["a.flac"]
+        and after["b.flac"] > before["b.flac"]
+        and len(after) == 3
+    )
     assert ledger(output)["b.wav"]["seconds"] == 0.2 and len(ledger(output)) == 3
 
 
@@ -248,9 +281,15 @@ TABLES = {
         "---g-f_I2yQ,1,people marching,train\n--0PQM4-hqg,30,waterfall,train\n",
         {"---g-f_I2yQ", "--0PQM4-hqg"},
     ),
-    "audiocaps": ("audiocap_id,youtube_id,start_time,caption\n91139,r1nicOVtvkQ,130,A woman talks\n", {"r1nicOVtvkQ"}),
+    "audiocaps": (
+        "audiocap_id,youtube_id,start_time,caption\n91139,r1nicOVtvkQ,130,A woman talks\n",
+        {"r1nicOVtvkQ"},
+    ),
     "fsd50k": ('fname,labels,mids,split\n64760,"Guitar,Music","/m/0,/m/1",train\n', {"64760"}),
-    "clotho": ("file_name,caption_1\nDistorted AM Radio noise.wav,A radio\n", {"distorted am radio noise"}),
+    "clotho": (
+        "file_name,caption_1\nDistorted AM Radio noise.wav,A radio\n",
+        {"distorted am radio noise"},
+    ),
     "esc50": ("filename,fold,target,category\n1-100032-A-0.wav,1,0,dog\n", {"1-100032-A-0"}),
 }
 
@@ -276,10 +315,29 @@ def test_map_with_coverage_against_rows(tmp_path, capsys):
         soundfile.write(source / name, tone(0.1, 16000), 16000)
     (source / "ddddddddddd.wav").write_text("damaged")
     (source / "notes.wav").write_text("")
-    ids = ["/a/abcdefghijK.flac", "x/abcdefghijK_30.flac", "bbbbbbbbbbb", "ddddddddddd", "eeeeeeeeeee", "empty", None]
-    rows = [{"instruction": "?", "input": "", "audio_id": audio_id, "output": "!"} for audio_id in ids]
+    ids = [
+        "/a/abcdefghijK.flac",
+        "x/abcdefghijK_30.flac",
+        "bbbbbbbbbbb",
+        "ddddddddddd",
+        "eeeeeeeeeee",
+        "empty",
+        None,
+    ]
+    rows = [
+        {"instruction": "?", "input": "", "audio_id": audio_id, "output": "!"} for audio_id in ids
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    run = ["--input", str(source), "--output_dir", str(output), "--map", "audioset", "--workers", "1"]
+    run = [
+        "--input",
+        str(source),
+        "--output_dir",
+        str(output),
+        "--map",
+        "audioset",
+        "--workers",
+        "1",
+    ]
     run += ["--against", str(tmp_path / "rows.json")]
     assert prepare_audio.main([*run, "--only_asked", "--max_bad", "2"]) == 0
     assert "coverage: 2 of the 4 clips" in capsys.readouterr().out
@@ -287,11 +345,23 @@ def test_map_with_coverage_against_rows(tmp_path, capsys):
     missing = {"absent": ["eeeeeeeeeee"], "unreadable": ["ddddddddddd"]}
     assert coverage == {"asked_for": 4, "prepared": 2, "missing": missing}
     lines = [(line["id"], line["audio_id"]) for line in table(output / "audio_ids.csv")]
-    assert lines == [(ids[0], "abcdefghijK.flac"), (ids[1], "abcdefghijK.flac"), (ids[2], "bbbbbbbbbbb.flac")]
+    assert lines == [
+        (ids[0], "abcdefghijK.flac"),
+        (ids[1], "abcdefghijK.flac"),
+        (ids[2], "bbbbbbbbbbb.flac"),
+    ]
     entries = ledger(output)
-    assert entries["notes.wav"]["status"] == "name" and "no name of audioset" in entries["notes.wav"]["error"]
-    assert prepare_audio.main([*run, "--max_bad", "1"]) == 1  # not only those asked for; two files fail
-    assert len(table(output / "audio_ids.csv")) == 4 and decode_audio(output / "ccccccccccc.flac").sampling_rate == 16000
+    assert (
+        entries["notes.wav"]["status"] == "name"
+        and "no name of audioset" in entries["notes.wav"]["error"]
+    )
+    assert (
+        prepare_audio.main([*run, "--max_bad", "1"]) == 1
+    )  # not only those asked for; two files fail
+    assert (
+        len(table(output / "audio_ids.csv")) == 4
+        and decode_audio(output / "ccccccccccc.flac").sampling_rate == 16000
+    )
 
 
 def test_table_of_two_columns(tmp_path):
@@ -300,7 +370,16 @@ def test_table_of_two_columns(tmp_path):
     for name in ("one.wav", "two.wav", "three.wav"):
         soundfile.write(source / name, tone(0.1, 16000), 16000)
     (tmp_path / "t.tsv").write_text("file\taudio_id\none.wav\tset/first.wav\ntwo.wav\tset/second\n")
-    run = ["--input", str(source), "--output_dir", str(output), "--table", str(tmp_path / "t.tsv"), "--workers", "1"]
+    run = [
+        "--input",
+        str(source),
+        "--output_dir",
+        str(output),
+        "--table",
+        str(tmp_path / "t.tsv"),
+        "--workers",
+        "1",
+    ]
     assert prepare_audio.main(run) == 1
     assert sorted(path.name for path in (output / "set").iterdir()) == ["first.flac", "second.flac"]
     assert "not in --table" in ledger(output)["three.wav"]["error"]
@@ -331,8 +410,15 @@ def test_ids_that_are_none_stop(tmp_path):
 
 def test_bad_arguments_stop(tmp_path, capsys):
     base = ["--input", str(tmp_path), "--output_dir"]
-    for bad in ([str(tmp_path)], [f"{tmp_path}/o", "--only_asked"], [f"{tmp_path}/o", "--workers", "0"]):
+    for bad in (
+        [str(tmp_path)],
+        [f"{tmp_path}/o", "--only_asked"],
+        [f"{tmp_path}/o", "--workers", "0"],
+    ):
         with pytest.raises(SystemExit):
             prepare_audio.main([*base, *bad])
         assert bad[-1] in capsys.readouterr().err or bad == [str(tmp_path)]
-    assert prepare_audio.main([*base, f"{tmp_path}/o", "--dry_run"]) == 0 and not (tmp_path / "o").exists()
+    assert (
+        prepare_audio.main([*base, f"{tmp_path}/o", "--dry_run"]) == 0
+        and not (tmp_path / "o").exists()
+    )

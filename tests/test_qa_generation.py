@@ -20,7 +20,13 @@ from qa_generation.sources import SOURCES, message, pitch_rank
 from tests.machine import start_python, wait_until
 
 ROOT = Path(__file__).parent.parent
-SPOKEN = {"gender": "male", "pitch_detail": 130.0, "pitch": "low", "energy": "high", "speed": "slow"}
+SPOKEN = {
+    "gender": "male",
+    "pitch_detail": 130.0,
+    "pitch": "low",
+    "energy": "high",
+    "speed": "slow",
+}
 META = {
     "temporal": "Sound of Dog (Sharp): [0.0s-1.0s]", "text": "the rain has begun again", "emotion": "sad",
     "sentiment": -2, "age": 31.4, "genre": ["Folk", "Pop"], "labels": "Singing; Rain", **SPOKEN,
@@ -39,7 +45,10 @@ def surroundings(monkeypatch):
 def pairs_of(body: dict) -> str:
     """Three pairs that the request alone decides."""
     mark = hash_of(body)
-    return "\n".join(json.dumps({"q": f"What is heard, {mark} {i}?", "a": f"{i} {mark} {LONG}"}) for i in range(3))
+    return "\n".join(
+        json.dumps({"q": f"What is heard, {mark} {i}?", "a": f"{i} {mark} {LONG}"})
+        for i in range(3)
+    )
 
 
 def hash_of(body: dict) -> int:
@@ -71,15 +80,26 @@ def write_meta(folder: Path, count: int) -> Path:
     return path
 
 
-def arguments(folder: Path, url: str, *more: str, source: str = "audioset_strong", count: int = 40) -> list[str]:
-    given = ["--source", source, "--input", str(write_meta(folder, count)), "--output", str(folder / "rows.json")]
+def arguments(
+    folder: Path, url: str, *more: str, source: str = "audioset_strong", count: int = 40
+) -> list[str]:
+    given = [
+        "--source",
+        source,
+        "--input",
+        str(write_meta(folder, count)),
+        "--output",
+        str(folder / "rows.json"),
+    ]
     given += ["--model", "m", "--base_url", url, "--timeout", "60", "--concurrency", "8"]
     return given + list(more)
 
 
 def results(folder: Path) -> list[str]:
     """Rows, rejects and recipe; the latter without folder and port."""
-    texts = [(folder / f"rows.json{end}").read_text() for end in ("", ".rejects.jsonl", ".recipe.json")]
+    texts = [
+        (folder / f"rows.json{end}").read_text() for end in ("", ".rejects.jsonl", ".recipe.json")
+    ]
     return texts[:2] + re.sub(r"/\S*/meta.json|127.0.0.1:\d+", "", texts[2]).splitlines()
 
 
@@ -95,15 +115,24 @@ def test_faults_of_every_kind(tmp_path, seed, capsys):
         assert main(arguments(rough, server.url)) == 0
         assert seed or set(server.faults) == set(FAULTS)
         assert server.most_at_once <= 8
-        assert max(server.paid.values()) <= 2 and len(server.paid) == 40  # 2: the second `sample` of a useless reply
+        assert (
+            max(server.paid.values()) <= 2 and len(server.paid) == 40
+        )  # 2: the second `sample` of a useless reply
         paid = server.paid.total()
         assert main(arguments(rough, server.url)) == 0
         assert server.paid.total() == paid
     assert results(calm) == results(rough)
     counts = json.loads((rough / "rows.json.recipe.json").read_text())["counts"]
-    assert counts["clips"] == 40 and counts["rows"] == len(json.loads((rough / "rows.json").read_text())) > 60
-    rejects = [json.loads(line) for line in (rough / "rows.json.rejects.jsonl").read_text().splitlines()]
-    assert {"empty reply", "no question and answer", "cut off"} <= {reject["reason"] for reject in rejects}
+    assert (
+        counts["clips"] == 40
+        and counts["rows"] == len(json.loads((rough / "rows.json").read_text())) > 60
+    )
+    rejects = [
+        json.loads(line) for line in (rough / "rows.json.rejects.jsonl").read_text().splitlines()
+    ]
+    assert {"empty reply", "no question and answer", "cut off"} <= {
+        reject["reason"] for reject in rejects
+    }
     assert sum(n for name, n in counts.items() if name.startswith("dropped")) == len(rejects)
 
 
@@ -135,7 +164,11 @@ def test_kill_9_and_again(tmp_path):
             process.kill()
             process.wait()
             wait_until(lambda: not server.at_once)
-            kept = {json.loads(line)["key"] for line in store.read_bytes().split(b"\n")[:-1] if b'"reply"' in line}
+            kept = {
+                json.loads(line)["key"]
+                for line in store.read_bytes().split(b"\n")[:-1]
+                if b'"reply"' in line
+            }
             assert server.paid.total() - len(kept) <= 2 * 8  # Only what was on its way may be lost.
         before = server.paid.total()
         assert main(given) == 0
@@ -154,7 +187,10 @@ def test_budget_stops_and_goes_on(tmp_path, capsys):
         some = json.loads((tmp_path / "rows.json").read_text())
         assert len(some) == 3 * server.paid.total()
         assert main(arguments(tmp_path, server.url, "--token_budget", "50000")) == 0
-        assert server.paid.total() == 40 and len(json.loads((tmp_path / "rows.json").read_text())) == 120
+        assert (
+            server.paid.total() == 40
+            and len(json.loads((tmp_path / "rows.json").read_text())) == 120
+        )
 
 
 def test_ctrl_c_waits_for_what_is_on_its_way(tmp_path, capsys):
@@ -175,8 +211,12 @@ def test_refused_key_stops_and_is_written_nowhere(tmp_path, monkeypatch, capsys,
     monkeypatch.setenv("MY_KEY", "sk-secret-123")
     with FakeLlm(good) as server:
         server.script = ["400", *[fault] * 40]
-        assert main(arguments(tmp_path, server.url, "--key_from", "MY_KEY", "--concurrency", "1")) == 1
-        assert len(server.headers) == 2 and "Bearer sk-secret-123" in server.headers[0]  # 400: that clip alone
+        assert (
+            main(arguments(tmp_path, server.url, "--key_from", "MY_KEY", "--concurrency", "1")) == 1
+        )
+        assert (
+            len(server.headers) == 2 and "Bearer sk-secret-123" in server.headers[0]
+        )  # 400: that clip alone
     printed = capsys.readouterr()
     assert "[key]" in printed.err and "sk-secret" not in printed.err + printed.out
     assert not [path for path in tmp_path.iterdir() if b"sk-secret" in path.read_bytes()]
@@ -203,8 +243,13 @@ def test_retry_after_holds_all_requests(tmp_path):
 
 def test_an_endpoint_that_is_gone_stops_the_run(tmp_path):
     settings = LlmSettings("m", base_url="http://127.0.0.1:9/v1", tries=2)
-    with ReplyStore(tmp_path / "s") as store, pytest.raises(StopAsking, match="one after the other"):
-        Llm(settings, store).complete_all([[{"role": "user", "content": str(i)}] for i in range(500)])
+    with (
+        ReplyStore(tmp_path / "s") as store,
+        pytest.raises(StopAsking, match="one after the other"),
+    ):
+        Llm(settings, store).complete_all(
+            [[{"role": "user", "content": str(i)}] for i in range(500)]
+        )
 
 
 def test_equal_requests_are_one(tmp_path):
@@ -212,13 +257,20 @@ def test_equal_requests_are_one(tmp_path):
     asked = [[{"role": "user", "content": f"question {i % 4}"}] for i in range(20)]
     with FakeLlm(good, delay=0.05) as server, ReplyStore(tmp_path / "s") as store:
         url = server.url.replace("//", "//user:pass@")
-        settings = LlmSettings("judge", temperature=0.0, base_url=url, extra={"max_tokens": None, "top_p": 0.5})
+        settings = LlmSettings(
+            "judge", temperature=0.0, base_url=url, extra={"max_tokens": None, "top_p": 0.5}
+        )
         llm, heard = Llm(settings, store), []
         replies = llm.complete_all(asked, lambda index, reply: heard.append(index))
         assert sorted(heard) == list(range(20)) and server.paid.total() == 4
         assert [reply.text for reply in replies[:4]] * 5 == [reply.text for reply in replies]
         assert replies[0].model == "m-0301" and store.tokens == 4 * 150
-        assert llm.request(asked[0]) == {"model": "judge", "messages": asked[0], "temperature": 0.0, "top_p": 0.5}
+        assert llm.request(asked[0]) == {
+            "model": "judge",
+            "messages": asked[0],
+            "temperature": 0.0,
+            "top_p": 0.5,
+        }
     assert "pass" not in str(settings.record()) and settings.record()["temperature"] == 0.0
 
 
@@ -268,13 +320,22 @@ def test_sources(tmp_path):
         "speakers, medium (120-135 Hz) among male speakers; Volume: high; Speed: slow; Emotion: sad; "
         "Sentiment: -2 (negative); Estimated age: 31 years"
     )
-    of_closed_qa = {name: value for name, value in row.items() if name != "pitch_detail"} | {"pitch": 130.0}
-    assert message(SOURCES["mosei"], of_closed_qa) == texts["mosei"].replace("low among all speakers, ", "")
+    of_closed_qa = {name: value for name, value in row.items() if name != "pitch_detail"} | {
+        "pitch": 130.0
+    }
+    assert message(SOURCES["mosei"], of_closed_qa) == texts["mosei"].replace(
+        "low among all speakers, ", ""
+    )
     assert texts["fma"] == "Genre: Folk, Pop" and 'singing of "the rain' in texts["joint_v1"]
     assert [source.count for source in SOURCES.values()] == [10, 20, 20, 20, 10, 5, 10, 10]
     with pytest.raises(ValueError, match="no genre"):
         message(SOURCES["fma"], {"audio_id": "a"})
-    for wrong in ({"gender": "boy"}, {"pitch_detail": float("nan")}, {"pitch_detail": "high"}, {"sentiment": 4}):
+    for wrong in (
+        {"gender": "boy"},
+        {"pitch_detail": float("nan")},
+        {"pitch_detail": "high"},
+        {"sentiment": 4},
+    ):
         with pytest.raises(ValueError, match="gender 'boy'|pitch|sentiment 4"):
             message(SOURCES["libritts"], row | wrong)
 
@@ -295,21 +356,27 @@ def test_every_source_from_metadata_to_rows(tmp_path, source, capsys):
     def answer(body: dict) -> dict:
         bodies.append(body)
         asks_for_paragraph = "paragraph" in body["messages"][0]["content"]
-        return completion(f"Somebody sings in the rain, {LONG}." if asks_for_paragraph else pairs_of(body))
+        return completion(
+            f"Somebody sings in the rain, {LONG}." if asks_for_paragraph else pairs_of(body)
+        )
 
     with FakeLlm(answer) as server:
         assert main(arguments(tmp_path, server.url, source=source, count=2)) == 0
     assert not [body for body in bodies if "$" in body["messages"][0]["content"]]
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [list(row) for row in rows] == [["instruction", "input", "audio_id", "dataset", "task", "output"]] * len(
-        rows
-    )
-    assert {row["task"] for row in rows} - {"joint audio and speech summarization"} == {"open-ended question"}
+    assert [list(row) for row in rows] == [
+        ["instruction", "input", "audio_id", "dataset", "task", "output"]
+    ] * len(rows)
+    assert {row["task"] for row in rows} - {"joint audio and speech summarization"} == {
+        "open-ended question"
+    }
     assert len(rows) == (8 if source == "joint_v2" else 6)
     if source == "joint_v2":
         assert rows[0]["output"].startswith("Somebody sings") and len(bodies) == 4
         # Which clip's questions are asked first is not fixed: two clips are on their way at once.
-        later = [body["messages"] for body in bodies if "paragraph" not in body["messages"][0]["content"]]
+        later = [
+            body["messages"] for body in bodies if "paragraph" not in body["messages"][0]["content"]
+        ]
         assert len(later) == 2 and all(rows[0]["output"] in said[1]["content"] for said in later)
         bodies = [body for body in bodies if body["messages"] in later]
     assert str(SOURCES[source].count) in bodies[-1]["messages"][0]["content"]
@@ -317,7 +384,9 @@ def test_every_source_from_metadata_to_rows(tmp_path, source, capsys):
 
 def test_bad_metadata_is_named_and_counted(tmp_path, capsys):
     with FakeLlm(good) as server:
-        given = arguments(tmp_path, server.url, "--output", str(tmp_path / "rows.jsonl"), source="fma", count=3)
+        given = arguments(
+            tmp_path, server.url, "--output", str(tmp_path / "rows.jsonl"), source="fma", count=3
+        )
         rows = json.loads((tmp_path / "meta.json").read_text())
         del rows[1]["genre"]
         (tmp_path / "meta.json").write_text("\n".join(json.dumps(row) for row in rows))
@@ -325,7 +394,9 @@ def test_bad_metadata_is_named_and_counted(tmp_path, capsys):
         assert "row 1: no genre" in capsys.readouterr().err
         assert main([*given, "--max_bad", "1"]) == 0 and server.paid.total() == 2
         lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-        assert [json.loads(line)["audio_id"] for line in lines] == ["clip0.wav"] * 3 + ["clip2.wav"] * 3
+        assert [json.loads(line)["audio_id"] for line in lines] == ["clip0.wav"] * 3 + [
+            "clip2.wav"
+        ] * 3
         (tmp_path / "meta.json").write_text('[{"audio_id": ]')
         with pytest.raises(ValueError, match="line 1, column 15"):
             main(given)
@@ -364,13 +435,18 @@ def test_malformed_json(text, expected):
     assert len(rejects) == (0 if expected else 1)
     whole = '{"q": "one", "a": "two"}'
     pairs, _ = parse_pairs(f"{whole}\n{text}\n{whole}")
-    assert sum((pair.question, pair.answer) == ("one", "two") for pair in pairs) == 2  # Neighbours are not hurt.
+    assert (
+        sum((pair.question, pair.answer) == ("one", "two") for pair in pairs) == 2
+    )  # Neighbours are not hurt.
 
 
 def test_random_damage_never_makes_up_a_pair():
     """Pairs from a reply with characters lost anywhere: their texts are made of the texts sent, in their order."""
     rng = random.Random(1)
-    sent = [{"q": f"Why {i} is it?", "a": f"Since {i} it \"barks\", 'runs' {{and}} jumps"} for i in range(5)]
+    sent = [
+        {"q": f"Why {i} is it?", "a": f"Since {i} it \"barks\", 'runs' {{and}} jumps"}
+        for i in range(5)
+    ]
     for _ in range(500):
         text = "\n".join(json.dumps(pair) for pair in sent)
         for _ in range(rng.randrange(1, 4)):
@@ -380,7 +456,9 @@ def test_random_damage_never_makes_up_a_pair():
         assert len(pairs) == 5 or rejects  # Nothing is lost unseen.
         for pair in pairs:
             whole = iter(" ".join(part for item in sent for part in (item["q"], item["a"])))
-            assert all(letter in whole for letter in f"{pair.question}{pair.answer}" if letter.isalnum())
+            assert all(
+                letter in whole for letter in f"{pair.question}{pair.answer}" if letter.isalnum()
+            )
 
 
 def test_filters():
@@ -418,7 +496,9 @@ def test_local_model(tmp_path):
         assert llm.complete_all(asked) == replies and llm.counts["asked"] == 3
     with ReplyStore(tmp_path / "t") as store:
         llm = Llm(LlmSettings(str(tmp_path / "llm"), concurrency=1, **settings), store)
-        assert [reply.text for reply in llm.complete_all(asked)] == [reply.text for reply in replies]
+        assert [reply.text for reply in llm.complete_all(asked)] == [
+            reply.text for reply in replies
+        ]
 
 
 def test_another_file_is_no_store_of_replies(tmp_path):

@@ -27,18 +27,32 @@ def files(folder: Path) -> list[bytes]:
     [
         ("audioset_strong", ["401"] * 3, ["--model", "typo"], "no clip was answered"),
         ("audioset_strong", [], ["--model", "n", "--token_budget", "500"], "no clip was answered"),
-        ("audioset_strong", ["400"] * 3, ["--model", "typo"], "no clip was answered"),  # too few to stop the run
+        (
+            "audioset_strong",
+            ["400"] * 3,
+            ["--model", "typo"],
+            "no clip was answered",
+        ),  # too few to stop the run
         ("fma", [], [], "no genre"),
-        ("joint_v2", ["", "401"], ["--concurrency", "1"], "no clip was answered"),  # a paragraph alone makes no row
+        (
+            "joint_v2",
+            ["", "401"],
+            ["--concurrency", "1"],
+            "no clip was answered",
+        ),  # a paragraph alone makes no row
     ],
 )
-def test_a_run_that_was_answered_nothing_leaves_the_rows(tmp_path, capsys, source, script, more, said):
+def test_a_run_that_was_answered_nothing_leaves_the_rows(
+    tmp_path, capsys, source, script, more, said
+):
     with FakeLlm(good) as server:
         assert main(arguments(tmp_path, server.url, count=3)) == 0
         before = files(tmp_path)
         given = arguments(tmp_path, server.url, *more, source=source, count=3)
         if source == "fma":
-            (tmp_path / "meta.json").write_text(json.dumps([{"audio_id": "a"} | META | {"genre": None}]))
+            (tmp_path / "meta.json").write_text(
+                json.dumps([{"audio_id": "a"} | META | {"genre": None}])
+            )
         server.script = script
         assert main(given) == 1
         printed = capsys.readouterr()
@@ -46,7 +60,9 @@ def test_a_run_that_was_answered_nothing_leaves_the_rows(tmp_path, capsys, sourc
         assert files(tmp_path) == before and not list(tmp_path.glob("*.tmp"))
         assert "tokens: " in printed.out  # What it has cost is said all the same.
         (tmp_path / "meta.json").write_text("[]")
-        assert main(given) == 0 and (tmp_path / "rows.json").read_text() == "[\n]\n"  # Nothing to ask: that is all.
+        assert (
+            main(given) == 0 and (tmp_path / "rows.json").read_text() == "[\n]\n"
+        )  # Nothing to ask: that is all.
 
 
 @pytest.mark.parametrize("wait", ["0", "-5", "Mon, 01 Jan 2024 00:00:00 GMT", "nan"])
@@ -54,8 +70,12 @@ def test_a_wait_of_nothing_is_no_wish(tmp_path, monkeypatch, wait):
     monkeypatch.setattr(qa_generation.llm, "LONGEST_WAIT", 0.2)
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
         server.script = [f"429 {wait}"] * 2
-        reply = Llm(LlmSettings("m", base_url=server.url), store).complete_all([[{"role": "user", "content": "a"}]])[0]
-        assert reply.text and min(later - earlier for earlier, later in pairwise(server.times)) >= 0.1
+        reply = Llm(LlmSettings("m", base_url=server.url), store).complete_all(
+            [[{"role": "user", "content": "a"}]]
+        )[0]
+        assert (
+            reply.text and min(later - earlier for earlier, later in pairwise(server.times)) >= 0.1
+        )
 
 
 def test_403_concerns_one_clip_where_others_were_answered(tmp_path, capsys):
@@ -65,7 +85,9 @@ def test_403_concerns_one_clip_where_others_were_answered(tmp_path, capsys):
         assert main(given) == 1 and len(server.times) == 1  # Nobody was answered: no right at all.
         assert "stopped: 403" in capsys.readouterr().err and not (tmp_path / "rows.json").exists()
         server.script = ["", "403", "", "403"]
-        assert main(given) == 1 and len(server.times) == 7 and "stopped" not in capsys.readouterr().err
+        assert (
+            main(given) == 1 and len(server.times) == 7 and "stopped" not in capsys.readouterr().err
+        )
         assert len(json.loads((tmp_path / "rows.json").read_text())) == 4 * 3
         assert main(given) == 0 and server.paid.total() == 6  # Asked again by the next run.
 

@@ -13,7 +13,14 @@ from llm_server import QUICK_FAULTS, FakeLlm, completion
 from test_qa_generation import LONG, META, ROOT, arguments, good, pairs_of, surroundings  # noqa: F401
 
 from qa_generation.generate import main
-from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking, estimate_tokens
+from qa_generation.llm import (
+    Llm,
+    LlmSettings,
+    ReplyStore,
+    RequestFailed,
+    StopAsking,
+    estimate_tokens,
+)
 from tests.machine import start_python, wait_until
 
 HELLO = [{"role": "user", "content": "hello"}]  # reserved: 9 for it, and the longest reply
@@ -34,26 +41,43 @@ def same_and_own(body: dict) -> dict:
     """Two pairs that every reply has, and one of the request's own."""
     if "paragraph" in body["messages"][0]["content"]:
         return completion(f"Somebody sings in the rain, {LONG}.")
-    same = [{"q": f"What is heard in place {i}?", "a": f"Number {i} is heard there {LONG}"} for i in range(2)]
+    same = [
+        {"q": f"What is heard in place {i}?", "a": f"Number {i} is heard there {LONG}"}
+        for i in range(2)
+    ]
     return completion("\n".join([*map(json.dumps, same), pairs_of(body).split("\n")[0]]))
 
 
 def test_a_clip_that_comes_again(tmp_path, capsys):
     """Same facts: asked and written once. Other facts: asked, without the pairs that the clip has already."""
-    first, other = {"audio_id": "a", "caption": "rain"} | META, {"audio_id": "b", "caption": "rain"} | META
+    first, other = (
+        {"audio_id": "a", "caption": "rain"} | META,
+        {"audio_id": "b", "caption": "rain"} | META,
+    )
     meta = write_rows(
-        tmp_path / "m.json", first, other, first, first | {"caption": "wind"}, first | {"dataset": "other"}
+        tmp_path / "m.json",
+        first,
+        other,
+        first,
+        first | {"caption": "wind"},
+        first | {"dataset": "other"},
     )
     with FakeLlm(same_and_own) as server:
         given = arguments(tmp_path, server.url, "--input", str(meta))
         assert main(given) == 0
-        assert server.paid.total() == 3 and len({row for row in server.paid}) == 2  # a and b: equal bodies, two clips
+        assert (
+            server.paid.total() == 3 and len({row for row in server.paid}) == 2
+        )  # a and b: equal bodies, two clips
         rows = json.loads((tmp_path / "rows.json").read_text())
         assert [row["audio_id"] for row in rows] == ["a"] * 4 + ["b"] * 3
         assert len({(row["audio_id"], row["instruction"]) for row in rows}) == 7
         assert read_rejects(tmp_path) == [("a", "duplicate")] * 2
         counts = json.loads((tmp_path / "rows.json.recipe.json").read_text())["counts"]
-        assert (counts["clips"], counts["metadata rows that repeat one"], counts["dropped: duplicate"]) == (2, 2, 2)
+        assert (
+            counts["clips"],
+            counts["metadata rows that repeat one"],
+            counts["dropped: duplicate"],
+        ) == (2, 2, 2)
         assert main([*given, "--keep", "duplicate"]) == 0 and server.paid.total() == 3
         assert len(json.loads((tmp_path / "rows.json").read_text())) == 9
 
@@ -63,12 +87,18 @@ def test_a_clip_that_another_source_had(tmp_path):
     with FakeLlm(same_and_own) as server:
         assert main(arguments(tmp_path, server.url, source="joint_v1", count=2)) == 0
         earlier = (tmp_path / "rows.json").rename(tmp_path / "v1.json")
-        given = arguments(tmp_path, server.url, "--against", str(earlier), source="joint_v2", count=3)
+        given = arguments(
+            tmp_path, server.url, "--against", str(earlier), source="joint_v2", count=3
+        )
         assert main(given) == 0
         rows = json.loads((tmp_path / "rows.json").read_text())
-        assert [row["audio_id"] for row in rows] == [f"clip{i}.wav" for i in (0, 0, 1, 1, 2, 2, 2, 2)]
+        assert [row["audio_id"] for row in rows] == [
+            f"clip{i}.wav" for i in (0, 0, 1, 1, 2, 2, 2, 2)
+        ]
         assert read_rejects(tmp_path) == [(f"clip{i}.wav", "duplicate") for i in (0, 0, 1, 1)]
-        assert list(json.loads((tmp_path / "rows.json.recipe.json").read_text())["against_sha256"]) == [str(earlier)]
+        assert list(
+            json.loads((tmp_path / "rows.json.recipe.json").read_text())["against_sha256"]
+        ) == [str(earlier)]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +112,9 @@ def test_what_a_request_may_cost_is_reserved(tmp_path, extra, tokens):
     need = estimate_tokens(HELLO) + tokens
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
         with pytest.raises(StopAsking, match="token budget"):
-            Llm(LlmSettings("m", base_url=server.url, extra=extra, token_budget=need - 1), store).complete_all([HELLO])
+            Llm(
+                LlmSettings("m", base_url=server.url, extra=extra, token_budget=need - 1), store
+            ).complete_all([HELLO])
         assert not server.times
         settings = LlmSettings("m", base_url=server.url, extra=extra, token_budget=need)
         assert Llm(settings, store).complete_all([HELLO])[0].text
@@ -90,7 +122,15 @@ def test_what_a_request_may_cost_is_reserved(tmp_path, extra, tokens):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"n": 2}, {"stream": True}, {"messages": []}, {"model": "x"}, {"max_tokens": "9"}, {"max_tokens": 0}]
+    "extra",
+    [
+        {"n": 2},
+        {"stream": True},
+        {"messages": []},
+        {"model": "x"},
+        {"max_tokens": "9"},
+        {"max_tokens": 0},
+    ],
 )
 def test_extra_that_would_break_the_accounts(extra):
     with pytest.raises(ValueError, match=next(iter(extra))):
@@ -102,7 +142,9 @@ def test_a_budget_needs_a_longest_reply():
         LlmSettings("m", extra={"max_tokens": None}, token_budget=5000)
 
 
-@pytest.mark.parametrize("fault, tries", [("time-out", 4), ("drop", 4), ("half a body", 4), ("504", 4), ("HTML", 3)])
+@pytest.mark.parametrize(
+    "fault, tries", [("time-out", 4), ("drop", 4), ("half a body", 4), ("504", 4), ("HTML", 3)]
+)
 def test_lost_tries_count_as_reserved(tmp_path, capsys, fault, tries):
     """4 tries of 991 + 9 tokens fit; whatever became of them, no fifth is sent, in this run or the next."""
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
@@ -110,7 +152,9 @@ def test_lost_tries_count_as_reserved(tmp_path, capsys, fault, tries):
         limits = {"timeout": 0.3, "token_budget": 4000 if tries == 4 else 3999}
         settings = LlmSettings("m", base_url=server.url, max_tokens=991, concurrency=2, **limits)
         for _ in range(2):
-            with pytest.raises(StopAsking, match=f"{1000 * tries} reserved for tries without a reply"):
+            with pytest.raises(
+                StopAsking, match=f"{1000 * tries} reserved for tries without a reply"
+            ):
                 Llm(settings, store).complete_all([HELLO, [{"role": "user", "content": "other"}]])
         assert len(server.times) == tries and (store.tokens, store.lost) == (0, 1000 * tries)
     with ReplyStore(tmp_path / "s") as store:
@@ -125,7 +169,9 @@ def test_tries_that_nobody_bills_cost_nothing(tmp_path, fault):
         assert Llm(settings, store).complete_all([HELLO])[0].text
         assert (store.tokens, store.lost) == (150, 0)
         gone = LlmSettings("m", base_url="http://127.0.0.1:9/v1", tries=2)
-        assert isinstance(Llm(gone, store).complete_all([[{"role": "user", "content": "x"}]])[0], RequestFailed)
+        assert isinstance(
+            Llm(gone, store).complete_all([[{"role": "user", "content": "x"}]])[0], RequestFailed
+        )
         assert store.lost == 0  # Nobody was there to bill it.
 
 
@@ -150,8 +196,17 @@ def test_local_model_takes_the_length_that_is_asked(tmp_path):
 
     write_llm(tmp_path / "llm")
     with ReplyStore(tmp_path / "s") as store:
-        settings = {"is_local": True, "extra": {"max_new_tokens": 3}, "token_budget": estimate_tokens(HELLO) + 3}
-        assert Llm(LlmSettings(str(tmp_path / "llm"), **settings), store).complete_all([HELLO])[0].completion_tokens < 4
+        settings = {
+            "is_local": True,
+            "extra": {"max_new_tokens": 3},
+            "token_budget": estimate_tokens(HELLO) + 3,
+        }
+        assert (
+            Llm(LlmSettings(str(tmp_path / "llm"), **settings), store)
+            .complete_all([HELLO])[0]
+            .completion_tokens
+            < 4
+        )
 
 
 def test_kill_9_leaves_what_was_sent_in_the_accounts(tmp_path, capsys):
@@ -167,7 +222,10 @@ def test_kill_9_leaves_what_was_sent_in_the_accounts(tmp_path, capsys):
         assert kept == 8 and 1200 < lost / 8 < 1800  # about 420 of the prompt, 1024 of the reply
         server.release()
         assert main([*given, "--token_budget", "900000"]) == 0
-        assert f"tokens: 6000 spent, {lost} reserved for tries without a reply" in capsys.readouterr().out
+        assert (
+            f"tokens: 6000 spent, {lost} reserved for tries without a reply"
+            in capsys.readouterr().out
+        )
 
 
 class FullDisk:
@@ -200,7 +258,10 @@ def test_store_on_a_full_disk(tmp_path):
         with pytest.raises(OSError, match=f"{path}.*No space left|No space left.*{path}"):
             store.put("bb", REPLY)
         assert store.get("bb") is None and store.get("aa") == REPLY and path.read_bytes() == whole
-        store.file.room, store.file.truncate = 20, store.file.refuse  # Nor cut off now: then before the next line.
+        store.file.room, store.file.truncate = (
+            20,
+            store.file.refuse,
+        )  # Nor cut off now: then before the next line.
         with pytest.raises(OSError):
             store.put("bb", REPLY)
         store.file = real
@@ -225,7 +286,9 @@ def test_a_run_on_a_full_disk_stops_and_goes_on(tmp_path):
         command = [sys.executable, "-B", "-m", "qa_generation.generate", *given]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
         store = tmp_path / "rows.json.replies.jsonl"
-        assert done.returncode == 1 and f"stopped: {store}: File too large" in done.stderr, done.stderr
+        assert done.returncode == 1 and f"stopped: {store}: File too large" in done.stderr, (
+            done.stderr
+        )
         assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.tmp"))
         kept, paid = store.read_bytes(), server.paid.total()
         assert kept.endswith(b"\n") and len(kept) <= 20000

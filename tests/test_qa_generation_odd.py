@@ -13,7 +13,14 @@ from test_qa_generation import LONG, META, ROOT, arguments, good, pairs_of, surr
 from test_qa_generation_costs import read_rejects, write_rows
 
 from qa_generation.generate import main
-from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking, estimate_tokens
+from qa_generation.llm import (
+    Llm,
+    LlmSettings,
+    ReplyStore,
+    RequestFailed,
+    StopAsking,
+    estimate_tokens,
+)
 from qa_generation.qa_json import Reject, parse_pairs
 from qa_generation.sources import FORMS, SOURCES, message
 from tests.machine import PATIENCE, start_python, wait_until
@@ -25,8 +32,16 @@ NOT_TEXT = [
     ("audioset_strong", {"caption": 5}, "caption: 5 is not text"),
     ("audioset_strong", {"caption": ["rain", 5]}, "caption"),
     ("audioset_strong", {"temporal": 5}, "temporal: 5"),
-    ("audioset_strong", {"temporal": None, "events": [{"label": "Dog", "onset": "0", "offset": 1}]}, "events: onset"),
-    ("audioset_strong", {"temporal": None, "events": [{"label": 7, "onset": 0, "offset": 1}]}, "events: label: 7"),
+    (
+        "audioset_strong",
+        {"temporal": None, "events": [{"label": "Dog", "onset": "0", "offset": 1}]},
+        "events: onset",
+    ),
+    (
+        "audioset_strong",
+        {"temporal": None, "events": [{"label": 7, "onset": 0, "offset": 1}]},
+        "events: label: 7",
+    ),
     ("audioset_strong", {"temporal": None, "events": ["Dog"]}, "events"),
     ("audioset_strong", {"input": 5}, "input: 5"),
     ("audioset_strong", {"input": {"a": 1}}, "input"),
@@ -67,11 +82,30 @@ def test_wrong_types_are_named_before_anything_is_asked(tmp_path, capsys, source
 def test_metadata_of_any_kind_is_a_message_or_named():
     rng, whole = random.Random(0), {"audio_id": "a", "caption": "rain"} | META
     event = {"label": "D", "onset": 0, "offset": 1}
-    values = (None, "", [], {}, "x", " ;", 5, -1, 1e300, float("nan"), 10**400, True, ["a"], ["a", 1], [None], [""])
+    values = (
+        None,
+        "",
+        [],
+        {},
+        "x",
+        " ;",
+        5,
+        -1,
+        1e300,
+        float("nan"),
+        10**400,
+        True,
+        ["a"],
+        ["a", 1],
+        [None],
+        [""],
+    )
     values += ([{}], [event], [event | {"description": 5}], "female", "\ud83d", [[["a"]]])
     outcomes = Counter()
     for _ in range(3000):
-        row = whole | {name: rng.choice(values) for name in rng.sample([*FORMS], rng.randrange(1, 5))}
+        row = whole | {
+            name: rng.choice(values) for name in rng.sample([*FORMS], rng.randrange(1, 5))
+        }
         for source in SOURCES.values():
             try:
                 outcomes["text"] += bool(message(source, row).encode())
@@ -82,13 +116,19 @@ def test_metadata_of_any_kind_is_a_message_or_named():
 
 def test_fields_of_other_sources_may_be_anything():
     row = {"audio_id": "a", "caption": []} | META | {"age": "old", "genre": 5, "emotion": None}
-    assert message(SOURCES["audioset_strong"], row) == "Sound Events: Sound of Dog (Sharp): [0.0s-1.0s]"
+    assert (
+        message(SOURCES["audioset_strong"], row)
+        == "Sound Events: Sound of Dog (Sharp): [0.0s-1.0s]"
+    )
 
 
 def test_an_output_that_cannot_be_written_is_said_first(tmp_path):
     with FakeLlm(good) as server:
         (tmp_path / "folder").mkdir()
-        for given in (["--output", str(tmp_path / "folder")], ["--prompt", str(tmp_path / "rows.json")]):
+        for given in (
+            ["--output", str(tmp_path / "folder")],
+            ["--prompt", str(tmp_path / "rows.json")],
+        ):
             with pytest.raises(ValueError, match="folder|rows.json"):
                 main(arguments(tmp_path, server.url, *given))
         assert not server.times
@@ -120,7 +160,9 @@ def test_odd_bodies(tmp_path, body, stored):
     with FakeLlm(lambda _: body) as server, ReplyStore(tmp_path / "s") as store:
         reply = Llm(LlmSettings("m", base_url=server.url), store).complete_all([HELLO])[0]
         if stored is None:
-            assert isinstance(reply, RequestFailed) and len(server.times) == 3  # Each may have been billed.
+            assert (
+                isinstance(reply, RequestFailed) and len(server.times) == 3
+            )  # Each may have been billed.
         else:
             found = (reply.text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens)
             assert found == stored and len(server.times) == 1
@@ -131,7 +173,9 @@ def test_what_was_cut_off_is_never_completed(tmp_path):
     for reason in ("length", "content_filter"):
         text = '{"q": "What is it then?", "a": "It is a dog near the road"'
         with FakeLlm(lambda _, text=text, reason=reason: completion(text, reason)) as server:
-            given = arguments(tmp_path, server.url, "--replies", str(tmp_path / reason), "--asks", "1", count=1)
+            given = arguments(
+                tmp_path, server.url, "--replies", str(tmp_path / reason), "--asks", "1", count=1
+            )
             assert main(given) == 0 and read_rejects(tmp_path) == [("clip0.wav", "cut off")]
 
 
@@ -172,12 +216,18 @@ def test_other_settings_than_those_of_the_kept_replies_are_said(tmp_path, capsys
         assert main([*given, "--timeout", "59", "--concurrency", "2"]) == 0
         assert server.paid.total() == 3
         assert "none of the" not in capsys.readouterr().err
-        for count, more in enumerate((["--temperature", "0.5"], ["--model", "n"], ["--count", "7"]), 2):
+        for count, more in enumerate(
+            (["--temperature", "0.5"], ["--model", "n"], ["--count", "7"]), 2
+        ):
             assert main([*given, *more]) == 0 and server.paid.total() == 3 * count
             assert f"none of the {3 * count - 3} replies in" in capsys.readouterr().err
-        assert main(given) == 0 and server.paid.total() == 12  # The first settings again: nothing is asked.
+        assert (
+            main(given) == 0 and server.paid.total() == 12
+        )  # The first settings again: nothing is asked.
         recipe = json.loads((tmp_path / "rows.json.recipe.json").read_text())
-        assert recipe["counts"]["prompt_tokens"] == 300  # of these rows, not of all that the file keeps
+        assert (
+            recipe["counts"]["prompt_tokens"] == 300
+        )  # of these rows, not of all that the file keeps
 
 
 def test_metadata_that_changes_during_the_run(tmp_path):
@@ -211,7 +261,9 @@ def test_second_ctrl_c_ends_at_once_with_one_line(tmp_path):
         assert process.stdout.readline() == "ready for the next\n"
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=PATIENCE)[1]
-        assert process.returncode == 130 and "Traceback" not in said and "run it again" in said.lower()
+        assert (
+            process.returncode == 130 and "Traceback" not in said and "run it again" in said.lower()
+        )
         with ReplyStore(tmp_path / "rows.json.replies.jsonl") as store:
             assert store.lost > 8 * 1024  # What was on its way may be billed.
         assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "rows.json").exists()
@@ -219,13 +271,18 @@ def test_second_ctrl_c_ends_at_once_with_one_line(tmp_path):
 
 def test_a_key_that_no_header_takes_is_not_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-one\nsk-two")
-    with pytest.raises(ValueError, match="OPENAI_API_KEY") as caught, ReplyStore(tmp_path / "s") as store:
+    with (
+        pytest.raises(ValueError, match="OPENAI_API_KEY") as caught,
+        ReplyStore(tmp_path / "s") as store,
+    ):
         Llm(LlmSettings("m", base_url="http://127.0.0.1:9/v1"), store)
     assert "sk-" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "text", [b"\xff\xfe[", b"[" * 100_000, b'{"audio_id": "a"}\n{"audio_id"'], ids=["UTF-16", "deep", "half"]
+    "text",
+    [b"\xff\xfe[", b"[" * 100_000, b'{"audio_id": "a"}\n{"audio_id"'],
+    ids=["UTF-16", "deep", "half"],
 )
 def test_metadata_that_is_no_json(tmp_path, text):
     with FakeLlm(good) as server:
@@ -235,7 +292,9 @@ def test_metadata_that_is_no_json(tmp_path, text):
             main(given)
 
 
-@pytest.mark.parametrize("flag", ["--timeout=0", "--timeout=nan", "--count=0", "--max_tokens=0", "--min_words=-1"])
+@pytest.mark.parametrize(
+    "flag", ["--timeout=0", "--timeout=nan", "--count=0", "--max_tokens=0", "--min_words=-1"]
+)
 def test_flags_that_make_no_sense(tmp_path, flag):
     with pytest.raises(SystemExit):
         main([*arguments(tmp_path, "http://127.0.0.1:9/v1"), flag])
@@ -243,7 +302,13 @@ def test_flags_that_make_no_sense(tmp_path, flag):
 
 def test_prompts_are_not_estimated_too_low():
     """Against tokens that a real tokenizer counted (SmolLM2's, one a digit): times of events, English, Chinese."""
-    events = f"Sound Events: Dog: [{', '.join(f'{i / 3:.1f}s-{i / 3 + 0.2:.1f}s' for i in range(25))}]"
+    events = (
+        f"Sound Events: Dog: [{', '.join(f'{i / 3:.1f}s-{i / 3 + 0.2:.1f}s' for i in range(25))}]"
+    )
     prompt = (ROOT / "qa_generation/prompts/sounds.txt").read_text()
-    for text, tokens in ((events, 280), (prompt, 245), ("下雨了，狗在叫，人们在街上走。" * 10, 230)):
+    for text, tokens in (
+        (events, 280),
+        (prompt, 245),
+        ("下雨了，狗在叫，人们在街上走。" * 10, 230),
+    ):
         assert tokens <= estimate_tokens([{"role": "user", "content": text}]) <= 1.5 * tokens + 20

@@ -85,17 +85,25 @@ class Handler(BaseHTTPRequestHandler):
         sent = {key.replace("-", "_"): versions[key] for key in site.headers}
         span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         wanted = self.headers.get("If-Range")
-        same = wanted in (None, date) or (wanted == tag and not site.is_weak) or site.ignores_if_range
+        same = (
+            wanted in (None, date) or (wanted == tag and not site.is_weak) or site.ignores_if_range
+        )
         start = int(span[1]) if span and site.has_range and same else 0
         if start >= len(data):
             self.answer(416, Content_Length="0")
             return
         body = data[start:]
-        length = {"Content_Length": str(len(body))} if site.has_length else {"Transfer_Encoding": "chunked"}
+        length = (
+            {"Content_Length": str(len(body))}
+            if site.has_length
+            else {"Transfer_Encoding": "chunked"}
+        )
         where = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
         if start and site.omits_version_of_rest:
             sent = {}
-        self.answer(206 if start else 200, Content_Type=site.content_type, **sent, **length, **where)
+        self.answer(
+            206 if start else 200, Content_Type=site.content_type, **sent, **length, **where
+        )
         end = min(site.drops.pop(0), len(body)) if site.drops else None
         for place in range(0, len(body) if end is None else end, 100_000):
             piece = body[place : min(place + 100_000, end or len(body))]
@@ -115,7 +123,9 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         monkeypatch.delenv(name, raising=False)
     site = Site()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"site": site}))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()
     site.url = f"http://127.0.0.1:{server.server_port}"
     yield site
     site.is_over.set()
@@ -161,8 +171,14 @@ def test_every_link_of_the_original_readme() -> None:
     assert [name for name in ids.split() if text.count(name) != 1] == []
     assert len({row.name for row in TABLE}) == len({row.file for row in TABLE}) == len(TABLE)
     for row in TABLE:
-        assert row.url.startswith("https://") and (row.url.endswith("&dl=1") or "dropbox" not in row.url)
-        assert row.file.endswith((".bin", ".zip", ".json", ".pt")) and row.precision in (None, "fp16", "fp32")
+        assert row.url.startswith("https://") and (
+            row.url.endswith("&dl=1") or "dropbox" not in row.url
+        )
+        assert row.file.endswith((".bin", ".zip", ".json", ".pt")) and row.precision in (
+            None,
+            "fp16",
+            "fp32",
+        )
 
 
 def test_find_names_what_is_near() -> None:
@@ -177,7 +193,9 @@ def test_markdown(capsys: pytest.CaptureFixture) -> None:
     assert len(lines) == len(TABLE) + 2 and len({line.count("|") for line in lines}) == 1
     assert "about 370M" in lines[2]
     main([])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [row.name for row in TABLE]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        row.name for row in TABLE
+    ]
 
 
 # --- downloads
@@ -208,10 +226,15 @@ def test_dropped_again_and_again(site: Site, tmp_path: Path, headers: tuple[str,
     """More drops than tries, each of them after some bytes: it goes on where it stopped."""
     site.headers, site.drops = headers, [50_000] * (transport.RETRIES + 2)
     assert download(a_row(site), tmp_path).read_bytes() == DATA
-    assert site.requests[1] == ("clip.wav", "bytes=50000-", 206) and len(site.requests) == transport.RETRIES + 3
+    assert (
+        site.requests[1] == ("clip.wav", "bytes=50000-", 206)
+        and len(site.requests) == transport.RETRIES + 3
+    )
 
 
-def test_goes_on_in_a_later_call(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goes_on_in_a_later_call(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transport, "RETRIES", 1)
     site.drops = [200_000, 0, 0]
     fails(a_row(site), tmp_path, "200,000 bytes are kept", "run it again")
@@ -222,15 +245,23 @@ def test_goes_on_in_a_later_call(site: Site, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("way", ["no range", "no version", "weak tag", "chunked"])
 def test_begins_again_only_where_it_cannot_go_on(site: Site, tmp_path: Path, way: str) -> None:
     site.drops = [300_000, 100_000]
-    site.has_range, site.has_length, site.is_weak = way != "no range", way != "chunked", way == "weak tag"
+    site.has_range, site.has_length, site.is_weak = (
+        way != "no range",
+        way != "chunked",
+        way == "weak tag",
+    )
     if way in ("no version", "chunked"):
         site.headers = ()
     assert download(a_row(site), tmp_path).read_bytes() == DATA
-    assert [status for *_, status in site.requests] == ([200, 206, 206] if way == "weak tag" else [200] * 3)
+    assert [status for *_, status in site.requests] == (
+        [200, 206, 206] if way == "weak tag" else [200] * 3
+    )
 
 
 @pytest.mark.parametrize("fault", ["none", "ignores_if_range", "omits_version_of_rest"])
-@pytest.mark.parametrize("new", [DATA[::-1], DATA[::-1] * 2, DATA[:1000]], ids=["same size", "longer", "shorter"])
+@pytest.mark.parametrize(
+    "new", [DATA[::-1], DATA[::-1] * 2, DATA[:1000]], ids=["same size", "longer", "shorter"]
+)
 def test_file_changed_between_tries(site: Site, tmp_path: Path, fault: str, new: bytes) -> None:
     """Never a mixture of two versions, even from a server that ignores If-Range."""
     site.drops, row = [200_000], a_row(site)
@@ -247,7 +278,9 @@ def test_slow_and_busy(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [status for *_, status in site.requests] == [503, 429, 200]
 
 
-def test_a_server_that_falls_silent(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_falls_silent(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transport, "TIMEOUT", 0.1)
     monkeypatch.setattr(transport, "RETRIES", 1)
     site.is_silent = True
@@ -264,7 +297,9 @@ def test_two_processes_transfer_once(site: Site, tmp_path: Path) -> None:
     assert len(site.requests) == 1 and (tmp_path / "clip.wav").read_bytes() == DATA
 
 
-def test_stopped_before_the_check(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_before_the_check(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*args) -> None:
         raise KeyboardInterrupt
 
@@ -290,12 +325,16 @@ def test_stopped_before_the_check(site: Site, tmp_path: Path, monkeypatch: pytes
         ("set.zip", zip_of({"a": b"x" * 999}).replace(b"x" * 999, b"y" * 999), {}, "CRC"),
     ],
 )
-def test_wrong_content(site: Site, tmp_path: Path, file: str, data: bytes, fields: dict, word: str) -> None:
+def test_wrong_content(
+    site: Site, tmp_path: Path, file: str, data: bytes, fields: dict, word: str
+) -> None:
     fails(a_row(site, file, data, **fields), tmp_path, word)
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_long_json_is_looked_at_too(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_json_is_looked_at_too(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transport, "SMALL_JSON", 10)
     fails(a_row(site, "rows.json", b'[{"a": 1}, {"b": 2}, {"c"'), tmp_path, "cut off")
     download(a_row(site, "rows.json", b'[{"a": 1}, {"b": 2}]\n'), tmp_path)
@@ -303,7 +342,12 @@ def test_long_json_is_looked_at_too(site: Site, tmp_path: Path, monkeypatch: pyt
 
 def test_a_page_instead_of_the_file(site: Site, tmp_path: Path) -> None:
     site.content_type = "text/html; charset=utf-8"
-    fails(a_row(site, data=b"<!-- moved --><p>This link has died.</p>"), tmp_path, "web page", "--from")
+    fails(
+        a_row(site, data=b"<!-- moved --><p>This link has died.</p>"),
+        tmp_path,
+        "web page",
+        "--from",
+    )
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -383,7 +427,9 @@ def test_clips_are_found_by_name_and_keep_the_names_of_their_features(tmp_path: 
 
 
 def test_clips_of_one_name(tmp_path: Path) -> None:
-    (tmp_path / "meta.json").write_text(json.dumps([{"audio_id": f"/data/{s}/audio/1.wav"} for s in ("clotho", "fsd")]))
+    (tmp_path / "meta.json").write_text(
+        json.dumps([{"audio_id": f"/data/{s}/audio/1.wav"} for s in ("clotho", "fsd")])
+    )
     for name in ("clotho", "fsd"):
         (tmp_path / "zip" / name).mkdir(parents=True)
         (tmp_path / "zip" / name / "1.wav").write_text(name)
@@ -408,19 +454,47 @@ def test_a_zip_with_wrong_bytes_heals(site: Site, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(PREP))
 def test_dry_run_writes_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["prep", "--kind", kind, "--full", "--eval", "--dry_run", "--root", str(tmp_path / "here"), "--llm", "my_llm"])
+    main(
+        [
+            "prep",
+            "--kind",
+            kind,
+            "--full",
+            "--eval",
+            "--dry_run",
+            "--root",
+            str(tmp_path / "here"),
+            "--llm",
+            "my_llm",
+        ]
+    )
     text = capsys.readouterr().out
     checkpoint, name, full_set, _ = PREP[kind]
-    for part in (f"{name}_toy", f"{name}_toy_audio", checkpoint, full_set, f"{name}_subsets", f"{kind}_eval"):
+    for part in (
+        f"{name}_toy",
+        f"{name}_toy_audio",
+        checkpoint,
+        full_set,
+        f"{name}_subsets",
+        f"{kind}_eval",
+    ):
         assert find(part).url in text
-    assert f"-m {kind}.convert_checkpoint --llm my_llm --checkpoint" in text and "about 4.6GB" in text or kind == "ltu"
-    assert ("--feature_precision fp16" in text) == (kind == "ltu_as") and not (tmp_path / "here").exists()
+    assert (
+        f"-m {kind}.convert_checkpoint --llm my_llm --checkpoint" in text
+        and "about 4.6GB" in text
+        or kind == "ltu"
+    )
+    assert ("--feature_precision fp16" in text) == (kind == "ltu_as") and not (
+        tmp_path / "here"
+    ).exists()
 
 
 def test_prep_train_script(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """All of it from a mirror, with small files: toy set, conversion, stages; and a second call that brings nothing."""
     ids = ["/data/sls/audioset/dave/audio/a.flac", "/data/sls/audioset/dave/audio/b.flac"]
-    rows = json.dumps([{"instruction": "?", "input": "", "audio_id": audio_id, "output": "!"} for audio_id in ids])
+    rows = json.dumps(
+        [{"instruction": "?", "input": "", "audio_id": audio_id, "output": "!"} for audio_id in ids]
+    )
     shapes = narrow(read("layout_ltu")["tiny.lora_all"]["saved_by_trainer"])
     state = {key: torch.from_numpy(rule(key, tuple(shape))) for key, shape in shapes.items()}
     torch.save(state, tmp_path / "state.bin")
@@ -429,7 +503,9 @@ def test_prep_train_script(site: Site, tmp_path: Path, capsys: pytest.CaptureFix
         "openaqa_toy_audio.zip": zip_of({"/": b"", "audio/a.flac": b"a", "audio/b.flac": b"b"}),
         "ltu_ori_paper.bin": (tmp_path / "state.bin").read_bytes(),
         "openaqa_5.6M.json": rows.encode(),
-        "openaqa_subsets.zip": zip_of({"closed/combine_cla.json": b"[1]", "closed/all_closed_qa.json": b"[3]"}),
+        "openaqa_subsets.zip": zip_of(
+            {"closed/combine_cla.json": b"[1]", "closed/all_closed_qa.json": b"[3]"}
+        ),
     }
     site.drops = [10]
     llm, root = write_llm(tmp_path / "llm"), tmp_path / "root"
@@ -444,11 +520,32 @@ def test_prep_train_script(site: Site, tmp_path: Path, capsys: pytest.CaptureFix
     toy = root / "data" / "openaqa_toy"
     for row in json.loads((toy / "openaqa_toy.json").read_text()):
         assert (toy / row["audio_id"]).read_text() == Path(row["audio_id"]).stem
-    found = [json.loads((root / "data" / "openaqa" / f"stage{n}.json").read_text()) for n in (1, 2, 3, 4)]
+    found = [
+        json.loads((root / "data" / "openaqa" / f"stage{n}.json").read_text()) for n in (1, 2, 3, 4)
+    ]
     assert found == [[1], [1], [3], json.loads(rows)]
-    before = len(site.requests), {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".lock"}
-    main(["prep", "--kind", "ltu", "--full", "--from", site.url, "--root", str(root), "--llm", str(llm)])
-    after = len(site.requests), {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".lock"}
+    before = (
+        len(site.requests),
+        {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".lock"},
+    )
+    main(
+        [
+            "prep",
+            "--kind",
+            "ltu",
+            "--full",
+            "--from",
+            site.url,
+            "--root",
+            str(root),
+            "--llm",
+            str(llm),
+        ]
+    )
+    after = (
+        len(site.requests),
+        {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".lock"},
+    )
     assert before == after and len(site.requests) == 6  # One of the five files took two.
 
 

@@ -48,8 +48,20 @@ def rows(tmp_path, monkeypatch):
 
 
 def flags(start, rows, output, **more):
-    settings = {"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
-    settings |= {"bf16": False, "num_workers": 0, "save_steps": 3, "group_by_length": True, "num_epochs": 2} | more
+    settings = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    settings |= {
+        "bf16": False,
+        "num_workers": 0,
+        "save_steps": 3,
+        "group_by_length": True,
+        "num_epochs": 2,
+    } | more
     argv = ["--base_model", str(start), "--data_path", str(rows), "--output_dir", str(output)]
     return argv + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
@@ -66,7 +78,9 @@ def test_an_index_is_the_file(start, processor, rows, tmp_path, cutoff, held_out
     plain = make_trainer(*parse_args(flags(start, rows, tmp_path / "run", **more)))
     build_index(rows, processor)
     indexed = make_trainer(*parse_args(flags(start, rows, tmp_path / "run", **more)))
-    assert isinstance(indexed.train_dataset.rows, IndexedRows) and isinstance(plain.train_dataset.rows, list)
+    assert isinstance(indexed.train_dataset.rows, IndexedRows) and isinstance(
+        plain.train_dataset.rows, list
+    )
     assert indexed.train_dataset.lengths.tolist() == plain.train_dataset.lengths.tolist()
     assert list(indexed.micro_batches) == list(plain.micro_batches)
     for part in ("train_dataset", "eval_dataset") if held_out else ("train_dataset",):
@@ -77,7 +91,9 @@ def test_an_index_is_the_file(start, processor, rows, tmp_path, cutoff, held_out
             assert ours.rows[index]["audio"] == theirs.rows[index]["audio"]
 
 
-def test_training_and_resuming_from_an_index_equals_training_from_the_file(start, processor, rows, tmp_path):
+def test_training_and_resuming_from_an_index_equals_training_from_the_file(
+    start, processor, rows, tmp_path
+):
     train(flags(start, rows, tmp_path / "plain"))
     index = build_index(rows, processor)
     rows.unlink()  # The index is enough.
@@ -89,12 +105,16 @@ def test_training_and_resuming_from_an_index_equals_training_from_the_file(start
     assert losses(tmp_path / "again")[-6:] == pytest.approx(whole[-6:], abs=1e-6)
 
 
-def test_too_many_rows_without_an_index_are_not_grouped_and_it_says_so(start, rows, tmp_path, monkeypatch, caplog):
+def test_too_many_rows_without_an_index_are_not_grouped_and_it_says_so(
+    start, rows, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setattr(dataset_module, "MAX_UNINDEXED", 22)
     trainer = make_trainer(*parse_args(flags(start, rows, tmp_path / "run")))
     assert "23 rows without an index" in caplog.text and f"ltu.index_dataset {rows}" in caplog.text
     assert sorted(sum(list(trainer.micro_batches)[:12], [])) == list(range(23))
-    ungrouped = make_trainer(*parse_args(flags(start, rows, tmp_path / "run", group_by_length=False)))
+    ungrouped = make_trainer(
+        *parse_args(flags(start, rows, tmp_path / "run", group_by_length=False))
+    )
     assert list(trainer.micro_batches) == list(ungrouped.micro_batches)
     dataset = make_trainer(
         *parse_args(flags(start, rows, tmp_path / "run", train_on_inputs=False, cutoff_len=5))
@@ -124,7 +144,9 @@ def test_an_index_for_another_template_is_refused(start, processor, rows, tmp_pa
 
 def test_an_index_for_the_other_kind_of_model_is_refused(processor, rows, monkeypatch):
     build_index(rows, processor)
-    monkeypatch.setattr(processor, "transcribes", True, raising=False)  # Rows without `input` would differ.
+    monkeypatch.setattr(
+        processor, "transcribes", True, raising=False
+    )  # Rows without `input` would differ.
     with pytest.raises(RowError, match="was made for LTU; this checkpoint is of LTU-AS"):
         find_index(rows).check(processor, 108, True)
 
@@ -147,7 +169,9 @@ def test_resuming_in_another_order_is_refused(start, processor, rows, tmp_path, 
 
 
 @pytest.mark.parametrize("is_indexed", [False, True])
-def test_a_row_keeps_its_number_when_rows_are_held_out(start, processor, rows, tmp_path, is_indexed):
+def test_a_row_keeps_its_number_when_rows_are_held_out(
+    start, processor, rows, tmp_path, is_indexed
+):
     if is_indexed:
         build_index(rows, processor)
     (tmp_path / "8.wav").unlink()
@@ -162,7 +186,9 @@ def test_a_row_keeps_its_number_when_rows_are_held_out(start, processor, rows, t
 def test_a_question_that_fills_the_cutoff_is_refused(start, processor, rows, tmp_path):
     build_index(rows, processor)
     with pytest.raises(RowError, match="Row 1: no answer is left"):
-        make_trainer(*parse_args(flags(start, rows, tmp_path / "run", train_on_inputs=False, cutoff_len=5)))
+        make_trainer(
+            *parse_args(flags(start, rows, tmp_path / "run", train_on_inputs=False, cutoff_len=5))
+        )
 
 
 @pytest.mark.parametrize("cut", [0, 8, 200, 3000])
@@ -185,7 +211,9 @@ def test_bad_rows_are_named_and_leave_nothing(processor, rows):
 def test_workers_can_be_spawned(processor, rows):
     index = IndexedRows(build_index(rows, processor)).take(torch.tensor([6, 2]))
     copy = pickle.loads(pickle.dumps(index))
-    assert list(copy) == list(index) == [read_rows(rows)[number] | {"input": ""} for number in (6, 2)]
+    assert (
+        list(copy) == list(index) == [read_rows(rows)[number] | {"input": ""} for number in (6, 2)]
+    )
 
 
 def test_the_command(start, rows, capsys):

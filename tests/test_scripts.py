@@ -19,19 +19,31 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["stage1_proj_cla", "stage2_all_cla", "stage3_all_close", "stage4_all_mix"]
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("train_scripts/**/*.sh"), ROOT / ".ci" / "run"])
 PACKAGES = ("ltu", "ltu_as", "data", "eval", "qa_generation", "benchmarks", "train_scripts")
-TINY = [line for line in (ROOT / "train_scripts/tiny.args").read_text().splitlines() if not line.startswith("#")]
+TINY = [
+    line
+    for line in (ROOT / "train_scripts/tiny.args").read_text().splitlines()
+    if not line.startswith("#")
+]
 
 
-def run_script(name: str, tmp_path: Path, *flags: str, exit_code: int = 0, **environment: str) -> tuple[int, list[str]]:
+def run_script(
+    name: str, tmp_path: Path, *flags: str, exit_code: int = 0, **environment: str
+) -> tuple[int, list[str]]:
     """Run a stage script (of ltu, or `ltu_as/NAME`) with a stand-in for Python: its exit status, what Python got."""
     name = name if "/" in name else f"ltu/{name}"
     stub, seen = tmp_path / "python", tmp_path / "argv"
-    stub.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {shlex.quote(str(seen))}\nexit {exit_code}\n')
+    stub.write_text(
+        f'#!/bin/sh\nprintf "%s\\0" "$@" > {shlex.quote(str(seen))}\nexit {exit_code}\n'
+    )
     stub.chmod(0o755)
     seen.unlink(missing_ok=True)
-    variables = {key: value for key, value in os.environ.items() if key not in ("BASE", "DATA", "EXP")}
+    variables = {
+        key: value for key, value in os.environ.items() if key not in ("BASE", "DATA", "EXP")
+    }
     variables |= {"PYTHON": str(stub), "NPROC": "1", **environment}
-    done = subprocess.run(["bash", f"train_scripts/{name}.sh", *flags], cwd=ROOT, env=variables, timeout=30)
+    done = subprocess.run(
+        ["bash", f"train_scripts/{name}.sh", *flags], cwd=ROOT, env=variables, timeout=30
+    )
     return done.returncode, seen.read_text().split("\0")[:-1] if seen.is_file() else []
 
 
@@ -43,7 +55,9 @@ def test_syntax(script: Path) -> None:
         assert word not in text, f"{word} needs a newer bash than macOS has"
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("train_scripts/ltu*/*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("train_scripts/ltu*/*.sh")), ids=lambda path: path.stem
+)
 def test_stage_scripts_are_short(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 25
 
@@ -66,11 +80,19 @@ def test_stage_scripts_are_short(script: Path) -> None:
 )
 def test_hyper_parameters(name, plan, micro, epochs, rate, cutoff, tmp_path: Path) -> None:
     status, argv = run_script(name, tmp_path)
-    assert status == 0 and argv[:2] == ["-m", f"{name.split('/')[0] if '/' in name else 'ltu'}.finetune"]
+    assert status == 0 and argv[:2] == [
+        "-m",
+        f"{name.split('/')[0] if '/' in name else 'ltu'}.finetune",
+    ]
     model, data, run = parse_args(argv[2:])
     assert model.trainable_params == plan
     assert model.lora_target_modules == ('["dummy"]' if plan == "proj" else "[q_proj,v_proj]")
-    assert (run.batch_size, run.micro_batch_size, run.num_epochs, run.learning_rate) == (256, micro, epochs, rate)
+    assert (run.batch_size, run.micro_batch_size, run.num_epochs, run.learning_rate) == (
+        256,
+        micro,
+        epochs,
+        rate,
+    )
     assert (data.cutoff_len, run.warmup_steps) == (cutoff, 100)
     assert data.train_on_inputs and data.original_positions and run.group_by_length
 
@@ -89,7 +111,9 @@ def test_stages_of_ltu_as(tmp_path: Path) -> None:
     """Both kinds of stage 3 start from stage 2; features come from a folder if one is named."""
     found = {}
     for name in ("stage1_proj_cla", "stage2_all_cla", "stage3_all_mix_v1", "stage3_all_mix_v2"):
-        _, argv = run_script(f"ltu_as/{name}", tmp_path, BASE="my_init", EXP="out dir", FEATURES="my features")
+        _, argv = run_script(
+            f"ltu_as/{name}", tmp_path, BASE="my_init", EXP="out dir", FEATURES="my features"
+        )
         found[name], data, run = parse_args(argv[2:])
         assert run.output_dir == f"out dir/{name}" and data.feature_root == "my features"
     starts = [Path(model.base_model).name for model in found.values()]
@@ -109,7 +133,10 @@ def test_processes_and_exit_status(tmp_path: Path) -> None:
     status, argv = run_script("stage1_proj_cla", tmp_path, NPROC="4", exit_code=3)
     assert status == 3
     launcher = argv[: argv.index("ltu.finetune") + 1]
-    assert launcher == "-m torch.distributed.run --standalone --nproc_per_node 4 -m ltu.finetune".split()
+    assert (
+        launcher
+        == "-m torch.distributed.run --standalone --nproc_per_node 4 -m ltu.finetune".split()
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("--output_dir", "{}"), ("--output_dir={}",)])
@@ -119,7 +146,9 @@ def test_finished_stage_is_skipped(flags: tuple[str, ...], tmp_path: Path) -> No
     arguments = [flag.format(folder) for flag in flags]
     exp = str(tmp_path / "elsewhere" if flags else tmp_path / "exp")
     for finished in (False, True):
-        (folder / "ltu_state.json").write_text(json.dumps({"step": 5, "finished": finished}, indent=1))
+        (folder / "ltu_state.json").write_text(
+            json.dumps({"step": 5, "finished": finished}, indent=1)
+        )
         status, argv = run_script("stage1_proj_cla", tmp_path, *arguments, EXP=exp)
         assert status == 0 and bool(argv) is not finished
 
@@ -130,7 +159,9 @@ def test_paths_are_relative_to_the_repository(tmp_path: Path) -> None:
     stub.chmod(0o755)
     environment = os.environ | {"PYTHON": str(stub), "NPROC": "1", "EXP": str(tmp_path)}
     script = str(ROOT / "train_scripts/ltu/stage2_all_cla.sh")
-    done = subprocess.run(["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == str(ROOT)
 
 
@@ -147,7 +178,9 @@ class Parsed(Exception):
     """The command's flags were understood."""
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if re.search(r"(^|\s)(bash|python) ", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in readme_commands() if re.search(r"(^|\s)(bash|python) ", c)]
+)
 def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(re.sub(r"\$\(.*?\)", "", command), comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -160,7 +193,9 @@ def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.util.find_spec(words[2]) is not None, f"README: no module {words[2]}"
     understand = argparse.ArgumentParser.parse_known_args
 
-    def stop_after_parsing(parser: argparse.ArgumentParser, args: list[str] | None = None, namespace=None):
+    def stop_after_parsing(
+        parser: argparse.ArgumentParser, args: list[str] | None = None, namespace=None
+    ):
         _, unknown = understand(parser, args, namespace)
         raise Parsed if not unknown else AssertionError(f"README: {words[2]} knows no {unknown}")
 
@@ -170,4 +205,6 @@ def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(module, "main"):
         with pytest.raises((Parsed, SystemExit)) as end:
             module.main()
-        assert end.type is Parsed or (end.value.code == 0 and "--help" in words), f"README: {command}"
+        assert end.type is Parsed or (end.value.code == 0 and "--help" in words), (
+            f"README: {command}"
+        )

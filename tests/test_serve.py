@@ -48,7 +48,11 @@ class Served:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", **settings)
 
     def ask(self, *parts: dict, **settings):
-        said = {"messages": [{"role": "user", "content": list(parts)}], "model": "tiny", "max_tokens": 12} | settings
+        said = {
+            "messages": [{"role": "user", "content": list(parts)}],
+            "model": "tiny",
+            "max_tokens": 12,
+        } | settings
         return self.client.chat.completions.create(**said)
 
     def answer_alone(self, question: str, audio=None, **settings) -> str:
@@ -65,10 +69,14 @@ class Served:
     ) -> http.client.HTTPConnection:
         """Send a request below the client; without length it is chunked."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        headers = {"Content-Type": "application/json"} | {
+            k.replace("_", "-"): v for k, v in headers.items()
+        }
         if length is None:
             parts = [body[start : start + 65536] for start in range(0, len(body), 65536)]
-            connection.request("POST", "/v1/chat/completions", iter(parts), headers, encode_chunked=True)
+            connection.request(
+                "POST", "/v1/chat/completions", iter(parts), headers, encode_chunked=True
+            )
         else:
             headers["Content-Length"] = str(len(body) if length < 0 else length)
             connection.request("POST", "/v1/chat/completions", body, headers)
@@ -101,7 +109,9 @@ def serve(engine: LtuEngine, *flags: str) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("serve")
-    llm = tiny.write_llm(root / "llm", tokenizer=byte_tokenizer(), bos_token_id=None, eos_token_id=0)
+    llm = tiny.write_llm(
+        root / "llm", tokenizer=byte_tokenizer(), bos_token_id=None, eos_token_id=0
+    )
     return tiny.write_checkpoint(root / "tiny", llm, tiny.LORA)
 
 
@@ -128,7 +138,10 @@ def words(text: str = QUESTION) -> dict:
 
 
 def sound(data: bytes, kind: str = "wav") -> dict:
-    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": kind}}
+    return {
+        "type": "input_audio",
+        "input_audio": {"data": base64.b64encode(data).decode(), "format": kind},
+    }
 
 
 def encoded(waveform: np.ndarray, kind: str = "wav", rate: int = 16_000) -> bytes:
@@ -148,28 +161,56 @@ def test_answers_are_the_engines(served: Served, kind: str) -> None:
         answer = served.engine([Request(QUESTION, data)], max_new_tokens=12)[0]
         assert answer.text and reply.choices[0].message.content == answer.text
         assert reply.choices[0].finish_reason == answer.finish_reason
-        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (answer.prompt_tokens, answer.new_tokens)
+        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (
+            answer.prompt_tokens,
+            answer.new_tokens,
+        )
         for name, value in reply.model_extra["ltu"].items():
             assert name == "seed" or value == getattr(answer, name), name
-        assert reply.model_extra["ltu"]["status"] == "truncated" and reply.model_extra["ltu"]["sampling_rate"] == 16_000
+        assert (
+            reply.model_extra["ltu"]["status"] == "truncated"
+            and reply.model_extra["ltu"]["sampling_rate"] == 16_000
+        )
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "seed": 3}, {"stop": ["a", "qx"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 1.5, "seed": 3}, {"stop": ["a", "qx"]}], ids=str
+)
 def test_a_stream_is_the_answer_piece_by_piece(served: Served, settings: dict) -> None:
     data = TOY[0].read_bytes()
     whole = served.ask(words(), sound(data, "flac"), max_tokens=60, **settings)
     usage = {"include_usage": True}
-    parts = list(served.ask(words(), sound(data, "flac"), max_tokens=60, stream=True, stream_options=usage, **settings))
-    texts = [part.choices[0].delta.content for part in parts if part.choices and part.choices[0].delta.content]
+    parts = list(
+        served.ask(
+            words(),
+            sound(data, "flac"),
+            max_tokens=60,
+            stream=True,
+            stream_options=usage,
+            **settings,
+        )
+    )
+    texts = [
+        part.choices[0].delta.content
+        for part in parts
+        if part.choices and part.choices[0].delta.content
+    ]
     assert len(texts) > 1 and "".join(texts) == whole.choices[0].message.content
-    assert [part.choices[0].finish_reason for part in parts if part.choices][-1] == whole.choices[0].finish_reason
+    assert [part.choices[0].finish_reason for part in parts if part.choices][-1] == whole.choices[
+        0
+    ].finish_reason
     assert parts[-1].usage == whole.usage and not parts[-1].choices
     extras = [part.model_extra.get("ltu") for part in parts]
-    assert extras[-1] == extras[-2] and extras[-1]["seconds_heard"] == whole.model_extra["ltu"]["seconds_heard"]
+    assert (
+        extras[-1] == extras[-2]
+        and extras[-1]["seconds_heard"] == whole.model_extra["ltu"]["seconds_heard"]
+    )
     assert {part.id for part in parts} == {parts[0].id}
     if "stop" not in settings:
         sampling = {"do_sample": True, "temperature": 1.5} if settings else {}
-        expected = served.answer_alone(QUESTION, data, decoding=sampling | {"max_new_tokens": 60}, seed=settings.get("seed"))
+        expected = served.answer_alone(
+            QUESTION, data, decoding=sampling | {"max_new_tokens": 60}, seed=settings.get("seed")
+        )
         assert expected == whole.choices[0].message.content
 
 
@@ -177,12 +218,20 @@ def test_stop_sequences_end_an_answer(served: Served) -> None:
     whole = served.answer_alone(QUESTION, decoding={"max_new_tokens": 60})
     stop = whole[len(whole) // 2 :][:3]
     reply = served.ask(words(), max_tokens=60, stop=stop)
-    assert reply.choices[0].message.content == whole.split(stop)[0] and reply.choices[0].finish_reason == "stop"
+    assert (
+        reply.choices[0].message.content == whole.split(stop)[0]
+        and reply.choices[0].finish_reason == "stop"
+    )
     assert reply.usage.completion_tokens < 60
     parts = served.ask(words(), max_tokens=60, stop=stop, stream=True)
     pieces = [part.choices[0].delta.content or "" for part in parts]
-    assert "".join(pieces) == whole.split(stop)[0]  # What might have become the stop sequence was held back.
-    assert served.ask(words(), max_tokens=60, stop=["\ud7ff never"]).choices[0].message.content == whole
+    assert (
+        "".join(pieces) == whole.split(stop)[0]
+    )  # What might have become the stop sequence was held back.
+    assert (
+        served.ask(words(), max_tokens=60, stop=["\ud7ff never"]).choices[0].message.content
+        == whole
+    )
 
 
 def test_sampling(served: Served) -> None:
@@ -190,35 +239,68 @@ def test_sampling(served: Served) -> None:
     assert served.ask(words()).choices[0].message.content == greedy
     assert served.ask(words(), temperature=0, top_p=0.5).choices[0].message.content == greedy
     replies = [served.ask(words(), temperature=2, extra_body={"top_k": 50}) for _ in range(3)]
-    assert len({reply.choices[0].message.content for reply in replies}) > 1  # Each draws a seed, and says which.
+    assert (
+        len({reply.choices[0].message.content for reply in replies}) > 1
+    )  # Each draws a seed, and says which.
     for reply in replies:
         sampling = {"do_sample": True, "temperature": 2.0, "top_k": 50}
         seed = reply.model_extra["ltu"]["seed"]
-        assert served.answer_alone(QUESTION, decoding=sampling, seed=seed) == reply.choices[0].message.content
+        assert (
+            served.answer_alone(QUESTION, decoding=sampling, seed=seed)
+            == reply.choices[0].message.content
+        )
 
 
 def test_fields_of_ours(served: Served) -> None:
     data = encoded(tiny.clip(1, 2.0))
-    for ours in ({"num_chunks": 2}, {"num_chunks": "all"}, {"transcript": "good morning"}, {"mode": "asr_only"}):
+    for ours in (
+        {"num_chunks": 2},
+        {"num_chunks": "all"},
+        {"transcript": "good morning"},
+        {"mode": "asr_only"},
+    ):
         reply = served.ask(words(), sound(data), extra_body=ours)
         theirs = {name: 0 if value == "all" else value for name, value in ours.items()}
         assert reply.choices[0].message.content == served.answer_alone(QUESTION, data, **theirs)
-        assert reply.model_extra["ltu"]["num_chunks"] == {2: 2, 0: 4}.get(theirs.get("num_chunks"), int("mode" not in ours))
+        assert reply.model_extra["ltu"]["num_chunks"] == {2: 2, 0: 4}.get(
+            theirs.get("num_chunks"), int("mode" not in ours)
+        )
         assert reply.model_extra["ltu"]["transcript"] == ours.get("transcript", "")
     penalty = {"repetition_penalty": 9.0}
     reply = served.ask(words(), max_tokens=60, extra_body=penalty).choices[0].message.content
     plain = {"max_new_tokens": 60}
-    assert reply == served.answer_alone(QUESTION, decoding=plain | penalty) != served.answer_alone(QUESTION, decoding=plain)
+    assert (
+        reply
+        == served.answer_alone(QUESTION, decoding=plain | penalty)
+        != served.answer_alone(QUESTION, decoding=plain)
+    )
 
 
 def test_what_changes_nothing_is_ignored(served: Served) -> None:
-    harmless = {"n": 1, "user": "u", "store": False, "metadata": {}, "frequency_penalty": 0.0, "logprobs": False}
-    harmless |= {"response_format": {"type": "text"}, "tools": [], "presence_penalty": None, "reasoning_effort": "low"}
-    assert served.ask(words(), **harmless).choices[0].message.content == served.answer_alone(QUESTION)
+    harmless = {
+        "n": 1,
+        "user": "u",
+        "store": False,
+        "metadata": {},
+        "frequency_penalty": 0.0,
+        "logprobs": False,
+    }
+    harmless |= {
+        "response_format": {"type": "text"},
+        "tools": [],
+        "presence_penalty": None,
+        "reasoning_effort": "low",
+    }
+    assert served.ask(words(), **harmless).choices[0].message.content == served.answer_alone(
+        QUESTION
+    )
     said = served.client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": QUESTION}], max_completion_tokens=12
     )
-    assert said.choices[0].message.content == served.answer_alone(QUESTION) and said.model_extra["ltu"]["num_chunks"] == 0
+    assert (
+        said.choices[0].message.content == served.answer_alone(QUESTION)
+        and said.model_extra["ltu"]["num_chunks"] == 0
+    )
 
 
 def test_models_and_health(served: Served) -> None:
@@ -234,18 +316,29 @@ def test_models_and_health(served: Served) -> None:
 
 def test_turns_need_a_chat_template(served: Served, tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
-    turns += [{"role": "assistant", "content": "A dog."}, {"role": "user", "content": [words("Loud?")]}]
+    turns += [
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": [words("Loud?")]},
+    ]
     for few in (turns, turns[:2], turns[1:]):
         with pytest.raises(openai.BadRequestError, match="cannot express the turns"):
             served.ask(messages=few)
-    llm = tiny.write_llm(tmp_path / "llm", tokenizer=byte_tokenizer(), bos_token_id=None, eos_token_id=0)
-    folder = tiny.write_checkpoint(tmp_path / "c", llm, prompt_template=load_prompt_template("chat", llm))
+    llm = tiny.write_llm(
+        tmp_path / "llm", tokenizer=byte_tokenizer(), bos_token_id=None, eos_token_id=0
+    )
+    folder = tiny.write_checkpoint(
+        tmp_path / "c", llm, prompt_template=load_prompt_template("chat", llm)
+    )
     with serve(LtuEngine.from_pretrained(folder)) as chatting:
         data = encoded(tiny.clip(3))
         turns[1]["content"] = [sound(data), words("What is it?")]
         history = [*turns[:1], {"role": "user", "content": "What is it?"}, turns[2]]
         expected = chatting.answer_alone("Loud?", data, history=history)
-        assert chatting.ask(messages=turns).choices[0].message.content == expected != chatting.answer_alone("Loud?", data)
+        assert (
+            chatting.ask(messages=turns).choices[0].message.content
+            == expected
+            != chatting.answer_alone("Loud?", data)
+        )
         with pytest.raises(openai.BadRequestError, match="the last must be the user's"):
             chatting.ask(messages=turns[:3])
 
@@ -257,7 +350,12 @@ def test_ltu_as_hears_words(tmp_path: Path) -> None:
     convert(f"{flags} --output_dir {tmp_path}/init".split())
     data = SPEECH[0].read_bytes()
     with serve(LtuEngine.from_pretrained(tmp_path / "init")) as served:
-        for ours in ({}, {"transcript": "good morning"}, {"mode": "audio_only"}, {"mode": "asr_only"}):
+        for ours in (
+            {},
+            {"transcript": "good morning"},
+            {"mode": "audio_only"},
+            {"mode": "asr_only"},
+        ):
             reply = served.ask(words(), sound(data, "flac"), extra_body=ours)
             answer = served.engine([Request(QUESTION, data, **ours)], max_new_tokens=12)[0]
             assert reply.choices[0].message.content == answer.text
@@ -325,15 +423,30 @@ def test_clips_that_cannot_be_heard(served: Served, is_streamed: bool) -> None:
         assert found.value.code == status and found.value.param == "messages"
         assert served.meter(f'ltu_answers_total{{status="{status}"}}') == before + 1
     with pytest.raises(openai.BadRequestError, match="base64|padding"):
-        served.ask({"type": "input_audio", "input_audio": {"data": "?not base64?", "format": "wav"}})
+        served.ask(
+            {"type": "input_audio", "input_audio": {"data": "?not base64?", "format": "wav"}}
+        )
 
 
 def test_bodies_that_are_none(served: Served) -> None:
     start = b'{"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "'
     assert served.post(start + b'What?"}]}')[0] == 200
-    for body in (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"):
+    for body in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"seed": ' + b"9" * 5000 + b"}",
+    ):
         assert served.post(body)[0] == 400
-    for end in (b'\\ud800"}]}', b'x"}], "temperature": NaN}', b'x"}], "top_p": 1e999}', b'x"}], "temperature": 1e999}'):
+    for end in (
+        b'\\ud800"}]}',
+        b'x"}], "temperature": NaN}',
+        b'x"}], "top_p": 1e999}',
+        b'x"}], "temperature": 1e999}',
+    ):
         status, said = served.post(start + end)
         assert status == (200 if b"top_p" in end else 400), said
     assert served.post(start + b'x"}], "\\ud800": 1}')[0] == 400
@@ -344,7 +457,9 @@ def test_bodies_that_are_none(served: Served) -> None:
 def test_bodies_that_are_too_large(served: Served) -> None:
     large = b'{"model": "' + b"x" * 2**21 + b'"}'
     assert served.post(large)[0] == served.post(large, length=None)[0] == 413
-    with socket.create_connection(("127.0.0.1", served.port)) as plain:  # It says that it is large, and never comes.
+    with socket.create_connection(
+        ("127.0.0.1", served.port)
+    ) as plain:  # It says that it is large, and never comes.
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         plain.sendall(f"{head}Content-Length: {2**40}\r\n\r\n".encode())
         assert plain.recv(100).startswith(b"HTTP/1.1 413")
@@ -362,7 +477,9 @@ def test_what_takes_too_long(engine: LtuEngine, gate: tiny.Gate) -> None:
         body = pool.submit(served.post, b"{}", length=100)
         with pytest.raises(openai.APIError, match="too long") as found:
             stream.result()
-        assert not isinstance(found.value, openai.APIStatusError)  # The status was sent long before.
+        assert not isinstance(
+            found.value, openai.APIStatusError
+        )  # The status was sent long before.
         with pytest.raises(openai.InternalServerError) as found:
             answer.result()
         assert found.value.status_code == 504
@@ -453,7 +570,11 @@ def test_an_engine_that_fails(
         with pytest.raises(openai.InternalServerError) as found:
             served.ask(words())
         assert found.value.code == "internal_error" and "secret" not in str(found.value)
-    assert "RuntimeError" in caplog.text and "test_serve.py" in caplog.text and "secret" not in caplog.text
+    assert (
+        "RuntimeError" in caplog.text
+        and "test_serve.py" in caplog.text
+        and "secret" not in caplog.text
+    )
 
 
 # --- many at once, and the end
@@ -468,12 +589,21 @@ def test_many_at_once(engine: LtuEngine, gate: tiny.Gate) -> None:
     expected = []
     for index in range(16):
         sampling = {"do_sample": True, "temperature": 0.9} if index % 5 == 0 else {}
-        request = Request(f"Question {index}?", clips[index % 3] if index % 4 else None, decoding=sampling, seed=index)
+        request = Request(
+            f"Question {index}?",
+            clips[index % 3] if index % 4 else None,
+            decoding=sampling,
+            seed=index,
+        )
         is_bad = index % 6 == 1
         expected.append("unreadable" if is_bad else engine([request], max_new_tokens=10)[0].text)
 
     async def ask(client: openai.AsyncOpenAI, index: int) -> str:
-        clip = [sound(b"RIFF" if index % 6 == 1 else clips[index % 3], "flac")] if index % 4 or index % 6 == 1 else []
+        clip = (
+            [sound(b"RIFF" if index % 6 == 1 else clips[index % 3], "flac")]
+            if index % 4 or index % 6 == 1
+            else []
+        )
         settings = {"temperature": 0.9, "seed": index} if index % 5 == 0 else {}
         said = [{"role": "user", "content": [*clip, words(f"Question {index}?")]}]
         try:
@@ -501,7 +631,10 @@ def test_many_at_once(engine: LtuEngine, gate: tiny.Gate) -> None:
         assert 1 < served.meter("ltu_batch_size_count") < served.meter("ltu_batch_size_sum") == 13
         assert served.meter('ltu_requests_total{code="200"}') == 13
         assert served.meter('ltu_requests_total{code="400"}') == 3
-        assert served.meter('ltu_tokens_total{kind="new"}') > 13 and served.meter("ltu_queue_depth") == 0
+        assert (
+            served.meter('ltu_tokens_total{kind="new"}') > 13
+            and served.meter("ltu_queue_depth") == 0
+        )
         wait_until(lambda: served.meter("ltu_request_seconds_count") == 13)
         assert served.meter("ltu_heard_seconds_total") > 0
 

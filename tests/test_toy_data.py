@@ -14,7 +14,15 @@ import soundfile
 from data.toy import build, rows
 from data.toy.attribution import write_attribution
 from data.toy.render import WINDOW, centred
-from data.toy.sounds import AUDIO, HERE, make_split, read_fold, read_json, read_manifest, recording_of
+from data.toy.sounds import (
+    AUDIO,
+    HERE,
+    make_split,
+    read_fold,
+    read_json,
+    read_manifest,
+    recording_of,
+)
 from ltu.data.examples import read_rows
 
 SOUNDS = read_manifest()
@@ -25,7 +33,15 @@ STAGES = [f"stage{number}" for number in build.STAGES]
 
 
 def arguments(folder: Path, **changes) -> Namespace:
-    small = dict(fold=0, seed=0, rows=[230, 60, 120, 160], crops=2, mixtures=6, pairs=6, output_dir=str(folder))
+    small = dict(
+        fold=0,
+        seed=0,
+        rows=[230, 60, 120, 160],
+        crops=2,
+        mixtures=6,
+        pairs=6,
+        output_dir=str(folder),
+    )
     return Namespace(**(small | changes))
 
 
@@ -49,13 +65,19 @@ def normalised(question: str) -> str:
 
 
 def test_manifest_and_audio_agree():
-    assert sorted(BY_FILE) == sorted(path.name for path in AUDIO.glob("*.flac")) and len(SOUNDS) == 246
+    assert (
+        sorted(BY_FILE) == sorted(path.name for path in AUDIO.glob("*.flac")) and len(SOUNDS) == 246
+    )
     for sound in SOUNDS:
         info = soundfile.info(AUDIO / sound["file"])
         assert (info.samplerate, info.channels) == (16_000, 1), sound["file"]
         assert abs(info.duration - sound["seconds"]) < 0.01 and info.frames <= WINDOW, sound["file"]
-        assert sound["licence"] and sound["author"] and sound["package"] and sound["source_file"], sound["file"]
-    assert not re.search(r"/(work|home|tmp|root)/", (HERE / "manifest.jsonl").read_text(encoding="utf-8"))
+        assert sound["licence"] and sound["author"] and sound["package"] and sound["source_file"], (
+            sound["file"]
+        )
+    assert not re.search(
+        r"/(work|home|tmp|root)/", (HERE / "manifest.jsonl").read_text(encoding="utf-8")
+    )
 
 
 def test_attribution_is_what_the_manifest_says(tmp_path):
@@ -83,14 +105,18 @@ def test_fold_keeps_other_recordings_of_each_label_in_training(fold):
     training, heldout = read_fold(fold)
     assert len(training) + len(heldout) == len(SOUNDS)
     assert {sound["label"] for sound in heldout} <= {sound["label"] for sound in training}
-    assert not {recording_of(sound) for sound in heldout} & {recording_of(sound) for sound in training}
+    assert not {recording_of(sound) for sound in heldout} & {
+        recording_of(sound) for sound in training
+    }
 
 
 def test_folds_are_alike():
     sizes = [len(fold) for fold in SPLIT["folds"]]
     assert max(sizes) - min(sizes) <= 2
     for category in {sound["category"] for sound in SOUNDS}:
-        counts = [sum(BY_FILE[file]["category"] == category for file in fold) for fold in SPLIT["folds"]]
+        counts = [
+            sum(BY_FILE[file]["category"] == category for file in fold) for fold in SPLIT["folds"]
+        ]
         assert max(counts) - min(counts) <= 3, (category, counts)
 
 
@@ -106,9 +132,13 @@ def test_every_label_and_category_has_words():
     labels, categories = rows.WORDS["labels"], rows.WORDS["categories"]
     assert set(labels) == {sound["label"] for sound in SOUNDS} and len(labels) == 95
     assert set(categories) == {sound["category"] for sound in SOUNDS}
-    assert not set(labels) & set(categories), "a label that is a category's name could not be scored"
+    assert not set(labels) & set(categories), (
+        "a label that is a category's name could not be scored"
+    )
     for name, words in labels.items():
-        assert words["phrase"] and len(words["descriptions"]) == len(set(words["descriptions"])) >= 2, name
+        assert (
+            words["phrase"] and len(words["descriptions"]) == len(set(words["descriptions"])) >= 2
+        ), name
         for description in words["descriptions"]:
             assert not re.search(r"->|[.:;\n]", description), (name, description)
             assert not set(categories) & set(re.findall(r"\w+", description)), (name, description)
@@ -117,7 +147,9 @@ def test_every_label_and_category_has_words():
 def test_test_questions_are_never_training_questions():
     for kind in ("closed", "open"):
         for task, texts in rows.QUESTIONS[kind].items():
-            assert len(set(texts["train"])) == len(texts["train"]) >= (20 if kind == "closed" else 3), task
+            assert (
+                len(set(texts["train"])) == len(texts["train"]) >= (20 if kind == "closed" else 3)
+            ), task
             assert len(set(texts["test"])) == len(texts["test"]) >= 2, task
     tasks = [texts for kind in ("closed", "open") for texts in rows.QUESTIONS[kind].values()]
     train = {normalised(question) for texts in tasks for question in texts["train"]}
@@ -130,7 +162,9 @@ def test_test_questions_are_never_training_questions():
 def test_same_seed_same_bytes(built, tmp_path):
     build.build(arguments(tmp_path / "fold0"))
     made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
-    assert made == sorted(path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*"))
+    assert made == sorted(
+        path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*")
+    )
     for path in made:
         first, second = built / path, tmp_path / "fold0" / path
         if path.suffix == ".flac":
@@ -150,7 +184,10 @@ def test_stages_hold_the_rows_asked_for(built):
         made = load(built, stage)
         assert len(made) == count
         assert {row["task"] for row in made} <= set(build.STAGES[int(stage[-1])])
-        assert all(set(row) == {"instruction", "input", "audio_id", "dataset", "task", "output"} for row in made)
+        assert all(
+            set(row) == {"instruction", "input", "audio_id", "dataset", "task", "output"}
+            for row in made
+        )
     assert {row["task"] for row in load(built, "stage1")} == {"cla_label", "cla_label_des"}
     assert {row["task"] for row in load(built, "stage4")} == set(build.STAGES[4])
     for shares in build.STAGES.values():
@@ -165,13 +202,21 @@ def test_rows_are_read_and_heard_by_the_trainer(built):
 
 def test_training_has_no_test_question_and_test_no_training_question(built):
     asked = {normalised(row["instruction"]) for stage in STAGES for row in load(built, stage)}
-    tested = {normalised(row["instruction"]) for name in ("right", "show") for row in load(built, f"heldout_{name}")}
+    tested = {
+        normalised(row["instruction"])
+        for name in ("right", "show")
+        for row in load(built, f"heldout_{name}")
+    }
     assert not asked & tested
 
 
 def test_half_of_the_closed_questions_have_the_prefix(built):
     made = [row for stage in STAGES for row in load(built, stage)]
-    prefixed = [row["instruction"].startswith("Closed-ended question: ") for row in made if row["task"] in build.CLOSED]
+    prefixed = [
+        row["instruction"].startswith("Closed-ended question: ")
+        for row in made
+        if row["task"] in build.CLOSED
+    ]
     assert 0.4 < np.mean(prefixed) < 0.6
     open_rows = [row for row in made if row["task"] not in build.CLOSED]
     assert open_rows and not any(row["instruction"].startswith("Closed") for row in open_rows)
@@ -181,8 +226,13 @@ def test_draws_favour_rare_categories_and_forget_no_clip():
     training, _ = read_fold(0)
     drawn = Counter(sound["file"] for sound in build.draw(training, 1200, Random(0)))
     assert sum(drawn.values()) == 1200 and set(drawn) == {sound["file"] for sound in training}
-    of = {category: [s["file"] for s in training if s["category"] == category] for category in ("drums", "instruments")}
-    drums, instruments = (np.mean([drawn[file] for file in of[category]]) for category in ("drums", "instruments"))
+    of = {
+        category: [s["file"] for s in training if s["category"] == category]
+        for category in ("drums", "instruments")
+    }
+    drums, instruments = (
+        np.mean([drawn[file] for file in of[category]]) for category in ("drums", "instruments")
+    )
     assert instruments > 1.5 * drums  # A quarter of the draws is balanced (build.BALANCE).
 
 
@@ -200,7 +250,9 @@ def test_no_held_out_clip_or_recording_in_training_audio(built):
                 clips = [Path(row["audio_id"]).name]
                 assert (built / row["audio_id"]).resolve() == (AUDIO / clips[0]).resolve()
             assert not {recording_of(BY_FILE[clip]) for clip in clips} & heldout, row
-    assert {path.name for path in (built / "audio").iterdir()} == {Path(audio_id).name for audio_id in sources}
+    assert {path.name for path in (built / "audio").iterdir()} == {
+        Path(audio_id).name for audio_id in sources
+    }
 
 
 def test_training_audio_is_what_its_recipe_says(built):
@@ -211,7 +263,10 @@ def test_training_audio_is_what_its_recipe_says(built):
         expected = np.zeros_like(waveform)
         half = (WINDOW - recipe["parts"][-1]["at"]) if recipe["kind"] == "pair" else len(waveform)
         for part in recipe["parts"]:
-            clip = centred(part["clip"])[part["start"] : part["start"] + part["samples"]] * part["gain"]
+            clip = (
+                centred(part["clip"])[part["start"] : part["start"] + part["samples"]]
+                * part["gain"]
+            )
             length = len(clip) if recipe["kind"] == "crop" else half
             expected[part["at"] : part["at"] + length] += np.resize(clip, length)
         error = np.abs(waveform - expected)
@@ -245,11 +300,23 @@ def test_heldout_questions(built):
     heldout = SPLIT["folds"][0]
     assert sorted(Path(row["audio_id"]).name for row in right) == heldout
     for row, with_wrong, without in zip(right, wrong, none, strict=True):
-        assert (built / row["audio_id"]).resolve().parent == AUDIO.resolve(), "held-out clips are not touched"
-        assert row | {"audio_id": None} == with_wrong | {"audio_id": None} == without | {"audio_id": None}
-        sound, other = BY_FILE[Path(row["audio_id"]).name], BY_FILE[Path(with_wrong["audio_id"]).name]
+        assert (built / row["audio_id"]).resolve().parent == AUDIO.resolve(), (
+            "held-out clips are not touched"
+        )
+        assert (
+            row | {"audio_id": None}
+            == with_wrong | {"audio_id": None}
+            == without | {"audio_id": None}
+        )
+        sound, other = (
+            BY_FILE[Path(row["audio_id"]).name],
+            BY_FILE[Path(with_wrong["audio_id"]).name],
+        )
         assert other["file"] in heldout and other["category"] != sound["category"]
-        assert row["output"] == f"Labels: {sound['label']}; {sound['category']}." and without["audio_id"] == "empty"
+        assert (
+            row["output"] == f"Labels: {sound['label']}; {sound['category']}."
+            and without["audio_id"] == "empty"
+        )
     show = load(built, "heldout_show")
     assert [row["task"] for row in show] == list(build.SHOWN)
     assert len({BY_FILE[Path(row["audio_id"]).name]["category"] for row in show}) == 5
@@ -259,7 +326,9 @@ def test_heldout_questions(built):
 # The command line
 
 
-@pytest.mark.parametrize("bad", [["--rows", "1,2,3"], ["--rows", "a,b,c,d"], ["--crop", "3"], ["--pairs", "0"]])
+@pytest.mark.parametrize(
+    "bad", [["--rows", "1,2,3"], ["--rows", "a,b,c,d"], ["--crop", "3"], ["--pairs", "0"]]
+)
 def test_bad_arguments_stop(bad, capsys):
     with pytest.raises(SystemExit):
         build.parse(bad)

@@ -26,7 +26,9 @@ TOY = Toy.load()
 READER = TOY.reader
 
 
-def prediction(pred: str | None, ref: str = "Labels: snare drum; drums.", audio_id: str = "empty") -> dict:
+def prediction(
+    pred: str | None, ref: str = "Labels: snare drum; drums.", audio_id: str = "empty"
+) -> dict:
     return {"prompt": "?", "pred": pred, "ref": ref, "audio_id": audio_id}
 
 
@@ -43,7 +45,9 @@ def write_fold(folder: Path, fold: int, stages: int = 2, below: str = "") -> Pat
         place = folder / f"stage{stage}_name" / below
         place.mkdir(parents=True)
         right = perfect(fold)
-        guessed = [row | {"pred": "Labels: bass drum; drums.", "audio_id": "empty"} for row in right]
+        guessed = [
+            row | {"pred": "Labels: bass drum; drums.", "audio_id": "empty"} for row in right
+        ]
         for name, rows in (("right", right), ("wrong", guessed), ("none", guessed)):
             (place / f"{name}.json").write_text(json.dumps(rows))
     return folder
@@ -122,7 +126,9 @@ def test_score_counts_category_label_and_form():
 
 
 def test_answering_with_everything_scores_nothing():
-    everything = "Labels: " + "; ".join([*sorted({c["label"] for c in TOY.clips.values()}), *sorted(READER.categories)])
+    everything = "Labels: " + "; ".join(
+        [*sorted({c["label"] for c in TOY.clips.values()}), *sorted(READER.categories)]
+    )
     hits = score([row | {"pred": everything + "."} for row in perfect(0)], READER)
     assert not any(hits["category"]) and not any(hits["label"])
 
@@ -138,7 +144,10 @@ def test_another_answer_format_needs_no_other_code():
     assert reader.read("A snare drum, a sound of drums.") == ("snare drum", "drums")
     assert reader.read("A snare drum, a sound of drums and music.") is None
     assert reader.read("A dog or music, a sound of drums.") == ("dog or music", "drums")
-    assert Reader(["{category}: {label}"], READER.categories).read("drums: snare drum") == ("snare drum", "drums")
+    assert Reader(["{category}: {label}"], READER.categories).read("drums: snare drum") == (
+        "snare drum",
+        "drums",
+    )
 
 
 def test_a_reference_in_another_form_is_an_error():
@@ -172,17 +181,28 @@ def test_wilson_is_symmetric_and_bounded():
 
 
 def clips_of(*lines: tuple[str, str, str]) -> dict[str, dict]:
-    return {str(n): {"category": c, "label": label, "package": p} for n, (c, label, p) in enumerate(lines)}
+    return {
+        str(n): {"category": c, "label": label, "package": p}
+        for n, (c, label, p) in enumerate(lines)
+    }
 
 
 def test_majority_and_package_know_the_training_clips_only():
     clips = clips_of(
-        ("a", "x", "P"), ("a", "x", "P"), ("b", "y", "Q"), ("b", "z", "Q"), ("a", "x", "Q"), ("c", "w", "Q")
+        ("a", "x", "P"),
+        ("a", "x", "P"),
+        ("b", "y", "Q"),
+        ("b", "z", "Q"),
+        ("a", "x", "Q"),
+        ("c", "w", "Q"),
     )
     training, heldout = ["0", "1", "2", "3"], ["4", "5"]
     assert toy_baselines.majority(clips, training, heldout, "category") == ["a", "a"]
     assert toy_baselines.package(clips, training, heldout, "category") == ["b", "b"]
-    assert toy_baselines.package(clips, training, heldout, "label") == ["y", "y"]  # a tie: the first of the alphabet
+    assert toy_baselines.package(clips, training, heldout, "label") == [
+        "y",
+        "y",
+    ]  # a tie: the first of the alphabet
 
 
 def test_baselines_of_all_folds():
@@ -190,7 +210,9 @@ def test_baselines_of_all_folds():
         hits = []
         for fold, heldout in enumerate(TOY.folds):
             guesses = method(TOY.clips, TOY.training(fold), heldout, key)
-            hits += [guess == TOY.clips[file][key] for guess, file in zip(guesses, heldout, strict=True)]
+            hits += [
+                guess == TOY.clips[file][key] for guess, file in zip(guesses, heldout, strict=True)
+            ]
         return np.mean(hits)
 
     assert share(toy_baselines.majority, "category") == pytest.approx(63 / 170)
@@ -204,14 +226,21 @@ def test_ridge_classify_equals_the_primal_solution():
     train[:, 0] += 3 * np.array([index % 3 for index in range(30)])
     mean, deviation = train.mean(0), train.std(0) + 1e-3
     scaled, targets = (train - mean) / deviation, np.eye(3)[[int(value) for value in classes]]
-    weights = np.linalg.solve(scaled.T @ scaled + 5.0 * np.eye(50), scaled.T @ (targets - targets.mean(0)))
+    weights = np.linalg.solve(
+        scaled.T @ scaled + 5.0 * np.eye(50), scaled.T @ (targets - targets.mean(0))
+    )
     expected = (((test - mean) / deviation) @ weights + targets.mean(0)).argmax(1)
-    assert toy_baselines.ridge_classify(train, classes, test, 5.0) == [str(index) for index in expected]
+    assert toy_baselines.ridge_classify(train, classes, test, 5.0) == [
+        str(index) for index in expected
+    ]
 
 
 def test_probe_separates_what_is_separable():
     clips = clips_of(*[("ab"[index % 2], "x", "P") for index in range(20)])
-    means = {file: np.array([1.0 if clip["category"] == "a" else -1.0, 0.0]) for file, clip in clips.items()}
+    means = {
+        file: np.array([1.0 if clip["category"] == "a" else -1.0, 0.0])
+        for file, clip in clips.items()
+    }
     names = list(clips)
     guesses = toy_baselines.probe(means, clips, names[:16], names[16:], "category")
     assert guesses == [clips[file]["category"] for file in names[16:]]
@@ -225,7 +254,9 @@ def test_evaluate_pools_folds(tmp_path, below):
     folders = [write_fold(tmp_path / str(fold), fold, below=below) for fold in (0, 3)]
     result = evaluate(folders, audio_encoder=None)
     count = len(TOY.folds[0]) + len(TOY.folds[3])
-    drums = sum(TOY.clips[file]["category"] == "drums" for fold in (0, 3) for file in TOY.folds[fold])
+    drums = sum(
+        TOY.clips[file]["category"] == "drums" for fold in (0, 3) for file in TOY.folds[fold]
+    )
     assert result["clips"] == count and result["folds"] == [0, 3]
     by_name = {row["name"]: row for row in result["rows"]}
     assert list(by_name) == ["stage1", "stage2", "majority", "source package alone"]

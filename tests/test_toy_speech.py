@@ -33,8 +33,28 @@ CLIPS = read_speech()
 BY_FILE = {clip["file"]: clip for clip in CLIPS}
 TRAIN, TEST = ([clip for clip in CLIPS if clip["split"] == split] for split in ("train", "test"))
 TEST_VOICES = {"slt_hts", "awb", "kal"}
-HELD_OUT = ["gender", "gender_empty", "words_right", "words_whisper", "words_wrong", "words_none", "pitch", "speed"]
-FIELDS = {"file", "text", "voice", "speaker", "gender", "split", "speed", "pitch", "f0_hz", "syllables_per_second"}
+HELD_OUT = [
+    "gender",
+    "gender_empty",
+    "words_right",
+    "words_whisper",
+    "words_wrong",
+    "words_none",
+    "pitch",
+    "speed",
+]
+FIELDS = {
+    "file",
+    "text",
+    "voice",
+    "speaker",
+    "gender",
+    "split",
+    "speed",
+    "pitch",
+    "f0_hz",
+    "syllables_per_second",
+}
 FIELDS |= {"seconds", "package", "licence", "author", "transcript_check"}
 
 
@@ -68,15 +88,23 @@ def spoken_rows(folder: Path, *stages: int) -> list[dict]:
 
 
 def test_manifest_and_files_agree():
-    assert sorted(BY_FILE) == sorted(path.name for path in SPEECH.glob("*.flac")) and len(CLIPS) == 193
+    assert (
+        sorted(BY_FILE) == sorted(path.name for path in SPEECH.glob("*.flac")) and len(CLIPS) == 193
+    )
     assert sum(path.stat().st_size for path in SPEECH.glob("*.flac")) < 6e6
     for clip in CLIPS:
         info = soundfile.info(SPEECH / clip["file"])
         assert (info.samplerate, info.channels, info.subtype) == (RATE, 1, "PCM_16"), clip["file"]
-        assert abs(info.duration - clip["seconds"]) < 0.01 and 1.4 < info.duration < 10, clip["file"]
-        assert set(clip) - {"source_file", "command"} == FIELDS and all(clip[key] for key in FIELDS), clip["file"]
+        assert abs(info.duration - clip["seconds"]) < 0.01 and 1.4 < info.duration < 10, clip[
+            "file"
+        ]
+        assert set(clip) - {"source_file", "command"} == FIELDS and all(
+            clip[key] for key in FIELDS
+        ), clip["file"]
         assert ("source_file" in clip) != ("command" in clip) and len(clip["text"].split()) >= 4
-    assert not re.search(r"/(work|home|tmp|root)/", (SPEECH / "manifest.jsonl").read_text(encoding="utf-8"))
+    assert not re.search(
+        r"/(work|home|tmp|root)/", (SPEECH / "manifest.jsonl").read_text(encoding="utf-8")
+    )
 
 
 def test_every_clip_has_the_same_band_and_peak():
@@ -85,7 +113,9 @@ def test_every_clip_has_the_same_band_and_peak():
         assert abs(np.abs(waveform).max() - PEAK) < 1e-3, clip["file"]
         power = np.abs(np.fft.rfft(waveform)) ** 2
         frequencies = np.fft.rfftfreq(len(waveform), 1 / RATE)
-        assert power[(frequencies < 25) | (frequencies > 3650)].sum() < 1e-4 * power.sum(), clip["file"]
+        assert power[(frequencies < 25) | (frequencies > 3650)].sum() < 1e-4 * power.sum(), clip[
+            "file"
+        ]
 
 
 def test_pitch_and_speed_are_what_the_rule_says():
@@ -94,7 +124,9 @@ def test_pitch_and_speed_are_what_the_rule_says():
         waveform, _ = soundfile.read(SPEECH / clip["file"])
         start, end = spoken_span(waveform)
         assert median_f0(waveform) == pytest.approx(clip["f0_hz"], abs=0.1), clip["file"]
-        assert syllables(clip["text"]) * RATE / (end - start) == pytest.approx(clip["syllables_per_second"], abs=0.01)
+        assert syllables(clip["text"]) * RATE / (end - start) == pytest.approx(
+            clip["syllables_per_second"], abs=0.01
+        )
         assert (clip["pitch"], clip["speed"]) == pitch_and_speed(clip, 1.0, cuts)
     for key in ("pitch", "speed"):  # thirds, so that no answer is right by its frequency
         assert max(Counter(clip[key] for clip in TRAIN).values()) < 0.4 * len(TRAIN)
@@ -106,7 +138,9 @@ def test_pitch_and_speed_are_what_the_rule_says():
 @pytest.mark.parametrize("pitch", [80.0, 125.0, 210.0])
 def test_pitch_of_a_known_tone(pitch):
     phase = 2 * np.pi * pitch * np.arange(RATE) / RATE
-    assert median_f0(sum(np.sin(k * phase) / k for k in range(1, 8))) == pytest.approx(pitch, rel=0.02)
+    assert median_f0(sum(np.sin(k * phase) / k for k in range(1, 8))) == pytest.approx(
+        pitch, rel=0.02
+    )
 
 
 def test_noise_has_no_pitch():
@@ -115,15 +149,32 @@ def test_noise_has_no_pitch():
 
 
 def test_syllables_and_names():
-    assert syllables("The children walked to the park.") == 7 and syllables("Press 9 for more entries.") == 6
-    assert [name_of(value, (1, 2), ("low", "medium", "high")) for value in (0, 1, 2)] == ["low", "medium", "high"]
+    assert (
+        syllables("The children walked to the park.") == 7
+        and syllables("Press 9 for more entries.") == 6
+    )
+    assert [name_of(value, (1, 2), ("low", "medium", "high")) for value in (0, 1, 2)] == [
+        "low",
+        "medium",
+        "high",
+    ]
 
 
 def test_split_keeps_sentences_and_test_voices_out_of_training():
     assert not {plain(clip["text"]) for clip in TRAIN} & {plain(clip["text"]) for clip in TEST}
     assert {clip["voice"] for clip in TEST} - {clip["voice"] for clip in TRAIN} == TEST_VOICES
-    assert Counter(clip["voice"] for clip in TEST) == {"allison": 15, "slt_hts": 20, "awb": 20, "kal": 20}
-    assert Counter(clip["voice"] for clip in TRAIN) == {"allison": 46, "slt": 24, "rms": 24, "joe": 24}
+    assert Counter(clip["voice"] for clip in TEST) == {
+        "allison": 15,
+        "slt_hts": 20,
+        "awb": 20,
+        "kal": 20,
+    }
+    assert Counter(clip["voice"] for clip in TRAIN) == {
+        "allison": 46,
+        "slt": 24,
+        "rms": 24,
+        "joe": 24,
+    }
     for voice in {clip["voice"] for clip in CLIPS}:
         assert len({clip["gender"] for clip in CLIPS if clip["voice"] == voice}) == 1
     texts = read_json("speech/texts.json")
@@ -135,7 +186,11 @@ def test_split_keeps_sentences_and_test_voices_out_of_training():
 
 
 def test_no_prompt_is_among_the_sounds():
-    sounds = {Path(sound["source_file"]).name for sound in read_manifest() if "asterisk" in sound["package"]}
+    sounds = {
+        Path(sound["source_file"]).name
+        for sound in read_manifest()
+        if "asterisk" in sound["package"]
+    }
     prompts = {Path(clip["source_file"]).name for clip in CLIPS if "source_file" in clip}
     assert len(sounds) == 24 and len(prompts) == 61 and not sounds & prompts
     assert not set(BY_FILE) & {sound["file"] for sound in read_manifest()}
@@ -147,7 +202,11 @@ def test_attribution_names_every_licence_and_source(tmp_path):
     assert text == (tmp_path / "ATTRIBUTION.md").read_text(encoding="utf-8")
     for key in ("licence", "package", "author", "speaker"):
         assert all(clip[key] in text for clip in CLIPS), key
-    assert all(f"| {clip['file']} | {clip['source_file']} |" in text for clip in CLIPS if "source_file" in clip)
+    assert all(
+        f"| {clip['file']} | {clip['source_file']} |" in text
+        for clip in CLIPS
+        if "source_file" in clip
+    )
 
 
 # The built rows
@@ -156,7 +215,9 @@ def test_attribution_names_every_licence_and_source(tmp_path):
 def test_same_seed_same_bytes(built, tmp_path):
     build_as.make(arguments(tmp_path / "fold0"))
     made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
-    assert made == sorted(path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*"))
+    assert made == sorted(
+        path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*")
+    )
     for path in made:
         first, second = (folder / path for folder in (built, tmp_path / "fold0"))
         if path.suffix == ".flac":
@@ -170,10 +231,17 @@ def test_stages_hold_the_rows_asked_for(built):
     for stage, count in zip((1, 2, 3), (100, 150, 200), strict=True):
         rows = load(built, f"stage{stage}")
         assert len(rows) == count and len(spoken_rows(built, stage)) == round(0.4 * count)
-        assert all(list(row)[0] == "instruction" and row["output"] and "{" not in row["output"] for row in rows)
+        assert all(
+            list(row)[0] == "instruction" and row["output"] and "{" not in row["output"]
+            for row in rows
+        )
     assert {row["task"] for row in spoken_rows(built, 1, 2)} == set(build_as.CLASSIFY)
     assert {row["task"] for row in spoken_rows(built, 3)} == set(speech_rows.TASKS)
-    assert {row["task"] for row in load(built, "stage1")} == {"cla_label", "cla_label_des", *build_as.CLASSIFY}
+    assert {row["task"] for row in load(built, "stage1")} == {
+        "cla_label",
+        "cla_label_des",
+        *build_as.CLASSIFY,
+    }
     for shares in (build_as.CLASSIFY, build_as.ALL):
         assert sum(shares.values()) == pytest.approx(1.0)
     genders = Counter(row["output"] for row in spoken_rows(built) if row["task"] == "speech_gender")
@@ -189,9 +257,15 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
             assert "input" in row or not rendered
         rows = spoken_rows(built, stage)
         assert np.mean([row.get("input") == "" for row in rows]) == pytest.approx(0.3, abs=0.02)
-        assert sum("input" not in row for row in rows) and sum(bool(row.get("input")) for row in rows)
-        assert not [row for row in rows if row["task"] in speech_rows.WORD_TASKS and row.get("input") == ""]
-    for right, wrong in zip(load(built, "heldout_right"), load(built, "heldout_wrong"), strict=True):
+        assert sum("input" not in row for row in rows) and sum(
+            bool(row.get("input")) for row in rows
+        )
+        assert not [
+            row for row in rows if row["task"] in speech_rows.WORD_TASKS and row.get("input") == ""
+        ]
+    for right, wrong in zip(
+        load(built, "heldout_right"), load(built, "heldout_wrong"), strict=True
+    ):
         assert right["output"] == wrong["output"] and right["audio_id"] != wrong["audio_id"]
     for name in ("heldout_right", "heldout_wrong", "heldout_none"):
         assert not [row for row in load(built, name) if "input" in row]
@@ -200,13 +274,22 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
 def test_training_rows_say_what_the_manifest_says(built):
     cuts, sources = cut_offs(CLIPS), load(built, "sources")
     for row in spoken_rows(built):
-        recipe = sources.get(row["audio_id"], {"factor": 1.0, "parts": [{"clip": Path(row["audio_id"]).name}]})
+        recipe = sources.get(
+            row["audio_id"], {"factor": 1.0, "parts": [{"clip": Path(row["audio_id"]).name}]}
+        )
         clip = BY_FILE[recipe["parts"][0]["clip"]]
-        assert clip["split"] == "train" and row["voice"] == clip["voice"] and row["voice"] not in TEST_VOICES
+        assert (
+            clip["split"] == "train"
+            and row["voice"] == clip["voice"]
+            and row["voice"] not in TEST_VOICES
+        )
         assert row.get("input") in (None, "", clip["text"])
         pitch, speed = pitch_and_speed(clip, recipe["factor"], cuts)
         outputs = {"speech_gender": clip["gender"].capitalize() + "."}
-        outputs |= {"speech_pitch": f"The pitch is {pitch}.", "speech_speed": f"The speed is {speed}."}
+        outputs |= {
+            "speech_pitch": f"The pitch is {pitch}.",
+            "speech_speed": f"The speed is {speed}.",
+        }
         outputs |= {"spoken_text": f"Spoken text: {clip['text']}"}
         if row["task"] == "speech_joint":
             assert all(part in row["output"] for part in (clip["text"], pitch, speed)), row
@@ -216,16 +299,31 @@ def test_training_rows_say_what_the_manifest_says(built):
 
 
 def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
-    recipes = {file: recipe for file, recipe in load(built, "sources").items() if recipe["kind"] == "speech"}
+    recipes = {
+        file: recipe
+        for file, recipe in load(built, "sources").items()
+        if recipe["kind"] == "speech"
+    }
     assert len(recipes) == len(TRAIN)
     for file, recipe in recipes.items():
         own, made = load_audio(SPEECH / recipe["parts"][0]["clip"]), load_audio(built / file)
         assert 0.879 < recipe["factor"] < 1.121 and recipe["factor"] != 1.0
-        assert len(own) / len(made) == pytest.approx(recipe["factor"], rel=1e-3) and 0.05 < np.abs(made).max() < 1.0
+        assert (
+            len(own) / len(made) == pytest.approx(recipe["factor"], rel=1e-3)
+            and 0.05 < np.abs(made).max() < 1.0
+        )
 
 
 def test_rows_are_read_by_the_trainer(built):
-    names = ["stage1", "stage2", "stage3", "heldout_right", "heldout_wrong", "show", *(f"speech_{n}" for n in HELD_OUT)]
+    names = [
+        "stage1",
+        "stage2",
+        "stage3",
+        "heldout_right",
+        "heldout_wrong",
+        "show",
+        *(f"speech_{n}" for n in HELD_OUT),
+    ]
     for name in names:
         assert all(Path(row["audio"]).is_file() for row in read_rows(built / f"{name}.json")), name
     assert all(row["audio"] is None for row in read_rows(built / "heldout_none.json"))
@@ -236,11 +334,19 @@ def test_heldout_speech(built):
     texts = {file: clip["text"] for file, clip in BY_FILE.items()}
     for name, rows in files.items():
         clips = [BY_FILE[Path(row["audio_id"]).name] for row in rows]
-        asked = [clip for clip in TEST if clip["voice"] in TEST_VOICES] if name.startswith("gender") else TEST
+        asked = (
+            [clip for clip in TEST if clip["voice"] in TEST_VOICES]
+            if name.startswith("gender")
+            else TEST
+        )
         assert clips == asked, name
-        assert [row["output"] for row in rows] == [toy_speech.reference(f"speech_{name}", clip) for clip in clips]
+        assert [row["output"] for row in rows] == [
+            toy_speech.reference(f"speech_{name}", clip) for clip in clips
+        ]
         for row, clip in zip(rows, clips, strict=True):
-            expected = {"gender_empty": "", "words_none": "", "words_whisper": None}.get(name, clip["text"])
+            expected = {"gender_empty": "", "words_none": "", "words_whisper": None}.get(
+                name, clip["text"]
+            )
             if name == "words_wrong":
                 assert row["input"] != clip["text"] and row["input"] in texts.values()
             else:
@@ -261,11 +367,15 @@ def test_test_questions_are_never_training_questions(built):
     train = {plain(question) for texts in tasks for question in texts["train"]}
     assert not train & {plain(question) for texts in tasks for question in texts["test"]}
     assert "can you identify the spoken text" in train
-    tested = {plain(row["instruction"]) for name in HELD_OUT for row in load(built, f"speech_{name}")}
+    tested = {
+        plain(row["instruction"]) for name in HELD_OUT for row in load(built, f"speech_{name}")
+    }
     assert not tested & {plain(row["instruction"]) for row in spoken_rows(built)}
 
 
-@pytest.mark.parametrize("bad", [["--rows", "1,2"], ["--rows", "a,b,c"], ["--version", "3"], ["--versions", "0"]])
+@pytest.mark.parametrize(
+    "bad", [["--rows", "1,2"], ["--rows", "a,b,c"], ["--version", "3"], ["--versions", "0"]]
+)
 def test_bad_arguments_stop(bad, capsys):
     with pytest.raises(SystemExit):
         build_as.parse(bad)

@@ -7,7 +7,15 @@ import pytest
 
 from eval import toy_speech
 from eval.toy import PredictionError
-from eval.toy_speech import evaluate, format_table, main, read_choice, reference, spoken, word_error_rate
+from eval.toy_speech import (
+    evaluate,
+    format_table,
+    main,
+    read_choice,
+    reference,
+    spoken,
+    word_error_rate,
+)
 
 LINES = (toy_speech.TOY / "speech" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
 TEST = [clip for clip in map(json.loads, LINES) if clip["split"] == "test"]
@@ -18,7 +26,12 @@ def predictions(file: str, answer, clips: list[dict] = TEST, **more) -> list[dic
     """Rows as inference writes them; `answer` makes `pred` from a clip."""
     rows = []
     for clip in clips:
-        row = {"prompt": "?", "pred": answer(clip), "ref": reference(file, clip), "audio_id": f"../x/{clip['file']}"}
+        row = {
+            "prompt": "?",
+            "pred": answer(clip),
+            "ref": reference(file, clip),
+            "audio_id": f"../x/{clip['file']}",
+        }
         rows.append(row | {"status": "ok"} | more)
     return rows
 
@@ -55,8 +68,16 @@ def test_an_answer_counts_only_in_the_form_taught(file, answer, choice):
 
 
 def test_the_prefix_is_taken_off_only_where_it_is():
-    assert spoken("Spoken text: A dog.") == "A dog." == spoken("A dog.") == spoken("\nspoken text:A dog.")
-    assert spoken("He said: spoken text: a dog") == "He said: spoken text: a dog" and spoken(None) == ""
+    assert (
+        spoken("Spoken text: A dog.")
+        == "A dog."
+        == spoken("A dog.")
+        == spoken("\nspoken text:A dog.")
+    )
+    assert (
+        spoken("He said: spoken text: a dog") == "He said: spoken text: a dog"
+        and spoken(None) == ""
+    )
 
 
 def test_word_error_rate_ignores_case_points_and_figures():
@@ -67,7 +88,13 @@ def test_word_error_rate_ignores_case_points_and_figures():
 
 def test_gender_by_voice_with_and_without_words(tmp_path):
     def women_and_kal(clip):
-        return "Female." if clip["gender"] == "female" else "Male." if clip["voice"] == "kal" else "A man."
+        return (
+            "Female."
+            if clip["gender"] == "female"
+            else "Male."
+            if clip["voice"] == "kal"
+            else "A man."
+        )
 
     folder = write(
         tmp_path,
@@ -75,13 +102,32 @@ def test_gender_by_voice_with_and_without_words(tmp_path):
         speech_gender_empty=predictions("speech_gender_empty", lambda clip: "Male.", UNKNOWN),
     )
     scores = means(evaluate([folder]))
-    assert scores["gender, words given"] == pytest.approx(2 / 3) == scores["gender, words given: in form"]
-    assert scores["gender, words given: slt_hts (female)"] == 1 == scores["gender, words given: kal (male)"]
+    assert (
+        scores["gender, words given"]
+        == pytest.approx(2 / 3)
+        == scores["gender, words given: in form"]
+    )
+    assert (
+        scores["gender, words given: slt_hts (female)"]
+        == 1
+        == scores["gender, words given: kal (male)"]
+    )
     assert scores["gender, words given: awb (male)"] == 0
-    assert scores["gender, no words"] == pytest.approx(2 / 3) == scores["gender, no words: if always the most frequent"]
-    assert scores["gender, no words: slt_hts (female)"] == 0 and scores["gender, no words: in form"] == 1
-    cell = next(row for row in evaluate([folder])["rows"] if row["name"].endswith("given: kal (male)"))["runs"][0]
-    assert (cell["right"], cell["count"], cell["high"]) == (20, 20, 1.0) and 0.83 < cell["low"] < 0.85
+    assert (
+        scores["gender, no words"]
+        == pytest.approx(2 / 3)
+        == scores["gender, no words: if always the most frequent"]
+    )
+    assert (
+        scores["gender, no words: slt_hts (female)"] == 0
+        and scores["gender, no words: in form"] == 1
+    )
+    cell = next(
+        row for row in evaluate([folder])["rows"] if row["name"].endswith("given: kal (male)")
+    )["runs"][0]
+    assert (cell["right"], cell["count"], cell["high"]) == (20, 20, 1.0) and 0.83 < cell[
+        "low"
+    ] < 0.85
 
 
 def test_pitch_and_speed(tmp_path):
@@ -102,8 +148,12 @@ def test_words_in_four_conditions(tmp_path):
 
     folder = write(
         tmp_path,
-        speech_words_right=predictions("speech_words_right", lambda clip: f"Spoken text: {clip['text'].lower()}"),
-        speech_words_whisper=predictions("speech_words_whisper", lambda clip: clip["text"], transcript="Nothing."),
+        speech_words_right=predictions(
+            "speech_words_right", lambda clip: f"Spoken text: {clip['text'].lower()}"
+        ),
+        speech_words_whisper=predictions(
+            "speech_words_whisper", lambda clip: clip["text"], transcript="Nothing."
+        ),
         speech_words_wrong=predictions("speech_words_wrong", next_text),
         speech_words_none=predictions("speech_words_none", lambda clip: None),
     )
@@ -111,7 +161,10 @@ def test_words_in_four_conditions(tmp_path):
     assert scores["WER, right words given"] == 0 == scores["WER, right words given: recorded voice"]
     assert scores["WER, Whisper's words"] == 0 == scores["Whisper's words: in form"]
     assert scores["WER, Whisper's words: those words themselves"] == pytest.approx(1, abs=0.02)
-    assert 0.85 < scores["WER, another clip's words"] < 1.3 and scores["another clip's words: in form"] == 1
+    assert (
+        0.85 < scores["WER, another clip's words"] < 1.3
+        and scores["another clip's words: in form"] == 1
+    )
     assert scores["WER, no words"] == 1 and scores["no words: in form"] == 0
 
 
@@ -119,7 +172,10 @@ def test_several_runs_have_a_column_each_and_a_mean(tmp_path, capsys):
     for name, answer in (("fold0", "Male."), ("fold1", "Female.")):
         rows = predictions("speech_gender", lambda clip, answer=answer: answer, UNKNOWN)
         write(tmp_path / name, speech_gender=rows)
-    write(tmp_path / "fold1", speech_pitch=predictions("speech_pitch", lambda clip: "The pitch is low."))
+    write(
+        tmp_path / "fold1",
+        speech_pitch=predictions("speech_pitch", lambda clip: "The pitch is low."),
+    )
     result = evaluate([tmp_path / "fold0", tmp_path / "fold1"])
     assert means(result)["gender, words given"] == pytest.approx(0.5)
     assert next(row for row in result["rows"] if row["name"] == "pitch")["runs"][0] is None
@@ -135,7 +191,11 @@ def test_wrong_references_and_missing_answers_stop(tmp_path, capsys):
     write(tmp_path, speech_gender=[rows[0] | other, *rows[1:]])
     with pytest.raises(PredictionError, match="manifest.jsonl says"):
         evaluate([tmp_path])
-    for others in (rows[:-1], rows[:-1] + rows[:1], [*rows[:-1], rows[-1] | {"audio_id": "rms_00.flac"}]):
+    for others in (
+        rows[:-1],
+        rows[:-1] + rows[:1],
+        [*rows[:-1], rows[-1] | {"audio_id": "rms_00.flac"}],
+    ):
         write(tmp_path, speech_gender=others)
         with pytest.raises(PredictionError, match="each held-out clip once"):
             evaluate([tmp_path])

@@ -38,7 +38,13 @@ def rows(tmp_path_factory):
 
 
 def flags(start, rows, output, **more):
-    defaults = {"batch_size": 4, "micro_batch_size": 2, "warmup_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    defaults = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+    }
     settings = defaults | {"bf16": False, "num_workers": 0, "save_steps": 100} | more
     argv = ["--base_model", str(start), "--data_path", str(rows), "--output_dir", str(output)]
     return argv + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -83,7 +89,9 @@ def test_leftover_micro_batches_join_the_next_epoch(start, rows, tmp_path):
 @pytest.mark.parametrize("group", [False, True])
 def test_loss_is_a_mean_of_micro_batch_means(start, rows, tmp_path, group):
     """Also across epochs: step 2 has micro-batches 5 and 6 of the first and 1 and 2 of the second."""
-    arguments = flags(start, rows, tmp_path / "run", batch_size=8, num_epochs=2, group_by_length=group)
+    arguments = flags(
+        start, rows, tmp_path / "run", batch_size=8, num_epochs=2, group_by_length=group
+    )
     trainer = make_trainer(*parse_args(arguments))
     micro = list(trainer.micro_batches)
     assert len(micro) == 12 and len(micro[5]) == 1 and sorted(sum(micro[6:], [])) == list(range(11))
@@ -99,9 +107,21 @@ def test_loss_is_a_mean_of_micro_batch_means(start, rows, tmp_path, group):
 
 
 def test_rate_follows_the_original_schedule(start, rows, tmp_path):
-    main(flags(start, rows, tmp_path / "run", batch_size=2, num_epochs=2, learning_rate=2e-4, warmup_steps=3))
+    main(
+        flags(
+            start,
+            rows,
+            tmp_path / "run",
+            batch_size=2,
+            num_epochs=2,
+            learning_rate=2e-4,
+            warmup_steps=3,
+        )
+    )
     total = 12
-    expected = [2e-4 * s / 3 if s < 3 else 2e-4 * (total - s) / (total - 3) for s in range(1, total + 1)]
+    expected = [
+        2e-4 * s / 3 if s < 3 else 2e-4 * (total - s) / (total - 3) for s in range(1, total + 1)
+    ]
     found = [entry["learning_rate"] for entry in losses(tmp_path / "run")]
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-20)
 
@@ -109,9 +129,19 @@ def test_rate_follows_the_original_schedule(start, rows, tmp_path):
 def test_resume_equals_an_uninterrupted_run(start, rows, tmp_path):
     common = {"num_epochs": 2, "save_steps": 3}
     main(flags(start, rows, tmp_path / "whole", **common))
-    main(flags(start, rows, tmp_path / "again", **common, resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3"))
+    main(
+        flags(
+            start,
+            rows,
+            tmp_path / "again",
+            **common,
+            resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3",
+        )
+    )
     whole, again = losses(tmp_path / "whole"), losses(tmp_path / "again")
-    assert [e["loss"] for e in again][-3:] == pytest.approx([e["loss"] for e in whole][-3:], abs=1e-6)
+    assert [e["loss"] for e in again][-3:] == pytest.approx(
+        [e["loss"] for e in whole][-3:], abs=1e-6
+    )
     assert len(whole) == 6
 
 
@@ -121,13 +151,19 @@ def test_every_row_once_an_epoch_on_any_number_of_ranks(group):
     one = list(MicroBatchSampler(23, 3, accumulation=4, epochs=2, lengths=lengths))
     assert sorted(index for batch in one[:8] for index in batch) == list(range(23))
     ranks = [
-        list(MicroBatchSampler(23, 3, accumulation=2, epochs=2, lengths=lengths, rank=rank, world_size=2))
+        list(
+            MicroBatchSampler(
+                23, 3, accumulation=2, epochs=2, lengths=lengths, rank=rank, world_size=2
+            )
+        )
         for rank in range(2)
     ]
     assert len(ranks[0]) == len(ranks[1]) == 2 * batches_per_rank(23, 3, 2)
     seen = [index for rank in ranks for batch in rank[:4] for index in batch]
     assert set(seen) == set(range(23)) and len(seen) == 24
-    assert [batch for pair in zip(*(rank[:3] for rank in ranks), strict=True) for batch in pair] == one[:6]
+    assert [
+        batch for pair in zip(*(rank[:3] for rank in ranks), strict=True) for batch in pair
+    ] == one[:6]
 
 
 @pytest.mark.parametrize("rows_", [1, 3, 40, 999, 12_345])
@@ -136,7 +172,9 @@ def test_length_grouping_is_that_of_transformers(rows_, accumulation):
     lengths = torch.randint(1, 40, (rows_,), generator=torch.Generator().manual_seed(rows_))
     ours = MicroBatchSampler(rows_, 4, accumulation, lengths=lengths, seed=7).order(2).tolist()
     generator = torch.Generator().manual_seed(9)
-    assert ours == get_length_grouped_indices(lengths.tolist(), max(1, 4 * accumulation // 4), generator=generator)
+    assert ours == get_length_grouped_indices(
+        lengths.tolist(), max(1, 4 * accumulation // 4), generator=generator
+    )
 
 
 def test_two_processes_equal_one(start, tmp_path):
@@ -171,14 +209,29 @@ def test_two_machines_meet(start, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"NNODES": "2", "NPROC": "1", "RDZV_ENDPOINT": endpoint, "PYTHON": sys.executable}
+    environment = os.environ | {
+        "NNODES": "2",
+        "NPROC": "1",
+        "RDZV_ENDPOINT": endpoint,
+        "PYTHON": sys.executable,
+    }
     environment |= {"DATA": str(tmp_path / "data"), "EXP": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     flags = "--batch_size 8 --micro_batch_size 2 --num_epochs 1 --logging_steps 1 --bf16 False --num_workers 0"
-    command = ["bash", "train_scripts/ltu/stage2_all_cla.sh", *flags.split(), "--lora_r", "4", "--lora_alpha", "8"]
+    command = [
+        "bash",
+        "train_scripts/ltu/stage2_all_cla.sh",
+        *flags.split(),
+        "--lora_r",
+        "4",
+        "--lora_alpha",
+        "8",
+    ]
     command += ["--lora_dropout", "0"]
     machines = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for _ in range(2)
     ]
     said = [machine.communicate(timeout=PATIENCE)[0] for machine in machines]
@@ -194,20 +247,51 @@ def test_two_machines_meet(start, tmp_path):
 
 def test_stage_one_then_stage_two(tmp_path, rows):
     first = write_checkpoint(tmp_path / "init", write_llm(tmp_path / "llm"))
-    main(flags(first, rows, tmp_path / "stage1", trainable_params="proj", lora_target_modules='["dummy"]'))
+    main(
+        flags(
+            first,
+            rows,
+            tmp_path / "stage1",
+            trainable_params="proj",
+            lora_target_modules='["dummy"]',
+        )
+    )
     state = json.loads((tmp_path / "stage1" / "ltu_state.json").read_text())
-    assert state["finished"] and state["parent"]["name"] == "init" and state["parameters"]["trainable"] == 32 * 64 + 64
-    before, after = (LtuForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("init", "stage1"))
+    assert (
+        state["finished"]
+        and state["parent"]["name"] == "init"
+        and state["parameters"]["trainable"] == 32 * 64 + 64
+    )
+    before, after = (
+        LtuForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("init", "stage1")
+    )
     changed = {
         name.split(".")[0]
         for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
         if not torch.equal(a, b)
     }
     assert changed == {"multi_modal_projector"} and after.config.lora is None
-    main(flags(tmp_path / "stage1", rows, tmp_path / "stage2", lora_target_modules="[q_proj,v_proj]", lora_r=4))
+    main(
+        flags(
+            tmp_path / "stage1",
+            rows,
+            tmp_path / "stage2",
+            lora_target_modules="[q_proj,v_proj]",
+            lora_r=4,
+        )
+    )
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "stage2")
-    assert trained.config.lora == {"r": 4, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
-    assert any(parameter.abs().max() > 0 for name, parameter in trained.named_parameters() if "lora_B" in name)
+    assert trained.config.lora == {
+        "r": 4,
+        "alpha": 16,
+        "dropout": 0.05,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    assert any(
+        parameter.abs().max() > 0
+        for name, parameter in trained.named_parameters()
+        if "lora_B" in name
+    )
 
 
 def test_what_the_folder_says_is_not_contradicted(start, rows, tmp_path):
@@ -238,14 +322,18 @@ def test_plan_and_show_batch(start, rows, tmp_path, capsys):
 # --- flags
 
 
-@pytest.mark.parametrize("wrong", [["--learning_rat", "1"], ["--no_such_flag"], ["--trainable_params", "everything"]])
+@pytest.mark.parametrize(
+    "wrong", [["--learning_rat", "1"], ["--no_such_flag"], ["--trainable_params", "everything"]]
+)
 def test_a_typo_stops_the_run(start, rows, tmp_path, wrong, capsys):
     with pytest.raises((SystemExit, ValueError)):
         parse_args([*flags(start, rows, tmp_path), *wrong])
 
 
 def test_lists_parse_as_in_the_original():
-    assert parse_list("[q_proj,v_proj]") == parse_list('["q_proj", "v_proj"]') == ["q_proj", "v_proj"]
+    assert (
+        parse_list("[q_proj,v_proj]") == parse_list('["q_proj", "v_proj"]') == ["q_proj", "v_proj"]
+    )
     assert parse_list('["dummy"]') == parse_list("['dummy']") == ["dummy"]
 
 
@@ -275,7 +363,9 @@ def test_lists_and_lines_are_the_same(tmp_path, rows):
     parsed = json.loads(rows.read_text())
     (rows.parent / "rows.jsonl").write_text("\n".join(map(json.dumps, parsed)))
     assert read_rows(rows) == read_rows(rows.parent / "rows.jsonl")
-    assert read_rows(rows)[0]["audio"] is None and read_rows(rows)[5]["audio"] == str(rows.parent / "5.wav")
+    assert read_rows(rows)[0]["audio"] is None and read_rows(rows)[5]["audio"] == str(
+        rows.parent / "5.wav"
+    )
 
 
 def broken_rows(tmp_path):
@@ -287,7 +377,10 @@ def broken_rows(tmp_path):
 
 def test_unheard_clips_are_found_at_start(start, tmp_path):
     rows = broken_rows(tmp_path)
-    assert {error.reason for error in check_audio(read_rows(rows)).values()} == {"unreadable", "missing"}
+    assert {error.reason for error in check_audio(read_rows(rows)).values()} == {
+        "unreadable",
+        "missing",
+    }
     with pytest.raises(ValueError, match="2 clips of .* cannot be heard"):
         main([*flags(start, rows, tmp_path / "run"), "--check_audio"])
 
@@ -314,7 +407,9 @@ def test_workers_can_be_spawned(start, rows, tmp_path):
 
 def test_a_skipped_row_is_replaced_not_invented(tmp_path):
     rows = read_rows(broken_rows(tmp_path))
-    dataset = QaDataset(rows, lambda row: ([1], [1]), lambda row: torch.tensor(load_audio(row["audio"])), max_bad=2)
+    dataset = QaDataset(
+        rows, lambda row: ([1], [1]), lambda row: torch.tensor(load_audio(row["audio"])), max_bad=2
+    )
     assert torch.equal(dataset[1]["input_features"], dataset[3]["input_features"])
     assert dataset.skipped == ["1.wav", "2.wav"]
     with pytest.raises(AudioError):

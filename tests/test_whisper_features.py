@@ -40,10 +40,17 @@ def test_features_equal_the_original(golden: Path, golden_report, extractor, cli
     waveform = load_audio(golden / "wav" / f"{clip}.wav")
     features = extractor([waveform], sampling_rate=RATE).input_features
     assert features.shape == (1, 4, 25, 64) and features.dtype == torch.float32
-    golden_report("Whisper", f"{clip} pooled", np.abs(features[0].numpy() - figures[f"{clip}.feat"]).max(), 1e-4)
+    golden_report(
+        "Whisper",
+        f"{clip} pooled",
+        np.abs(features[0].numpy() - figures[f"{clip}.feat"]).max(),
+        1e-4,
+    )
     mel = extractor.extract_features(torch.from_numpy(waveform)).numpy()
     assert mel.shape == (80, 1000)
-    golden_report("Whisper", f"{clip} mel", np.abs(mel[:, ::8] - figures[f"{clip}.mel"]).max(), 1e-4)
+    golden_report(
+        "Whisper", f"{clip} mel", np.abs(mel[:, ::8] - figures[f"{clip}.mel"]).max(), 1e-4
+    )
 
 
 @pytest.mark.parametrize("clip", ["noise10", "tone4"])
@@ -51,7 +58,9 @@ def test_every_frame_of_the_mel(full_golden: Path, golden_report, extractor, cli
     figures = np.load(full_golden / "whisper.npz")
     waveform = load_audio(full_golden / "wav" / f"{clip}.wav")
     mel = extractor.extract_features(torch.from_numpy(waveform)).numpy()
-    golden_report("Whisper, every frame", f"{clip} mel", np.abs(mel - figures[f"{clip}.mel1000"]).max(), 1e-4)
+    golden_report(
+        "Whisper, every frame", f"{clip} mel", np.abs(mel - figures[f"{clip}.mel1000"]).max(), 1e-4
+    )
 
 
 def test_loudest_part_after_ten_seconds_sets_the_floor(golden_report, extractor) -> None:
@@ -65,7 +74,10 @@ def test_loudest_part_after_ten_seconds_sets_the_floor(golden_report, extractor)
     assert (mel - cut_first).abs().max() > 0.5
     expected = stock_features(extractor, stock)
     golden_report(
-        "Whisper, stock", "late loud part", (extractor(waveform).input_features[0] - expected).abs().max(), 1e-4
+        "Whisper, stock",
+        "late loud part",
+        (extractor(waveform).input_features[0] - expected).abs().max(),
+        1e-4,
     )
     assert (expected - stock_features(extractor, cut_first)).abs().max() > 0.1
 
@@ -76,9 +88,13 @@ def stock_features(extractor: LtuAsFeatureExtractor, mel: torch.Tensor) -> torch
     encoder.positional_embedding = encoder.positional_embedding[:500]
     layers: list[np.ndarray] = []
     for block in encoder.blocks:
-        block.register_forward_hook(lambda module, inputs, output: layers.append(output[0].detach().numpy()))
+        block.register_forward_hook(
+            lambda module, inputs, output: layers.append(output[0].detach().numpy())
+        )
     encoder(mel[None])
-    return torch.from_numpy(np.stack(layers).reshape(len(layers), 25, 20, -1).mean(2))  # (layers, 25, width)
+    return torch.from_numpy(
+        np.stack(layers).reshape(len(layers), 25, 20, -1).mean(2)
+    )  # (layers, 25, width)
 
 
 def test_batch_equals_single(extractor) -> None:
@@ -95,7 +111,10 @@ def test_half_precision_on_a_cpu_is_rounded_and_says_so(tiny_whisper: str, extra
     features = half(noise(10, 0)).input_features
     assert features.dtype == torch.float16
     assert torch.equal(features, extractor(noise(10, 0)).input_features.half())
-    assert half.describe() == extractor.describe() | {"feature_precision": "fp16", "computed_in": "fp32"}
+    assert half.describe() == extractor.describe() | {
+        "feature_precision": "fp16",
+        "computed_in": "fp32",
+    }
 
 
 def test_features_can_be_trained_on(extractor) -> None:
@@ -113,7 +132,9 @@ def test_saved_and_opened_again_without_weights(extractor, tmp_path: Path) -> No
     assert opened.to_dict() == extractor.to_dict()
     assert (opened.chunk_seconds, opened.num_tokens) == (10.0, 25)
     opened.whisper_model = "/nowhere.pt"
-    assert opened.to_dict()["whisper_model"] == "/nowhere.pt"  # Nothing was loaded, so nothing is missed.
+    assert (
+        opened.to_dict()["whisper_model"] == "/nowhere.pt"
+    )  # Nothing was loaded, so nothing is missed.
     assert LtuAsFeatureExtractor.shape_of(extractor.whisper_model) == (4, 64)
 
 
@@ -172,7 +193,9 @@ def test_silence_has_no_transcript(extractor, monkeypatch) -> None:
 
 def test_missing_weights(tmp_path: Path) -> None:
     for name in (str(tmp_path / "absent.pt"), "large-v9"):
-        with pytest.raises(FileNotFoundError, match=f"(?s){name}.*path of an openai-whisper .pt.*fetch_parts"):
+        with pytest.raises(
+            FileNotFoundError, match=f"(?s){name}.*path of an openai-whisper .pt.*fetch_parts"
+        ):
             LtuAsFeatureExtractor(whisper_model=name)(noise(1, 0))
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt is no checkpoint of openai-whisper"):
@@ -189,12 +212,16 @@ def test_no_network_says_so(monkeypatch) -> None:
 
 
 def test_another_whisper_is_refused(tiny_whisper: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has 4 layers of width 64, but 32 layers of width 1280 are needed"):
+    with pytest.raises(
+        ValueError, match="has 4 layers of width 64, but 32 layers of width 1280 are needed"
+    ):
         LtuAsFeatureExtractor(whisper_model=tiny_whisper).describe()
     other = save_whisper(tmp_path / "other.pt", suffix=".b")
     theirs = LtuAsFeatureExtractor(4, 64, other, None, "fp32").describe()["fingerprint"]
     with pytest.raises(ValueError, match=f"has fingerprint .*trained with {theirs[:12]}"):
-        LtuAsFeatureExtractor(4, 64, tiny_whisper, None, "fp32", whisper_fingerprint=theirs).describe()
+        LtuAsFeatureExtractor(
+            4, 64, tiny_whisper, None, "fp32", whisper_fingerprint=theirs
+        ).describe()
 
 
 def test_what_is_no_waveform_is_refused(extractor) -> None:

@@ -46,7 +46,12 @@ LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj
 def audio_config() -> CavMaeConfig:
     """0.64 s of 32 bins -> 2 audio tokens of width 32."""
     return CavMaeConfig(
-        num_mel_bins=32, num_frames=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        num_mel_bins=32,
+        num_frames=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
     )
 
 
@@ -59,11 +64,15 @@ def write_llm(
     **settings: Any,
 ) -> Path:
     """A language model with random weights and a tokenizer (the golden one), as Hugging Face folders are."""
-    config = AutoConfig.for_model(model_type, **(LLM | SPECIAL | settings), max_position_embeddings=2048)
+    config = AutoConfig.for_model(
+        model_type, **(LLM | SPECIAL | settings), max_position_embeddings=2048
+    )
     model = AutoModelForCausalLM.from_config(config)
     # Seeded here, because releases of transformers differ in what building a model draws.
     torch.manual_seed(seed)
-    for parameter in model.parameters():  # Larger than the usual init, so that one token differs clearly from another.
+    for parameter in (
+        model.parameters()
+    ):  # Larger than the usual init, so that one token differs clearly from another.
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     model.to(dtype).save_pretrained(folder)
@@ -76,7 +85,11 @@ def write_llm(
 
 
 def write_checkpoint(
-    folder: Path, llm: Path, lora: dict | None = None, seed: int = 0, prompt_template: dict | None = None
+    folder: Path,
+    llm: Path,
+    lora: dict | None = None,
+    seed: int = 0,
+    prompt_template: dict | None = None,
 ) -> Path:
     """A checkpoint folder around that language model; a LoRA in it does something."""
     torch.manual_seed(seed)
@@ -92,7 +105,9 @@ def write_checkpoint(
     # AutoTokenizer opens the golden tokenizer in a Qwen2 folder as a Qwen2 tokenizer without words.
     golden = (llm / "tokenizer.model").is_file()
     processor = LtuProcessor.from_config(config, GOLDEN / "tokenizer" if golden else llm)
-    model = LtuForConditionalGeneration(config, language_model=AutoModelForCausalLM.from_pretrained(llm))
+    model = LtuForConditionalGeneration(
+        config, language_model=AutoModelForCausalLM.from_pretrained(llm)
+    )
     torch.manual_seed(seed)
     for name, parameter in model.audio_tower.named_parameters():
         if parameter.ndim > 1 and "pos_embed" not in name:
@@ -120,9 +135,18 @@ def write_rows(folder: Path, count: int, seed: int = 0, without_audio: int = 0) 
     rows = []
     for index in range(count):
         soundfile.write(folder / f"{index}.wav", clip(seed + index), 16_000)
-        words = " ".join(rng.choice(["a", "dog", "rain", "loud", "bell", "far", "sound"], rng.integers(1, 9)))
+        words = " ".join(
+            rng.choice(["a", "dog", "rain", "loud", "bell", "far", "sound"], rng.integers(1, 9))
+        )
         audio_id = "empty" if index < without_audio else f"{index}.wav"
-        rows.append({"instruction": f"What is it? {words}", "input": "", "audio_id": audio_id, "output": words})
+        rows.append(
+            {
+                "instruction": f"What is it? {words}",
+                "input": "",
+                "audio_id": audio_id,
+                "output": words,
+            }
+        )
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
 

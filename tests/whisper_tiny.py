@@ -16,8 +16,12 @@ def save_whisper(path: Path, suffix: str = "", is_sure: bool = True, **dims: int
     """`suffix` in the names gives other weights; one that is not sure finds all words as likely, so it must sample."""
     sizes = json.loads((GOLDEN / "whisper.json").read_text())["dims"] | dims
     model = Whisper(ModelDimensions(**sizes))
-    weights = {key: torch.from_numpy(rule(key + suffix, p.shape)) for key, p in model.named_parameters()}
+    weights = {
+        key: torch.from_numpy(rule(key + suffix, p.shape)) for key, p in model.named_parameters()
+    }
     weights["decoder.token_embedding.weight"] *= 1.0 if is_sure else 0.01
-    model.load_state_dict(weights, strict=False)  # Whisper's sinusoids are a buffer, which it makes itself.
+    model.load_state_dict(
+        weights, strict=False
+    )  # Whisper's sinusoids are a buffer, which it makes itself.
     torch.save({"dims": sizes, "model_state_dict": model.state_dict()}, path)
     return str(path)

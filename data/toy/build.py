@@ -33,10 +33,21 @@ CLOSED = {"cla_label": 0.5, "cla_label_des": 0.15, "caption": 0.1, "caption_mixt
     "temporal_first": 0.1,
     "temporal_order": 0.1,
 }
-STAGES = {1: CLASSIFY, 2: CLASSIFY, 3: CLOSED, 4: {task: 0.7 * share for task, share in CLOSED.items()} | OPEN_SHARE}
+STAGES = {
+    1: CLASSIFY,
+    2: CLASSIFY,
+    3: CLOSED,
+    4: {task: 0.7 * share for task, share in CLOSED.items()} | OPEN_SHARE,
+}
 ROWS = "240,1500,700,600"  # of stages 1 to 4, by default
 BALANCE = 0.25  # share of the draws that gives every category the same chance; the rest gives every clip the same
-SHOWN = ("cla_label", "cla_label_des", "caption", "identify_why", "scene")  # one for each clip on display
+SHOWN = (
+    "cla_label",
+    "cla_label_des",
+    "caption",
+    "identify_why",
+    "scene",
+)  # one for each clip on display
 
 
 def draw(sounds: list[Sound], count: int, rng: Random) -> list[Sound]:
@@ -50,7 +61,8 @@ def draw(sounds: list[Sound], count: int, rng: Random) -> list[Sound]:
     for label, category in {(sound["label"], sound["category"]) for sound in sounds}:
         in_category[category] += in_label[label] ** 0.5
     chances = [
-        BALANCE / (len(in_category) * in_category[sound["category"]] * in_label[sound["label"]] ** 0.5)
+        BALANCE
+        / (len(in_category) * in_category[sound["category"]] * in_label[sound["label"]] ** 0.5)
         + (1 - BALANCE) / len(sounds)
         for sound in sounds
     ]
@@ -91,7 +103,10 @@ def render_all(sounds: list[Sound], args: argparse.Namespace, folder: Path) -> t
         crops = [f"audio/{stem}_{number}.flac" for number in range(1, args.crops)]
         plan += [(audio_id, (render.crop, sound)) for audio_id in crops]
         pools["crop"][sound["file"]] = [committed(sound, folder), *crops]
-    for kind, make, count in (("mixture", render.mixture, args.mixtures), ("pair", render.pair, args.pairs)):
+    for kind, make, count in (
+        ("mixture", render.mixture, args.mixtures),
+        ("pair", render.pair, args.pairs),
+    ):
         for number, two in enumerate(draw_two(sounds, count, Random(f"{name}/{kind}"))):
             audio_id = f"audio/{kind}_{number:03d}.flac"
             plan.append((audio_id, (make, two)))
@@ -142,9 +157,20 @@ def heldout_rows(heldout: list[Sound], folder: Path, name: str) -> dict[str, lis
         none.append(row | {"audio_id": "empty"})
     rng = Random(f"{name}/show")
     categories = rng.sample(sorted({sound["category"] for sound in heldout}), len(SHOWN))
-    shown = [rng.choice([sound for sound in heldout if sound["category"] == category]) for category in categories]
-    show = [make_row(task, [s], committed(s, folder), rng, "test") for task, s in zip(SHOWN, shown, strict=True)]
-    return {"heldout_right": right, "heldout_wrong": wrong, "heldout_none": none, "heldout_show": show}
+    shown = [
+        rng.choice([sound for sound in heldout if sound["category"] == category])
+        for category in categories
+    ]
+    show = [
+        make_row(task, [s], committed(s, folder), rng, "test")
+        for task, s in zip(SHOWN, shown, strict=True)
+    ]
+    return {
+        "heldout_right": right,
+        "heldout_wrong": wrong,
+        "heldout_none": none,
+        "heldout_show": show,
+    }
 
 
 def build(args: argparse.Namespace) -> Counter:
@@ -159,23 +185,44 @@ def build(args: argparse.Namespace) -> Counter:
     }
     files |= heldout_rows(heldout, folder, name)
     for file, content in {**files, "sources": sources}.items():
-        (folder / f"{file}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / f"{file}.json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return Counter((file, row["task"]) for file, rows in files.items() for row in rows)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `--rows` becomes a list of four numbers."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--fold", type=int, default=0, help="0 to 4: whose clips are held out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default=None, help="default: exp/toy_data/fold{K}")
-    parser.add_argument("--rows", default=ROWS, help="rows of stages 1 to 4; steps = rows / batch size")
-    parser.add_argument("--crops", type=int, default=6, help="versions of each training clip, with the untouched one")
-    parser.add_argument("--mixtures", type=int, default=120, help="training clips of two sounds at once")
-    parser.add_argument("--pairs", type=int, default=160, help="training clips of two sounds in order")
-    parser.add_argument("--write_split", action="store_true", help="write data/toy/split.json anew and stop")
-    parser.add_argument("--write_attribution", action="store_true", help="write data/toy/ATTRIBUTION.md anew and stop")
+    parser.add_argument(
+        "--rows", default=ROWS, help="rows of stages 1 to 4; steps = rows / batch size"
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=6,
+        help="versions of each training clip, with the untouched one",
+    )
+    parser.add_argument(
+        "--mixtures", type=int, default=120, help="training clips of two sounds at once"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=160, help="training clips of two sounds in order"
+    )
+    parser.add_argument(
+        "--write_split", action="store_true", help="write data/toy/split.json anew and stop"
+    )
+    parser.add_argument(
+        "--write_attribution",
+        action="store_true",
+        help="write data/toy/ATTRIBUTION.md anew and stop",
+    )
     args = parser.parse_args(argv)
     numbers = args.rows.split(",")
     if len(numbers) != len(STAGES) or not all(number.strip().isdigit() for number in numbers):
@@ -201,7 +248,9 @@ def main() -> None:
     """Build a fold and print what was made."""
     args = parse()
     if args.write_split:
-        (HERE / "split.json").write_text(json.dumps(make_split(read_manifest()), indent=1) + "\n", encoding="utf-8")
+        (HERE / "split.json").write_text(
+            json.dumps(make_split(read_manifest()), indent=1) + "\n", encoding="utf-8"
+        )
     if args.write_attribution:
         write_attribution(read_manifest(), HERE / "ATTRIBUTION.md")
     if args.write_split or args.write_attribution:

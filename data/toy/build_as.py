@@ -26,7 +26,13 @@ from ltu.data.audio import SAMPLING_RATE
 
 SPEECH_SHARE = 0.4  # of the rows of every stage
 CLASSIFY = {"speech_gender": 0.5, "speech_pitch": 0.25, "speech_speed": 0.25}
-ALL = {"spoken_text": 0.35, "speech_gender": 0.25, "speech_pitch": 0.125, "speech_speed": 0.125, "speech_joint": 0.15}
+ALL = {
+    "spoken_text": 0.35,
+    "speech_gender": 0.25,
+    "speech_pitch": 0.125,
+    "speech_speed": 0.125,
+    "speech_joint": 0.15,
+}
 # Stage of LTU-AS -> stages of data.toy.build whose sound tasks it has, in equal parts, and shares of the speech tasks.
 # The last one goes on with classification: without, so few steps forget the form of its answers.
 STAGES = {1: ([1], CLASSIFY), 2: ([2], CLASSIFY), 3: ([2, 4], ALL)}
@@ -57,18 +63,27 @@ def without_input(rows: list[dict]) -> list[dict]:
     """The rows without their `input`, so that Whisper transcribes the clip, unless it is one rendered for training:
     to transcribe all of those costs more than to train."""
     return [
-        row if row["audio_id"].startswith("audio/") else {key: value for key, value in row.items() if key != "input"}
+        row
+        if row["audio_id"].startswith("audio/")
+        else {key: value for key, value in row.items() if key != "input"}
         for row in rows
     ]
 
 
-def show(files: dict[str, list[dict]], clips: list[Clip], folder: Path, cuts: dict, name: str) -> list[dict]:
+def show(
+    files: dict[str, list[dict]], clips: list[Clip], folder: Path, cuts: dict, name: str
+) -> list[dict]:
     """Five varied questions: a sound's label and why, a gender without words, Whisper's words, and who says what."""
     rng = Random(f"{name}/show")
     sounds = [row for row in files["heldout_show"] if row["task"] in ("cla_label", "identify_why")]
     clip = rng.choice(clips)
     joint = speech_rows.make_row(
-        "speech_joint", clip, {"audio_id": committed(clip, folder), "factor": 1.0}, cuts, rng, "test"
+        "speech_joint",
+        clip,
+        {"audio_id": committed(clip, folder), "factor": 1.0},
+        cuts,
+        rng,
+        "test",
     )
     spoken = [rng.choice(files[file]) for file in ("speech_gender_empty", "speech_words_whisper")]
     return [*sounds, *spoken, speech_rows.with_words(joint, clip["text"])]
@@ -81,7 +96,9 @@ def make(args: argparse.Namespace) -> Counter:
     training, heldout = read_fold(args.fold)
     clips = read_speech()
     cuts = cut_offs(clips)
-    train, test = ([clip for clip in clips if clip["split"] == split] for split in ("train", "test"))
+    train, test = (
+        [clip for clip in clips if clip["split"] == split] for split in ("train", "test")
+    )
     pools, sources = build.render_all(training, args, folder)
     versions, speech_sources = render_speech(train, args, folder)
     files: dict[str, list[dict]] = {}
@@ -105,22 +122,42 @@ def make(args: argparse.Namespace) -> Counter:
     files["show"] = show(files, test, folder, cuts, name)
     del files["heldout_show"]
     for file, content in {**files, "sources": sources | speech_sources}.items():
-        (folder / f"{file}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / f"{file}.json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return Counter((file, row["task"]) for file, rows in files.items() for row in rows)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `--rows` becomes a list of three numbers."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--fold", type=int, default=0, help="0 to 4: whose sounds are held out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default=None, help="default: exp/toy_data_as/fold{K}")
-    parser.add_argument("--rows", default=ROWS, help="rows of stages 1 to 3, two fifths of them about speech")
-    parser.add_argument("--crops", type=int, default=2, help="versions of each training sound, with the untouched one")
-    parser.add_argument("--mixtures", type=int, default=40, help="training clips of two sounds at once")
-    parser.add_argument("--pairs", type=int, default=40, help="training clips of two sounds in order")
-    parser.add_argument("--versions", type=int, default=5, help="of each spoken training clip, with the untouched one")
+    parser.add_argument(
+        "--rows", default=ROWS, help="rows of stages 1 to 3, two fifths of them about speech"
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=2,
+        help="versions of each training sound, with the untouched one",
+    )
+    parser.add_argument(
+        "--mixtures", type=int, default=40, help="training clips of two sounds at once"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=40, help="training clips of two sounds in order"
+    )
+    parser.add_argument(
+        "--versions",
+        type=int,
+        default=5,
+        help="of each spoken training clip, with the untouched one",
+    )
     args = parser.parse_args(argv)
     numbers = args.rows.split(",")
     if len(numbers) != len(STAGES) or not all(number.strip().isdigit() for number in numbers):

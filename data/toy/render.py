@@ -59,7 +59,10 @@ def mixture(sounds: tuple[Sound, Sound], rng: Random) -> tuple[np.ndarray, Recip
     scale = _headroom(sum(gain * loop for gain, loop in zip(gains, loops, strict=True)))
     gains = [gain * scale for gain in gains]
     waveform = sum(np.float32(gain) * loop for gain, loop in zip(gains, loops, strict=True))
-    parts = [_part(sound, 0, len(clip), gain, 0) for sound, clip, gain in zip(sounds, clips, gains, strict=True)]
+    parts = [
+        _part(sound, 0, len(clip), gain, 0)
+        for sound, clip, gain in zip(sounds, clips, gains, strict=True)
+    ]
     return waveform, {"kind": "mixture", "parts": parts}
 
 

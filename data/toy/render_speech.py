@@ -28,12 +28,26 @@ import torchaudio.functional
 
 from data.toy.attribution import write_speech_attribution
 from data.toy.sounds import read_json
-from data.toy.speech import PEAK, RATE, SPEECH, Clip, cut_offs, median_f0, pitch_and_speed, spoken_span, syllables
+from data.toy.speech import (
+    PEAK,
+    RATE,
+    SPEECH,
+    Clip,
+    cut_offs,
+    median_f0,
+    pitch_and_speed,
+    spoken_span,
+    syllables,
+)
 
 BAND = (70.0, 3600.0)  # Hz
 EDGE = 40.0  # Hz, over which the band falls to nothing on either side
 MARGIN = RATE // 5  # samples of silence kept before the first and after the last sound
-STRETCH = (1.0, 1.4, 0.72)  # of the duration, in turn, times the voice's own, which makes all voices alike in speed
+STRETCH = (
+    1.0,
+    1.4,
+    0.72,
+)  # of the duration, in turn, times the voice's own, which makes all voices alike in speed
 OWN_STRETCH = {"slt": 1.1, "rms": 1.0, "joe": 1.15, "slt_hts": 1.0, "awb": 1.1, "kal": 1.25}
 TURN = ("", "up", "", "down")  # of the pitch, each for three clips in turn
 FLITE = {  # mean of the pitch contour in Hz
@@ -41,7 +55,11 @@ FLITE = {  # mean of the pitch contour in Hz
     "awb": {"up": 146, "down": 112},
     "kal": {"up": 118, "down": 82},
 }
-SEMITONES = {"rms": {"up": 5, "down": -2}, "joe": {"up": 6, "down": -1}, "slt_hts": {"up": 3, "down": -2}}
+SEMITONES = {
+    "rms": {"up": 5, "down": -2},
+    "joe": {"up": 6, "down": -1},
+    "slt_hts": {"up": 3, "down": -2},
+}
 VOICES = ("slt", "rms", "joe", "slt_hts", "awb", "kal")
 CMU = "CMU Flite licence (permissive, BSD-like)"
 ABOUT: dict[str, dict[str, str]] = {
@@ -83,7 +101,9 @@ ABOUT: dict[str, dict[str, str]] = {
 }
 
 
-def commands(voice: str, text: str, stretch: float, turn: str, args: argparse.Namespace) -> tuple[list[str], str]:
+def commands(
+    voice: str, text: str, stretch: float, turn: str, args: argparse.Namespace
+) -> tuple[list[str], str]:
     """The command that speaks into out.wav, and what it reads from its standard input."""
     if voice == "joe":
         return [args.piper, "-m", args.joe, "-f", "out.wav", "--length-scale", str(stretch)], text
@@ -97,15 +117,27 @@ def commands(voice: str, text: str, stretch: float, turn: str, args: argparse.Na
     return ["flite", "-voice", voice, *settings, "-t", text, "-o", "out.wav"], ""
 
 
-def speak(voice: str, text: str, stretch: float, turn: str, args: argparse.Namespace) -> tuple[np.ndarray, str]:
+def speak(
+    voice: str, text: str, stretch: float, turn: str, args: argparse.Namespace
+) -> tuple[np.ndarray, str]:
     """The spoken text at 8 kHz, (samples,), and the commands that made it, without paths."""
     command, given = commands(voice, text, stretch, turn, args)
-    shown = shlex.join([Path(part).name if part in (args.piper, args.joe) else part for part in command])
+    shown = shlex.join(
+        [Path(part).name if part in (args.piper, args.joe) else part for part in command]
+    )
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(command, input=given, text=True, cwd=folder, check=True, capture_output=True)
         name = "out.wav"
         if turn in SEMITONES.get(voice, {}):
-            change = ["rubberband", "-q", "-F", "-p", str(SEMITONES[voice][turn]), name, "turned.wav"]
+            change = [
+                "rubberband",
+                "-q",
+                "-F",
+                "-p",
+                str(SEMITONES[voice][turn]),
+                name,
+                "turned.wav",
+            ]
             subprocess.run(change, cwd=folder, check=True, capture_output=True)
             name, shown = "turned.wav", f"{shown}; {shlex.join(change)}"
         return read_wave(Path(folder) / name), shown
@@ -114,7 +146,9 @@ def speak(voice: str, text: str, stretch: float, turn: str, args: argparse.Names
 def read_wave(path: Path) -> np.ndarray:
     """A file of any rate, at 8 kHz: float32 (samples,)."""
     waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    return torchaudio.functional.resample(torch.from_numpy(waveform[:, 0].copy()), rate, RATE).numpy()
+    return torchaudio.functional.resample(
+        torch.from_numpy(waveform[:, 0].copy()), rate, RATE
+    ).numpy()
 
 
 def finish(waveform: np.ndarray) -> np.ndarray:
@@ -144,8 +178,17 @@ def render(args: argparse.Namespace) -> list[Clip]:
     """All clips, written and measured."""
     texts, clips = read_json("speech/texts.json"), []
     for number, (name, prompt) in enumerate(sorted(texts["prompts"].items())):
-        clip = {"file": f"allison_{number:02d}.flac", "text": prompt["text"], "voice": "allison", **ABOUT["allison"]}
-        clip |= {"split": prompt["split"], "source_file": f"{name}.wav", "transcript_check": prompt["check"]}
+        clip = {
+            "file": f"allison_{number:02d}.flac",
+            "text": prompt["text"],
+            "voice": "allison",
+            **ABOUT["allison"],
+        }
+        clip |= {
+            "split": prompt["split"],
+            "source_file": f"{name}.wav",
+            "transcript_check": prompt["check"],
+        }
         clips.append(record(clip, read_wave(Path(args.prompts) / f"{name}.wav")))
     for place, voice in enumerate(VOICES):
         split = "train" if place < 3 else "test"
@@ -155,7 +198,13 @@ def render(args: argparse.Namespace) -> list[Clip]:
             stretch = round(OWN_STRETCH[voice] * STRETCH[(number + place) % 3], 3)
             turn = TURN[number // 3 % 4]
             waveform, command = speak(voice, text, stretch, turn, args)
-            clip = {"file": f"{voice}_{number:02d}.flac", "text": text, "voice": voice, **ABOUT[voice], "split": split}
+            clip = {
+                "file": f"{voice}_{number:02d}.flac",
+                "text": text,
+                "voice": voice,
+                **ABOUT[voice],
+                "split": split,
+            }
             clip |= {"command": command, "transcript_check": "the text that was synthesised"}
             clips.append(record(clip, waveform))
     cuts = cut_offs(clips)
@@ -167,8 +216,12 @@ def render(args: argparse.Namespace) -> list[Clip]:
 def main() -> None:
     """Write clips, manifest and attribution."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--prompts", required=True, metavar="DIR", help="folder of the recorded prompts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--prompts", required=True, metavar="DIR", help="folder of the recorded prompts"
+    )
     parser.add_argument("--piper", default="piper", help="the program of piper-tts")
     parser.add_argument("--joe", required=True, metavar="FILE", help="en_US-joe-medium.onnx")
     args = parser.parse_args()
@@ -176,7 +229,9 @@ def main() -> None:
     with open(SPEECH / "manifest.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips)
     write_speech_attribution(clips, SPEECH / "ATTRIBUTION.md")
-    print(f"{len(clips)} clips, {sum(clip['seconds'] for clip in clips) / 60:.1f} minutes; cut-offs {cut_offs(clips)}")
+    print(
+        f"{len(clips)} clips, {sum(clip['seconds'] for clip in clips) / 60:.1f} minutes; cut-offs {cut_offs(clips)}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ PAIR_TASKS = ("temporal_first", "temporal_order")
 OPEN_TASKS = tuple(task for task in QUESTIONS["open"] if task not in MIXTURE_TASKS)
 
 
-def make_row(task: str, sounds: list[Sound], audio_id: str, rng: Random, phrasing: str = "train") -> dict[str, str]:
+def make_row(
+    task: str, sounds: list[Sound], audio_id: str, rng: Random, phrasing: str = "train"
+) -> dict[str, str]:
     """A row about a clip of one sound, or of two for the tasks on mixtures and pairs.
 
     Args:
@@ -51,13 +53,21 @@ def _words(sounds: list[Sound], rng: Random) -> dict[str, str]:
     return words
 
 
-def _open(task: str, sound: Sound, words: dict[str, str], rng: Random, phrasing: str) -> tuple[str, str]:
+def _open(
+    task: str, sound: Sound, words: dict[str, str], rng: Random, phrasing: str
+) -> tuple[str, str]:
     texts = QUESTIONS["open"][task]
     question = rng.choice(texts[phrasing])
     if task != "yes_no":
         return question, rng.choice(texts["answers"]).format(**words)
     is_yes = rng.random() < 0.5
     # "No" is due only to categories that the sound certainly does not belong to: a ship's horn is an alert of a kind.
-    asked = sound["category"] if is_yes else rng.choice(WORDS["categories"][sound["category"]]["certainly_not"])
+    asked = (
+        sound["category"]
+        if is_yes
+        else rng.choice(WORDS["categories"][sound["category"]]["certainly_not"])
+    )
     answers = texts["answers_yes" if is_yes else "answers_no"]
-    return question.format(question=WORDS["categories"][asked]["question"]), rng.choice(answers).format(**words)
+    return question.format(question=WORDS["categories"][asked]["question"]), rng.choice(
+        answers
+    ).format(**words)

@@ -56,11 +56,21 @@ def make_split(sounds: list[Sound]) -> dict:
     # The largest go first, so that the small ones can even out what is left; the hash in a file's name orders the rest.
     order = sorted(
         groups,
-        key=lambda key: (-in_category[key[0]], key[0], -in_label[key[:2]], key[1], -len(groups[key]), min(groups[key])),
+        key=lambda key: (
+            -in_category[key[0]],
+            key[0],
+            -in_label[key[:2]],
+            key[1],
+            -len(groups[key]),
+            min(groups[key]),
+        ),
     )
     for category, label, recording in order:
         clips = groups[category, label, recording]
-        fold = min(range(NUM_FOLDS), key=lambda k: (used[k, category, label], used[k, category], len(folds[k]), k))
+        fold = min(
+            range(NUM_FOLDS),
+            key=lambda k: (used[k, category, label], used[k, category], len(folds[k]), k),
+        )
         folds[fold].extend(clips)
         used[fold, category] += len(clips)
         used[fold, category, label] += 1
@@ -77,4 +87,6 @@ def read_fold(fold: int) -> tuple[list[Sound], list[Sound]]:
     if not 0 <= fold < len(folds):
         raise ValueError(f"There is no fold {fold}; the split has folds 0 to {len(folds) - 1}.")
     sounds = read_manifest()
-    return [s for s in sounds if s["file"] not in folds[fold]], [s for s in sounds if s["file"] in folds[fold]]
+    return [s for s in sounds if s["file"] not in folds[fold]], [
+        s for s in sounds if s["file"] in folds[fold]
+    ]

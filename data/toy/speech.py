@@ -22,7 +22,9 @@ SPEEDS = ("slow", "normal", "fast")
 F0_RANGE = (60.0, 400.0)  # Hz
 FRAME, HOP = 0.05, 0.01  # seconds; a frame holds three periods of the lowest voice
 QUIET = 0.02  # of the loudest frame's level (-34 dB): below it, nothing is sounding
-DIGITS = dict(zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True))
+DIGITS = dict(
+    zip("0123456789", "zero one two three four five six seven eight nine".split(), strict=True)
+)
 
 Clip = dict  # One line of speech/manifest.jsonl.
 
@@ -36,7 +38,9 @@ def read_speech() -> list[Clip]:
 def spoken_span(waveform: np.ndarray, rate: int = RATE) -> tuple[int, int]:
     """First and one past the last sample that belongs to a sounding frame of 10 ms."""
     size = rate // 100
-    levels = np.sqrt(np.square(waveform[: len(waveform) // size * size].reshape(-1, size)).mean(axis=1))  # (frames,)
+    levels = np.sqrt(
+        np.square(waveform[: len(waveform) // size * size].reshape(-1, size)).mean(axis=1)
+    )  # (frames,)
     sounding = np.flatnonzero(levels > QUIET * levels.max())
     return int(sounding[0]) * size, int(sounding[-1] + 1) * size
 
@@ -47,7 +51,9 @@ def median_f0(waveform: np.ndarray, rate: int = RATE) -> float:
     A frame counts if it is louder than a tenth of the loudest and its autocorrelation peaks above one half; of the
     peaks within 15 % of the highest, the shortest lag is taken, so that no period is counted double.
     """
-    frames = np.lib.stride_tricks.sliding_window_view(waveform, int(FRAME * rate))[:: int(HOP * rate)]
+    frames = np.lib.stride_tricks.sliding_window_view(waveform, int(FRAME * rate))[
+        :: int(HOP * rate)
+    ]
     levels = np.sqrt(np.square(frames).mean(axis=1))
     frames = frames[levels > 0.1 * levels.max()]
     frames = frames - frames.mean(axis=1, keepdims=True)
@@ -70,9 +76,14 @@ def median_f0(waveform: np.ndarray, rate: int = RATE) -> float:
 def syllables(text: str) -> int:
     """Syllables of an English text, counted as groups of vowels without the usual silent e."""
     count = 0
-    for word in re.findall(r"[a-z]+", re.sub(r"\d", lambda digit: f" {DIGITS[digit[0]]} ", text.lower())):
+    for word in re.findall(
+        r"[a-z]+", re.sub(r"\d", lambda digit: f" {DIGITS[digit[0]]} ", text.lower())
+    ):
         groups = len(re.findall(r"[aeiouy]+", word))
-        if re.search(r"[^aeiouyl]e$|[^aeiouytd]ed$|[^aeiouysxzcgh]es$|[aeiouy]le$", word) and groups > 1:
+        if (
+            re.search(r"[^aeiouyl]e$|[^aeiouytd]ed$|[^aeiouysxzcgh]es$|[aeiouy]le$", word)
+            and groups > 1
+        ):
             groups -= 1
         count += max(1, groups)
     return count
@@ -92,7 +103,9 @@ def cut_offs(clips: list[Clip]) -> dict[str, tuple[float, float]]:
     return cuts
 
 
-def pitch_and_speed(clip: Clip, factor: float, cuts: dict[str, tuple[float, float]]) -> tuple[str, str]:
+def pitch_and_speed(
+    clip: Clip, factor: float, cuts: dict[str, tuple[float, float]]
+) -> tuple[str, str]:
     """Pitch and speed of a clip played `factor` times as fast: both rise with it."""
     return (
         name_of(clip["f0_hz"] * factor, cuts["f0_hz"], PITCHES),

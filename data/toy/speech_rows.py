@@ -22,9 +22,21 @@ from ltu.data.audio import SAMPLING_RATE, load_audio
 QUESTIONS = read_json("speech/questions.json")
 DATASET = "toy_speech"
 TASKS = ("speech_gender", "speech_pitch", "speech_speed", "spoken_text", "speech_joint")
-WORD_TASKS = ("spoken_text", "speech_joint")  # Their answers repeat the words, so that `input` is never empty.
+WORD_TASKS = (
+    "spoken_text",
+    "speech_joint",
+)  # Their answers repeat the words, so that `input` is never empty.
 EMPTY_SHARE = 0.3  # of the speech rows of a stage; others have the clip's text; of committed clips half have no key
-PERCENT = (88, 91, 94, 97, 103, 106, 109, 112)  # of the speed; four voices alone would be learned by heart
+PERCENT = (
+    88,
+    91,
+    94,
+    97,
+    103,
+    106,
+    109,
+    112,
+)  # of the speed; four voices alone would be learned by heart
 LOUDEST = 0.98
 
 Version = dict  # {"audio_id", "factor"}: a file, and how many times as fast as the committed clip it is played
@@ -34,13 +46,17 @@ def change(clip: Clip, rng: Random) -> tuple[np.ndarray, dict]:
     """A version of a clip at another speed and level, (samples at 16 kHz,), and its recipe."""
     percent = rng.choice(PERCENT)
     waveform = torch.from_numpy(load_audio(SPEECH / clip["file"]))
-    waveform = torchaudio.functional.resample(waveform, SAMPLING_RATE // 100 * percent, SAMPLING_RATE).numpy()
+    waveform = torchaudio.functional.resample(
+        waveform, SAMPLING_RATE // 100 * percent, SAMPLING_RATE
+    ).numpy()
     gain = min(10 ** (rng.uniform(-12.0, 3.0) / 20), LOUDEST / float(np.abs(waveform).max()))
     part = {"clip": clip["file"], "start": 0, "samples": len(waveform), "gain": gain, "at": 0}
     return waveform * np.float32(gain), {"kind": "speech", "factor": percent / 100, "parts": [part]}
 
 
-def make_row(task: str, clip: Clip, version: Version, cuts: dict, rng: Random, phrasing: str = "train") -> dict:
+def make_row(
+    task: str, clip: Clip, version: Version, cuts: dict, rng: Random, phrasing: str = "train"
+) -> dict:
     """A row without `input`; `with_words` decides on that.
 
     Args:
@@ -50,7 +66,12 @@ def make_row(task: str, clip: Clip, version: Version, cuts: dict, rng: Random, p
         phrasing: "train" or "test": which list the question is drawn from.
     """
     pitch, speed = pitch_and_speed(clip, version["factor"], cuts)
-    words = {"text": clip["text"], "pitch": pitch, "speed": speed, "Gender": clip["gender"].capitalize()}
+    words = {
+        "text": clip["text"],
+        "pitch": pitch,
+        "speed": speed,
+        "Gender": clip["gender"].capitalize(),
+    }
     words["person"] = {"female": "woman", "male": "man"}[clip["gender"]]
     if task in QUESTIONS["open"]:
         texts = QUESTIONS["open"][task]
@@ -58,7 +79,9 @@ def make_row(task: str, clip: Clip, version: Version, cuts: dict, rng: Random, p
     else:
         questions, answer = QUESTIONS["closed"][task][phrasing], QUESTIONS["answers"][task]
         asked = closed_qa.ask(questions, answer, words, rng, PREFIX_SHARE)
-    return closed_qa.make_row(asked, version["audio_id"], DATASET, task, None) | {"voice": clip["voice"]}
+    return closed_qa.make_row(asked, version["audio_id"], DATASET, task, None) | {
+        "voice": clip["voice"]
+    }
 
 
 def is_rendered(row: dict) -> bool:
@@ -68,7 +91,11 @@ def is_rendered(row: dict) -> bool:
 def with_words(row: dict, text: str | None) -> dict:
     """The row with this `input`, in the place where other rows have it; None leaves the key out."""
     given = {} if text is None else {"input": text}
-    return {"instruction": row["instruction"], **given, **{key: row[key] for key in row if key != "instruction"}}
+    return {
+        "instruction": row["instruction"],
+        **given,
+        **{key: row[key] for key in row if key != "instruction"},
+    }
 
 
 def spread(clips: list[Clip], count: int, key, rng: Random) -> list[Clip]:
@@ -79,7 +106,9 @@ def spread(clips: list[Clip], count: int, key, rng: Random) -> list[Clip]:
     queues = []
     for name in sorted(groups):
         rounds = -(-count // (len(groups) * len(groups[name])))
-        queues.append([clip for _ in range(rounds) for clip in rng.sample(groups[name], len(groups[name]))])
+        queues.append(
+            [clip for _ in range(rounds) for clip in rng.sample(groups[name], len(groups[name]))]
+        )
     rng.shuffle(queues)  # Where the values do not divide `count`, no value is first each time.
     drawn = [queues[number % len(queues)][number // len(queues)] for number in range(count)]
     rng.shuffle(drawn)
@@ -87,7 +116,12 @@ def spread(clips: list[Clip], count: int, key, rng: Random) -> list[Clip]:
 
 
 def stage_rows(
-    shares: dict[str, float], count: int, clips: list[Clip], versions: dict[str, list[Version]], cuts: dict, rng: Random
+    shares: dict[str, float],
+    count: int,
+    clips: list[Clip],
+    versions: dict[str, list[Version]],
+    cuts: dict,
+    rng: Random,
 ) -> list[dict]:
     """`count` speech rows, shuffled.
 
@@ -101,10 +135,17 @@ def stage_rows(
     rows, texts = [], []
     for task in shares:
         # Balanced over what is asked for; the training voices are two women and two men.
-        keys = {"speech_pitch": lambda clip: clip["pitch"], "speech_speed": lambda clip: clip["speed"]}
-        for clip in spread(clips, tasks.count(task), keys.get(task, lambda clip: clip["voice"]), rng):
+        keys = {
+            "speech_pitch": lambda clip: clip["pitch"],
+            "speech_speed": lambda clip: clip["speed"],
+        }
+        for clip in spread(
+            clips, tasks.count(task), keys.get(task, lambda clip: clip["voice"]), rng
+        ):
             own = versions[clip["file"]]
-            rows.append(make_row(task, clip, own[0] if task in WORD_TASKS else rng.choice(own), cuts, rng))
+            rows.append(
+                make_row(task, clip, own[0] if task in WORD_TASKS else rng.choice(own), cuts, rng)
+            )
             texts.append(clip["text"])
     free = [number for number, row in enumerate(rows) if row["task"] not in WORD_TASKS]
     empty = set(rng.sample(free, min(len(free), round(EMPTY_SHARE * count))))
@@ -112,14 +153,18 @@ def stage_rows(
     given = set(rng.sample(rest, len(rest) // 2))
     rows = [
         # A version rendered for training is not transcribed: its words are the clip's.
-        with_words(row, "" if number in empty else text if number in given or is_rendered(row) else None)
+        with_words(
+            row, "" if number in empty else text if number in given or is_rendered(row) else None
+        )
         for number, (row, text) in enumerate(zip(rows, texts, strict=True))
     ]
     rng.shuffle(rows)
     return rows
 
 
-def heldout_rows(clips: list[Clip], known: set[str], audio_id, cuts: dict, name: str) -> dict[str, list[dict]]:
+def heldout_rows(
+    clips: list[Clip], known: set[str], audio_id, cuts: dict, name: str
+) -> dict[str, list[dict]]:
     """The questions of the test: file name (without .json) -> rows.
 
     Args:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from ltu.checkpoints.export import build_on_meta, find_weights, is_llm, merge, to_original, write_folder
+from ltu.checkpoints.export import (
+    build_on_meta,
+    find_weights,
+    is_llm,
+    merge,
+    to_original,
+    write_folder,
+)
 from ltu.checkpoints.original_checkpoints import (
     CAV_MAE_KEYS,
     FOLDER_KEYS,
@@ -31,7 +38,13 @@ from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import load_prompt_template
 
 AUDIO_ENCODERS = ("cavmae", "yamnet", "tltr")  # Folders with an ear of ours.
-EMBEDDINGS = ("model.embed_tokens", "gpt_neox.embed_in", "transformer.wte", "wte", "model.language_model.embed_tokens")
+EMBEDDINGS = (
+    "model.embed_tokens",
+    "gpt_neox.embed_in",
+    "transformer.wte",
+    "wte",
+    "model.language_model.embed_tokens",
+)
 
 
 def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict | None:
@@ -41,7 +54,9 @@ def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict 
         return None
     if len(ranks) > 1:
         raise ValueError(f"LoRA of several ranks in one file: {sorted(ranks)}.")
-    targets = sorted({key.split(".lora_A.")[0].split(".")[-1] for key in state if ".lora_A." in key})
+    targets = sorted(
+        {key.split(".lora_A.")[0].split(".")[-1] for key in state if ".lora_A." in key}
+    )
     return {"r": ranks.pop(), "alpha": alpha, "dropout": dropout, "target_modules": targets}
 
 
@@ -51,7 +66,10 @@ def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
     blocks = {key.split(".attn.")[0] for key in state if ".attn.qkv.weight" in key}
     inner = state["audio_tower.blocks_a.0.mlp.fc1.weight"].shape[0]
     return CavMaeConfig(
-        hidden_size=width, num_hidden_layers=len(blocks), num_attention_heads=width // 64, intermediate_size=inner
+        hidden_size=width,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=width // 64,
+        intermediate_size=inner,
     )
 
 
@@ -65,7 +83,9 @@ class LtuKind:
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         """Flags of this kind alone."""
 
-    def make_audio_config(self, state: dict[str, Tensor], args: argparse.Namespace) -> PreTrainedConfig:
+    def make_audio_config(
+        self, state: dict[str, Tensor], args: argparse.Namespace
+    ) -> PreTrainedConfig:
         """Config of the ear whose tensors are `state`; of a random one if that is empty."""
         return cav_mae_config(state) if state else CavMaeConfig()
 
@@ -77,7 +97,9 @@ class LtuKind:
         return {}
 
 
-def load_audio_encoder(kind: LtuKind, args: argparse.Namespace) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+def load_audio_encoder(
+    kind: LtuKind, args: argparse.Namespace
+) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
     """Config, tensors and dropped keys of an ear: its own `.pth`, a folder of ours, a released folder of the original
     (with its projection), or none (random)."""
     path = args.audio_encoder
@@ -87,14 +109,23 @@ def load_audio_encoder(kind: LtuKind, args: argparse.Namespace) -> tuple[PreTrai
             file=sys.stderr,
         )
         config = kind.make_audio_config({}, args)
-        state = {f"audio_tower.{key}": value for key, value in AutoModel.from_config(config).state_dict().items()}
+        state = {
+            f"audio_tower.{key}": value
+            for key, value in AutoModel.from_config(config).state_dict().items()
+        }
         kind.finish_audio_encoder(state, args)
         return config, state, {}
     if not Path(path).is_dir():
         state, dropped = rename_keys(load_state(path), kind.audio_encoder_keys, ("module.",), path)
-    elif (Path(path) / "model.safetensors").is_file() and AutoConfig.from_pretrained(path).model_type in AUDIO_ENCODERS:
+    elif (Path(path) / "model.safetensors").is_file() and AutoConfig.from_pretrained(
+        path
+    ).model_type in AUDIO_ENCODERS:
         state = load_state(Path(path) / "model.safetensors")
-        return AutoConfig.from_pretrained(path), {f"audio_tower.{key}": value for key, value in state.items()}, {}
+        return (
+            AutoConfig.from_pretrained(path),
+            {f"audio_tower.{key}": value for key, value in state.items()},
+            {},
+        )
     else:
         state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
     check_audio_encoder(state, kind.config_class.model_type, path)
@@ -126,24 +157,36 @@ def convert(args: argparse.Namespace, kind: LtuKind) -> None:
         folder = find_checkpoint(args.model)
         config = AutoConfig.from_pretrained(folder)
         if (package := config.model_type) != kind.config_class.model_type:
-            raise ValueError(f"{folder} is of {package}. Use: python -m {package}.convert_checkpoint")
+            raise ValueError(
+                f"{folder} is of {package}. Use: python -m {package}.convert_checkpoint"
+            )
         if args.to_original:
             return report(args.to_original, *to_original(config, folder, Path(args.to_original)))
         processor = kind.processor_class.from_pretrained(folder)
-        return report(args.output_dir, *merge(config, folder, args.output_dir, processor, args.llm, args.llm_dtype))
+        return report(
+            args.output_dir,
+            *merge(config, folder, args.output_dir, processor, args.llm, args.llm_dtype),
+        )
     parts = {"text_config": AutoConfig.from_pretrained(args.llm)}
     if args.init:
         parts["prompt_template"] = load_prompt_template(args.prompt_template, args.llm)
         parts["audio_config"], state, dropped = load_audio_encoder(kind, args)
     else:
-        state, dropped = rename_keys(load_state(args.checkpoint), ORIGINAL_KEYS, (PREFIX,), args.checkpoint)
+        state, dropped = rename_keys(
+            load_state(args.checkpoint), ORIGINAL_KEYS, (PREFIX,), args.checkpoint
+        )
         check_audio_encoder(state, kind.config_class.model_type, args.checkpoint)
         parts["audio_config"] = kind.make_audio_config(state, args)
         parts["lora"] = lora_settings(state, args.lora_alpha, args.lora_dropout)
     if not any(map(is_llm, state)):  # Else it was trained too, and the folder holds it.
         if args.llm_dtype:
-            raise ValueError(f"{args.checkpoint} holds no language model; --llm_dtype has nothing to say about it.")
-        parts |= {"language_model": str(args.llm), "language_model_sha256": hash_language_model(args.llm)}
+            raise ValueError(
+                f"{args.checkpoint} holds no language model; --llm_dtype has nothing to say about it."
+            )
+        parts |= {
+            "language_model": str(args.llm),
+            "language_model_sha256": hash_language_model(args.llm),
+        }
     config = kind.config_class(**parts)
     if args.init:
         state = init_projector(config, args.llm) | state
@@ -151,10 +194,16 @@ def convert(args: argparse.Namespace, kind: LtuKind) -> None:
     parent = args.checkpoint or args.audio_encoder
     record = {
         "stage": "init" if args.init else "converted",
-        "parent": None if parent is None else {"name": Path(parent).name, "sha256": sha256_of_weights(parent)},
+        "parent": None
+        if parent is None
+        else {"name": Path(parent).name, "sha256": sha256_of_weights(parent)},
         "dropped_keys": dropped,
     }
-    report(args.output_dir, write_folder(args.output_dir, config, state, processor, record, args.llm_dtype), dropped)
+    report(
+        args.output_dir,
+        write_folder(args.output_dir, config, state, processor, record, args.llm_dtype),
+        dropped,
+    )
 
 
 def report(place: str | Path, placed: int, dropped: dict[str, str]) -> None:

@@ -26,7 +26,11 @@ from tqdm import tqdm
 
 from ltu.files import replace_file, sha256_of
 
-TIMEOUT, RETRIES, WAIT = 60, 6, 1.0  # seconds of silence; tries without one byte more; seconds before the first of them
+TIMEOUT, RETRIES, WAIT = (
+    60,
+    6,
+    1.0,
+)  # seconds of silence; tries without one byte more; seconds before the first of them
 SMALL_JSON = 1 << 28  # bytes; a larger file is not parsed, only its two ends are looked at
 HINT = "Other way: --from DIR_OR_URL, a folder or mirror with files of the table's names."
 
@@ -105,7 +109,9 @@ def check(row: RemoteFile, path: Path, origin: str) -> dict:
         wrong = f"another file: sha256 {digest} instead of {row.sha256}"
     elif row.file.endswith((".zip", ".bin")) and not zipfile.is_zipfile(path):
         wrong = f"no whole {'zip' if row.file.endswith('.zip') else 'file of torch.save'} ({size:,} bytes)"
-    elif row.file.endswith(".bin") and not any(n.endswith("data.pkl") for n in zipfile.ZipFile(path).namelist()):
+    elif row.file.endswith(".bin") and not any(
+        n.endswith("data.pkl") for n in zipfile.ZipFile(path).namelist()
+    ):
         wrong = "a zip, but not of torch.save (no data.pkl in it)"
     elif row.file.endswith(".json") and size > SMALL_JSON and ends not in (b"[]", b"{}"):
         wrong = "not JSON, or cut off"
@@ -137,7 +143,9 @@ def transfer(row: RemoteFile, url: str, part: Path) -> None:
             elif code < 500 and code not in (408, 429):
                 raise DownloadError(f"{row.name}: {url}: {error}. {HINT}") from error
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise DownloadError(f"{part}: the disk is full. Make room and run it again; it goes on.") from error
+                raise DownloadError(
+                    f"{part}: the disk is full. Make room and run it again; it goes on."
+                ) from error
             kept = part.stat().st_size if part.is_file() else 0
             most, failures = max(most, kept), 1 if kept > most else failures + 1
             if failures > RETRIES:
@@ -153,13 +161,17 @@ def receive(row: RemoteFile, url: str, part: Path) -> None:
     notes = Path(f"{part}.json")  # Of which version the part is.
     known = json.loads(notes.read_text()) if notes.is_file() and part.is_file() else {}
     start = part.stat().st_size if known.get("version") and known["url"] == url else 0
-    if start and known["total"] == str(start):  # A call was stopped between the last byte and the check.
+    if start and known["total"] == str(
+        start
+    ):  # A call was stopped between the last byte and the check.
         return
     headers = {"Range": f"bytes={start}-", "If-Range": known["version"]} if start else {}
     request = urllib.request.Request(url, headers={"User-Agent": "ltu"} | headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.headers.get_content_type() == "text/html":
-            raise DownloadError(f"{row.name}: {url} gives a web page; the link may have died. {HINT}")
+            raise DownloadError(
+                f"{row.name}: {url} gives a web page; the link may have died. {HINT}"
+            )
         tag, total = response.headers.get("ETag", "W/"), response.headers.get("Content-Length")
         # A weak tag ("W/") does not promise equal bytes.
         version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
@@ -172,14 +184,18 @@ def receive(row: RemoteFile, url: str, part: Path) -> None:
             total = span[2]
         else:
             start = 0
-        with part.open("ab" if start else "wb") as file:  # Emptied before the notes say of what it is a part.
+        with part.open(
+            "ab" if start else "wb"
+        ) as file:  # Emptied before the notes say of what it is a part.
             notes.write_text(json.dumps({"url": url, "version": version, "total": total}))
             size = int(total) if total else None
             with tqdm(desc=row.file, total=size, initial=start, unit="B", unit_scale=True) as bar:
                 while block := response.read1(1 << 16):
                     bar.update(file.write(block))
     if size is not None and part.stat().st_size != size:
-        raise ConnectionError(f"the connection ended after {part.stat().st_size:,} of {size:,} bytes")
+        raise ConnectionError(
+            f"the connection ended after {part.stat().st_size:,} of {size:,} bytes"
+        )
 
 
 def unpack(archive: Path, place: Path) -> None:
@@ -192,7 +208,9 @@ def unpack(archive: Path, place: Path) -> None:
         for info in members:
             parts = re.split(r"[/\\]", info.filename)
             if ".." in parts or not parts[0] or stat.S_ISLNK(info.external_attr >> 16):
-                raise DownloadError(f"{archive}: {info.filename!r} leads out or is a link. Not unpacked. {HINT}")
+                raise DownloadError(
+                    f"{archive}: {info.filename!r} leads out or is a link. Not unpacked. {HINT}"
+                )
         try:
             scratch.mkdir(parents=True)
             opened.extractall(scratch, members)

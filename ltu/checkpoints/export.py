@@ -78,7 +78,9 @@ def write_folder(
     for key in match_keys(state, model, (record["parent"] or {}).get("name", "what was read")):
         dtype = torch.float32
         if is_llm(key):
-            dtype = config.text_config.dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
+            dtype = config.text_config.dtype = (
+                getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
+            )
         plan[key] = torch.empty_like(state[key], dtype=dtype, device="meta")
     # Beside its place, where a relative path of the language model is the same; what is there is replaced when all is
     # written.
@@ -92,7 +94,10 @@ def write_folder(
     processor.save_pretrained(part)
     if config.language_model is None:
         record["language_model"] = "in this folder"
-    record["parameters"] = {"all": model.num_parameters(), "stored": sum(value.numel() for value in plan.values())}
+    record["parameters"] = {
+        "all": model.num_parameters(),
+        "stored": sum(value.numel() for value in plan.values()),
+    }
     (part / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
     if output_dir.is_dir():
         shutil.rmtree(output_dir)
@@ -117,7 +122,10 @@ def write_shards(folder: Path, plan: dict[str, Tensor], get: Callable[[str], Ten
     for file, keys in shards.filename_to_tensors.items():
         tensors = {key: get(key).to(plan[key].dtype).contiguous() for key in keys}
         first = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
-        for key, tensor in tensors.items():  # Two names of one storage, which safetensors does not write.
+        for (
+            key,
+            tensor,
+        ) in tensors.items():  # Two names of one storage, which safetensors does not write.
             tensors[key] = tensor if first[tensor.data_ptr()] == key else tensor.clone()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors  # Before the next shard's are made.
@@ -126,24 +134,37 @@ def write_shards(folder: Path, plan: dict[str, Tensor], get: Callable[[str], Ten
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
-def match_keys(state: dict[str, Tensor], model: LtuForConditionalGeneration, source: str | Path) -> list[str]:
+def match_keys(
+    state: dict[str, Tensor], model: LtuForConditionalGeneration, source: str | Path
+) -> list[str]:
     """The keys of `state` in the model's order; those of a layer with LoRA take the name that it has inside peft's."""
     own = {key: value.shape for key, value in model.state_dict().items() if model.is_own(key)}
     for key in own:
-        if ".base_layer." in key and key not in state and (bare := key.replace(".base_layer.", ".")) in state:
+        if (
+            ".base_layer." in key
+            and key not in state
+            and (bare := key.replace(".base_layer.", ".")) in state
+        ):
             state[key] = state.pop(bare)
-    for key, twin in model.all_tied_weights_keys.items():  # One tensor under two names is stored once.
+    for (
+        key,
+        twin,
+    ) in model.all_tied_weights_keys.items():  # One tensor under two names is stored once.
         if key in state and twin in state and torch.equal(state[key], state[twin]):
             del state[key]
     wanted = [key for key in own if key in state]
     found = {
         "missing": sorted(set(own) - set(state) - set(model.all_tied_weights_keys)),
         "left over": sorted(set(state) - set(own)),
-        "of another shape": [f"{k}: {[*state[k].shape]} for {[*own[k]]}" for k in wanted if state[k].shape != own[k]],
+        "of another shape": [
+            f"{k}: {[*state[k].shape]} for {[*own[k]]}" for k in wanted if state[k].shape != own[k]
+        ],
     }
     if any(found.values()):
         counts = ", ".join(f"{len(keys)} keys {what} {keys[:3]}" for what, keys in found.items())
-        raise KeyError(f"{source} does not fill the model: {counts}. Is it the right --llm, the right kind of file?")
+        raise KeyError(
+            f"{source} does not fill the model: {counts}. Is it the right --llm, the right kind of file?"
+        )
     return wanted
 
 
@@ -158,7 +179,9 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
     """
     parts = config.audio_config.model_type, config.text_config.model_type
     if parts[0] not in ("cavmae", "tltr") or parts[1] != "llama":
-        raise ValueError(f"{folder} has {parts[0]} and {parts[1]}; the original opens CAV-MAE or TLTR with Llama only.")
+        raise ValueError(
+            f"{folder} has {parts[0]} and {parts[1]}; the original opens CAV-MAE or TLTR with Llama only."
+        )
     state = load_state(folder)
     # The original's order: ear and projection are inside the language model, between its layers and lm_head.
     keys = match_keys(state, build_on_meta(config), folder)
@@ -167,13 +190,22 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(placed, file)
     if config.lora:
-        print(f"LoRA has r {config.lora['r']} and alpha {config.lora['alpha']}; the file cannot say so (original: 16).")
+        print(
+            f"LoRA has r {config.lora['r']} and alpha {config.lora['alpha']}; the file cannot say so (original: 16)."
+        )
     record = folder / "ltu_state.json"
-    return len(placed), json.loads(record.read_text()).get("dropped_keys", {}) if record.is_file() else {}
+    return len(placed), json.loads(record.read_text()).get(
+        "dropped_keys", {}
+    ) if record.is_file() else {}
 
 
 def merge(
-    config: LtuConfig, folder: Path, output_dir: str, processor: LtuProcessor, llm: str | None, llm_dtype: str | None
+    config: LtuConfig,
+    folder: Path,
+    output_dir: str,
+    processor: LtuProcessor,
+    llm: str | None,
+    llm_dtype: str | None,
 ) -> tuple[int, dict[str, str]]:
     """Write a folder that needs no other: ear, projection and language model, LoRA merged into its weights.
 
@@ -188,10 +220,14 @@ def merge(
         ValueError: nothing is to merge, the language model is another one, or LoRA is on a tied weight.
     """
     if config.language_model is None and config.lora is None:
-        raise ValueError(f"{folder} holds its language model, and has no LoRA: there is nothing to merge.")
+        raise ValueError(
+            f"{folder} holds its language model, and has no LoRA: there is nothing to merge."
+        )
     with_lora, own = build_on_meta(config), load_state(folder)
     match_keys(own, with_lora, folder)
-    state = {key.replace(".base_layer.", "."): value for key, value in own.items() if ".lora_" not in key}
+    state = {
+        key.replace(".base_layer.", "."): value for key, value in own.items() if ".lora_" not in key
+    }
     dropped = {key: "merged" for key in own if ".lora_" in key}
     with_lora.load_state_dict({key: own[key] for key in dropped}, strict=False, assign=True)
     if config.language_model is not None:
@@ -200,16 +236,32 @@ def merge(
         place = config.language_model
         stored = load_state(find_weights(place))
         names = {key.replace(".base_layer.", ".") for key in with_lora.state_dict()} - set(own)
-        if names - {f"language_model.{key}" for key in stored} - set(with_lora.all_tied_weights_keys):
+        if (
+            names
+            - {f"language_model.{key}" for key in stored}
+            - set(with_lora.all_tied_weights_keys)
+        ):
             # Some kinds are stored under other names than they have in memory. transformers knows them; it reads all.
             stored = AutoModelForCausalLM.from_pretrained(place, dtype="auto").state_dict()
-        state |= {f"language_model.{key}": value for key, value in stored.items() if f"language_model.{key}" in names}
-        dropped |= {key: "no weight of the model" for key in stored if f"language_model.{key}" not in names}
-    layers = {f"{name}.weight": part for name, part in with_lora.named_modules() if hasattr(part, "get_delta_weight")}
+        state |= {
+            f"language_model.{key}": value
+            for key, value in stored.items()
+            if f"language_model.{key}" in names
+        }
+        dropped |= {
+            key: "no weight of the model" for key in stored if f"language_model.{key}" not in names
+        }
+    layers = {
+        f"{name}.weight": part
+        for name, part in with_lora.named_modules()
+        if hasattr(part, "get_delta_weight")
+    }
     config.lora = config.language_model = config.language_model_sha256 = None
     for pair in build_on_meta(config).all_tied_weights_keys.items():
         if layers.keys() & set(pair):
-            raise ValueError(f"{folder} has LoRA on one of {pair}, which are one tensor: it cannot be merged.")
+            raise ValueError(
+                f"{folder} has LoRA on one of {pair}, which are one tensor: it cannot be merged."
+            )
 
     def finish(key: str, tensor: Tensor) -> Tensor:
         return tensor.float() + layers[key].get_delta_weight("default") if key in layers else tensor

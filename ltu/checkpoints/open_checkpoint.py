@@ -32,7 +32,9 @@ def open_model(
     if language_model is not None:
         # Absolute, because a relative place in a config is meant from its folder.
         is_folder = Path(language_model).is_dir()
-        given["language_model"] = str(Path(language_model).resolve()) if is_folder else language_model
+        given["language_model"] = (
+            str(Path(language_model).resolve()) if is_folder else language_model
+        )
     if quantization not in (None, "4bit", "8bit"):
         raise ValueError(f"quantization is '4bit' or '8bit', not {quantization!r}.")
     try:
@@ -40,9 +42,13 @@ def open_model(
             from transformers import BitsAndBytesConfig
 
             compute = torch.bfloat16 if dtype == "auto" else dtype
-            bits = BitsAndBytesConfig(**{f"load_in_{quantization}": True}, bnb_4bit_compute_dtype=compute)
+            bits = BitsAndBytesConfig(
+                **{f"load_in_{quantization}": True}, bnb_4bit_compute_dtype=compute
+            )
             given["quantization_config"] = bits
         given = {name: value for name, value in given.items() if value is not None}
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
     except ImportError as error:  # Among them: a package without metadata, and FlashAttention2.
-        raise ValueError(f"{error} (4 and 8 bit need pip install -e '.[4bit]'; sdpa needs no package)") from error
+        raise ValueError(
+            f"{error} (4 and 8 bit need pip install -e '.[4bit]'; sdpa needs no package)"
+        ) from error

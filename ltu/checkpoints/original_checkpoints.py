@@ -22,24 +22,47 @@ from ltu.models.checkpoint_folder import weight_files
 ORIGINAL_KEYS = [
     (r"model\.audio_encoder\.(.+)", r"audio_tower.\1", None),
     (r"model\.audio_proj\.1\.(weight|bias)", r"multi_modal_projector.linear.\1", None),
-    (r"(model\.layers\..+\.lora_[AB])(?:\.default)?\.weight", r"language_model.\1.default.weight", None),
+    (
+        r"(model\.layers\..+\.lora_[AB])(?:\.default)?\.weight",
+        r"language_model.\1.default.weight",
+        None,
+    ),
     (r".+\.rotary_emb\.inv_freq", None, "a constant that the language model computes"),
-    (r"((?:model\.(?:embed_tokens|layers|norm)|lm_head).*?)(?:\.base_layer)?(\.\w+)", r"language_model.\1\2", None),
+    (
+        r"((?:model\.(?:embed_tokens|layers|norm)|lm_head).*?)(?:\.base_layer)?(\.\w+)",
+        r"language_model.\1\2",
+        None,
+    ),
 ]
 CAV_MAE_KEYS = [
-    (r"(patch_embed_a\.proj\..+|pos_embed_a|modality_a|blocks_a\..+|blocks_u\..+|norm_a\..+)", r"audio_tower.\1", None),
-    (r"(patch_embed_v|pos_embed_v|modality_v|blocks_v|norm_v)(\..+)?", None, "the branch that sees"),
+    (
+        r"(patch_embed_a\.proj\..+|pos_embed_a|modality_a|blocks_a\..+|blocks_u\..+|norm_a\..+)",
+        r"audio_tower.\1",
+        None,
+    ),
+    (
+        r"(patch_embed_v|pos_embed_v|modality_v|blocks_v|norm_v)(\..+)?",
+        None,
+        "the branch that sees",
+    ),
     (r"(norm|mlp_head\w*)(\..+)?", None, "the classifier of fine-tuning"),
     (r"(decoder_\w+|mask_token)(\..+)?", None, "the decoder of pre-training"),
 ]
 
 # A folder of the original that holds its language model too (vicuna_ltu, vicuna_ltuas): ear and projection are taken.
 REFUSED = "refused: "
-FOLDER_KEYS = [*ORIGINAL_KEYS[:2], (r"(model|lm_head)\..+", None, "the language model's own, which --llm names")]
+FOLDER_KEYS = [
+    *ORIGINAL_KEYS[:2],
+    (r"(model|lm_head)\..+", None, "the language model's own, which --llm names"),
+]
 # Our names as the original's Trainer writes them.
 PREFIX = "base_model.model."
 TO_ORIGINAL = [
-    (r"audio_tower\.feature_(?:mean|std)", None, f"{REFUSED}the original's TLTR does not standardize its features"),
+    (
+        r"audio_tower\.feature_(?:mean|std)",
+        None,
+        f"{REFUSED}the original's TLTR does not standardize its features",
+    ),
     (r"audio_tower\.(.+)", rf"{PREFIX}model.audio_encoder.\1", None),
     (r"multi_modal_projector\.linear\.(.+)", rf"{PREFIX}model.audio_proj.1.\1", None),
     (r"language_model\.(.+?)(?:\.base_layer)?(\.\w+)", rf"{PREFIX}\1\2", None),
@@ -61,16 +84,24 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        return {key: value for file in weight_files(path) for key, value in load_state(file).items()}
+        return {
+            key: value for file in weight_files(path) for key, value in load_state(file).items()
+        }
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there. --checkpoint and --audio_encoder take a file on this disk.")
+        raise FileNotFoundError(
+            f"{path} is not there. --checkpoint and --audio_encoder take a file on this disk."
+        )
     with open(path, "rb") as stream:
         head = stream.read(len(LEGACY))
     is_torch = head.startswith((b"PK", LEGACY))
     if not head or head.lstrip().startswith(b"<"):
-        raise ValueError(f"{path} is {'a web page, not the file of the link' if head else 'empty'}. Download it again.")
+        raise ValueError(
+            f"{path} is {'a web page, not the file of the link' if head else 'empty'}. Download it again."
+        )
     if not is_torch and head[8:9] != b"{":
-        raise ValueError(f"{path} is neither a torch file nor safetensors (it begins with {head[:8]!r}).")
+        raise ValueError(
+            f"{path} is neither a torch file nor safetensors (it begins with {head[:8]!r})."
+        )
     try:
         state = _load_torch(path, head.startswith(b"PK")) if is_torch else load_file(path)
     except UnpicklingError as error:
@@ -83,7 +114,9 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         reason = re.split(r"\. |\n", str(error).strip())[0]
         what = f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}"
         raise ValueError(f"{what}. If it is damaged or cut short, download it again.") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
         raise ValueError(f"{path} is not a state dict (name -> tensor).")
     return state
 
@@ -108,7 +141,9 @@ def check_audio_encoder(state: dict[str, Tensor], package: str, path: str | Path
                 f"Convert it with: python -m {theirs}.convert_checkpoint"
             )
     if (mark := AUDIO_ENCODER_MARKS[package][1]) not in state:
-        raise KeyError(f"{path} holds no audio encoder ({mark}): not a whole checkpoint of {package}.")
+        raise KeyError(
+            f"{path} holds no audio encoder ({mark}): not a whole checkpoint of {package}."
+        )
 
 
 def rename_keys(

@@ -32,7 +32,9 @@ class Released:
     audio_encoder: str | None = None
     cutoff: int | None = None  # text ids
     steps: int | None = None
-    precision: str | None = None  # of Whisper's features: fp32 is the authors' "old GPU", fp16 the "new"
+    precision: str | None = (
+        None  # of Whisper's features: fp32 is the authors' "old GPU", fp16 the "new"
+    )
     unanswerable: str | None = None  # questions without an answer: in or out
     sha256: str | None = None
     note: str = ""
@@ -43,7 +45,11 @@ class Released:
 
     @property
     def file(self) -> str:
-        return f"{self.name}.zip" if self.link.startswith("fo/") else self.link.split("?")[0].split("/")[-1]
+        return (
+            f"{self.name}.zip"
+            if self.link.startswith("fo/")
+            else self.link.split("?")[0].split("/")[-1]
+        )
 
 
 LTU = partial(Released, kind="ltu", llm=VICUNA, audio_encoder=CAV_MAE)
@@ -109,7 +115,9 @@ def find(name: str) -> Released:
     rows = {row.name: row for row in TABLE}
     if name not in rows:
         near = difflib.get_close_matches(name, rows, n=5, cutoff=0.4) or rows
-        raise DownloadError(f"No released {name!r}. Near: {', '.join(near)}. python -m ltu.released lists all.")
+        raise DownloadError(
+            f"No released {name!r}. Near: {', '.join(near)}. python -m ltu.released lists all."
+        )
     return rows[name]
 
 
@@ -118,7 +126,13 @@ def address(row: Released, source: str | None) -> str:
 
 
 def size_of(row: Released) -> str:
-    return f"{row.size:,} bytes" if isinstance(row.size, int) else f"about {row.size}" if row.size else "size unknown"
+    return (
+        f"{row.size:,} bytes"
+        if isinstance(row.size, int)
+        else f"about {row.size}"
+        if row.size
+        else "size unknown"
+    )
 
 
 def download(row: Released | str, folder: str | Path, source: str | None = None) -> Path:
@@ -130,7 +144,14 @@ def download(row: Released | str, folder: str | Path, source: str | None = None)
 
 def conversion(row: Released, models: Path, llm: str) -> list[str]:
     """Flags of `convert_checkpoint` that make a row's file a checkpoint folder beside it."""
-    words = ["--llm", llm, "--checkpoint", str(models / row.file), "--output_dir", str(models / row.name)]
+    words = [
+        "--llm",
+        llm,
+        "--checkpoint",
+        str(models / row.file),
+        "--output_dir",
+        str(models / row.name),
+    ]
     return words + (["--feature_precision", row.precision] if row.precision else [])
 
 
@@ -162,7 +183,11 @@ def newest_checkpoint(kind: str, roots: tuple[str, ...] = ("exp", "pretrained_md
     found = []
     for file in (file for root in roots for file in Path(root).rglob("model.safetensors")):
         config, state = file.with_name("config.json"), file.with_name("ltu_state.json")
-        if config.is_file() and state.is_file() and json.loads(config.read_bytes())["model_type"] == kind:
+        if (
+            config.is_file()
+            and state.is_file()
+            and json.loads(config.read_bytes())["model_type"] == kind
+        ):
             is_start = json.loads(state.read_bytes()).get("stage") == "init"
             found.append((not is_start, file.stat().st_mtime, file.parent))
     if not found:
@@ -201,7 +226,9 @@ def remap_toy_paths(meta: Path, clips: Path, output: Path) -> None:
         if path.is_file():
             files.setdefault(path.name, []).append(path)
     for row in rows:
-        parts = [part for part in PurePosixPath(row["audio_id"] or "").parts if part not in ("/", "..")][-4:]
+        parts = [
+            part for part in PurePosixPath(row["audio_id"] or "").parts if part not in ("/", "..")
+        ][-4:]
         if row["audio_id"] in NO_AUDIO:
             continue
         if parts[-1] not in files:
@@ -213,21 +240,34 @@ def remap_toy_paths(meta: Path, clips: Path, output: Path) -> None:
         link(clip, output.parent / row["audio_id"])
         found.add(row["audio_id"])
     if not found:
-        raise DownloadError(f"{meta}: no clip of its {len(rows)} rows is in {clips}. Is that zip the right one?")
+        raise DownloadError(
+            f"{meta}: no clip of its {len(rows)} rows is in {clips}. Is that zip the right one?"
+        )
     replace_file(output, json.dumps(rows, indent=1, ensure_ascii=False).encode())
-    print(f"{output}: {len(rows)} rows, {len(found)} clips matched, {len(missing)} not: {sorted(missing)[:5]}")
+    print(
+        f"{output}: {len(rows)} rows, {len(found)} clips matched, {len(missing)} not: {sorted(missing)[:5]}"
+    )
 
 
 def prep(args: argparse.Namespace) -> None:
     """What the scripts of a kind need, brought, converted and put where they look; what is there is left alone."""
     checkpoint, name, full_set, stages = PREP[args.kind]
-    models, toy, data = (args.root / place for place in ("pretrained_mdls", f"data/{name}_toy", f"data/{name}"))
-    jobs = [(f"{name}_toy", toy / "original"), (f"{name}_toy_audio", toy / "original"), (checkpoint, models)]
+    models, toy, data = (
+        args.root / place for place in ("pretrained_mdls", f"data/{name}_toy", f"data/{name}")
+    )
+    jobs = [
+        (f"{name}_toy", toy / "original"),
+        (f"{name}_toy_audio", toy / "original"),
+        (checkpoint, models),
+    ]
     jobs += [(full_set, data), (f"{name}_subsets", data)] if args.full else []
     jobs += [(f"{args.kind}_eval", args.root / "data" / f"{name}_eval")] if args.eval else []
     row, meta = find(checkpoint), toy / f"{name}_toy.json"
     for job, place in jobs:
-        print(f"{job}: {address(find(job), args.source)} ({size_of(find(job))}) -> {place}", flush=True)
+        print(
+            f"{job}: {address(find(job), args.source)} ({size_of(find(job))}) -> {place}",
+            flush=True,
+        )
         if not args.dry_run:
             download(job, place, args.source)
     words = shlex.join(conversion(row, models, args.llm))
@@ -240,6 +280,10 @@ def prep(args: argparse.Namespace) -> None:
     for number, file in enumerate(stages if args.full else (), start=1):
         rows = next(iter(sorted(data.rglob(file))), None)
         if rows is None:
-            raise DownloadError(f"{data} holds no {file}. Make {data}/stage{number}.json of the subsets there.")
+            raise DownloadError(
+                f"{data} holds no {file}. Make {data}/stage{number}.json of the subsets there."
+            )
         link(rows, data / f"stage{number}.json")
-    print(f"Ready: {folder}, {meta}; features: {sorted({str(p.parent) for p in toy.rglob('*.npz')})}")
+    print(
+        f"Ready: {folder}, {meta}; features: {sorted({str(p.parent) for p in toy.rglob('*.npz')})}"
+    )

@@ -27,11 +27,17 @@ SAMPLING_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # 25 ms at 16 kHz: one window of the filterbank
 MAX_SECONDS = 3600.0
 MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz; sound is recorded at 8,000 to 768,000.
-MAX_VALUES = 2**22  # a second, of all channels: eight at 192 kHz are 1.5 million; a small file can claim far more
+MAX_VALUES = (
+    2**22
+)  # a second, of all channels: eight at 192 kHz are 1.5 million; a small file can claim far more
 LOUDEST = 2.0**31  # Full scale of 32 bit; the filterbank overflows far above it.
-QUIETEST = 2.0**-23  # One step of 24 bit: the filterbanks of both models are at their floor below it.
+QUIETEST = (
+    2.0**-23
+)  # One step of 24 bit: the filterbanks of both models are at their floor below it.
 BLOCK = 2**22  # values that are decoded, and samples that are resampled, at once: 16 MiB of float32
-MAX_KERNEL = 2**20  # weights of torchaudio's kernel; 44,100 Hz needs 76,000, but 44,101 Hz 706 million.
+MAX_KERNEL = (
+    2**20
+)  # weights of torchaudio's kernel; 44,100 Hz needs 76,000, but 44,101 Hz 706 million.
 
 HINTS = {
     "missing": "Check the path; relative paths are looked up from the data file or from --audio_root.",
@@ -59,7 +65,9 @@ class AudioError(ValueError):
         self.detail = detail
         shown = source if len(source) <= 500 else f"{source[:240]}...{source[-240:]}"
         text = f"{shown}: {detail}. {HINTS[reason]}"
-        super().__init__(UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
+        super().__init__(
+            UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+        )
 
     def __reduce__(self):
         # Workers of a data loader pickle their errors; the default would call __init__ with the message alone.
@@ -103,7 +111,8 @@ def load_audio(source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int])
 
 
 def decode_audio(
-    source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Waveform, max_seconds: float = MAX_SECONDS
+    source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Waveform,
+    max_seconds: float = MAX_SECONDS,
 ) -> Waveform:
     """Load a clip as mono 16 kHz.
 
@@ -127,9 +136,15 @@ def decode_audio(
         return _read_file(str(source), max_seconds)
     if isinstance(source, bytes):
         return _decode(_Bytes(source), f"<{len(source)} bytes>", max_seconds)
-    array, rate = source if isinstance(source, tuple) and len(source) == 2 else (source, SAMPLING_RATE)
+    array, rate = (
+        source if isinstance(source, tuple) and len(source) == 2 else (source, SAMPLING_RATE)
+    )
     if not isinstance(array, np.ndarray):
-        found = [type(part).__name__ for part in source] if isinstance(source, tuple) else type(source).__name__
+        found = (
+            [type(part).__name__ for part in source]
+            if isinstance(source, tuple)
+            else type(source).__name__
+        )
         raise TypeError(
             f"A clip is a path, bytes, an array or (array, rate in Hz), not {found}. "
             "Convert other types to a numpy array first."
@@ -158,8 +173,13 @@ def _read_file(path: str, max_seconds: float) -> Waveform:
         raise AudioError(path, "unreadable", "may not be read: permission denied") from error
     except AudioError:
         raise
-    except (OSError, ValueError) as error:  # Of its name: too long, a loop of links, characters that no name has.
-        raise AudioError(path, "missing", f"no such file ({getattr(error, 'strerror', None) or error})") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # Of its name: too long, a loop of links, characters that no name has.
+        raise AudioError(
+            path, "missing", f"no such file ({getattr(error, 'strerror', None) or error})"
+        ) from error
 
 
 class _Bytes(io.BytesIO):
@@ -185,7 +205,9 @@ def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Wav
             if opened.samplerate * opened.channels > MAX_VALUES:
                 detail = f"{opened.channels} channels at {opened.samplerate} Hz are more than is decoded here"
                 raise AudioError(name, "unreadable", detail)
-            return _resample_blocks(_blocks(opened), opened.samplerate, opened.channels, name, max_seconds)
+            return _resample_blocks(
+                _blocks(opened), opened.samplerate, opened.channels, name, max_seconds
+            )
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(". ")
         raise AudioError(name, "unreadable", f"libsndfile cannot decode it ({reason})") from error
@@ -195,7 +217,9 @@ def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
     """Channel 0, (samples,) at a time."""
     frames = max(1, BLOCK // file.channels)
     if soundfile.SoundFile.seekable(file):
-        file.seek(0)  # As soundfile.read does: without it some files with a damaged header seem empty.
+        file.seek(
+            0
+        )  # As soundfile.read does: without it some files with a damaged header seem empty.
     while True:
         block = file.read(frames, dtype="float32", always_2d=True)  # (samples, channels)
         yield np.ascontiguousarray(block[:, 0])
@@ -203,7 +227,9 @@ def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
             return
 
 
-def _resample_blocks(blocks: Iterable[np.ndarray], rate: int, channels: int, name: str, max_seconds: float) -> Waveform:
+def _resample_blocks(
+    blocks: Iterable[np.ndarray], rate: int, channels: int, name: str, max_seconds: float
+) -> Waveform:
     """Blocks (samples,) of the first channel -> a sound, unless something is wrong with them."""
     if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
         raise AudioError(name, "unreadable", f"an impossible sampling rate, {rate} Hz")
@@ -216,20 +242,29 @@ def _resample_blocks(blocks: Iterable[np.ndarray], rate: int, channels: int, nam
             if samples > max_seconds * rate:
                 raise AudioError(name, "too_long", f"more than {max_seconds:g} s of sound")
             if len(block):
-                lowest, highest = float(block.min()), float(block.max())  # nan if one is in the block
+                lowest, highest = (
+                    float(block.min()),
+                    float(block.max()),
+                )  # nan if one is in the block
                 if not -math.inf < lowest <= highest < math.inf:
                     raise AudioError(name, "unreadable", "holds values that are not finite")
                 low, high = min(low, lowest), max(high, highest)
             yield block
 
-    waveform = np.concatenate([np.zeros(0, np.float32), *_resample(checked(), rate)])  # (samples at 16 kHz,)
+    waveform = np.concatenate(
+        [np.zeros(0, np.float32), *_resample(checked(), rate)]
+    )  # (samples at 16 kHz,)
     # Rounded up as the resampler does, so that no clip passes here and is too short afterwards.
     if -(-samples * SAMPLING_RATE // rate) < MIN_SAMPLES:
         raise AudioError(name, "too_short", f"{1000 * samples / rate:.1f} ms of sound")
     if max(-low, high) > LOUDEST:
-        raise AudioError(name, "unreadable", f"holds values up to {max(-low, high):.3g}, where sound is within 1")
+        raise AudioError(
+            name, "unreadable", f"holds values up to {max(-low, high):.3g}, where sound is within 1"
+        )
     if high - low < QUIETEST:
-        raise AudioError(name, "silent", f"every sample of its first channel is {low:g}, or as good as that")
+        raise AudioError(
+            name, "silent", f"every sample of its first channel is {low:g}, or as good as that"
+        )
     return Waveform(waveform, rate, channels)
 
 
@@ -240,10 +275,15 @@ def _resample(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
         return
     common = math.gcd(rate, SAMPLING_RATE)
     down, up = rate // common, SAMPLING_RATE // common  # Each `down` samples become `up`.
-    width = math.ceil(6 * down / (0.99 * min(down, up)))  # torchaudio's reach, in samples to either side
+    width = math.ceil(
+        6 * down / (0.99 * min(down, up))
+    )  # torchaudio's reach, in samples to either side
     context = -(-width // down) * down
     is_large = up * (2 * width + down) > MAX_KERNEL
-    held, before = np.zeros(0, np.float32), 0  # Samples that wait; the first `before` are context only.
+    held, before = (
+        np.zeros(0, np.float32),
+        0,
+    )  # Samples that wait; the first `before` are context only.
 
     def resampled(waveform: np.ndarray) -> np.ndarray:
         if is_large:
@@ -289,6 +329,8 @@ def _first_channel(array: np.ndarray, name: str) -> np.ndarray:
     if waveform.dtype.kind == "i":
         return waveform.astype(np.float32) / (np.iinfo(waveform.dtype).max + 1.0)
     if waveform.dtype.kind != "f":
-        raise AudioError(name, "unreadable", f"an array of {waveform.dtype}; use float or signed integers")
+        raise AudioError(
+            name, "unreadable", f"an array of {waveform.dtype}; use float or signed integers"
+        )
     with np.errstate(over="ignore"):  # What is too large becomes infinite, and is refused as that.
         return np.ascontiguousarray(waveform, dtype=np.float32)

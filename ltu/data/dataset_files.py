@@ -36,7 +36,9 @@ def stream_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise RowError(f"{path} is not there. Give a JSON list, JSON lines or Parquet file (also .gz, .zst).")
+        raise RowError(
+            f"{path} is not there. Give a JSON list, JSON lines or Parquet file (also .gz, .zst)."
+        )
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"PAR1":
@@ -71,7 +73,9 @@ def _read(file: IO[bytes], path: Path) -> bytes:
     try:
         return file.read(BLOCK)
     except OSError as error:
-        raise RowError(f"{path}: cannot be decompressed ({error}). Fetch or write it again.") from error
+        raise RowError(
+            f"{path}: cannot be decompressed ({error}). Fetch or write it again."
+        ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -91,7 +95,9 @@ def encode_row(row: dict[str, Any]) -> bytes:
     """One line of JSON, without its end."""
     try:
         return _encode(row)
-    except UnicodeEncodeError:  # Half of a surrogate pair is no UTF-8, but `\\ud83d` can be written and read.
+    except (
+        UnicodeEncodeError
+    ):  # Half of a surrogate pair is no UTF-8, but `\\ud83d` can be written and read.
         return json.dumps(row, separators=(",", ":")).encode()
 
 
@@ -118,8 +124,12 @@ class RowWriter:
     def __init__(self, path: str | Path, inputs: Iterable[str | Path] = ()):
         self.path = Path(path)
         self.unfinished = self.path.with_name(f"{self.path.name}.tmp")
-        if {self.path.resolve(), self.unfinished.resolve()} & {Path(other).resolve() for other in inputs}:
-            raise ValueError(f"{path} is read, or {self.unfinished.name} is; give the new rows another name.")
+        if {self.path.resolve(), self.unfinished.resolve()} & {
+            Path(other).resolve() for other in inputs
+        }:
+            raise ValueError(
+                f"{path} is read, or {self.unfinished.name} is; give the new rows another name."
+            )
         self.kind, self.codec = _ending(self.path)
         self.count = 0
         self.lines: list[bytes] = []
@@ -166,10 +176,14 @@ class RowWriter:
                 self.table = pyarrow.parquet.ParquetWriter(self.file, schema, compression="zstd")
             for number, row in enumerate(rows, start=first):
                 if unknown := row.keys() - set(self.table.schema.names):
-                    raise ValueError(f"row {number} has {min(unknown)!r}, which the first rows lack")
+                    raise ValueError(
+                        f"row {number} has {min(unknown)!r}, which the first rows lack"
+                    )
             self.table.write_table(pyarrow.Table.from_pylist(rows, self.table.schema))
         except (pyarrow.ArrowException, UnicodeEncodeError, TypeError, ValueError) as error:
-            reason = f"{self.path}: rows {first} to {self.count} fit no table: {error}. Write .jsonl."
+            reason = (
+                f"{self.path}: rows {first} to {self.count} fit no table: {error}. Write .jsonl."
+            )
             raise ValueError(reason) from error
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -202,6 +216,8 @@ def _columns(rows: list[dict]) -> list[tuple[str, Any]]:
         values = [row[key] for row in rows if row.get(key) is not None]
         is_text = all(isinstance(value, str) for value in values)
         found.append((key, pyarrow.string() if is_text else pyarrow.array(values).type))
-        if "struct<" in str(found[-1][1]):  # Of these, pyarrow drops keys that later rows add, without an error.
+        if "struct<" in str(
+            found[-1][1]
+        ):  # Of these, pyarrow drops keys that later rows add, without an error.
             raise ValueError(f"{key!r} has keys of its own")
     return found

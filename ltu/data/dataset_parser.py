@@ -50,7 +50,9 @@ class LineSplitter:
         """Rows of the block's whole lines, and how many of its bytes these are."""
         used = len(data) if at_end else data.rfind(b"\n") + 1
         if not used and len(data) > MAX_ROW:
-            raise malformed(self.path, self.offset, self.count + 1, f"no end of the line within {MAX_ROW} bytes")
+            raise malformed(
+                self.path, self.offset, self.count + 1, f"no end of the line within {MAX_ROW} bytes"
+            )
         rows, begin = [], 0
         for line in data[:used].split(b"\n"):
             if line and not line.isspace():
@@ -58,7 +60,9 @@ class LineSplitter:
                     row = _decode(line)
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     row = None
-                rows.append(row if type(row) is dict else self.parse(line, self.offset + begin, len(rows)))
+                rows.append(
+                    row if type(row) is dict else self.parse(line, self.offset + begin, len(rows))
+                )
             begin += len(line) + 1
         self.offset, self.count = self.offset + used, self.count + len(rows)
         return rows, used
@@ -110,13 +114,20 @@ class ListSplitter:
             except (ValueError, RecursionError) as error:
                 at, reason = begin, str(error)
             else:
-                another, is_last = ANOTHER_ROW.match(text, end), at_end and END_OF_LIST.match(text, end)
+                another, is_last = (
+                    ANOTHER_ROW.match(text, end),
+                    at_end and END_OF_LIST.match(text, end),
+                )
                 if isinstance(row, dict) and is_last:
                     return [*rows, row], len(data)
                 if not isinstance(row, dict) or not another:
                     is_row = isinstance(row, dict)
                     at = end if is_row else begin
-                    reason = "no `, {` or `]` after the row" if is_row else f"a {type(row).__name__}, not an object"
+                    reason = (
+                        "no `, {` or `]` after the row"
+                        if is_row
+                        else f"a {type(row).__name__}, not an object"
+                    )
                 else:
                     rows.append(row)
                     begin = another.end()

@@ -21,7 +21,11 @@ from ltu.data.dataset_parser import RowError
 
 logger = logging.getLogger(__name__)
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
-def read_rows(path: str | Path, audio_root: str | Path | None = None, need_output: bool = True) -> list[dict]:
+
+
+def read_rows(
+    path: str | Path, audio_root: str | Path | None = None, need_output: bool = True
+) -> list[dict]:
     """All rows of `checked_rows`.
 
     Raises:
@@ -31,7 +35,10 @@ def read_rows(path: str | Path, audio_root: str | Path | None = None, need_outpu
 
 
 def checked_rows(
-    path: str | Path, audio_root: str | Path | None = None, need_output: bool = True, max_errors: int = 10
+    path: str | Path,
+    audio_root: str | Path | None = None,
+    need_output: bool = True,
+    max_errors: int = 10,
 ) -> Iterator[dict]:
     """The rows `{"instruction", "input", "audio_id", "output", "dataset"?, "task"?}` of a file, one after another.
 
@@ -84,16 +91,16 @@ def what_is_wrong(row: dict, need_output: bool) -> str | None:
     if row["instruction"] is None or (need_output and row["output"] is None):
         return "'instruction' or 'output' is null"
     if not isinstance(row.get("audio_id"), str | None):
-        return (
-            f"'audio_id' is a {type(row['audio_id']).__name__}; give a path, or \"empty\" for a question without audio"
-        )
+        return f"'audio_id' is a {type(row['audio_id']).__name__}; give a path, or \"empty\" for a question without audio"
     return None
 
 
 def check_audio(rows: list[dict]) -> dict[str, AudioError]:
     """Load every clip once; what cannot be heard, by path."""
     bad = {}
-    for audio in tqdm(sorted({row["audio"] for row in rows if row["audio"]}), desc="checking audio", unit="clip"):
+    for audio in tqdm(
+        sorted({row["audio"] for row in rows if row["audio"]}), desc="checking audio", unit="clip"
+    ):
         try:
             load_audio(audio)
         except AudioError as error:

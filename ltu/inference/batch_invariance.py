@@ -30,18 +30,27 @@ class TopTwo(LogitsProcessor):
         return scores
 
 
-def generate(engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]) -> tuple[list, list]:
+def generate(
+    engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]
+) -> tuple[list, list]:
     """Greedy ids of one batch, end token included; and by how much each step's token led, and what may decide it the
     other way. Both a list a request."""
     settings, lead = check_decoding(decoding), TopTwo()
     batch = engine.inputs(requests, settings["max_new_tokens"])
     room = engine.model.config.num_positions - int(batch["attention_mask"].sum(1).max())
-    settings |= {"max_new_tokens": min(settings["max_new_tokens"], room), "logits_processor": [lead]}
-    sequences = engine.model.generate(**batch, **settings, pad_token_id=engine.processor.pad_token_id)
+    settings |= {
+        "max_new_tokens": min(settings["max_new_tokens"], room),
+        "logits_processor": [lead],
+    }
+    sequences = engine.model.generate(
+        **batch, **settings, pad_token_id=engine.processor.pad_token_id
+    )
     best = torch.stack(lead.values, 1)  # (rows, steps, 2)
     ends = engine.end_ids
     ids = sequences[:, batch["input_ids"].shape[1] :].tolist()
-    lengths = [next((step + 1 for step, token in enumerate(row) if token in ends), len(row)) for row in ids]
+    lengths = [
+        next((step + 1 for step, token in enumerate(row) if token in ends), len(row)) for row in ids
+    ]
     near = torch.full_like(best[..., 0], NEAR_TIE)
     if engine.model.get_output_embeddings().weight.dtype == torch.bfloat16:
         step = best[..., 0].abs().log2().floor().exp2() * torch.finfo(torch.bfloat16).eps
@@ -50,7 +59,9 @@ def generate(engine: LtuEngine, requests: list[Request], decoding: dict[str, Any
     return [row[:length] for row, length in zip(ids, lengths, strict=True)], margins.tolist()
 
 
-def differences(engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]) -> list[tuple]:
+def differences(
+    engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]
+) -> list[tuple]:
     """Ask one by one, all at once, and shuffled in smaller batches. Where the latter two part from the first: which
     batches, number of the request, step, by how much the single answer's token led there, and what may be rounding."""
     alone = [generate(engine, [request], decoding) for request in requests]
@@ -58,7 +69,10 @@ def differences(engine: LtuEngine, requests: list[Request], decoding: dict[str, 
     order, size = random.Random(0).sample(range(count), count), max(2, count // 3)
     parts = [order[start : start + size] for start in range(0, count, size)]
     found = []
-    for name, batches in ((f"all {count} at once", [range(count)]), (f"shuffled, {size} at once", parts)):
+    for name, batches in (
+        (f"all {count} at once", [range(count)]),
+        (f"shuffled, {size} at once", parts),
+    ):
         for batch in batches:
             together, _ = generate(engine, [requests[index] for index in batch], decoding)
             for index, ids in zip(batch, together, strict=True):
@@ -74,7 +88,9 @@ def differences(engine: LtuEngine, requests: list[Request], decoding: dict[str, 
 def check_batch(engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]) -> int:
     """Print a row for each difference. Returns 1 if one of them is more than rounding, else 0."""
     if decoding.get("do_sample") or decoding.get("num_beams", 1) > 1:
-        raise ValueError("--check_batch compares greedy answers: leave the flags of sampling and beams out.")
+        raise ValueError(
+            "--check_batch compares greedy answers: leave the flags of sampling and beams out."
+        )
     heard = engine.cache.encode(requests)
     for clip in heard:
         if isinstance(clip, AudioError):
@@ -84,12 +100,16 @@ def check_batch(engine: LtuEngine, requests: list[Request], decoding: dict[str, 
         raise ValueError("--check_batch needs two questions or more whose clips can be heard.")
     dtypes = {parameter.dtype for parameter in engine.model.language_model.parameters()}
     # Whisper computes in half precision on a GPU only.
-    is_part_of_audio_encoder = engine.model.device.type == "cuda" and "fp16" in engine.processor.audio_settings
+    is_part_of_audio_encoder = (
+        engine.model.device.type == "cuda" and "fp16" in engine.processor.audio_settings
+    )
     is_exact = dtypes == {torch.float32} and not is_part_of_audio_encoder
     found = differences(engine, [requests[index] for index in numbers], decoding)
     rounded = f"where a token leads by {NEAR_TIE} or less (bf16: {BFLOAT16_STEPS} of its steps), another may win"
     rule = "fp32, so every token must be equal" if is_exact else rounded
-    print(f"{len(numbers)} questions one by one and batched: {rule}\n{'question':>8} {'step':>5} {'lead':>9}  batches")
+    print(
+        f"{len(numbers)} questions one by one and batched: {rule}\n{'question':>8} {'step':>5} {'lead':>9}  batches"
+    )
     failures = [is_exact or lead > near for *_, lead, near in found]
     for (name, index, step, lead, near), has_failed in zip(found, failures, strict=True):
         verdict = "DIFFERS" if has_failed else f"near tie, up to {near:.2g}"

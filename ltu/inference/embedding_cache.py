@@ -66,7 +66,11 @@ class EmbeddingCache:
     def hash_of(self, request: Any) -> str | None:
         """Hash of a request's clip: of what the feature folder holds, else of its content."""
         try:
-            stored = self.processor.stored(request.audio, request.audio_id) if request.num_chunks == 1 else None
+            stored = (
+                self.processor.stored(request.audio, request.audio_id)
+                if request.num_chunks == 1
+                else None
+            )
         except AudioError:
             return None
         if stored is None:
@@ -81,10 +85,13 @@ class EmbeddingCache:
             found: dict[tuple, AudioClip | AudioError] = {}
             waiting: list[tuple[tuple, AudioClip, bool, bool]] = []
             for key in dict.fromkeys(key for key in keys if key is not None):
-                asking = [request for request, own in zip(requests, keys, strict=True) if own == key]
+                asking = [
+                    request for request, own in zip(requests, keys, strict=True) if own == key
+                ]
                 needs_sound = any(request.mode != "asr_only" for request in asking)
                 needs_words = self.processor.transcribes and any(
-                    request.transcript is None and request.mode != "audio_only" for request in asking
+                    request.transcript is None and request.mode != "audio_only"
+                    for request in asking
                 )
                 known = self.entries.get(key, AudioClip(None, 0.0))
                 needs_sound = needs_sound and known.embeds is None
@@ -116,20 +123,29 @@ class EmbeddingCache:
     def _load(self, request: Any, needs_words: bool) -> AudioClip:
         clip = self.processor.load_clip(request.audio, request.audio_id, request.num_chunks)
         config = self.model.config
-        clip.num_chunks = min(clip.num_chunks, max(1, config.num_positions // config.num_audio_tokens))
+        clip.num_chunks = min(
+            clip.num_chunks, max(1, config.num_positions // config.num_audio_tokens)
+        )
         if needs_words and clip.transcript is None and clip.waveform is None:
             clip.waveform = load_audio(clip.source)  # The feature folder has no words of it.
         return clip
 
     @torch.no_grad()
-    def _encode_waiting(self, waiting: list[tuple[tuple, AudioClip, bool, bool]]) -> dict[tuple, AudioError]:
+    def _encode_waiting(
+        self, waiting: list[tuple[tuple, AudioClip, bool, bool]]
+    ) -> dict[tuple, AudioError]:
         """Transcripts and vectors of clips; then they are kept, without their waveforms. Returns what failed."""
-        speech = [clip for _, clip, _, needs_words in waiting if needs_words and clip.transcript is None]
+        speech = [
+            clip for _, clip, _, needs_words in waiting if needs_words and clip.transcript is None
+        ]
         if speech:
             self.processor.complete_transcripts(speech, [None] * len(speech))
         passes: list[list[AudioClip]] = []  # As many clips as fill a pass; a long clip goes alone.
         for clip in (clip for _, clip, needs_sound, _ in waiting if needs_sound):
-            if not passes or sum(own.num_chunks for own in passes[-1]) + clip.num_chunks > CHUNKS_PER_PASS:
+            if (
+                not passes
+                or sum(own.num_chunks for own in passes[-1]) + clip.num_chunks > CHUNKS_PER_PASS
+            ):
                 passes.append([])
             passes[-1].append(clip)
         failed: dict[int, AudioError] = {}
@@ -150,7 +166,9 @@ class EmbeddingCache:
         features = self.processor.extract_features(clips)  # (chunks, ...)
         # On a new GPU convolutions would be rounded to 10 bits, and differ with what else is in the pass.
         with torch.backends.cudnn.flags(allow_tf32=False):
-            embeds = torch.cat([self.model.get_audio_features(part) for part in features.split(CHUNKS_PER_PASS)])
+            embeds = torch.cat(
+                [self.model.get_audio_features(part) for part in features.split(CHUNKS_PER_PASS)]
+            )
         for clip, own in zip(clips, embeds.split([clip.num_chunks for clip in clips]), strict=True):
             clip.embeds = own.clone()  # A view would hold the whole pass in memory.
         self.encoded += len(clips)

@@ -39,7 +39,9 @@ class LtuEngine:
         folder: that checkpoint folder, for the hash in answers.
     """
 
-    def __init__(self, model: Any, processor: Any, cache_mb: float = 256, folder: str | Path | None = None):
+    def __init__(
+        self, model: Any, processor: Any, cache_mb: float = 256, folder: str | Path | None = None
+    ):
         self.model = model.eval()
         self.processor = processor
         self.cache = EmbeddingCache(model, processor, cache_mb)
@@ -75,7 +77,13 @@ class LtuEngine:
                 generation is wrong on it.
         """
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        best = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
         device = device or best
         device_map = {"": device} if quantization and not device_map else device_map
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
@@ -109,11 +117,18 @@ class LtuEngine:
         return self.cache.hash_of(request)
 
     def __call__(
-        self, requests: list[Request], batch_size: int = 8, seed: int = 42, progress: bool = False, **decoding: Any
+        self,
+        requests: list[Request],
+        batch_size: int = 8,
+        seed: int = 42,
+        progress: bool = False,
+        **decoding: Any,
     ) -> list[Answer]:
         """Answer requests, in their order. `decoding` as of `check_decoding`; by default greedy, at most 400 tokens."""
         answers: list[Answer | None] = [None] * len(requests)
-        with tqdm(total=len(requests), desc="answering", unit="question", disable=not progress) as bar:
+        with tqdm(
+            total=len(requests), desc="answering", unit="question", disable=not progress
+        ) as bar:
             for index, answer in self.run(requests, batch_size, seed, **decoding):
                 answers[index] = answer
                 bar.update()
@@ -144,15 +159,28 @@ class LtuEngine:
             self.render(request, "")
         seeds = [seed if request.seed is None else request.seed for request in requests]
         for batch in batches(requests, settings, batch_size):
-            for index in [index for index in batch if on_text is not None and on_text(index, "") is False]:
+            for index in [
+                index for index in batch if on_text is not None and on_text(index, "") is False
+            ]:
                 batch.remove(index)  # Nobody waits for it any more.
-                yield index, Answer("", model=self.kind, checkpoint=self.checkpoint, finish_reason="cancelled")
+                yield (
+                    index,
+                    Answer(
+                        "", model=self.kind, checkpoint=self.checkpoint, finish_reason="cancelled"
+                    ),
+                )
             if not batch:
                 continue
-            inner = None if on_text is None else (lambda row, text, batch=batch: on_text(batch[row], text))
+            inner = (
+                None
+                if on_text is None
+                else (lambda row, text, batch=batch: on_text(batch[row], text))
+            )
             asked = [requests[index] for index in batch]
             with self._generating:
-                answers = self._answer(asked, [settings[i] for i in batch], [seeds[i] for i in batch], inner)
+                answers = self._answer(
+                    asked, [settings[i] for i in batch], [seeds[i] for i in batch], inner
+                )
             yield from zip(batch, answers, strict=True)
 
     def stream(self, request: Request, seed: int = 42, **decoding: Any) -> Iterator[str | Answer]:
@@ -201,7 +229,10 @@ class LtuEngine:
         clips = self.cache.encode(requests)
         if errors := [clip for clip in clips if isinstance(clip, AudioError)]:
             raise errors[0]
-        rows = [self.encode(request, clip, new_tokens) for request, clip in zip(requests, clips, strict=True)]
+        rows = [
+            self.encode(request, clip, new_tokens)
+            for request, clip in zip(requests, clips, strict=True)
+        ]
         return self.pad_batch([row[0] for row in rows], [row[1] for row in rows])
 
     def render(self, request: Request, transcript: str | None) -> RenderedPrompt:
@@ -212,9 +243,13 @@ class LtuEngine:
         """
         if request.history and "chat_template" not in self.processor.prompt_template:
             name = self.processor.prompt_template.get("name")
-            raise ValueError(f"The template {name!r} of this checkpoint knows single questions only, no history.")
+            raise ValueError(
+                f"The template {name!r} of this checkpoint knows single questions only, no history."
+            )
         messages = [*request.history, {"role": "user", "content": request.question}]
-        place = next((i for i, message in enumerate(messages) if message.get("audio") is not None), -1)
+        place = next(
+            (i for i, message in enumerate(messages) if message.get("audio") is not None), -1
+        )
         messages[place] = messages[place] | {"transcript": transcript}
         return self.processor.render(messages)
 
@@ -222,12 +257,16 @@ class LtuEngine:
         self, request: Request, clip: AudioClip | None, new_tokens: int
     ) -> tuple[list[int], torch.Tensor | None, str]:
         """Ids of the text, vectors (chunks, tokens, hidden) of as much audio as leaves room, and the transcript."""
-        transcript = (clip and clip.transcript) or "" if request.transcript is None else request.transcript
+        transcript = (
+            (clip and clip.transcript) or "" if request.transcript is None else request.transcript
+        )
         transcript = "" if request.mode == "audio_only" else transcript
         ids = self.processor.encode(self.render(request, transcript).prompt)
         if clip is None or request.mode == "asr_only":
             return ids, None, transcript
-        room = (self.model.config.num_positions - len(ids) - new_tokens) // self.model.config.num_audio_tokens
+        room = (
+            self.model.config.num_positions - len(ids) - new_tokens
+        ) // self.model.config.num_audio_tokens
         return ids, clip.embeds[: max(1, room)], transcript
 
     def pad_batch(self, ids: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
@@ -240,7 +279,11 @@ class LtuEngine:
 
     @torch.no_grad()
     def _answer(
-        self, requests: list[Request], settings: list[dict], seeds: list[int], on_text: OnText | None
+        self,
+        requests: list[Request],
+        settings: list[dict],
+        seeds: list[int],
+        on_text: OnText | None,
     ) -> list[Answer]:
         """One batch, with equal settings but for `ROW_SETTINGS`."""
         start = time.perf_counter()
@@ -251,8 +294,12 @@ class LtuEngine:
         for index, (answer, request, clip) in enumerate(zip(answers, requests, clips, strict=True)):
             answer.note_clip(clip)
             if answer.answered:
-                text, own, answer.transcript = self.encode(request, clip, settings[index]["max_new_tokens"])
-                answer.note_prompt(len(text), 0 if own is None else len(own), window, self.model.config)
+                text, own, answer.transcript = self.encode(
+                    request, clip, settings[index]["max_new_tokens"]
+                )
+                answer.note_prompt(
+                    len(text), 0 if own is None else len(own), window, self.model.config
+                )
             if answer.answered:
                 good.append(index)
                 ids.append(text)
@@ -261,10 +308,17 @@ class LtuEngine:
             own_seeds = [f"{seeds[index]} {row}" for index, row in zip(good, ids, strict=True)]
             inner = None if on_text is None else (lambda row, text: on_text(good[row], text))
             # Past its last position a language model fails, or talks nonsense.
-            rooms = [self.model.config.num_positions - answers[index].prompt_tokens for index in good]
-            limits = [min(settings[i]["max_new_tokens"], room) for i, room in zip(good, rooms, strict=True)]
+            rooms = [
+                self.model.config.num_positions - answers[index].prompt_tokens for index in good
+            ]
+            limits = [
+                min(settings[i]["max_new_tokens"], room)
+                for i, room in zip(good, rooms, strict=True)
+            ]
             batch, own_answers = self.pad_batch(ids, embeds), [answers[index] for index in good]
-            self._generate(batch, [settings[i] for i in good], limits, own_seeds, own_answers, inner)
+            self._generate(
+                batch, [settings[i] for i in good], limits, own_seeds, own_answers, inner
+            )
         for answer in answers:
             answer.seconds = time.perf_counter() - start
         return answers
@@ -281,7 +335,9 @@ class LtuEngine:
         """Fills in what the model says."""
         ends = self.end_ids
         start, stops, watching = batch["input_ids"].shape[1], [], None
-        more: dict[str, Any] = {name: value for name, value in settings[0].items() if name not in ROW_SETTINGS}
+        more: dict[str, Any] = {
+            name: value for name, value in settings[0].items() if name not in ROW_SETTINGS
+        }
         if min(limits) < (longest := max(limits)):
             stops.append(RowLimits(limits, start))
         if any(own["do_sample"] for own in settings):
@@ -292,7 +348,11 @@ class LtuEngine:
             tokenizer, decode = self.processor.tokenizer, self.processor.decode_answer
             more["streamer"] = watching = BatchStreamer(on_text, tokenizer, decode, ends, limits)
         stops += [watching] if watching is not None else []
-        more |= {"do_sample": False, "pad_token_id": self.processor.pad_token_id, "max_new_tokens": longest}
+        more |= {
+            "do_sample": False,
+            "pad_token_id": self.processor.pad_token_id,
+            "max_new_tokens": longest,
+        }
         output = self.model.generate(**batch, stopping_criteria=StoppingCriteriaList(stops), **more)
         for row, (ids, answer) in enumerate(zip(output[:, start:].tolist(), answers, strict=True)):
             ids = ids[: limits[row]]

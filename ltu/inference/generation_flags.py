@@ -7,7 +7,14 @@ from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
 from ltu.models.processing_ltu import WHISPER_FLAGS
 
-DECODING_FLAGS = ("max_new_tokens", "num_beams", "repetition_penalty", "temperature", "top_p", "top_k")
+DECODING_FLAGS = (
+    "max_new_tokens",
+    "num_beams",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "top_k",
+)
 
 
 def parse_num_chunks(text: str) -> int:
@@ -21,29 +28,53 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder, or hub id of one")
     parser.add_argument("--llm", help="another place of the folder's language model")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the best of them")
-    parser.add_argument("--dtype", default="auto", help="of the language model: auto, float32, bfloat16, float16")
-    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="of the language model's weights (bitsandbytes)")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the language model: auto, float32, bfloat16, float16"
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=("8bit", "4bit"),
+        help="of the language model's weights (bitsandbytes)",
+    )
     parser.add_argument("--device_map", help="auto: spread the language model over all GPUs")
     parser.add_argument("--attention", help="of the language model: sdpa, flash_attention_2, eager")
-    parser.add_argument("--compile", action="store_true", help="run the language model through torch.compile")
-    parser.add_argument("--cache_mb", type=float, default=256, help="of clips kept for further questions")
-    parser.add_argument("--num_chunks", type=parse_num_chunks, default=1, help="heard of a clip: a number, or all")
+    parser.add_argument(
+        "--compile", action="store_true", help="run the language model through torch.compile"
+    )
+    parser.add_argument(
+        "--cache_mb", type=float, default=256, help="of clips kept for further questions"
+    )
+    parser.add_argument(
+        "--num_chunks", type=parse_num_chunks, default=1, help="heard of a clip: a number, or all"
+    )
     parser.add_argument("--max_new_tokens", type=int, help="by default 400")
     parser.add_argument("--num_beams", type=int, help="search with beams instead of greedily")
     parser.add_argument("--repetition_penalty", type=float, help="of text that the model has seen")
-    parser.add_argument("--temperature", type=float, help="sample with it; by default answers are greedy")
+    parser.add_argument(
+        "--temperature", type=float, help="sample with it; by default answers are greedy"
+    )
     parser.add_argument("--top_p", type=float, help="of sampling")
     parser.add_argument("--top_k", type=int, help="of sampling")
     parser.add_argument(
-        "--original_decoding", action="store_true", help="sample as the papers did (temperature 0.1, top-p 0.95)"
+        "--original_decoding",
+        action="store_true",
+        help="sample as the papers did (temperature 0.1, top-p 0.95)",
     )
     parser.add_argument("--seed", type=int, default=42, help="of sampling")
     whisper = parser.add_argument_group("LTU-AS only")
-    whisper.add_argument("--mode", choices=MODES, default="joint", help="leave out the transcript, or the sound")
-    whisper.add_argument("--whisper", help="another place of the Whisper that gives features: a name, or a .pt file")
+    whisper.add_argument(
+        "--mode", choices=MODES, default="joint", help="leave out the transcript, or the sound"
+    )
+    whisper.add_argument(
+        "--whisper", help="another place of the Whisper that gives features: a name, or a .pt file"
+    )
     whisper.add_argument("--transcription_model", help="another Whisper for the transcript")
-    whisper.add_argument("--feature_precision", help="fp16 or fp32, of Whisper's encoder (default: as trained)")
-    whisper.add_argument("--feature_root", help="folder of ltu_as.extract_whisper_feature, or of the original's .npz")
+    whisper.add_argument(
+        "--feature_precision", help="fp16 or fp32, of Whisper's encoder (default: as trained)"
+    )
+    whisper.add_argument(
+        "--feature_root", help="folder of ltu_as.extract_whisper_feature, or of the original's .npz"
+    )
 
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
@@ -57,8 +88,15 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def open_engine(args: argparse.Namespace) -> LtuEngine:
     """The engine that the flags ask for."""
-    settings = {name: getattr(args, name) for name in ("device", "dtype", "device_map", "attention", "compile")}
-    settings |= {"language_model": args.llm, "quantization": args.quantization, "cache_mb": args.cache_mb}
+    settings = {
+        name: getattr(args, name)
+        for name in ("device", "dtype", "device_map", "attention", "compile")
+    }
+    settings |= {
+        "language_model": args.llm,
+        "quantization": args.quantization,
+        "cache_mb": args.cache_mb,
+    }
     engine = LtuEngine.from_pretrained(args.model, **settings)
     engine.processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
     return engine
@@ -71,9 +109,13 @@ def read_decoding_flags(args: argparse.Namespace) -> dict:
         ValueError: one of them is impossible.
     """
     decoding = dict(ORIGINAL_DECODING) if args.original_decoding else {}
-    decoding |= {name: getattr(args, name) for name in DECODING_FLAGS if getattr(args, name) is not None}
+    decoding |= {
+        name: getattr(args, name) for name in DECODING_FLAGS if getattr(args, name) is not None
+    }
     decoding |= {"do_sample": True} if args.temperature is not None else {}
     if not decoding.get("do_sample") and (args.top_p is not None or args.top_k is not None):
-        raise ValueError("--top_p and --top_k are of sampling: add --temperature, or --original_decoding.")
+        raise ValueError(
+            "--top_p and --top_k are of sampling: add --temperature, or --original_decoding."
+        )
     check_decoding(decoding)
     return decoding

@@ -30,7 +30,11 @@ class LabelScore:
 
 @torch.no_grad()
 def score_labels(
-    engine: Any, request: Any, candidates: list[str], with_end: bool = True, tokens_at_once: int = 8192
+    engine: Any,
+    request: Any,
+    candidates: list[str],
+    with_end: bool = True,
+    tokens_at_once: int = 8192,
 ) -> list[LabelScore]:
     """Log-likelihood of each candidate as the whole answer, in the order given.
 
@@ -52,15 +56,25 @@ def score_labels(
     prompt, embeds, transcript = engine.encode(request, clip, 0)
     rendered = engine.render(request, transcript)
     ids = [_encode(engine.processor, rendered, text, with_end) for text in candidates]
-    starts = [len(os.path.commonprefix([prompt, own])) for own in ids]  # Tokens may merge where prompt and answer meet.
-    if empty := [text for text, own, start in zip(candidates, ids, starts, strict=True) if len(own) == start]:
-        raise ValueError(f"The candidate {empty[0]!r} has no tokens of its own; use with_end, or leave it out.")
+    starts = [
+        len(os.path.commonprefix([prompt, own])) for own in ids
+    ]  # Tokens may merge where prompt and answer meet.
+    if empty := [
+        text for text, own, start in zip(candidates, ids, starts, strict=True) if len(own) == start
+    ]:
+        raise ValueError(
+            f"The candidate {empty[0]!r} has no tokens of its own; use with_end, or leave it out."
+        )
     config = engine.model.config
     if embeds is not None:  # As many chunks as leave room for every candidate.
-        embeds = embeds[: max(1, (config.num_positions - max(map(len, ids))) // config.num_audio_tokens)]
+        embeds = embeds[
+            : max(1, (config.num_positions - max(map(len, ids))) // config.num_audio_tokens)
+        ]
     length = max(map(len, ids)) + (0 if embeds is None else len(embeds) * config.num_audio_tokens)
     if length > config.num_positions:
-        raise ValueError(f"The longest candidate takes {length} tokens, the language model {config.num_positions}.")
+        raise ValueError(
+            f"The longest candidate takes {length} tokens, the language model {config.num_positions}."
+        )
     shared = min(starts)
     inputs = engine.pad_batch([ids[0][:shared]], [embeds])
     output = engine.model(**inputs, use_cache=True, logits_to_keep=1)
@@ -76,7 +90,11 @@ def score_labels(
 
 def _encode(processor: Any, rendered: RenderedPrompt, candidate: str, with_end: bool) -> list[int]:
     """Ids of prompt and candidate, as `LtuProcessor.encode_example` has them."""
-    text = rendered.prompt + rendered.leading_space + escape_control_tokens(candidate, processor.controls)
+    text = (
+        rendered.prompt
+        + rendered.leading_space
+        + escape_control_tokens(candidate, processor.controls)
+    )
     ids = processor.encode(text + rendered.end if with_end else text)
     return [*ids, rendered.end_id] if with_end and ids[-1] != rendered.end_id else ids
 
@@ -94,9 +112,14 @@ def _chunks(lengths: list[int], width: int, tokens_at_once: int) -> list[list[in
     return chunks
 
 
-def _log_probabilities(engine: Any, prefix: Any, width: int, rests: list[list[int]]) -> list[Tensor]:
+def _log_probabilities(
+    engine: Any, prefix: Any, width: int, rests: list[list[int]]
+) -> list[Tensor]:
     """Of each token, given all before it: (tokens,) for each of the `rests` behind a prefix of `width` tokens."""
-    model, longest = engine.model, max(map(len, rests)) - 1  # A last token is predicted, but predicts nothing.
+    model, longest = (
+        engine.model,
+        max(map(len, rests)) - 1,
+    )  # A last token is predicted, but predicts nothing.
     first = prefix.logits[0, -1].float().log_softmax(-1)  # (vocabulary,)
     found = [first[rest[:1]] for rest in rests]
     if longest == 0:

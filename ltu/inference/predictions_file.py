@@ -50,13 +50,19 @@ class AnswerFile:
         try:
             if self.rank == 0:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(self.locked, fcntl.LOCK_SH | fcntl.LOCK_NB)  # Ranks share it; that keeps an exclusive one away.
+            fcntl.flock(
+                self.locked, fcntl.LOCK_SH | fcntl.LOCK_NB
+            )  # Ranks share it; that keeps an exclusive one away.
         except BlockingIOError:
             raise ValueError(
                 f"Another run is writing {self.path} now. Wait for it or stop it, or give another --output_path."
             ) from None
-        is_there = self.lock_path.exists() and os.path.samestat(self.lock_path.stat(), os.fstat(self.locked.fileno()))
-        if not is_there:  # A run that ended just now removed the file between its opening and its locking.
+        is_there = self.lock_path.exists() and os.path.samestat(
+            self.lock_path.stat(), os.fstat(self.locked.fileno())
+        )
+        if (
+            not is_there
+        ):  # A run that ended just now removed the file between its opening and its locking.
             self.close()
             self.lock()
 
@@ -76,7 +82,9 @@ class AnswerFile:
     def merge(self) -> dict[Key, Answer]:
         """All answers so far. What was answered is brought into rank 0's partial file; what failed is not kept, so that
         the next run tries it again. Rank 0 calls this, when no rank is adding."""
-        places = [Path(place) for place in glob.glob(f"{glob.escape(str(self.path))}.partial*.jsonl")]
+        places = [
+            Path(place) for place in glob.glob(f"{glob.escape(str(self.path))}.partial*.jsonl")
+        ]
         found: dict[Key, Answer] = {}
         for key, answer in (pair for place in places for pair in _read(place)):
             if key not in found or not found[key].answered:

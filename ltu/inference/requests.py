@@ -9,10 +9,20 @@ from typing import Any
 from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioClip, AudioError, AudioSource
 from ltu.models.configuration_ltu import LtuConfig
 
-ROW_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")  # that rows of a batch may differ in
-UNUSED_SECONDS = MIN_SAMPLES / SAMPLING_RATE  # seconds: what is left under them is no chunk, and counts as heard
+ROW_SETTINGS = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+)  # that rows of a batch may differ in
+UNUSED_SECONDS = (
+    MIN_SAMPLES / SAMPLING_RATE
+)  # seconds: what is left under them is no chunk, and counts as heard
 MODES = ("joint", "audio_only", "asr_only")
-OnText = Callable[[int, str], bool | None]  # number of a request, its text so far -> False cancels it
+OnText = Callable[
+    [int, str], bool | None
+]  # number of a request, its text so far -> False cancels it
 GATHERED_BATCHES = 8  # that are sorted by length together
 
 
@@ -39,9 +49,13 @@ class Request:
     def check(self) -> None:
         """Raises ValueError for a mode that there is not, or an impossible number of chunks."""
         if self.mode not in MODES:
-            raise ValueError(f"The mode of a request is {self.mode!r}; there are {', '.join(MODES)}.")
+            raise ValueError(
+                f"The mode of a request is {self.mode!r}; there are {', '.join(MODES)}."
+            )
         if not isinstance(self.num_chunks, int) or self.num_chunks < 0:
-            raise ValueError(f"num_chunks of a request is {self.num_chunks!r}; give a number from 1, or 0 for all.")
+            raise ValueError(
+                f"num_chunks of a request is {self.num_chunks!r}; give a number from 1, or 0 for all."
+            )
 
 
 @dataclass
@@ -80,11 +94,20 @@ class Answer:
         if isinstance(clip, AudioError):
             self.status, self.error = clip.reason, str(clip)
         elif clip is not None:
-            self.seconds_total, self.sampling_rate, self.channels = clip.seconds, clip.sampling_rate, clip.channels
+            self.seconds_total, self.sampling_rate, self.channels = (
+                clip.seconds,
+                clip.sampling_rate,
+                clip.channels,
+            )
 
-    def note_prompt(self, text_tokens: int, num_chunks: int, chunk_seconds: float, config: LtuConfig) -> None:
+    def note_prompt(
+        self, text_tokens: int, num_chunks: int, chunk_seconds: float, config: LtuConfig
+    ) -> None:
         """How much of the clip is heard in front of the text, and whether the language model has positions for both."""
-        self.num_chunks, self.prompt_tokens = num_chunks, text_tokens + num_chunks * config.num_audio_tokens
+        self.num_chunks, self.prompt_tokens = (
+            num_chunks,
+            text_tokens + num_chunks * config.num_audio_tokens,
+        )
         self.seconds_heard = min(self.seconds_total, num_chunks * chunk_seconds)
         if self.prompt_tokens >= config.num_positions:
             self.status, self.num_chunks, self.seconds_heard = "too_long", 0, 0.0
@@ -119,4 +142,10 @@ def _length(request: Request) -> tuple[bool, int]:
 
 
 def _name(audio: AudioSource) -> Any:
-    return str(audio) if isinstance(audio, str | Path) else audio if isinstance(audio, bytes) else id(audio)
+    return (
+        str(audio)
+        if isinstance(audio, str | Path)
+        else audio
+        if isinstance(audio, bytes)
+        else id(audio)
+    )

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
-from transformers.generation import BaseStreamer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    BaseStreamer,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 # How the papers' numbers were produced.
 ORIGINAL_DECODING = {
@@ -31,7 +36,11 @@ GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
 # Each setting: its types, whether a value is possible, and what is possible in words.
 SETTINGS: dict[str, tuple[tuple, Callable[[Any], bool], str]] = {
     "do_sample": ((bool,), lambda value: True, "true or false"),
-    "temperature": ((int, float), lambda value: 0 < value <= 100, "above 0, at most 100 (do_sample=False is greedy)"),
+    "temperature": (
+        (int, float),
+        lambda value: 0 < value <= 100,
+        "above 0, at most 100 (do_sample=False is greedy)",
+    ),
     "top_p": ((int, float), lambda value: 0 < value <= 1, "above 0, at most 1"),
     "top_k": ((int,), lambda value: value >= 0, "a whole number from 0 (0: no limit)"),
     "repetition_penalty": ((int, float), lambda value: 0 < value <= 100, "above 0, at most 100"),
@@ -52,7 +61,11 @@ def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"Unknown decoding settings {unknown}; there are {', '.join(SETTINGS)}.")
     for name, value in decoding.items():
         types, is_possible, possible = SETTINGS[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or not is_possible(value):
+        if (
+            not isinstance(value, types)
+            or (isinstance(value, bool) and bool not in types)
+            or not is_possible(value)
+        ):
             raise ValueError(f"{name} is {value!r}; possible: {possible}.")
     settings = GREEDY_DECODING | decoding
     if settings["do_sample"] and settings.get("num_beams", 1) > 1:
@@ -85,7 +98,9 @@ class RowSampler(LogitsProcessor):
             warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
             warpers += [TopKLogitsWarper(top_k)] if top_k else []
             warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-            warped = LogitsProcessorList(warpers)(input_ids[rows], scores[rows])  # (rows, vocabulary)
+            warped = LogitsProcessorList(warpers)(
+                input_ids[rows], scores[rows]
+            )  # (rows, vocabulary)
             scores[rows] = self._draw(warped, [self.rows[row] for row in rows])
         return scores
 
@@ -94,7 +109,9 @@ class RowSampler(LogitsProcessor):
         draws = torch.tensor([[row.random()] for row in rows], device=scores.device)
         is_reached = (probabilities.cumsum(-1) > draws) & (probabilities > 0)
         # Rounding may leave the sum just below a draw near 1: then the likeliest token.
-        chosen = torch.where(is_reached.any(-1), is_reached.int().argmax(-1), probabilities.argmax(-1))
+        chosen = torch.where(
+            is_reached.any(-1), is_reached.int().argmax(-1), probabilities.argmax(-1)
+        )
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
@@ -105,8 +122,12 @@ class Cancelling(StoppingCriteria):
         self.is_wanted, self.rows, self.cancelled = is_wanted, rows, set[int]()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.cancelled |= {row for row in range(self.rows) if row not in self.cancelled and not self.is_wanted(row)}
-        stops = torch.tensor([row in self.cancelled for row in range(self.rows)], device=input_ids.device)
+        self.cancelled |= {
+            row for row in range(self.rows) if row not in self.cancelled and not self.is_wanted(row)
+        }
+        stops = torch.tensor(
+            [row in self.cancelled for row in range(self.rows)], device=input_ids.device
+        )
         return stops.repeat_interleave(len(input_ids) // self.rows)
 
 
@@ -117,7 +138,9 @@ class RowLimits(StoppingCriteria):
         self.limits, self.start = torch.tensor(limits), start
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        limits = self.limits.repeat_interleave(len(input_ids) // len(self.limits))  # Beams of a row have its limit.
+        limits = self.limits.repeat_interleave(
+            len(input_ids) // len(self.limits)
+        )  # Beams of a row have its limit.
         return (input_ids.shape[1] - self.start >= limits).to(input_ids.device)
 
 
@@ -140,7 +163,13 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         ends: set[int],
         limits: list[int],
     ):
-        self.on_text, self.tokenizer, self.decode, self.ends, self.limits = on_text, tokenizer, decode, ends, limits
+        self.on_text, self.tokenizer, self.decode, self.ends, self.limits = (
+            on_text,
+            tokenizer,
+            decode,
+            ends,
+            limits,
+        )
         self.ids: list[list[int]] = []
         self.shown: list[str] = []
         self.is_done: list[bool] = []
@@ -162,7 +191,9 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
             self.is_done[row] = len(self.ids[row]) == self.limits[row]
             text = self.decode(self.ids[row])
             # What is shown must stay: half a character shows as U+FFFD, and so do all bytes of a run with a wrong one.
-            is_open = text.endswith("\ufffd") or BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or "")
+            is_open = text.endswith("\ufffd") or BYTE.fullmatch(
+                self.tokenizer.convert_ids_to_tokens(token) or ""
+            )
             if not is_open and text.startswith(self.shown[row]):
                 self.shown[row] = text
             if self.on_text(row, self.shown[row]) is False:
@@ -173,4 +204,6 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         """Nothing is held back: the whole text is in the answer."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.tensor([row in self.cancelled for row in range(len(input_ids))], device=input_ids.device)
+        return torch.tensor(
+            [row in self.cancelled for row in range(len(input_ids))], device=input_ids.device
+        )

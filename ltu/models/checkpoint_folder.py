@@ -22,7 +22,9 @@ def relative_path_of(place: str | os.PathLike, folder: str | os.PathLike) -> str
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def find_checkpoint(name: str | os.PathLike, needed: tuple[str, ...] = ("config.json",), **hub_kwargs: Any) -> Path:
+def find_checkpoint(
+    name: str | os.PathLike, needed: tuple[str, ...] = ("config.json",), **hub_kwargs: Any
+) -> Path:
     """The folder of a checkpoint: `name` itself, or where the hub's copy of it was put.
 
     Args:
@@ -31,7 +33,9 @@ def find_checkpoint(name: str | os.PathLike, needed: tuple[str, ...] = ("config.
     Raises:
         FileNotFoundError: it is neither a folder nor a hub id, or the folder holds no checkpoint.
     """
-    folder = Path(name) if Path(name).is_dir() or "/" in str(name) else Path("pretrained_mdls", name)
+    folder = (
+        Path(name) if Path(name).is_dir() or "/" in str(name) else Path("pretrained_mdls", name)
+    )
     if not folder.is_dir():
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
             raise FileNotFoundError(
@@ -63,7 +67,9 @@ def weight_files(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin).")
+        raise FileNotFoundError(
+            f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)."
+        )
     return files
 
 
@@ -129,4 +135,6 @@ def hash_language_model(name: str | os.PathLike) -> str:
             else:
                 digest.update(str(os.path.getsize(file)).encode())
         return digest.hexdigest()
-    raise FileNotFoundError(f"{name} holds no weights (model.safetensors or pytorch_model.bin, or an index of them).")
+    raise FileNotFoundError(
+        f"{name} holds no weights (model.safetensors or pytorch_model.bin, or an index of them)."
+    )

@@ -151,7 +151,9 @@ class LtuConfig(PreTrainedConfig):
         self.audio_config = _as_config(audio_config, self.default_audio_model_type)
         self.text_config = _as_config(text_config, "llama")
         if not hasattr(self.text_config, "vocab_size"):
-            raise ValueError(f"{self.text_config.model_type} is no causal language model; name one that is text alone.")
+            raise ValueError(
+                f"{self.text_config.model_type} is no causal language model; name one that is text alone."
+            )
         self.language_model = language_model
         self.language_model_sha256 = language_model_sha256
         self.lora = lora
@@ -171,7 +173,9 @@ class LtuConfig(PreTrainedConfig):
             setattr(self, name, value)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
-        kwargs["tie_word_embeddings"] = False  # The language model ties its own; the wrapper owns no embedding.
+        kwargs["tie_word_embeddings"] = (
+            False  # The language model ties its own; the wrapper owns no embedding.
+        )
         super().__init__(**kwargs)
 
     @property

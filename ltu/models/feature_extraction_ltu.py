@@ -26,9 +26,18 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
 
     model_input_names = ["input_features"]
 
-    def __init__(self, num_mel_bins: int, num_frames: int, sampling_rate: int, padding_value: float, **kwargs):
-        kwargs.pop("feature_size", None)  # Written to disk by the base class; num_mel_bins is its one home here.
-        super().__init__(feature_size=num_mel_bins, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+    def __init__(
+        self, num_mel_bins: int, num_frames: int, sampling_rate: int, padding_value: float, **kwargs
+    ):
+        kwargs.pop(
+            "feature_size", None
+        )  # Written to disk by the base class; num_mel_bins is its one home here.
+        super().__init__(
+            feature_size=num_mel_bins,
+            sampling_rate=sampling_rate,
+            padding_value=padding_value,
+            **kwargs,
+        )
         self.num_mel_bins = num_mel_bins
         self.num_frames = num_frames
 
@@ -67,13 +76,20 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
                 "ltu.data.audio.load_audio, which resamples."
             )
         is_single = not isinstance(raw_speech, list | tuple)
-        waveforms = [torch.as_tensor(clip, dtype=torch.float32) for clip in ([raw_speech] if is_single else raw_speech)]
+        waveforms = [
+            torch.as_tensor(clip, dtype=torch.float32)
+            for clip in ([raw_speech] if is_single else raw_speech)
+        ]
         for number, waveform in enumerate(waveforms):
             if waveform.ndim != 1:
-                raise ValueError(f"Clip {number} has shape {tuple(waveform.shape)}; a waveform is (samples,), mono.")
+                raise ValueError(
+                    f"Clip {number} has shape {tuple(waveform.shape)}; a waveform is (samples,), mono."
+                )
             if len(waveform) < MIN_SAMPLES:
                 milliseconds = 1000 * len(waveform) / self.sampling_rate
-                raise AudioError(f"<waveform {number}>", "too_short", f"{milliseconds:.1f} ms of sound")
+                raise AudioError(
+                    f"<waveform {number}>", "too_short", f"{milliseconds:.1f} ms of sound"
+                )
         heard = zip(waveforms, num_chunks or [1] * len(waveforms), strict=True)
         features = torch.cat([self.extract_chunks(waveform, count) for waveform, count in heard])
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
@@ -126,7 +142,9 @@ class LtuFeatureExtractor(ChunkedFeatureExtractor):
             frame_shift=1000 * FRAME_SHIFT / self.sampling_rate,
         )  # (frames, bins)
         missing = self.num_frames - len(filterbank)
-        padded = torch.nn.functional.pad(filterbank, (0, 0, 0, missing), value=self.padding_value)  # (num_frames, bins)
+        padded = torch.nn.functional.pad(
+            filterbank, (0, 0, 0, missing), value=self.padding_value
+        )  # (num_frames, bins)
         return (padded - self.mean) / self.std
 
 
@@ -168,14 +186,20 @@ class YamnetFeatureExtractor(ChunkedFeatureExtractor):
     def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
         """`(samples,)` → `(frames, num_mel_bins)`, without padding or cutting."""
         n_fft = 512  # the next power of two over the 400 samples of a frame
-        frames = waveform.unfold(0, FRAME_LENGTH, FRAME_SHIFT) * torch.hann_window(FRAME_LENGTH)  # (frames, 400)
+        frames = waveform.unfold(0, FRAME_LENGTH, FRAME_SHIFT) * torch.hann_window(
+            FRAME_LENGTH
+        )  # (frames, 400)
         magnitude = torch.fft.rfft(frames, n_fft).abs()  # (frames, 257)
-        bands = mel_bands(self.sampling_rate, n_fft, self.num_mel_bins, self.mel_min_hz, self.mel_max_hz)
+        bands = mel_bands(
+            self.sampling_rate, n_fft, self.num_mel_bins, self.mel_min_hz, self.mel_max_hz
+        )
         return torch.log(magnitude @ bands + self.log_offset)  # (frames, bins)
 
 
 @lru_cache(maxsize=4)
-def mel_bands(sampling_rate: int, n_fft: int, num_mel_bins: int, min_hz: float, max_hz: float) -> torch.Tensor:
+def mel_bands(
+    sampling_rate: int, n_fft: int, num_mel_bins: int, min_hz: float, max_hz: float
+) -> torch.Tensor:
     """Triangular bands on the HTK mel scale, straight in mel, float32 `(n_fft // 2 + 1, num_mel_bins)`."""
 
     def mel(hertz: np.ndarray | float) -> np.ndarray:
@@ -184,7 +208,9 @@ def mel_bands(sampling_rate: int, n_fft: int, num_mel_bins: int, min_hz: float, 
     bins = mel(np.linspace(0.0, sampling_rate / 2, n_fft // 2 + 1))[:, None]  # (257, 1)
     edges = np.linspace(mel(min_hz), mel(max_hz), num_mel_bins + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    bands = np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)).clip(min=0.0)
+    bands = np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)).clip(
+        min=0.0
+    )
     bands[0] = 0.0  # A constant offset of the waveform carries no sound.
     return torch.from_numpy(bands).float()
 

@@ -16,11 +16,19 @@ def find_targets(language_model: Any, named: list[str] | None = None) -> list[st
     """
     modules, kind = dict(language_model.named_modules()), language_model.config.model_type
     for targets in [named] if named else (["q_proj", "v_proj"], PEFT_TARGETS.get(kind)):
-        if isinstance(targets, list) and all(any(f".{n}".endswith(f".{t}") for n in modules) for t in targets):
+        if isinstance(targets, list) and all(
+            any(f".{n}".endswith(f".{t}") for n in modules) for t in targets
+        ):
             return list(targets)
     modules = {n: m for n, m in modules.items() if m is not language_model.get_output_embeddings()}
-    linear = sorted({n.split(".")[-1] for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)})
-    reason = f"LoRA cannot go into {named}: not all of them are there" if named else "no usual place of LoRA is known"
+    linear = sorted(
+        {n.split(".")[-1] for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
+    )
+    reason = (
+        f"LoRA cannot go into {named}: not all of them are there"
+        if named
+        else "no usual place of LoRA is known"
+    )
     raise ValueError(
         f"{reason}. The linear layers of this {kind} are {', '.join(linear)}. Use --lora_target_modules '[NAME,NAME]'."
     )
@@ -28,8 +36,15 @@ def find_targets(language_model: Any, named: list[str] | None = None) -> list[st
 
 def inject_lora(language_model: Any, lora: dict) -> None:
     """Put a fresh LoRA, whose product is zero at first, into the layers that `lora["target_modules"]` names."""
-    names = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "target_modules": "target_modules"}
-    inject_adapter_in_model(LoraConfig(**{theirs: lora[ours] for ours, theirs in names.items()}), language_model)
+    names = {
+        "r": "r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "target_modules": "target_modules",
+    }
+    inject_adapter_in_model(
+        LoraConfig(**{theirs: lora[ours] for ours, theirs in names.items()}), language_model
+    )
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

@@ -21,7 +21,9 @@ from ltu.models.configuration_ltu import CavMaeConfig
 class CavMaePatchEmbed(nn.Module):
     def __init__(self, config: CavMaeConfig):
         super().__init__()
-        self.proj = nn.Conv2d(1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(
+            1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
 
     def forward(self, input_features: torch.Tensor) -> torch.Tensor:
         picture = input_features.transpose(1, 2).unsqueeze(1)  # (batch, 1, bins, frames)
@@ -38,8 +40,12 @@ class CavMaeAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         batch, patches, hidden = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, patches, 3, self.num_heads, hidden // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, patches, hidden / heads)
+        qkv = self.qkv(hidden_states).view(
+            batch, patches, 3, self.num_heads, hidden // self.num_heads
+        )
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(
+            0
+        )  # each (batch, heads, patches, hidden / heads)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, patches, hidden))
 
@@ -119,11 +125,15 @@ class CavMaeModel(CavMaePreTrainedModel):
 
     def __init__(self, config: CavMaeConfig):
         super().__init__(config)
-        patches = (config.num_mel_bins // config.patch_size) * (config.num_frames // config.patch_size)
+        patches = (config.num_mel_bins // config.patch_size) * (
+            config.num_frames // config.patch_size
+        )
         self.modality_a = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed_a = nn.Parameter(torch.zeros(1, patches, config.hidden_size))
         self.patch_embed_a = CavMaePatchEmbed(config)
-        self.blocks_a = nn.ModuleList(CavMaeBlock(config, is_shared=False) for _ in range(config.num_hidden_layers - 1))
+        self.blocks_a = nn.ModuleList(
+            CavMaeBlock(config, is_shared=False) for _ in range(config.num_hidden_layers - 1)
+        )
         self.blocks_u = nn.ModuleList([CavMaeBlock(config, is_shared=True)])
         self.norm_a = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -131,8 +141,17 @@ class CavMaeModel(CavMaePreTrainedModel):
     @property
     def unused_parameter_names(self) -> list[str]:
         """Parameters that get no gradient, as `state_dict` names them: four norms of every block."""
-        blocks = [(path, module) for path, module in self.named_modules() if isinstance(module, CavMaeBlock)]
-        return [f"{path}.{norm}.{kind}" for path, b in blocks for norm in b.unused_norms for kind in ("weight", "bias")]
+        blocks = [
+            (path, module)
+            for path, module in self.named_modules()
+            if isinstance(module, CavMaeBlock)
+        ]
+        return [
+            f"{path}.{norm}.{kind}"
+            for path, b in blocks
+            for norm in b.unused_norms
+            for kind in ("weight", "bias")
+        ]
 
     def encode(self, input_features: torch.Tensor) -> torch.Tensor:
         """`(batch, num_frames, num_mel_bins)` → `(batch, patches, hidden_size)`, normed, frequency-major."""
@@ -142,7 +161,9 @@ class CavMaeModel(CavMaePreTrainedModel):
                 f"CAV-MAE takes features of shape (batch, {expected[0]}, {expected[1]}), got "
                 f"{tuple(input_features.shape)}. Make them with the feature extractor that was saved with this model."
             )
-        hidden_states = self.patch_embed_a(input_features.to(self.patch_embed_a.proj.weight.dtype))  # (batch, 512, 768)
+        hidden_states = self.patch_embed_a(
+            input_features.to(self.patch_embed_a.proj.weight.dtype)
+        )  # (batch, 512, 768)
         hidden_states = hidden_states + self.pos_embed_a + self.modality_a
         for block in (*self.blocks_a, *self.blocks_u):
             hidden_states = block(hidden_states)
@@ -153,7 +174,9 @@ class CavMaeModel(CavMaePreTrainedModel):
         hidden_states = self.encode(input_features)  # (batch, 8 * 64, 768)
         rows = self.config.num_mel_bins // self.config.patch_size
         hidden_states = hidden_states.unflatten(1, (rows, -1)).mean(1)  # (batch, 64, 768)
-        return hidden_states.unflatten(1, (-1, self.config.time_pooling)).mean(2)  # (batch, 32, 768)
+        return hidden_states.unflatten(1, (-1, self.config.time_pooling)).mean(
+            2
+        )  # (batch, 32, 768)
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
@@ -165,7 +188,9 @@ def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     row, column = (axis.ravel() for axis in np.mgrid[:rows, :columns].astype(np.float64))
-    table = np.concatenate([one_axis(column), one_axis(row)], axis=1)  # (rows * columns, width), width a multiple of 4
+    table = np.concatenate(
+        [one_axis(column), one_axis(row)], axis=1
+    )  # (rows * columns, width), width a multiple of 4
     return torch.from_numpy(table).float()
 
 

@@ -43,7 +43,9 @@ class LtuMultiModalProjector(nn.Module):
     def __init__(self, config: LtuConfig):
         super().__init__()
         width = config.audio_config.hidden_size
-        self.layer_norm = nn.LayerNorm(width, eps=config.projector_layer_norm_eps, elementwise_affine=False)
+        self.layer_norm = nn.LayerNorm(
+            width, eps=config.projector_layer_norm_eps, elementwise_affine=False
+        )
         self.linear = nn.Linear(width, config.text_config.hidden_size)
 
     def forward(self, audio_hidden: Tensor) -> Tensor:
@@ -82,7 +84,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     def init_weights(self) -> None:
         """Nothing: each part has initialised itself, and a loaded language model keeps its weights."""
 
-    def add_lora(self, r: int, alpha: int, dropout: float, target_modules: list[str] | None = None) -> None:
+    def add_lora(
+        self, r: int, alpha: int, dropout: float, target_modules: list[str] | None = None
+    ) -> None:
         """Give the language model a fresh LoRA, whose product is zero at first; `find_targets` says where by default.
 
         Raises:
@@ -101,7 +105,10 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         marks = TRAINABLE_PLANS[plan]
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(
-                any(mark in name if mark.startswith(".") else name.startswith(mark) for mark in marks)
+                any(
+                    mark in name if mark.startswith(".") else name.startswith(mark)
+                    for mark in marks
+                )
             )
 
     def get_input_embeddings(self) -> nn.Module:
@@ -114,7 +121,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         """(clips, frames, mel bins) spectrograms -> (clips, num_audio_tokens, hidden) vectors for the language
         model."""
         weight = self.multi_modal_projector.linear.weight
-        audio_hidden = self.audio_tower(input_features.to(weight.device, weight.dtype))  # (clips, tokens, audio hidden)
+        audio_hidden = self.audio_tower(
+            input_features.to(weight.device, weight.dtype)
+        )  # (clips, tokens, audio hidden)
         return self.multi_modal_projector(
             audio_hidden / self.config.audio_config.feature_divisor
         )  # (clips, tokens, hidden)
@@ -156,7 +165,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             audio_embeds = self.get_audio_features(input_features)
         audio_embeds = audio_embeds.to(token_embeds)  # (clips, tokens, hidden)
         if audio_index is not None:
-            audio_embeds = audio_embeds[audio_index.to(audio_embeds.device)]  # (runs, tokens, hidden)
+            audio_embeds = audio_embeds[
+                audio_index.to(audio_embeds.device)
+            ]  # (runs, tokens, hidden)
         return token_embeds.masked_scatter(is_audio[..., None], audio_embeds)
 
     def forward(
@@ -222,7 +233,11 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
     def is_own(self, key: str) -> bool:
         """Whether a checkpoint of ours holds this key of the state dict."""
-        return self.config.language_model is None or ".lora_" in key or not key.startswith("language_model.")
+        return (
+            self.config.language_model is None
+            or ".lora_" in key
+            or not key.startswith("language_model.")
+        )
 
     def save_pretrained(
         self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
@@ -231,7 +246,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         other home."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         super().save_pretrained(
-            save_directory, state_dict={k: v for k, v in state_dict.items() if self.is_own(k)}, **kwargs
+            save_directory,
+            state_dict={k: v for k, v in state_dict.items() if self.is_own(k)},
+            **kwargs,
         )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -274,21 +291,27 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         dtype = kwargs.pop("torch_dtype", dtype)
         llm_kwargs = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs}
         given = llm_kwargs | {"language_model": language_model, "device_map": device_map}
-        left_over = [name for name in kwargs if not name.startswith("_") and name not in AUTO_ARGUMENTS]
+        left_over = [
+            name for name in kwargs if not name.startswith("_") and name not in AUTO_ARGUMENTS
+        ]
         if left_over:
             raise TypeError(f"from_pretrained of LTU does not take {left_over}.")
         folder = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         config = config or cls.config_class.from_pretrained(folder)
         llm = None
         if config.language_model is not None:
-            config.language_model = str(language_model) if language_model else config.find_language_model(folder)
+            config.language_model = (
+                str(language_model) if language_model else config.find_language_model(folder)
+            )
             check_language_model(config, folder)
             llm = AutoModelForCausalLM.from_pretrained(
                 config.language_model, dtype=dtype, device_map=device_map, **llm_kwargs
             )
             config.text_config = llm.config
         elif refused := {name for name, value in given.items() if value is not None}:
-            raise ValueError(f"{folder} holds its language model; these are for one that lies elsewhere: {refused}.")
+            raise ValueError(
+                f"{folder} holds its language model; these are for one that lies elsewhere: {refused}."
+            )
         elif dtype not in ("auto", None):  # Of what is built; LoRA is fp32 all the same.
             config.text_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model = cls(config, language_model=llm)
@@ -298,7 +321,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             model.audio_tower.to(device)
             model.multi_modal_projector.to(device)
             if hasattr(llm, "hf_device_map"):  # The Trainer must leave the parts where they are.
-                model.hf_device_map = {f"language_model.{name}": place for name, place in llm.hf_device_map.items()}
+                model.hf_device_map = {
+                    f"language_model.{name}": place for name, place in llm.hf_device_map.items()
+                }
         return model.eval()
 
     def _load_own(self, folder: Path) -> None:
@@ -309,7 +334,10 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             )
         state = {key: value for file in files for key, value in load_file(file).items()}
         wanted = {key for key in self.state_dict() if self.is_own(key)}
-        missing, left_over = wanted - set(state) - set(self.all_tied_weights_keys), set(state) - wanted
+        missing, left_over = (
+            wanted - set(state) - set(self.all_tied_weights_keys),
+            set(state) - wanted,
+        )
         if missing or left_over:
             raise KeyError(
                 f"{folder} does not fit its own config: {len(missing)} keys missing {sorted(missing)[:3]}, "

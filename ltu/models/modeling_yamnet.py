@@ -17,7 +17,17 @@ from transformers import initialization as init
 from ltu.models.configuration_ltu import YamnetConfig
 
 # (channels, stride) of the 13 depthwise-separable blocks at the width of 1024.
-BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+BLOCKS = (
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    *((512, 1),) * 5,
+    (1024, 2),
+    (1024, 1),
+)
 FULL_WIDTH = 1024
 
 
@@ -25,13 +35,26 @@ class SameConv2d(nn.Conv2d):
     """A 3 x 3 convolution padded as TensorFlow does: with stride 2 an even size gets one row or column, at its end."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int = 1):
-        super().__init__(in_channels, out_channels, kernel_size=3, stride=stride, padding=2 - stride, groups=groups)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size=3,
+            stride=stride,
+            padding=2 - stride,
+            groups=groups,
+        )
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
         if self.stride == (2, 2):
-            rows, columns = (1 + size % 2 for size in picture.shape[-2:])  # rows and columns to add in all
-            picture = F.pad(picture, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return super().forward(picture)  # (batch, channels, ceil(frames / stride), ceil(bins / stride))
+            rows, columns = (
+                1 + size % 2 for size in picture.shape[-2:]
+            )  # rows and columns to add in all
+            picture = F.pad(
+                picture, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+            )
+        return super().forward(
+            picture
+        )  # (batch, channels, ceil(frames / stride), ceil(bins / stride))
 
 
 class YamnetBlock(nn.Module):
@@ -70,7 +93,9 @@ class YamnetModel(PreTrainedModel):
         self.conv1 = SameConv2d(1, first, stride=2)
         self.blocks = nn.ModuleList(
             YamnetBlock(before, after, stride)
-            for before, after, (_, stride) in zip([first, *widths[:-1]], widths, BLOCKS, strict=True)
+            for before, after, (_, stride) in zip(
+                [first, *widths[:-1]], widths, BLOCKS, strict=True
+            )
         )
         self.classifier = nn.Linear(config.hidden_size, config.num_classes)
         self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
@@ -101,7 +126,9 @@ class YamnetModel(PreTrainedModel):
                 f"YAMNet takes features of shape (batch, frames, {self.config.num_mel_bins}), got "
                 f"{tuple(input_features.shape)}. Make them with the feature extractor that was saved with this model."
             )
-        picture = input_features.to(self.conv1.weight.dtype).unsqueeze(1)  # (batch, 1, frames, bins)
+        picture = input_features.to(self.conv1.weight.dtype).unsqueeze(
+            1
+        )  # (batch, 1, frames, bins)
         picture = F.relu(self.conv1(picture), inplace=True)  # (batch, 32, frames / 2, bins / 2)
         picture = picture.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:

@@ -75,17 +75,24 @@ class LtuProcessor(ProcessorMixin):
         self.controls = control_tokens(tokenizer, self.prompt_template.get("chat_template"))
         self.add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"The tokenizer of {tokenizer.name_or_path} has no end token; set its eos_token first.")
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path} has no end token; set its eos_token first."
+            )
         tokenizer.split_special_tokens = True
 
     @classmethod
-    def from_config(cls, config: LtuConfig, tokenizer_name: str | Path, **extractor_settings: Any) -> "LtuProcessor":
+    def from_config(
+        cls, config: LtuConfig, tokenizer_name: str | Path, **extractor_settings: Any
+    ) -> "LtuProcessor":
         """The processor that fits a model's config, with the tokenizer of its language model (a folder or hub id).
 
         The token that ends its answers joins `config.eos_token_id`, for generation to stop there.
         """
         extractor_class = FEATURE_EXTRACTOR_MAPPING[type(config.audio_config)]
-        sizes = {ours: getattr(config.audio_config, audio_encoders) for ours, audio_encoders in cls.extractor_sizes.items()}
+        sizes = {
+            ours: getattr(config.audio_config, audio_encoders)
+            for ours, audio_encoders in cls.extractor_sizes.items()
+        }
         processor = cls(
             extractor_class(**sizes, **extractor_settings),
             AutoTokenizer.from_pretrained(tokenizer_name),
@@ -93,7 +100,9 @@ class LtuProcessor(ProcessorMixin):
             audio_token_id=config.audio_token_id,
             prompt_template=config.prompt_template,
         )
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = (
+            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        )
         if (end := processor.render([user_message("")]).end_id) not in ends:
             config.eos_token_id = end if ends == [None] else [*ends, end]
         return processor
@@ -124,12 +133,19 @@ class LtuProcessor(ProcessorMixin):
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; many at once are tokenized in parallel."""
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # JSON can hold halves of characters.
+        texts = [
+            text.encode("utf-8", "replace").decode() for text in texts
+        ]  # JSON can hold halves of characters.
         if self.controls is None:
-            found = [self.bos_ids + ids for ids in tokenize_texts(self.tokenizer, texts, split_special_tokens=True)]
+            found = [
+                self.bos_ids + ids
+                for ids in tokenize_texts(self.tokenizer, texts, split_special_tokens=True)
+            ]
         else:
             pieces = [text.split(CUT) for text in texts]
-            parts = iter(tokenize_texts(self.tokenizer, [part for each in pieces for part in each], False))
+            parts = iter(
+                tokenize_texts(self.tokenizer, [part for each in pieces for part in each], False)
+            )
             found = [[token for _ in each for token in next(parts)] for each in pieces]
         highest = max((max(ids) for ids in found if ids), default=0)
         if self.audio_token_id is not None and highest >= self.audio_token_id:
@@ -139,7 +155,9 @@ class LtuProcessor(ProcessorMixin):
             )
         return found
 
-    def encode_example(self, row: dict, cutoff_len: int, train_on_inputs: bool = True) -> tuple[list[int], list[int]]:
+    def encode_example(
+        self, row: dict, cutoff_len: int, train_on_inputs: bool = True
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels of one training row, both (length <= cutoff_len,). Audio does not count.
 
         The end token is there only when the text is shorter than the cutoff: a truncated answer has no end.
@@ -157,7 +175,9 @@ class LtuProcessor(ProcessorMixin):
     def example(self, row: dict) -> tuple[RenderedPrompt, str]:
         """What stands around the answer of a training row, and its whole text."""
         render = self.render([user_message(row["instruction"], row.get("input"))])
-        return render, render.prompt + render.leading_space + escape_control_tokens(row["output"], self.controls) + render.end
+        return render, render.prompt + render.leading_space + escape_control_tokens(
+            row["output"], self.controls
+        ) + render.end
 
     def __call__(
         self,
@@ -183,9 +203,14 @@ class LtuProcessor(ProcessorMixin):
             ValueError: the lists have unequal lengths.
         """
         if return_tensors != "pt":
-            raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' (torch tensors) is made here.")
+            raise ValueError(
+                f"return_tensors is {return_tensors!r}; only 'pt' (torch tensors) is made here."
+            )
         questions = [text] if isinstance(text, str) else list(text)
-        given = [broadcast(transcript, len(questions), "transcript"), broadcast(audio, len(questions), "audio")]
+        given = [
+            broadcast(transcript, len(questions), "transcript"),
+            broadcast(audio, len(questions), "audio"),
+        ]
         return self._batch([[user_message(*row)] for row in zip(questions, *given, strict=True)])
 
     def apply_chat_template(
@@ -205,9 +230,14 @@ class LtuProcessor(ProcessorMixin):
             ValueError: the prompt template or the model cannot express a conversation.
         """
         if return_tensors != "pt" or not add_generation_prompt or not padding:
-            raise ValueError("A prompt ends where the answer begins, in padded rows of torch tensors ('pt').")
+            raise ValueError(
+                "A prompt ends where the answer begins, in padded rows of torch tensors ('pt')."
+            )
         several = bool(conversation) and isinstance(conversation[0], list)
-        read = [read_conversation(each, self.prompt_template) for each in (conversation if several else [conversation])]
+        read = [
+            read_conversation(each, self.prompt_template)
+            for each in (conversation if several else [conversation])
+        ]
         if not tokenize:
             texts = [self.render(messages).prompt.replace(CUT, "") for messages in read]
             return texts if several else texts[0]
@@ -215,8 +245,14 @@ class LtuProcessor(ProcessorMixin):
 
     def _batch(self, conversations: list[list[dict]]) -> BatchFeature:
         """What `__call__` returns, one row a conversation."""
-        asked = [next((m for m in each if m.get("audio") is not None), each[-1]) for each in conversations]
-        heard = [None if message.get("audio") is None else self.load_clip(message["audio"]) for message in asked]
+        asked = [
+            next((m for m in each if m.get("audio") is not None), each[-1])
+            for each in conversations
+        ]
+        heard = [
+            None if message.get("audio") is None else self.load_clip(message["audio"])
+            for message in asked
+        ]
         texts = self.complete_transcripts(heard, [message.get("transcript") for message in asked])
         for message, transcript in zip(asked, texts, strict=True):
             message["transcript"] = transcript
@@ -226,7 +262,9 @@ class LtuProcessor(ProcessorMixin):
             batch["input_features"] = self.extract_features(found)
         return BatchFeature(batch)
 
-    def pad_batch(self, ids: list[list[int]], has_audio: list[bool | int], multiple_of: int = 1) -> dict[str, Tensor]:
+    def pad_batch(
+        self, ids: list[list[int]], has_audio: list[bool | int], multiple_of: int = 1
+    ) -> dict[str, Tensor]:
         """`[audio placeholders][pads][text]`: `input_ids` and `attention_mask`, both (batch, tokens + longest text).
 
         Args:
@@ -245,7 +283,9 @@ class LtuProcessor(ProcessorMixin):
             attention_mask[row, : hears * self.num_audio_tokens] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def load_clip(self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1) -> AudioClip:
+    def load_clip(
+        self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1
+    ) -> AudioClip:
         """A clip, of which `num_chunks` are to be heard, 0 for all that it has. `audio_id` is its name in a row, by which
         LTU-AS finds it in a feature folder.
 
@@ -271,15 +311,23 @@ class LtuProcessor(ProcessorMixin):
         """What the ear takes: (chunks of all clips, frames, mel bins)."""
         todo = [clip for clip in clips if clip.features is None]
         waveforms, num_chunks = [clip.waveform for clip in todo], [clip.num_chunks for clip in todo]
-        made = self.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, num_chunks=num_chunks) if todo else None
+        made = (
+            self.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, num_chunks=num_chunks)
+            if todo
+            else None
+        )
         parts = iter(made.input_features.split(num_chunks) if made else ())
-        return torch.cat([next(parts) if clip.features is None else clip.features[None] for clip in clips])
+        return torch.cat(
+            [next(parts) if clip.features is None else clip.features[None] for clip in clips]
+        )
 
     def load_features(self, row: dict) -> Tensor:
         """What the ear takes of a row's clip: (frames, mel bins)."""
         return self.extract_features([self.load_clip(row["audio"], row.get("audio_id"))])[0]
 
-    def complete_transcripts(self, clips: list[AudioClip | None], transcripts: list[str | None]) -> list[str]:
+    def complete_transcripts(
+        self, clips: list[AudioClip | None], transcripts: list[str | None]
+    ) -> list[str]:
         """Transcripts of clips, where None is given: LTU knows none, LTU-AS asks Whisper."""
         return [transcript or "" for transcript in transcripts]
 
@@ -294,7 +342,9 @@ class LtuProcessor(ProcessorMixin):
             ValueError: a setting is not None, and the checkpoint is of LTU.
         """
         if asked := [f"--{name}" for name, value in settings.items() if value is not None]:
-            raise ValueError(f"{', '.join(asked)}: only LTU-AS listens with Whisper; this checkpoint is of LTU.")
+            raise ValueError(
+                f"{', '.join(asked)}: only LTU-AS listens with Whisper; this checkpoint is of LTU."
+            )
 
     def decode_answer(self, ids: Tensor | list[int]) -> str:
         """The text of newly generated ids, without control tokens."""

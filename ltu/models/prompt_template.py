@@ -16,7 +16,11 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from ltu.models.configuration_ltu import ALPACA_SHORT
 
-CHAT = {"name": "chat", "prompt_no_input": "{instruction}", "prompt_input": "{instruction}\n\nTranscript: {input}"}
+CHAT = {
+    "name": "chat",
+    "prompt_no_input": "{instruction}",
+    "prompt_input": "{instruction}\n\nTranscript: {input}",
+}
 CUT, ANSWER = "\ufdd0", "\ufdd1"  # Unicode keeps these two free for marks inside a program.
 DATE = "26 Jul 2024"  # What a template that writes the day gets (Llama 3's own default): prompts must not change.
 AUDIO_KEYS = ("audio", "audio_url", "url", "path")
@@ -42,20 +46,35 @@ def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
     if name == CHAT["name"]:
         tokenizer = AutoTokenizer.from_pretrained(llm)
         if tokenizer.chat_template is None:
-            raise ValueError(f"The tokenizer of {llm} has no chat template. Use --prompt_template alpaca_short.")
+            raise ValueError(
+                f"The tokenizer of {llm} has no chat template. Use --prompt_template alpaca_short."
+            )
         return CHAT | {"chat_template": tokenizer.get_chat_template()}
     if name != ALPACA_SHORT["name"] and not Path(name).is_file():
-        raise ValueError(f"--prompt_template {name}: choose alpaca_short, chat, or a JSON file that is there.")
+        raise ValueError(
+            f"--prompt_template {name}: choose alpaca_short, chat, or a JSON file that is there."
+        )
     try:
-        template = ALPACA_SHORT if name == ALPACA_SHORT["name"] else json.loads(Path(name).read_text(encoding="utf-8"))
+        template = (
+            ALPACA_SHORT
+            if name == ALPACA_SHORT["name"]
+            else json.loads(Path(name).read_text(encoding="utf-8"))
+        )
         texts = [template["prompt_no_input"], template["prompt_input"]]
-        blanks = [sorted({blank for _, blank, _, _ in Formatter().parse(text) if blank is not None}) for text in texts]
+        blanks = [
+            sorted({blank for _, blank, _, _ in Formatter().parse(text) if blank is not None})
+            for text in texts
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is no prompt template: {error!r}.") from error
     if blanks != [["instruction"], ["input", "instruction"]]:
-        raise ValueError(f"{name}: prompt_no_input needs {{instruction}}, prompt_input {{input}} too; it has {blanks}.")
+        raise ValueError(
+            f"{name}: prompt_no_input needs {{instruction}}, prompt_input {{input}} too; it has {blanks}."
+        )
     if name != ALPACA_SHORT["name"] and Path(name).stem in (ALPACA_SHORT["name"], CHAT["name"]):
-        raise ValueError(f"{name}: a template is kept under its file's name, and {Path(name).stem} means another one.")
+        raise ValueError(
+            f"{name}: a template is kept under its file's name, and {Path(name).stem} means another one."
+        )
     return template | {"name": Path(name).stem}
 
 
@@ -64,7 +83,9 @@ def control_tokens(tokenizer: Any, chat_template: str | None) -> re.Pattern | No
     if chat_template is None:
         return None
     added = tokenizer.added_tokens_decoder.values()
-    named = {t.content for t in added if t.special or (t.content in chat_template and t.content.strip())}
+    named = {
+        t.content for t in added if t.special or (t.content in chat_template and t.content.strip())
+    }
     return re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
 
 
@@ -72,10 +93,14 @@ def escape_control_tokens(text: str, controls: re.Pattern | None) -> str:
     """A text with a mark inside each control token, where `LtuProcessor.encode` cuts."""
     if controls is None:
         return text
-    return controls.sub(lambda token: token[0][0] + CUT + token[0][1:], text.replace(CUT, "").replace(ANSWER, ""))
+    return controls.sub(
+        lambda token: token[0][0] + CUT + token[0][1:], text.replace(CUT, "").replace(ANSWER, "")
+    )
 
 
-def render_prompt(messages: list[dict], template: dict[str, str], controls: re.Pattern | None, tokenizer: Any) -> RenderedPrompt:
+def render_prompt(
+    messages: list[dict], template: dict[str, str], controls: re.Pattern | None, tokenizer: Any
+) -> RenderedPrompt:
     """What stands around the answer to messages of `read_conversation`, each with its transcript if it has one.
 
     Raises:
@@ -85,19 +110,25 @@ def render_prompt(messages: list[dict], template: dict[str, str], controls: re.P
     for role, message in zip(roles, messages, strict=True):
         text, heard = message["content"], message.get("transcript")
         if role == "user":
-            text = template["prompt_input" if heard else "prompt_no_input"].format(instruction=text, input=heard)
+            text = template["prompt_input" if heard else "prompt_no_input"].format(
+                instruction=text, input=heard
+            )
         filled.append({"role": role, "content": escape_control_tokens(text, controls)})
     if controls is None:
         return RenderedPrompt(filled[-1]["content"], "", "", tokenizer.eos_token_id)
     filled.append({"role": "assistant", "content": ANSWER})
     try:
         chosen = template["chat_template"]
-        text = tokenizer.apply_chat_template(filled, chat_template=chosen, tokenize=False, date_string=DATE)
+        text = tokenizer.apply_chat_template(
+            filled, chat_template=chosen, tokenize=False, date_string=DATE
+        )
     except TemplateError as error:
         raise ValueError(f"The chat template refuses the turns {roles}: {error}") from error
     before, found, behind = text.partition(ANSWER)
     if not found:
-        raise ValueError("The chat template writes no assistant turn. Use --prompt_template alpaca_short.")
+        raise ValueError(
+            "The chat template writes no assistant turn. Use --prompt_template alpaca_short."
+        )
     prompt, token = before.rstrip(" "), controls.search(behind)
     end = behind[: token.start()] if token else behind.rstrip()
     end_id = tokenizer.convert_tokens_to_ids(token[0]) if token else tokenizer.eos_token_id
@@ -118,10 +149,19 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise ValueError(f"The content of a message is a text, or a list of parts, not {content!r}.")
+            raise ValueError(
+                f"The content of a message is a text, or a list of parts, not {content!r}."
+            )
         if other := {str(part.get("type")) for part in parts} - {"text", "audio"}:
-            raise ValueError(f"A message holds {', '.join(sorted(other))}; text and audio are possible.")
-        read.append({"role": message["role"], "content": "\n".join(p["text"] for p in parts if p["type"] == "text")})
+            raise ValueError(
+                f"A message holds {', '.join(sorted(other))}; text and audio are possible."
+            )
+        read.append(
+            {
+                "role": message["role"],
+                "content": "\n".join(p["text"] for p in parts if p["type"] == "text"),
+            }
+        )
         for part in (part for part in parts if part["type"] == "audio"):
             found = next((part[key] for key in AUDIO_KEYS if part.get(key) is not None), None)
             read[-1] |= {"audio": found, "transcript": part.get("transcript")}
@@ -149,7 +189,9 @@ def tokenize_texts(tokenizer: Any, texts: list[str], split_special_tokens: bool)
     if not texts:
         return []
     if not tokenizer.is_fast:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=split_special_tokens).input_ids
+        return tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=split_special_tokens
+        ).input_ids
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = split_special_tokens
     backend.no_truncation()
@@ -172,5 +214,7 @@ def broadcast(value: Any, length: int, name: str) -> list:
         return [None] * length
     values = value if isinstance(value, list) else [value]  # A tuple is one clip: (array, rate).
     if len(values) != length:
-        raise ValueError(f"{length} questions, but {len(values)} entries of {name}. Give one each, None for none.")
+        raise ValueError(
+            f"{length} questions, but {len(values)} entries of {name}. Give one each, None for none."
+        )
     return values

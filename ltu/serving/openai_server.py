@@ -56,18 +56,28 @@ class Service:
         self.args, self.name = args, args.name or Path(args.model).resolve().name
         self.key = os.environ.get("LTU_API_KEY", "")
         self.parser, self.metrics = RequestParser(engine.processor, args, self.name), Metrics()
-        self.scheduler = BatchScheduler(engine, self.metrics, args.max_batch, args.max_wait_ms / 1000)
+        self.scheduler = BatchScheduler(
+            engine, self.metrics, args.max_batch, args.max_wait_ms / 1000
+        )
         self.threads = ThreadPoolExecutor(2, "readers")
         self.reading, self.pending_requests = 0, {}
 
     async def check_key(self, http: HttpRequest) -> None:
         given = http.headers.get("authorization", "").encode("latin-1")
         if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-            raise ApiError(401, "Wrong API key.", None, "invalid_api_key", www_authenticate="Bearer")
+            raise ApiError(
+                401, "Wrong API key.", None, "invalid_api_key", www_authenticate="Bearer"
+            )
 
     async def chat(self, http: HttpRequest) -> Response:
         if self.reading + len(self.pending_requests) >= self.args.max_queue:
-            raise ApiError(429, f"{self.args.max_queue} requests are on their way.", None, "busy", retry_after="1")
+            raise ApiError(
+                429,
+                f"{self.args.max_queue} requests are on their way.",
+                None,
+                "busy",
+                retry_after="1",
+            )
         loop = asyncio.get_running_loop()
         self.reading += 1
         try:
@@ -86,22 +96,40 @@ class Service:
         self.scheduler.pending_requests.put(pending)
         event = await next_event(pending)
         self.metrics.requests.labels(200).inc()
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+        head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self.name,
+        }
         if pending.streams:
             return StreamingResponse(stream(pending, event, head), media_type="text/event-stream")
         message = {"role": "assistant", "content": event.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.finish_reason}
-        return JSONResponse(head | {"object": "chat.completion", "choices": [choice]} | extras(pending, event))
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": event.finish_reason,
+        }
+        return JSONResponse(
+            head | {"object": "chat.completion", "choices": [choice]} | extras(pending, event)
+        )
 
     async def receive(self, http: HttpRequest) -> bytearray:
         """The body, as far as it is of a size that is taken."""
 
         def check(size: int) -> None:
             if size > self.args.max_body_mb * 2**20:
-                raise ApiError(413, f"The body has over {self.args.max_body_mb:g} MiB.", None, "body_too_large")
+                raise ApiError(
+                    413, f"The body has over {self.args.max_body_mb:g} MiB.", None, "body_too_large"
+                )
 
-        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "The body must be application/json.")  # A web page could send others unasked.
+        if (
+            http.headers.get("content-type", "").partition(";")[0].strip().lower()
+            != "application/json"
+        ):
+            raise ApiError(
+                415, "The body must be application/json."
+            )  # A web page could send others unasked.
         check(int(http.headers.get("content-length", 0)))
         data = bytearray()
         async for part in http.stream():
@@ -111,7 +139,10 @@ class Service:
 
     async def watch(self, pending: PendingRequest, http: HttpRequest) -> None:
         """Until the response or the connection has ended: then nobody waits for the job."""
-        start, late = time.monotonic(), ApiError(504, "This took too long.", None, "timeout", x_should_retry="false")
+        start, late = (
+            time.monotonic(),
+            ApiError(504, "This took too long.", None, "timeout", x_should_retry="false"),
+        )
         timer = pending.loop.call_later(self.args.timeout, pending.fail, late)
         while (await http.receive())["type"] != "http.disconnect":
             pass
@@ -155,7 +186,11 @@ async def stream(pending: PendingRequest, event: str | Answer, head: dict) -> As
 def extras(pending: PendingRequest, answer: Answer) -> dict[str, dict]:
     usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens}
     usage["total_tokens"] = sum(usage.values())
-    return {"usage": usage, "ltu": {name: getattr(answer, name) for name in FROM_ANSWER} | {"seed": pending.request.seed}}
+    return {
+        "usage": usage,
+        "ltu": {name: getattr(answer, name) for name in FROM_ANSWER}
+        | {"seed": pending.request.seed},
+    }
 
 
 def create_app(service: Service) -> FastAPI:
@@ -181,22 +216,37 @@ def create_app(service: Service) -> FastAPI:
 
     async def models(name: str | None = None) -> dict:
         if name not in (None, service.name):
-            raise ApiError(404, f"There is one model here: {service.name!r}.", "model", "model_not_found")
+            raise ApiError(
+                404, f"There is one model here: {service.name!r}.", "model", "model_not_found"
+            )
         return {"object": "list", "data": [card]} if name is None else card
 
     async def health() -> dict:
         if not service.scheduler.is_alive():
-            raise ApiError(503, "The thread that answers has ended; start the server again.", None, "internal_error")
+            raise ApiError(
+                503,
+                "The thread that answers has ended; start the server again.",
+                None,
+                "internal_error",
+            )
         return {"status": "ok", "model": service.name}
 
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "ltu"}
-    handlers = dict.fromkeys((HTTPException, ClientDisconnect, asyncio.TimeoutError, Exception), refuse)
+    handlers = dict.fromkeys(
+        (HTTPException, ClientDisconnect, asyncio.TimeoutError, Exception), refuse
+    )
     app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers=handlers)
     guarded = [Depends(service.check_key)]
-    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"], response_model=None, dependencies=guarded)
+    app.add_api_route(
+        "/v1/chat/completions",
+        service.chat,
+        methods=["POST"],
+        response_model=None,
+        dependencies=guarded,
+    )
     app.add_api_route("/v1/models", models, dependencies=guarded)
     app.add_api_route("/v1/models/{name:path}", models, dependencies=guarded)
     app.add_api_route("/health", health)
@@ -207,5 +257,11 @@ def create_app(service: Service) -> FastAPI:
 def make_server(engine: LtuEngine, args: argparse.Namespace) -> uvicorn.Server:
     # Tracebacks end with messages, which may quote a request; where it happened is logged without.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.exc_info)
-    settings = {"http": "h11", "access_log": False, "timeout_graceful_shutdown": args.shutdown_seconds}
-    return uvicorn.Server(uvicorn.Config(create_app(Service(engine, args)), args.host, args.port, **settings))
+    settings = {
+        "http": "h11",
+        "access_log": False,
+        "timeout_graceful_shutdown": args.shutdown_seconds,
+    }
+    return uvicorn.Server(
+        uvicorn.Config(create_app(Service(engine, args)), args.host, args.port, **settings)
+    )

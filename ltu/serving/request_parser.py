@@ -39,10 +39,25 @@ MESSAGE = (
 class ApiError(HTTPException):
     """A request without an answer, in OpenAI's form."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
+    ):
+        kind = (
+            "server_error"
+            if status >= 500
+            else "rate_limit_error"
+            if status == 429
+            else "invalid_request_error"
+        )
         error = {"message": message, "type": kind, "param": param, "code": code}
-        super().__init__(status, error, {name.replace("_", "-"): value for name, value in headers.items()})
+        super().__init__(
+            status, error, {name.replace("_", "-"): value for name, value in headers.items()}
+        )
 
 
 @dataclass(eq=False)
@@ -90,23 +105,37 @@ class RequestParser:
         """Takes time: base64, a sound. Raises ApiError, AudioError, ValueError, RecursionError."""
         fields = read_fields(data)
         if fields["model"] != self.name:
-            raise ApiError(404, f"There is one model here: {self.name!r}.", "model", "model_not_found")
-        messages = read_conversation(read_messages(fields["messages"]), self.processor.prompt_template)
+            raise ApiError(
+                404, f"There is one model here: {self.name!r}.", "model", "model_not_found"
+            )
+        messages = read_conversation(
+            read_messages(fields["messages"]), self.processor.prompt_template
+        )
         messages[-1]["transcript"] = fields.get("transcript")
         if len(self.processor.render(messages).prompt.encode()) > self.args.max_characters:
             raise ApiError(400, "The messages are too long.", "messages", "context_length_exceeded")
         mode = fields.get("mode", self.args.mode)
-        num_chunks = 0 if fields.get("num_chunks") == "all" else fields.get("num_chunks", self.args.num_chunks)
+        num_chunks = (
+            0
+            if fields.get("num_chunks") == "all"
+            else fields.get("num_chunks", self.args.num_chunks)
+        )
         if mode not in MODES or not isinstance(num_chunks, int) or num_chunks < 0:
-            raise ValueError(f"mode is one of {', '.join(MODES)}; num_chunks is a whole number, or 'all'.")
+            raise ValueError(
+                f"mode is one of {', '.join(MODES)}; num_chunks is a whole number, or 'all'."
+            )
         stop = [fields["stop"]] if isinstance(fields.get("stop"), str) else fields.get("stop", [])
         if len(stop) > 4 or not all(text and isinstance(text, str) for text in stop):
             raise ValueError("stop is a text, or at most four.")
         *history, last = messages
-        request = Request(last["content"], transcript=fields.get("transcript"), mode=mode, num_chunks=num_chunks)
+        request = Request(
+            last["content"], transcript=fields.get("transcript"), mode=mode, num_chunks=num_chunks
+        )
         request.history, request.decoding = history, self.decode_as(fields)
         request.seed = fields.get("seed", self.seeds.getrandbits(31))
-        request.audio = next((message["audio"] for message in messages if message.get("audio") is not None), None)
+        request.audio = next(
+            (message["audio"] for message in messages if message.get("audio") is not None), None
+        )
         if request.audio is not None:  # What cannot be heard need not wait for the engine.
             request.audio = decode_audio(request.audio, max_seconds=self.args.max_seconds)
         usage = fields.get("stream_options", {}).get("include_usage") is True
@@ -116,13 +145,21 @@ class RequestParser:
         """Settings of the engine: those of the flags, changed by the request's. Raises ValueError."""
         most = self.args.max_tokens
         settings = {"max_new_tokens": min(400, most)} | self.decoding
-        settings |= {name: fields[name] for name in (*SAMPLING, "repetition_penalty") if name in fields}
+        settings |= {
+            name: fields[name] for name in (*SAMPLING, "repetition_penalty") if name in fields
+        }
         for name in ("max_tokens", "max_completion_tokens"):
             settings["max_new_tokens"] = fields.get(name, settings["max_new_tokens"])
         if settings["max_new_tokens"] > most:
-            raise ValueError(f"At most {most} tokens are given here, not {settings['max_new_tokens']}.")
+            raise ValueError(
+                f"At most {most} tokens are given here, not {settings['max_new_tokens']}."
+            )
         settings["do_sample"] = settings.get("temperature", 0) != 0
-        used = {name: value for name, value in settings.items() if settings["do_sample"] or name not in SAMPLING}
+        used = {
+            name: value
+            for name, value in settings.items()
+            if settings["do_sample"] or name not in SAMPLING
+        }
         return check_decoding(used)
 
 
@@ -136,8 +173,12 @@ def read_fields(data: bytearray) -> dict[str, Any]:
         if value is None or name in IGNORED or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
         if name not in FIELDS:
-            raise ApiError(400, f"{name[:80]!r} is not supported here.", name[:80], "unsupported_parameter")
-        if not isinstance(value, FIELDS[name]) or (isinstance(value, bool) and FIELDS[name] is not bool):
+            raise ApiError(
+                400, f"{name[:80]!r} is not supported here.", name[:80], "unsupported_parameter"
+            )
+        if not isinstance(value, FIELDS[name]) or (
+            isinstance(value, bool) and FIELDS[name] is not bool
+        ):
             raise ApiError(400, f"{name} has another type than that.", name, "invalid_type")
         fields[name] = value
     return fields
@@ -154,7 +195,9 @@ def read_messages(messages: list) -> list[dict]:
                 raise ValueError("another role, or calls of tools")
             read.append({"role": message["role"], "content": [read_part(**part) for part in parts]})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ApiError(400, f"{MESSAGE}; this is not ({str(error)[:99]}).", "messages", "invalid_message") from error
+        raise ApiError(
+            400, f"{MESSAGE}; this is not ({str(error)[:99]}).", "messages", "invalid_message"
+        ) from error
     return read
 
 

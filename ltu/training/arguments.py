@@ -20,76 +20,120 @@ class ModelArguments:
     trainable_params: str = field(
         default="all", metadata={"help": "proj: the projection; all: ear, projection and LoRA"}
     )
-    freeze_audio_tower: bool = field(default=False, metadata={"help": "the ear stays as it is (for few clips)"})
+    freeze_audio_tower: bool = field(
+        default=False, metadata={"help": "the ear stays as it is (for few clips)"}
+    )
     lora_r: int | None = field(
-        default=None, metadata={"help": "rank of a fresh LoRA (8); a folder that has LoRA keeps its own"}
+        default=None,
+        metadata={"help": "rank of a fresh LoRA (8); a folder that has LoRA keeps its own"},
     )
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of a fresh LoRA (16)"})
     lora_dropout: float | None = field(default=None, metadata={"help": "of a fresh LoRA (0.05)"})
     lora_target_modules: str | None = field(
-        default=None, metadata={"help": "'[q_proj,v_proj]' (found in the language model); '[\"dummy\"]' adds no LoRA"}
+        default=None,
+        metadata={
+            "help": "'[q_proj,v_proj]' (found in the language model); '[\"dummy\"]' adds no LoRA"
+        },
     )
     prompt_template_name: str | None = field(
         default=None, metadata={"help": "only checked: the folder holds its template"}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "of the language model: eager, sdpa, flash_attention_2 (its own default)"}
+        default=None,
+        metadata={
+            "help": "of the language model: eager, sdpa, flash_attention_2 (its own default)"
+        },
     )
-    llm: str | None = field(default=None, metadata={"help": "another place of the folder's language model"})
+    llm: str | None = field(
+        default=None, metadata={"help": "another place of the folder's language model"}
+    )
     device_map: str | None = field(
-        default=None, metadata={"help": "auto: one process, layers of the language model spread over all visible GPUs"}
+        default=None,
+        metadata={
+            "help": "auto: one process, layers of the language model spread over all visible GPUs"
+        },
     )
 
 
 @dataclass
 class DataArguments:
     data_path: str = field(
-        metadata={"help": "rows: JSON list, JSON lines, Parquet, or their index (ltu.index_dataset)"}
+        metadata={
+            "help": "rows: JSON list, JSON lines, Parquet, or their index (ltu.index_dataset)"
+        }
     )
     audio_root: str | None = field(
-        default=None, metadata={"help": "folder of relative audio_ids (default: that of the data file)"}
+        default=None,
+        metadata={"help": "folder of relative audio_ids (default: that of the data file)"},
     )
     feature_root: str | None = field(
-        default=None, metadata={"help": "LTU-AS: folder of ltu_as.extract_whisper_feature, or of the original's .npz"}
+        default=None,
+        metadata={
+            "help": "LTU-AS: folder of ltu_as.extract_whisper_feature, or of the original's .npz"
+        },
     )
     feature_precision: str | None = field(
-        default=None, metadata={"help": "LTU-AS: fp16 or fp32, of Whisper's encoder (default: the folder's own)"}
+        default=None,
+        metadata={"help": "LTU-AS: fp16 or fp32, of Whisper's encoder (default: the folder's own)"},
     )
-    whisper: str | None = field(default=None, metadata={"help": "LTU-AS: another place of its Whisper"})
-    transcription_model: str | None = field(default=None, metadata={"help": "LTU-AS: another Whisper for the words"})
-    cutoff_len: int = field(default=108, metadata={"help": "text ids of a row; audio does not count"})
-    val_set_size: int = field(default=0, metadata={"help": "rows held out; their loss is logged at each save"})
+    whisper: str | None = field(
+        default=None, metadata={"help": "LTU-AS: another place of its Whisper"}
+    )
+    transcription_model: str | None = field(
+        default=None, metadata={"help": "LTU-AS: another Whisper for the words"}
+    )
+    cutoff_len: int = field(
+        default=108, metadata={"help": "text ids of a row; audio does not count"}
+    )
+    val_set_size: int = field(
+        default=0, metadata={"help": "rows held out; their loss is logged at each save"}
+    )
     train_on_inputs: bool = field(
         default=True, metadata={"help": "whether the question carries loss too, as in the papers"}
     )
     add_eos_token: bool = field(
-        default=False, metadata={"help": "no effect, here as in the original: a full answer always ends"}
+        default=False,
+        metadata={"help": "no effect, here as in the original: a full answer always ends"},
     )
     check_audio: bool = field(
-        default=False, metadata={"help": "load every clip before training; one that cannot be heard is an error"}
+        default=False,
+        metadata={"help": "load every clip before training; one that cannot be heard is an error"},
     )
     max_bad: int = field(
-        default=0, metadata={"help": "rows that each process may skip because their clip cannot be heard"}
+        default=0,
+        metadata={"help": "rows that each process may skip because their clip cannot be heard"},
     )
     original_positions: bool = field(
         default=False, metadata={"help": "positions and labels of pads as the original trains"}
     )
-    show_batch: bool = field(default=False, metadata={"help": "print a batch as the model gets it, and stop"})
-    plan: bool = field(default=False, metadata={"help": "print steps, sizes and what is trained, and stop"})
+    show_batch: bool = field(
+        default=False, metadata={"help": "print a batch as the model gets it, and stop"}
+    )
+    plan: bool = field(
+        default=False, metadata={"help": "print steps, sizes and what is trained, and stop"}
+    )
 
 
 @dataclass
 class RunArguments:
     output_dir: str = field(metadata={"help": "folder of the run; afterwards a checkpoint folder"})
-    batch_size: int = field(default=256, metadata={"help": "rows in one optimizer step, over all ranks"})
-    micro_batch_size: int = field(default=8, metadata={"help": "rows in one forward pass of one rank"})
+    batch_size: int = field(
+        default=256, metadata={"help": "rows in one optimizer step, over all ranks"}
+    )
+    micro_batch_size: int = field(
+        default=8, metadata={"help": "rows in one forward pass of one rank"}
+    )
     num_epochs: int = 1
-    max_steps: int = field(default=-1, metadata={"help": "optimizer steps, instead of those of the epochs"})
+    max_steps: int = field(
+        default=-1, metadata={"help": "optimizer steps, instead of those of the epochs"}
+    )
     learning_rate: float = 1e-4
     warmup_steps: int = 100
     group_by_length: bool = False
     gradient_checkpointing: bool = False
-    bf16: str = field(default="auto", metadata={"help": "auto: where the device computes in it; True; False"})
+    bf16: str = field(
+        default="auto", metadata={"help": "auto: where the device computes in it; True; False"}
+    )
     seed: int = 42
     num_workers: int = field(default=2, metadata={"help": "processes that load audio"})
     logging_steps: int = 10
@@ -119,10 +163,14 @@ class OneGpuArguments(TrainingArguments):
 
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
     """The three groups of flags. A flag that does not exist, or is abbreviated, stops the run."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, RunArguments), description=__doc__, allow_abbrev=False
+    )
     model_args, data_args, run_args = parser.parse_args_into_dataclasses(argv)
     if model_args.trainable_params not in TRAINABLE_PLANS:
-        parser.error(f"--trainable_params {model_args.trainable_params}: choose from {', '.join(TRAINABLE_PLANS)}")
+        parser.error(
+            f"--trainable_params {model_args.trainable_params}: choose from {', '.join(TRAINABLE_PLANS)}"
+        )
     if run_args.bf16 not in ("auto", "True", "False"):
         parser.error(f"--bf16 {run_args.bf16}: choose from auto, True, False")
     for name in ("batch_size", "micro_batch_size", "num_epochs", "logging_steps", "save_steps"):
@@ -140,4 +188,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
 
 def parse_list(text: str) -> list[str]:
     """`[q_proj,v_proj]`, `["q_proj", "v_proj"]` or `q_proj,v_proj`."""
-    return [item.strip().strip("\"'") for item in text.strip().strip("[]").split(",") if item.strip()]
+    return [
+        item.strip().strip("\"'") for item in text.strip().strip("[]").split(",") if item.strip()
+    ]

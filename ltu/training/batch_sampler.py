@@ -27,7 +27,9 @@ def batches_per_rank(rows: int, micro_batch_size: int, world_size: int) -> int:
     return ceil(ceil(rows / world_size) / micro_batch_size)
 
 
-def total_steps(rows: int, micro_batch_size: int, accumulation: int, world_size: int, epochs: int) -> int:
+def total_steps(
+    rows: int, micro_batch_size: int, accumulation: int, world_size: int, epochs: int
+) -> int:
     """Optimizer steps of a whole run, at least one an epoch."""
     return epochs * max(1, batches_per_rank(rows, micro_batch_size, world_size) // accumulation)
 
@@ -74,16 +76,22 @@ class MicroBatchSampler:
 
     def order(self, epoch: int) -> Tensor:
         """(rows,) all rows in the order of an epoch, the same on every rank."""
-        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + epoch))
+        order = torch.randperm(
+            self.rows, generator=torch.Generator().manual_seed(self.seed + epoch)
+        )
         if self.lengths is None:
             return order
         # As transformers' get_length_grouped_indices, which would hold millions of Python's integers three times.
-        batch = max(1, self.micro_batch_size * self.accumulation * self.world_size // ORIGINAL_RANKS)
+        batch = max(
+            1, self.micro_batch_size * self.accumulation * self.world_size // ORIGINAL_RANKS
+        )
         megabatch = batch * max(1, min(self.rows // (batch * 4), 50))
         lengths = self.lengths[order].long()
         key = torch.arange(self.rows) // megabatch * (lengths.max() + 1) + lengths.max() - lengths
         order = order[key.argsort(stable=True)]
-        first = int(self.lengths[order[::megabatch]].argmax()) * megabatch  # The longest row comes first of all.
+        first = (
+            int(self.lengths[order[::megabatch]].argmax()) * megabatch
+        )  # The longest row comes first of all.
         order[[0, first]] = order[[first, 0]]
         return order
 

@@ -25,7 +25,9 @@ class LtuCollator:
         multiple_of: the text part is padded to a multiple of this.
     """
 
-    def __init__(self, processor: LtuProcessor, original_positions: bool = False, multiple_of: int = 8):
+    def __init__(
+        self, processor: LtuProcessor, original_positions: bool = False, multiple_of: int = 8
+    ):
         self.processor = processor
         self.original_positions = original_positions
         self.multiple_of = multiple_of
@@ -33,7 +35,9 @@ class LtuCollator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         clips = [item["input_features"] for item in items if item["input_features"] is not None]
         has_audio = [item["input_features"] is not None for item in items]
-        batch = self.processor.pad_batch([item["input_ids"] for item in items], has_audio, self.multiple_of)
+        batch = self.processor.pad_batch(
+            [item["input_ids"] for item in items], has_audio, self.multiple_of
+        )
         length = batch["input_ids"].shape[1]
         labels = torch.full_like(batch["input_ids"], IGNORED)  # (batch, tokens + text)
         for row, item in enumerate(items):
@@ -47,7 +51,9 @@ class LtuCollator:
         if clips:
             batch["input_features"] = torch.stack(clips)  # (clips, frames, mel bins)
         if self.original_positions:
-            batch["position_ids"] = torch.arange(length).repeat(len(items), 1)  # (batch, tokens + text)
+            batch["position_ids"] = torch.arange(length).repeat(
+                len(items), 1
+            )  # (batch, tokens + text)
         return batch
 
 
@@ -62,12 +68,17 @@ def describe_batch(batch: dict[str, Tensor], processor: LtuProcessor) -> str:
         lines.append(f"--- row {row}")
         answer_from = _start_of_answer(ids, processor)
         for column, token in enumerate(ids):
-            mask, label = int(batch["attention_mask"][row, column]), int(batch["labels"][row, column])
+            mask, label = (
+                int(batch["attention_mask"][row, column]),
+                int(batch["labels"][row, column]),
+            )
             visible = "answer" if column >= answer_from else "prompt"
             kind = "audio" if token == processor.audio_token_id else visible if mask else "pad"
             text = "" if kind == "audio" else repr(processor.tokenizer.decode([token]))
             place = f"{column:4d}  position {int(positions[row, column]):4d}"
-            lines.append(f"{place}  {token:6d}  {kind:6s}  loss {'no ' if label == IGNORED else 'yes'}  {text}")
+            lines.append(
+                f"{place}  {token:6d}  {kind:6s}  loss {'no ' if label == IGNORED else 'yes'}  {text}"
+            )
     return "\n".join(lines)
 
 

@@ -56,7 +56,9 @@ class QaDataset(Dataset):
 
     def _count_tokens(self) -> torch.Tensor:
         lengths = torch.zeros(len(self.rows), dtype=torch.int32)
-        for index, row in enumerate(tqdm(self.rows, desc="tokenizing", unit="row", disable=len(self.rows) < 20_000)):
+        for index, row in enumerate(
+            tqdm(self.rows, desc="tokenizing", unit="row", disable=len(self.rows) < 20_000)
+        ):
             ids, labels = self.encode(row)
             if max(labels) < 0:
                 raise no_answer_left(int(self.numbers[index]), row)

@@ -35,7 +35,10 @@ PROBED = 256  # rows whose lengths are held against the processor that is to tra
 
 
 def build_index(
-    path: str | Path, processor: Any, output: str | Path | None = None, audio_root: str | Path | None = None
+    path: str | Path,
+    processor: Any,
+    output: str | Path | None = None,
+    audio_root: str | Path | None = None,
 ) -> Path:
     """Check and tokenize every row, in constant memory; the index appears when it is whole.
 
@@ -55,16 +58,31 @@ def build_index(
     rows = checked_rows(path, audio_root)
     first = next(rows)  # Raises what is wrong with the file before it is hashed.
     state = path.stat()
-    about = {"source": path.name, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": sha256_of(path)}
+    about = {
+        "source": path.name,
+        "bytes": state.st_size,
+        "mtime_ns": state.st_mtime_ns,
+        "sha256": sha256_of(path),
+    }
     about["transcribes"] = processor.transcribes
-    fields = [(name, pyarrow.string()) for name in TEXTS] + [(name, pyarrow.int32()) for name in COUNTS]
+    fields = [(name, pyarrow.string()) for name in TEXTS] + [
+        (name, pyarrow.int32()) for name in COUNTS
+    ]
     schema = pyarrow.schema(fields, {"ltu": json.dumps(about)})
     unfinished = output.with_name(f"{output.name}.tmp")
     try:
-        with pyarrow.OSFile(str(unfinished), "wb") as file, pyarrow.ipc.new_file(file, schema) as table:
-            with tqdm(desc="indexing", unit="row", unit_scale=True) as bar, ThreadPoolExecutor(1) as pool:
+        with (
+            pyarrow.OSFile(str(unfinished), "wb") as file,
+            pyarrow.ipc.new_file(file, schema) as table,
+        ):
+            with (
+                tqdm(desc="indexing", unit="row", unit_scale=True) as bar,
+                ThreadPoolExecutor(1) as pool,
+            ):
                 block, known, waiting = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}, None
-                while block or waiting:  # A block is tokenized, without Python's lock, while the next one is read.
+                while (
+                    block or waiting
+                ):  # A block is tokenized, without Python's lock, while the next one is read.
                     made = pool.submit(_columns, block, processor, known) if block else None
                     block = list(islice(rows, ROWS_AT_ONCE)) if block else []
                     if waiting:
@@ -81,18 +99,28 @@ def build_index(
 
 def _columns(rows: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
     rows = processor.add_transcripts(rows)
-    return [[_as_utf8(row.get(name), name) for row in rows] for name in TEXTS] + count_tokens(rows, processor, known)
+    return [[_as_utf8(row.get(name), name) for row in rows] for name in TEXTS] + count_tokens(
+        rows, processor, known
+    )
 
 
 def _as_utf8(text: str | None, name: str) -> bytes | None:
     """Half of a surrogate pair, which JSON can hold, is replaced as the processor does before it tokenizes."""
     try:
-        return None if text is None else text.encode("utf-8", "strict" if name == "audio_id" else "replace")
+        return (
+            None
+            if text is None
+            else text.encode("utf-8", "strict" if name == "audio_id" else "replace")
+        )
     except UnicodeEncodeError as error:
-        raise RowError(f"The audio_id {text!r} is not UTF-8. Rename the file, or train without an index.") from error
+        raise RowError(
+            f"The audio_id {text!r} is not UTF-8. Rename the file, or train without an index."
+        ) from error
 
 
-def count_tokens(rows: list[dict], processor: Any, known: dict[str, int] | None = None) -> list[list[int]]:
+def count_tokens(
+    rows: list[dict], processor: Any, known: dict[str, int] | None = None
+) -> list[list[int]]:
     """How many ids `encode_example` makes of each row before any cutoff, and how many are the prompt's.
 
     Args:
@@ -105,7 +133,10 @@ def count_tokens(rows: list[dict], processor: Any, known: dict[str, int] | None 
         known.clear()
     prompts = list({rendered.prompt for rendered in rendered_prompts} - known.keys())
     known |= zip(prompts, map(len, processor.encode_all(prompts)), strict=True)
-    return [[len(ids) + (ids[-1] != rendered.end_id) for ids, rendered in pairs], [known[rendered.prompt] for rendered in rendered_prompts]]
+    return [
+        [len(ids) + (ids[-1] != rendered.end_id) for ids, rendered in pairs],
+        [known[rendered.prompt] for rendered in rendered_prompts],
+    ]
 
 
 class IndexedRows(Sequence):
@@ -120,17 +151,24 @@ class IndexedRows(Sequence):
         RowError: it is no whole index.
     """
 
-    def __init__(self, path: str | Path, audio_root: str | Path | None = None, part: Tensor | None = None):
+    def __init__(
+        self, path: str | Path, audio_root: str | Path | None = None, part: Tensor | None = None
+    ):
         self.path, self.audio_root = Path(path), Path(audio_root or Path(path).parent)
         try:
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
             self.about = json.loads(table.schema.metadata[b"ltu"])
             self.batches = [table.get_batch(number) for number in range(table.num_record_batches)]
-            counts = [np.concatenate([batch.column(name).to_numpy() for batch in self.batches]) for name in COUNTS]
+            counts = [
+                np.concatenate([batch.column(name).to_numpy() for batch in self.batches])
+                for name in COUNTS
+            ]
         except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
             raise RowError(f"{path} is no whole index of rows ({error}). Make it again.") from error
         self.part = torch.arange(len(counts[0])) if part is None else part
-        self.num_tokens, self.num_prompt_tokens = (torch.from_numpy(count)[self.part] for count in counts)  # (n,) int32
+        self.num_tokens, self.num_prompt_tokens = (
+            torch.from_numpy(count)[self.part] for count in counts
+        )  # (n,) int32
 
     def __len__(self) -> int:
         return len(self.part)
@@ -141,7 +179,11 @@ class IndexedRows(Sequence):
         return with_audio(row, self.audio_root)
 
     def __reduce__(self) -> tuple:
-        return IndexedRows, (self.path, self.audio_root, self.part)  # A spawned worker maps it again.
+        return IndexedRows, (
+            self.path,
+            self.audio_root,
+            self.part,
+        )  # A spawned worker maps it again.
 
     def take(self, part: Tensor) -> "IndexedRows":
         """The rows with these numbers."""
@@ -154,13 +196,19 @@ class IndexedRows(Sequence):
             RowError: it was made with another tokenizer or template or for the other kind of model, or a question
                 alone fills the cutoff.
         """
-        if self.about["transcribes"] != processor.transcribes:  # What stands where a row has no `input` differs.
+        if (
+            self.about["transcribes"] != processor.transcribes
+        ):  # What stands where a row has no `input` differs.
             kinds = ("LTU", "LTU-AS")[:: 1 if processor.transcribes else -1]
-            raise RowError(f"{self.path} was made for {kinds[0]}; this checkpoint is of {kinds[1]}. Make it again.")
+            raise RowError(
+                f"{self.path} was made for {kinds[0]}; this checkpoint is of {kinds[1]}. Make it again."
+            )
         probed = torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()
         counts = count_tokens([self[index] for index in probed], processor)
         if counts != [self.num_tokens[probed].tolist(), self.num_prompt_tokens[probed].tolist()]:
-            raise RowError(f"{self.path} was made for another tokenizer or prompt template. Make it again.")
+            raise RowError(
+                f"{self.path} was made for another tokenizer or prompt template. Make it again."
+            )
         lost = self.num_prompt_tokens >= self.num_tokens.clamp(max=cutoff_len)
         if not train_on_inputs and lost.any():
             first = int(lost.nonzero()[0])
@@ -184,5 +232,7 @@ def find_index(path: str | Path, audio_root: str | Path | None = None) -> Indexe
         state, about = path.stat(), rows.about
         is_same = (state.st_size, state.st_mtime_ns) == (about["bytes"], about["mtime_ns"])
         if not is_same and (state.st_size != about["bytes"] or sha256_of(path) != about["sha256"]):
-            raise RowError(f"{path} is not what {beside} was made of. Index it again, or remove the index.")
+            raise RowError(
+                f"{path} is not what {beside} was made of. Index it again, or remove the index."
+            )
     return rows

@@ -33,11 +33,15 @@ def find_state(folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    checkpoints = sorted(
+        folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
+    )
     for place in (folder, *reversed(checkpoints)):
         if (place / "trainer_state.json").is_file():
             return place / "trainer_state.json"
-    raise FileNotFoundError(f"{folder} has no trainer_state.json: is it the --output_dir of a run of ltu.finetune?")
+    raise FileNotFoundError(
+        f"{folder} has no trainer_state.json: is it the --output_dir of a run of ltu.finetune?"
+    )
 
 
 def read_log(path: Path) -> list[dict]:
@@ -51,12 +55,17 @@ def read_log(path: Path) -> list[dict]:
     try:
         if path.suffix == ".csv":
             with path.open(newline="", encoding="utf-8") as stream:
-                rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(stream)]
+                rows = [
+                    {key: float(value) for key, value in row.items()}
+                    for row in csv.DictReader(stream)
+                ]
             log = [row | {"step": int(row["step"])} for row in rows]
         else:
             log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no log ({error!r}). Give a trainer_state.json, or a CSV with a header.") from error
+        raise ValueError(
+            f"{path} is no log ({error!r}). Give a trainer_state.json, or a CSV with a header."
+        ) from error
     if not any("loss" in entry for entry in log):
         raise ValueError(f"{path} holds no losses: has the run come to its first --logging_steps?")
     return log
@@ -86,11 +95,15 @@ def infer_schedule(log: list[dict], warmup: int = 100) -> Schedule:
     rates = [(entry["step"], entry["learning_rate"]) for entry in with_loss(log)]
     step, rate = rates[0]
     if not 0 < step <= warmup:
-        raise ValueError(f"The log begins at step {step}, after the {warmup} of warm-up: its full rate is unknown.")
+        raise ValueError(
+            f"The log begins at step {step}, after the {warmup} of warm-up: its full rate is unknown."
+        )
     base = float(f"{rate * warmup / step:.12g}")  # Full rates are short decimals.
     step, rate = rates[-1]
     if step <= warmup:
-        raise ValueError(f"The log ends at step {step}, within its {warmup} steps of warm-up: T cannot be told.")
+        raise ValueError(
+            f"The log ends at step {step}, within its {warmup} steps of warm-up: T cannot be told."
+        )
     return Schedule(base, warmup, round((step - warmup * rate / base) / (1 - rate / base)))
 
 
@@ -100,9 +113,14 @@ def check(log: list[dict], schedule: Schedule) -> list[str]:
     entries = with_loss(log)
     for entry in entries:
         step, expected = entry["step"], schedule.rate(entry["step"])
-        if abs(entry["learning_rate"] - expected) > MAX_ERROR * max(expected, schedule.base * MAX_ERROR):
+        if abs(entry["learning_rate"] - expected) > MAX_ERROR * max(
+            expected, schedule.base * MAX_ERROR
+        ):
             wrong.append(f"step {step}: rate {entry['learning_rate']!r}, expected {expected!r}")
-        if schedule.per_epoch and entry["epoch"] != step * schedule.accumulation / schedule.per_epoch:
+        if (
+            schedule.per_epoch
+            and entry["epoch"] != step * schedule.accumulation / schedule.per_epoch
+        ):
             expected = step * schedule.accumulation / schedule.per_epoch
             wrong.append(f"step {step}: epoch {entry['epoch']!r}, expected {expected!r}")
     steps = [entry["step"] for entry in entries]
@@ -130,7 +148,11 @@ def plot(logs: list[tuple[Path, list[dict]]], output_path: Path) -> None:
         entries, style = with_loss(log), {"color": f"C{number}"}
         steps = [entry["step"] for entry in entries]
         above.plot(steps, [entry["loss"] for entry in entries], alpha=0.35, linewidth=0.8, **style)
-        smooth = means(log) if len(means(log)) > 1 else dict(zip(steps, (e["loss"] for e in entries), strict=True))
+        smooth = (
+            means(log)
+            if len(means(log)) > 1
+            else dict(zip(steps, (e["loss"] for e in entries), strict=True))
+        )
         above.plot(list(smooth), list(smooth.values()), label=path.name, **style)
         below.plot(steps, [entry["learning_rate"] for entry in entries], **style)
     losses = sorted(entry["loss"] for _, log in logs for entry in with_loss(log))
@@ -147,9 +169,15 @@ def compare_expected(log: list[dict], expected: dict[int, float], tolerance: flo
     """Print the losses logged at these steps beside the expected ones; whether all are within the tolerance."""
     found = {entry["step"]: entry["loss"] for entry in with_loss(log)}
     for step, loss in expected.items():
-        verdict = "not logged" if step not in found else f"{found[step]:.4f}, off by {found[step] - loss:+.4f}"
+        verdict = (
+            "not logged"
+            if step not in found
+            else f"{found[step]:.4f}, off by {found[step] - loss:+.4f}"
+        )
         print(f"step {step}: expected {loss:.4f} +- {tolerance}, {verdict}")
-    return all(step in found and abs(found[step] - loss) <= tolerance for step, loss in expected.items())
+    return all(
+        step in found and abs(found[step] - loss) <= tolerance for step, loss in expected.items()
+    )
 
 
 def parse_expected(text: str) -> dict[int, float]:

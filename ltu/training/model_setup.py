@@ -14,8 +14,13 @@ def device_has_bf16() -> bool:
     """Whether the device multiplies in bf16: CUDA from Ampere on, or a CPU with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return not torch.backends.mps.is_available() and any(check is not None and check() for check in checks)
+    checks = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+    return not torch.backends.mps.is_available() and any(
+        check is not None and check() for check in checks
+    )
 
 
 def open_to_train(args: ModelArguments, bf16: bool) -> Any:
@@ -25,7 +30,9 @@ def open_to_train(args: ModelArguments, bf16: bool) -> Any:
     if args.attn_implementation:
         model.language_model.set_attn_implementation(args.attn_implementation)
     asked = {"r": args.lora_r, "alpha": args.lora_alpha, "dropout": args.lora_dropout}
-    asked["target_modules"] = parse_list(args.lora_target_modules) if args.lora_target_modules is not None else None
+    asked["target_modules"] = (
+        parse_list(args.lora_target_modules) if args.lora_target_modules is not None else None
+    )
     asked = {key: value for key, value in asked.items() if value is not None}
     no_lora = asked.get("target_modules") == ["dummy"] or args.trainable_params == "proj"
     has = model.config.lora
@@ -33,7 +40,9 @@ def open_to_train(args: ModelArguments, bf16: bool) -> Any:
         model.add_lora(**(DEFAULT_LORA | asked))
     elif has is not None and not no_lora:
         differs = {
-            key: (value, has[key]) for key, value in asked.items() if sorted_if_list(value) != sorted_if_list(has[key])
+            key: (value, has[key])
+            for key, value in asked.items()
+            if sorted_if_list(value) != sorted_if_list(has[key])
         }
         if differs:
             raise ValueError(

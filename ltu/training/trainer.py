@@ -40,7 +40,9 @@ class LtuTrainer(Trainer):
         self.record = record
         on_gpu = "cuda" in str(getattr(self.processing_class.feature_extractor, "device", ""))
         if on_gpu and self.processing_class.store is None:
-            self.args.dataloader_num_workers = 0  # A Whisper on a GPU cannot be used from a process that was forked.
+            self.args.dataloader_num_workers = (
+                0  # A Whisper on a GPU cannot be used from a process that was forked.
+            )
         takes = signature(self.model.language_model.forward).parameters
         # Spread over several devices, places would be looked up on another one than they lie on.
         is_spread = len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
@@ -56,14 +58,18 @@ class LtuTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Logits are computed from the place before the first label on: audio, and masked questions, need none."""
         if self.takes_logits_to_keep:
             labelled = (inputs["labels"] != IGNORED).any(0).nonzero()  # (columns with a label, 1)
             first = int(labelled[0]) if len(labelled) else 0
             # Places, not a count: a slice would not be contiguous, and the product with the vocabulary then takes
             # a slow path on CPUs that copies the weight for every row.
-            keep = torch.arange(max(first - 1, 0), inputs["labels"].shape[1], device=labelled.device)
+            keep = torch.arange(
+                max(first - 1, 0), inputs["labels"].shape[1], device=labelled.device
+            )
             inputs = inputs | {"labels": inputs["labels"][:, keep], "logits_to_keep": keep}
         inputs = inputs | {"use_cache": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -92,7 +98,9 @@ class LtuTrainer(Trainer):
         }
         if self.model.config.language_model is None:
             record["language_model"] = "in this folder"
-        record["skipped"] = self.train_dataset.skipped if isinstance(self.train_dataset, QaDataset) else []
+        record["skipped"] = (
+            self.train_dataset.skipped if isinstance(self.train_dataset, QaDataset) else []
+        )
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -104,13 +112,20 @@ class EvaluateAtSave(TrainerCallback):
             control.should_evaluate = True
 
 
-def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: bool) -> TrainingArguments:
+def training_arguments(
+    run: RunArguments, steps: int, accumulation: int, bf16: bool
+) -> TrainingArguments:
     """What the original sets (AdamW 0.9/0.999/1e-8, no decay of weights, clip 1.0, linear schedule) and what the flags
     say."""
     if run.wandb_project:
         os.environ["WANDB_PROJECT"] = run.wandb_project
         os.environ |= {
-            k: v for k, v in {"WANDB_WATCH": run.wandb_watch, "WANDB_LOG_MODEL": run.wandb_log_model}.items() if v
+            k: v
+            for k, v in {
+                "WANDB_WATCH": run.wandb_watch,
+                "WANDB_LOG_MODEL": run.wandb_log_model,
+            }.items()
+            if v
         }
     reports = ["wandb"] * bool(run.wandb_project) + ["tensorboard"] * run.tensorboard
     return OneGpuArguments(
@@ -141,7 +156,9 @@ def training_arguments(run: RunArguments, steps: int, accumulation: int, bf16: b
     )
 
 
-def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcessor) -> tuple[QaDataset, Dataset | None]:
+def make_datasets(
+    data: DataArguments, run: RunArguments, processor: LtuProcessor
+) -> tuple[QaDataset, Dataset | None]:
     """Rows to train on, and the held-out ones if `--val_set_size` asks for some."""
     rows = find_index(data.data_path, data.audio_root)
     if rows is None:
@@ -152,7 +169,9 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
         shown = "\n".join(f"  {error}" for error in list(bad.values())[:20])
         raise ValueError(f"{len(bad)} clips of {data.data_path} cannot be heard:\n{shown}")
     if data.val_set_size >= len(rows):
-        raise ValueError(f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} rows of {data.data_path}.")
+        raise ValueError(
+            f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} rows of {data.data_path}."
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed))
     train, held_out = order.split([len(rows) - data.val_set_size, data.val_set_size])
     is_indexed = isinstance(rows, IndexedRows)
@@ -161,7 +180,11 @@ def make_datasets(data: DataArguments, run: RunArguments, processor: LtuProcesso
         part = rows.take(numbers) if is_indexed else [rows[number] for number in numbers.tolist()]
         return QaDataset(
             part,
-            encode=partial(processor.encode_example, cutoff_len=data.cutoff_len, train_on_inputs=data.train_on_inputs),
+            encode=partial(
+                processor.encode_example,
+                cutoff_len=data.cutoff_len,
+                train_on_inputs=data.train_on_inputs,
+            ),
             load_features=processor.load_features,
             max_bad=data.max_bad,
             lengths=part.num_tokens.clamp(max=data.cutoff_len) if is_indexed else None,
@@ -190,7 +213,9 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     model = open_to_train(model_args, bf16)
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     accumulation = run.batch_size // run.micro_batch_size // world_size
-    steps = total_steps(len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs)
+    steps = total_steps(
+        len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs
+    )
     steps = run.max_steps if run.max_steps > 0 else steps
     sizes = (run.micro_batch_size, accumulation, run.num_epochs)
     order = (train_set.lengths if run.group_by_length else None, run.seed, rank, world_size)
@@ -206,7 +231,9 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         "accumulation": accumulation,
         "batches_per_epoch": batches.per_epoch,
         "total_steps": steps,
-        "arguments": {k: v for part in (model_args, data, run) for k, v in dataclasses.asdict(part).items()},
+        "arguments": {
+            k: v for part in (model_args, data, run) for k, v in dataclasses.asdict(part).items()
+        },
     }
     return LtuTrainer(
         model=model,
@@ -232,10 +259,14 @@ def find_resumed(run: RunArguments, record: dict) -> str | None:
     folder = run.resume_from_checkpoint
     folder = get_last_checkpoint(run.output_dir) if folder == "last" else folder
     if folder is None or not Path(folder, "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint: {folder or run.output_dir} holds no checkpoint of a run.")
+        raise ValueError(
+            f"--resume_from_checkpoint: {folder or run.output_dir} holds no checkpoint of a run."
+        )
     state = Path(folder, "ltu_state.json")
     before = json.loads(state.read_text()) if state.is_file() else {}
     for key in ("rows", "grouped"):
         if before.get(key, record[key]) != record[key]:
-            raise ValueError(f"{folder} was trained with {key}: {before[key]}, this run has {record[key]}. Begin anew.")
+            raise ValueError(
+                f"{folder} was trained with {key}: {before[key]}, this run has {record[key]}. Begin anew."
+            )
     return folder

@@ -19,7 +19,9 @@ def uniform(key: str, count: int) -> np.ndarray:
     """float64 `(count,)` in [-1, 1), keyed by a name."""
     crc = zlib.crc32(key.removeprefix(PREFIX).encode("utf-8"))
     with np.errstate(over="ignore"):
-        z = np.arange(count, dtype=np.uint64) + np.uint64(((crc << 32) + 0x9E3779B97F4A7C15) % 2**64)
+        z = np.arange(count, dtype=np.uint64) + np.uint64(
+            ((crc << 32) + 0x9E3779B97F4A7C15) % 2**64
+        )
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
@@ -42,4 +44,8 @@ def rule(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def seeded(name: str, shape: tuple[int, ...], lo: float = -1.0, hi: float = 1.0) -> np.ndarray:
     """float32 uniform noise in [lo, hi), keyed by a free name: inputs of tests."""
-    return (lo + (hi - lo) * (uniform(name, int(np.prod(shape))) + 1.0) / 2.0).astype(np.float32).reshape(shape)
+    return (
+        (lo + (hi - lo) * (uniform(name, int(np.prod(shape))) + 1.0) / 2.0)
+        .astype(np.float32)
+        .reshape(shape)
+    )
