@@ -35,9 +35,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from data.audio_names import read_cells
+from data.audio_ids import read_cells
 from data.closed_qa_sound import Words, captions, described, events, listed
-from data.recipe import audio_root_of, write_recipe, write_rows
+from data.provenance import audio_root_of, write_provenance, write_rows
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
 
@@ -386,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
         args.audio_ids
     ):  # Its ids are relative to its folder; those of other metadata may be names of any kind.
         facts |= audio_root_of(args.output_path, [args.output_path], args.audio_ids.parent)
-    write_recipe(
+    write_provenance(
         args.output_path, "closed_qa", inputs, **facts, tasks=args.tasks, counts=dict(counts)
     )
     print(

@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from data.recipe import audio_root_of, write_recipe, write_rows
+from data.provenance import audio_root_of, write_provenance, write_rows
 from data.shuffle import add_order_flags, order_of, shuffle_rows
 from ltu.data.dataset_files import encode_row, stream_rows
 from ltu.files import run_command
@@ -32,7 +32,7 @@ CLOSED_ENDED = "Closed-ended question: "
 PART_KEYS = {"rows", "repeat", "closed_ended_share"}
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_mixture(name: str) -> dict[str, Any]:
     """A recipe by its name or path.
 
     Raises:
@@ -159,12 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.list:
         for path in sorted(RECIPES.glob("*.json")):
-            recipe = read_recipe(path.stem)
+            recipe = read_mixture(path.stem)
             print(
                 f"{path.stem}: {' '.join(f'{part}=FILE' for part in recipe['parts'])}\n  {recipe['about']}"
             )
         return 0
-    recipe = read_recipe(args.recipe) if args.recipe else None
+    recipe = read_mixture(args.recipe) if args.recipe else None
     parts = parse_parts(args.data_path, recipe, args.partial)
     settings = recipe["parts"] if recipe else {}
 
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         **order,
     }
     facts |= {"differences": unlike} | audio_root_of(args.output_path, files)
-    write_recipe(args.output_path, "combine", files, **facts)
+    write_provenance(args.output_path, "combine", files, **facts)
     print(f"{args.output_path}: {output.count:,} rows")
     for name, count in counts["part"].items():
         print(f"  {name}: {count:,}")

@@ -17,8 +17,8 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 
-from data.command import command_parser
-from data.recipe import audio_root_of, write_recipe, write_rows
+from data.command_line import command_parser
+from data.provenance import audio_root_of, write_provenance, write_rows
 from ltu.data.dataset_files import RowWriter, encode_row, stream_rows
 from ltu.files import run_command
 
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {"rule": args.rule, "rows": total, "dropped": dropped} | audio_root_of(
         args.output_path, [args.data_path]
     )
-    write_recipe(args.output_path, "filter_unanswerable", [args.data_path], **facts)
+    write_provenance(args.output_path, "filter_unanswerable", [args.data_path], **facts)
     print(f"{args.output_path}: {kept.count:,} of {total:,} rows")
     for rule, number in dropped.items():
         used = "dropped" if rule == args.rule else "not used"

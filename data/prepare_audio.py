@@ -4,9 +4,9 @@
     python -m data.prepare_audio --input DIR --output_dir OUT --map audioset --against balanced_train_segments.csv
     python -m data.prepare_audio --input DIR --output_dir OUT --table file_and_audio_id.csv
 
-OUT/ledger.jsonl has a line for every source: its `audio_id` (the path of its FLAC in OUT), seconds, rate, channels, or
+OUT/manifest.jsonl has a line for every source: its `audio_id` (the path of its FLAC in OUT), seconds, rate, channels, or
 why it failed. OUT/audio_ids.csv says for each clip (`id`, spelled as --against spells it) which `audio_id` it has;
-with --against, OUT/audio_ids.csv.recipe.json says how much of it there is and lists what is missing.
+with --against, OUT/audio_ids.csv.provenance.json says how much of it there is and lists what is missing.
 
 Notable:
 - A clip is what `ltu.data.audio` decodes of a file: channel 0 at 16 kHz, or an error. Its level is kept:
@@ -42,9 +42,9 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from data.audio_ledger import Ledger
-from data.audio_names import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
-from data.recipe import recipe_path, write_recipe
+from data.audio_ids import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
+from data.audio_manifest import Ledger
+from data.provenance import provenance_path, write_provenance
 from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, decode_audio
 from ltu.files import run_command, sync_and_rename
 
@@ -221,7 +221,7 @@ def _end_with_parent() -> None:
 def write_ids(
     path: Path, ledger: Ledger, rule: str | None, wanted: dict[str, list[str]] | None
 ) -> None:
-    """CSV of the clips there are, as `data.relocate` takes it: each spelling of --against, and its audio_id."""
+    """CSV of the clips there are, as `data.remap_paths` takes it: each spelling of --against, and its audio_id."""
     part = path.with_name(f"{path.name}.tmp")
     with open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -230,7 +230,7 @@ def write_ids(
             names = (wanted or {}).get(key_of(audio_id, rule), [stem_of(audio_id)])
             for name in names if entry["status"] == "ok" else ():
                 writer.writerow([name, audio_id])
-    recipe_path(path).unlink(missing_ok=True)  # It is that of the older ids.
+    provenance_path(path).unlink(missing_ok=True)  # It is that of the older ids.
     sync_and_rename(part, path)
 
 
@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"coverage: {prepared} of the {len(wanted)} clips of {args.against}")
         write_ids(args.output_dir / IDS, ledger, args.map, wanted)
         read = [path for path in (args.table, args.against) if path]
-        write_recipe(args.output_dir / IDS, "prepare_audio", read, **facts)
+        write_provenance(args.output_dir / IDS, "prepare_audio", read, **facts)
         return int(report(jobs, len(todo), refused, ledger) > args.max_bad)
 
 

@@ -16,9 +16,9 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from data.audio_names import NO_AUDIO
-from data.command import command_parser
-from data.recipe import audio_root_of, write_recipe, write_rows
+from data.audio_ids import NO_AUDIO
+from data.command_line import command_parser
+from data.provenance import audio_root_of, write_provenance, write_rows
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if not args.copy_audio:
         settings |= audio_root_of(args.output_path, [args.data_path], args.audio_root)
-    write_recipe(args.output_path, "sample", [args.data_path], rows=output.count, **settings)
+    write_provenance(args.output_path, "sample", [args.data_path], rows=output.count, **settings)
     print(f"{args.output_path}: {output.count:,} rows on {len(chosen):,} clips")
     return 0
 

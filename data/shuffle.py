@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from data.command import command_parser
-from data.recipe import audio_root_of, write_recipe, write_rows
-from data.scratch import scratch_folder
+from data.command_line import command_parser
+from data.provenance import audio_root_of, write_provenance, write_rows
+from data.temporary_files import scratch_folder
 from ltu.data.dataset_files import encode_row, stream_rows
 from ltu.files import run_command
 
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in rows:
             output.write(line)
     facts = order_of(args) | audio_root_of(args.output_path, [args.data_path])
-    write_recipe(args.output_path, "shuffle", [args.data_path], rows=output.count, **facts)
+    write_provenance(args.output_path, "shuffle", [args.data_path], rows=output.count, **facts)
     print(f"{args.output_path}: {output.count} rows")
     return 0
 

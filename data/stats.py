@@ -11,12 +11,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from data.audio_names import NO_AUDIO
+from data.audio_ids import NO_AUDIO
 from data.combine import CLOSED_ENDED
-from data.command import command_parser
-from data.distinct import Distinct
-from data.recipe import write_json
-from data.scratch import scratch_folder
+from data.command_line import command_parser
+from data.duplicate_detection import Distinct
+from data.provenance import write_json
+from data.temporary_files import scratch_folder
 from ltu.data.dataset_files import KEYS, stream_rows
 from ltu.files import run_command
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from data.audio_names import NO_AUDIO
-from data.command import command_parser
-from data.distinct import Distinct
-from data.recipe import write_json
+from data.audio_ids import NO_AUDIO
+from data.command_line import command_parser
+from data.duplicate_detection import Distinct
+from data.provenance import write_json
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
 

@@ -15,7 +15,7 @@ from subprocess import CalledProcessError
 
 import numpy as np
 
-from eval.outcome import Context, EvaluationError, Outcome, start_items, without_lead
+from eval.score_result import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.tasks import Task
 
 Captions = dict[int, list[str]]  # number of a clip -> its captions

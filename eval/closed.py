@@ -15,8 +15,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from eval.outcome import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.ranking import Ranking
+from eval.score_result import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.tasks import Task
 
 LABELS = Path(__file__).parent / "labels"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from eval.outcome import EvaluationError
+from eval.score_result import EvaluationError
 from ltu.files import sha256_of
 from qa_generation.llm import LlmSettings, OpenAiEndpoint
 

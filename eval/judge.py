@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.outcome import Context, EvaluationError, Outcome, start_items
+from eval.score_result import Context, EvaluationError, Outcome, start_items
 from eval.tasks import Task
 from ltu.models.checkpoint_folder import sha256_of_weights
 from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking

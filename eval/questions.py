@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eval.closed import Classes, plain
-from eval.outcome import EvaluationError
 from eval.report import write_rows
+from eval.score_result import EvaluationError
 from eval.tasks import TASKS, Task, find_task
 from ltu.files import run_command
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.outcome import Outcome
+from eval.score_result import Outcome
 from eval.tasks import Task
 from ltu.data.dataset_files import RowWriter
 from ltu.files import replace_file, sha256_of

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from eval import asking, embed, report
+from eval import embed, generate_predictions, report
 from eval.judge import Judge
-from eval.outcome import Context, EvaluationError
+from eval.score_result import Context, EvaluationError
 from eval.tasks import TASKS, find_task
 from ltu.data.dataset_files import stream_rows
 from ltu.data.examples import read_rows
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     code, results, left_out = 0, [], []
     asked = find_files(args, args.questions) if args.questions else {}
     for _, model in args.model:
-        asking.inference_flags(str(model), args)  # Before hours of work, not after.
+        generate_predictions.inference_flags(str(model), args)  # Before hours of work, not after.
     for name, model in args.model:
         files, folder, scores = asked, args.output_dir / name, {}  # scores: task -> of labels
         if args.score_labels:
@@ -290,14 +290,14 @@ def main(argv: list[str] | None = None) -> int:
                 f"{name}, {task}: it has no classes" for task in asked if task not in files
             ]
             scores = {
-                t: asking.score_labels(str(model), find_task(t), path, folder, args)
+                t: generate_predictions.score_labels(str(model), find_task(t), path, folder, args)
                 for t, path in files.items()
             }
             code |= int(
                 sum(int(np.isneginf(own).all(1).sum()) for own in scores.values()) > args.max_bad
             )
         else:
-            code |= asking.ask(str(model), files, folder, args)
+            code |= generate_predictions.ask(str(model), files, folder, args)
         for task, questions in files.items():
             place, questions = (
                 folder / f"{task}{report.PREDICTIONS}",

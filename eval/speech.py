@@ -19,7 +19,7 @@ import jiwer
 import numpy as np
 
 from eval.closed import choice_figures, table
-from eval.outcome import Context, Outcome, start_items
+from eval.score_result import Context, Outcome, start_items
 from eval.tasks import Task
 
 GENDERS = ["female", "male"]

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 -m ltu_as.extract_whisper_feature ...        the same files, on four GPUs
 
 Stop it at any time and run it again: it goes on. Batches are cut from the list of all clips, whatever is there already
-and however many processes share them, so that the files are the same to the bit. `ledger.json` in the folder says which
+and however many processes share them, so that the files are the same to the bit. `summary.json` in the folder says which
 clips failed and why; exits with 1 when they are more than `--max_bad`.
 """
 
@@ -99,7 +99,7 @@ def write_summary(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> di
         by_reason = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         before, ledger = ledger, counts | {"reasons": by_reason, "failures": failures}
         replace_file(
-            store.folder / "ledger.json",
+            store.folder / "summary.json",
             json.dumps(ledger, indent=1, ensure_ascii=False).encode(),
             shared=True,
         )

@@ -8,7 +8,7 @@
 META.json is a list (or JSON lines) of what `qa_generation/sources.py` describes. Stop the run at any time, also with
 kill -9, and start it again: replies are kept in ROWS.json.replies.jsonl, and what is there is not paid again. After a
 first Ctrl-C requests on their way are waited for. ROWS.json depends on META.json and the replies only, not on the order
-in which they came; beside it lie what was dropped and why (.rejects.jsonl) and how it was made (.recipe.json).
+in which they came; beside it lie what was dropped and why (.rejects.jsonl) and how it was made (.provenance.json).
 A clip may come more than once, with different facts: it gets no question and no answer twice. Other sources' rows about
 the same clips count too where they are named, as for joint_v2 with --against JOINT_V1.json.
 Exits with 1 when asking stopped early or more than --max_bad clips could not be asked. A run that was answered nothing
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
                     "metadata rows that cannot be asked": len(bad),
                 }
             )
-            with written(Path(f"{args.output}.recipe.json")) as file:
+            with written(Path(f"{args.output}.provenance.json")) as file:
                 file.write(json.dumps(recipe(args, generator, settings, counts), indent=1) + "\n")
             print("; ".join(f"{name} {count}" for name, count in counts.items()))
         else:

@@ -234,7 +234,7 @@ def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
         "gender_emotion_cla": "Male, happy.",
         "asr": "Spoken text: A film.",
     }
-    counts = json.loads((tmp_path / "rows.json.recipe.json").read_text())["counts"]
+    counts = json.loads((tmp_path / "rows.json.provenance.json").read_text())["counts"]
     assert counts == {"records": 1, "records without a row": 0} | {row["task"]: 1 for row in made}
     published = json.loads((HERE.parent / "recipes/openasqa_classification.json").read_text())[
         "expected"
@@ -266,7 +266,7 @@ def test_toy_sounds_by_their_manifest(tmp_path):
     first = (tmp_path / "rows.json").read_bytes()
     run(tmp_path, *arguments)
     assert (tmp_path / "rows.json").read_bytes() == first
-    recipe = json.loads((tmp_path / "rows.json.recipe.json").read_text())
+    recipe = json.loads((tmp_path / "rows.json.provenance.json").read_text())
     assert recipe["seed"] == 0 and recipe["counts"] == {
         "records": 246,
         "records without a row": 0,

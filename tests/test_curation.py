@@ -14,15 +14,15 @@ import soundfile
 from benchmarks.curation import CLOSED, OPEN, ROWS, random_rows
 from data import (
     combine,
+    contamination_check,
     filter_unanswerable,
-    leak_check,
-    relocate,
+    remap_paths,
     sample,
     shuffle,
     stats,
     validate,
 )
-from data.distinct import Distinct
+from data.duplicate_detection import Distinct
 from ltu.data.dataset_files import RowError, RowWriter, encode_row, stream_rows
 from ltu.data.dataset_parser import LineSplitter, ListSplitter
 from tests.machine import run_python
@@ -261,14 +261,14 @@ def test_shuffle_keeps_rows_and_repeats(tmp_path, monkeypatch, ending):
     assert multiset(found) == multiset(rows) and found != rows
     first = (
         (tmp_path / f"b{ending}").read_bytes(),
-        (tmp_path / f"b{ending}.recipe.json").read_bytes(),
+        (tmp_path / f"b{ending}.provenance.json").read_bytes(),
     )
     monkeypatch.setattr(shuffle, "MAX_HELD", 1000)  # Other memory, the same order.
     monkeypatch.setattr(shuffle, "MAX_PART", 2000)
     run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
     assert first == (
         (tmp_path / f"b{ending}").read_bytes(),
-        (tmp_path / f"b{ending}.recipe.json").read_bytes(),
+        (tmp_path / f"b{ending}.provenance.json").read_bytes(),
     )
     assert run_shuffle(source, tmp_path / f"c{ending}", "--seed", "6") != found
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
@@ -357,7 +357,7 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
         marked = sum(row["instruction"] == "Closed-ended question: q?" for row in rows)
         assert len(rows) == 1025 and 440 < marked < 560
         assert Counter(row["dataset"] for row in rows) == {"x": 1000, "Clotho": 20, "other": 5}
-    record = json.loads((tmp_path / "out.jsonl.recipe.json").read_text())
+    record = json.loads((tmp_path / "out.jsonl.provenance.json").read_text())
     assert record["differences"] == ["all: 1,025 rows, published 1,030"]
     assert record["counts"]["part"] == {"c": 1000, "d": 25} and len(record["inputs"]) == 2
     assert "differs: all: 1,025 rows" in capsys.readouterr().out
@@ -368,7 +368,7 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
 
 
 def test_published_recipes_add_up():
-    recipes = {path.stem: combine.read_recipe(path.stem) for path in combine.RECIPES.glob("*.json")}
+    recipes = {path.stem: combine.read_mixture(path.stem) for path in combine.RECIPES.glob("*.json")}
     assert len(recipes) == 6
     for name in ("openaqa_all", "openasqa_classification", "openasqa_v1", "openasqa_v2"):
         parts = recipes[name]["parts"].values()
@@ -414,7 +414,7 @@ def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
         if any(phrase in row["output"].lower() for phrase in filter_unanswerable.PHRASES)
     ]
     assert dropped == wanted if rule == "original" else all(row in wanted for row in dropped)
-    record = json.loads((tmp_path / "b.json.recipe.json").read_text())
+    record = json.loads((tmp_path / "b.json.provenance.json").read_text())
     assert record["dropped"]["original"] == len(wanted) > record["dropped"]["refusal"] > 0
 
 
@@ -478,11 +478,11 @@ def test_files_without_rows_or_audio(tmp_path):
             sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"]) == 0
         )
         assert validate.main(["--data_path", str(source)]) == 0
-        assert leak_check.main(["--data_path", str(source), "--against", str(source)]) == 0
+        assert contamination_check.main(["--data_path", str(source), "--against", str(source)]) == 0
 
 
 def test_distinct(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.distinct.HELD", 100)
+    monkeypatch.setattr("data.duplicate_detection.HELD", 100)
     values = [random.Random(0).randrange(400) for _ in range(1050)]
     counter = Distinct(str(tmp_path))
     for number, value in enumerate(values):
@@ -643,10 +643,10 @@ def test_leak_check(tmp_path, capsys):
         [question(n) for n in ("abcdefghijK_10.000.wav", "original.wav", "empty")],
     )
     flags = ["--data_path", str(train), "--against", str(test), "--workers", "1"]
-    assert leak_check.main(flags) == 1
+    assert contamination_check.main(flags) == 1
     assert "1 of 4 rows are on 1 clips" in capsys.readouterr().out
     clean = tmp_path / "clean.json"
-    assert leak_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
+    assert contamination_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
     assert "2 of 4 rows are on 2 clips" in capsys.readouterr().out
     assert [row["instruction"] for row in stream_rows(clean)] == ["2", "3"]
     again = [
@@ -658,7 +658,7 @@ def test_leak_check(tmp_path, capsys):
         str(test),
         "--content",
     ]
-    assert leak_check.main([*again, "--workers", "1"]) == 0
+    assert contamination_check.main([*again, "--workers", "1"]) == 0
 
 
 def test_numbers_are_no_ids(tmp_path, capsys):
@@ -678,9 +678,9 @@ def test_numbers_are_no_ids(tmp_path, capsys):
         "--workers",
         "1",
     ]
-    assert leak_check.main(flags) == 0
+    assert contamination_check.main(flags) == 0
     assert "2 clips have no name of their own" in capsys.readouterr().out
-    assert leak_check.main([*flags, "--content"]) == 1
+    assert contamination_check.main([*flags, "--content"]) == 1
     assert "1 of 2 rows" in capsys.readouterr().out
 
 
@@ -704,28 +704,28 @@ def test_relocate(tmp_path, capsys):
     with pytest.raises(
         ValueError, match="1 of 3 rows have a clip that is not here .row 4: /gone/z.wav"
     ):
-        relocate.main(flags)
+        remap_paths.main(flags)
     assert not target.exists()
-    assert relocate.main([*flags, "--drop_missing"]) == 0
+    assert remap_paths.main([*flags, "--drop_missing"]) == 0
     assert [row["audio_id"] for row in stream_rows(target)] == [*here, "empty"]
-    assert relocate.main([*flags, "--drop_missing", "--relative"]) == 0
+    assert remap_paths.main([*flags, "--drop_missing", "--relative"]) == 0
     assert (target.parent / next(stream_rows(target))["audio_id"]).resolve() == Path(here[0])
     table = tmp_path / "disk/audio_ids.csv"
     table.write_text("id,audio_id\nz,other.flac\n")
     prefix = ["--prefix", f"/far/audio={tmp_path}/disk", "--prefix", f"/far={tmp_path}/disk"]
     clip(tmp_path / "disk/abcdefghijk.flac", 5)
     clip(tmp_path / "disk/other.wav", 6)
-    assert relocate.main([*flags[:4], *prefix, "--table", str(table)]) == 0
+    assert remap_paths.main([*flags[:4], *prefix, "--table", str(table)]) == 0
     found = [Path(row["audio_id"]).name for row in stream_rows(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
     assert (
-        relocate.main([*flags, "--drop_missing"]) == 0
+        remap_paths.main([*flags, "--drop_missing"]) == 0
     )  # Each of two names is that of two files now.
     assert [row["audio_id"] for row in stream_rows(target)] == [
         f"{tmp_path}/disk/other.wav",
         "empty",
     ]
-    record = json.loads((tmp_path / "out/rows.jsonl.recipe.json").read_text())
+    record = json.loads((tmp_path / "out/rows.jsonl.provenance.json").read_text())
     assert (record["missing"], record["ambiguous"]) == (1, 1)
 
 
@@ -746,7 +746,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     # Files are hashed in blocks of 1 MB: more than everything else that is held here.
     monkeypatch.setattr("ltu.files.HASH_BLOCK", 2**14)
     monkeypatch.setattr("ltu.data.dataset_files.ROWS_AT_ONCE", 64)
-    monkeypatch.setattr("data.distinct.HELD", 2**11)
+    monkeypatch.setattr("data.duplicate_detection.HELD", 2**11)
     rows = [json.dumps(row) for row in random_rows(OPEN, 0.0001, 0)]  # 0.18 MB
     peaks = {}
     for times in (1, 2, 10):  # The first run warms up: imports and their caches.

@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from data import combine, filter_unanswerable, leak_check, relocate, sample, shuffle, stats
-from data.audio_ledger import Ledger
-from data.audio_names import is_same_segment, segment, youtube
+from data import (
+    combine,
+    contamination_check,
+    filter_unanswerable,
+    remap_paths,
+    sample,
+    shuffle,
+    stats,
+)
+from data.audio_ids import is_same_segment, segment, youtube
+from data.audio_manifest import Ledger
 from ltu.data import dataset_files
 from ltu.data.dataset_files import RowWriter, stream_rows
 from tests.machine import check_growth, run_python, start_python
@@ -40,7 +48,7 @@ def write(path: Path, rows: list) -> Path:
 
 
 def recipe(path: Path) -> dict:
-    return json.loads(path.with_name(f"{path.name}.recipe.json").read_text())
+    return json.loads(path.with_name(f"{path.name}.provenance.json").read_text())
 
 
 # Segments of a video.
@@ -81,7 +89,7 @@ def run_relocate(
     given = [
         flag for folder in folders for flag in ("--folder", folder.replace("DIR", str(tmp_path)))
     ]
-    code = relocate.main(
+    code = remap_paths.main(
         ["--data_path", str(source), "--output_path", str(target), *given, *flags, "--relative"]
     )
     return code, [row["audio_id"] for row in stream_rows(target)]
@@ -237,7 +245,7 @@ def test_relocating_takes_time_by_the_clip(tmp_path, monkeypatch, stem):
             folder, base = os.path.split(name)
             walk.append((f"/disk/{folder}", [], [f"{base}.flac"]))
         monkeypatch.setattr("os.walk", lambda *_, **__: walk)
-        places = relocate.Places([], [], [("", tmp_path)])
+        places = remap_paths.Places([], [], [("", tmp_path)])
         for name in names:
             places.claim(f"/far/{name}.wav", "d")
         found = [places.find(f"/far/{name}.wav", "d")[0] for name in names]
@@ -258,9 +266,9 @@ def test_audio_root_is_said_where_relative_ids_leave_their_folder(tmp_path, caps
     near, far = tmp_path / "a/near.jsonl", tmp_path / "b/far.jsonl"
     against = write(tmp_path / "e.jsonl", [question("z.wav")])
     verbs = {shuffle: [], combine: [], filter_unanswerable: [], sample: ["--clips", "9"]}
-    for verb, flags in (verbs | {leak_check: ["--against", str(against)]}).items():
+    for verb, flags in (verbs | {contamination_check: ["--against", str(against)]}).items():
         for target in (near, far):
-            output = "--clean_path" if verb is leak_check else "--output_path"
+            output = "--clean_path" if verb is contamination_check else "--output_path"
             assert verb.main(["--data_path", str(source), output, str(target), *flags]) == 0
             assert {row["audio_id"] for row in stream_rows(target)} >= {"clips/1.wav", "2.wav"}
             assert recipe(target).get("audio_root") == (root if target is far else None), verb
@@ -312,7 +320,7 @@ def test_no_recipe_of_older_rows_beside_new_ones(tmp_path, verb):
     found = run_python(["-c", KILLED.format(verb=verb), *command], tmp_path)
     assert found.returncode == -signal.SIGKILL, found.stderr
     assert [row["audio_id"] for row in stream_rows(target)] == ["3.wav"]
-    assert not target.with_name("b.jsonl.recipe.json").exists()
+    assert not target.with_name("b.jsonl.provenance.json").exists()
 
 
 def test_an_error_keeps_rows_and_recipe(tmp_path):
@@ -329,7 +337,7 @@ def test_an_error_keeps_rows_and_recipe(tmp_path):
 HOLDING = """
 import sys
 from pathlib import Path
-from data.scratch import scratch_folder
+from data.temporary_files import scratch_folder
 with scratch_folder(Path(sys.argv[1]), sys.argv[2]) as folder:
     Path(folder, "0_00").write_text("0" * 16 + '{"left": 1}\\n')  # As a shuffle holds a row.
     print(folder, flush=True)

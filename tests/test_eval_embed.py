@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 
 from eval import embed
 from eval.embed import MINILM, Embedder, open_embedder
-from eval.outcome import EvaluationError
+from eval.score_result import EvaluationError
 from tests.machine import run_python
 from train_scripts import fetch_parts
 

@@ -5,7 +5,7 @@ import pytest
 from llm_server import FakeLlm, completion
 
 from eval.judge import Judge, open_ended, parse_verdict
-from eval.outcome import Context, EvaluationError
+from eval.score_result import Context, EvaluationError
 from eval.tasks import find_task
 from qa_generation.llm import LlmSettings
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from eval import asking, embed, report, run
-from eval.asking import inference_flags
-from eval.outcome import Outcome
+from eval import embed, generate_predictions, report, run
+from eval.generate_predictions import inference_flags
+from eval.score_result import Outcome
 from eval.tasks import find_task
 from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import open_engine
@@ -233,14 +233,14 @@ def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
     """One run, another that is killed between its answers and what says how they were asked, the first again."""
     sampled = ask_twice("0.wav", "1.wav")
     assert run.main(command(model, *sampled)) == 0
-    expected, stock = contents(Path("out")), asking.write_json
+    expected, stock = contents(Path("out")), generate_predictions.write_json
 
     def write_json(value, path: Path) -> None:
         if path == Path("out/m/gtzan.provenance.json"):
             raise Killed
         stock(value, path)
 
-    monkeypatch.setattr(asking, "write_json", write_json)
+    monkeypatch.setattr(generate_predictions, "write_json", write_json)
     with pytest.raises(Killed):
         run.main(command(model, *sampled, "--seed", "7"))
     scoring = [
@@ -252,7 +252,7 @@ def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
         "other",
     ]
     assert run.main(scoring) == 0 and result("other")["decoding"] == "not recorded"
-    monkeypatch.setattr(asking, "write_json", stock)
+    monkeypatch.setattr(generate_predictions, "write_json", stock)
     assert run.main(command(model, *sampled)) == 0 and contents(Path("out")) == expected
     assert run.main(scoring) == 0 and result("other")["decoding"]["temperature"] == 2.0
 

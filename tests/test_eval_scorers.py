@@ -20,8 +20,8 @@ from eval.closed import (
     single_label,
     toy_category,
 )
-from eval.outcome import Context, EvaluationError
 from eval.ranking import Ranking
+from eval.score_result import Context, EvaluationError
 from eval.speech import age, gender, read_age, read_gender, substituted, word_error_rate
 from eval.tasks import TASKS, find_task
 from ltu.files import sha256_of

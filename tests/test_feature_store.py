@@ -283,7 +283,7 @@ def test_failures_are_named_and_never_zeros(
     assert extract_whisper_feature.main(command) == 1
     assert "gone.wav: no such file" in capsys.readouterr().err
     assert extract_whisper_feature.main([*command, "--max_bad", "2"]) == 0
-    ledger = json.loads((tmp_path / "out" / "ledger.json").read_text())
+    ledger = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {key: ledger[key] for key in ("clips", "stored", "failed", "not_done")} == {
         "clips": 3, "stored": 1, "failed": 2, "not_done": 0,
     }  # fmt: skip
@@ -307,7 +307,7 @@ def test_overflow_is_a_failure(data: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(extract_whisper_feature.LtuAsFeatureExtractor, "__call__", overflow)
     words = flags(data, tmp_path, "--transcribe", "none", "--max_bad", "2")
     assert extract_whisper_feature.main(words) == 1
-    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    ledger = json.loads((tmp_path / "summary.json").read_text())
     assert ledger["reasons"] == {"not_finite": 3}  # one a batch
 
 

@@ -14,7 +14,7 @@ import soundfile
 
 pytest.importorskip("msgspec")
 from data import prepare_audio  # noqa: E402
-from data.audio_names import RULES, audio_id_of, key_of, read_ids, read_table, read_wanted
+from data.audio_ids import RULES, audio_id_of, key_of, read_ids, read_table, read_wanted
 from data.toy.sounds import AUDIO
 from data.toy.speech import SPEECH
 from ltu.data.audio import AudioError, decode_audio, load_audio
@@ -56,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
 def ledger(output: Path) -> dict[str, dict]:
     return {
         entry["file"]: entry
-        for entry in map(json.loads, (output / "ledger.jsonl").read_text().splitlines())
+        for entry in map(json.loads, (output / "manifest.jsonl").read_text().splitlines())
     }
 
 
@@ -151,7 +151,7 @@ def test_a_second_run_does_only_what_is_new(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
     soundfile.write(source / "b.wav", tone(0.2, 16000), 16000)
     (output / "c.flac").unlink()
-    with open(output / "ledger.jsonl", "a") as file:
+    with open(output / "manifest.jsonl", "a") as file:
         file.write('{"audio_id": "half')
     assert prepare_audio.main(run) == 0
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
@@ -166,7 +166,7 @@ def test_a_second_run_does_only_what_is_new(tmp_path):
 KILLED = """
 import os, signal, sys
 from data import prepare_audio
-from data.audio_ledger import Ledger
+from data.audio_manifest import Ledger
 append = Ledger.append
 def append_and_die(ledger, entry):
     append(ledger, entry)
@@ -193,7 +193,7 @@ def test_kill_9_leaves_whole_clips_and_no_process(tmp_path):
         os.killpg(run.pid, signal.SIGKILL)
         pytest.fail("workers live on after kill -9 of their parent")
     there = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
-    done = (output / "ledger.jsonl").read_text().count("\n")
+    done = (output / "manifest.jsonl").read_text().count("\n")
     assert done == 20 <= len(there) <= 20 + 2 * prepare_audio.JOBS_A_WORKER
     assert all(len(load_audio(output / name)) > 11000 for name in there)
     again = run_python(["-m", "data.prepare_audio", *command], tmp_path)
@@ -341,7 +341,7 @@ def test_map_with_coverage_against_rows(tmp_path, capsys):
     run += ["--against", str(tmp_path / "rows.json")]
     assert prepare_audio.main([*run, "--only_asked", "--max_bad", "2"]) == 0
     assert "coverage: 2 of the 4 clips" in capsys.readouterr().out
-    coverage = json.loads((output / "audio_ids.csv.recipe.json").read_text())["coverage"]
+    coverage = json.loads((output / "audio_ids.csv.provenance.json").read_text())["coverage"]
     missing = {"absent": ["eeeeeeeeeee"], "unreadable": ["ddddddddddd"]}
     assert coverage == {"asked_for": 4, "prepared": 2, "missing": missing}
     lines = [(line["id"], line["audio_id"]) for line in table(output / "audio_ids.csv")]

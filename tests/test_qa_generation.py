@@ -98,7 +98,7 @@ def arguments(
 def results(folder: Path) -> list[str]:
     """Rows, rejects and recipe; the latter without folder and port."""
     texts = [
-        (folder / f"rows.json{end}").read_text() for end in ("", ".rejects.jsonl", ".recipe.json")
+        (folder / f"rows.json{end}").read_text() for end in ("", ".rejects.jsonl", ".provenance.json")
     ]
     return texts[:2] + re.sub(r"/\S*/meta.json|127.0.0.1:\d+", "", texts[2]).splitlines()
 
@@ -122,7 +122,7 @@ def test_faults_of_every_kind(tmp_path, seed, capsys):
         assert main(arguments(rough, server.url)) == 0
         assert server.paid.total() == paid
     assert results(calm) == results(rough)
-    counts = json.loads((rough / "rows.json.recipe.json").read_text())["counts"]
+    counts = json.loads((rough / "rows.json.provenance.json").read_text())["counts"]
     assert (
         counts["clips"] == 40
         and counts["rows"] == len(json.loads((rough / "rows.json").read_text())) > 60

@@ -15,7 +15,7 @@ from qa_generation.llm import Llm, LlmSettings, ReplyStore
 from qa_generation.metadata import read_metadata, read_pairs
 from qa_generation.sources import SOURCES
 
-ENDS = ("", ".rejects.jsonl", ".recipe.json")
+ENDS = ("", ".rejects.jsonl", ".provenance.json")
 
 
 def files(folder: Path) -> list[bytes]:

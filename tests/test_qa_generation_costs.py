@@ -72,7 +72,7 @@ def test_a_clip_that_comes_again(tmp_path, capsys):
         assert [row["audio_id"] for row in rows] == ["a"] * 4 + ["b"] * 3
         assert len({(row["audio_id"], row["instruction"]) for row in rows}) == 7
         assert read_rejects(tmp_path) == [("a", "duplicate")] * 2
-        counts = json.loads((tmp_path / "rows.json.recipe.json").read_text())["counts"]
+        counts = json.loads((tmp_path / "rows.json.provenance.json").read_text())["counts"]
         assert (
             counts["clips"],
             counts["metadata rows that repeat one"],
@@ -97,7 +97,7 @@ def test_a_clip_that_another_source_had(tmp_path):
         ]
         assert read_rejects(tmp_path) == [(f"clip{i}.wav", "duplicate") for i in (0, 0, 1, 1)]
         assert list(
-            json.loads((tmp_path / "rows.json.recipe.json").read_text())["against_sha256"]
+            json.loads((tmp_path / "rows.json.provenance.json").read_text())["against_sha256"]
         ) == [str(earlier)]
 
 

@@ -224,7 +224,7 @@ def test_other_settings_than_those_of_the_kept_replies_are_said(tmp_path, capsys
         assert (
             main(given) == 0 and server.paid.total() == 12
         )  # The first settings again: nothing is asked.
-        recipe = json.loads((tmp_path / "rows.json.recipe.json").read_text())
+        recipe = json.loads((tmp_path / "rows.json.provenance.json").read_text())
         assert (
             recipe["counts"]["prompt_tokens"] == 300
         )  # of these rows, not of all that the file keeps

@@ -1,4 +1,4 @@
-"""What became of every source file of `data.prepare_audio`: OUT/ledger.jsonl.
+"""What became of every source file of `data.prepare_audio`: OUT/manifest.jsonl.
 
 Notable:
 - Appended to while a run lasts; half a line, which a killed run leaves, is dropped by the next.
@@ -24,7 +24,7 @@ class Ledger:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_file(folder / "ledger.lock", folder)
-        self.folder, self.path = folder, folder / "ledger.jsonl"
+        self.folder, self.path = folder, folder / "manifest.jsonl"
         self.entries: dict[str, dict] = {}
         for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
             try:

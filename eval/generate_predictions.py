@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 import ltu_as  # noqa: F401  registers its classes: with them ltu's commands open both models
 from eval.closed import Classes
-from eval.outcome import ANSWERED
 from eval.report import PREDICTIONS, provenance_file, read_provenance, write_json, write_rows
+from eval.score_result import ANSWERED
 from eval.tasks import Task
 from ltu.data.audio import AudioError
 from ltu.data.dataset_files import encode_row, stream_rows

@@ -1,8 +1,8 @@
 """Point the audio_ids of a file at local clips.
 
-    python -m data.relocate --data_path A.json --output_path B.json --folder audioset=/disk/as --folder vggsound=/disk/v
-    python -m data.relocate --data_path A.json --output_path B.json --prefix /data/sls/audioset=/disk/audioset
-    python -m data.relocate --data_path A.json --output_path B.json --table OUT/audio_ids.csv
+    python -m data.remap_paths --data_path A.json --output_path B.json --folder audioset=/disk/as --folder vggsound=/disk/v
+    python -m data.remap_paths --data_path A.json --output_path B.json --prefix /data/sls/audioset=/disk/audioset
+    python -m data.remap_paths --data_path A.json --output_path B.json --table OUT/audio_ids.csv
 
 Notable:
 - Tried in this order: a table (its first column is an id or path, its second a path, relative to the table's folder;
@@ -33,9 +33,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from data.audio_names import NO_AUDIO, SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
-from data.command import command_parser
-from data.recipe import write_recipe, write_rows
+from data.audio_ids import NO_AUDIO, SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
+from data.command_line import command_parser
+from data.provenance import write_provenance, write_rows
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
 
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
         "ambiguous": doubted,
         **sources,
     }
-    write_recipe(
+    write_provenance(
         args.output_path, "relocate", [args.data_path, *args.table], **facts, prefixes=args.prefix
     )
     for name, numbers in coverage.items():

@@ -1,4 +1,4 @@
-"""Reports, and what a file of rows was made of: FILE.recipe.json beside it."""
+"""Reports, and what a file of rows was made of: FILE.provenance.json beside it."""
 
 import json
 import platform
@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from data.audio_names import NO_AUDIO
+from data.audio_ids import NO_AUDIO
 from ltu.data.dataset_files import RowWriter, stream_rows
 from ltu.files import replace_file, sha256_of
 
@@ -21,8 +21,8 @@ def write_json(value: Any, path: Path) -> None:
     replace_file(path, text.encode("utf-8", "backslashreplace"), is_synced=True)
 
 
-def recipe_path(output: str | Path) -> Path:
-    return Path(f"{output}.recipe.json")
+def provenance_path(output: str | Path) -> Path:
+    return Path(f"{output}.provenance.json")
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def write_rows(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[RowWri
     """
     with RowWriter(path, inputs) as output:
         yield output
-        recipe_path(path).unlink(missing_ok=True)
+        provenance_path(path).unlink(missing_ok=True)
 
 
 def audio_root_of(
@@ -65,13 +65,13 @@ def audio_root_of(
         return {"audio_root": roots[0]}
     print(
         f"{output}: its audio_ids are relative to {len(roots)} folders ({', '.join(roots)}), so no --audio_root finds "
-        "all of them: give every input absolute ids first, by data.relocate."
+        "all of them: give every input absolute ids first, by data.remap_paths."
     )
     return {"audio_root": roots}
 
 
 def _roots_of(source: Path) -> list[str]:
-    recipe = recipe_path(source)
+    recipe = provenance_path(source)
     known = json.loads(recipe.read_bytes()).get("audio_root") if recipe.is_file() else None
     return [known] if isinstance(known, str) else known or [str(source.parent.resolve())]
 
@@ -85,10 +85,10 @@ def _has_relative_ids(path: Path) -> bool:
     return False
 
 
-def write_recipe(
+def write_provenance(
     output: str | Path, verb: str, inputs: Iterable[str | Path], **facts: Any
 ) -> dict[str, Any]:
-    """Write FILE.recipe.json beside the output: what it was made of, by which settings. Same run, same bytes."""
+    """Write FILE.provenance.json beside the output: what it was made of, by which settings. Same run, same bytes."""
     output = Path(output)
     versions = {"python": platform.python_version(), "msgspec": msgspec.__version__}
     sources = [
@@ -97,5 +97,5 @@ def write_recipe(
     ]
     recipe = {"verb": verb, "inputs": sources, **facts}
     recipe |= {"output": {"path": output.name, "sha256": sha256_of(output)}, "versions": versions}
-    write_json(recipe, recipe_path(output))
+    write_json(recipe, provenance_path(output))
     return recipe

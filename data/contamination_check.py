@@ -1,7 +1,7 @@
 """Find clips of an evaluation set in training data: by id, and by content.
 
-    python -m data.leak_check --data_path train.json --against esc50.json vocalsound.json
-    python -m data.leak_check --data_path train.json --audio_root DIR --against esc50.json --eval_root DIR2 --content
+    python -m data.contamination_check --data_path train.json --against esc50.json vocalsound.json
+    python -m data.contamination_check --data_path train.json --audio_root DIR --against esc50.json --eval_root DIR2 --content
 
 Notable:
 - Ids are the names of files without folders and endings; a YouTube id counts with or without what stands around it.
@@ -24,10 +24,10 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from data.audio_names import NO_AUDIO, stem, youtube
-from data.command import command_parser
-from data.distinct import Distinct
-from data.recipe import audio_root_of, write_recipe, write_rows
+from data.audio_ids import NO_AUDIO, stem, youtube
+from data.command_line import command_parser
+from data.duplicate_detection import Distinct
+from data.provenance import audio_root_of, write_provenance, write_rows
 from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
                     output.write(row)
         facts = {"content": args.content, "rows": output.count, "removed": leaked}
         facts |= audio_root_of(args.clean_path, [args.data_path], args.audio_root)
-        write_recipe(args.clean_path, "leak_check", [args.data_path, *args.against], **facts)
+        write_provenance(args.clean_path, "leak_check", [args.data_path, *args.against], **facts)
     return int(bool(found or unread))
 
 
