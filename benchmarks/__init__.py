@@ -1,1 +1,4 @@
-"""Measurements that are too slow or too machine-dependent for the tests; run from the repository root with `-m`."""
+"""Holds measurements that are too slow or too machine-dependent for the tests.
+
+They run from the repository root with `-m`.
+"""

@@ -1,14 +1,17 @@
-"""Questions per second: 16 at a time, beside one by one with and without the encodings that are kept.
+"""Measures questions per second: in batches of 16, one by one, and one by one without a cache.
 
     python -m benchmarks.ask --output_path benchmarks/results/ask.json
-    python -m benchmarks.ask --device cuda --dtype bfloat16 --clips 32 --output_path benchmarks/results/ask_gpu.json
+    python -m benchmarks.ask --device cuda --dtype bfloat16 --clips 32 \\
+        --output_path benchmarks/results/ask_gpu.json
 
-Notable:
-- random weights (speed does not depend on them): a Llama of 512 x 8 layers with 32,000 tokens; for LTU the
-  paper's CAV-MAE, for LTU-AS a Whisper and a TLTR of its width, transcripts given;
-- five questions on each clip of 10 s, read from a wav file, 50 new tokens each, neither more nor fewer;
-- "encoding every time" is one question a batch and nothing kept between questions, which is what the original does;
-- the ways take turns in one process after a warm-up each; medians are compared; in fp32 all answers must be equal.
+The weights are random (speed does not depend on them): a Llama of 512 x 8 layers with 32,000
+tokens; for LTU the paper's CAV-MAE; for LTU-AS a Whisper and a TLTR of its width, with transcripts
+given. There are five questions on each clip of 10 s, which is read from a wav file, and each answer
+has exactly 50 new tokens.
+
+"encoding every time" means batches of one question and no cache of audio embeddings, as in the
+original. The ways alternate in one process after a warm-up of each. Medians are compared, and in
+fp32 all answers must be equal.
 """
 
 import argparse
@@ -19,12 +22,12 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # Spinning threads would time the neighbours on a shared machine.
+# On a shared machine, spinning threads would also measure the other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
@@ -54,22 +57,32 @@ QUESTIONS = (
     "Describe the place in which this was recorded, and say what makes you think so.",
     "How loud is it, compared with a busy street?",
 )
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to answer all questions."""
+
+    batch_size: int
+    cache_mb: int
+
+
 WAYS = {
-    "encoding every time": (1, 0),
-    "one by one": (1, 256),
-    "batch 16": (16, 256),
-}  # batch size, cache in MB
+    "encoding every time": Way(1, 0),
+    "one by one": Way(1, 256),
+    "batch 16": Way(16, 256),
+}
+REFERENCE_WAY = "encoding every time"
 NEEDED = {"cpu": 4.0, "cuda": 10.0}  # batch 16 / encoding every time
-ORIGINAL = {
-    "ltu": 1.47,
-    "ltu_as": 0.79,
-}  # s a question, one by one at these sizes on two cores; measured by running it
+# Seconds per question of the original, one by one at these sizes on two cores; measured by running
+# the original.
+ORIGINAL = {"ltu": 1.47, "ltu_as": 0.79}
 
 
 def make_parts(
     kind: str, args: argparse.Namespace, folder: str
 ) -> tuple[torch.nn.Module, LtuProcessor]:
-    """Model and processor of a engine."""
+    """Return the model and the processor of an engine."""
     torch.manual_seed(0)
     text_config = LlamaConfig(**LLM, dtype=args.dtype)
     if kind == "ltu":
@@ -79,19 +92,19 @@ def make_parts(
         width, _, layers = SIZES[args.whisper_size]
         audio_encoder = TltrConfig(hidden_size=width, num_whisper_layers=layers)
         config = LtuAsConfig(audio_config=audio_encoder, text_config=text_config)
-        whisper = {
-            "whisper_model": random_whisper(args.whisper_size, folder),
-            "transcription_model": None,
-        }
         processor = LtuAsProcessor.from_config(
-            config, TOKENIZER, **whisper, feature_precision="fp32"
+            config,
+            TOKENIZER,
+            whisper_model=random_whisper(args.whisper_size, folder),
+            transcription_model=None,
+            feature_precision="fp32",
         )
         processor.feature_extractor.device = args.device
     return AutoModelForCausalLM.from_config(config).to(args.device), processor
 
 
 def write_clips(folder: str, count: int) -> list[str]:
-    """Noise of 10 s, as files."""
+    """Write clips of noise of 10 s each, and return their paths."""
     noise = np.random.default_rng(0)
     paths = [f"{folder}/{number}.wav" for number in range(count)]
     for path in paths:
@@ -99,91 +112,110 @@ def write_clips(folder: str, count: int) -> list[str]:
     return paths
 
 
+def generate_answers(engine: LtuEngine, requests: list[Request], batch_size: int) -> list[str]:
+    """Return the text of every answer. Raises AssertionError if an answer has another length."""
+    answers = engine(requests, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    for answer in answers:
+        if not answer.answered or answer.new_tokens != NEW_TOKENS:
+            raise AssertionError(f"not every answer has {NEW_TOKENS} tokens: {answer}")
+    return [answer.text for answer in answers]
+
+
 def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Questions per second of each way, and how many answers are those of the first way."""
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    texts = {}
+    """Return the questions per second of each way, and how many answers equal the reference."""
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    texts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        parts = make_parts(kind, args, folder)
-        requests = [
-            Request(text, clip, "")
-            for clip in write_clips(folder, args.clips)
-            for text in QUESTIONS
-        ]
-        for turn in range(args.rounds + 1):
-            for way, (batch_size, cache_mb) in WAYS.items():
-                asked = requests if turn else requests[: 2 * batch_size]
-                engine = LtuEngine(*parts, cache_mb)
+        model, processor = make_parts(kind, args, folder)
+        requests = []
+        for clip in write_clips(folder, args.clips):
+            requests += [Request(question, clip, "") for question in QUESTIONS]
+        for round_number in range(args.rounds + 1):
+            is_warm_up = round_number == 0
+            for name, way in WAYS.items():
+                used = requests[: 2 * way.batch_size] if is_warm_up else requests
+                engine = LtuEngine(model, processor, way.cache_mb)
                 start = time.perf_counter()
-                answers = engine(
-                    asked, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
-                )
-                if turn:
-                    times[way].append(time.perf_counter() - start)
-                if {(answer.answered, answer.new_tokens) for answer in answers} != {
-                    (True, NEW_TOKENS)
-                }:
-                    raise AssertionError(f"not every answer has {NEW_TOKENS} tokens: {answers[0]}")
-                texts[way] = [answer.text for answer in answers]
-    rates = {way: len(requests) / statistics.median(found) for way, found in times.items()}
-    first = next(iter(WAYS))
-    report = {"questions": len(requests), "seconds": times, "questions_per_second": rates}
-    report["ratio"] = {way: rate / rates[first] for way, rate in rates.items()}
-    report["equal_answers"] = {
-        way: sum(map(str.__eq__, own, texts[first])) for way, own in texts.items()
+                texts[name] = generate_answers(engine, used, way.batch_size)
+                if not is_warm_up:
+                    times[name].append(time.perf_counter() - start)
+    rates = {name: len(requests) / statistics.median(seconds) for name, seconds in times.items()}
+    equal_answers = {}
+    for name, own_texts in texts.items():
+        pairs = zip(own_texts, texts[REFERENCE_WAY], strict=True)
+        equal_answers[name] = sum(own == reference for own, reference in pairs)
+    return {
+        "questions": len(requests),
+        "seconds": times,
+        "questions_per_second": rates,
+        "ratio": {name: rate / rates[REFERENCE_WAY] for name, rate in rates.items()},
+        "equal_answers": equal_answers,
     }
-    return report
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kind", nargs="+", choices=list(ORIGINAL), default=list(ORIGINAL))
     parser.add_argument(
-        "--clips", type=int, default=16, help="with five questions each: full batches"
+        "--clips",
+        type=int,
+        default=16,
+        help="Number of clips. Each has five questions, so that batches are full.",
     )
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--whisper_size", choices=SIZES, default="base", help="of LTU-AS's ear")
+    parser.add_argument("--rounds", type=int, default=2, help="Measurements of each way.")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the language model"
+        "--whisper_size",
+        choices=SIZES,
+        default="base",
+        help="Size of the Whisper of LTU-AS.",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="Dtype of the language model.",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output_path", type=Path, help="write the figures there as JSON")
-    args = parser.parse_args()
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
     torch.set_num_threads(args.threads)
     is_cuda = args.device.startswith("cuda")
-    machine = (
-        torch.cuda.get_device_name(args.device)
-        if is_cuda
-        else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("kind", "output_path")
-    }
-    report: dict[str, Any] = {
-        "machine": machine,
-        "torch": torch.__version__,
-        **settings,
-        "new_tokens": NEW_TOKENS,
-    }
-    needed, is_enough = NEEDED["cuda" if is_cuda else "cpu"], True
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    if is_cuda:
+        machine = torch.cuda.get_device_name(args.device)
+    report: dict[str, Any] = {"machine": machine, "torch": torch.__version__}
+    for name, value in vars(args).items():
+        if name not in ("kind", "output_path"):
+            report[name] = value
+    report["new_tokens"] = NEW_TOKENS
+    needed = NEEDED["cuda" if is_cuda else "cpu"]
+    is_enough = True
     print(f"{machine}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
     print(
-        f"{'':8}{'':22}{'questions/s':>12}{'s each':>9}{'ratio':>8}{'equal':>8}   the original: s each"
+        f"{'':8}{'':22}{'questions/s':>12}{'s each':>9}{'ratio':>8}{'equal':>8}   "
+        "the original: s each"
     )
     for kind in args.kind:
-        report[kind] = found = measure(kind, args)
-        for way, rate in found["questions_per_second"].items():
-            equal = f"{found['equal_answers'][way]}/{found['questions']}"
+        result = measure(kind, args)
+        report[kind] = result
+        for name, rate in result["questions_per_second"].items():
+            num_equal = result["equal_answers"][name]
+            equal = f"{num_equal}/{result['questions']}"
             print(
-                f"{kind:8}{way:22}{rate:12.2f}{1 / rate:9.3f}{found['ratio'][way]:8.2f}{equal:>8}   {ORIGINAL[kind]}"
+                f"{kind:8}{name:22}{rate:12.2f}{1 / rate:9.3f}{result['ratio'][name]:8.2f}"
+                f"{equal:>8}   {ORIGINAL[kind]}"
             )
-            is_enough &= (
-                args.dtype != "float32" or found["equal_answers"][way] == found["questions"]
-            )
-        is_enough &= found["ratio"]["batch 16"] >= needed
+            if args.dtype == "float32" and num_equal != result["questions"]:
+                is_enough = False
+        if result["ratio"]["batch 16"] < needed:
+            is_enough = False
     print(f"{'reaches' if is_enough else 'falls short of'} {needed} x, with equal answers in fp32")
     if args.output_path:
         args.output_path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,19 @@
-"""What training and asking cost at the papers' size on one GPU: memory, samples per second, hours per stage.
+"""Measures training and generation at the papers' size on one GPU: memory, rates, hours per stage.
 
     python -m benchmarks.cost --output_path benchmarks/results/cost_h100.json
-    python -m benchmarks.cost --size tiny --device cpu            a quick look at the program itself
+    python -m benchmarks.cost --size tiny --device cpu            a quick test of the program itself
 
-Notable:
-- whole models with random weights (speed and memory do not depend on them) and random inputs: every row has a clip and
-  fills the text cut-off, so real rows, which are shorter, cost less;
-- the language model is frozen in bf16, what is trained is fp32, under autocast, as in `ltu.finetune`; a batch of 256 is
-  256 / micro-batch passes and one AdamW step, and both are timed; loading and decoding of clips are not;
-- hours follow from the rows of the papers' stages and the measured rate: one GPU, derived;
-- asking: five questions on each of 16 clips (one by one: of two), 64 new tokens each, one by one and 16 at a time.
+The models are complete, with random weights (speed and memory do not depend on them) and random
+inputs. Every example has a clip and fills the text cutoff, so real examples, which are shorter,
+cost less.
+
+The language model is frozen in bf16 and the trained weights are fp32, under autocast, as in
+`ltu.finetune`. A batch of 256 is 256 / micro-batch forward and backward passes and one AdamW step;
+both are timed. Loading and decoding of clips are not.
+
+The hours are derived, not measured: the number of examples of the papers' stages and the measured
+rate of one GPU. Generation: five questions on each of 16 clips (one by one: of two clips), 64 new
+tokens each, one by one and 16 at a time.
 """
 
 import argparse
@@ -18,6 +22,8 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,24 +43,41 @@ LLMS = {
     ),
 }
 BATCH = 256
-# (stage script, what it trains, text cut-off, rows x epochs), as in the scripts and the README.
+QUESTIONS_PER_CLIP = 5
+PROMPT_TOKENS = 40
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage as in its script and the README."""
+
+    script: str
+    trains: str  # "proj" or "all"
+    cutoff: int  # text tokens
+    examples: int  # times epochs
+
+
 STAGES = {
     "ltu": [
-        ("stage1_proj_cla", "proj", 108, 2 * 1_190_489),
-        ("stage2_all_cla", "all", 108, 2 * 1_190_489),
-        ("stage3_all_close", "all", 108, 1_917_894),
-        ("stage4_all_mix", "all", 108, 5_681_708),
+        Stage("stage1_proj_cla", "proj", 108, 2 * 1_190_489),
+        Stage("stage2_all_cla", "all", 108, 2 * 1_190_489),
+        Stage("stage3_all_close", "all", 108, 1_917_894),
+        Stage("stage4_all_mix", "all", 108, 5_681_708),
     ],
     "ltu_as": [
-        ("stage1_proj_cla", "proj", 108, 2 * 2_072_481),
-        ("stage2_all_cla", "all", 108, 2 * 2_072_481),
-        ("stage3_all_mix_v2", "all", 160, 2 * 9_397_025),
+        Stage("stage1_proj_cla", "proj", 108, 2 * 2_072_481),
+        Stage("stage2_all_cla", "all", 108, 2 * 2_072_481),
+        Stage("stage3_all_mix_v2", "all", 160, 2 * 9_397_025),
     ],
 }
 
 
 def make_model(kind: str, size: str, trains: str, device: torch.device) -> torch.nn.Module:
-    """A model of random weights as `ltu.finetune` holds it: LLM in bf16, the rest in fp32; LoRA where it is trained."""
+    """Return a model with random weights, in the dtypes of `ltu.finetune`.
+
+    The language model is bf16, the rest fp32. There is LoRA if `trains` is "all".
+    """
     torch.manual_seed(0)
     lora = None if trains == "proj" else LORA
     text_config = LlamaConfig(**LLMS[size], dtype=torch.bfloat16)
@@ -62,24 +85,23 @@ def make_model(kind: str, size: str, trains: str, device: torch.device) -> torch
         llm = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
         if kind == "ltu":
             config = LtuConfig(audio_config=CavMaeConfig(), text_config=text_config, lora=lora)
+            model = LtuForConditionalGeneration(config, llm)
         else:
             config = LtuAsConfig(audio_config=TltrConfig(), text_config=text_config, lora=lora)
-        model = {"ltu": LtuForConditionalGeneration, "ltu_as": LtuAsForConditionalGeneration}[kind](
-            config, llm
-        )
-    wrong = {
-        p.dtype
-        for n, p in model.named_parameters()
-        if ".lora_" in n or not n.startswith("language_model.")
-    }
-    assert wrong == {torch.float32}, wrong
-    model.set_attn_implementation("sdpa")  # As a loaded model has it.
+            model = LtuAsForConditionalGeneration(config, llm)
+    trained_dtypes = set()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or not name.startswith("language_model."):
+            trained_dtypes.add(parameter.dtype)
+    assert trained_dtypes == {torch.float32}, trained_dtypes
+    model.set_attn_implementation("sdpa")  # As in a model that is loaded.
     return model
 
 
 def make_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[str, torch.Tensor]:
-    """Random clips and full rows of text, with loss on all text."""
-    config, device = model.config, model.get_input_embeddings().weight.device
+    """Return a batch of random clips, each with `text_tokens` of text, with loss on all text."""
+    config = model.config
+    device = model.get_input_embeddings().weight.device
     audio_encoder = config.audio_config
     if hasattr(audio_encoder, "num_whisper_layers"):
         shape = (
@@ -91,17 +113,46 @@ def make_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[st
         shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
     text = torch.randint(3, config.text_config.vocab_size, (batch, text_tokens), device=device)
     audio = text.new_full((batch, config.num_audio_tokens), config.audio_token_id)
-    ids = torch.cat([audio, text], 1)
+    input_ids = torch.cat([audio, text], 1)  # (batch, audio tokens + text tokens)
     labels = torch.cat([torch.full_like(audio, -100), text], 1)
-    features = torch.randn(batch, *shape, device=device)
     return dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), input_features=features, labels=labels
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        input_features=torch.randn(batch, *shape, device=device),
+        labels=labels,
     )
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """Return the peak of allocated memory since `reset_peak`, or None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class TrainingCost:
+    """Medians of a micro-batch and of an optimizer step, in seconds, and the peak of memory."""
+
+    pass_seconds: float
+    step_seconds: float
+    peak_gib: float | None
 
 
 def train(
@@ -111,29 +162,37 @@ def train(
     text_tokens: int,
     checkpointing: bool,
     passes: int,
-):
-    """Seconds of a pass and of an optimizer step (medians), and the peak of allocated memory in GiB."""
+) -> TrainingCost:
+    """Measure forward and backward passes of a micro-batch, and optimizer steps.
+
+    Args:
+        model: the model.
+        plan: what is trained, "proj" or "all".
+        micro_batch: examples of a forward pass.
+        text_tokens: text tokens of an example.
+        checkpointing: whether activations are recomputed instead of stored.
+        passes: how many passes are timed.
+    """
     device = model.get_input_embeddings().weight.device
     model.train()
     model.set_trainable(plan)
-    model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0
-    )
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_disable()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
     inputs = make_inputs(model, micro_batch, text_tokens)
-    keep = torch.arange(
-        model.config.num_audio_tokens - 1, inputs["input_ids"].shape[1], device=device
-    )
-    inputs = inputs | {
-        "labels": inputs["labels"][:, keep],
-        "logits_to_keep": keep,
-        "use_cache": False,
-    }
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    # Compute logits only where a text token is predicted.
+    length = inputs["input_ids"].shape[1]
+    keep = torch.arange(model.config.num_audio_tokens - 1, length, device=device)
+    inputs["labels"] = inputs["labels"][:, keep]
+    inputs["logits_to_keep"] = keep
+    inputs["use_cache"] = False
+    reset_peak(device)
     times: dict[str, list[float]] = {"pass": [], "step": []}
 
-    def timed(name: str, run) -> None:
+    def timed(name: str, run: Callable[[], None]) -> None:
         synchronize(device)
         start = time.perf_counter()
         run()
@@ -146,117 +205,116 @@ def train(
         loss.backward()
 
     def step() -> None:
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(2):  # The first of each warms up: kernels are chosen, AdamW's moments are made.
+    # The first pass and the first step are warm-ups: kernels are chosen, AdamW allocates its state.
+    for _ in range(2):
         for _ in range(passes // 2 + 1):
             timed("pass", forward_backward)
         timed("step", step)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return statistics.median(times["pass"][1:]), times["step"][-1], peak
+    return TrainingCost(statistics.median(times["pass"][1:]), times["step"][-1], peak_gib(device))
 
 
 def training_rows(
     kind: str, size: str, trains: str, model: torch.nn.Module, args: argparse.Namespace
 ) -> list[dict]:
-    """One row for each plan, cut-off, micro-batch and way of keeping activations."""
+    """Return a row per cutoff and micro-batch size, with and without gradient checkpointing."""
     rows = []
-    settings = sorted({(plan, cutoff) for _, plan, cutoff, _ in STAGES[kind] if plan == trains})
-    for plan, cutoff in settings:
-        for micro_batch in args.micro_batches:
-            for checkpointing in (False, True):
-                row = dict(
-                    kind=kind, llm=size, trains=plan, text_tokens=cutoff, micro_batch=micro_batch
-                )
-                row["gradient_checkpointing"] = checkpointing
-                try:
-                    in_pass, in_step, peak = train(
-                        model, plan, micro_batch, cutoff, checkpointing, args.passes
-                    )
-                except torch.OutOfMemoryError:
-                    row["out_of_memory"] = True
-                else:
-                    rate = BATCH / (in_pass * BATCH / micro_batch + in_step)
-                    row |= dict(
-                        pass_seconds=in_pass,
-                        step_seconds=in_step,
-                        peak_gib=peak,
-                        samples_per_second=rate,
-                    )
-                    done = [s for s in STAGES[kind] if s[1:3] == (plan, cutoff)]
-                    row["derived_hours"] = {name: count / rate / 3600 for name, _, _, count in done}
-                model.zero_grad(set_to_none=True)
-                gc.collect()
-                if args.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                print(json.dumps(row), flush=True)
-                rows.append(row)
+    stages = [stage for stage in STAGES[kind] if stage.trains == trains]
+    cutoffs = sorted({stage.cutoff for stage in stages})
+    settings = itertools.product(cutoffs, args.micro_batches, (False, True))
+    for cutoff, micro_batch, checkpointing in settings:
+        row = dict(
+            kind=kind,
+            llm=size,
+            trains=trains,
+            text_tokens=cutoff,
+            micro_batch=micro_batch,
+            gradient_checkpointing=checkpointing,
+        )
+        try:
+            cost = train(model, trains, micro_batch, cutoff, checkpointing, args.passes)
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = True
+        else:
+            seconds = cost.pass_seconds * BATCH / micro_batch + cost.step_seconds
+            rate = BATCH / seconds
+            row["pass_seconds"] = cost.pass_seconds
+            row["step_seconds"] = cost.step_seconds
+            row["peak_gib"] = cost.peak_gib
+            row["samples_per_second"] = rate
+            row["derived_hours"] = {
+                stage.script: stage.examples / rate / 3600
+                for stage in stages
+                if stage.cutoff == cutoff
+            }
+        model.zero_grad(set_to_none=True)
+        free_memory(args.device)
+        print(json.dumps(row), flush=True)
+        rows.append(row)
     return rows
 
 
-def ask(
-    model: torch.nn.Module,
-    batch: int,
-    clips: int,
-    questions: int,
-    prompt_tokens: int,
-    new_tokens: int,
-) -> dict:
-    """Questions per second; at `batch` 1 every question encodes its clip again."""
+def measure_generation(model: torch.nn.Module, batch: int, clips: int) -> dict:
+    """Measure questions per second, with QUESTIONS_PER_CLIP questions on each clip.
+
+    A clip is encoded once for all its questions in a batch; with batches of one question, it is
+    encoded for every question.
+    """
     device = model.get_input_embeddings().weight.device
     model.eval()
     model.gradient_checkpointing_disable()
-    inputs = make_inputs(model, 1, prompt_tokens)
+    inputs = make_inputs(model, 1, PROMPT_TOKENS)
     features = inputs["input_features"]
-    options = dict(
-        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-    )
 
     def run(count: int) -> None:
         for start in range(0, count, batch):
             number = min(batch, count - start)
-            ids, mask = (
-                inputs[name].expand(number, -1) for name in ("input_ids", "attention_mask")
-            )
-            owners = [(start + row) // questions for row in range(number)]
-            index = torch.tensor([owner - owners[0] for owner in owners], device=device)
-            heard = features.expand(owners[-1] - owners[0] + 1, *features.shape[1:])
+            # The clip of each question, counted from the first clip of this batch.
+            questions = range(start, start + number)
+            first_clip = start // QUESTIONS_PER_CLIP
+            audio_index = [question // QUESTIONS_PER_CLIP - first_clip for question in questions]
+            num_clips = audio_index[-1] + 1
             model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                input_features=heard,
-                audio_index=index,
-                **options,
+                input_ids=inputs["input_ids"].expand(number, -1),
+                attention_mask=inputs["attention_mask"].expand(number, -1),
+                input_features=features.expand(num_clips, *features.shape[1:]),
+                audio_index=torch.tensor(audio_index, device=device),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
             )
 
-    run(batch)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    run(batch)  # Warm-up.
+    reset_peak(device)
     synchronize(device)
-    start, count = time.perf_counter(), clips * questions
+    count = clips * QUESTIONS_PER_CLIP
+    start = time.perf_counter()
     run(count)
     synchronize(device)
     rate = count / (time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return dict(
         batch=batch,
         questions=count,
-        new_tokens=new_tokens,
+        new_tokens=NEW_TOKENS,
         questions_per_second=rate,
-        peak_gib=peak,
+        peak_gib=peak_gib(device),
     )
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", nargs="+", choices=list(LLMS), default=["7b"])
     parser.add_argument("--kind", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--micro_batches", nargs="*", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--passes", type=int, default=6, help="timed passes of each setting")
+    parser.add_argument(
+        "--passes", type=int, default=6, help="Forward and backward passes timed per setting."
+    )
     parser.add_argument(
         "--device",
         type=torch.device,
@@ -267,10 +325,14 @@ def main() -> None:
         nargs="+",
         choices=("proj", "all"),
         default=["proj", "all"],
-        help="asking goes with all",
+        help="What is trained. Generation is measured with all.",
     )
-    parser.add_argument("--output_path", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     report = {
         "device": device,
@@ -282,15 +344,14 @@ def main() -> None:
     for size, kind, trains in itertools.product(args.size, args.kind, args.trains):
         model = make_model(kind, size, trains, args.device)
         report["training"] += training_rows(kind, size, trains, model, args)
-        for batch in [1, 16] if trains == "all" else []:
-            row = dict(kind=kind, llm=size) | ask(model, batch, 16 if batch > 1 else 2, 5, 40, 64)
-            print(json.dumps(row), flush=True)
-            report["asking"].append(row)
+        if trains == "all":
+            for batch, clips in ((1, 2), (16, 16)):
+                row = dict(kind=kind, llm=size) | measure_generation(model, batch, clips)
+                print(json.dumps(row), flush=True)
+                report["asking"].append(row)
         del model
-        gc.collect()
-        if args.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if args.output_path:  # After each model: a run that is cut off keeps what it measured.
+        free_memory(args.device)
+        if args.output_path:  # After each model: a run that is cut off keeps its measurements.
             args.output_path.parent.mkdir(parents=True, exist_ok=True)
             args.output_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

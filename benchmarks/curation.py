@@ -1,16 +1,18 @@
-"""Time and memory of the verbs of `data/` on rows like OpenAQA's, and the generator of such rows.
+"""Measures time and memory of the commands of `data/` on generated examples like those of OpenAQA.
 
-    python -m benchmarks.curation                                   5,681,708 rows, 2.3 GB, about 12 GB of disk
+    python -m benchmarks.curation                  5,681,708 examples, 2.3 GB, about 12 GB of disk
     python -m benchmarks.curation --rows 200000 --output_path exp/benchmarks/curation.json
     python -m benchmarks.curation --generate_only closed.json open.json
 
-Notable:
-- shares of datasets and tasks are those published (classification, captions, temporal, open-ended;
-  a task or dataset whose number was never published is a guess); words and clips are drawn at random, clips as often as
-  a dataset has them;
-- answers to closed-ended questions are labels or a caption, of open-ended ones 5 to 69 words, which makes the published
-  2.3 GB; one in eight open-ended answers has one of the original filter's phrases;
-- each verb is a process of its own: seconds and the largest resident memory are that process's.
+The fractions of datasets and tasks are the published ones (classification, captions, temporal,
+open-ended); a number that was never published is a guess. Words and clips are sampled, with as many
+clips as a dataset has.
+
+Answers to closed-ended questions are labels or a caption. Those to open-ended questions have 5 to
+69 words, which makes the published 2.3 GB; one in eight contains one of the phrases of the original
+filter.
+
+Each command is a process of its own: seconds and the largest resident memory are of that process.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from pathlib import Path
 from data.filter_unanswerable import PHRASES
 from ltu.data.dataset_files import RowWriter
 
-# Rows of OpenAQA: dataset, task, closed-ended rows in all 5,681,708; clips by dataset.
+# Dataset, task and number of examples of OpenAQA's 5,681,708: closed-ended questions.
 CLOSED = [
     ("as_strong_train", "cla_label", 101_791),
     ("as_strong_train", "cla_label_des", 101_791),
@@ -43,6 +45,7 @@ CLOSED = [
     ("clotho_development", "caption", 48_000),
     ("soundbible", "caption", 11_987),
 ]
+# The same for open-ended questions.
 OPEN = [
     ("as_strong_train", "open-ended question", 901_000),
     ("as_20k", "open-ended question", 184_000),
@@ -55,63 +58,89 @@ OPEN = [
 ]
 PHRASINGS = 100  # of each closed-ended question
 ROWS = sum(count for _, _, count in CLOSED + OPEN)
+# Number of clips, by the beginning of a dataset's name.
 CLIPS = {
     "as_strong": 102_000,
     "as_2m": 500_139,
     "as_20k": 18_691,
     "vggsound": 184_000,
     "fsd50k": 41_000,
+    "audiocaps": 46_000,
+    "freesound": 91_000,
+    "clotho": 5_000,
+    "soundbible": 1_200,
 }
-CLIPS |= {"audiocaps": 46_000, "freesound": 91_000, "clotho": 5_000, "soundbible": 1_200}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 BARS = {"combine + shuffle + filter": 600, "stats": 180}  # seconds, at 5,681,708 rows on two cores
 BAR_MB = 1536
 
 
+class TextSampler:
+    """Samples words, labels, questions and answers."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.words = [self._word() for _ in range(9000)]
+        self.labels = [self.text(1, 3).capitalize() for _ in range(527)]
+
+    def _word(self) -> str:
+        return "".join(self.random.choices(LETTERS, k=self.random.randint(2, 9)))
+
+    def text(self, low: int, high: int) -> str:
+        """Return `low` to `high` words."""
+        count = self.random.randint(low, high)
+        return " ".join(self.random.choices(self.words, k=count))
+
+    def question(self) -> str:
+        return self.text(4, 17).capitalize() + "?"
+
+    def answer(self, task: str) -> str:
+        if task == "cla_label":
+            labels = self.random.choices(self.labels, k=self.random.randint(1, 4))
+            return f"Labels: {'; '.join(labels)}"
+        if task == "cla_label_des":
+            labels = self.random.choices(self.labels, k=2)
+            parts = [f"{self._description()} -> {label}" for label in labels]
+            return f"Labels: {'; '.join(parts)}"
+        if task == "caption":
+            return f"Audio caption: {self.text(6, 15)}."
+        if task == "temporal":
+            labels = self.random.choices(self.labels, k=3)
+            return "; ".join(f"{label}: {self._time_span()}" for label in labels)
+        answer = self.text(5, 69).capitalize() + "."
+        if self.random.random() < 1 / 8:
+            answer = f"{self.random.choice(PHRASES)} {answer}"
+        return answer
+
+    def _description(self) -> str:
+        return " ".join(self.random.choices(self.words, k=3))
+
+    def _time_span(self) -> str:
+        return f"[0.{self.random.randint(0, 99)}s-9.5s]"
+
+
 def random_rows(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> Iterator[dict]:
-    """Rows of these datasets and tasks, `scale` of each number."""
-    chance = random.Random(seed)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(9000)]
-    labels = [
-        " ".join(chance.choices(words, k=chance.randint(1, 3))).capitalize() for _ in range(527)
-    ]
+    """Yield random examples.
 
-    def question() -> str:
-        return " ".join(chance.choices(words, k=chance.randint(4, 17))).capitalize() + "?"
-
+    Args:
+        kinds: dataset, task and number of examples.
+        scale: factor of every number of examples and clips.
+        seed: of the random generator.
+    """
+    sampler = TextSampler(seed)
     for dataset, task, count in kinds:
-        phrasings = [question() for _ in range(PHRASINGS)]
-        clips = max(
-            1, round(scale * next(n for name, n in CLIPS.items() if dataset.startswith(name)))
-        )
+        phrasings = [sampler.question() for _ in range(PHRASINGS)]
+        dataset_clips = next(n for name, n in CLIPS.items() if dataset.startswith(name))
+        num_clips = max(1, round(scale * dataset_clips))
+        is_open = task == "open-ended question"
         for _ in range(round(scale * count)):
-            if task == "cla_label":
-                output = f"Labels: {'; '.join(chance.choices(labels, k=chance.randint(1, 4)))}"
-            elif task == "cla_label_des":
-                parts = [
-                    f"{' '.join(chance.choices(words, k=3))} -> {label}"
-                    for label in chance.choices(labels, k=2)
-                ]
-                output = f"Labels: {'; '.join(parts)}"
-            elif task == "caption":
-                output = (
-                    f"Audio caption: {' '.join(chance.choices(words, k=chance.randint(6, 15)))}."
-                )
-            elif task == "temporal":
-                output = "; ".join(
-                    f"{label}: [0.{chance.randint(0, 99)}s-9.5s]"
-                    for label in chance.choices(labels, k=3)
-                )
-            else:
-                output = " ".join(chance.choices(words, k=chance.randint(5, 69))).capitalize() + "."
-                if chance.random() < 1 / 8:
-                    output = f"{chance.choice(PHRASES)} {output}"
+            output = sampler.answer(task)
+            question = sampler.question() if is_open else sampler.random.choice(phrasings)
+            clip = sampler.random.randrange(num_clips)
             yield {
-                "instruction": question()
-                if task == "open-ended question"
-                else chance.choice(phrasings),
+                "instruction": question,
                 "input": "",
-                "audio_id": f"/data/{dataset}/audio/{chance.randrange(clips):011x}.flac",
+                "audio_id": f"/data/{dataset}/audio/{clip:011x}.flac",
                 "dataset": dataset,
                 "task": task,
                 "output": output,
@@ -119,112 +148,131 @@ def random_rows(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> I
 
 
 def generate(paths: list[Path], rows: int, seed: int = 0) -> None:
-    """Write the closed-ended and the open-ended rows, as the original's JSON."""
-    for path, kinds, number in zip(paths, (CLOSED, OPEN), (0, 1), strict=True):
+    """Write a file of closed-ended and one of open-ended examples, `rows` in total."""
+    for number, (path, kinds) in enumerate(zip(paths, (CLOSED, OPEN), strict=True)):
         with RowWriter(path) as output:
             for row in random_rows(kinds, rows / ROWS, seed + number):
                 output.write(row)
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Run `python -m ...`: wall-clock and processor seconds, and the peak of resident memory in MB."""
+    """Run `python -m ...`: wall-clock and processor seconds, and the peak of resident memory in MB.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (
-        (0, 1) if command[0] == "data.validate" else (0,)
-    ):  # 1: it found something.
+    expected = [0]
+    if command[0] == "data.validate":
+        expected = [0, 1]  # 1: it found something.
+    if process.returncode not in expected:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
     seconds = time.perf_counter() - start
-    used = usage.ru_utime + usage.ru_stime
     return {
         "seconds": round(seconds, 1),
-        "processor": round(used, 1),
+        "processor": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mb": round(usage.ru_maxrss / 1024),
     }
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Every verb that reads the whole file, on the files of a folder."""
-    closed, opened, mixed, shuffled, kept = (
-        str(folder / f"{name}.json") for name in ("closed", "open", "mixed", "shuffled", "kept")
-    )
-    parts = ["--recipe", "openaqa_all", "--data_path", f"closed={closed}", f"open={opened}"]
-    sample = ["--clips", "1000", "--output_path", str(folder / "sample.json")]
+    """Return every command that reads a whole file, for the files of a folder."""
+    closed = str(folder / "closed.json")
+    opened = str(folder / "open.json")
+    mixed = str(folder / "mixed.json")
+    shuffled = str(folder / "shuffled.json")
+    filtered = str(folder / "kept.json")
+
+    def command(name: str, data_path: str, *flags: str) -> list[str]:
+        return [f"data.{name}", "--data_path", data_path, *flags]
+
     return {
-        "combine": ["data.combine", *parts, "--output_path", mixed],
-        "shuffle": ["data.shuffle", "--data_path", mixed, "--output_path", shuffled],
-        "filter": ["data.filter_unanswerable", "--data_path", shuffled, "--output_path", kept],
-        "original_shuffle": [
-            "data.shuffle",
-            "--data_path",
-            kept,
-            "--output_path",
-            mixed,
-            "--original_shuffle",
+        "combine": [
+            "data.combine",
+            *("--recipe", "openaqa_all"),
+            *("--data_path", f"closed={closed}", f"open={opened}"),
+            *("--output_path", mixed),
         ],
-        "stats": [
-            "data.stats",
-            "--data_path",
+        "shuffle": command("shuffle", mixed, "--output_path", shuffled),
+        "filter": command("filter_unanswerable", shuffled, "--output_path", filtered),
+        "original_shuffle": command(
+            "shuffle", filtered, "--output_path", mixed, "--original_shuffle"
+        ),
+        "stats": command("stats", shuffled, "--output_path", str(folder / "stats.json")),
+        "sample": command(
+            "sample",
             shuffled,
-            "--output_path",
-            str(folder / "stats.json"),
-        ],
-        "sample": ["data.sample", "--data_path", shuffled, *sample],
-        "validate": ["data.validate", "--data_path", shuffled, "--no_audio"],
+            *("--clips", "1000"),
+            *("--output_path", str(folder / "sample.json")),
+        ),
+        "validate": command("validate", shuffled, "--no_audio"),
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--rows", type=int, default=ROWS, help="Number of examples.")
     parser.add_argument(
-        "--folder", type=Path, help="where the files are written (a temporary folder), and stay"
+        "--folder",
+        type=Path,
+        help="The folder of the files, which stay there. By default it is temporary.",
     )
-    parser.add_argument("--generate_only", type=Path, nargs=2, metavar=("CLOSED", "OPEN"))
-    parser.add_argument("--output_path", type=Path, help="the report as JSON")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--generate_only",
+        type=Path,
+        nargs=2,
+        metavar=("CLOSED", "OPEN"),
+        help="Only write the closed-ended and the open-ended examples.",
+    )
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     if args.generate_only:
         generate(args.generate_only, args.rows)
         return 0
+    results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         generate([folder / "closed.json", folder / "open.json"], args.rows)
-        found = {}
-        for verb, command in commands(folder).items():
-            found[verb] = measure(command)
-            print(f"{verb:17} {found[verb]}", flush=True)
+        for name, command in commands(folder).items():
+            results[name] = measure(command)
+            print(f"{name:17} {results[name]}", flush=True)
         size = (folder / "shuffled.json").stat().st_size
-    three = sum(found[verb]["seconds"] for verb in ("combine", "shuffle", "filter"))
-    totals = {"combine + shuffle + filter": round(three, 1), "stats": found["stats"]["seconds"]}
-    peak = max(verb["peak_mb"] for verb in found.values())
-    reached = peak <= BAR_MB and all(
-        totals[name] * ROWS / args.rows <= bar for name, bar in BARS.items()
-    )
+    preparation = sum(results[name]["seconds"] for name in ("combine", "shuffle", "filter"))
+    totals = {
+        "combine + shuffle + filter": round(preparation, 1),
+        "stats": results["stats"]["seconds"],
+    }
+    extrapolated = {name: seconds * ROWS / args.rows for name, seconds in totals.items()}
+    peak = max(result["peak_mb"] for result in results.values())
+    is_fast = all(extrapolated[name] <= bar for name, bar in BARS.items())
+    reached = peak <= BAR_MB and is_fast
     report = {
         "rows": args.rows,
         "bytes": size,
-        "verbs": found,
+        "verbs": results,
         "totals": totals,
         "bars": BARS,
         "bar_mb": BAR_MB,
     }
     if args.rows != ROWS:
-        report["extrapolated"] = {
-            name: round(seconds * ROWS / args.rows, 1) for name, seconds in totals.items()
-        }
-    print(json.dumps(report | {"reached": reached}, indent=1))
+        report["extrapolated"] = {name: round(seconds, 1) for name, seconds in extrapolated.items()}
+    text = json.dumps(report | {"reached": reached}, indent=1)
+    print(text)
     if args.output_path:
         args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        args.output_path.write_text(
-            json.dumps(report | {"reached": reached}, indent=1) + "\n", encoding="utf-8"
-        )
+        args.output_path.write_text(text + "\n", encoding="utf-8")
     return 0 if reached else 1
 
 

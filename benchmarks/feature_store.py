@@ -1,11 +1,11 @@
-"""Size and speed of the feature store beside the original's compressed npz.
+"""Measures size and speed of the feature store, compared with the compressed npz of the original.
 
-    python -m benchmarks.feature_store --whisper WHISPER.pt --output_path exp/benchmarks/feature_store.json
+    python -m benchmarks.feature_store --whisper WHISPER.pt --output_path exp/feature_store.json
 
-Notable:
-- a clip is (32, 25, 1280) as that of Whisper large: filled from a smaller Whisper's features of real clips, because
-  random numbers have other exponents;
-- both sides read from the page cache, in turns, and write without waiting for the disk.
+The features of a clip have the shape (32, 25, 1280) of Whisper large. They are assembled from the
+features of real clips by a smaller Whisper, because random numbers have other exponents.
+
+Both sides read from the page cache, alternately, and write without waiting for the disk.
 """
 
 import argparse
@@ -25,30 +25,38 @@ from ltu.data.audio import load_audio  # noqa: E402
 from ltu_as import LtuAsFeatureExtractor  # noqa: E402
 from ltu_as.feature_store import FeatureStore  # noqa: E402
 
-SHAPE = (32, 25, 1280)
-MIN_READ = 5.0  # times the original's
+SHAPE = (32, 25, 1280)  # layers, time, width
+MIN_READ = 5.0  # reading speed / that of the original
 AUDIO = Path(__file__).parents[1] / "data" / "toy" / "audio"
 
 
 def real_features(whisper: str, clips: int) -> list[np.ndarray]:
-    """float32 of SHAPE, each from other sounds: layers of several clips below and beside each other."""
+    """Return float32 arrays of SHAPE, each made of the features of other toy clips.
+
+    Features of several clips are stacked along the layers and along the width.
+    """
     extractor = LtuAsFeatureExtractor(None, None, whisper, None, "fp32")
     layers, _, width = extractor.describe()["shape"]
     across = -(-SHAPE[2] // width)
     needed = across * -(-SHAPE[0] // layers)
     paths = sorted(AUDIO.glob("*.flac"))
-    paths = paths[:: max(1, len(paths) // (needed + clips))][: needed + clips]
+    step = max(1, len(paths) // (needed + clips))
+    paths = paths[::step][: needed + clips]
     pieces = [extractor(load_audio(path)).input_features[0].numpy() for path in paths]
-    found = []
+    features = []
     for first in range(clips):
         chosen = pieces[first : first + needed]
         columns = [np.concatenate(chosen[column::across])[: SHAPE[0]] for column in range(across)]
-        found.append(np.ascontiguousarray(np.concatenate(columns, 2)[:, :, : SHAPE[2]]))
-    return found
+        stacked = np.concatenate(columns, 2)[:, :, : SHAPE[2]]  # SHAPE
+        features.append(np.ascontiguousarray(stacked))
+    return features
 
 
-def rate(run: Callable[[int], object], clips: int, rounds: int) -> float:
-    """Clips a second in the best of a few rounds after a first one: what else runs on the machine only slows."""
+def measure_rate(run: Callable[[int], object], clips: int, rounds: int) -> float:
+    """Return clips per second in the best round after a warm-up.
+
+    The best round counts because other processes on the machine can only slow a round down.
+    """
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -59,8 +67,14 @@ def rate(run: Callable[[int], object], clips: int, rounds: int) -> float:
 
 
 def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
+    """Measure both sides on features of one dtype.
+
+    Raises:
+        AssertionError: what the store reads is not what was written.
+    """
     arrays = [clip.astype(dtype) for clip in features]
     tensors = [torch.from_numpy(array) for array in arrays]
+    count = len(arrays)
     with tempfile.TemporaryDirectory() as folder:
         description = {
             "whisper_model": "large",
@@ -69,31 +83,38 @@ def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
             "shape": list(SHAPE),
         }
         store = FeatureStore.create(f"{folder}/ours", description)
-        npz = [Path(folder) / f"{number}.npz" for number in range(len(arrays))]
-        runs = {
-            "write": (
-                lambda number: np.savez_compressed(npz[number], arrays[number]),
-                lambda number: store.write(str(number), tensors[number], "", 10.0),
-            ),
-            "read": (
-                lambda number: np.load(npz[number])["arr_0"],
-                lambda number: store.read(str(number)),
-            ),
-        }
+        npz = [Path(folder) / f"{number}.npz" for number in range(count)]
+
+        def write_npz(number: int) -> None:
+            np.savez_compressed(npz[number], arrays[number])
+
+        def write_ours(number: int) -> None:
+            store.write(str(number), tensors[number], "", 10.0)
+
+        def read_npz(number: int) -> np.ndarray:
+            return np.load(npz[number])["arr_0"]
+
+        def read_ours(number: int) -> object:
+            return store.read(str(number))
+
         report: dict = {"npz": {}, "ours": {}}
-        for name, both in runs.items():
-            for side, run in zip(report, both, strict=True):
-                report[side][f"{name}s_per_second"] = round(rate(run, len(arrays), rounds), 1)
-        report["npz"]["bytes"] = int(np.mean([path.stat().st_size for path in npz]))
-        sizes = [store.path_of(str(number)).stat().st_size for number in range(len(arrays))]
-        report["ours"]["bytes"] = int(np.mean(sizes))
-        if not all(
-            torch.equal(store.read(str(number)).features, clip)
-            for number, clip in enumerate(tensors)
+        for side, name, run in (
+            ("npz", "writes_per_second", write_npz),
+            ("ours", "writes_per_second", write_ours),
+            ("npz", "reads_per_second", read_npz),
+            ("ours", "reads_per_second", read_ours),
         ):
-            raise AssertionError("what was read is not what was written")
-    ratio = {name: report["ours"][name] / report["npz"][name] for name in report["npz"]}
-    return report | {"ours_over_npz": {name: round(value, 3) for name, value in ratio.items()}}
+            report[side][name] = round(measure_rate(run, count, rounds), 1)
+        sizes = [store.path_of(str(number)).stat().st_size for number in range(count)]
+        report["npz"]["bytes"] = int(np.mean([path.stat().st_size for path in npz]))
+        report["ours"]["bytes"] = int(np.mean(sizes))
+        for number, clip in enumerate(tensors):
+            if not torch.equal(store.read(str(number)).features, clip):
+                raise AssertionError("what was read is not what was written")
+    ratios = {}
+    for name, value in report["npz"].items():
+        ratios[name] = round(report["ours"][name] / value, 3)
+    return report | {"ours_over_npz": ratios}
 
 
 def main() -> None:
@@ -101,21 +122,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--whisper", required=True, help="an openai-whisper .pt file or a name; base is enough"
+        "--whisper",
+        required=True,
+        help="An openai-whisper .pt file, or the name of a model; base is enough.",
     )
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output_path")
+    parser.add_argument("--output_path", help="Write the report there as JSON.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     features = real_features(args.whisper, args.clips)
     report = {dtype: compare(features, dtype, args.rounds) for dtype in ("float32", "float16")}
     print(json.dumps(report, indent=1))
-    for dtype, found in report.items():
-        ratio = found["ours_over_npz"]
-        is_enough = ratio["reads_per_second"] >= MIN_READ and ratio["bytes"] <= 1
-        print(f"{dtype}: reads {ratio['reads_per_second']:.1f} x as fast, {ratio['bytes']:.2f} of the bytes: "
-              f"{'reaches' if is_enough else 'falls short of'} {MIN_READ} x at no more bytes")  # fmt: skip
+    for dtype, result in report.items():
+        reads = result["ours_over_npz"]["reads_per_second"]
+        size = result["ours_over_npz"]["bytes"]
+        verdict = "reaches" if reads >= MIN_READ and size <= 1 else "falls short of"
+        print(
+            f"{dtype}: reads {reads:.1f} x as fast, {size:.2f} of the bytes: "
+            f"{verdict} {MIN_READ} x at no more bytes"
+        )
     if args.output_path:
         Path(args.output_path).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

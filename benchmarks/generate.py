@@ -3,8 +3,9 @@
     python -m benchmarks.generate --output_path benchmarks/results/generate_h100.json
     python -m benchmarks.generate --size tiny --device cpu
 
-The model has random weights (speed does not depend on them), a language model in bf16, and LoRA. All
-rows ask the same question about the same clip, as on the page, so the clip is encoded once.
+The model has random weights (speed does not depend on them), a language model in bf16, and LoRA.
+All rows of a batch have the same question and the same clip, as on the gradio page, so the clip is
+encoded once.
 """
 
 import argparse
@@ -19,11 +20,20 @@ import torch
 from benchmarks.cost import LLMS, make_inputs, make_model, synchronize
 from ltu.models.version_check import compare_cached_logits
 
-PROMPT_TOKENS = 40  # Of text.
+PROMPT_TOKENS = 40  # text tokens of the prompt
 
 
 def time_generate(model: torch.nn.Module, batch: int, num_tokens: int, **settings: Any) -> dict:
-    """Generate three times: the first call compiles and chooses kernels, the faster of the others counts."""
+    """Time `generate` on a batch.
+
+    The first of three calls compiles and chooses kernels; of the others, the faster one counts.
+
+    Args:
+        model: a model of LTU.
+        batch: rows of the batch.
+        num_tokens: new tokens of each answer.
+        settings: further arguments of `generate`.
+    """
     device = model.get_input_embeddings().weight.device
     inputs = make_inputs(model, 1, PROMPT_TOKENS)
     rows = {name: inputs[name].expand(batch, -1) for name in ("input_ids", "attention_mask")}
@@ -59,13 +69,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=list(LLMS), default="7b")
-    parser.add_argument("--dynamic", nargs="*", type=int, default=[1, 16, 64], help="batch sizes")
-    parser.add_argument("--static", nargs="*", type=int, default=[16, 64], help="batch sizes")
-    parser.add_argument("--num_tokens", type=int, default=64, help="new tokens of each answer")
+    parser.add_argument(
+        "--dynamic",
+        nargs="*",
+        type=int,
+        default=[1, 16, 64],
+        help="Batch sizes with a dynamic cache.",
+    )
+    parser.add_argument(
+        "--static",
+        nargs="*",
+        type=int,
+        default=[16, 64],
+        help="Batch sizes with a static cache.",
+    )
+    parser.add_argument("--num_tokens", type=int, default=64, help="New tokens of each answer.")
     parser.add_argument(
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--output_path", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     args = parser.parse_args()
 
     model = make_model("ltu", args.size, "all", args.device).eval()

@@ -1,13 +1,15 @@
-"""Scoring AudioSet's 20,000 predictions on 527 classes, and cosines as a product beside the original's loop.
+"""Measures the scoring of AudioSet's 20,000 predictions, and of cosines against a Python loop.
 
     python -m benchmarks.scoring --output_path benchmarks/results/scoring.json
-    python -m benchmarks.scoring --embedder pretrained_mdls/minilm          real embeddings, computed first, then cached
+    python -m benchmarks.scoring --embedder pretrained_mdls/minilm
 
-Notable:
-- Answers name one to four classes in words of their own, so most are different texts. By default their embeddings are
-  random, 384 wide as MiniLM's, from a table: the time is that of scoring, not of embedding.
-- The whole command is timed, imports and reports included; memory is its largest resident memory.
-- The loop is one Python float after another, as in the original's evaluators, over a few rows, and extrapolated.
+The predictions name one to four of 527 classes in words of their own, so most texts differ. By
+default their embeddings are random, 384 wide as those of MiniLM, from a table: the time is that of
+scoring, not of embedding. With `--embedder` they are real, computed before and then cached.
+
+The whole command is timed, with imports and reports; memory is its largest resident memory. The
+loop multiplies one Python float after another, as the original's evaluators do. It runs over a few
+rows, and its time is extrapolated.
 """
 
 import argparse
@@ -23,30 +25,43 @@ import numpy as np
 from benchmarks.curation import measure
 from eval.closed import LABELS, cosines
 
-ROWS, DIM, LOOP_ROWS = 20_000, 384, 20
+ROWS = 20_000
+DIM = 384
+LOOP_ROWS = 20
 BARS = {"seconds": 60, "peak_mb": 2048, "times the loop": 100}
-WORDS = "a the loud soft distant sharp echo of and with followed by then near low high rough clear bright dull".split()
+WORDS = (
+    "a the loud soft distant sharp echo of and with followed by then near low high rough clear "
+    "bright dull"
+).split()
 
 
 def write_predictions(path: Path, rows: int, classes: list[str]) -> list[str]:
-    """Predictions in the original's form. Returns every text that may be embedded."""
-    chance, texts, made = random.Random(0), {"sound of " + name.lower() for name in classes}, []
+    """Write predictions in the format of the original, and return every text to be embedded."""
+    rng = random.Random(0)
+    texts = {"sound of " + name.lower() for name in classes}
+    predictions = []
     for number in range(rows):
-        truth = chance.sample(classes, chance.randint(1, 4))
-        said = " ".join(
-            chance.choice([*chance.sample(WORDS, 4), chance.choice(truth)]) for _ in range(8)
+        references = rng.sample(classes, rng.randint(1, 4))
+        words = []
+        for _ in range(8):
+            candidates = [*rng.sample(WORDS, 4), rng.choice(references)]
+            words.append(rng.choice(candidates))
+        answer = f"{' '.join(words)}."
+        predictions.append(
+            {
+                "prompt": "q",
+                "pred": f"Audio caption: {answer}",
+                "ref": f"Labels: {'; '.join(references)}",
+                "audio_id": f"{number}.flac",
+            }
         )
-        made.append(
-            {"prompt": "q", "pred": f"Audio caption: {said}.", "ref": f"Labels: {'; '.join(truth)}"}
-        )
-        made[-1]["audio_id"] = f"{number}.flac"
-        texts.add("sound of " + f"{said}.".lower())
-    path.write_text(json.dumps(made), encoding="utf-8")
+        texts.add("sound of " + answer.lower())
+    path.write_text(json.dumps(predictions), encoding="utf-8")
     return sorted(texts)
 
 
 def loop(answers: list[list[float]], classes: list[list[float]]) -> None:
-    """Cosines one float after another."""
+    """Compute cosines with one Python float after another."""
     for left in answers:
         for right in classes:
             product = norm_left = norm_right = 0.0
@@ -57,76 +72,85 @@ def loop(answers: list[list[float]], classes: list[list[float]]) -> None:
             assert product / (norm_left**0.5 * norm_right**0.5) <= 1.01
 
 
+def measure_commands(
+    folder: Path, rows: int, embedder: str | None, classes: list[str], rng: np.random.Generator
+) -> dict[str, dict]:
+    """Score predictions with each protocol; return what `measure` returns for each command."""
+    predictions = folder / "predictions.json"
+    texts = write_predictions(predictions, rows, classes)
+    table = folder / "vectors.npz"
+    np.savez(table, texts=np.array(texts), vectors=rng.random((len(texts), DIM), np.float32))
+    embeddings = ["--embedder", embedder] if embedder else ["--embeddings", str(table)]
+    runs = {"strict": "strict", "original": "original"}  # Name of a run -> protocol.
+    if embedder:
+        runs = {"warm-up": "strict"} | runs
+    results = {}
+    for name, protocol in runs.items():
+        results[name] = measure(
+            [
+                "eval.run",
+                *("--task", "audioset"),
+                *("--predictions", str(predictions)),
+                *("--output_dir", str(folder / name)),
+                *("--cache_dir", str(folder / "cache")),
+                *embeddings,
+                *("--protocol", protocol),
+            ]
+        )
+        print(name, results[name], flush=True)
+    return results
+
+
+def measure_cosines(rows: int, num_classes: int, rng: np.random.Generator) -> dict:
+    """Return the seconds of the product and of the loop, and their ratio."""
+    answers = rng.random((rows, DIM))
+    classes = rng.random((num_classes, DIM))
+    start = time.perf_counter()
+    cosines(answers, classes, "strict")
+    product_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    loop(answers[:LOOP_ROWS].tolist(), classes.tolist())
+    loop_seconds = (time.perf_counter() - start) * rows / LOOP_ROWS
+    return {
+        "product_s": round(product_seconds, 3),
+        "loop_s": round(loop_seconds, 1),
+        "times": round(loop_seconds / product_seconds),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--embedder", help="as of eval.run; computed once before the timing")
-    parser.add_argument("--output_path", type=Path, help="the report as JSON")
+    parser.add_argument("--rows", type=int, default=ROWS, help="Number of predictions.")
+    parser.add_argument(
+        "--embedder", help="As in eval.run. Embeddings are computed once, before the measurement."
+    )
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     args = parser.parse_args(argv)
-    classes = [
-        line.split(" | ")[0]
-        for line in (LABELS / "audioset.txt").read_text(encoding="utf-8").splitlines()
-    ]
-    rng, found = np.random.default_rng(0), {}
+    lines = (LABELS / "audioset.txt").read_text(encoding="utf-8").splitlines()
+    classes = [line.split(" | ")[0] for line in lines]
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        texts = write_predictions(folder / "predictions.json", args.rows, classes)
-        np.savez(
-            folder / "vectors.npz",
-            texts=np.array(texts),
-            vectors=rng.random((len(texts), DIM), np.float32),
-        )
-        vectors = ["--embeddings", str(folder / "vectors.npz")]
-        vectors = vectors if args.embedder is None else ["--embedder", args.embedder]
-        for protocol in (*(["warm-up"] if args.embedder else []), "strict", "original"):
-            command = [
-                "eval.run",
-                "--task",
-                "audioset",
-                "--predictions",
-                str(folder / "predictions.json"),
-            ]
-            command += [
-                "--output_dir",
-                str(folder / protocol),
-                "--cache_dir",
-                str(folder / "cache"),
-                *vectors,
-            ]
-            known = protocol if protocol in ("strict", "original") else "strict"
-            found[protocol] = measure([*command, "--protocol", known])
-            print(protocol, found[protocol], flush=True)
-    sides = [rng.random((count, DIM)) for count in (args.rows, len(classes))]
-    start = time.perf_counter()
-    cosines(*sides, "strict")
-    product = time.perf_counter() - start
-    start = time.perf_counter()
-    loop(sides[0][:LOOP_ROWS].tolist(), sides[1].tolist())
-    looped = (time.perf_counter() - start) * args.rows / LOOP_ROWS
-    cosine = {
-        "product_s": round(product, 3),
-        "loop_s": round(looped, 1),
-        "times": round(looped / product),
-    }
-    figures = {"seconds": max(found[name]["seconds"] for name in ("strict", "original"))}
-    figures |= {
-        "peak_mb": max(one["peak_mb"] for one in found.values()),
+        results = measure_commands(Path(temporary), args.rows, args.embedder, classes, rng)
+    cosine = measure_cosines(args.rows, len(classes), rng)
+    figures = {
+        "seconds": max(results[name]["seconds"] for name in ("strict", "original")),
+        "peak_mb": max(result["peak_mb"] for result in results.values()),
         "times the loop": cosine["times"],
     }
-    is_met = figures["times the loop"] >= 100 and all(
-        figures[name] <= BARS[name] for name in ("seconds", "peak_mb")
+    is_met = (
+        figures["seconds"] <= BARS["seconds"]
+        and figures["peak_mb"] <= BARS["peak_mb"]
+        and figures["times the loop"] >= BARS["times the loop"]
     )
     report = {
         "rows": args.rows,
         "classes": len(classes),
         "embedder": args.embedder or "random vectors",
-    }
-    report |= {
-        "commands": found,
+        "commands": results,
         "cosines": cosine,
         "figures": figures,
         "bars": BARS,

@@ -1,12 +1,16 @@
-"""Load test of the server: many clients, good and bad requests mixed, every good answer compared with the engine alone.
+"""Tests the server under load: many clients, valid and invalid requests, every answer checked.
 
     python -m benchmarks.serve_load --model DIR --output_path benchmarks/results/serve_load.json
 
-Notable:
-- the server is a process of its own behind loopback, the clients are OpenAI's; one client first, with the same mix;
-- good requests: with and without a clip, plain and streamed, greedy and sampled; bad ones: a clip that cannot be heard,
-  fields that are refused, a body that is too large, clients that leave in the middle of an answer;
-- memory of the server is compared at a quarter of the time and after it, open files before and after.
+The server is a process of its own behind loopback; the clients are OpenAI's. One client runs first,
+with the same mix of requests. Answers are compared with those of the engine alone.
+
+Valid requests are with and without a clip, plain and streamed, greedy and sampled. Invalid ones
+have a clip that cannot be decoded, fields that are refused or a body that is too large, or their
+client leaves in the middle of an answer.
+
+Memory of the server is compared at a quarter of the time and at the end, open files before and
+after.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,167 +40,238 @@ from ltu.serve import read_flags  # noqa: E402
 AUDIO = Path(__file__).parents[1] / "data" / "toy" / "audio"
 QUESTIONS = [
     "What can be inferred from the audio?",
-    "What do you hear?",
+    "What is in the clip?",
     "Classify the sound.",
     "Is it loud?",
 ]
+VALID_FRACTION = 0.8  # of the requests
+LOOKS = 50  # measurements of memory and open files during a run
 MIN_SPEEDUP = 3.0
 MAX_GROWTH = 1.05  # of memory, from a quarter of the time to the end
+GONE = "gone"  # expected result of a request whose client leaves
 
 
-def sound(data: bytes) -> dict:
+@dataclass
+class LoadRequest:
+    """A request as a client sends it, and its expected answer or code of an error."""
+
+    body: dict
+    expected: str
+
+
+def audio_part(data: bytes) -> dict:
+    """Return the part of a message that contains a clip."""
     return {
         "type": "input_audio",
         "input_audio": {"data": base64.b64encode(data).decode(), "format": "flac"},
     }
 
 
-def good_requests(model: str, tokens: int) -> list[tuple[dict, Request]]:
-    """What a client sends, and the same for the engine."""
-    made = []
+def valid_requests(model: str, tokens: int) -> list[tuple[dict, Request]]:
+    """Return bodies that a client sends, each with the same request for the engine."""
+    requests = []
     for number, path in enumerate(sorted(AUDIO.glob("*.flac"))[::7][:24]):
-        clip, question = None if number % 6 == 0 else path.read_bytes(), QUESTIONS[number % 4]
-        sampling = {"temperature": 0.7, "seed": number} if number % 8 == 1 else {}
-        content = [{"type": "text", "text": question}] + ([] if clip is None else [sound(clip)])
-        said = {
+        clip = None if number % 6 == 0 else path.read_bytes()
+        question = QUESTIONS[number % len(QUESTIONS)]
+        is_sampled = number % 8 == 1
+        content = [{"type": "text", "text": question}]
+        if clip is not None:
+            content.append(audio_part(clip))
+        body = {
             "model": model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": tokens,
         }
-        decoding = {"do_sample": True, "temperature": 0.7} if sampling else {}
-        request = Request(
-            question, clip, decoding=decoding | {"max_new_tokens": tokens}, seed=number
-        )
-        made.append((said | sampling | {"stream": number % 2 == 0}, request))
-    return made
+        decoding: dict = {}
+        if is_sampled:
+            body |= {"temperature": 0.7, "seed": number}
+            decoding = {"do_sample": True, "temperature": 0.7}
+        body["stream"] = number % 2 == 0
+        decoding["max_new_tokens"] = tokens
+        requests.append((body, Request(question, clip, decoding=decoding, seed=number)))
+    return requests
 
 
-def bad_requests(said: dict) -> list[tuple[dict, str]]:
-    """Requests with the code of the error that each gets; "gone": its client leaves."""
-    parts = {"unreadable": sound(b"RIFF, but no sound"), "body_too_large": sound(bytes(3 * 2**20))}
-    parts |= {"invalid_message": {"type": "image_url"}}
-    wrong = {
-        code: {"messages": [{"role": "user", "content": [part]}]} for code, part in parts.items()
+def invalid_requests(body: dict) -> list[LoadRequest]:
+    """Return changes of a valid request, with the code of the error that each gets."""
+    parts = {
+        "unreadable": audio_part(b"RIFF, but no sound"),
+        "body_too_large": audio_part(bytes(3 * 2**20)),
+        "invalid_message": {"type": "image_url"},
     }
-    wrong |= {"unsupported_parameter": {"n": 2}, "model_not_found": {"model": "another"}}
-    return [
-        (said | more, code)
-        for code, more in (wrong | {"gone": {"stream": True, "max_tokens": 400}}).items()
-    ]
+    changes: dict[str, dict] = {}
+    for code, part in parts.items():
+        changes[code] = {"messages": [{"role": "user", "content": [part]}]}
+    changes["unsupported_parameter"] = {"n": 2}
+    changes["model_not_found"] = {"model": "another"}
+    changes[GONE] = {"stream": True, "max_tokens": 400}
+    return [LoadRequest(body | change, code) for code, change in changes.items()]
 
 
-async def send(client: openai.AsyncOpenAI, said: dict, is_left: bool = False) -> str:
-    """The answer, or the code of the error."""
+async def send(client: openai.AsyncOpenAI, body: dict, leaves: bool = False) -> str:
+    """Send a request.
+
+    Args:
+        client: the client.
+        body: the request.
+        leaves: close the connection after three parts of the answer.
+
+    Returns:
+        the answer, the code of the error, or GONE.
+    """
     try:
-        reply = await client.chat.completions.create(**said)
-        if not said["stream"]:
+        reply = await client.chat.completions.create(**body)
+        if not body["stream"]:
             return reply.choices[0].message.content
         texts = []
         async for part in reply:
             texts.append(part.choices[0].delta.content or "")
-            if is_left and len(texts) > 2:
+            if leaves and len(texts) > 2:
                 await reply.close()
                 break
-        return "gone" if is_left else "".join(texts)
+        return GONE if leaves else "".join(texts)
     except openai.APIStatusError as error:
         return str(error.code or error.status_code)
 
 
-async def load(
-    url: str, pid: int, clients: int, seconds: float, good: list[tuple[dict, str]]
-) -> dict:
-    """Counts of requests that ended as they should and of others, good ones a second, and what the process held."""
-    tally: Counter = Counter()
-    bad = bad_requests(good[0][0])
-    start, looks = time.monotonic(), [look(pid)]
+@dataclass
+class ProcessState:
+    """Memory in MB and open files of a process."""
 
-    async def work(number: int) -> None:
+    memory_mb: float
+    open_files: int
+
+
+def look(pid: int) -> ProcessState:
+    memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return ProcessState(int(memory[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd")))
+
+
+async def load(url: str, pid: int, clients: int, seconds: float, valid: list[LoadRequest]) -> dict:
+    """Send random requests for a while.
+
+    Args:
+        url: of the server.
+        pid: process of the server.
+        clients: how many clients send at the same time.
+        seconds: how long they send.
+        valid: the valid requests.
+
+    Returns:
+        valid requests answered per second; how many requests were answered, were refused, or ended
+        otherwise than expected; and memory and open files of the process.
+    """
+    tally: Counter = Counter()
+    invalid = invalid_requests(valid[0].body)
+    looks = [look(pid)]
+    start = time.monotonic()
+
+    async def run_client(number: int) -> None:
         rng = random.Random(number)
         async with openai.AsyncOpenAI(
             base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=300
         ) as client:
             while time.monotonic() < start + seconds:
-                if number == 0 and time.monotonic() > start + len(looks) * seconds / 50:
+                next_look = start + len(looks) * seconds / LOOKS
+                if number == 0 and time.monotonic() > next_look:
                     looks.append(look(pid))
-                is_good = rng.random() < 0.8
-                said, expected = rng.choice(good if is_good else bad)
-                found = await send(client, said, expected == "gone")
-                right = "answered" if is_good else "refused"
-                tally[
-                    right if found == expected else f"WRONG: {found[:50]!r}, not {expected[:50]!r}"
-                ] += 1
+                is_valid = rng.random() < VALID_FRACTION
+                request = rng.choice(valid if is_valid else invalid)
+                result = await send(client, request.body, leaves=request.expected == GONE)
+                if result != request.expected:
+                    tally[f"WRONG: {result[:50]!r}, not {request.expected[:50]!r}"] += 1
+                else:
+                    tally["answered" if is_valid else "refused"] += 1
 
-    await asyncio.gather(*(work(number) for number in range(clients)))
+    await asyncio.gather(*(run_client(number) for number in range(clients)))
     rate = tally["answered"] / (time.monotonic() - start)
-    time.sleep(2)  # Until the server has seen that they are gone.
-    memory = {"warm_mb": looks[len(looks) // 4][0], "end_mb": look(pid)[0]}
-    files = {"before": looks[0][1], "end": look(pid)[1]}
-    return {"answers_per_second": rate, "requests": tally, "memory": memory, "open_files": files}
+    time.sleep(2)  # The server needs a moment to notice that the clients are gone.
+    end = look(pid)
+    warm = looks[len(looks) // 4]
+    return {
+        "answers_per_second": rate,
+        "requests": tally,
+        "memory": {"warm_mb": warm.memory_mb, "end_mb": end.memory_mb},
+        "open_files": {"before": looks[0].open_files, "end": end.open_files},
+    }
 
 
-def look(pid: int) -> tuple[float, int]:
-    """Memory in MB and open files of a process."""
-    memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(memory[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd"))
+def wait_for_server(server: subprocess.Popen, command: list[str]) -> str:
+    """Return the address that the server prints.
+
+    Raises:
+        SystemExit: the server did not start.
+    """
+    while True:
+        line = server.stderr.readline()
+        if not line:
+            raise SystemExit(f"The server did not start; see why with {' '.join(command)}")
+        match = re.search(r"running on (http\S+)", line)
+        if match:
+            return match[1]
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="A checkpoint folder.")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=60, help="of many clients; one gets half")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="Time of many clients; one client gets half."
+    )
     parser.add_argument("--max_tokens", type=int, default=24)
     parser.add_argument("--max_batch", type=int, default=16)
-    parser.add_argument("--output_path")
-    args = parser.parse_args()
-    flags = [
-        "--model",
-        args.model,
-        "--dtype",
-        "float32",
-        "--max_batch",
-        str(args.max_batch),
-        "--max_body_mb",
-        "2",
-    ]
+    parser.add_argument("--output_path", help="Write the report there as JSON.")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    flags = ["--model", args.model, "--dtype", "float32"]
+    flags += ["--max_batch", str(args.max_batch), "--max_body_mb", "2"]
+
+    # Generate the expected answers with the engine alone.
     engine = open_engine(read_flags(flags))
-    made = good_requests(Path(args.model).resolve().name, args.max_tokens)
-    good = [(said, engine([request], batch_size=1)[0].text) for said, request in made]
+    valid = []
+    for body, request in valid_requests(Path(args.model).resolve().name, args.max_tokens):
+        valid.append(LoadRequest(body, engine([request], batch_size=1)[0].text))
     del engine
+
     command = [sys.executable, "-m", "ltu.serve", *flags, "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
-            while not (
-                found := re.search(r"running on (http\S+)", line := server.stderr.readline())
-            ):
-                if not line:
-                    raise SystemExit(f"The server did not start; see why with {' '.join(command)}")
+            url = wait_for_server(server, command)
+            # Read on: a server whose pipe is full would block.
             threading.Thread(target=server.stderr.read, daemon=True).start()
-            one = asyncio.run(load(found[1], server.pid, 1, args.seconds / 2, good))
-            many = asyncio.run(load(found[1], server.pid, args.clients, args.seconds, good))
+            one = asyncio.run(load(url, server.pid, 1, args.seconds / 2, valid))
+            many = asyncio.run(load(url, server.pid, args.clients, args.seconds, valid))
         finally:
             server.terminate()
-    output_path = vars(args).pop("output_path")
-    report = vars(args) | {
+
+    speedup = many["answers_per_second"] / one["answers_per_second"]
+    is_right = set(one["requests"]) | set(many["requests"]) <= {"answered", "refused"}
+    memory = many["memory"]
+    files = many["open_files"]
+    leaks = memory["end_mb"] > memory["warm_mb"] * MAX_GROWTH or files["end"] > files["before"]
+    report = {name: value for name, value in vars(args).items() if name != "output_path"}
+    report |= {
         "torch_threads": torch.get_num_threads(),
         "one_client": one,
         "many_clients": many,
+        "speedup": speedup,
+        "is_right": is_right,
+        "leaks": leaks,
     }
-    report["speedup"] = many["answers_per_second"] / one["answers_per_second"]
-    report["is_right"] = set(one["requests"]) | set(many["requests"]) <= {"answered", "refused"}
-    memory, files = many["memory"], many["open_files"]
-    report["leaks"] = (
-        memory["end_mb"] > memory["warm_mb"] * MAX_GROWTH or files["end"] > files["before"]
-    )
     print(json.dumps(report, indent=1))
-    print(f"answers {'right' if report['is_right'] else 'WRONG'}, {'LEAKS' if report['leaks'] else 'no leak'}, "
-          f"{report['speedup']:.1f} x one client's throughput (needed: {MIN_SPEEDUP})")  # fmt: skip
-    if output_path:
-        Path(output_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return int(not report["is_right"] or report["leaks"] or report["speedup"] < MIN_SPEEDUP)
+    print(
+        f"answers {'right' if is_right else 'WRONG'}, {'LEAKS' if leaks else 'no leak'}, "
+        f"{speedup:.1f} x one client's throughput (needed: {MIN_SPEEDUP})"
+    )
+    if args.output_path:
+        Path(args.output_path).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return int(not is_right or leaks or speedup < MIN_SPEEDUP)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Time and memory of a training step: LTU's beside a bare SDPA stack, LTU-AS's beside the original's ear.
+"""Measures time and memory of a training step, compared with a reference implementation.
 
-    python -m benchmarks.train_step --output_path exp/benchmarks/train_step.json
-    python -m benchmarks.train_step --kind ltu_as --output_path exp/benchmarks/train_step_ltu_as.json
+    python -m benchmarks.train_step --output_path exp/train_step.json
+    python -m benchmarks.train_step --kind ltu_as --output_path exp/train_step_ltu_as.json
 
-Notable:
-- LTU, both sides: a 12-layer ViT of width 768 on 512 patches, all trainable, pooled to 32 vectors, in front of 112 text
-  tokens of a language model of width 64; forward, backward and AdamW;
-- LTU-AS, the other side: TLTR of stock Whisper's blocks with explicit attention, which is what the original is made of,
-  in front of the same bare language model; our bf16 is held against its fp32, as the bar was set;
-- the two run alternately in one process, after a warm-up step each, and medians are compared;
-- peak memory is measured first, each side in a process of its own with the same imports (resident memory of the whole
-  process on a CPU, allocated memory on a GPU);
-- bf16 is autocast with fp32 weights on both sides, as in training.
+LTU is compared with a bare SDPA stack. Both sides are a 12-layer ViT of width 768 on 512 patches,
+all trainable, pooled to 32 audio embeddings, in front of 112 text tokens of a language model of
+width 64; forward, backward and AdamW. bf16 is autocast with fp32 weights on both sides, as in
+training.
+
+LTU-AS is compared with the audio encoder of the original: TLTR of stock Whisper's blocks with
+explicit attention, in front of the same bare language model. Our bf16 is compared with its fp32, as
+the bounds were set.
+
+The two sides alternate in one process after a warm-up step of each, and medians are compared. Peak
+memory is measured first, each side in a process of its own with the same imports: resident memory
+of the whole process on a CPU, allocated memory on a GPU.
 """
 
 import argparse
@@ -22,12 +25,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # Spinning threads would time the neighbours on a shared machine.
+# On a shared machine, spinning threads would also measure the other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -39,11 +40,12 @@ from ltu import CavMaeConfig, LtuConfig  # noqa: E402
 from ltu_as import LtuAsConfig, TltrConfig  # noqa: E402
 
 SIDES = ("bare", "ours")
+# Bounds of ours / bare.
 MAX_TIME = {
     "ltu": {"fp32": 1.12, "bf16": 1.25},
     "ltu_as": {"fp32": 0.8, "bf16": 0.4},
-}  # ours / bare
-MAX_PEAK = {"ltu": 1.10, "ltu_as": 0.6}  # ours / bare
+}
+MAX_PEAK = {"ltu": 1.10, "ltu_as": 0.6}
 LLM = dict(
     vocab_size=512,
     hidden_size=64,
@@ -59,109 +61,107 @@ class BareBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, is_causal: bool):
         super().__init__()
-        self.heads, self.is_causal = heads, is_causal
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
+        self.is_causal = is_causal
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, is_causal=self.is_causal
-        )  # (batch, heads, length, width / heads)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        attended = attended.transpose(1, 2).flatten(2)  # (batch, length, width)
+        x = x + self.out(attended)
         return x + self.mlp(self.norm2(x))  # (batch, length, width)
 
 
 class BareLlm(nn.Module):
-    """A causal stack with nothing around it: no masks, no placeholders, no adapters."""
+    """A causal stack with nothing around it: no masks, no placeholder tokens, no adapters."""
 
     def __init__(self, audio_width: int):
         super().__init__()
-        self.project = nn.Linear(audio_width, LLM["hidden_size"])
-        self.embed = nn.Embedding(LLM["vocab_size"], LLM["hidden_size"])
-        shape = (LLM["hidden_size"], LLM["num_attention_heads"], LLM["intermediate_size"])
-        self.llm = nn.Sequential(
-            *(BareBlock(*shape, True) for _ in range(LLM["num_hidden_layers"]))
-        )
-        self.head = nn.Linear(LLM["hidden_size"], LLM["vocab_size"], bias=False)
+        width = LLM["hidden_size"]
+        self.project = nn.Linear(audio_width, width)
+        self.embed = nn.Embedding(LLM["vocab_size"], width)
+        blocks = []
+        for _ in range(LLM["num_hidden_layers"]):
+            block = BareBlock(width, LLM["num_attention_heads"], LLM["intermediate_size"], True)
+            blocks.append(block)
+        self.llm = nn.Sequential(*blocks)
+        self.head = nn.Linear(width, LLM["vocab_size"], bias=False)
 
-    def loss(self, heard: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        sequence = torch.cat(
-            [self.project(heard), self.embed(text)], dim=1
-        )  # (batch, audio tokens + text, 64)
-        logits = self.head(self.llm(sequence))[:, heard.shape[1] :]  # (batch, text, vocabulary)
+    def loss(self, encoded: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Return the loss on the text behind the output of an audio encoder."""
+        embeds = [self.project(encoded), self.embed(text)]
+        sequence = torch.cat(embeds, dim=1)  # (batch, audio tokens + text, 64)
+        logits = self.head(self.llm(sequence))[:, encoded.shape[1] :]  # (batch, text, vocabulary)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), text[:, 1:].flatten())
 
 
 class BareTltr(BareLlm):
-    """TLTR as the original builds it: two blocks of Whisper's, attention written out, the mean over layers last."""
+    """TLTR as the original builds it.
+
+    Two blocks of Whisper's with attention written out; the mean over layers is taken last.
+    """
 
     def __init__(self, audio_encoder: TltrConfig):
         super().__init__(audio_encoder.hidden_size)
-        self.time_tr = ResidualAttentionBlock(
-            audio_encoder.hidden_size, audio_encoder.num_time_heads
-        )
-        self.layer_tr = ResidualAttentionBlock(
-            audio_encoder.hidden_size, audio_encoder.num_layer_heads
-        )
+        width = audio_encoder.hidden_size
+        self.time_tr = ResidualAttentionBlock(width, audio_encoder.num_time_heads)
+        self.layer_tr = ResidualAttentionBlock(width, audio_encoder.num_layer_heads)
 
     def forward(self, text: torch.Tensor, input_features: torch.Tensor) -> torch.Tensor:
         batch, layers, steps, _ = input_features.shape
         with disable_sdpa():
-            x = (
-                self.time_tr(input_features.flatten(0, 1))
-                .unflatten(0, (batch, layers))
-                .transpose(1, 2)
-            )
-            x = (
-                self.layer_tr(x.flatten(0, 1)).mean(1).unflatten(0, (batch, steps))
-            )  # (batch, 25, 1280)
+            x = self.time_tr(input_features.flatten(0, 1))  # (batch * layers, 25, 1280)
+            x = x.unflatten(0, (batch, layers)).transpose(1, 2)  # (batch, 25, layers, 1280)
+            x = self.layer_tr(x.flatten(0, 1)).mean(1)  # (batch * 25, 1280)
+            x = x.unflatten(0, (batch, steps))  # (batch, 25, 1280)
         return self.loss(x, text)
 
 
 class BareStack(BareLlm):
-    """The same sizes as ours with nothing around them: no unused norms either."""
+    """A CAV-MAE of our sizes with nothing around it, also without the unused norms."""
 
     def __init__(self, audio_encoder: CavMaeConfig):
         super().__init__(audio_encoder.hidden_size)
-        width, heads, hidden = (
-            audio_encoder.hidden_size,
-            audio_encoder.num_attention_heads,
-            audio_encoder.intermediate_size,
-        )
-        self.patches = nn.Conv2d(1, width, audio_encoder.patch_size, audio_encoder.patch_size)
+        width = audio_encoder.hidden_size
+        heads = audio_encoder.num_attention_heads
+        hidden = audio_encoder.intermediate_size
+        patch_size = audio_encoder.patch_size
+        self.patches = nn.Conv2d(1, width, patch_size, patch_size)
         self.positions = nn.Parameter(torch.zeros(1, 512, width))
-        self.audio_encoder = nn.Sequential(
-            *(
-                BareBlock(width, heads, hidden, False)
-                for _ in range(audio_encoder.num_hidden_layers)
-            )
-        )
-        self.ear_norm = nn.LayerNorm(width)
+        blocks = []
+        for _ in range(audio_encoder.num_hidden_layers):
+            blocks.append(BareBlock(width, heads, hidden, False))
+        self.audio_encoder = nn.Sequential(*blocks)
+        self.audio_encoder_norm = nn.LayerNorm(width)
 
     def forward(self, text: torch.Tensor, input_features: torch.Tensor) -> torch.Tensor:
-        x = (
-            self.patches(input_features.transpose(1, 2)[:, None]).flatten(2).transpose(1, 2)
-        )  # (batch, 512, 768)
-        x = self.ear_norm(self.audio_encoder(x + self.positions))
-        return self.loss(x.unflatten(1, (8, 32, 2)).mean((1, 3)), text)
+        x = self.patches(input_features.transpose(1, 2)[:, None])
+        x = x.flatten(2).transpose(1, 2)  # (batch, 512, 768)
+        x = self.audio_encoder_norm(self.audio_encoder(x + self.positions))
+        x = x.unflatten(1, (8, 32, 2)).mean((1, 3))  # (batch, 32, 768)
+        return self.loss(x, text)
 
 
 def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], None]:
-    """A function that does one optimizer step of `side`, "bare" or "ours"."""
+    """Return a function that makes one optimizer step of `side`, "bare" or "ours"."""
     torch.manual_seed(0)
     device = torch.device(args.device)
     text = torch.randint(3, LLM["vocab_size"], (args.batch_size, args.text_tokens), device=device)
     if args.kind == "ltu":
-        config_class, bare, audio_encoder = (
-            LtuConfig,
-            BareStack,
-            CavMaeConfig(num_hidden_layers=args.num_layers),
-        )
+        config_class = LtuConfig
+        bare_class = BareStack
+        audio_encoder = CavMaeConfig(num_hidden_layers=args.num_layers)
         shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
     else:
-        config_class, bare, audio_encoder = LtuAsConfig, BareTltr, TltrConfig()
+        config_class = LtuAsConfig
+        bare_class = BareTltr
+        audio_encoder = TltrConfig()
         shape = (
             audio_encoder.num_whisper_layers,
             audio_encoder.num_audio_tokens,
@@ -169,32 +169,28 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
         )
     features = torch.randn(args.batch_size, *shape, device=device)
     if side == "bare":
-        model = bare(audio_encoder).to(device).train()
+        model = bare_class(audio_encoder).to(device).train()
         inputs = {"text": text, "input_features": features}
     else:
         config = config_class(audio_config=audio_encoder, text_config=LlamaConfig(**LLM), lora=LORA)
         model = AutoModelForCausalLM.from_config(config).to(device).train()
         model.set_trainable("all")
         audio = text.new_full((args.batch_size, config.num_audio_tokens), config.audio_token_id)
-        ids = torch.cat([audio, text], dim=1)  # (batch, 32 + text)
-        labels = torch.cat([torch.full_like(audio, -100), text], dim=1)
+        input_ids = torch.cat([audio, text], dim=1)  # (batch, 32 + text)
         inputs = dict(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
             input_features=features,
-            labels=labels,
+            labels=torch.cat([torch.full_like(audio, -100), text], dim=1),
         )
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0
-    )
-
-    def precision() -> AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
 
     def step() -> None:
-        with precision():
-            out = model(**inputs)
-        (out if side == "bare" else out.loss).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            output = model(**inputs)
+        loss = output if side == "bare" else output.loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
@@ -204,7 +200,7 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
 
 
 def peak_bytes(device: str) -> int:
-    """Peak of this process: allocated on a GPU, else resident."""
+    """Return the peak of this process: allocated memory on a GPU, else resident memory."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     import resource  # Unix only, like the measurement.
@@ -213,35 +209,32 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_of(side: str, args: argparse.Namespace, dtype: str) -> int:
-    """Bytes that two steps of `side` need at most, in a fresh process."""
-    options = [
-        f"--{name}={getattr(args, name)}"
-        for name in ("kind", "batch_size", "text_tokens", "num_layers", "device", "threads")
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train_step",
-        "--worker",
-        side,
-        "--dtypes",
-        dtype,
-        *options,
-    ]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return int(answer.strip().splitlines()[-1])
+def measure_peak(side: str, args: argparse.Namespace, dtype: str) -> int:
+    """Return the peak in bytes of two steps of `side`, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--worker", side, "--dtypes", dtype]
+    for name in ("kind", "batch_size", "text_tokens", "num_layers", "device", "threads"):
+        command.append(f"--{name}={getattr(args, name)}")
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return int(output.strip().splitlines()[-1])
 
 
-def reference_of(args: argparse.Namespace, dtype: str) -> str:
-    """What the bare side computes in."""
+def bare_dtype(args: argparse.Namespace, dtype: str) -> str:
+    """Return the dtype in which the bare side computes."""
     return "fp32" if args.kind == "ltu_as" else dtype
 
 
-def alternate(args: argparse.Namespace, dtype: str) -> dict[str, list[float]]:
-    """Seconds of every step, bare and ours by turns, after one warm-up step each."""
+def measure_peaks(args: argparse.Namespace, dtype: str) -> dict[str, int]:
+    """Return the peak in bytes of each side."""
+    return {
+        "bare": measure_peak("bare", args, bare_dtype(args, dtype)),
+        "ours": measure_peak("ours", args, dtype),
+    }
+
+
+def measure_seconds(args: argparse.Namespace, dtype: str) -> dict[str, list[float]]:
+    """Return the seconds of every step; the sides alternate after one warm-up step of each."""
     steps = {
-        "bare": make_step("bare", args, reference_of(args, dtype)),
+        "bare": make_step("bare", args, bare_dtype(args, dtype)),
         "ours": make_step("ours", args, dtype),
     }
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -255,35 +248,63 @@ def alternate(args: argparse.Namespace, dtype: str) -> dict[str, list[float]]:
 
 
 def compare(args: argparse.Namespace, dtype: str, peaks: dict[str, int]) -> dict:
-    seconds = alternate(args, dtype)
+    """Measure the time of both sides; compare it and the peaks with the bounds."""
+    seconds = measure_seconds(args, dtype)
     medians = {side: statistics.median(values) for side, values in seconds.items()}
-    result = {"dtype": dtype, "seconds": seconds, "median_seconds": medians, "peak_bytes": peaks}
-    result["time_ratio"] = medians["ours"] / medians["bare"]
-    result["peak_ratio"] = peaks["ours"] / peaks["bare"]
-    result["within"] = (
-        result["time_ratio"] <= MAX_TIME[args.kind][dtype]
-        and result["peak_ratio"] <= MAX_PEAK[args.kind]
-    )
-    return result
+    time_ratio = medians["ours"] / medians["bare"]
+    peak_ratio = peaks["ours"] / peaks["bare"]
+    is_fast = time_ratio <= MAX_TIME[args.kind][dtype]
+    is_small = peak_ratio <= MAX_PEAK[args.kind]
+    return {
+        "dtype": dtype,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "peak_bytes": peaks,
+        "time_ratio": time_ratio,
+        "peak_ratio": peak_ratio,
+        "within": is_fast and is_small,
+    }
+
+
+def print_table(args: argparse.Namespace, results: list[dict]) -> None:
+    depth = f", {args.num_layers} layers" if args.kind == "ltu" else ""
+    size = f"{args.kind}, batch {args.batch_size} x {args.text_tokens} text tokens{depth}"
+    print(f"\n{args.device}, {args.threads} threads, {size}, torch {torch.__version__}")
+    columns = f"{'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}"
+    print(f"{'':6}{columns}   {columns}")
+    for result in results:
+        dtype = result["dtype"]
+        seconds = result["median_seconds"]
+        peaks = {side: peak / 2**30 for side, peak in result["peak_bytes"].items()}
+        verdict = "ok" if result["within"] else "OVER"
+        print(
+            f"{dtype:6}{seconds['bare']:8.2f}s{seconds['ours']:8.2f}s"
+            f"{result['time_ratio']:8.3f}{MAX_TIME[args.kind][dtype]:7.2f}   "
+            f"{peaks['bare']:7.2f}Gi{peaks['ours']:7.2f}Gi"
+            f"{result['peak_ratio']:8.3f}{MAX_PEAK[args.kind]:7.2f}   {verdict}"
+        )
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kind", choices=list(MAX_TIME), default="ltu")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--steps", type=int, default=5, help="Timed steps of each side.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--text_tokens", type=int, default=112)
     parser.add_argument(
-        "--num_layers", type=int, default=12, help="layers of the ear; fewer for a quick look"
+        "--num_layers",
+        type=int,
+        default=12,
+        help="Layers of the audio encoder; fewer for a quick test.",
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(MAX_TIME["ltu"]), default=list(MAX_TIME["ltu"])
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output_path", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     parser.add_argument(
-        "--worker", choices=SIDES, help="print the peak of one side in bytes, and nothing else"
+        "--worker", choices=SIDES, help="Print the peak of one side in bytes, and nothing else."
     )
     return parser.parse_args()
 
@@ -297,47 +318,20 @@ def main() -> int:
         step()
         print(peak_bytes(args.device))
         return 0
-    # Memory first, for all: on Linux a child's peak starts at what its parent had resident, which must still be small.
-    peaks = {
-        dtype: {
-            "bare": peak_of("bare", args, reference_of(args, dtype)),
-            "ours": peak_of("ours", args, dtype),
-        }
-        for dtype in args.dtypes
-    }
+    # Measure all memory first: on Linux the peak of a child starts at the resident memory of its
+    # parent, which must still be small.
+    peaks = {dtype: measure_peaks(args, dtype) for dtype in args.dtypes}
     results = [compare(args, dtype, peaks[dtype]) for dtype in args.dtypes]
-    depth = f", {args.num_layers} layers" if args.kind == "ltu" else ""
-    size = f"{args.kind}, batch {args.batch_size} x {args.text_tokens} text tokens{depth}"
-    print(f"\n{args.device}, {args.threads} threads, {size}, torch {torch.__version__}")
-    print(
-        f"{'':6}{'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}   {'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}"
-    )
-    for r in results:
-        (bare, ours), (low, high) = (
-            r["median_seconds"].values(),
-            (peak / 2**30 for peak in r["peak_bytes"].values()),
-        )
-        time_bound, peak_bound, verdict = (
-            MAX_TIME[args.kind],
-            MAX_PEAK[args.kind],
-            "ok" if r["within"] else "OVER",
-        )
-        print(
-            f"{r['dtype']:6}{bare:8.2f}s{ours:8.2f}s{r['time_ratio']:8.3f}{time_bound[r['dtype']]:7.2f}   "
-            f"{low:7.2f}Gi{high:7.2f}Gi{r['peak_ratio']:8.3f}{peak_bound:7.2f}   {verdict}"
-        )
+    print_table(args, results)
     if args.output_path:
+        settings = dict(vars(args))
+        del settings["output_path"]
+        del settings["worker"]
+        report = {"settings": settings, "results": results}
         args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        settings = {
-            name: value
-            for name, value in vars(args).items()
-            if name not in ("output_path", "worker")
-        }
-        args.output_path.write_text(
-            json.dumps({"settings": settings, "results": results}, indent=1) + "\n"
-        )
+        args.output_path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"written to {args.output_path}")
-    return 0 if all(r["within"] for r in results) else 1
+    return 0 if all(result["within"] for result in results) else 1
 
 
 if __name__ == "__main__":

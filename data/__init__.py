@@ -1,1 +1,4 @@
-"""Data sets: the embedded toy set (`data.toy`) and curation of the published ones. Run from the repository root."""
+"""Curates the published datasets and contains the embedded toy dataset (`data.toy`).
+
+The commands are run from the repository root with `python -m data.NAME`.
+"""

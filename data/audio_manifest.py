@@ -1,8 +1,8 @@
-"""What became of every source file of `data.prepare_audio`: OUT/manifest.jsonl.
+"""Reads and writes the manifest of prepared clips, OUT/manifest.jsonl of `data.prepare_audio`.
 
-Notable:
-- Appended to while a run lasts; half a line, which a killed run leaves, is dropped by the next.
-- The lock ends with the process that holds it, so there is nothing to clear away after kill -9.
+The manifest says what happened to every source file. A run appends to it; the half line that a
+killed run leaves is dropped by the next run. The lock on the folder ends with the process that
+holds it, so that nothing has to be removed after kill -9.
 """
 
 import json
@@ -12,10 +12,11 @@ from ltu.data.dataset_files import RowWriter
 from ltu.files import lock_file
 
 
-class Ledger:
-    """The ledger of a folder of prepared clips; sorted, one line a clip or refused file, once a run has ended.
+class AudioManifest:
+    """The manifest of a folder of prepared clips.
 
-    A context manager: at its end other runs may write into the folder.
+    Once a run has ended, the file is sorted and has one line for each clip or refused file. As a
+    context manager it ends with other runs being able to write into the folder.
 
     Raises:
         ValueError: another run writes into the folder.
@@ -23,40 +24,54 @@ class Ledger:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock_file(folder / "ledger.lock", folder)
-        self.folder, self.path = folder, folder / "manifest.jsonl"
-        self.entries: dict[str, dict] = {}
-        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
-            try:
-                entry = json.loads(line)
-                if entry["audio_id"] is not None:  # Refusals are found anew.
-                    self.entries[entry["audio_id"]] = entry
-            except ValueError:  # A line that a killed run did not finish.
-                continue
+        self.lock = lock_file(folder / "manifest.lock", folder)
+        self.folder = folder
+        self.path = folder / "manifest.jsonl"
+        self.entries: dict[str, dict] = self._read()
         self.write([])
         self.file = open(self.path, "a", encoding="ascii")
 
+    def _read(self) -> dict[str, dict]:
+        """Return audio_id -> entry. Refused files, which have no audio_id, are left out."""
+        entries = {}
+        if not self.path.is_file():
+            return entries
+        for line in self.path.read_bytes().split(b"\n"):
+            try:
+                entry = json.loads(line)
+                if entry["audio_id"] is not None:
+                    entries[entry["audio_id"]] = entry
+            except ValueError:  # The line that a killed run did not finish.
+                continue
+        return entries
+
     def is_done(self, job: tuple[str, str], folder: Path) -> bool:
-        """Whether the clip of (source, audio_id) is there, and was made of the source as it is."""
-        entry = self.entries.get(job[1], {})
+        """Return whether the clip of (source, audio_id) exists and its source is unchanged."""
+        source, audio_id = job
+        entry = self.entries.get(audio_id, {})
         try:
-            found, made = (folder / job[0]).stat(), (self.folder / job[1]).stat()
+            source_stat = (folder / source).stat()
+            clip_stat = (self.folder / audio_id).stat()
         except OSError:
             return False
-        is_same = (entry.get("size"), entry.get("mtime_ns")) == (found.st_size, found.st_mtime_ns)
-        return entry.get("status") == "ok" and is_same and entry["bytes"] == made.st_size
+        recorded = (entry.get("size"), entry.get("mtime_ns"))
+        is_same = recorded == (source_stat.st_size, source_stat.st_mtime_ns)
+        return entry.get("status") == "ok" and is_same and entry["bytes"] == clip_stat.st_size
 
     def append(self, entry: dict) -> None:
+        """Add an entry and write its line."""
         self.entries[entry["audio_id"]] = entry
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
 
     def write(self, refused: list[dict]) -> None:
+        """Write the whole manifest: the entries, sorted by audio_id, then the refused files."""
+        entries = [self.entries[audio_id] for audio_id in sorted(self.entries)]
         with RowWriter(self.path) as file:
-            for entry in [self.entries[audio_id] for audio_id in sorted(self.entries)] + refused:
+            for entry in entries + refused:
                 file.write(entry)
 
-    def __enter__(self) -> "Ledger":
+    def __enter__(self) -> "AudioManifest":
         return self
 
     def __exit__(self, *_: object) -> None:

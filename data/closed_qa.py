@@ -1,49 +1,61 @@
-"""Closed-ended questions and answers by rule, from plain metadata: an OpenAQA-style set of one's own labels.
+r"""Generates closed-ended questions and answers by rule from the metadata of your own clips.
 
     python -m data.closed_qa --metadata CLIPS.csv --output_path ROWS.json --dataset my_set
-    python -m data.closed_qa --metadata CLIPS.json --output_path ROWS.jsonl --tasks cla_label cla_label_des \
-        --descriptions DESCRIPTIONS.json --columns labels=tags audio_id=file_name --audio_ids OUT/audio_ids.csv
+    python -m data.closed_qa --metadata CLIPS.json --output_path ROWS.jsonl \
+        --tasks cla_label cla_label_des --descriptions DESCRIPTIONS.json \
+        --columns labels=tags audio_id=file_name --audio_ids OUT/audio_ids.csv
 
-CLIPS is CSV, TSV, JSON, JSON lines or Parquet, a record a clip: `audio_id`, and what is known of it:
+CLIPS is CSV, TSV, JSON, JSON lines or Parquet, with one record for each clip. A record has
+`audio_id` and any of these keys, from which the tasks on the right are generated:
 
-    labels            list, or text with ";"    -> cla_label; cla_label_des, if all are in --descriptions
-    caption           text, or a list of them   -> caption, a row for each
-    events            list of {"label", "onset", "offset"} in seconds -> temporal_order, _first, _single, _all
+    labels            list, or text with ";"    -> cla_label; cla_label_des, if all labels are in
+                                                   --descriptions
+    caption           text, or a list of texts  -> caption, an example for each
+    events            list of {"label", "onset", "offset"} in seconds
+                                                -> temporal_order, _first, _single, _all
     gender, age       "female" ..., years       -> gender_cla, age_cla
     pitch, speed, energy   a word, or a number  -> pitch_cla, speed_cla, energy_cla
     emotion           a word                    -> emotion_cla; gender_emotion_cla, with `gender`
-    sentiment         MOSEI's, -3 to 3          -> emotion_bin, emotion_score; emotion_detail, with `emotion`
+    sentiment         of MOSEI, -3 to 3         -> emotion_bin, emotion_score; emotion_detail, with
+                                                   `emotion`
     genre             list, or text with ";"    -> genre_cla
-    text              the words                 -> asr
-    input             what Whisper made of it, for every row. Absent, `input` is "" or, where there is `text`, left out,
-                      so that LTU-AS transcribes the clip.
+    text              the transcript            -> asr
+    input             the transcript by Whisper, for every example. Without it, `input` is "" or,
+                      if the record has `text`, is left out, so that LTU-AS transcribes the clip.
 
-Notable:
-- Answers have the forms that the papers' data and evaluators have; questions are our own (closed_qa.json).
-- A number becomes a word: pitch in Hz by gender at the papers' cut points, others by --cuts, else by thirds, if any.
-- Every row draws from a random stream of its own, named by seed, clip, task and what is known: others do not change it.
-- The data's prefix "Closed-ended question: " comes from `data.combine`; --prefix_share adds it here instead.
+The answers have the formats of the papers' data and evaluators. The questions are our own; they are
+in closed_qa.json. The prefix "Closed-ended question: " of the papers' data is added by
+`data.combine`, or here with --prefix_fraction.
+
+A number becomes a name such as "high". For pitch in Hz the cut points depend on the gender, as in
+the papers, unless --cuts gives others. The cut points of speed and energy are those of --cuts or,
+without them, divide the numbers into thirds.
+
+Every example is drawn from a random stream of its own, which the seed, the clip, the task and the
+value of the key determine. Other examples do not change it.
 """
 
 import argparse
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.audio_ids import read_cells
-from data.closed_qa_sound import Words, captions, described, events, listed
 from data.provenance import audio_root_of, write_provenance, write_rows
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
 
 PREFIX = "Closed-ended question: "
-# Hz, between the five names: the cut points of LTU-AS's own generators.
+# Cut points in Hz between the five names of pitch, as in LTU-AS's own generators.
 PITCH = {"male": (95.0, 120.0, 135.0, 180.0), "female": (160.0, 200.0, 220.0, 270.0)}
+# Key -> names for two cut points, and names for four.
 NAMES = {
     "pitch": (("low", "medium", "high"), ("very low", "low", "medium", "high", "very high")),
     "speed": (("slow", "normal", "fast"), ("very slow", "slow", "normal", "fast", "very fast")),
@@ -58,36 +70,75 @@ GENDERS = {
     "female": "female",
 }
 
+Fields = dict[str, str]  # Placeholder in a question or an answer -> the text that fills it.
 
-def ask(
-    questions: list[str], answer: str, words: Words, rng: Random, prefix_share: float
+
+@dataclass
+class RuleSettings:
+    """Settings of the rules.
+
+    Attributes:
+        dataset: name of the dataset, for records without one.
+        seed: of the random streams.
+        prefix_fraction: fraction of the questions that begin with `PREFIX`.
+        style: style that questions about captions name, or None.
+        descriptions: label -> acoustic descriptions.
+        cuts: key -> cut points, or {gender: cut points}.
+    """
+
+    dataset: str
+    seed: int = 0
+    prefix_fraction: float = 0.0
+    style: str | None = None
+    descriptions: dict[str, list[str]] = field(default_factory=dict)
+    cuts: dict[str, Any] = field(default_factory=dict)
+
+
+def make_question(
+    questions: list[str], answer: str, fields: Fields, rng: Random, prefix_fraction: float
 ) -> tuple[str, str]:
-    """One of the questions, with the prefix in that share of the cases, and the answer; `words` fill both."""
+    """Draw a question and fill its placeholders and those of the answer.
+
+    Args:
+        questions: templates, of which one is drawn.
+        answer: template of the answer.
+        fields: fill both.
+        rng: draws the question and whether it begins with `PREFIX`.
+        prefix_fraction: fraction of the questions that do.
+
+    Returns:
+        question and answer.
+    """
     question = rng.choice(questions)
-    if prefix_share and rng.random() < prefix_share:
+    if prefix_fraction and rng.random() < prefix_fraction:
         question = PREFIX + question
-    return question.format(**words), answer.format(**words)
+    return question.format(**fields), answer.format(**fields)
 
 
 def make_row(
-    asked: tuple[str, str], audio_id: str, dataset: str, task: str, text: str | None = ""
+    question: str, answer: str, audio_id: str, dataset: str, task: str, text: str | None = ""
 ) -> dict[str, str]:
-    """A row with its keys in the order of the papers' data; without `input` if `text` is None."""
-    given = {} if text is None else {"input": text}
-    return (
-        {"instruction": asked[0]}
-        | given
-        | {"audio_id": audio_id, "dataset": dataset, "task": task, "output": asked[1]}
-    )
+    """Return an example with its keys in the order of the papers' data.
+
+    The key `input` is left out if `text` is None.
+    """
+    row = {"instruction": question}
+    if text is not None:
+        row["input"] = text
+    return row | {"audio_id": audio_id, "dataset": dataset, "task": task, "output": answer}
 
 
 def name_of(value: float, cuts: tuple[float, ...], names: tuple[str, ...]) -> str:
-    """Which part a value lies in, of one more than there are cuts; a value on a cut belongs to the upper one."""
+    """Return the name of the interval that a value is in.
+
+    A value that equals a cut point is in the upper interval. There is one name more than there are
+    cut points.
+    """
     return names[sum(value >= cut for cut in cuts)]
 
 
 def thirds(values: list[float]) -> tuple[float, float]:
-    """The two values that divide others into thirds."""
+    """Return the two values that divide others into thirds."""
     import numpy as np
 
     low, high = np.quantile(values, [1 / 3, 2 / 3])
@@ -95,7 +146,7 @@ def thirds(values: list[float]) -> tuple[float, float]:
 
 
 def number_of(value: Any) -> float | None:
-    """The finite number that a value is or spells."""
+    """Return the finite number that a value or its text is, or None."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -104,197 +155,325 @@ def number_of(value: Any) -> float | None:
 
 
 def gender_of(record: dict) -> str | None:
+    """Return "male", "female" or None."""
     return GENDERS.get(str(record.get("gender")).strip().lower())
 
 
-# From a record, a random stream and `about` of `rows_of` to the words of a task's rows: none where it says too little.
+def listed(value: Any) -> list[str]:
+    """Return the non-empty items of a list, or of a text that separates them with ";"."""
+    items = value.split(";") if isinstance(value, str) else value or []
+    stripped = [str(item).strip() for item in items]
+    return [item for item in stripped if item]
 
 
-def level(key: str, record: dict, rng: Random, about: dict) -> list[Words]:
-    value, cuts = number_of(record[key]), about["cuts"].get(key)
+# The functions below return the fields of each example of a task. They take a record, a random
+# stream and the settings, and return an empty list if the record does not contain enough.
+
+
+def label_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    return [{"labels": "; ".join(listed(record["labels"]))}]
+
+
+def described_label_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    labels = listed(record["labels"])
+    descriptions = settings.descriptions
+    if not all(descriptions.get(label) for label in labels):
+        return []
+    described = [f"{rng.choice(descriptions[label])} -> {label}" for label in labels]
+    return [{"labels": "; ".join(described)}]
+
+
+def caption_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    captions = record["caption"]
+    if isinstance(captions, str):
+        captions = [captions]
+    style = f", in {settings.style} style" if settings.style else ""
+    return [{"caption": text.strip(), "style": style} for text in captions if text.strip()]
+
+
+def event_fields(kind: str, record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    events = []
+    for event in record["events"]:
+        events.append((float(event["onset"]), float(event["offset"]), event["label"]))
+    events.sort()
+    spans = defaultdict(list)
+    for onset, offset, label in events:
+        spans[label].append(f"{onset:.1f}-{offset:.1f}")
+    described = {label: f"{label}: [{', '.join(times)}]" for label, times in spans.items()}
+    if kind == "all":
+        return [{"events": "; ".join(described.values())}]
+    if kind == "single":
+        label = rng.choice(list(described))
+        return [{"label": label, "events": described[label]}]
+    # No event is first if two begin at the same time. None begins and ends first if the one that
+    # begins first outlasts another.
+    is_tied = len({onset for onset, _, _ in events}) < len(events)
+    first_offset = events[0][1]
+    is_outlasting = first_offset >= min((offset for _, offset, _ in events[1:]), default=0.0)
+    if len(spans) < 2 or is_tied or (kind == "first" and is_outlasting):
+        return []
+    labels = [label for label, _ in groupby(label for _, _, label in events)]
+    return [{"first": labels[0], "order": "; ".join(labels)}]
+
+
+def level_fields(key: str, record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    value = number_of(record[key])
     if value is None:
         word = str(record[key]).strip().lower()
         return [] if word.strip("+-") in ("nan", "inf", "infinity") else [{key: word}]
-    cuts = cuts.get(gender_of(record)) if isinstance(cuts, dict) else cuts
-    return [{key: name_of(value, cuts, NAMES[key][len(cuts) > 2])}] if cuts else []
+    cuts = settings.cuts.get(key)
+    if isinstance(cuts, dict):
+        cuts = cuts.get(gender_of(record))
+    if not cuts:
+        return []
+    names_of_three, names_of_five = NAMES[key]
+    names = names_of_five if len(cuts) > 2 else names_of_three
+    return [{key: name_of(value, cuts, names)}]
 
 
-def side(score: float) -> str:
-    return "positive" if score > 0 else "negative" if score < 0 else "neutral"
+def polarity_of(score: float) -> str:
+    """Return "positive", "negative" or, for 0, "neutral"."""
+    if score > 0:
+        return "positive"
+    return "negative" if score < 0 else "neutral"
 
 
-def emotion(kind: str, record: dict, rng: Random, about: dict) -> list[Words]:
-    name, score = str(record.get("emotion") or "").strip(), number_of(record.get("sentiment"))
+def emotion_fields(kind: str, record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    emotion = str(record.get("emotion") or "").strip()
     if kind == "gender":
-        return (
-            [{"gender": gender_of(record).capitalize(), "emotion": name.lower()}]
-            if gender_of(record)
-            else []
-        )
-    words = {"emotion": name.capitalize()} if kind in ("cla", "detail") else {}
+        gender = gender_of(record)
+        return [{"gender": gender.capitalize(), "emotion": emotion.lower()}] if gender else []
+    fields = {"emotion": emotion.capitalize()} if kind in ("cla", "detail") else {}
     if kind == "cla":
-        return [words]
+        return [fields]
+    score = number_of(record.get("sentiment"))
     if score is None or not -3 <= score <= 3:
         return []
-    polarity = side(score).capitalize() if kind == "bin" else side(score)
-    return [words | {"side": polarity, "score": f"{score + 0.0:g}"}]  # No -0.
+    polarity = polarity_of(score)
+    if kind == "bin":
+        polarity = polarity.capitalize()
+    # Adding 0.0 turns -0.0 into 0.0.
+    return [fields | {"side": polarity, "score": f"{score + 0.0:g}"}]
 
 
-def gender(record: dict, rng: Random, about: dict) -> list[Words]:
-    return [{"gender": gender_of(record).capitalize()}] if gender_of(record) else []
+def gender_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    gender = gender_of(record)
+    return [{"gender": gender.capitalize()}] if gender else []
 
 
-def age(record: dict, rng: Random, about: dict) -> list[Words]:
+def age_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
     years = number_of(record["age"])
     return [] if years is None else [{"age": str(round(years))}]
 
 
-# Task -> the key that it needs of a record, and its words.
-TASKS: dict[str, tuple[str, Callable[[dict, Random, dict], list[Words]]]] = {
-    "cla_label": (
-        "labels",
-        lambda record, rng, about: [{"labels": "; ".join(listed(record["labels"]))}],
-    ),
-    "cla_label_des": ("labels", described),
-    "caption": ("caption", captions),
-    **{
-        f"temporal_{kind}": ("events", partial(events, kind))
-        for kind in ("order", "first", "single", "all")
-    },
-    "gender_cla": ("gender", gender),
-    "age_cla": ("age", age),
-    **{f"{key}_cla": (key, partial(level, key)) for key in NAMES},
-    "emotion_cla": ("emotion", partial(emotion, "cla")),
-    "emotion_bin": (
-        "sentiment",
-        partial(emotion, "bin"),
-    ),  # A score of 0, neither of the two, is "neutral".
-    "emotion_detail": ("emotion", partial(emotion, "detail")),
-    "emotion_score": ("sentiment", partial(emotion, "score")),
-    "gender_emotion_cla": ("emotion", partial(emotion, "gender")),
-    "genre_cla": (
-        "genre",
-        lambda record, rng, about: [{"genre": ", ".join(listed(record["genre"]))}],
-    ),
-    "asr": ("text", lambda record, rng, about: [{"text": str(record["text"]).strip()}]),
+def genre_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    return [{"genre": ", ".join(listed(record["genre"]))}]
+
+
+def transcript_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
+    return [{"text": str(record["text"]).strip()}]
+
+
+class Task(NamedTuple):
+    """The key of a record that a task needs, and the function that returns its fields."""
+
+    key: str
+    fields_of: Callable[[dict, Random, RuleSettings], list[Fields]]
+
+
+TASKS: dict[str, Task] = {
+    "cla_label": Task("labels", label_fields),
+    "cla_label_des": Task("labels", described_label_fields),
+    "caption": Task("caption", caption_fields),
+    "temporal_order": Task("events", partial(event_fields, "order")),
+    "temporal_first": Task("events", partial(event_fields, "first")),
+    "temporal_single": Task("events", partial(event_fields, "single")),
+    "temporal_all": Task("events", partial(event_fields, "all")),
+    "gender_cla": Task("gender", gender_fields),
+    "age_cla": Task("age", age_fields),
+    "pitch_cla": Task("pitch", partial(level_fields, "pitch")),
+    "speed_cla": Task("speed", partial(level_fields, "speed")),
+    "energy_cla": Task("energy", partial(level_fields, "energy")),
+    "emotion_cla": Task("emotion", partial(emotion_fields, "cla")),
+    # A score of 0 is neither positive nor negative; its answer is "Neutral."
+    "emotion_bin": Task("sentiment", partial(emotion_fields, "bin")),
+    "emotion_detail": Task("emotion", partial(emotion_fields, "detail")),
+    "emotion_score": Task("sentiment", partial(emotion_fields, "score")),
+    "gender_emotion_cla": Task("emotion", partial(emotion_fields, "gender")),
+    "genre_cla": Task("genre", genre_fields),
+    "asr": Task("text", transcript_fields),
 }
 
 
-def rows_of(record: dict, tasks: list[str], texts: dict, about: dict) -> Iterator[dict]:
-    """All rows of one record.
+def rows_of(
+    record: dict, tasks: list[str], texts: dict, settings: RuleSettings
+) -> Iterator[dict[str, str]]:
+    """Yield all examples of one record.
 
     Args:
-        texts: closed_qa.json: task -> {"answer", "questions"}.
-        about: dataset, seed, prefix_share, style (of captions), descriptions (label -> list), cuts (key -> cut points,
-            or {gender: cut points}).
+        record: of a clip; see the docstring of the module.
+        tasks: names of `TASKS`.
+        texts: content of closed_qa.json: task -> {"answer", "questions"}.
+        settings: of the rules.
     """
-    for task in tasks:
-        key, words_of = TASKS[task]
-        if record.get(key) in (None, "", []):
+    for name in tasks:
+        task = TASKS[name]
+        value = record.get(task.key)
+        if value in (None, "", []):
             continue
-        rng = Random(f"{about['seed']}/{record['audio_id']}/{task}/{record[key]}")
-        for words in words_of(record, rng, about):
-            if not all(value.strip() for name, value in words.items() if name != "style"):
-                continue  # An empty text, or a list of them, says nothing.
-            asked = ask(
-                texts[task]["questions"], texts[task]["answer"], words, rng, about["prefix_share"]
+        rng = Random(f"{settings.seed}/{record['audio_id']}/{name}/{value}")
+        for fields in task.fields_of(record, rng, settings):
+            # Leave out empty texts; only the style may be empty.
+            required = [text for key, text in fields.items() if key != "style"]
+            if not all(text.strip() for text in required):
+                continue
+            question, answer = make_question(
+                texts[name]["questions"],
+                texts[name]["answer"],
+                fields,
+                rng,
+                settings.prefix_fraction,
             )
-            text = record.get("input", None if record.get("text") else "")
-            yield make_row(
-                asked, record["audio_id"], record.get("dataset") or about["dataset"], task, text
-            )
+            transcript = record.get("input", None if record.get("text") else "")
+            dataset = record.get("dataset") or settings.dataset
+            yield make_row(question, answer, record["audio_id"], dataset, name, transcript)
 
 
 def read_records(
     file: Path, columns: dict[str, list[str]], separator: str, audio_ids: dict | None
 ) -> Iterator[dict]:
-    """Records with our keys; those whose clip is not in `audio_ids` are left out. A cell of a table may hold JSON.
+    """Yield the records of a metadata file with the keys that the tasks need.
+
+    A cell of a table may contain JSON.
+
+    Args:
+        file: the metadata.
+        columns: our key -> keys of the file; several of them make a list.
+        separator: between labels, or genres, in a text.
+        audio_ids: id of a clip in the file -> `audio_id`; other clips are left out. None keeps the
+            ids of the file.
 
     Raises:
-        ValueError: no `audio_id`, or no file that can be read.
+        ValueError: a record has no `audio_id`, or the file cannot be read.
     """
     is_table = file.suffix.lower() in (".csv", ".tsv")
-    for number, record in enumerate(_table(file) if is_table else stream_rows(file), start=1):
+    records = _table(file) if is_table else stream_rows(file)
+    for number, record in enumerate(records, start=1):
         for ours, theirs in columns.items():
             values = [record[name] for name in theirs if record.get(name) not in (None, "")]
-            record[ours] = values if len(theirs) > 1 else values[0] if values else None
+            if len(theirs) > 1:
+                record[ours] = values
+            else:
+                record[ours] = values[0] if values else None
         for key in ("labels", "genre"):
             if isinstance(record.get(key), str):
                 record[key] = record[key].split(separator)
-        if not record.get("audio_id"):
+        audio_id = record.get("audio_id")
+        if not audio_id:
             raise ValueError(
-                f"{file}, record {number} has no audio_id, only {list(record)}: --columns audio_id=NAME"
+                f"{file}, record {number} has no audio_id, only {list(record)}: "
+                "--columns audio_id=NAME"
             )
-        if audio_ids is None or record["audio_id"] in audio_ids:
-            yield record | {
-                "audio_id": (audio_ids or {}).get(record["audio_id"], record["audio_id"])
-            }
+        if audio_ids is None:
+            yield record
+        elif audio_id in audio_ids:
+            yield record | {"audio_id": audio_ids[audio_id]}
 
 
 def _table(file: Path) -> Iterator[dict]:
+    """Yield the lines of a CSV or TSV file as dicts, with the names of its first line as keys."""
     lines = read_cells(file)
     _, names = next(lines, (0, []))
     for number, cells in lines:
         if any(cells[len(names) :]):
             raise ValueError(
-                f"{file}, line {number}: {len(cells)} cells under {len(names)} names. Quote the commas."
+                f"{file}, line {number}: {len(cells)} cells under {len(names)} names. "
+                "Quote the commas."
             )
-        try:
-            pairs = zip(
-                names, cells, strict=False
-            )  # Spreadsheets leave out empty cells at the end.
-            yield {
-                name: json.loads(cell) if cell[:2] in ("[{", '["') else cell for name, cell in pairs
-            }
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}, line {number}: a cell begins like JSON but is none: {error}"
-            ) from error
+        record = {}
+        # Spreadsheets leave out empty cells at the end of a line.
+        for name, cell in zip(names, cells, strict=False):
+            is_json = cell[:2] in ("[{", '["')
+            try:
+                record[name] = json.loads(cell) if is_json else cell
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{file}, line {number}: a cell begins like JSON but is not JSON: {error}"
+                ) from error
+        yield record
 
 
 def find_cuts(records: Iterator[dict], given: dict) -> dict:
-    """Cut points of every key that has numbers: those given, the papers' of pitch, thirds of the numbers of others."""
-    values: dict[str, list[float]] = {
-        key: [] for key in NAMES if key not in given and key != "pitch"
-    }
+    """Return the cut points of every key that has numbers.
+
+    Args:
+        records: of all clips.
+        given: cut points of --cuts, which replace all others.
+
+    Returns:
+        those given, the papers' for pitch, and thirds of the numbers for speed and energy.
+    """
+    numbers: dict[str, list[float]] = {}
+    for key in NAMES:
+        if key not in given and key != "pitch":
+            numbers[key] = []
     for record in records:
-        for key, numbers in values.items():
-            if (number := number_of(record.get(key))) is not None:
-                numbers.append(number)
+        for key, values in numbers.items():
+            number = number_of(record.get(key))
+            if number is not None:
+                values.append(number)
     cuts = {"pitch": PITCH} | given
-    for key, numbers in values.items():
-        low, high = thirds(numbers) if numbers else (0, 0)
+    for key, values in numbers.items():
+        if not values:
+            continue
+        low, high = thirds(values)
         if low < high:
             cuts[key] = low, high
-        elif numbers:  # All that are equal would be among the highest.
+        else:  # All equal numbers would be in the upper third.
             print(
-                f"{key}: no thirds, too many are {low:g}, so its numbers make no rows. Give --cuts."
+                f"{key}: no thirds, too many are {low:g}, so its numbers make no examples. "
+                "Give --cuts."
             )
     return cuts
 
 
 def read_cuts(file: Path) -> dict:
-    """The cut points of --cuts; a ValueError unless they are 2 or 4 ascending numbers for a key, or a gender of it."""
+    """Read the file of --cuts.
+
+    Raises:
+        ValueError: a key, or a gender of it, does not have 2 or 4 ascending numbers.
+    """
     given = json.loads(file.read_bytes())
-    for key, cuts in given.items() if isinstance(given, dict) else [("", given)]:
+    if not isinstance(given, dict):
+        raise _cuts_error(file, "", given)
+    for key, cuts in given.items():
         for points in cuts.values() if isinstance(cuts, dict) else [cuts]:
-            is_list = isinstance(points, list) and all(
-                isinstance(point, int | float) for point in points
-            )
-            if (
-                key not in NAMES
-                or not is_list
-                or len(points) not in (2, 4)
-                or sorted(set(points)) != points
-            ):
-                raise ValueError(
-                    f"{file}: {key!r}: {cuts}. Give 2 or 4 ascending numbers for one of {[*NAMES]}."
-                )
+            if key not in NAMES or not _are_cut_points(points):
+                raise _cuts_error(file, key, cuts)
     return given
 
 
+def _are_cut_points(points: Any) -> bool:
+    """Return whether a value is a list of 2 or 4 ascending numbers."""
+    if not isinstance(points, list) or len(points) not in (2, 4):
+        return False
+    if not all(isinstance(point, int | float) for point in points):
+        return False
+    return sorted(set(points)) == points
+
+
+def _cuts_error(file: Path, key: str, cuts: Any) -> ValueError:
+    return ValueError(
+        f"{file}: {key!r}: {cuts}. Give 2 or 4 ascending numbers for one of {[*NAMES]}."
+    )
+
+
 def read_audio_ids(file: Path) -> dict[str, str]:
-    """What data.prepare_audio wrote: id -> `audio_id`."""
+    """Read audio_ids.csv of data.prepare_audio: id -> `audio_id`.
+
+    Raises:
+        ValueError: a column is missing.
+    """
     try:
         return {line["id"]: line["audio_id"] for line in _table(file)}
     except KeyError as name:
@@ -304,13 +483,25 @@ def read_audio_ids(file: Path) -> dict[str, str]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
+    """Parse the command line; `columns` becomes a dict, our key -> keys of the file."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--metadata", required=True, type=Path, metavar="CLIPS")
     parser.add_argument(
-        "--output_path", required=True, type=Path, metavar="ROWS", help=".json, .jsonl or .parquet"
+        "--metadata",
+        required=True,
+        type=Path,
+        metavar="CLIPS",
+        help="The metadata of the clips: CSV, TSV, JSON, JSON lines or Parquet.",
+    )
+    parser.add_argument(
+        "--output_path",
+        required=True,
+        type=Path,
+        metavar="ROWS",
+        help="The dataset file to write: .json, .jsonl or .parquet.",
     )
     parser.add_argument(
         "--tasks",
@@ -318,80 +509,108 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         choices=TASKS,
         default=list(TASKS),
         metavar="TASK",
-        help="default: all",
+        help="The tasks to generate (default: all).",
     )
-    text = "other names; OURS=A,B makes a list"
-    parser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help=text)
-    parser.add_argument("--separator", default=";", help="of labels and genres in a text")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="Other names of the keys in CLIPS; OURS=A,B makes a list of two columns.",
+    )
+    parser.add_argument(
+        "--separator", default=";", help="The separator of labels and genres in a text."
+    )
     parser.add_argument(
         "--audio_ids",
         type=Path,
-        help="audio_ids.csv of data.prepare_audio: only clips that are there",
-    )
-    parser.add_argument("--dataset", default="own", help="of records that name none")
-    parser.add_argument(
-        "--descriptions", type=Path, help="JSON: label -> list of short acoustic descriptions"
+        help="audio_ids.csv of data.prepare_audio. Clips that are not in it are left out.",
     )
     parser.add_argument(
-        "--cuts", type=Path, help="JSON: key -> 2 or 4 cut points, or gender -> such"
+        "--dataset", default="own", help="The name of the dataset, for records without one."
     )
-    parser.add_argument("--style", help="of captions: AudioCaps, Clotho")
     parser.add_argument(
-        "--prefix_share", type=float, default=0.0, help=f"of questions that begin with {PREFIX!r}"
+        "--descriptions",
+        type=Path,
+        help="A JSON file: label -> list of short acoustic descriptions.",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cuts",
+        type=Path,
+        help="A JSON file: key -> 2 or 4 cut points, or {gender: cut points}.",
+    )
+    parser.add_argument(
+        "--style", help="The style that questions about captions name: AudioCaps, Clotho."
+    )
+    parser.add_argument(
+        "--prefix_fraction",
+        type=float,
+        default=0.0,
+        help=f"The fraction of questions that begin with {PREFIX!r}.",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the random streams (default: 0)."
+    )
     args = parser.parse_args(argv)
-    if not all("=" in pair for pair in args.columns):
-        parser.error(f"--columns takes pairs like labels=tags, got {args.columns}")
-    args.columns = {
-        ours: theirs.split(",") for ours, theirs in (pair.split("=", 1) for pair in args.columns)
-    }
+    columns = {}
+    for pair in args.columns:
+        ours, sign, theirs = pair.partition("=")
+        if not sign:
+            parser.error(f"--columns takes pairs like labels=tags, got {args.columns}")
+        columns[ours] = theirs.split(",")
+    args.columns = columns
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    inputs = [
-        path for path in (args.metadata, args.audio_ids, args.descriptions, args.cuts) if path
-    ]
+    given_files = (args.metadata, args.audio_ids, args.descriptions, args.cuts)
+    inputs = [path for path in given_files if path]
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    about = {key: getattr(args, key) for key in ("dataset", "seed", "prefix_share", "style")}
-    about["descriptions"] = json.loads(args.descriptions.read_bytes()) if args.descriptions else {}
-    audio_ids = args.audio_ids and read_audio_ids(args.audio_ids)
+    audio_ids = read_audio_ids(args.audio_ids) if args.audio_ids else None
     read = partial(read_records, args.metadata, args.columns, args.separator, audio_ids)
-    about["cuts"] = find_cuts(read(), read_cuts(args.cuts) if args.cuts else {})
-    counts: Counter = Counter()
+    settings = RuleSettings(args.dataset, args.seed, args.prefix_fraction, args.style)
+    if args.descriptions:
+        settings.descriptions = json.loads(args.descriptions.read_bytes())
+    settings.cuts = find_cuts(read(), read_cuts(args.cuts) if args.cuts else {})
+
+    counts: Counter[str] = Counter()
     with write_rows(args.output_path, inputs) as output:
         for number, record in enumerate(read(), start=1):
-            counts["records"], before = number, output.count
+            counts["records"] = number
+            count_before = output.count
             try:
-                for row in rows_of(record, args.tasks, texts, about):
+                for row in rows_of(record, args.tasks, texts, settings):
                     output.write(row)
                     counts[row["task"]] += 1
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                reason = (
-                    f"{args.metadata}, record {number} ({record['audio_id']}): {error!r}. Mend it."
-                )
-                raise ValueError(reason) from error
-            counts["records without a row"] += output.count == before
+                raise ValueError(
+                    f"{args.metadata}, record {number} ({record['audio_id']}): {error!r}. "
+                    "Fix the record."
+                ) from error
+            counts["records without a row"] += output.count == count_before
         if not output.count:
-            hint = "name the keys with --columns; spell ids as --audio_ids does (data.prepare_audio --against CLIPS)"
             raise ValueError(
-                f"{args.metadata}: none of {counts['records']} records makes a row: {hint}."
+                f"{args.metadata}: none of {counts['records']} records makes an example: name the "
+                "keys with --columns; spell ids as --audio_ids does (data.prepare_audio --against "
+                "CLIPS)."
             )
-    facts = {key: value for key, value in about.items() if key != "descriptions"} | {
-        "columns": args.columns
+    facts = {
+        "dataset": settings.dataset,
+        "seed": settings.seed,
+        "prefix_fraction": settings.prefix_fraction,
+        "style": settings.style,
+        "cuts": settings.cuts,
+        "columns": args.columns,
     }
-    if (
-        args.audio_ids
-    ):  # Its ids are relative to its folder; those of other metadata may be names of any kind.
+    # The ids of audio_ids.csv are relative to its folder; those of other metadata may not be paths.
+    if args.audio_ids:
         facts |= audio_root_of(args.output_path, [args.output_path], args.audio_ids.parent)
     write_provenance(
         args.output_path, "closed_qa", inputs, **facts, tasks=args.tasks, counts=dict(counts)
     )
-    print(
-        f"{args.output_path}: {output.count} rows: {', '.join(f'{count} {name}' for name, count in counts.items())}"
-    )
+    listed_counts = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{args.output_path}: {output.count} examples: {listed_counts}")
     return 0
 
 

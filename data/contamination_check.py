@@ -1,32 +1,39 @@
-"""Find clips of an evaluation set in training data: by id, and by content.
+r"""Finds clips of evaluation sets in training data, by id and by content.
 
-    python -m data.contamination_check --data_path train.json --against esc50.json vocalsound.json
-    python -m data.contamination_check --data_path train.json --audio_root DIR --against esc50.json --eval_root DIR2 --content
+    python -m data.contamination_check --data_path train.json \
+        --eval_files esc50.json vocalsound.json
+    python -m data.contamination_check --data_path train.json --audio_root DIR \
+        --eval_files esc50.json --eval_root DIR2 --content
 
-Notable:
-- Ids are the names of files without folders and endings; a YouTube id counts with or without what stands around it.
-  Any other name that several clips of one evaluation file have is no id (VoxCeleb numbers the clips of each video):
-  those are counted, and compared by --content only.
-- --content compares what is heard: sha256 of the mono 16 kHz waveform in 16 bit, so another name, container or lossless
-  format hides nothing. Every clip is decoded once. Clips that cannot be read are counted, not guessed.
-- Memory grows with the evaluation sets and what is found, not with the training rows. --clean_path writes those rows
-  without what was found.
+Ids are file names without folder and suffix; of the name of a YouTube clip, only the YouTube id
+counts. Any other name that several clips of one evaluation file have is not an id (VoxCeleb numbers
+the clips of each video): such clips are counted, and compared with --content only.
 
-Exits with 1 when anything was found, or a clip could not be read.
+--content compares the sha256 of the mono 16 kHz waveform in 16 bit, so that another name, container
+or lossless format hides nothing. Every clip is decoded once. Clips that cannot be decoded are
+counted.
+
+The memory grows with the evaluation sets and the number of clips that are found, not with the
+number of training examples. --clean_path writes the examples without those on clips that were
+found.
+
+The exit code is 1 if a clip was found or cannot be decoded.
 """
 
+import argparse
 import hashlib
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from data.audio_ids import NO_AUDIO, stem, youtube
 from data.command_line import command_parser
-from data.duplicate_detection import Distinct
+from data.duplicate_detection import DuplicateDetector
 from data.provenance import audio_root_of, write_provenance, write_rows
 from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
 from ltu.data.dataset_files import stream_rows
@@ -34,12 +41,12 @@ from ltu.files import run_command
 
 
 def id_of(audio_id: str) -> str:
-    """What clips are compared by."""
+    """Return the clip id that clips are compared by."""
     return youtube(audio_id) or stem(audio_id)
 
 
 def hash_content(path: str) -> str | None:
-    """sha256 of the waveform as 16-bit samples; None if it cannot be heard."""
+    """Return the sha256 of the waveform as 16-bit samples, or None if it cannot be decoded."""
     import numpy as np
 
     from ltu.data.audio import AudioError, load_audio
@@ -48,13 +55,12 @@ def hash_content(path: str) -> str | None:
         waveform = load_audio(path)  # (samples,)
     except AudioError:
         return None
-    return hashlib.sha256(
-        np.round(waveform * 32768).clip(-32768, 32767).astype("<i2").tobytes()
-    ).hexdigest()
+    samples = np.round(waveform * 32768).clip(-32768, 32767).astype("<i2")  # (samples,)
+    return hashlib.sha256(samples.tobytes()).hexdigest()
 
 
 def hash_clips(names: Iterable[str], root: Path, workers: int) -> Iterator[tuple[str, str | None]]:
-    """(audio_id, hash) of clips."""
+    """Yield (audio_id, hash) of clips, in several processes."""
     names = iter(names)
     with ProcessPoolExecutor(workers) as pool:
         while block := list(islice(names, CLIPS_AT_ONCE)):
@@ -63,9 +69,9 @@ def hash_clips(names: Iterable[str], root: Path, workers: int) -> Iterator[tuple
 
 
 def clips_of(path: Path) -> Iterator[str]:
-    """Every `audio_id` of a file once."""
+    """Return every `audio_id` of a dataset file once, in constant memory."""
     with tempfile.TemporaryDirectory() as folder:
-        clips = Distinct(folder)
+        clips = DuplicateDetector(folder)
         for number, row in enumerate(stream_rows(path)):
             if row.get("audio_id") not in NO_AUDIO:
                 clips.add(row["audio_id"], number)
@@ -73,82 +79,149 @@ def clips_of(path: Path) -> Iterator[str]:
     return (audio_id for audio_id, _ in first_clips(path, firsts))
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass
+class EvalClips:
+    """The clips of the evaluation files, by what they are compared by.
+
+    Attributes:
+        by_id: clip id -> description of the clip.
+        by_content: hash of the waveform -> description of the clip.
+    """
+
+    by_id: dict[str, str] = field(default_factory=dict)
+    by_content: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Unreadable:
+    """Number of clips that cannot be decoded, and the first few by name."""
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.names) < SHOWN:
+            self.names.append(name)
+
+
+def read_eval_clips(args: argparse.Namespace, unreadable: Unreadable) -> EvalClips:
+    """Read the clips of the evaluation files, and decode them if --content is given."""
+    eval_clips = EvalClips()
+    for path in args.eval_files:
+        audio_ids = (row.get("audio_id") for row in stream_rows(path))
+        clips = list(dict.fromkeys(clip for clip in audio_ids if clip not in NO_AUDIO))
+
+        # A name that several clips of a file have is not an id, unless it is a YouTube id.
+        times = Counter(id_of(clip) for clip in clips if not youtube(clip))
+        ambiguous = []
+        for clip in clips:
+            if times[id_of(clip)] > 1:
+                ambiguous.append(clip)
+            else:
+                eval_clips.by_id[id_of(clip)] = f"{path.name}: {clip}"
+        if ambiguous:
+            print(
+                f"{path}: {len(ambiguous):,} clips have no unique name, such as {ambiguous[0]}; "
+                "use --content"
+            )
+
+        if args.content:
+            root = args.eval_root or path.parent
+            for clip, digest in hash_clips(clips, root, args.workers):
+                if digest is None:
+                    unreadable.add(f"{path.name}: {clip}")
+                else:
+                    eval_clips.by_content[digest] = f"{path.name}: {clip}"
+    return eval_clips
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, None)
     parser.add_argument(
-        "--against", required=True, nargs="+", type=Path, help="files of evaluation questions"
+        "--eval_files",
+        required=True,
+        nargs="+",
+        type=Path,
+        help="The dataset files of evaluation questions to compare with.",
     )
     parser.add_argument(
         "--audio_root",
         type=Path,
-        help="folder of the training clips (default: that of the data file)",
+        help="Folder of the training clips (default: the folder of the dataset file).",
     )
     parser.add_argument(
-        "--eval_root", type=Path, help="folder of the evaluation clips (default: that of each file)"
+        "--eval_root",
+        type=Path,
+        help="Folder of the evaluation clips (default: the folder of each evaluation file).",
     )
-    parser.add_argument("--content", action="store_true", help="decode and compare the clips too")
     parser.add_argument(
-        "--clean_path", type=Path, help="training rows without the clips that were found"
+        "--content", action="store_true", help="Also decode the clips and compare their content."
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    args = parser.parse_args(argv)
-    names, contents, unread, not_read = (
-        {},
-        {},
-        0,
-        [],
-    )  # Of clips that cannot be heard, the first few by name.
-    for path in args.against:
-        clips = list(
-            dict.fromkeys(
-                row["audio_id"] for row in stream_rows(path) if row.get("audio_id") not in NO_AUDIO
-            )
-        )
-        times = Counter(id_of(clip) for clip in clips if not youtube(clip))
-        names |= {id_of(clip): f"{path.name}: {clip}" for clip in clips if times[id_of(clip)] <= 1}
-        if shared := [clip for clip in clips if times[id_of(clip)] > 1]:
-            print(
-                f"{path}: {len(shared):,} clips have no name of their own, such as {shared[0]}; use --content"
-            )
-        for clip, digest in (
-            hash_clips(clips, args.eval_root or path.parent, args.workers) if args.content else ()
-        ):
-            contents[digest] = f"{path.name}: {clip}"
-            if digest is None:
-                unread, not_read = unread + 1, [*not_read, f"{path.name}: {clip}"][:SHOWN]
-    contents.pop(None, None)
-    copies: dict[str, str] = {}
+    parser.add_argument(
+        "--clean_path",
+        type=Path,
+        help="A dataset file for the training examples without the clips that were found.",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="The number of processes that decode (default: the number of CPUs).",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    unreadable = Unreadable()
+    eval_clips = read_eval_clips(args, unreadable)
+
+    # Compare by content: decode every training clip once.
+    copies: dict[str, str] = {}  # Training clip -> description of the evaluation clip.
     if args.content:
         root = args.audio_root or args.data_path.parent
         for clip, digest in hash_clips(clips_of(args.data_path), root, args.workers):
             if digest is None:
-                unread, not_read = unread + 1, [*not_read, clip][:SHOWN]
-            elif digest in contents:
-                copies[clip] = contents[digest]
-    found, rows, leaked = {}, 0, 0
+                unreadable.add(clip)
+            elif digest in eval_clips.by_content:
+                copies[clip] = eval_clips.by_content[digest]
+
+    # Count the examples on clips that were found by content or by id.
+    found: dict[str, str] = {}
+    num_examples = 0
+    num_contaminated = 0
     for row in stream_rows(args.data_path):
-        rows, clip = rows + 1, row.get("audio_id")
-        if clip not in NO_AUDIO and (clip in copies or id_of(clip) in names):
-            leaked += 1
-            found[clip] = (
-                f"content of {copies[clip]}" if clip in copies else f"id of {names[id_of(clip)]}"
-            )
+        num_examples += 1
+        clip = row.get("audio_id")
+        if clip in NO_AUDIO:
+            continue
+        if clip in copies:
+            found[clip] = f"content of {copies[clip]}"
+        elif id_of(clip) in eval_clips.by_id:
+            found[clip] = f"id of {eval_clips.by_id[id_of(clip)]}"
+        else:
+            continue
+        num_contaminated += 1
     print(
-        f"{args.data_path}: {leaked:,} of {rows:,} rows are on {len(found):,} clips of the evaluation sets"
+        f"{args.data_path}: {num_contaminated:,} of {num_examples:,} examples are on "
+        f"{len(found):,} clips of the evaluation sets"
     )
     for clip in sorted(found)[:SHOWN]:
         print(f"  {clip}: {found[clip]}")
-    if unread:
-        print(f"  {unread:,} clips cannot be heard: {', '.join(not_read)}")
+    if unreadable.count:
+        print(f"  {unreadable.count:,} clips cannot be decoded: {', '.join(unreadable.names)}")
+
     if args.clean_path:
-        with write_rows(args.clean_path, [args.data_path, *args.against]) as output:
+        inputs = [args.data_path, *args.eval_files]
+        with write_rows(args.clean_path, inputs) as output:
             for row in stream_rows(args.data_path):
                 if row.get("audio_id") not in found:
                     output.write(row)
-        facts = {"content": args.content, "rows": output.count, "removed": leaked}
+        facts = {"content": args.content, "rows": output.count, "removed": num_contaminated}
         facts |= audio_root_of(args.clean_path, [args.data_path], args.audio_root)
-        write_provenance(args.clean_path, "leak_check", [args.data_path, *args.against], **facts)
-    return int(bool(found or unread))
+        write_provenance(args.clean_path, "contamination_check", inputs, **facts)
+    return int(bool(found or unreadable.count))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which of any number of values are equal, in constant memory."""
+"""Detects equal values among any number of values, in constant memory."""
 
 import hashlib
 import os
@@ -7,50 +7,61 @@ from collections.abc import Iterator
 
 import numpy as np
 
-PARTS = 256  # files, each small enough for the memory
-HELD = 2**18  # values that wait to be written
+NUM_FILES = 256  # Each is small enough to be sorted in memory.
+MAX_BUFFERED = 2**18  # Values in memory before they are written to the files.
 
 
-class Distinct:
-    """Values by 64 bits of their hash, each with a number, in files of a folder: 16 bytes a value.
+class DuplicateDetector:
+    """Stores the hash of each value, and a number that the caller gives it, in files of a folder.
 
-    Two different values count as equal with a chance of one in a million among six million of them.
+    A value takes 16 bytes on disk. Only 64 bits of the hash are stored: among six million values,
+    two different ones count as equal with a probability of one in a million.
     """
 
     def __init__(self, folder: str, name: str = "values"):
-        self.folder, self.name = folder, name
-        self.hashes, self.numbers = array("q"), array("q")
+        self.folder = folder
+        self.name = name
+        self.hashes = array("q")
+        self.numbers = array("q")
 
     def add(self, value: object, number: int = 0) -> None:
+        """Add a value and its number, such as the number of its example."""
         content = str(value).encode("utf-8", "surrogatepass")
-        self.hashes.append(
-            int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-        )
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        self.hashes.append(int.from_bytes(digest, "little", signed=True))
         self.numbers.append(number)
-        if len(self.hashes) == HELD:
+        if len(self.hashes) == MAX_BUFFERED:
             self._flush()
 
     def _flush(self) -> None:
+        """Append the buffered values to the files; equal values go to the same file."""
         if not self.hashes:
             return
-        table = np.stack(
-            [np.frombuffer(self.hashes, np.int64), np.frombuffer(self.numbers, np.int64)], 1
-        )  # (n, 2)
-        part = table[:, 0] % PARTS
-        table = table[np.argsort(part, kind="stable")]
-        ends = np.cumsum(np.bincount(part, minlength=PARTS))[:-1]
+        hashes = np.frombuffer(self.hashes, np.int64)
+        numbers = np.frombuffer(self.numbers, np.int64)
+        table = np.stack([hashes, numbers], 1)  # (n, 2)
+        file_number = hashes % NUM_FILES  # (n,)
+        table = table[np.argsort(file_number, kind="stable")]
+        ends = np.cumsum(np.bincount(file_number, minlength=NUM_FILES))[:-1]
         for number, rows in enumerate(np.split(table, ends)):
             with open(self._path(number), "ab") as file:
                 rows.tofile(file)
-        self.hashes, self.numbers = array("q"), array("q")
+        self.hashes = array("q")
+        self.numbers = array("q")
 
     def _path(self, number: int) -> str:
         return f"{self.folder}/{self.name}_{number:02x}"
 
     def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(n,) numbers of first occurrences, and (m,) those of repetitions, of one part of the values after another."""
+        """Yield, for one file after the other, the numbers of first and of repeated occurrences.
+
+        The files are removed, so this works once.
+
+        Returns:
+            arrays of shape (n,) and (m,), where n + m is the number of values in the file.
+        """
         self._flush()
-        for number in range(PARTS):
+        for number in range(NUM_FILES):
             if not os.path.exists(self._path(number)):
                 continue
             table = np.fromfile(self._path(number), np.int64).reshape(-1, 2)
@@ -60,11 +71,10 @@ class Distinct:
             yield table[is_first, 1], table[~is_first, 1]
 
     def count(self) -> int:
-        """How many different values there are."""
+        """Return the number of different values."""
         return sum(len(firsts) for firsts, _ in self.parts())
 
     def firsts(self) -> np.ndarray:
-        """(n,) in ascending order: the number of the first occurrence of every value."""
-        return np.sort(
-            np.concatenate([np.zeros(0, np.int64), *(firsts for firsts, _ in self.parts())])
-        )
+        """Return the number of the first occurrence of every value, (n,) in ascending order."""
+        numbers = [firsts for firsts, _ in self.parts()]
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *numbers]))

@@ -1,24 +1,29 @@
-"""A folder of sound files -> a folder of mono 16 kHz FLAC, and a list of which clip lies where.
+r"""Converts a folder of audio files into a folder of mono 16 kHz FLAC, and lists the clips.
 
     python -m data.prepare_audio --input DIR --output_dir OUT --workers 8
-    python -m data.prepare_audio --input DIR --output_dir OUT --map audioset --against balanced_train_segments.csv
+    python -m data.prepare_audio --input DIR --output_dir OUT --naming audioset \
+        --against balanced_train_segments.csv
     python -m data.prepare_audio --input DIR --output_dir OUT --table file_and_audio_id.csv
 
-OUT/manifest.jsonl has a line for every source: its `audio_id` (the path of its FLAC in OUT), seconds, rate, channels, or
-why it failed. OUT/audio_ids.csv says for each clip (`id`, spelled as --against spells it) which `audio_id` it has;
-with --against, OUT/audio_ids.csv.provenance.json says how much of it there is and lists what is missing.
+OUT/manifest.jsonl has a line for every source file: its `audio_id` (the path of its FLAC in OUT),
+seconds, sampling rate and channels, or why it failed. OUT/audio_ids.csv has the `audio_id` of each
+clip, next to its `id` as --against spells it. With --against, OUT/audio_ids.csv.provenance.json
+contains the coverage: how many of the listed clips exist, and which are missing.
 
-Notable:
-- A clip is what `ltu.data.audio` decodes of a file: channel 0 at 16 kHz, or an error. Its level is kept:
-  16 bit, or 24 for clips so quiet that 16 would be coarse; samples beyond full scale are clipped and counted.
-- Kill it at any time and run it again: a FLAC is there whole or not at all, and what the ledger has as done from the
-  same source (size and time) is left alone. What failed is tried again.
-- A file that kills its worker is found, entered as such, and stops nobody else.
-- --map knows the file names of AudioSet, VGGSound and AudioCaps (YouTube id, with or without Y in front and times
-  behind), FSD50K, Clotho and ESC-50, and names a clip by its id; --table has two columns, source file and audio_id, for
-  any other folder; without either, OUT mirrors DIR.
+A clip is what `ltu.data.audio` decodes from a file: channel 0 at 16 kHz, or an error. The level is
+not changed. The FLAC has 16 bit, or 24 for clips so quiet that 16 would be coarse; samples beyond
+full scale are clipped and counted.
 
-Exits with 1 when more than `--max_bad` files failed.
+A run can be killed at any time and started again. A FLAC is whole or does not exist, and what the
+manifest lists as done from the same source (by size and time) is not repeated. What failed is tried
+again. A file that kills its worker is recorded as such, and the other files are still converted.
+
+--naming selects how the files are named: AudioSet, VGGSound and AudioCaps (YouTube id, with or
+without Y in front and times behind), FSD50K, Clotho or ESC-50. Clips are then named by their ids.
+--table has two columns, source file and audio_id, for any other folder. Without either, OUT has the
+same folders and names as DIR.
+
+The exit code is 1 if more than `--max_bad` files failed.
 """
 
 import argparse
@@ -43,34 +48,45 @@ import torch
 from tqdm import tqdm
 
 from data.audio_ids import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
-from data.audio_manifest import Ledger
+from data.audio_manifest import AudioManifest
 from data.provenance import provenance_path, write_provenance
 from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, decode_audio
 from ltu.files import run_command, sync_and_rename
 
-QUIET = 2.0**-8  # peak (-48 dB) below which 16 bit would leave less than 8
-BEYOND = 2.0  # Resampling overshoots full scale by less; a file that is louder is not scaled as sound is.
+# Peak of a clip (-48 dB of full scale) below which 16 bit would leave fewer than 8.
+QUIET = 2.0**-8
+# Largest peak that is accepted. Resampling exceeds full scale by less; a louder file is not scaled
+# to a full scale of 1.
+MAX_PEAK = 2.0
 IDS = "audio_ids.csv"
-JOBS_A_WORKER = 8  # that wait, so that no worker idles
+JOBS_A_WORKER = 8  # Jobs in the queue, so that no worker idles.
+SHOWN = 20  # Jobs or errors that are printed.
 
-Job = tuple[str, str]  # source file, relative to --input, and its audio_id
+Job = tuple[str, str]  # Source file, relative to --input, and its audio_id.
 
 
 def find_sources(folder: Path, leave_out: Path, other: Counter) -> Iterator[str]:
-    """Sound files below a folder, by path relative to it; files that are none are counted by their ending."""
-    seen = set()
+    """Yield the audio files below a folder, as paths relative to it.
+
+    Args:
+        folder: the folder.
+        leave_out: a folder that is not searched: that of the output.
+        other: counts the files that are not audio, by suffix.
+    """
+    visited = set()
     for root, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        found = os.stat(root)
-        if (found.st_dev, found.st_ino) in seen or Path(
-            root
-        ).resolve() == leave_out:  # A loop of links; the output.
+        root_stat = os.stat(root)
+        identity = (root_stat.st_dev, root_stat.st_ino)
+        # Links may make a loop.
+        if identity in visited or Path(root).resolve() == leave_out:
             folders.clear()
             continue
-        seen.add((found.st_dev, found.st_ino))
+        visited.add(identity)
         folders.sort()
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES and not name.startswith("._"):  # macOS's notes beside a file
+            # macOS writes files like ._clip.wav, which contain no audio.
+            if suffix in SUFFIXES and not name.startswith("._"):
                 yield Path(os.path.relpath(os.path.join(root, name), folder)).as_posix()
             else:
                 other[suffix or name] += 1
@@ -80,16 +96,26 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _shown(text: str) -> str:
-    """Names that are not UTF-8 cannot be printed as they are."""
+def _printable(text: str) -> str:
+    """Escape what is not UTF-8 in the names of files, so that the text can be printed."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def make_plan(
     sources: Iterator[str], rule: str | None, table: dict[str, str] | None
 ) -> tuple[list[Job], list[dict]]:
-    """Which file becomes which clip, and entries of those that become none: no id in their name, or another's clip."""
-    jobs: dict[str, str] = {}
+    """Decide which file becomes which clip.
+
+    Args:
+        sources: audio files, relative to --input.
+        rule: naming rule of the files, or None.
+        table: source file -> audio_id, or None.
+
+    Returns:
+        jobs, and manifest entries of the refused files: their name has no id, or another file has
+        the same id.
+    """
+    jobs: dict[str, str] = {}  # audio_id -> source
     refused = []
     for source in sources:
         if table is not None:
@@ -97,63 +123,86 @@ def make_plan(
             detail = "is not in --table"
         else:
             audio_id = audio_id_of(source, rule)
-            detail = f"is no name of {rule}; give --table, or leave --map out"
+            detail = f"is not a name of {rule}; give --table, or leave --naming out"
         if audio_id is None:
-            refused.append(
-                {"audio_id": None, "file": source, "status": "name", "error": f"{source} {detail}."}
-            )
+            refused.append(_refusal(source, "name", f"{source} {detail}."))
         elif audio_id in jobs:
-            error = f"{source} would become {audio_id}, as {jobs[audio_id]} does. Remove one, or give --table."
-            refused.append({"audio_id": None, "file": source, "status": "clash", "error": error})
+            error = (
+                f"{source} would become {audio_id}, as {jobs[audio_id]} does. Remove one, or give "
+                "--table."
+            )
+            refused.append(_refusal(source, "clash", error))
         else:
             jobs[audio_id] = source
     return [(source, audio_id) for audio_id, source in jobs.items()], refused
 
 
+def _refusal(source: str, status: str, error: str) -> dict:
+    """Return the manifest entry of a file that does not become a clip."""
+    return {"audio_id": None, "file": source, "status": status, "error": error}
+
+
 def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dict:
-    """Write what is heard of a file, at its own level; what the ledger says of it.
+    """Decode a file and write it as FLAC at its own level.
+
+    Returns:
+        what the manifest says about the clip.
 
     Raises:
-        AudioError: it cannot be heard, or is louder than sound is.
+        AudioError: the file cannot be decoded, or its peak is above `MAX_PEAK`.
     """
-    sound = decode_audio(source, max_seconds)
-    peak = float(np.abs(sound.waveform).max())
-    if peak > BEYOND:
+    clip = decode_audio(source, max_seconds)
+    peak = float(np.abs(clip.waveform).max())
+    if peak > MAX_PEAK:
         raise AudioError(
-            str(source), "unreadable", f"holds values up to {peak:.3g}, where full scale is 1"
+            str(source), "unreadable", f"has values up to {peak:.3g}, where full scale is 1"
         )
     bits = 24 if peak < QUIET else 16
-    # soundfile takes the upper bits of an int32; scaled here, 16 bit in are the same 16 bit out.
-    steps = np.rint(sound.waveform.astype(np.float64) * 2 ** (bits - 1))  # (samples,)
-    clipped = int((steps > 2 ** (bits - 1) - 1).sum() + (steps < -(2 ** (bits - 1))).sum())
-    steps = steps.clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int32) << (32 - bits)
-    flac = io.BytesIO()  # Of a disk that is full, libsndfile would not say so.
+    lowest = -(2 ** (bits - 1))
+    highest = 2 ** (bits - 1) - 1
+    # Scale to integers here, so that 16-bit input gives the same 16 bit. soundfile writes the upper
+    # bits of an int32.
+    steps = np.rint(clip.waveform.astype(np.float64) * 2 ** (bits - 1))  # (samples,)
+    num_clipped = int((steps > highest).sum() + (steps < lowest).sum())
+    steps = steps.clip(lowest, highest).astype(np.int32) << (32 - bits)
+    # Encode in memory first, because libsndfile does not report a full disk.
+    flac = io.BytesIO()
     soundfile.write(flac, steps, SAMPLING_RATE, subtype=f"PCM_{bits}", format="FLAC")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".tmp")
-    part.write_bytes(flac.getvalue())
-    sync_and_rename(part, target)
-    about = {"seconds": round(len(steps) / SAMPLING_RATE, 3), "sampling_rate": sound.sampling_rate}
-    return about | {
-        "channels": sound.channels,
+    unfinished = target.with_name(target.name + ".tmp")
+    unfinished.write_bytes(flac.getvalue())
+    sync_and_rename(unfinished, target)
+    return {
+        "seconds": round(len(steps) / SAMPLING_RATE, 3),
+        "sampling_rate": clip.sampling_rate,
+        "channels": clip.channels,
         "bits": bits,
-        "clipped": clipped,
+        "clipped": num_clipped,
         "bytes": len(flac.getvalue()),
     }
 
 
 def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
-    """One line of the ledger; what is wrong with the disk, and not with the file, is raised."""
-    source, audio_id = Path(folder) / job[0], job[1]
-    entry = {"audio_id": audio_id, "file": job[0], "status": "ok"}
+    """Convert one file and return its manifest entry.
+
+    Args:
+        job: source file and audio_id.
+        folder: of the source files.
+        output: folder of the clips.
+        max_seconds: longer clips are refused.
+
+    Raises:
+        OSError: something is wrong with the disk rather than with the file.
+    """
+    name, audio_id = job
+    source = Path(folder) / name
+    entry = {"audio_id": audio_id, "file": name, "status": "ok"}
     try:
-        found = source.stat()
+        source_stat = source.stat()
     except OSError as error:
-        return entry | {
-            "status": "missing",
-            "error": f"{source}: {error.strerror}. Mend the link, or its folder.",
-        }
-    entry |= {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
+        message = f"{source}: {error.strerror}. Fix the link, or its folder."
+        return entry | {"status": "missing", "error": message}
+    entry |= {"size": source_stat.st_size, "mtime_ns": source_stat.st_mtime_ns}
     try:
         return entry | convert(source, Path(output) / audio_id, max_seconds)
     except AudioError as error:
@@ -161,48 +210,60 @@ def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        return entry | {
-            "status": "name",
-            "error": f"{source}: the name is too long for {audio_id}.tmp. Shorten it.",
-        }
+        message = f"{source}: the name is too long for {audio_id}.tmp. Shorten it."
+        return entry | {"status": "name", "error": message}
 
 
 def run(jobs: list[Job], workers: int, *settings) -> Iterator[dict]:
-    """The entries of all jobs, in the order in which they are ready; `settings` as of `run_job`."""
+    """Yield the manifest entries of all jobs, in the order in which they are finished.
+
+    Args:
+        jobs: source file and audio_id of each.
+        workers: number of processes.
+        settings: further arguments of `run_job`.
+    """
     waiting = iter(jobs)
-    taken: dict[str, Job] = {}  # audio_id -> a job that is with a worker
+    unfinished: dict[str, Job] = {}  # audio_id -> a job that was given to the workers
     while True:
         try:
             with _pool(workers) as pool:
                 running: dict[Future, str] = {}
                 while True:
                     for job in islice(waiting, workers * JOBS_A_WORKER - len(running)):
-                        taken[job[1]] = job
-                        running[pool.submit(run_job, job, *settings)] = job[1]
+                        _, audio_id = job
+                        unfinished[audio_id] = job
+                        running[pool.submit(run_job, job, *settings)] = audio_id
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         entry = future.result()
-                        del taken[running.pop(future)]
+                        del unfinished[running.pop(future)]
                         yield entry
         except BrokenProcessPool:
-            for audio_id in list(taken):  # One of them killed its worker; alone, it shows.
-                yield _run_alone(taken.pop(audio_id), *settings)
+            # One of the unfinished jobs killed its worker. Run each alone to find it.
+            for audio_id in list(unfinished):
+                yield _run_alone(unfinished.pop(audio_id), *settings)
 
 
 def _run_alone(job: Job, *settings) -> dict:
+    """Run a job in a process of its own and return its entry, also if it kills the process."""
+    name, audio_id = job
     try:
         with _pool(1) as pool:
             return pool.submit(run_job, job, *settings).result()
     except BrokenProcessPool:
-        error = f"{job[0]} kills the process that reads it (memory, or a bug of libsndfile). Leave it out."
-        return {"audio_id": job[1], "file": job[0], "status": "crash", "error": error}
+        error = (
+            f"{name} kills the process that reads it (memory, or a bug of libsndfile). "
+            "Leave it out."
+        )
+        return {"audio_id": audio_id, "file": name, "status": "crash", "error": error}
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # A process that was forked from one with threads can hang; the server is forked from before it has any.
+    # A process that is forked from one with threads can hang. The fork server is started before
+    # there are any.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ltu.data.audio"])  # It imports torch, once for all workers.
+    context.set_forkserver_preload(["ltu.data.audio"])  # Imports torch, once for all workers.
     return ProcessPoolExecutor(workers, context, _start_worker)
 
 
@@ -213,72 +274,115 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """After kill -9 of the parent a worker would wait for its next job for ever."""
+    """End this worker with its parent. After kill -9 of the parent it would wait forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def write_ids(
-    path: Path, ledger: Ledger, rule: str | None, wanted: dict[str, list[str]] | None
+    path: Path, manifest: AudioManifest, rule: str | None, wanted: dict[str, list[str]] | None
 ) -> None:
-    """CSV of the clips there are, as `data.remap_paths` takes it: each spelling of --against, and its audio_id."""
+    """Write audio_ids.csv, as `data.remap_paths` reads it, with a line for each id.
+
+    Args:
+        path: the file.
+        manifest: has the clips.
+        rule: naming rule of the files, or None.
+        wanted: clip id -> its spellings in --against, each of which gets a line. If it is None, a
+            clip is listed under its `audio_id` without suffix.
+    """
     part = path.with_name(f"{path.name}.tmp")
     with open(part, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "audio_id"])
-        for audio_id, entry in sorted(ledger.entries.items()):
-            names = (wanted or {}).get(key_of(audio_id, rule), [stem_of(audio_id)])
-            for name in names if entry["status"] == "ok" else ():
+        for audio_id, entry in sorted(manifest.entries.items()):
+            if entry["status"] != "ok":
+                continue
+            for name in (wanted or {}).get(key_of(audio_id, rule), [stem_of(audio_id)]):
                 writer.writerow([name, audio_id])
-    provenance_path(path).unlink(missing_ok=True)  # It is that of the older ids.
+    provenance_path(path).unlink(missing_ok=True)  # That of the older file.
     sync_and_rename(part, path)
 
 
-def measure_coverage(wanted: dict[str, list[str]], ledger: Ledger, rule: str | None) -> dict:
-    """How many of the clips that are asked for there are, and the others by name."""
-    status = {key_of(audio_id, rule): entry["status"] for audio_id, entry in ledger.entries.items()}
-    found = {key: status.get(key, "absent") for key in wanted}
-    lost = {key: state for key, state in found.items() if state != "ok"}
-    names = {
-        state: sorted(wanted[key][0] for key in lost if lost[key] == state)
-        for state in sorted({*lost.values()})
+def measure_coverage(
+    wanted: dict[str, list[str]], manifest: AudioManifest, rule: str | None
+) -> dict:
+    """Count the requested clips that exist, and list the others by status.
+
+    Args:
+        wanted: clip id -> its spellings in --against.
+        manifest: has the clips.
+        rule: naming rule of the files, or None.
+    """
+    status_of = {}
+    for audio_id, entry in manifest.entries.items():
+        status_of[key_of(audio_id, rule)] = entry["status"]
+    missing: dict[str, list[str]] = {}
+    for key, spellings in wanted.items():
+        status = status_of.get(key, "absent")
+        if status != "ok":
+            missing.setdefault(status, []).append(spellings[0])
+    num_missing = sum(len(names) for names in missing.values())
+    return {
+        "requested": len(wanted),
+        "prepared": len(wanted) - num_missing,
+        "missing": {status: sorted(missing[status]) for status in sorted(missing)},
     }
-    return {"asked_for": len(wanted), "prepared": len(wanted) - len(lost), "missing": names}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--input", required=True, type=Path, metavar="DIR", help="folder of sound files"
-    )
-    parser.add_argument("--output_dir", required=True, type=Path, metavar="OUT")
-    parser.add_argument("--map", choices=sorted(RULES), help="how the files of DIR are named")
-    parser.add_argument(
-        "--table", type=Path, help="source file and audio_id, CSV or TSV; other files are left out"
+        "--input", required=True, type=Path, metavar="DIR", help="The folder of audio files."
     )
     parser.add_argument(
-        "--against", type=Path, help="metadata (CSV, TSV) or rows (JSON): what should be there"
+        "--output_dir", required=True, type=Path, metavar="OUT", help="The folder of the clips."
     )
-    parser.add_argument("--id_column", help="of --against, if it has no usual name")
+    parser.add_argument("--naming", choices=sorted(RULES), help="How the files of DIR are named.")
     parser.add_argument(
-        "--only_asked", action="store_true", help="leave out files that --against does not ask for"
-    )
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--max_seconds", type=float, default=MAX_SECONDS, help="longer clips are refused"
+        "--table",
+        type=Path,
+        help="A CSV or TSV file: source file and audio_id. Other files are left out.",
     )
     parser.add_argument(
-        "--max_bad", type=int, default=0, help="files that may fail without a non-zero exit"
+        "--against",
+        type=Path,
+        help="Metadata (CSV, TSV) or a dataset file (JSON) that lists the clips to look for.",
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="show what would be done, and write nothing"
+        "--id_column", help="The column of --against with the ids, if its name is not a usual one."
+    )
+    parser.add_argument(
+        "--only_asked", action="store_true", help="Leave out files that --against does not list."
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="The number of processes (default: the number of CPUs).",
+    )
+    parser.add_argument(
+        "--max_seconds",
+        type=float,
+        default=MAX_SECONDS,
+        help=f"The longest clip that is accepted (default: {MAX_SECONDS:g}).",
+    )
+    parser.add_argument(
+        "--max_bad",
+        type=int,
+        default=0,
+        help="The number of files that may fail with an exit code of 0 (default: 0).",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Print what would be done, and write nothing."
     )
     args = parser.parse_args(argv)
-    if args.map and args.table:
-        parser.error("--map and --table both name the clips; give one of them")
+    if args.naming and args.table:
+        parser.error("--naming and --table both name the clips; give one of them")
     if args.only_asked and not args.against:
         parser.error("--only_asked needs --against")
     if args.workers < 1:
@@ -286,61 +390,76 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if not args.input.is_dir():
         parser.error(f"--input {args.input} is not a folder")
     if args.input.resolve() == args.output_dir.resolve():
-        parser.error("--output_dir is --input itself; name another folder")
+        parser.error("--output_dir is the same folder as --input; name another one")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, other = parse_args(argv), Counter()
-    wanted = read_wanted(args.against, args.id_column, args.map) if args.against else None
-    sources = find_sources(args.input, args.output_dir.resolve(), other)
-    jobs, refused = make_plan(sources, args.map, read_table(args.table) if args.table else None)
+    args = parse_args(argv)
+    wanted = read_wanted(args.against, args.id_column, args.naming) if args.against else None
+    not_audio: Counter[str] = Counter()
+    sources = find_sources(args.input, args.output_dir.resolve(), not_audio)
+    jobs, refused = make_plan(sources, args.naming, read_table(args.table) if args.table else None)
     if args.only_asked:
-        jobs = [job for job in jobs if key_of(job[1], args.map) in wanted]
-    ignored = ", ".join(f"{count} {suffix}" for suffix, count in other.most_common(5))
+        jobs = [job for job in jobs if key_of(job[1], args.naming) in wanted]
+    ignored = ", ".join(f"{count} {suffix}" for suffix, count in not_audio.most_common(5))
     print(
-        f"{args.input}: {len(jobs)} clips, {len(refused)} without a name of their own; no sound: {ignored or 'none'}"
+        f"{args.input}: {len(jobs)} clips, {len(refused)} without a name of their own; "
+        f"not audio: {ignored or 'none'}"
     )
     if args.dry_run:
-        print(_shown("\n".join(f"{source} -> {audio_id}" for source, audio_id in jobs[:20])))
+        lines = [f"{source} -> {audio_id}" for source, audio_id in jobs[:SHOWN]]
+        print(_printable("\n".join(lines)))
         return 0
-    with Ledger(args.output_dir) as ledger:
-        todo = [job for job in jobs if not ledger.is_done(job, args.input)]
+
+    with AudioManifest(args.output_dir) as manifest:
+        todo = [job for job in jobs if not manifest.is_done(job, args.input)]
         settings = (str(args.input), str(args.output_dir), args.max_seconds)
         entries = run(todo, args.workers, *settings)
         for entry in tqdm(entries, "preparing", len(todo), unit="clip", disable=not todo):
-            ledger.append(entry)
-        ledger.write(refused)
-        facts = {"input": str(args.input), "map": args.map, "coverage": None}
-        facts["libsndfile"] = soundfile.__libsndfile_version__
+            manifest.append(entry)
+        manifest.write(refused)
+
+        facts = {
+            "input": str(args.input),
+            "naming": args.naming,
+            "coverage": None,
+            "libsndfile": soundfile.__libsndfile_version__,
+        }
         if wanted is not None:
-            facts["coverage"] = measure_coverage(wanted, ledger, args.map)
+            facts["coverage"] = measure_coverage(wanted, manifest, args.naming)
             prepared = facts["coverage"]["prepared"]
             print(f"coverage: {prepared} of the {len(wanted)} clips of {args.against}")
-        write_ids(args.output_dir / IDS, ledger, args.map, wanted)
-        read = [path for path in (args.table, args.against) if path]
-        write_provenance(args.output_dir / IDS, "prepare_audio", read, **facts)
-        return int(report(jobs, len(todo), refused, ledger) > args.max_bad)
+        write_ids(args.output_dir / IDS, manifest, args.naming, wanted)
+        inputs = [path for path in (args.table, args.against) if path]
+        write_provenance(args.output_dir / IDS, "prepare_audio", inputs, **facts)
+        return int(report(jobs, len(todo), refused, manifest) > args.max_bad)
 
 
-def report(jobs: list[Job], tried: int, refused: list[dict], ledger: Ledger) -> int:
-    """Print what became of the files; how many failed."""
-    entries = [ledger.entries[audio_id] for _, audio_id in jobs] + refused
+def report(jobs: list[Job], tried: int, refused: list[dict], manifest: AudioManifest) -> int:
+    """Print the result of a run and return the number of files that failed.
+
+    Args:
+        jobs: all jobs.
+        tried: how many of them this run has done.
+        refused: entries of files without a job.
+        manifest: has the entries of the jobs.
+    """
+    entries = [manifest.entries[audio_id] for _, audio_id in jobs] + refused
     failed = [entry for entry in entries if entry["status"] != "ok"]
-    made = [entry for entry in entries if entry["status"] == "ok"]
-    hours, clipped = (
-        sum(entry["seconds"] for entry in made) / 3600,
-        sum(entry["clipped"] > 0 for entry in made),
-    )
+    converted = [entry for entry in entries if entry["status"] == "ok"]
+    hours = sum(entry["seconds"] for entry in converted) / 3600
+    num_clipped = sum(entry["clipped"] > 0 for entry in converted)
     print(
-        f"{ledger.folder}: {len(made)} clips, {hours:.2f} h; {len(jobs) - tried} were there; {clipped} clipped"
+        f"{manifest.folder}: {len(converted)} clips, {hours:.2f} h; {len(jobs) - tried} were done "
+        f"before; {num_clipped} clipped"
     )
     if failed:
-        reasons = Counter(entry["status"] for entry in failed).most_common()
-        print(
-            f"failed: {', '.join(f'{reason} {count}' for reason, count in reasons)}; see {ledger.path}"
-        )
-        print(_shown("\n".join(f"  {entry['error']}" for entry in failed[:20])), file=sys.stderr)
+        counts = Counter(entry["status"] for entry in failed).most_common()
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
+        print(f"failed: {reasons}; see {manifest.path}")
+        errors = [f"  {entry['error']}" for entry in failed[:SHOWN]]
+        print(_printable("\n".join(errors)), file=sys.stderr)
     return len(failed)
 
 

@@ -1,4 +1,4 @@
-"""Reports, and what a file of rows was made of: FILE.provenance.json beside it."""
+"""Writes reports, and FILE.provenance.json next to a dataset file: its inputs and settings."""
 
 import json
 import platform
@@ -15,21 +15,23 @@ from ltu.files import replace_file, sha256_of
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write a report or recipe, whole or not at all."""
+    """Write a report or provenance file, whole or not at all."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    # Names of files may be no UTF-8.
+    # File names may contain bytes that are not UTF-8.
     replace_file(path, text.encode("utf-8", "backslashreplace"), is_synced=True)
 
 
 def provenance_path(output: str | Path) -> Path:
+    """Return the path of the provenance file of an output."""
     return Path(f"{output}.provenance.json")
 
 
 @contextmanager
 def write_rows(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[RowWriter]:
-    """A `RowWriter` that removes the recipe of older rows before the new ones get their name.
+    """Open a `RowWriter` that removes an older provenance file before the output gets its name.
 
-    So what is killed at any time may leave rows without a recipe, but never beside the recipe of others.
+    A run that is killed may therefore leave a dataset file without provenance, but never one with
+    the provenance of another.
     """
     with RowWriter(path, inputs) as output:
         yield output
@@ -39,45 +41,55 @@ def write_rows(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[RowWri
 def audio_root_of(
     output: Path, sources: Iterable[Path], root: Path | None = None
 ) -> dict[str, Any]:
-    """What a recipe says of relative `audio_id`s that were looked up in another folder than the output's.
+    """Return the provenance entry for relative `audio_id`s, and print a hint if there is one.
 
-    They are kept as they are, since they name the clips in every file of a data set; a line says what training needs.
+    Relative `audio_id`s are copied unchanged, because they name the clips in every file of a
+    dataset. If they were relative to another folder than that of the output, training needs
+    --audio_root, and the entry says which.
 
     Args:
-        sources: files whose rows went into the output. What the recipe beside one says of its own ids holds on.
-        root: where their relative ids are looked up, if the user said so.
+        output: the dataset file that is written.
+        sources: dataset files whose examples were copied. An `audio_root` in the provenance of
+            one applies to its ids.
+        root: the folder of the relative ids, if the user gave it.
+
+    Returns:
+        `{"audio_root": folder or list of folders}`, or `{}` if training does not need it.
     """
     here = str(output.parent.resolve())
-    folders = {source: [str(root.resolve())] if root else _roots_of(source) for source in sources}
-    roots = {folder for found in folders.values() for folder in found}
+    folders_of = {}
+    for source in sources:
+        folders_of[source] = [str(root.resolve())] if root else _roots_of(source)
+    roots = {folder for folders in folders_of.values() for folder in folders}
+    # Only sources that have relative ids count. To find out, they are read, so this comes second.
     if not roots <= {here}:
-        roots = {
-            folder
-            for source, found in folders.items()
-            if _has_relative_ids(source)
-            for folder in found
-        }
-    roots = sorted(roots)
-    if set(roots) <= {here}:
+        relevant = [folders for source, folders in folders_of.items() if _has_relative_ids(source)]
+        roots = {folder for folders in relevant for folder in folders}
+    if roots <= {here}:
         return {}
-    if len(roots) == 1:
-        print(f"{output}: its audio_ids are relative to another folder: --audio_root {roots[0]}")
-        return {"audio_root": roots[0]}
+    found = sorted(roots)
+    if len(found) == 1:
+        print(f"{output}: its audio_ids are relative to another folder: --audio_root {found[0]}")
+        return {"audio_root": found[0]}
     print(
-        f"{output}: its audio_ids are relative to {len(roots)} folders ({', '.join(roots)}), so no --audio_root finds "
-        "all of them: give every input absolute ids first, by data.remap_paths."
+        f"{output}: its audio_ids are relative to {len(found)} folders ({', '.join(found)}), so no "
+        "--audio_root finds all of them: make the ids of every input absolute first, with "
+        "data.remap_paths."
     )
-    return {"audio_root": roots}
+    return {"audio_root": found}
 
 
 def _roots_of(source: Path) -> list[str]:
-    recipe = provenance_path(source)
-    known = json.loads(recipe.read_bytes()).get("audio_root") if recipe.is_file() else None
-    return [known] if isinstance(known, str) else known or [str(source.parent.resolve())]
+    """Return the folders that the relative ids of a dataset file are relative to."""
+    path = provenance_path(source)
+    known = json.loads(path.read_bytes()).get("audio_root") if path.is_file() else None
+    if isinstance(known, str):
+        return [known]
+    return known or [str(source.parent.resolve())]
 
 
 def _has_relative_ids(path: Path) -> bool:
-    """Reads until the first."""
+    """Read a dataset file up to the first relative `audio_id`."""
     for row in stream_rows(path):
         audio_id = row.get("audio_id")
         if audio_id not in NO_AUDIO and not str(audio_id).startswith("/"):
@@ -86,16 +98,29 @@ def _has_relative_ids(path: Path) -> bool:
 
 
 def write_provenance(
-    output: str | Path, verb: str, inputs: Iterable[str | Path], **facts: Any
+    output: str | Path, command: str, inputs: Iterable[str | Path], **facts: Any
 ) -> dict[str, Any]:
-    """Write FILE.provenance.json beside the output: what it was made of, by which settings. Same run, same bytes."""
+    """Write FILE.provenance.json next to the output and return its content.
+
+    The same run writes the same bytes.
+
+    Args:
+        output: the file that was written.
+        command: name of the command that wrote it.
+        inputs: the files that it read.
+        facts: settings and counts.
+    """
     output = Path(output)
-    versions = {"python": platform.python_version(), "msgspec": msgspec.__version__}
     sources = [
         {"path": str(path), "bytes": Path(path).stat().st_size, "sha256": sha256_of(path)}
         for path in inputs
     ]
-    recipe = {"verb": verb, "inputs": sources, **facts}
-    recipe |= {"output": {"path": output.name, "sha256": sha256_of(output)}, "versions": versions}
-    write_json(recipe, provenance_path(output))
-    return recipe
+    content = {
+        "command": command,
+        "inputs": sources,
+        **facts,
+        "output": {"path": output.name, "sha256": sha256_of(output)},
+        "versions": {"python": platform.python_version(), "msgspec": msgspec.__version__},
+    }
+    write_json(content, provenance_path(output))
+    return content

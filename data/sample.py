@@ -1,12 +1,15 @@
-"""Take a few clips with all their questions: a toy set of a large one.
+r"""Samples a few clips with all their questions: a small dataset from a large one.
 
     python -m data.sample --data_path A.json --output_path toy/rows.json --clips 500 --seed 1
-    python -m data.sample --data_path A.json --output_path toy/rows.json --clips 50 --by_dataset --copy_audio
+    python -m data.sample --data_path A.json --output_path toy/rows.json --clips 50 \
+        --by_dataset --copy_audio
 
-Notable:
-- Whether a clip is taken depends on its audio_id and the seed, not on the order of the rows: two files of the same
-  clips give the same clips. Every clip is equally likely, however many questions it has.
-- --copy_audio puts the clips into audio/ beside the output, and the rows then name them relative to it.
+The seed and the audio_id decide whether a clip is sampled, and the order of the examples does not:
+two files with the same clips give the same clips. Every clip has the same probability, however many
+questions it has.
+
+--copy_audio copies the clips into audio/ next to the output, and the audio_ids of the output are
+then relative to it.
 """
 
 import filecmp
@@ -22,77 +25,109 @@ from data.provenance import audio_root_of, write_provenance, write_rows
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
 
+DIGEST_SIZE = 16  # Bytes of the hash that a clip is sampled by.
+
 
 def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str]:
-    """`audio_id`s: those with the lowest hashes, of all or of each dataset."""
-    chosen: dict[str, dict[str, bytes]] = defaultdict(dict)
-    highest: dict[str, bytes] = {}
+    """Return the `audio_id`s with the lowest hashes.
+
+    Args:
+        path: the dataset file.
+        clips: number of clips, of each dataset if `by_dataset`.
+        seed: hashed together with the `audio_id`.
+        by_dataset: whether to choose so many of each dataset.
+    """
+    chosen: dict[str, dict[str, bytes]] = defaultdict(dict)  # Dataset -> audio_id -> hash.
+    highest: dict[str, bytes] = {}  # Dataset -> hash; clips with higher ones are not chosen.
     for row in stream_rows(path):
         audio_id = row.get("audio_id")
         if audio_id in NO_AUDIO:
             continue
         group = str(row.get("dataset")) if by_dataset else ""
-        digest = hashlib.blake2b(
-            f"{seed}/{audio_id}".encode("utf-8", "surrogatepass"), digest_size=16
-        ).digest()
-        if digest > highest.get(group, b"\xff" * 16):
+        content = f"{seed}/{audio_id}".encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest()
+        if digest > highest.get(group, b"\xff" * DIGEST_SIZE):
             continue
         chosen[group][audio_id] = digest
+        # Drop the higher half from time to time, so that the memory stays constant.
         if len(chosen[group]) >= 2 * clips:
-            kept = sorted(chosen[group].items(), key=lambda pair: pair[1])[:clips]
-            chosen[group], highest[group] = dict(kept), kept[-1][1]
-    return {
-        name for group in chosen.values() for name in sorted(group, key=group.__getitem__)[:clips]
-    }
+            lowest = sorted(chosen[group].items(), key=lambda pair: pair[1])[:clips]
+            chosen[group] = dict(lowest)
+            highest[group] = lowest[-1][1]
+    names: set[str] = set()
+    for digests in chosen.values():
+        names.update(sorted(digests, key=digests.__getitem__)[:clips])
+    return names
 
 
 def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
-    """Copy clips into folder/audio -> their new `audio_id`s.
+    """Copy clips into folder/audio.
 
-    Where another clip has its name, whose ever it is, one gets a part of a hash in front.
+    If another clip already has the file name, a part of a hash is put in front of it.
+
+    Args:
+        names: `audio_id`s, relative to `root`.
+        root: folder of the clips.
+        folder: folder of the output.
+
+    Returns:
+        `audio_id` -> new `audio_id`, relative to `folder`.
     """
     (folder / "audio").mkdir(parents=True, exist_ok=True)
-    places: dict[str, str] = {}
+    new_ids: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(names):
-        target, hashed = folder / "audio" / Path(name).name, name.encode()
-        while target.name in taken or (
-            target.exists() and not filecmp.cmp(root / name, target, shallow=False)
-        ):
-            target = target.with_name(
-                f"{hashlib.blake2b(hashed, digest_size=4).hexdigest()}_{Path(name).name}"
-            )
+        source = root / name
+        target = folder / "audio" / Path(name).name
+        hashed = name.encode()
+        while target.name in taken or _is_another_file(source, target):
+            prefix = hashlib.blake2b(hashed, digest_size=4).hexdigest()
+            target = target.with_name(f"{prefix}_{Path(name).name}")
             hashed += b"/"
         taken.add(target.name)
-        places[name] = f"audio/{target.name}"
+        new_ids[name] = f"audio/{target.name}"
         if not target.exists():
             unfinished = target.with_name(f"{target.name}.tmp")
-            shutil.copyfile(root / name, unfinished)
+            shutil.copyfile(source, unfinished)
             os.replace(unfinished, target)
-    return places
+    return new_ids
+
+
+def _is_another_file(source: Path, target: Path) -> bool:
+    """Return whether the target exists with another content than the source."""
+    return target.exists() and not filecmp.cmp(source, target, shallow=False)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
-    parser.add_argument("--clips", type=int, required=True)
-    parser.add_argument("--by_dataset", action="store_true", help="so many of each dataset")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clips", type=int, required=True, help="The number of clips to sample.")
+    parser.add_argument(
+        "--by_dataset", action="store_true", help="Sample so many clips of each dataset."
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed that selects the clips (default: 0)."
+    )
     parser.add_argument(
         "--audio_root",
         type=Path,
-        help="folder of relative audio_ids (default: that of the data file)",
+        help="Folder of relative audio_ids (default: the folder of the dataset file).",
     )
-    parser.add_argument("--copy_audio", action="store_true")
+    parser.add_argument(
+        "--copy_audio", action="store_true", help="Copy the clips into audio/ next to the output."
+    )
     args = parser.parse_args(argv)
     if args.clips < 1:
-        parser.error("--clips must be 1 or more")
+        parser.error(f"--clips must be at least 1, got {args.clips}")
     chosen = choose_clips(args.data_path, args.clips, args.seed, args.by_dataset)
-    root = args.audio_root or args.data_path.parent
-    places = copy_clips(chosen, root, args.output_path.parent) if args.copy_audio else {}
+    new_ids: dict[str, str] = {}
+    if args.copy_audio:
+        root = args.audio_root or args.data_path.parent
+        new_ids = copy_clips(chosen, root, args.output_path.parent)
     with write_rows(args.output_path, [args.data_path]) as output:
         for row in stream_rows(args.data_path):
-            if row.get("audio_id") in chosen:
-                output.write(row | {"audio_id": places.get(row["audio_id"], row["audio_id"])})
+            audio_id = row.get("audio_id")
+            if audio_id in chosen:
+                output.write(row | {"audio_id": new_ids.get(audio_id, audio_id)})
     settings = {
         "clips": len(chosen),
         "seed": args.seed,
@@ -102,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.copy_audio:
         settings |= audio_root_of(args.output_path, [args.data_path], args.audio_root)
     write_provenance(args.output_path, "sample", [args.data_path], rows=output.count, **settings)
-    print(f"{args.output_path}: {output.count:,} rows on {len(chosen):,} clips")
+    print(f"{args.output_path}: {output.count:,} examples on {len(chosen):,} clips")
     return 0
 
 

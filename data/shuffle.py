@@ -1,14 +1,16 @@
-"""Shuffle a file of rows of any size, in constant memory.
+"""Shuffles a dataset file of any size, in constant memory.
 
     python -m data.shuffle --data_path A.json --output_path B.json --seed 1
     python -m data.shuffle --data_path A.json --output_path B.json --original_shuffle
 
-Notable:
-- Exact: every order is as likely as any other. Each row gets a random key of 64 bits; rows are brought into the order
-  of their keys by way of files beside the output, each small enough to be sorted in memory.
-- The order depends on the seed and the number of rows alone: not on the format, the memory or the machine.
-- --original_shuffle gives the order of Python's `random.seed(0); random.shuffle(rows)`, which the original's lists
-  would have had with a seed; it holds 8 bytes a row and reads the rows twice.
+The shuffle is exact: every order has the same probability. Each example gets a random key of 64
+bits, and the examples are sorted by their keys with temporary files next to the output, each small
+enough to be sorted in memory. The order depends only on the seed and the number of examples, not on
+the file format, the memory or the machine.
+
+--original_shuffle gives the order of Python's `random.seed(0); random.shuffle(rows)`, which the
+original's lists would have with a seed. It needs 8 bytes of memory for each example and reads the
+file twice.
 """
 
 import argparse
@@ -23,27 +25,34 @@ import numpy as np
 
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_provenance, write_rows
-from data.temporary_files import scratch_folder
+from data.temporary_files import temporary_folder
 from ltu.data.dataset_files import encode_row, stream_rows
 from ltu.files import run_command
 
-MAX_PART = 2**26  # bytes of a file that is sorted in memory
-MAX_HELD = 2**25  # bytes of lines that wait to be written
-KEY = 16  # hexadecimal digits in front of a line
+MAX_SORTED = 2**26  # Bytes of a file that is sorted in memory.
+MAX_BUFFERED = 2**25  # Bytes of lines in memory before they are written to the files.
+KEY = 16  # Hexadecimal digits of the key at the start of a line.
+NUM_FILES = 256
 
 
 class DiskSort:
-    """Lines in the order of their keys, which are spread evenly over 64 bits: by way of 256 files in a folder."""
+    """Sorts lines by their keys, which are spread evenly over 64 bits, with 256 files in a folder.
+
+    A file that is too large for the memory is sorted by a `DiskSort` of its own, which looks at the
+    next two digits of the key.
+    """
 
     def __init__(self, folder: str, depth: int = 0):
-        self.folder, self.depth, self.held = folder, depth, 0
-        self.parts: list[list[bytes]] = [[] for _ in range(256)]
+        self.folder = folder
+        self.depth = depth  # Digits of the key that all lines have in common.
+        self.buffered = 0  # Bytes.
+        self.parts: list[list[bytes]] = [[] for _ in range(NUM_FILES)]
 
     def add(self, line: bytes) -> None:
-        """Take a line (its key, 16 hexadecimal digits, comes first)."""
+        """Add a line, which begins with its key of 16 hexadecimal digits."""
         self.parts[int(line[self.depth : self.depth + 2], 16)].append(line)
-        self.held += len(line)
-        if self.held > MAX_HELD:
+        self.buffered += len(line)
+        if self.buffered > MAX_BUFFERED:
             self._flush()
 
     def _flush(self) -> None:
@@ -52,23 +61,23 @@ class DiskSort:
                 with open(self._path(number), "ab") as file:
                     file.write(b"\n".join(lines) + b"\n")
                 lines.clear()
-        self.held = 0
+        self.buffered = 0
 
     def _path(self, number: int) -> str:
-        return (
-            f"{self.folder}/{self.depth}_{number:02x}"  # pathlib would keep every name in memory.
-        )
+        # A string, because pathlib would keep every name in memory.
+        return f"{self.folder}/{self.depth}_{number:02x}"
 
     def __iter__(self) -> Iterator[bytes]:
-        """All lines, without their keys."""
+        """Yield all lines in the order of their keys, without the keys."""
         self._flush()
-        for number in range(256):
+        for number in range(NUM_FILES):
             path = self._path(number)
             if not os.path.exists(path):
                 continue
             with open(path, "rb") as file:
                 os.unlink(path)
-                if os.fstat(file.fileno()).st_size > MAX_PART and self.depth < KEY - 2:
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_SORTED and self.depth < KEY - 2:
                     finer = DiskSort(self.folder, self.depth + 2)
                     for line in file:
                         finer.add(line[:-1])
@@ -80,20 +89,23 @@ class DiskSort:
 
 
 def random_keys(seed: int) -> Iterator[int]:
-    """64 random bits for each row."""
+    """Yield 64 random bits for each example."""
     generator = np.random.PCG64(seed)
     while True:
         yield from generator.random_raw(2**12).tolist()
 
 
-def original_keys(count: int, chance: random.Random) -> Iterator[int]:
-    """For each of `count` rows: where `chance.shuffle` would put it in a list, spread over 64 bits."""
+def original_keys(count: int, generator: random.Random) -> Iterator[int]:
+    """Return a key for each of `count` examples that puts it where `generator.shuffle` would.
+
+    The keys are spread evenly over 64 bits.
+    """
     order = array("I", range(count))
-    chance.shuffle(order)
-    place = np.empty(count, np.uint32)  # (count,)
-    place[np.frombuffer(order, np.uint32)] = np.arange(count, dtype=np.uint32)
+    generator.shuffle(order)
+    position = np.empty(count, np.uint32)  # (count,)
+    position[np.frombuffer(order, np.uint32)] = np.arange(count, dtype=np.uint32)
     step = 2**64 // max(1, count)
-    return (int(at) * step for at in place)
+    return (int(index) * step for index in position)
 
 
 def shuffle_rows(
@@ -102,25 +114,34 @@ def shuffle_rows(
     seed: int,
     is_original: bool = False,
 ) -> Iterator[bytes]:
-    """Encoded rows in random order.
+    """Yield encoded examples in random order.
 
     Args:
-        rows: gives the rows, drawing from the generator what else is left to chance; called twice for the original's
-            order, which comes from the same generator after them.
-        output: where they are to go; a folder beside it takes as many bytes as the rows meanwhile.
-        seed: of both; the original's order has 0.
+        rows: returns the examples, and draws from the generator whatever else is random. For the
+            original's order it is called twice, because that order is drawn from the same
+            generator, after the examples.
+        output: the file to write. A folder next to it temporarily takes as many bytes.
+        seed: of the order and of `rows`; the original's order has seed 0.
+        is_original: whether to use the order of `random.shuffle`.
 
     Raises:
-        ValueError: the second time there are other numbers of rows; another run writes the same output.
+        ValueError: the number of examples changed between the two calls, or another run writes the
+            same output.
     """
-    chance = random.Random(0 if is_original else seed)
-    keys = original_keys(sum(1 for _ in rows(chance)), chance) if is_original else random_keys(seed)
-    changed = f"{output}: the rows changed while they were read for the second time. Run it again."
-    with scratch_folder(output, "shuffle") as folder:
+    seed_of_rows = 0 if is_original else seed
+    generator = random.Random(seed_of_rows)
+    if is_original:
+        count = sum(1 for _ in rows(generator))
+        keys = original_keys(count, generator)
+    else:
+        keys = random_keys(seed)
+    changed = f"{output}: the input changed while it was read for the second time. Run it again."
+    with temporary_folder(output, "shuffle") as folder:
         lines = DiskSort(folder)
-        # Two generators of one seed: the second pass draws what the first did.
-        for row in rows(random.Random(0 if is_original else seed)):
-            if (key := next(keys, None)) is None:
+        # A second generator with the same seed draws the same numbers as the first one did.
+        for row in rows(random.Random(seed_of_rows)):
+            key = next(keys, None)
+            if key is None:
                 raise ValueError(changed)
             lines.add(b"%016x" % key + encode_row(row))
         if is_original and next(keys, None) is not None:
@@ -129,18 +150,22 @@ def shuffle_rows(
 
 
 def add_order_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the order (0)")
-    text = "the order of Python's random.seed(0); random.shuffle(rows)"
-    parser.add_argument("--original_shuffle", action="store_true", help=text)
+    """Add --seed and --original_shuffle."""
+    parser.add_argument(
+        "--seed", type=int, default=0, help="Seed of the random generator used for the order (0)."
+    )
+    parser.add_argument(
+        "--original_shuffle",
+        action="store_true",
+        help="Use the order of Python's random.seed(0); random.shuffle(rows).",
+    )
 
 
 def order_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a recipe file says of these flags."""
-    return (
-        {"order": "original", "seed": 0}
-        if args.original_shuffle
-        else {"order": "random", "seed": args.seed}
-    )
+    """Return the entries of a provenance file for the flags of `add_order_flags`."""
+    if args.original_shuffle:
+        return {"order": "original", "seed": 0}
+    return {"order": "random", "seed": args.seed}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,17 +173,17 @@ def main(argv: list[str] | None = None) -> int:
     add_order_flags(parser)
     args = parser.parse_args(argv)
     with write_rows(args.output_path, [args.data_path]) as output:
-        rows = shuffle_rows(
+        lines = shuffle_rows(
             lambda _: stream_rows(args.data_path),
             args.output_path,
             args.seed,
             args.original_shuffle,
         )
-        for line in rows:
+        for line in lines:
             output.write(line)
     facts = order_of(args) | audio_root_of(args.output_path, [args.data_path])
     write_provenance(args.output_path, "shuffle", [args.data_path], rows=output.count, **facts)
-    print(f"{args.output_path}: {output.count} rows")
+    print(f"{args.output_path}: {output.count} examples")
     return 0
 
 

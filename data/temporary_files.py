@@ -1,4 +1,7 @@
-"""A folder beside an output, for what does not fit into memory, that no killed run leaves behind for good."""
+"""Creates a temporary folder next to an output, for data that does not fit into memory.
+
+The folder that a killed run leaves behind is cleared by the next run with the same output.
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +13,16 @@ from ltu.files import lock_file
 
 
 @contextmanager
-def scratch_folder(output: Path, verb: str) -> Iterator[str]:
-    """.VERB_OUTPUT, empty, beside an output; removed at the end.
+def temporary_folder(output: Path, command: str) -> Iterator[str]:
+    """Create the empty folder .COMMAND_OUTPUT next to an output and remove it at the end.
 
-    The folder is named after the output and its lock ends with the process that holds it: after kill -9 the next run
-    clears what was left.
+    The folder is named after the output, and its lock ends with the process that holds it: after
+    kill -9 the next run clears what was left.
 
     Raises:
-        ValueError: a running process has it, and so writes the same output.
+        ValueError: a running process has the folder, and so writes the same output.
     """
-    folder = output.with_name(f".{verb}_{output.name}")
+    folder = output.with_name(f".{command}_{output.name}")
     with _lock(folder / "lock", output) as lock:
         try:
             _clear(folder, lock.name)
@@ -27,13 +30,15 @@ def scratch_folder(output: Path, verb: str) -> Iterator[str]:
         finally:
             _clear(folder, lock.name)
             os.unlink(lock.name)
-            with suppress(OSError):  # The next run may be in it already.
+            with suppress(OSError):  # The next run may have files in it already.
                 folder.rmdir()
 
 
-def _clear(folder: Path, kept: str) -> None:
-    for path in [entry.path for entry in os.scandir(folder)]:
-        if path != kept:
+def _clear(folder: Path, lock: str) -> None:
+    """Remove all files of a folder but its lock."""
+    paths = [entry.path for entry in os.scandir(folder)]
+    for path in paths:
+        if path != lock:
             os.unlink(path)
 
 

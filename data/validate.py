@@ -1,15 +1,19 @@
-"""Check every row of a file, and every clip once.
+"""Checks every example of a dataset file, and every clip once.
 
     python -m data.validate --data_path A.json --audio_root DIR [--output_path report.json]
     python -m data.validate --data_path A.json --no_audio
 
-Notable:
-- A row must be what training takes (`ltu.data.examples`), and be there once. What rows lack is counted.
-- A clip must be there, and have 25 ms to an hour of sound according to its header; another rate than 16 kHz is counted
-  only, since it is resampled when it is read. --listen decodes every clip as training does.
-- Coverage is by the dataset of the first row of a clip. The rows are read twice, in constant memory.
+An example must be valid for training (`ltu.data.examples`) and must not be repeated. Keys that
+examples lack are counted.
 
-Exits with 1 when more than `--max_bad` rows or clips are wrong.
+A clip must exist, and its header must say that it is 25 ms to an hour long. Sampling rates other
+than 16 kHz are only counted, since clips are resampled when they are loaded. --listen decodes every
+clip as training does.
+
+A clip counts as one of the dataset of its first example. The dataset file is read twice, in
+constant memory.
+
+The exit code is 1 if more than `--max_bad` examples or clips are wrong.
 """
 
 import json
@@ -26,66 +30,81 @@ import numpy as np
 
 from data.audio_ids import NO_AUDIO
 from data.command_line import command_parser
-from data.duplicate_detection import Distinct
+from data.duplicate_detection import DuplicateDetector
 from data.provenance import write_json
 from ltu.data.dataset_files import stream_rows
 from ltu.files import run_command
 
-SHOWN = 10  # of each kind of error
+SHOWN = 10  # Errors of each kind that are listed.
 CLIPS_AT_ONCE = 4096
+# Keys that an example may lack.
+OPTIONAL_KEYS = ("input", "audio_id", "dataset", "task")
 
 
 @dataclass
 class Findings:
-    """Numbers of what is wrong, and the first few by name."""
+    """Counts of errors by kind, and the first few of each kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, kind: str, example: str) -> None:
+        """Count an error and list it if it is one of the first."""
         self.counts[kind] += 1
         if len(self.examples[kind]) < SHOWN:
             self.examples[kind].append(example)
 
 
 def check_rows(path: Path, folder: str, findings: Findings) -> tuple[int, Counter[str], np.ndarray]:
-    """Number of rows, what they lack, and (clips,) in ascending order: the first row, from 0, of each clip."""
+    """Check every example of a dataset file.
+
+    Args:
+        path: the dataset file.
+        folder: takes the temporary files.
+        findings: takes the errors.
+
+    Returns:
+        the number of examples; the number of examples that lack each key; and the number of the
+        first example of each clip, from 0, (clips,) in ascending order.
+    """
     from ltu.data.examples import what_is_wrong  # Imports torch.
 
-    clips, contents = Distinct(folder, "clips"), Distinct(folder, "rows")
+    clips = DuplicateDetector(folder, "clips")
+    contents = DuplicateDetector(folder, "rows")
     lacking: Counter[str] = Counter()
-    number = -1
+    count = 0
     for number, row in enumerate(stream_rows(path)):
-        if reason := what_is_wrong(row, True):
-            findings.add("row", f"row {number + 1}: {reason}")
-        lacking.update(key for key in ("input", "audio_id", "dataset", "task") if key not in row)
+        count += 1
+        reason = what_is_wrong(row, True)
+        if reason:
+            findings.add("row", f"example {number + 1}: {reason}")
+        lacking.update(key for key in OPTIONAL_KEYS if key not in row)
         audio_id = row.get("audio_id")
-        contents.add(
-            (row.get("instruction"), row.get("input"), audio_id, row.get("output")), number
-        )
+        content = (row.get("instruction"), row.get("input"), audio_id, row.get("output"))
+        contents.add(content, number)
         if audio_id not in NO_AUDIO:
             clips.add(audio_id, number)
     for _, repeated in contents.parts():
-        for row_number in repeated.tolist():
-            findings.add("duplicate", f"row {row_number + 1}: the same as one before it")
-    return number + 1, lacking, clips.firsts()
+        for number in repeated.tolist():
+            findings.add("duplicate", f"example {number + 1}: the same as an earlier one")
+    return count, lacking, clips.firsts()
 
 
 def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
-    """(audio_id, dataset) of these rows."""
+    """Yield (audio_id, dataset) of the examples with these numbers, (n,) in ascending order."""
     wanted = iter(firsts.tolist())
-    at = next(wanted, None)
+    next_number = next(wanted, None)
     for number, row in enumerate(stream_rows(path)):
-        if number == at:
+        if number == next_number:
             yield str(row["audio_id"]), str(row.get("dataset"))
-            at = next(wanted, None)
+            next_number = next(wanted, None)
 
 
-def look(path: Path) -> tuple[int, float]:
-    """Sampling rate in Hz and seconds that a clip's header claims.
+def read_header(path: Path) -> tuple[int, float]:
+    """Return the sampling rate in Hz and the seconds that the header of a clip claims.
 
     Raises:
-        AudioError: there is no clip, or training would refuse it.
+        AudioError: the clip does not exist, or training would refuse it.
     """
     import soundfile
 
@@ -99,16 +118,20 @@ def look(path: Path) -> tuple[int, float]:
         raise AudioError(str(path), "unreadable", "libsndfile cannot open it") from error
     if not MIN_SAMPLES / SAMPLING_RATE <= header.duration <= MAX_SECONDS:
         reason = "too_long" if header.duration > MAX_SECONDS else "too_short"
-        raise AudioError(str(path), reason, f"{header.duration:.3f} s of sound")
+        raise AudioError(str(path), reason, f"{header.duration:.3f} s long")
     return header.samplerate, header.duration
 
 
-def listen(path: Path) -> tuple[int, float]:
-    """The same by decoding the whole clip."""
+def decode_clip(path: Path) -> tuple[int, float]:
+    """Return the sampling rate in Hz and the seconds of a clip after decoding all of it.
+
+    Raises:
+        AudioError: training would refuse the clip.
+    """
     from ltu.data.audio import SAMPLING_RATE, decode_audio
 
-    sound = decode_audio(path)
-    return sound.sampling_rate, len(sound.waveform) / SAMPLING_RATE
+    clip = decode_audio(path)
+    return clip.sampling_rate, len(clip.waveform) / SAMPLING_RATE
 
 
 def check_clips(
@@ -117,61 +140,81 @@ def check_clips(
     check: Callable[[Path], tuple[int, float]],
     findings: Findings,
 ) -> dict[str, Any]:
-    """Coverage by dataset, rates and hours."""
+    """Check clips in several threads.
+
+    Args:
+        clips: (audio_id, dataset) of each.
+        root: folder of relative `audio_id`s.
+        check: path -> (sampling rate in Hz, seconds); raises `AudioError`.
+        findings: takes the errors.
+
+    Returns:
+        coverage by dataset, number of clips by sampling rate, and hours of audio.
+    """
     from ltu.data.audio import AudioError
 
-    def checked(clip: tuple[str, str]) -> tuple[int, float] | AudioError:
+    def check_clip(clip: tuple[str, str]) -> tuple[int, float] | AudioError:
+        audio_id, _ = clip
         try:
-            return check(root / clip[0])
+            return check(root / audio_id)
         except AudioError as error:
             return error
 
-    asked, usable, rates, seconds = Counter(), Counter(), Counter(), 0.0
+    total: Counter[str] = Counter()
+    usable: Counter[str] = Counter()
+    rates: Counter[str] = Counter()
+    seconds = 0.0
     with ThreadPoolExecutor() as pool:
         while block := list(islice(clips, CLIPS_AT_ONCE)):
-            for (_, dataset), found in zip(block, pool.map(checked, block), strict=True):
-                asked[dataset] += 1
-                if isinstance(found, AudioError):
-                    findings.add(f"clip {found.reason}", str(found))
+            results = pool.map(check_clip, block)
+            for (_, dataset), result in zip(block, results, strict=True):
+                total[dataset] += 1
+                if isinstance(result, AudioError):
+                    findings.add(f"clip {result.reason}", str(result))
                     continue
+                rate, duration = result
                 usable[dataset] += 1
-                rates[f"{found[0]} Hz"] += 1
-                seconds += found[1]
-    coverage = {
-        name: {"clips": number, "usable": usable[name]} for name, number in asked.most_common()
-    }
+                rates[f"{rate} Hz"] += 1
+                seconds += duration
+    coverage = {}
+    for dataset, number in total.most_common():
+        coverage[dataset] = {"clips": number, "usable": usable[dataset]}
     return {"coverage": coverage, "rates": dict(rates), "hours": round(seconds / 3600, 2)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__, None)
-    parser.add_argument("--output_path", type=Path, help="a report as JSON")
+    parser.add_argument("--output_path", type=Path, help="The report to write, as JSON.")
     parser.add_argument(
         "--audio_root",
         type=Path,
-        help="folder of relative audio_ids (default: that of the data file)",
+        help="Folder of relative audio_ids (default: the folder of the dataset file).",
     )
-    parser.add_argument("--no_audio", action="store_true", help="check the rows alone")
+    parser.add_argument("--no_audio", action="store_true", help="Check the examples only.")
     parser.add_argument(
-        "--allow_duplicates", action="store_true", help="recipes repeat some datasets on purpose"
+        "--allow_duplicates",
+        action="store_true",
+        help="Accept repeated examples; recipes repeat some datasets on purpose.",
     )
-    parser.add_argument("--listen", action="store_true", help="decode every clip")
-    parser.add_argument("--max_bad", type=int, default=0, help="rows and clips that may be wrong")
+    parser.add_argument("--listen", action="store_true", help="Decode every clip.")
+    parser.add_argument(
+        "--max_bad", type=int, default=0, help="The number of examples and clips that may be wrong."
+    )
     args = parser.parse_args(argv)
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
-        rows, lacking, firsts = check_rows(args.data_path, folder, findings)
-    report: dict[str, Any] = {"rows": rows, "clips": len(firsts), "rows_lacking": dict(lacking)}
+        count, lacking, firsts = check_rows(args.data_path, folder, findings)
+    report: dict[str, Any] = {"rows": count, "clips": len(firsts), "rows_lacking": dict(lacking)}
     if not args.no_audio:
         root = args.audio_root or args.data_path.parent
-        check = listen if args.listen else look
+        check = decode_clip if args.listen else read_header
         report |= check_clips(first_clips(args.data_path, firsts), root, check, findings)
     report |= {"wrong": dict(findings.counts), "examples": dict(findings.examples)}
     print(json.dumps(report, indent=1, ensure_ascii=False))
     if args.output_path:
         write_json(report, args.output_path)
-    forgiven = findings.counts["duplicate"] if args.allow_duplicates else 0
-    return int(findings.counts.total() - forgiven > args.max_bad)
+    num_allowed = findings.counts["duplicate"] if args.allow_duplicates else 0
+    return int(findings.counts.total() - num_allowed > args.max_bad)
 
 
 if __name__ == "__main__":

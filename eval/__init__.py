@@ -1,1 +1,1 @@
-"""Scores of predictions, beside baselines on the same data. Run from the repository root."""
+"""Scores predictions next to baselines on the same data. Run it from the repository root."""

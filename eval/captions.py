@@ -1,212 +1,267 @@
-"""Captions against references: CIDEr-D, BLEU-1 to -4, ROUGE-L and, where Java and their models are, METEOR and SPICE.
+"""Scores captions with CIDEr-D, BLEU-1 to -4 and ROUGE-L, and with METEOR and SPICE if possible.
 
-Notable:
-- A clip, known by its file's name, is asked once for each of its references. Trial t scores answer t of each clip
-  against all its references; a figure is the mean over the trials (five in the paper), with its standard deviation.
-  The original takes a clip's first five rows, and needs Java: other tokens give other figures.
-- Every metric is that of `pycocoevalcap`, whose Cider is CIDEr-D. BLEU and METEOR of several clips are no means over
-  clips: they come from summed counts, here as there. CIDEr-D's document frequencies are those of all clips.
+METEOR and SPICE need Java and their models. Every metric is that of `pycocoevalcap`, whose Cider is
+CIDEr-D.
+
+A clip is identified by its file name and has one prediction for each of its references. Trial t
+scores prediction t of each clip against all references of that clip. A metric is the mean over the
+trials (five in the paper), reported with its standard deviation. The original takes the first five
+predictions of a clip and needs Java: another tokenizer gives other values.
+
+BLEU and METEOR of several clips are not means over clips. As in pycocoevalcap, they are computed
+from summed counts. The document frequencies of CIDEr-D are those of all clips.
 """
 
 import shutil
 import string
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from subprocess import CalledProcessError
+from typing import Any
 
 import numpy as np
 
 from eval.score_result import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.tasks import Task
 
-Captions = dict[int, list[str]]  # number of a clip -> its captions
-KEYS, ORIGINAL_TRIALS = ("ref", "pred"), 5
+Captions = dict[int, list[str]]  # index of a clip -> its captions
+ORIGINAL_TRIALS = 5  # the original scores the first five predictions of a clip
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-# METEOR 1.5, English: weights of exact, stem, synonym and paraphrase matches; of content and function words; the rest.
-STAGES, WORDS, ALPHA, BETA, GAMMA = (
-    np.array([1.0, 0.6, 0.8, 0.6]),
-    np.array([0.75, 0.25]),
-    0.85,
-    0.2,
-    0.6,
-)
+# Parameters of METEOR 1.5 for English.
+MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym and paraphrase matches
+WORD_WEIGHTS = np.array([0.75, 0.25])  # content and function words
+ALPHA = 0.85
+BETA = 0.2
+GAMMA = 0.6
+
+
+@dataclass
+class TrialScores:
+    """The scores of every clip in every trial.
+
+    Args:
+        means: name -> (trials, clips) scores, for each metric that is a mean over clips.
+        bleu: (trials, clips, 10) counts, as `_bleu_counts` returns them.
+        meteor: (trials, clips, 23) counts of the METEOR jar; None without Java.
+        notes: notes for the report.
+    """
+
+    means: dict[str, np.ndarray]
+    bleu: np.ndarray
+    meteor: np.ndarray | None
+    notes: list[str]
 
 
 def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
-    """Score captions; an item is a clip. If one of its answers failed, so did the clip; that caption is empty.
+    """Score captions; an item is a clip.
+
+    A clip fails if one of its predictions failed; that caption is empty.
 
     Raises:
-        EvaluationError: clips with unequal numbers of rows (original: fewer than five), or pycocoevalcap is missing.
+        EvaluationError: The clips have unequal numbers of predictions (original: fewer than five),
+            or pycocoevalcap is not installed.
     """
-    clips = _clips(rows, context)
-    items = [
-        {"audio_id": clip[0]["audio_id"]} | {key: [row[key] for row in clip] for key in KEYS}
-        for clip in clips
-    ]
-    for item, clip in zip(items, clips, strict=True):
-        item["failed"] = next((row["failed"] for row in clip if row["failed"]), None)
+    clips = _group_by_clip(rows, context)
+    items = [_make_item(clip) for clip in clips]
     if context.protocol == "original" and not shutil.which("java"):
-        return Outcome(
-            items,
-            lambda indices: {},
-            notes=["not computed: no Java, which runs the original's tokenizer"],
-        )
-    texts = {key: [[_text(row[key], context) for row in clip] for clip in clips] for key in KEYS}
+        note = "not computed: no Java, which runs the original's tokenizer"
+        return Outcome(items, lambda indices: {}, notes=[note])
+    reference_texts = [[_text(row["ref"], context) for row in clip] for clip in clips]
+    prediction_texts = [[_text(row["pred"], context) for row in clip] for clip in clips]
     try:
-        tokens = _tokenize({text for part in texts.values() for clip in part for text in clip})
-        refs, preds = (
-            {n: [tokens[text] for text in clip] for n, clip in enumerate(part)}
-            for part in texts.values()
-        )
-        trials = [{n: [clip[t]] for n, clip in preds.items()} for t in range(len(clips[0]))]
-        means, bleu, meteor, notes = _score(refs, trials)
+        tokens = _tokenize(set(chain.from_iterable(reference_texts + prediction_texts)))
+        references = _tokens_by_clip(reference_texts, tokens)
+        predictions = _tokens_by_clip(prediction_texts, tokens)
+        trials = [_trial(predictions, number) for number in range(len(clips[0]))]
+        scores = _score(references, trials)
     except ImportError as error:
         raise EvaluationError(f"{error}: captions need it. pip install pycocoevalcap") from None
-    for n, item in enumerate(items):
-        item |= {name: float(values[:, n].mean()) for name, values in means.items()}
+    for index, item in enumerate(items):
+        item |= {name: float(values[:, index].mean()) for name, values in scores.means.items()}
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        found = {
-            name: values[:, indices].mean(1) for name, values in means.items()
-        }  # each (trials,)
-        found |= {
-            f"BLEU-{n + 1}": values for n, values in enumerate(_bleu(bleu[:, indices].sum(1)))
-        }
-        if meteor is not None:
-            found["METEOR"] = _meteor(meteor[:, indices].sum(1))
-        if "SPICE" in found:
-            found["SPIDEr"] = (found["CIDEr-D"] + found["SPICE"]) / 2
-        return {
-            name + end: float(of(v))
-            for name, v in found.items()
-            for end, of in (("", np.mean), (" std", np.std))
-        }
+        metrics = {}  # name -> (trials,)
+        for name, values in scores.means.items():
+            metrics[name] = values[:, indices].mean(1)
+        for order, values in enumerate(_bleu(scores.bleu[:, indices].sum(1)), start=1):
+            metrics[f"BLEU-{order}"] = values
+        if scores.meteor is not None:
+            metrics["METEOR"] = _meteor(scores.meteor[:, indices].sum(1))
+        if "SPICE" in metrics:
+            metrics["SPIDEr"] = (metrics["CIDEr-D"] + metrics["SPICE"]) / 2
+        found = {}
+        for name, values in metrics.items():
+            found[name] = float(np.mean(values))
+            found[f"{name} std"] = float(np.std(values))
+        return found
 
-    if left_out := len(rows) - sum(map(len, clips)):
-        notes.append(f"{left_out} rows left out: of a clip the first five count")
-    return Outcome(items, compute, notes=notes)
+    left_out = len(rows) - sum(map(len, clips))
+    if left_out:
+        scores.notes.append(f"{left_out} predictions left out: the first five of a clip count")
+    return Outcome(items, compute, notes=scores.notes)
 
 
-def _clips(rows: list[dict], context: Context) -> list[list[dict]]:
-    clips, is_original = dict[str, list[dict]](), context.protocol == "original"
+def _group_by_clip(rows: list[dict], context: Context) -> list[list[dict]]:
+    """Return the predictions of each clip, all clips with the same number of them."""
+    clips: dict[str, list[dict]] = {}
+    is_original = context.protocol == "original"
     for index, item in enumerate(start_items(rows, context)):
         clip = clips.setdefault(Path(item["audio_id"] or "").name, [])
         clip.append(item)
-        if not item["audio_id"] or clip[0]["audio_id"] != item["audio_id"] and not is_original:
-            raise context.error(
-                index, f"{item['audio_id']} is no clip, or {clip[0]['audio_id']} has the same name."
-            )
+        is_other_clip = clip[0]["audio_id"] != item["audio_id"] and not is_original
+        if not item["audio_id"] or is_other_clip:
+            reason = f"{item['audio_id']} is no clip, or {clip[0]['audio_id']} has the same name."
+            raise context.error(index, reason)
         del clip[ORIGINAL_TRIALS if is_original else len(rows) :]
-    wanted = ORIGINAL_TRIALS if is_original else len(next(iter(clips.values())))
+    expected = ORIGINAL_TRIALS if is_original else len(next(iter(clips.values())))
     for name, clip in clips.items():
-        if len(clip) != wanted:
-            reason = f"{len(clip)} rows of {name}, not {wanted}: all clips need one for each of as many references"
-            raise EvaluationError(f"{context.source}: {reason}.")
+        if len(clip) != expected:
+            raise EvaluationError(
+                f"{context.source}: {len(clip)} predictions for {name}, not {expected}: every clip "
+                "needs one for each of its references, and all clips the same number of them."
+            )
     return list(clips.values())
 
 
+def _make_item(clip: list[dict]) -> dict[str, Any]:
+    """Merge the predictions of a clip into one item."""
+    item: dict[str, Any] = {"audio_id": clip[0]["audio_id"]}
+    for key in ("ref", "pred"):
+        item[key] = [row[key] for row in clip]
+    item["failed"] = next((row["failed"] for row in clip if row["failed"]), None)
+    return item
+
+
 def _text(text: str | None, context: Context) -> str:
-    """A caption without its prefix, ASCII punctuation and capitals, words one space apart."""
+    """Return a caption in lower case without prefix and ASCII punctuation, with single spaces."""
     if context.protocol == "original":
-        text = (text or "").split(":")[-1][
-            1:
-        ]  # Costs a letter where there is no prefix, and all before "10:30".
+        # The original drops a letter where there is no prefix, and all that precedes "10:30".
+        text = (text or "").split(":")[-1][1:]
     else:
         text = without_lead(text or "")
     return " ".join(text.translate(PUNCTUATION).lower().split())
 
 
 def _tokenize(texts: set[str]) -> dict[str, str]:
-    """text -> tokens, one space apart."""
-    listed = sorted(texts - {""})  # An empty one would shift the tokenizer's lines.
-    if not shutil.which("java") or not listed:
+    """Return the tokens of each text, joined by single spaces."""
+    sorted_texts = sorted(texts - {""})  # An empty text would shift the lines of the tokenizer.
+    if not shutil.which("java") or not sorted_texts:
         return {text: text for text in texts}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    made = PTBTokenizer().tokenize({n: [{"caption": text}] for n, text in enumerate(listed)})
-    if len(made) != len(listed):
+    inputs = {n: [{"caption": text}] for n, text in enumerate(sorted_texts)}
+    tokenized = PTBTokenizer().tokenize(inputs)
+    if len(tokenized) != len(sorted_texts):
         raise EvaluationError(
-            f"The PTB tokenizer gave {len(made)} of {len(listed)} captions back: does java run?"
+            f"The PTB tokenizer returned {len(tokenized)} of {len(sorted_texts)} captions. "
+            "Check that java runs."
         )
-    return {text: made[n][0] for n, text in enumerate(listed)} | {"": ""}
+    tokens = {text: tokenized[n][0] for n, text in enumerate(sorted_texts)}
+    return tokens | {"": ""}
 
 
-def _score(
-    refs: Captions, trials: list[Captions]
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None, list]:
-    """Scores whose mean is a figure, (trials, clips); counts of BLEU and METEOR, (trials, clips, counts); notes."""
+def _tokens_by_clip(texts: list[list[str]], tokens: dict[str, str]) -> Captions:
+    return {n: [tokens[text] for text in clip] for n, clip in enumerate(texts)}
+
+
+def _trial(predictions: Captions, number: int) -> Captions:
+    """Return one prediction of each clip."""
+    return {n: [clip[number]] for n, clip in predictions.items()}
+
+
+def _score(references: Captions, trials: list[Captions]) -> TrialScores:
+    """Compute the scores and counts of every clip in every trial."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    means = {"CIDEr-D": np.array([Cider().compute_score(refs, preds)[1] for preds in trials])}
-    means["ROUGE-L"] = np.array([Rouge().compute_score(refs, preds)[1] for preds in trials])
-    bleu = np.array([_bleu_counts(refs, preds) for preds in trials])
-    rule = "tokens: ASCII punctuation deleted, lower case, "
+    means = {}
+    means["CIDEr-D"] = np.array([Cider().compute_score(references, trial)[1] for trial in trials])
+    means["ROUGE-L"] = np.array([Rouge().compute_score(references, trial)[1] for trial in trials])
+    bleu = np.array([_bleu_counts(references, trial) for trial in trials])
+    tokens = "tokens: ASCII punctuation deleted, lower case, "
     if not shutil.which("java"):
-        notes = [rule + "split at white space (no Java: no PTB tokenizer)"]
-        return means, bleu, None, [*notes, "METEOR, SPICE, SPIDEr: not computed: no Java"]
-    notes, jar = [rule + "PTB tokenizer"], Meteor()  # a Java process, which ends with the object
-    lines = [[jar._stat(pred, refs[n]) for n, (pred,) in preds.items()] for preds in trials]
-    meteor = np.array([[line.split() for line in part] for part in lines], dtype=np.float64)
-    meteor[..., 20] *= (meteor[..., 21:] != meteor[..., :2]).any(-1) | (
-        meteor[..., 20] > 1
-    )  # A whole match has no gap.
+        notes = [
+            f"{tokens}split at white space (no Java: no PTB tokenizer)",
+            "METEOR, SPICE, SPIDEr: not computed: no Java",
+        ]
+        return TrialScores(means, bleu, None, notes)
+    notes = [f"{tokens}PTB tokenizer"]
+    jar = Meteor()  # a Java process, which ends with the object
+    meteor = np.array([_meteor_counts(jar, references, trial) for trial in trials], np.float64)
+    # A prediction that matches as a whole has no gap, so its single chunk does not count.
+    is_partial = (meteor[..., 21:] != meteor[..., :2]).any(-1)
+    meteor[..., 20] *= is_partial | (meteor[..., 20] > 1)
     try:
-        means["SPICE"] = np.array([_spice(refs, preds) for preds in trials])
-    except CalledProcessError as error:  # Its message has the names of temporary files.
+        means["SPICE"] = np.array([_spice(references, trial) for trial in trials])
+    except CalledProcessError as error:  # Its message contains the names of temporary files.
         notes.append(f"SPICE, SPIDEr: not computed: java ended with {error.returncode}")
     except OSError as error:
         notes.append(f"SPICE, SPIDEr: not computed: {error}")
-    return means, bleu, meteor, notes
+    return TrialScores(means, bleu, meteor, notes)
 
 
-def _bleu_counts(refs: Captions, preds: Captions) -> list[list[int]]:
-    """Of each clip: length, that of the nearest reference, n-grams for n = 1 to 4, those found in a reference."""
+def _bleu_counts(references: Captions, predictions: Captions) -> list[list[int]]:
+    """Return ten counts for each clip.
+
+    They are the length of the prediction, the length of the nearest reference, the numbers of
+    n-grams for n = 1 to 4, and the numbers of these that a reference contains.
+    """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     scorer = BleuScorer(n=4)
-    for n, (pred,) in preds.items():
-        scorer += (pred, refs[n])
-    nearest = [
-        min((abs(length - clip["testlen"]), length) for length in clip["reflen"])[1]
-        for clip in scorer.ctest
-    ]
-    return [
-        [c["testlen"], n, *c["guess"], *c["correct"]]
-        for c, n in zip(scorer.ctest, nearest, strict=True)
-    ]
+    for n, (prediction,) in predictions.items():
+        scorer += (prediction, references[n])
+    counts = []
+    for clip in scorer.ctest:
+        length = clip["testlen"]
+        _, nearest = min((abs(length - reference), reference) for reference in clip["reflen"])
+        counts.append([length, nearest, *clip["guess"], *clip["correct"]])
+    return counts
 
 
 def _bleu(counts: np.ndarray) -> np.ndarray:
-    """(trials, 10) -> BLEU-1 to -4 (4, trials). The small numbers against 0 / 0 are pycocoevalcap's."""
+    """Return BLEU-1 to -4, (4, trials), from summed counts (trials, 10)."""
     length, nearest, guess, correct = np.split(counts.astype(np.float64), (1, 2, 6), axis=1)
+    # The small numbers that avoid 0 / 0 are those of pycocoevalcap.
     bleu = np.cumprod((correct + 1e-15) / (guess + 1e-9), axis=1) ** (1 / np.arange(1, 5))
-    return (bleu * np.exp(np.minimum(0, 1 - (nearest + 1e-9) / (length + 1e-15)))).T
+    brevity_penalty = np.exp(np.minimum(0, 1 - (nearest + 1e-9) / (length + 1e-15)))
+    return (bleu * brevity_penalty).T
+
+
+def _meteor_counts(jar: Any, references: Captions, predictions: Captions) -> list[list[str]]:
+    """Return the 23 counts of the METEOR jar for each clip, as text."""
+    lines = [jar._stat(prediction, references[n]) for n, (prediction,) in predictions.items()]
+    return [line.split() for line in lines]
 
 
 def _meteor(counts: np.ndarray) -> np.ndarray:
-    """(trials, 23) -> METEOR (trials,), as the jar makes it from summed counts."""
-    length, function, matches, chunks, matched = np.split(
-        counts, (2, 4, 20, 21), axis=1
-    )  # (answer, reference) or one
-    found = np.einsum("tskr,s,k->tr", matches.reshape(-1, 4, 2, 2), STAGES, WORDS)
+    """Return METEOR (trials,) from summed counts (trials, 23), as the jar computes it."""
+    # All counts but those of chunks are of the prediction and of the reference.
+    length, function, matches, chunks, matched = np.split(counts, (2, 4, 20, 21), axis=1)
+    matches = matches.reshape(-1, 4, 2, 2)
+    weighted = np.einsum("tskr,s,k->tr", matches, MATCH_WEIGHTS, WORD_WEIGHTS)
     with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = (found / (WORDS[0] * (length - function) + WORDS[1] * function)).T
+        total = WORD_WEIGHTS[0] * (length - function) + WORD_WEIGHTS[1] * function
+        precision, recall = (weighted / total).T
         mean = precision * recall / ((1 - ALPHA) * recall + ALPHA * precision)
-        scattered = chunks[:, 0] / matched.mean(1)
-    return np.nan_to_num(mean * (1 - GAMMA * scattered**BETA))
+        fragmentation = chunks[:, 0] / matched.mean(1)
+    return np.nan_to_num(mean * (1 - GAMMA * fragmentation**BETA))
 
 
-def _spice(refs: Captions, preds: Captions) -> np.ndarray:
+def _spice(references: Captions, predictions: Captions) -> np.ndarray:
+    """Return SPICE of each clip.
+
+    Raises:
+        OSError: The CoreNLP models are not there.
+    """
     from pycocoevalcap.spice import spice
 
-    if (
-        not Path(spice.__file__)
-        .with_name("lib")
-        .joinpath("stanford-corenlp-3.6.0-models.jar")
-        .is_file()
-    ):
+    library = Path(spice.__file__).with_name("lib")
+    if not (library / "stanford-corenlp-3.6.0-models.jar").is_file():
         raise FileNotFoundError(
-            "no CoreNLP models (python -m pycocoevalcap.spice.get_stanford_models brings them)"
+            "no CoreNLP models (python -m pycocoevalcap.spice.get_stanford_models downloads them)"
         )
-    return np.nan_to_num([clip["All"]["f"] for clip in spice.Spice().compute_score(refs, preds)[1]])
+    _, scores = spice.Spice().compute_score(references, predictions)
+    return np.nan_to_num([clip["All"]["f"] for clip in scores])

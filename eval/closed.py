@@ -1,11 +1,17 @@
-"""Which class an answer means: the one whose text has the nearest embedding, or that a model scores highest.
+"""Scores predictions against a fixed set of classes.
 
-Options of a task: `labels`, a file in eval/labels (a class a line, ` | ` before other spellings); `prefix` of every
-embedded text; `answer`, `truth`: how the original reads them; `separator` of several truths; `mode` "max": the original
-cuts negative cosines at 0; `scores`: it ranks by cosines, else by 1 for the chosen class and 0 for the others.
+The predicted class is the one whose text has the nearest embedding, or the one to which the model
+gives the highest likelihood.
 
-Strict: of an answer a leading "Audio caption:" or the like and quotes are left out, nothing else; white space is single
-everywhere; a truth is found whatever its case, commas, underscores; classes without positives do not count.
+Options of a task: `labels` is a file in eval/labels with one class per line and ` | ` before other
+spellings of it; `prefix` is put before every embedded text; `answer` and `truth` name how the
+original reads predictions and references; `separator` separates several references; with `mode`
+"max" the original clips negative cosines to 0; with `scores` it ranks by cosines, else by 1 for the
+chosen class and 0 for the others.
+
+The strict protocol removes from a prediction only a leading "Audio caption:" or the like and
+quotes. It collapses white space everywhere, matches a reference whatever its case, commas and
+underscores, and leaves out classes without positives.
 """
 
 import re
@@ -20,22 +26,23 @@ from eval.score_result import Context, EvaluationError, Outcome, start_items, wi
 from eval.tasks import Task
 
 LABELS = Path(__file__).parent / "labels"
-ROWS_AT_ONCE = 256  # of cosines, to stay in the processor's cache
-WORK = 10**9  # scores that a bootstrap may look at: 94 resamples of 20,000 x 527
+ROWS_AT_ONCE = 256  # rows of cosines per block, so that a block fits the processor's cache
+WORK = 10**9  # scores that a bootstrap may read: 94 resamples of 20,000 x 527
 
-# How the original's evaluators read an answer ...
+# How the evaluators of the original read a prediction ...
 ANSWERS: dict[str, Callable[[str], str]] = {
-    # Of a caption with a second colon ("at 10:30 a dog barks") only the tail is left.
+    # A caption with a second colon ("at 10:30 a dog barks") loses all but its tail.
     "after_colon": lambda text: text.split(":")[-1].lstrip().lower(),
-    # And the first character is lost, unless it is a space: "Loud dog" -> "oud dog".
+    # The first character is lost too, unless it is a space: "Loud dog" -> "oud dog".
     "after_colon_cut": lambda text: text.split(":")[-1][1:].lower(),
-    # Two characters are lost when the phrase is absent, one when no space follows its colon.
+    # Two characters are lost without the phrase, one if no space follows its colon.
     "after_phrase": lambda text: text.replace('"', "").split("Audio caption")[-1][2:].lower(),
-    # The case and a leading "Emotion:" stay, which texts of classes never have.
+    # The case and a leading "Emotion:" stay, which the texts of classes never have.
     "whole": lambda text: text.lstrip(),
 }
-# ... and a truth. Keys with two spaces ("pigeon,  dove cooing") need them in the truth too.
-TRUTHS: dict[str, Callable[[str], str]] = {
+# ... and a reference. A class name with two spaces ("pigeon,  dove cooing") matches only a
+# reference with two spaces.
+REFERENCE_READERS: dict[str, Callable[[str], str]] = {
     "after_colon": lambda text: text.split(":")[-1],
     "lstrip": lambda text: text.split(":")[-1].lstrip(),
     "no_comma": lambda text: text.split(":")[-1].replace(",", ""),
@@ -48,25 +55,23 @@ TRUTHS: dict[str, Callable[[str], str]] = {
 
 
 def plain(name: str) -> str:
-    """A class's name so that spellings of it are equal."""
-    return " ".join(
-        re.sub(r"[_,\s]+", " ", name.replace("\u00ad", "")).strip(" .\"'").lower().split()
-    )
+    """Normalize the name of a class, so that different spellings of it are equal."""
+    name = re.sub(r"[_,\s]+", " ", name.replace("\u00ad", ""))
+    return " ".join(name.strip(" .\"'").lower().split())
 
 
 class Classes:
-    """Names and embedded texts of a task's classes, and how answers and references are read.
+    """The names and embedded texts of the classes of a task, and how texts are read.
 
     Raises:
-        EvaluationError: two classes have one key.
+        EvaluationError: Two classes have the same key.
     """
 
     def __init__(self, task: Task, protocol: str):
-        self.is_strict, self.prefix = protocol == "strict", task.options.get("prefix", "")
-        self.rule, self.separator = (
-            task.options.get("truth", "after_colon"),
-            task.options.get("separator"),
-        )
+        self.is_strict = protocol == "strict"
+        self.prefix = task.options.get("prefix", "")
+        self.rule = task.options.get("truth", "after_colon")
+        self.separator = task.options.get("separator")
         self.read = ANSWERS[task.options.get("answer", "after_colon")]
         lines = (LABELS / task.options["labels"]).read_text(encoding="utf-8").splitlines()
         spellings = [line.split(" | ") for line in lines]
@@ -74,47 +79,50 @@ class Classes:
         self.texts = [self.text(name.replace("_", " ").lower()) for name in self.names]
         self.numbers: dict[str, int] = {}
         for number, names in enumerate(spellings):
-            for key in map(plain, names) if self.is_strict else names[:1]:
+            keys = [plain(name) for name in names] if self.is_strict else names[:1]
+            for key in keys:
                 if self.numbers.setdefault(key, number) != number:
                     raise EvaluationError(
                         f"{task.options['labels']}, row {number + 1}: {key!r} is there twice."
                     )
 
-    def text(self, words: str) -> str:
-        """What is embedded for a class or for what an answer says."""
-        return self.prefix + (" ".join(words.split()) if self.is_strict else words)
+    def text(self, content: str) -> str:
+        """Return the text that is embedded for a class or for the content of a prediction."""
+        if self.is_strict:
+            content = " ".join(content.split())
+        return self.prefix + content
 
     def answer(self, answer: str) -> str:
-        """What is embedded for an answer."""
+        """Return the text that is embedded for a prediction."""
         return self.text(without_lead(answer).lower() if self.is_strict else self.read(answer))
 
-    def truths(self, reference: str) -> list[int]:
-        """Numbers of the classes that a reference names; KeyError if it names something else."""
+    def reference_numbers(self, reference: str) -> list[int]:
+        """Return the numbers of the classes that a reference names.
+
+        Raises:
+            KeyError: The reference names something that is no class.
+        """
         if not self.is_strict:
-            text = TRUTHS[self.rule](reference)
-            return [
-                self.numbers[name]
-                for name in (text.split(self.separator) if self.separator else [text])
-            ]
+            text = REFERENCE_READERS[self.rule](reference)
+            names = text.split(self.separator) if self.separator else [text]
+            return [self.numbers[name] for name in names]
         text = reference.split(":")[-1]
         if self.rule == "first_sentence":
             text = re.split("[.,]", text)[0]
-        return [
-            self.numbers[plain(name)]
-            for name in (text.split(self.separator[0]) if self.separator else [text])
-        ]
+        names = text.split(self.separator[0]) if self.separator else [text]
+        return [self.numbers[plain(name)] for name in names]
 
 
 def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarray:
-    """(answers, classes) cosines of (answers, dim) and (classes, dim).
+    """Return the (answers, classes) cosines of (answers, dim) and (classes, dim) embeddings.
 
-    The original adds up in a Python loop. "original" does so for all pairs at once: equal to the last bit, which ties
-    hang on.
+    The original sums in a Python loop. "original" does the same for all pairs at once, so the
+    result is equal to the last bit, which decides ties.
     """
     norms = [np.sqrt(np.cumsum(vectors**2, axis=1)[:, -1:]) for vectors in (answers, classes)]
     if not min(norm.min(initial=1) for norm in norms) > 0:
         raise EvaluationError(
-            "An embedding is all zeros or not a number. Mend the table, or take another embedder."
+            "An embedding is all zeros or not a number. Fix the table, or use another embedder."
         )
     if protocol == "strict":
         return (answers / norms[0]) @ (classes / norms[1]).T
@@ -127,162 +135,209 @@ def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarr
 
 
 def class_scores(items: list[dict], classes: Classes, task: Task, context: Context) -> np.ndarray:
-    """(items, classes) scores; -inf for an item without an answer."""
+    """Return (items, classes) scores, -inf for an item without an answer."""
     failed = np.array([item["failed"] is not None for item in items], dtype=bool)
     if context.label_scores is not None:
-        given, wanted = context.label_scores.shape, (len(items), len(classes.names))
-        if given != wanted:
+        given = context.label_scores.shape
+        expected = (len(items), len(classes.names))
+        if given != expected:
             raise EvaluationError(
-                f"{context.source}: {given} label scores, not {wanted} (rows, classes). Score anew."
+                f"{context.source}: {given} label scores, not {expected} (rows, classes). "
+                "Compute them again."
             )
         return np.where(failed[:, None], -np.inf, context.label_scores)
     if context.embed is None:
         raise EvaluationError(
             f"{context.source}: {task.name} is scored by embeddings. Give an --embedder."
         )
-    if context.protocol == "original" and task.options.get("answer") == "after_colon_cut":
-        if ":" not in (items[0]["pred"] or ""):  # It prints what stands before that colon.
-            raise context.error(
-                0,
-                "the original stops at a first prediction without a colon. Use --protocol strict.",
-            )
+    is_original = context.protocol == "original"
+    if is_original and task.options.get("answer") == "after_colon_cut":
+        # The original prints the text before that colon.
+        if ":" not in (items[0]["pred"] or ""):
+            reason = "the original stops at a first prediction without a colon."
+            raise context.error(0, f"{reason} Use --protocol strict.")
     answers = [classes.answer(item["pred"]) for item in items if item["failed"] is None]
-    used = {
-        text: row for row, text in enumerate(dict.fromkeys(answers))
-    }  # Equal texts get equal scores.
-    vectors = np.asarray(context.embed([*classes.texts, *used]), dtype=np.float64)
-    found = cosines(vectors[len(classes.texts) :], vectors[: len(classes.texts)], context.protocol)
-    if context.protocol == "original" and task.options.get("mode") == "max":
+    # Embed each distinct text once. Equal texts get equal scores.
+    row_of_text = {text: row for row, text in enumerate(dict.fromkeys(answers))}
+    embeddings = np.asarray(context.embed([*classes.texts, *row_of_text]), dtype=np.float64)
+    count = len(classes.texts)
+    found = cosines(embeddings[count:], embeddings[:count], context.protocol)
+    if is_original and task.options.get("mode") == "max":
         found = np.maximum(found, 0)
     scores = np.full((len(items), len(classes.names)), -np.inf)
-    scores[~failed] = found[[used[text] for text in answers]]
+    scores[~failed] = found[[row_of_text[text] for text in answers]]
     return scores
 
 
-def choice_figures(
-    truth: np.ndarray, chosen: np.ndarray, count: int, protocol: str
+def choice_metrics(
+    reference: np.ndarray, chosen: np.ndarray, count: int, protocol: str
 ) -> dict[str, float]:
-    """Accuracy and F1 of (m,) class numbers, -1 chose none. The original's macro F1 has a 0 for absent classes."""
-    given = truth, chosen[chosen >= 0], truth[truth == chosen]
-    true, said, right = (np.bincount(numbers, minlength=count) for numbers in given)
-    macro = (2 * right / np.maximum(true + said, 1))[
-        (true + said > 0) | (protocol == "original")
-    ].mean()
-    micro = 2 * right.sum() / (true.sum() + said.sum())
+    """Return accuracy and F1 of (m,) class numbers; -1 means that no class was chosen.
+
+    In the macro F1 of the original, absent classes count as 0.
+    """
+    reference_count = np.bincount(reference, minlength=count)
+    chosen_count = np.bincount(chosen[chosen >= 0], minlength=count)
+    right_count = np.bincount(reference[reference == chosen], minlength=count)
+    total = reference_count + chosen_count
+    f1 = 2 * right_count / np.maximum(total, 1)
+    macro = f1[(total > 0) | (protocol == "original")].mean()
+    micro = 2 * right_count.sum() / total.sum()
     return {
-        "accuracy": float(right.sum() / len(truth)),
+        "accuracy": float(right_count.sum() / len(reference)),
         "micro_f1": float(micro),
         "macro_f1": float(macro),
     }
 
 
-def ranked_figures(ranking: Ranking, indices: np.ndarray, protocol: str) -> dict[str, float]:
-    """mAP, mAUC and d' of the rows at (m,) indices, and how many classes have an AP."""
+def ranked_metrics(ranking: Ranking, indices: np.ndarray, protocol: str) -> dict[str, float]:
+    """Return mAP, mAUC, d' and the number of classes with an AP, of the rows at (m,) indices."""
     precision, area = ranking.scores(np.bincount(indices, minlength=ranking.rows))
-    if (
-        protocol == "original"
-    ):  # A class without positives has AP 0 and AUC -1 (scikit-learn 1.9: nan) and counts.
-        precision, area = np.nan_to_num(precision), np.nan_to_num(area, nan=-1.0)
+    if protocol == "original":
+        # A class without positives counts with AP 0 and AUC -1 (scikit-learn 1.9: nan).
+        precision = np.nan_to_num(precision)
+        area = np.nan_to_num(area, nan=-1.0)
     else:
-        precision, area = precision[~np.isnan(precision)], area[~np.isnan(area)]
-    means = [float(values.mean()) if len(values) else float("nan") for values in (precision, area)]
+        precision = precision[~np.isnan(precision)]
+        area = area[~np.isnan(area)]
+    mean_precision = float(precision.mean()) if len(precision) else float("nan")
+    mean_area = float(area.mean()) if len(area) else float("nan")
     return {
-        "mAP": means[0],
-        "mAUC": means[1],
-        "d_prime": d_prime(means[1]),
+        "mAP": mean_precision,
+        "mAUC": mean_area,
+        "d_prime": d_prime(mean_area),
         "classes": float(len(precision)),
     }
 
 
 def d_prime(area: float) -> float:
-    """Distance of two normal distributions of unit variance with that area under the curve; nan outside (0, 1)."""
+    """Return the distance of two unit-variance normal distributions with this area under the curve.
+
+    It is nan for an area outside (0, 1).
+    """
     return 2**0.5 * NormalDist().inv_cdf(area) if 0 < area < 1 else float("nan")
 
 
 def single_label(rows: list[dict], task: Task, context: Context) -> Outcome:
-    """One truth a row: accuracy and F1; of the original also AP and AUC."""
+    """Score one reference class per clip: accuracy and F1; for the original also AP and AUC."""
     return _score(rows, task, context, is_ranked=context.protocol == "original", is_single=True)
 
 
 def multi_label(rows: list[dict], task: Task, context: Context) -> Outcome:
-    """Several truths a row: AP and AUC; of the original also the first truth against the highest score."""
+    """Score several reference classes per clip: AP and AUC.
+
+    For the original, also compare the first reference class with the highest score.
+    """
     return _score(rows, task, context, is_ranked=True, is_single=False)
 
 
 def _score(
     rows: list[dict], task: Task, context: Context, is_ranked: bool, is_single: bool
 ) -> Outcome:
-    items, classes = start_items(rows, context), Classes(task, context.protocol)
+    items = start_items(rows, context)
+    classes = Classes(task, context.protocol)
     count = len(classes.names)
-    truths = np.zeros((len(items), count), dtype=bool)
-    for index, item in enumerate(items):
-        try:
-            truths[index, classes.truths(item["ref"])] = True
-        except KeyError as error:
-            reason = f"the truth {error.args[0]!r} is no class of eval/labels/{task.options['labels']}. Mend it."
-            raise context.error(index, reason) from None
+    references = _read_references(items, classes, task, context)
     scores = class_scores(items, classes, task, context)
-    chosen = np.where([item["failed"] is None for item in items], scores.argmax(1), -1)
-    truth = truths.argmax(1)
-    for row, (item, said) in enumerate(zip(items, chosen, strict=True)):
-        names = [classes.names[number] for number in np.flatnonzero(truths[row])]
-        item["truth"], item["chosen"] = (
-            names[0] if is_single else names,
-            classes.names[said] if said >= 0 else None,
-        )
-        item["right"] = bool(said >= 0 and truths[row, said])
-    has_scores = not is_single or task.options.get("scores", False)
-    ranked = scores if has_scores else (chosen[:, None] == np.arange(count)).astype(float)
-    ranking = Ranking(ranked, truths) if is_ranked else None
+    is_answered = [item["failed"] is None for item in items]
+    chosen = np.where(is_answered, scores.argmax(1), -1)
+    first_reference = references.argmax(1)
+    _add_choices(items, classes, references, chosen, is_single)
+
+    ranking = None
+    if is_ranked:
+        has_scores = not is_single or task.options.get("scores", False)
+        one_hot = (chosen[:, None] == np.arange(count)).astype(float)
+        ranking = Ranking(scores if has_scores else one_hot, references)
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        figures = (
-            choice_figures(truth[indices], chosen[indices], count, context.protocol)
-            if is_single
-            else {}
-        )
+        metrics = {}
+        own_reference = first_reference[indices]
+        own_chosen = chosen[indices]
+        if is_single:
+            metrics = choice_metrics(own_reference, own_chosen, count, context.protocol)
         if ranking:
-            figures |= ranked_figures(ranking, indices, context.protocol)
+            metrics |= ranked_metrics(ranking, indices, context.protocol)
         if not is_single and context.protocol == "original":
-            figures["accuracy"] = float((truth[indices] == chosen[indices]).mean())
-        return figures
+            metrics["accuracy"] = float((own_reference == own_chosen).mean())
+        return metrics
 
-    absent, few = (
-        int(((low <= truths.sum(0)) & (truths.sum(0) < high)).sum())
-        for low, high in ((0, 1), (1, 5))
-    )
-    notes = [f"{absent} of {count} classes have no positives"] if is_ranked and absent else []
+    notes = []
+    positives = references.sum(0)
+    absent = int((positives == 0).sum())
+    few = int(((1 <= positives) & (positives < 5)).sum())
+    if is_ranked and absent:
+        notes.append(f"{absent} of {count} classes have no positives")
     if few and not is_single:
-        why = "resamples repeat or lose these, which biases the interval"
-        notes.append(f"{few} of {count} classes have fewer than 5 positives: {why}")
+        reason = "resamples repeat or lose these, which biases the interval"
+        notes.append(f"{few} of {count} classes have fewer than 5 positives: {reason}")
     resamples = int(np.clip(WORK // max(scores.size, 1), 20, 1000)) if is_ranked else 1000
-    confusion = (classes.names, table(truth, chosen, count)) if is_single else None
+    confusion = None
+    if is_single:
+        confusion = (classes.names, confusion_counts(first_reference, chosen, count))
     return Outcome(items, compute, resamples, confusion, notes)
 
 
-def table(truth: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:
-    """(true, predicted) counts of what was answered."""
-    pairs = truth[chosen >= 0] * count + chosen[chosen >= 0]
+def _read_references(
+    items: list[dict], classes: Classes, task: Task, context: Context
+) -> np.ndarray:
+    """Return (items, classes) bool: the classes that each reference names."""
+    references = np.zeros((len(items), len(classes.names)), dtype=bool)
+    for index, item in enumerate(items):
+        try:
+            references[index, classes.reference_numbers(item["ref"])] = True
+        except KeyError as error:
+            labels = f"eval/labels/{task.options['labels']}"
+            reason = f"the reference {error.args[0]!r} is no class of {labels}. Fix it."
+            raise context.error(index, reason) from None
+    return references
+
+
+def _add_choices(
+    items: list[dict],
+    classes: Classes,
+    references: np.ndarray,
+    chosen: np.ndarray,
+    is_single: bool,
+) -> None:
+    """Add the reference classes, the chosen class and whether it is right to each item."""
+    for row, (item, number) in enumerate(zip(items, chosen, strict=True)):
+        names = [classes.names[index] for index in np.flatnonzero(references[row])]
+        item["truth"] = names[0] if is_single else names
+        item["chosen"] = classes.names[number] if number >= 0 else None
+        item["right"] = bool(number >= 0 and references[row, number])
+
+
+def confusion_counts(reference: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:
+    """Return (reference, predicted) counts of the answered items."""
+    is_answered = chosen >= 0
+    pairs = reference[is_answered] * count + chosen[is_answered]
     return np.bincount(pairs, minlength=count * count).reshape(count, count)
 
 
 def toy_category(rows: list[dict], task: Task, context: Context) -> Outcome:
-    """The toy set: category, label and form of an answer, as eval.toy reads them. Both protocols are one."""
+    """Score category, label and form of answers to the toy set as eval.toy does.
+
+    Both protocols are the same.
+    """
     from eval.toy import Toy, score
 
-    items, reader = start_items(rows, context), Toy.load().reader
+    items = start_items(rows, context)
+    reader = Toy.load().reader
     for index, item in enumerate(items):
         if reader.read(item["ref"]) is None:
-            raise context.error(
-                index, f"the reference {item['ref']!r} has no form of data/toy/questions.json."
-            )
-    hits = score(
-        [item if item["failed"] is None else item | {"pred": None} for item in items], reader
-    )
-    for item, right in zip(items, hits["category"], strict=True):
-        item["right"] = right
-    shares = {"accuracy": "category", "exact_label": "label", "in_form": "in_form"}
-    found = {name: np.array(hits[key], dtype=float) for name, key in shares.items()}
-    return Outcome(
-        items, lambda indices: {name: float(right[indices].mean()) for name, right in found.items()}
-    )
+            reason = f"the reference {item['ref']!r} has no form of data/toy/questions.json."
+            raise context.error(index, reason)
+    predictions = []
+    for item in items:
+        predictions.append(item if item["failed"] is None else item | {"pred": None})
+    hits = score(predictions, reader)
+    for item, is_right in zip(items, hits["category"], strict=True):
+        item["right"] = is_right
+    keys = {"accuracy": "category", "exact_label": "label", "in_form": "in_form"}
+    found = {name: np.array(hits[key], dtype=float) for name, key in keys.items()}
+
+    def compute(indices: np.ndarray) -> dict[str, float]:
+        return {name: float(values[indices].mean()) for name, values in found.items()}
+
+    return Outcome(items, compute)

@@ -1,13 +1,15 @@
-"""Texts -> vectors: a local sentence model, an OpenAI-compatible endpoint, or a table of ready vectors.
+"""Embeds texts with a local sentence model, an OpenAI-compatible endpoint, or a table.
 
-    embed = open_embedder("minilm", "exp/eval_cache")  # all-MiniLM-L6-v2: train_scripts.fetch_parts --also minilm
-    vectors = embed(["sound of rain", "sound of a dog"])  # (2, 384) float64
+    embed = open_embedder("minilm", "exp/eval_cache")  # train_scripts.fetch_parts --also minilm
+    embeddings = embed(["sound of rain", "sound of a dog"])  # (2, 384) float64
 
-Notable:
-- A vector is on the disk, by model and text, before the next batch is begun: kill -9 loses the batch on its way.
-- Local batches have one shape for all texts of like length, so a vector depends on its text alone, to the last bit,
-  whether it comes from the cache, another batch, or alone.
-- Vectors are kept as they came: float32 of a local model, float64 of an endpoint's decimal numbers.
+"minilm" is all-MiniLM-L6-v2. Each embedding is on the disk, under its model and text, before the
+next batch begins: kill -9 loses only the batch in flight.
+
+Local batches have the same shape for all texts of similar length, so an embedding depends on its
+text alone, to the last bit, whether it comes from the cache, from another batch or from a batch of
+one. Embeddings are cached in the precision in which they arrive: float32 from a local model,
+float64 from the decimal numbers of an endpoint.
 """
 
 import hashlib
@@ -26,24 +28,26 @@ from ltu.files import sha256_of
 from qa_generation.llm import LlmSettings, OpenAiEndpoint
 
 MINILM = Path(__file__).parent.parent / "pretrained_mdls" / "minilm"
-ROWS = 32  # of a local batch, filled up if there are fewer
+ROWS = 32  # of a local batch, which is filled up if there are fewer texts
 LENGTH_STEP = 16  # tokens; a batch is as long as the next multiple
 TEXTS_PER_REQUEST = 256  # OpenAI takes 2,048 and 300,000 tokens
 
-Encode = Callable[
-    [list[str]], Iterable[tuple[list[str], np.ndarray]]
-]  # texts -> some of them, (texts, dim)
+# Maps distinct texts to batches of some of them and their embeddings, (texts, dim).
+Encode = Callable[[list[str]], Iterable[tuple[list[str], np.ndarray]]]
 
 
 class Embedder:
-    """Args:
-    name: says all that decides a vector; vectors are cached under it.
-    encode: texts, none of them twice -> all their vectors.
-    cache_dir: folder of the cache; None: only while this object lives.
+    """Embeds texts and caches their embeddings.
+
+    Args:
+        name: States everything that decides an embedding; embeddings are cached under it.
+        encode: Maps distinct texts to the embeddings of all of them.
+        cache_dir: Folder of the cache. If None, the cache lives as long as this object.
     """
 
     def __init__(self, name: str, encode: Encode, cache_dir: str | Path | None = None):
-        self.name, self.encode = name, encode
+        self.name = name
+        self.encode = encode
         if cache_dir:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
         path = Path(cache_dir, "embeddings.sqlite3") if cache_dir else ":memory:"
@@ -57,41 +61,55 @@ class Embedder:
             ) from None
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """(n, dim) float64. Raises EvaluationError: one has no vector."""
-        texts = [
-            text.encode("utf-8", "replace").decode() for text in texts
-        ]  # No tokenizer takes half an emoji.
-        vectors: dict[str, np.ndarray] = {}
-        for text in dict.fromkeys(texts):
-            select = "SELECT dtype, vector FROM vectors WHERE model = ? AND text = ?"
-            if found := self.cache.execute(select, (self.name, text)).fetchone():
-                vectors[text] = np.frombuffer(found[1], found[0])
-        todo = [text for text in dict.fromkeys(texts) if text not in vectors]
-        with tqdm(
-            desc="embedding", total=len(todo), unit="text", disable=None if todo else True
-        ) as bar:
+        """Return the embeddings of texts, (n, dim) float64.
+
+        Raises:
+            EvaluationError: A text has no embedding.
+        """
+        # Replace half an emoji, which no tokenizer takes.
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        distinct = list(dict.fromkeys(texts))
+        embeddings = self._read_cache(distinct)
+        todo = [text for text in distinct if text not in embeddings]
+        # Show no progress bar if there is nothing to do.
+        disable = None if todo else True
+        with tqdm(desc="embedding", total=len(todo), unit="text", disable=disable) as bar:
             for batch, made in self.encode(todo) if todo else ():
-                rows = [
-                    (self.name, text, row.dtype.str, row.tobytes())
-                    for text, row in zip(batch, made, strict=True)
-                ]
-                with self.cache:  # One transaction, on the disk when it ends.
-                    self.cache.executemany(
-                        "INSERT OR IGNORE INTO vectors VALUES (?, ?, ?, ?)", rows
-                    )
-                vectors.update(zip(batch, made, strict=True))
+                self._write_cache(batch, made)
+                embeddings.update(zip(batch, made, strict=True))
                 bar.update(len(batch))
-        return np.array([vectors[text] for text in texts], dtype=np.float64)
+        return np.array([embeddings[text] for text in texts], dtype=np.float64)
+
+    def _read_cache(self, texts: list[str]) -> dict[str, np.ndarray]:
+        embeddings = {}
+        select = "SELECT dtype, vector FROM vectors WHERE model = ? AND text = ?"
+        for text in texts:
+            found = self.cache.execute(select, (self.name, text)).fetchone()
+            if found:
+                dtype, content = found
+                embeddings[text] = np.frombuffer(content, dtype)
+        return embeddings
+
+    def _write_cache(self, texts: list[str], embeddings: np.ndarray) -> None:
+        rows = []
+        for text, row in zip(texts, embeddings, strict=True):
+            rows.append((self.name, text, row.dtype.str, row.tobytes()))
+        insert = "INSERT OR IGNORE INTO vectors VALUES (?, ?, ?, ?)"
+        with self.cache:  # One transaction, which is on the disk when it ends.
+            self.cache.executemany(insert, rows)
 
 
 def open_embedder(name: str, cache_dir: str | Path | None = None) -> Embedder:
-    """Args:
-        name: "minilm", "openai:MODEL" (endpoint and key from OPENAI_BASE_URL and OPENAI_API_KEY), a folder in the
-            form of sentence-transformers, or a table: JSON {text: vector}, or .npz with `texts` and `vectors`.
-        cache_dir: where vectors are kept. A table is not copied there.
+    """Open a sentence model, an endpoint or a table of embeddings.
+
+    Args:
+        name: "minilm", "openai:MODEL" (endpoint and key from OPENAI_BASE_URL and OPENAI_API_KEY), a
+            folder in the format of sentence-transformers, or a table: JSON {text: embedding}, or
+            .npz with `texts` and `vectors`.
+        cache_dir: Folder of the cache. A table is not copied into it.
 
     Raises:
-        EvaluationError: it is none of these, or cannot be used.
+        EvaluationError: The name is none of these, or cannot be used.
     """
     path = MINILM if name == "minilm" else Path(name)
     if name.startswith("openai:"):
@@ -102,31 +120,31 @@ def open_embedder(name: str, cache_dir: str | Path | None = None) -> Embedder:
         return Embedder(f"{path.name} (sha256 {model.sha256})", model, cache_dir)
     if path.is_file():
         return Embedder(f"{path.name} (sha256 {sha256_of(path)})", _table(path))
-    way = (
-        "python -m train_scripts.fetch_parts --also minilm"
-        if name == "minilm"
-        else "a folder, a table, openai:MODEL"
-    )
-    raise EvaluationError(f"{path} is not there: {way}")
+    hint = "a folder, a table, openai:MODEL"
+    if name == "minilm":
+        hint = "python -m train_scripts.fetch_parts --also minilm"
+    raise EvaluationError(f"{path} is not there: {hint}")
 
 
 def _table(path: Path) -> Encode:
+    """Return a function that looks embeddings up in a table."""
     try:
         if path.suffix == ".npz":
             with np.load(path) as arrays:
-                texts, vectors = arrays["texts"].tolist(), arrays["vectors"]
+                texts = arrays["texts"].tolist()
+                rows = arrays["vectors"]
         else:
-            texts, vectors = zip(*json.loads(path.read_text(encoding="utf-8")).items(), strict=True)
-        table = dict(
-            zip(texts, np.array(vectors, dtype=np.float64).reshape(len(texts), -1), strict=True)
-        )
+            texts, rows = zip(*json.loads(path.read_text(encoding="utf-8")).items(), strict=True)
+        embeddings = np.array(rows, dtype=np.float64).reshape(len(texts), -1)
+        table = dict(zip(texts, embeddings, strict=True))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EvaluationError(f"{path}: no table of vectors of one length ({error}).") from None
+        raise EvaluationError(f"{path}: no table of embeddings of one length ({error}).") from None
 
     def look_up(texts: list[str]) -> Iterable[tuple[list[str], np.ndarray]]:
-        if missing := [text for text in texts if text not in table]:
+        missing = [text for text in texts if text not in table]
+        if missing:
             raise EvaluationError(
-                f"{path} lacks vectors of {len(missing)} texts, the first: {missing[0]!r}."
+                f"{path} lacks embeddings of {len(missing)} texts, the first: {missing[0]!r}."
             )
         yield texts, np.array([table[text] for text in texts])
 
@@ -134,10 +152,11 @@ def _table(path: Path) -> Encode:
 
 
 class SentenceModel:
-    """A folder in the form of sentence-transformers, opened with transformers alone.
+    """A folder in the format of sentence-transformers, opened with transformers alone.
 
     Raises:
-        EvaluationError: it has other parts than a Transformer, a Pooling (mean or cls) and, perhaps, a Normalize.
+        EvaluationError: It has other modules than a Transformer, a Pooling (mean or cls) and,
+            optionally, a Normalize.
     """
 
     def __init__(self, folder: Path):
@@ -148,30 +167,23 @@ class SentenceModel:
         kinds = [module["type"].rpartition(".")[2] for module in modules]
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
             raise EvaluationError(
-                f"{folder}/modules.json: {kinds}; only Transformer, Pooling, Normalize are done."
+                f"{folder}/modules.json: {kinds}; "
+                "only Transformer, Pooling and Normalize are supported."
             )
-        pooling = _read(folder / modules[1]["path"] / "config.json")
-        named = [
-            key.split("_")[2]
-            for key in pooling
-            if key.startswith("pooling_mode_") and pooling[key] is True
-        ]
-        self.pooling = pooling.get(
-            "pooling_mode", "+".join(named)
-        )  # newer versions have the one name
-        prompt = _read(folder / "config_sentence_transformers.json").get("default_prompt_name")
         source = folder / modules[0]["path"]
         settings = _read(source / "sentence_bert_config.json")
-        if self.pooling not in ("mean", "cls") or prompt or settings.get("do_lower_case"):
-            asked = f"pooling {self.pooling!r}, prompt {prompt!r}, lower case {settings.get('do_lower_case', False)}"
+        self.pooling = _pooling_mode(_read(folder / modules[1]["path"] / "config.json"))
+        prompt = _read(folder / "config_sentence_transformers.json").get("default_prompt_name")
+        lower_case = settings.get("do_lower_case", False)
+        if self.pooling not in ("mean", "cls") or prompt or lower_case:
             raise EvaluationError(
-                f"{folder}: {asked}; only mean and cls, without a prompt, are done here."
+                f"{folder}: pooling {self.pooling!r}, prompt {prompt!r}, lower case {lower_case}; "
+                "only mean and cls, without a prompt, are supported."
             )
         self.is_normalized = "Normalize" in kinds
-        files = sorted(
-            path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"
-        )
-        self.sha256 = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
+        hashes = "".join(map(sha256_of, sorted(files)))
+        self.sha256 = hashlib.sha256(hashes.encode()).hexdigest()
         self.tokenizer = AutoTokenizer.from_pretrained(
             source, local_files_only=True, padding_side="right"
         )
@@ -181,46 +193,57 @@ class SentenceModel:
         self.max_length = settings.get("max_seq_length") or longest
 
     def __call__(self, texts: list[str]) -> Iterable[tuple[list[str], np.ndarray]]:
+        """Yield batches of texts of similar length and their embeddings."""
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        lengths = [self._padded_length(len(part)) for part in tokens]
+        by_length = sorted(range(len(texts)), key=lengths.__getitem__)
+        for length, group in groupby(by_length, lengths.__getitem__):
+            indices = list(group)
+            for start in range(0, len(indices), ROWS):
+                batch = indices[start : start + ROWS]
+                embeddings = self._encode([tokens[index] for index in batch], length)
+                yield [texts[index] for index in batch], embeddings
+
+    def _padded_length(self, count: int) -> int:
+        """Round a number of tokens up to a multiple of LENGTH_STEP."""
+        return min(-(-count // LENGTH_STEP) * LENGTH_STEP, self.max_length)
+
+    def _encode(self, tokens: list[list[int]], length: int) -> np.ndarray:
+        """Return the embeddings (texts, dim) of at most ROWS texts."""
         import torch
 
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        lengths = [
-            min(-(-len(ids) // LENGTH_STEP) * LENGTH_STEP, self.max_length) for ids in tokens
-        ]
-        for length, group in groupby(
-            sorted(range(len(texts)), key=lengths.__getitem__), lengths.__getitem__
-        ):
-            indices = list(group)
-            for batch in (indices[start : start + ROWS] for start in range(0, len(indices), ROWS)):
-                filled = {
-                    "input_ids": [
-                        tokens[index] for index in batch + batch[:1] * (ROWS - len(batch))
-                    ]
-                }
-                inputs = self.tokenizer.pad(
-                    filled, padding="max_length", max_length=length, return_tensors="pt"
-                )
-                with torch.inference_mode():
-                    hidden = self.model(
-                        **inputs.to(self.model.device)
-                    ).last_hidden_state  # (ROWS, length, dim)
-                    mask = inputs["attention_mask"].to(hidden.device)[..., None]
-                    vectors = (
-                        hidden[:, 0]
-                        if self.pooling == "cls"
-                        else (hidden * mask).sum(1) / mask.sum(1)
-                    )
-                    if self.is_normalized:
-                        vectors = vectors / vectors.norm(dim=-1, keepdim=True)
-                yield [texts[index] for index in batch], vectors[: len(batch)].cpu().numpy()
+        # Fill the batch up with copies of its first text.
+        filled = tokens + tokens[:1] * (ROWS - len(tokens))
+        inputs = self.tokenizer.pad(
+            {"input_ids": filled}, padding="max_length", max_length=length, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            output = self.model(**inputs.to(self.model.device))
+            hidden = output.last_hidden_state  # (ROWS, length, dim)
+            mask = inputs["attention_mask"].to(hidden.device)[..., None]  # (ROWS, length, 1)
+            if self.pooling == "cls":
+                embeddings = hidden[:, 0]  # (ROWS, dim)
+            else:
+                embeddings = (hidden * mask).sum(1) / mask.sum(1)  # (ROWS, dim)
+            if self.is_normalized:
+                embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        return embeddings[: len(tokens)].cpu().numpy()
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _pooling_mode(config: dict[str, Any]) -> str:
+    """Return the pooling of a configuration, which newer versions name with one key."""
+    prefix = "pooling_mode_"
+    enabled = [key for key in config if key.startswith(prefix) and config[key] is True]
+    names = [key.split("_")[2] for key in enabled]
+    return config.get("pooling_mode", "+".join(names))
+
+
 class EmbeddingApi(OpenAiEndpoint):
-    """Embeddings, by the endpoint and with the key of `qa_generation.llm`."""
+    """Requests embeddings from the endpoint, and with the key, of `qa_generation.llm`."""
 
     def __init__(self, model: str):
         try:
@@ -229,32 +252,41 @@ class EmbeddingApi(OpenAiEndpoint):
             raise EvaluationError(str(error)) from None
 
     def __call__(self, texts: list[str]) -> Iterable[tuple[list[str], np.ndarray]]:
-        # The client waits and tries again by itself: 408, 409, 429, 5xx, time-outs, lost connections.
-        given = {
+        """Yield batches of texts and their embeddings.
+
+        The client itself waits and retries: 408, 409, 429, 5xx, time-outs, lost connections.
+        """
+        settings = {
             "base_url": self.settings.url,
             "api_key": self.key or "none",
             "timeout": self.settings.timeout,
         }
-        with self.openai.OpenAI(max_retries=self.settings.tries, **given) as client:
+        with self.openai.OpenAI(max_retries=self.settings.tries, **settings) as client:
             for start in range(0, len(texts), TEXTS_PER_REQUEST):
                 batch = texts[start : start + TEXTS_PER_REQUEST]
-                yield batch, self._ask(client, batch)
+                yield batch, self._request(client, batch)
 
-    def _ask(self, client: Any, batch: list[str]) -> np.ndarray:
-        texts = [text or " " for text in batch]  # OpenAI refuses an empty one.
-        asked = {"model": self.settings.model, "input": texts, "encoding_format": "float"}
+    def _request(self, client: Any, batch: list[str]) -> np.ndarray:
+        """Return the embeddings (texts, dim) of one request."""
+        request = {
+            "model": self.settings.model,
+            "input": [text or " " for text in batch],  # OpenAI refuses an empty text.
+            "encoding_format": "float",
+        }
         url = self.settings.record()["base_url"]
         try:
-            body = client.embeddings.with_raw_response.create(**asked).http_response.text
+            body = client.embeddings.with_raw_response.create(**request).http_response.text
             parts = sorted(json.loads(body)["data"], key=lambda part: part["index"])
-            vectors = np.array([part["embedding"] for part in parts], dtype=np.float64)
-            if vectors.ndim == 2 and len(vectors) == len(batch) and np.isfinite(vectors).all():
-                return vectors
-            reason = f"{vectors.shape} numbers for {len(batch)} texts, or some are not finite"
+            embeddings = np.array([part["embedding"] for part in parts], dtype=np.float64)
+            has_all = embeddings.ndim == 2 and len(embeddings) == len(batch)
+            if has_all and np.isfinite(embeddings).all():
+                return embeddings
+            reason = f"{embeddings.shape} numbers for {len(batch)} texts, or some are not finite"
         except self.openai.APIError as error:
             reason = self._clean(error)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no list of embeddings ({error!r})"
         raise EvaluationError(
-            f"{url}: {reason}; first of the texts: {batch[0]!r}. Run it again: what it gave is kept."
+            f"{url}: {reason}; first of the texts: {batch[0]!r}. "
+            "Run it again: embeddings received so far are cached."
         )

@@ -1,10 +1,12 @@
-"""Open-ended answers: a language model judges whether each answers its question, as in the paper.
+"""Scores open-ended answers with a language model that judges each, as in the paper.
 
-Notable:
-- It is asked by `qa_generation.llm`: any OpenAI-compatible endpoint, or a local model. Its replies are kept.
-- A reply counts if it is yes or no, or begins so before a punctuation mark. Others, and requests that failed, are the
-  judge's failures: in no figure.
-- The prompt is the paper's (OpenReview thread nBZBPXdJlC); how question and response followed it is not sourced.
+The judge runs through `qa_generation.llm`: any OpenAI-compatible endpoint, or a local model. Its
+replies are stored. A reply counts if it is yes or no, or begins with one of them before a
+punctuation mark. Other replies and failed requests are failures of the judge and are left out of
+the metrics.
+
+The prompt is the paper's (OpenReview thread nBZBPXdJlC). No source says how question and response
+followed it.
 """
 
 import hashlib
@@ -19,11 +21,11 @@ import numpy as np
 from eval.score_result import Context, EvaluationError, Outcome, start_items
 from eval.tasks import Task
 from ltu.models.checkpoint_folder import sha256_of_weights
-from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking
+from qa_generation.llm import GenerationStopped, Llm, LlmSettings, ReplyStore, RequestFailed
 
 PROMPT = (
-    "Below is a pair of question and response. Identify if the response answers the question. Return yes or no.\n\n"
-    "Question: {question}\nResponse: {response}"
+    "Below is a pair of question and response. Identify if the response answers the question. "
+    "Return yes or no.\n\nQuestion: {question}\nResponse: {response}"
 )
 VERDICT = re.compile(
     r"""[\s"'*(]*(yes|no)["'*)]*\s*($|[.,;:!\n]|\s[-–—]).*""", re.IGNORECASE | re.DOTALL
@@ -31,30 +33,40 @@ VERDICT = re.compile(
 
 
 class Judge:
-    """Args:
-    settings: the model and how it is asked.
-    folder: where its replies are kept, in a file of this judge alone.
+    """A language model that judges answers.
+
+    Args:
+        settings: The model and how it generates.
+        folder: Where its replies are stored, in a file of this judge alone.
     """
 
     def __init__(self, settings: LlmSettings, folder: str | Path):
         self.settings = settings
-        is_folder = settings.is_local and Path(settings.model).is_dir()  # Or it is a hub id.
-        self.weights = {"weights": sha256_of_weights(settings.model)} if is_folder else {}
+        self.weights = {}
+        # A local model is a folder with weights or a hub id.
+        if settings.is_local and Path(settings.model).is_dir():
+            self.weights = {"weights": sha256_of_weights(settings.model)}
         digest = hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()
         self.replies = Path(folder, f"judge-{digest[:16]}.jsonl")
 
     def record(self) -> dict[str, Any]:
+        """Return everything that decides a judgement."""
         return self.settings.record() | self.weights | {"prompt": PROMPT}
 
     def __call__(self, pairs: list[tuple[str, str]]) -> list[str | RequestFailed]:
-        """Replies to (question, response), or why there is none. EvaluationError: no more are given (key, budget)."""
-        asked = [
-            [{"role": "user", "content": PROMPT.format(question=q, response=r)}] for q, r in pairs
-        ]
+        """Return the reply to each (question, response), or the error of its request.
+
+        Raises:
+            EvaluationError: No more replies are generated (key, budget).
+        """
+        prompts = []
+        for question, response in pairs:
+            content = PROMPT.format(question=question, response=response)
+            prompts.append([{"role": "user", "content": content}])
         try:
             with ReplyStore(self.replies) as store:
-                replies = Llm(self.settings, store).complete_all(asked)
-        except (StopAsking, ValueError) as error:
+                replies = Llm(self.settings, store).complete_all(prompts)
+        except (GenerationStopped, ValueError) as error:
             raise EvaluationError(
                 f"The judge stopped: {error}. Run it again: replies are in {self.replies}."
             ) from None
@@ -62,42 +74,46 @@ class Judge:
 
 
 def parse_verdict(reply: str) -> bool | None:
-    """Whether it says yes; None if it is neither yes nor no."""
+    """Return whether a reply says yes, None if it is neither yes nor no."""
     match = VERDICT.fullmatch(reply)
     return match[1].lower() == "yes" if match else None
 
 
 def open_ended(rows: list[dict], task: Task, context: Context) -> Outcome:
-    """Score answers by `context.judge`. EvaluationError: there is none, or it stopped."""
+    """Score answers with `context.judge`.
+
+    Raises:
+        EvaluationError: There is no judge, or it stopped.
+    """
     if context.judge is None:
         raise EvaluationError(
             f"{context.source}: open-ended answers need a judge; name one with --judge_model."
         )
-    started = start_items(
-        [row | {"ref": row.get("ref") or ""} for row in rows], context
-    )  # There may be no reference.
-    items = [
-        item | {"prompt": row["prompt"], "follows": False}
-        for item, row in zip(started, rows, strict=True)
-    ]
+    # The reference is optional.
+    started = start_items([row | {"ref": row.get("ref") or ""} for row in rows], context)
+    items = []
+    for item, row in zip(started, rows, strict=True):
+        items.append(item | {"prompt": row["prompt"], "follows": False})
     answered = [item for item in items if item["failed"] is None]
     replies = context.judge([(item["prompt"], item["pred"]) for item in answered])
     for item, reply in zip(answered, replies, strict=True):
         if isinstance(reply, RequestFailed):
             item |= {"follows": None, "failed": "judge failed"}
-            print(
-                f"  {item['audio_id']}: {reply}", file=sys.stderr
-            )  # Of which no two runs have the same.
+            # The message differs between runs, so it is printed and not stored.
+            print(f"  {item['audio_id']}: {reply}", file=sys.stderr)
             continue
         item |= {"reply": reply, "follows": parse_verdict(reply)}
         item["failed"] = "unparsed judgement" if item["follows"] is None else None
-    follows = np.array([item["follows"] for item in items], dtype=np.float64)  # None: nan
+    follows = np.array([item["follows"] for item in items], dtype=np.float64)  # None becomes nan
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         judged = follows[indices][~np.isnan(follows[indices])]
         return {"following_rate": float(judged.mean()) if len(judged) else float("nan")}
 
-    notes = [f"judge: {context.judge.record()}"] if hasattr(context.judge, "record") else []
-    if lost := int(np.isnan(follows).sum()):
-        notes.append(f"{lost} judgements failed or are unparsed: they are in no figure")
+    notes = []
+    if hasattr(context.judge, "record"):
+        notes.append(f"judge: {context.judge.record()}")
+    lost = int(np.isnan(follows).sum())
+    if lost:
+        notes.append(f"{lost} judgements failed or are unparsed: they are in no metric")
     return Outcome(items, compute, notes=notes)

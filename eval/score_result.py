@@ -1,4 +1,4 @@
-"""What a scoring function gets besides the rows, and what it gives back."""
+"""Defines the context that a scoring function gets and the outcome that it returns."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Statuses with an answer, see ltu.inference.requests.Answer; the original's rows have none.
+# Statuses with an answer, see ltu.inference.requests.Answer. Predictions of the original have none.
 ANSWERED = (None, "ok", "truncated")
 LEAD = re.compile(
     r"""\A[\s"']*(?:audio caption|labels?|(?:music )?genre|emotion)\s*:""", re.IGNORECASE
@@ -15,78 +15,89 @@ LEAD = re.compile(
 
 
 class EvaluationError(ValueError):
-    """What cannot be scored; the message has file and row (from 1), the reason and the way out."""
+    """Predictions cannot be scored. The message has file, row (from 1), reason and hint."""
 
 
 @dataclass
 class Context:
-    """What is the same for all rows."""
+    """Everything that is the same for all predictions of a file.
 
-    protocol: str = (
-        "strict"  # or "original": the figures of the original's evaluators, slips included
-    )
-    embed: Callable[[list[str]], np.ndarray] | None = (
-        None  # texts -> (n, dim) float64; asked once, for all texts
-    )
-    whisper: Mapping[str, str] | None = None  # audio_id -> Whisper's transcript
-    judge: Callable[..., Any] | None = None  # of open-ended answers
-    label_scores: np.ndarray | None = (
-        None  # (rows, classes) log-likelihoods, in place of embeddings
-    )
-    source: str = "predictions"  # file, for messages
+    Args:
+        protocol: "strict" or "original"; the latter reproduces the metrics of the original's
+            evaluators, bugs included.
+        embed: Maps texts to (n, dim) float64; called once, with all texts.
+        whisper: audio_id -> transcript of Whisper.
+        judge: The judge of open-ended answers.
+        label_scores: (rows, classes) log-likelihoods, used instead of embeddings.
+        source: Name of the file, for messages.
+    """
+
+    protocol: str = "strict"
+    embed: Callable[[list[str]], np.ndarray] | None = None
+    whisper: Mapping[str, str] | None = None
+    judge: Callable[..., Any] | None = None
+    label_scores: np.ndarray | None = None
+    source: str = "predictions"
 
     def error(self, row: int, reason: str) -> EvaluationError:
-        """An error about a row, counted from 0."""
+        """Return an error about a row, counted from 0."""
         return EvaluationError(f"{self.source}, row {row + 1}: {reason}")
 
 
 @dataclass
 class Outcome:
-    """What was scored.
+    """The scored items and the function that computes metrics of any of them.
 
-    `compute` takes (m,) indices into `items`, repeats allowed, and returns all figures by name. Failed items are wrong.
+    Args:
+        items: One for each scored unit, in order: audio_id, ref, pred, failed (None or a reason)
+            and more.
+        compute: Maps (m,) indices into `items`, repeats allowed, to all metrics by name. Failed
+            items count as wrong.
+        resamples: Number of bootstrap resamples.
+        confusion: Names of the classes and (reference, predicted) counts of the answered items.
+        notes: Notes for the report.
     """
 
-    items: list[
-        dict
-    ]  # one a scored unit, in order: audio_id, ref, pred, failed (None or a reason), and more
+    items: list[dict]
     compute: Callable[[np.ndarray], dict[str, float]]
-    resamples: int = 1000  # of the bootstrap
-    confusion: tuple[list[str], np.ndarray] | None = (
-        None  # classes; (true, predicted) counts of what was answered
-    )
+    resamples: int = 1000
+    confusion: tuple[list[str], np.ndarray] | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def without_lead(answer: str) -> str:
-    """An answer without a leading "Audio caption:" or the like, and without quotes around it."""
+    """Remove a leading "Audio caption:" or the like from an answer, and the quotes around it."""
     return LEAD.sub("", answer).strip("\"' \n")
 
 
 def failure(row: dict, protocol: str) -> str | None:
-    """Why a row has no answer; None if it has one. Strictly, a lead alone is none; the original scores it."""
+    """Return the reason why a prediction has no answer, None if it has one.
+
+    In the strict protocol an answer that is a lead alone is empty. The original scores it.
+    """
     if row.get("status") not in ANSWERED:
         return str(row["status"])
     if row.get("pred") is None:
         return "no answer"
-    return (
-        "empty answer" if protocol == "strict" and not without_lead(row["pred"]).strip() else None
-    )
+    if protocol == "strict" and not without_lead(row["pred"]).strip():
+        return "empty answer"
+    return None
 
 
 def start_items(rows: list[dict], context: Context) -> list[dict]:
-    """An item a row; EvaluationError for a row without a reference, or whose answer is no text."""
+    """Return one item for each prediction.
+
+    Raises:
+        EvaluationError: A prediction has no reference, or its answer is no text.
+    """
+    items = []
     for index, row in enumerate(rows):
         if not isinstance(row.get("ref"), str):
-            raise context.error(
-                index, '"ref" is no text. Predictions need the reference answer of every row.'
-            )
+            reason = '"ref" is no text. Predictions need the reference answer of every row.'
+            raise context.error(index, reason)
         if not isinstance(row.get("pred"), str | None):
-            raise context.error(
-                index, f'"pred" is neither text nor null: {row["pred"]!r}. Mend it.'
-            )
-    keys = ("audio_id", "ref", "pred")
-    return [
-        {key: row.get(key) for key in keys} | {"failed": failure(row, context.protocol)}
-        for row in rows
-    ]
+            reason = f'"pred" is neither text nor null: {row["pred"]!r}. Fix it.'
+            raise context.error(index, reason)
+        item = {key: row.get(key) for key in ("audio_id", "ref", "pred")}
+        items.append(item | {"failed": failure(row, context.protocol)})
+    return items

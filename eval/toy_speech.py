@@ -1,16 +1,18 @@
-"""The spoken part of the toy test of LTU-AS: who speaks, how, and what.
+"""Scores the speech part of the toy test of LTU-AS: the speaker, the manner and the transcript.
 
     python -m eval.toy_speech --run exp/quickstart/seed0/ltu_as/stage3_all_mix_v2
     python -m eval.toy_speech --run exp/as/fold0/stage3_all_mix_v2 exp/as/fold1/stage3_all_mix_v2
 
-A run's folder holds `answers/<name>.json`, what `ltu_as.inference_batch` wrote to the question files `speech_*.json` of
-`data.toy.build_as`. Files that are not there leave their lines out.
+The folder of a run holds `answers/<name>.json`, which `ltu_as.inference_batch` wrote for the
+dataset files `speech_*.json` of `data.toy.build_as`. Missing files leave their lines out.
 
-Notable:
-- An answer counts only if it has, as a whole, the form that was taught. One that is no word or an error is wrong.
-- Words are compared after Whisper's own normaliser; "Spoken text:" is taken off where an answer begins with it.
-- All runs ask about the same clips and voices, so each has a column and a Wilson interval (95 %) of its own; the mean
-  over runs has none. Four training voices and three test voices say little about voices at large.
+An answer counts only if, as a whole, it has the form that was trained. An empty or failed answer is
+wrong. Transcripts are compared after Whisper's own normalizer; "Spoken text:" is removed where an
+answer begins with it.
+
+All runs have the same clips and voices, so each run has a column and a 95 % Wilson interval of its
+own; the mean over runs has none. Four training voices and three test voices say little about voices
+at large.
 """
 
 import argparse
@@ -24,7 +26,8 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from eval.toy import TOY, PredictionError, rate
 
-CHOICES = {  # question file -> the form of an answer; the group is what is asked
+# Name of the dataset file -> form of an answer; the group is the chosen value.
+CHOICES = {
     "speech_gender": r"(male|female)\s*\.?",
     "speech_gender_empty": r"(male|female)\s*\.?",
     "speech_pitch": r"the pitch is (low|medium|high)\s*\.?",
@@ -36,7 +39,8 @@ TITLES = {
     "speech_pitch": "pitch",
     "speech_speed": "speed",
 }
-WORDS = {  # question file -> what stood in `input`
+# Name of the dataset file -> content of `input`.
+WORDS = {
     "speech_words_right": "right words given",
     "speech_words_whisper": "Whisper's words",
     "speech_words_wrong": "another clip's words",
@@ -47,26 +51,30 @@ Line = dict[str, float]  # "share" with "low" and "high", or "share" alone
 
 
 def read_choice(file: str, answer: str | None) -> str | None:
-    """What an answer chose, in lower case; None if it has another form."""
+    """Return the value that an answer chose, in lower case, None if it has another form."""
     match = re.fullmatch(CHOICES[file], (answer or "").strip(), re.IGNORECASE)
     return match[1].lower() if match else None
 
 
 def spoken(answer: str | None) -> str:
-    """The words of an answer, without the prefix if it has one."""
-    return SPOKEN.sub("", answer or "", count=1) if SPOKEN.match(answer or "") else answer or ""
+    """Return the transcript in an answer, without the prefix if it has one."""
+    text = answer or ""
+    match = SPOKEN.match(text)
+    return text[match.end() :] if match else text
 
 
 def word_error_rate(references: list[str], answers: list[str]) -> float:
-    """Errors of all answers by words of all references, after normalising both."""
-    normalise = EnglishTextNormalizer({})
-    return float(
-        jiwer.wer([normalise(text) for text in references], [normalise(text) for text in answers])
-    )
+    """Return the errors of all answers divided by the words of all references, normalized."""
+    normalize = EnglishTextNormalizer({})
+    return float(jiwer.wer([*map(normalize, references)], [*map(normalize, answers)]))
 
 
 def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
-    """Question file -> predictions; each with "clip", the manifest's line of its clip."""
+    """Return the predictions of each dataset file; "clip" of each is its line of the manifest.
+
+    Raises:
+        PredictionError: There are no predictions, or they do not fit the data.
+    """
     found = {}
     for file in (*CHOICES, *WORDS):
         path = folder / "answers" / f"{file}.json"
@@ -74,37 +82,40 @@ def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
             continue
         found[file] = json.loads(path.read_text(encoding="utf-8"))
         names = [Path(row["audio_id"]).name for row in found[file]]
-        if sorted(names) != sorted(asked(file, clips)):
+        if sorted(names) != sorted(expected_clips(file, clips)):
             raise PredictionError(
-                f"{path} does not ask about each held-out clip once. Build the data and answer anew."
+                f"{path} does not have each held-out clip once. "
+                "Build the data and generate the predictions again."
             )
         for row, name in zip(found[file], names, strict=True):
             row["clip"] = clips[name]
             if row["ref"] != reference(file, row["clip"]):
                 raise PredictionError(
-                    f"{path}: the reference {row['ref']!r} is not what data/toy/speech/manifest.jsonl says of {name}. "
-                    "Build the data and answer anew."
+                    f"{path}: the reference {row['ref']!r} is not what "
+                    f"data/toy/speech/manifest.jsonl says of {name}. "
+                    "Build the data and generate the predictions again."
                 )
     if not found:
         raise PredictionError(
-            f"{folder} holds no answers/speech_*.json. Answer the questions of data.toy.build_as first."
+            f"{folder} holds no answers/speech_*.json. "
+            "Answer the questions of data.toy.build_as first."
         )
     return found
 
 
-def asked(file: str, clips: dict[str, dict]) -> list[str]:
-    """The clips that a question file is about: those held out, and for the gender only voices not in training."""
+def expected_clips(file: str, clips: dict[str, dict]) -> list[str]:
+    """Return the clips of a dataset file: those held out, for gender only with unknown voices."""
     known = {clip["voice"] for clip in clips.values() if clip["split"] == "train"}
-    heldout = [clip for clip in clips.values() if clip["split"] == "test"]
-    return [
-        clip["file"]
-        for clip in heldout
-        if clip["voice"] not in known or not file.startswith("speech_gender")
-    ]
+    names = []
+    for clip in clips.values():
+        is_known = file.startswith("speech_gender") and clip["voice"] in known
+        if clip["split"] == "test" and not is_known:
+            names.append(clip["file"])
+    return names
 
 
 def reference(file: str, clip: dict) -> str:
-    """The right answer to a question file's question about a clip."""
+    """Return the right answer to the question of a dataset file about a clip."""
     if file in WORDS:
         return f"Spoken text: {clip['text']}"
     if file.startswith("speech_gender"):
@@ -114,58 +125,65 @@ def reference(file: str, clip: dict) -> str:
 
 
 def choice_lines(file: str, rows: list[dict]) -> dict[str, Line]:
-    """Share of right answers, per voice for the gender, of answers in form, and of the most frequent reference."""
+    """Return the fractions of right and of well-formed answers, and of the majority reference.
+
+    For gender, also the fraction of right answers for each voice.
+    """
     title = TITLES[file]
-    truths = [read_choice(file, row["ref"]) for row in rows]
+    references = [read_choice(file, row["ref"]) for row in rows]
     chosen = [read_choice(file, row["pred"]) for row in rows]
-    hits = [choice == truth for choice, truth in zip(chosen, truths, strict=True)]
+    hits = [choice == expected for choice, expected in zip(chosen, references, strict=True)]
     lines = {title: rate(hits)}
     if file.startswith("speech_gender"):
-        for voice in dict.fromkeys(row["clip"]["voice"] for row in rows):
-            own = [
-                hit for hit, row in zip(hits, rows, strict=True) if row["clip"]["voice"] == voice
-            ]
-            lines[f"{title}: {voice} ({rows_gender(rows, voice)})"] = rate(own)
+        voices: dict[str, list[bool]] = {}
+        for hit, row in zip(hits, rows, strict=True):
+            voices.setdefault(row["clip"]["voice"], []).append(hit)
+        for voice, own_hits in voices.items():
+            lines[f"{title}: {voice} ({rows_gender(rows, voice)})"] = rate(own_hits)
     lines[f"{title}: in form"] = rate([choice is not None for choice in chosen])
-    lines[f"{title}: if always the most frequent"] = {
-        "share": Counter(truths).most_common(1)[0][1] / len(truths)
-    }
+    _, majority_count = Counter(references).most_common(1)[0]
+    lines[f"{title}: if always the most frequent"] = {"share": majority_count / len(references)}
     return lines
 
 
 def rows_gender(rows: list[dict], voice: str) -> str:
-    """The gender of a voice."""
+    """Return the gender of a voice."""
     return next(row["clip"]["gender"] for row in rows if row["clip"]["voice"] == voice)
 
 
 def word_lines(file: str, rows: list[dict]) -> dict[str, Line]:
-    """Word error rates: of all clips, of the recorded voice, of what the model was given; and the answers in form."""
+    """Return word error rates and the fraction of well-formed answers.
+
+    There is a word error rate of all clips, of the recorded voice, of the synthetic voices, and of
+    the transcripts that the model was given.
+    """
     title = WORDS[file]
     texts = [row["clip"]["text"] for row in rows]
     answers = [spoken(row["pred"]) for row in rows]
     lines: dict[str, Line] = {f"WER, {title}": {"share": word_error_rate(texts, answers)}}
     recorded = [number for number, row in enumerate(rows) if "source_file" in row["clip"]]
-    for name, chosen in (
-        ("recorded voice", recorded),
-        ("synthetic", sorted(set(range(len(rows))) - set(recorded))),
-    ):
-        if chosen:
-            errors = word_error_rate(
-                [texts[number] for number in chosen], [answers[number] for number in chosen]
-            )
-            lines[f"WER, {title}: {name}"] = {"share": errors}
-    given = [row.get("transcript") or "" for row in rows]
-    if any(given):
-        lines[f"WER, {title}: those words themselves"] = {"share": word_error_rate(texts, given)}
-    lines[f"{title}: in form"] = rate([SPOKEN.match(row["pred"] or "") is not None for row in rows])
+    synthetic = [number for number, row in enumerate(rows) if "source_file" not in row["clip"]]
+    for name, numbers in (("recorded voice", recorded), ("synthetic", synthetic)):
+        if not numbers:
+            continue
+        own_texts = [texts[number] for number in numbers]
+        own_answers = [answers[number] for number in numbers]
+        errors = word_error_rate(own_texts, own_answers)
+        lines[f"WER, {title}: {name}"] = {"share": errors}
+    transcripts = [row.get("transcript") or "" for row in rows]
+    if any(transcripts):
+        errors = word_error_rate(texts, transcripts)
+        lines[f"WER, {title}: those words themselves"] = {"share": errors}
+    is_well_formed = [SPOKEN.match(row["pred"] or "") is not None for row in rows]
+    lines[f"{title}: in form"] = rate(is_well_formed)
     return lines
 
 
 def evaluate(folders: list[Path]) -> dict:
-    """Everything that is printed: the runs and, by title of a line, one value a run and their mean.
+    """Return the runs and, for each title of a line, one value per run and their mean.
 
     Raises:
-        PredictionError: a run has no answers, or answers to other questions.
+        PredictionError: A run has no answers, or answers to other questions.
     """
     lines = (TOY / "speech" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     clips = {clip["file"]: clip for clip in map(json.loads, lines)}
@@ -177,38 +195,36 @@ def evaluate(folders: list[Path]) -> dict:
                 table.setdefault(title, [None] * len(folders))[number] = line
     rows = []
     for title, cells in table.items():
-        shares = [cell["share"] for cell in cells if cell is not None]
-        rows.append({"name": title, "runs": cells, "mean": sum(shares) / len(shares)})
+        values = [cell["share"] for cell in cells if cell is not None]
+        rows.append({"name": title, "runs": cells, "mean": sum(values) / len(values)})
     return {"runs": [folder.name for folder in folders], "rows": rows}
 
 
 def format_table(result: dict) -> str:
-    """The table as text."""
+    """Return the table as text."""
     width = max(len(row["name"]) for row in result["rows"])
-    several = len(result["runs"]) > 1
-    heads = [*result["runs"], *(["mean"] if several else [])]
+    has_mean = len(result["runs"]) > 1
+    heads = [*result["runs"], "mean"] if has_mean else result["runs"]
     lines = [
-        "Held-out speech: shares with 95 % intervals, and word error rates (WER).",
+        "Held-out speech: fractions with 95 % intervals, and word error rates (WER).",
         "",
         " " * width + "".join(f"  {head:<17}" for head in heads),
     ]
     for row in result["rows"]:
-        cells = [format_line(cell) for cell in row["runs"]] + (
-            [f"{row['mean']:.2f}"] if several else []
-        )
+        cells = [format_line(cell) for cell in row["runs"]]
+        if has_mean:
+            cells.append(f"{row['mean']:.2f}")
         lines.append(f"{row['name']:<{width}}" + "".join(f"  {cell:<17}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def format_line(line: Line | None) -> str:
-    """A cell: a share with its interval if it has one, a dash where nothing was answered."""
+    """Return a cell: a fraction with its interval if it has one, a dash without predictions."""
     if line is None:
         return "-"
-    return (
-        "{share:.2f} [{low:.2f}, {high:.2f}]".format(**line)
-        if "low" in line
-        else f"{line['share']:.3f}"
-    )
+    if "low" in line:
+        return "{share:.2f} [{low:.2f}, {high:.2f}]".format(**line)
+    return f"{line['share']:.3f}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -228,8 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output_path",
         type=Path,
-        default=None,
-        help="default: speech_table.json in the first folder",
+        help="JSON file (default: speech_table.json in the first folder)",
     )
     args = parser.parse_args(argv)
     try:

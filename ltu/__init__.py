@@ -1,6 +1,7 @@
-"""Listen, Think, and Understand: an ear, a projection and a LoRA-adapted language model.
+"""Provides LTU (Listen, Think, and Understand) as Hugging Face classes.
 
-Importing this package registers its classes with the Auto classes of transformers and loads no weights.
+The model consists of an audio encoder, a projector and a language model with LoRA. Importing this
+package registers its classes with the Auto classes of transformers, and loads no weights.
 """
 
 from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig, YamnetConfig

@@ -1,7 +1,8 @@
 """Ask one clip one question.
 
-python -m ltu.ask CLIP "What can be inferred from the audio?" --model exp/quickstart/seed0/stage4_all_mix
-python -m ltu.ask none "What is the capital of France?" --model DIR      without audio
+python -m ltu.ask CLIP "What can be inferred from the audio?" --model
+exp/quickstart/seed0/stage4_all_mix python -m ltu.ask none "What is the capital of France?" --model
+DIR      without audio
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if answer.transcript:
             print(f"(transcript: {answer.transcript})", file=sys.stderr)
         print(
-            f"(heard {answer.seconds_heard:.2f} of {answer.seconds_total:.2f} seconds)",
+            f"(used {answer.seconds_heard:.2f} of {answer.seconds_total:.2f} seconds)",
             file=sys.stderr,
         )
     return 0

@@ -1,19 +1,20 @@
-"""Released files and small parts -> one of our checkpoint folders, every key accounted for; and back.
+"""Converts original files and pretrained components into a checkpoint folder, and back.
 
     python -m ltu.convert_checkpoint --llm DIR_OR_ID --checkpoint FILE_OR_DIR --output_dir DIR
-    python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --audio_encoder FILE_OR_DIR --output_dir DIR
+    python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --audio_encoder FILE --output_dir DIR
     python -m ltu.convert_checkpoint --model DIR --to_original FILE.bin
     python -m ltu.convert_checkpoint --model DIR --merge --output_dir DIR
 
-The first opens an original file, trainable parameters alone or a whole model (then `--llm` gives config and tokenizer,
-and the new folder holds the language model). The second writes what stage 1 starts from, the third a file as the
-original's Trainer would have, the fourth a folder that needs no other.
+1. Opens an original file, with the trainable parameters alone or a whole model. For a whole model,
+   `--llm` gives config and tokenizer, and the new folder contains the language model.
+2. Writes the initial checkpoint, from which stage 1 starts. Without `--audio_encoder` the audio
+   encoder is random, with a warning.
+3. Writes a file as the original's Trainer would.
+4. Writes a self-contained folder: the language model with LoRA merged in.
 
-Notable:
-- Each key of a file is placed, renamed, or dropped by a rule with a reason; one left over or missing is an error.
-- Pickles are opened with `weights_only=True` alone. Of a language model that is not copied, only the embeddings are
-  read, for `--init`.
-- A file without an ear gives a random one, and says so loudly.
+Each key of a file is placed, renamed, or dropped by a rule with a reason; a key that is left over
+or missing is an error. Pickles are opened only with `weights_only=True`. Of a language model that
+is not copied, only the embeddings are read, for `--init`.
 """
 
 import argparse
@@ -24,69 +25,98 @@ from safetensors import SafetensorError
 from ltu.checkpoints.convert import LtuKind, convert
 from ltu.files import run_command
 
+PROMPT_TEMPLATE = "alpaca_short"
+USAGE = (
+    "give --llm and --output_dir with --checkpoint or --init (and its --audio_encoder, "
+    "--prompt_template); --model with --to_original; or --model and --output_dir with --merge. "
+    "--llm_dtype is for --checkpoint and --merge"
+)
+
 
 def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
+    """Return the flags; contradictory ones end the program, as in argparse."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--llm", help="folder or hub id of the language model that the checkpoint was trained with"
+        "--llm",
+        help="Folder or hub id of the language model that the checkpoint was trained with.",
     )
     parser.add_argument(
-        "--checkpoint", help="an original file (.bin), or a folder with all of a model's"
+        "--checkpoint",
+        help="An original file (.bin), or a folder with all files of a model.",
     )
     parser.add_argument(
-        "--init", action="store_true", help="write the folder that stage 1 starts from"
+        "--init", action="store_true", help="Write the initial checkpoint of stage 1."
     )
     parser.add_argument(
         "--audio_encoder",
-        help="with --init: a .pth, a folder with an ear of ours, or a released vicuna folder; none: random",
-    )
-    parser.add_argument("--model", help="a checkpoint folder of ours, for --to_original or --merge")
-    parser.add_argument(
-        "--to_original", metavar="FILE", help="write it as the original's trainable-only file"
+        help="With --init: a .pth file, one of our folders of an audio encoder, or a released "
+        "vicuna folder. Without it the audio encoder is random.",
     )
     parser.add_argument(
-        "--merge", action="store_true", help="write it with its language model, LoRA merged in"
-    )
-    parser.add_argument("--lora_alpha", type=int, default=16, help="not stored in original files")
-    parser.add_argument(
-        "--lora_dropout", type=float, default=0.05, help="not stored in original files"
+        "--model", help="A checkpoint folder of ours, for --to_original or --merge."
     )
     parser.add_argument(
-        "--llm_dtype", choices=("float32", "float16", "bfloat16"), help="of an LLM that is written"
+        "--to_original",
+        metavar="FILE",
+        help="Write the model as a file of the original, with the trainable parameters only.",
     )
     parser.add_argument(
-        "--prompt_template", default="alpaca_short", help="of --init: that, a JSON file, or chat"
+        "--merge",
+        action="store_true",
+        help="Write the model with its language model, LoRA merged in.",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of random parts")
-    parser.add_argument("--output_dir")
+    parser.add_argument(
+        "--lora_alpha", type=int, default=16, help="Alpha of LoRA, which original files lack."
+    )
+    parser.add_argument(
+        "--lora_dropout",
+        type=float,
+        default=0.05,
+        help="Dropout of LoRA, which original files lack.",
+    )
+    parser.add_argument(
+        "--llm_dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="Dtype of a language model that is written.",
+    )
+    parser.add_argument(
+        "--prompt_template",
+        default=PROMPT_TEMPLATE,
+        help=f"With --init: {PROMPT_TEMPLATE}, a JSON file, or chat.",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=42, help="Seed of the weights that are initialized at random."
+    )
+    parser.add_argument("--output_dir", help="The checkpoint folder to write.")
     kind.add_flags(parser)
     args = parser.parse_args(argv)
-    commands = [bool(flag) for flag in (args.checkpoint, args.init, args.to_original, args.merge)]
-    out, in_folder = any(commands[2:]), args.checkpoint or args.merge
-    fits = (
-        bool(args.model) == out
-        and (out or args.llm)
-        and bool(args.output_dir) != bool(args.to_original)
-    )
-    is_new = args.audio_encoder or args.prompt_template != "alpaca_short"
-    if (
-        sum(commands) != 1
-        or not fits
-        or (is_new and not args.init)
-        or (args.llm_dtype and not in_folder)
-    ):
-        parser.error(
-            "give --llm and --output_dir with --checkpoint or --init (and its --audio_encoder, --prompt_template); --model "
-            "with --to_original; or --model and --output_dir with --merge. --llm_dtype is for --checkpoint and --merge"
-        )
+    if not _is_consistent(args):
+        parser.error(USAGE)
     for source in (args.llm, args.checkpoint, args.audio_encoder, args.model):
         if source and args.output_dir and Path(source).resolve() == Path(args.output_dir).resolve():
-            parser.error(f"--output_dir {args.output_dir} is what is read. Name another folder.")
+            parser.error(f"--output_dir {args.output_dir} is also an input. Name another folder.")
     return args
+
+
+def _is_consistent(args: argparse.Namespace) -> bool:
+    """Return whether the flags name exactly one conversion, with the paths that it needs."""
+    commands = [args.checkpoint, args.init, args.to_original, args.merge]
+    if sum(bool(command) for command in commands) != 1:
+        return False
+    # A model of ours is an input of two conversions; the other two need a language model.
+    reads_our_model = bool(args.to_original or args.merge)
+    if bool(args.model) != reads_our_model or not (reads_our_model or args.llm):
+        return False
+    if bool(args.output_dir) == bool(args.to_original):
+        return False
+    has_init_flags = args.audio_encoder or args.prompt_template != PROMPT_TEMPLATE
+    if has_init_flags and not args.init:
+        return False
+    return not args.llm_dtype or bool(args.checkpoint or args.merge)
 
 
 def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:

@@ -1,15 +1,16 @@
-"""Train one stage.
+"""Trains one stage.
 
-    python -m ltu.finetune --base_model exp/init --data_path data.json --output_dir exp/stage1 --trainable_params proj
-    torchrun --nproc_per_node 4 -m ltu.finetune ...          the same global batch on four GPUs
-    python -m ltu.finetune ... --show_batch                  a batch as the model gets it; no training
-    python -m ltu.finetune ... --plan                        steps, sizes and what is trained; no training
+    python -m ltu.finetune --base_model exp/init --data_path data.json --output_dir exp/stage1
+    torchrun --nproc_per_node 4 -m ltu.finetune ...     the same global batch on four GPUs
+    python -m ltu.finetune ... --show_batch             print a batch as the model gets it, and stop
+    python -m ltu.finetune ... --plan                   print steps, sizes and parameters, and stop
 
-Notable:
-- The original's flags by name. `--base_model` is a checkpoint folder: of `ltu.convert_checkpoint`, or of the stage
-  before.
-- What the folder says (ear, LoRA's rank, prompt template) is not typed again; a flag that contradicts it is an error.
-- The logged learning rate is the one after the step, and the epoch counts micro-batches, as in the original's logs.
+The flags have the names of the original's. `--base_model` is a checkpoint folder that
+`ltu.convert_checkpoint` or the stage before has written. The folder determines the audio encoder,
+the rank of LoRA and the prompt template; a flag that contradicts it is an error.
+
+The logged learning rate is the one after the step, and the epoch counts micro-batches, as in the
+original's logs.
 """
 
 import sys
@@ -25,28 +26,34 @@ def main(argv: list[str] | None = None) -> None:
     trainer = make_trainer(model_args, data, run)
     record = trainer.record
     if trainer.is_world_process_zero():
-        percent = 100 * record["parameters"]["trainable"] / record["parameters"]["all"]
+        trainable = record["parameters"]["trainable"]
+        total = record["parameters"]["all"]
         print(
-            f"trainable params: {record['parameters']['trainable']} || all params: {record['parameters']['all']} || "
-            f"trainable%: {percent}"
+            f"trainable params: {trainable} || all params: {total} || "
+            f"trainable%: {100 * trainable / total}"
         )
         print(
-            f"{record['rows']} rows, {record['total_steps']} steps of {run.batch_size}, bf16: {trainer.args.bf16}, "
-            f"{trainer.args.device}"
+            f"{record['rows']} examples, {record['total_steps']} steps of {run.batch_size}, "
+            f"bf16: {trainer.args.bf16}, {trainer.args.device}"
         )
     if data.plan:
         return
     if data.show_batch:
-        print(describe_batch(next(iter(trainer.get_train_dataloader())), trainer.processing_class))
+        batch = next(iter(trainer.get_train_dataloader()))
+        print(describe_batch(batch, trainer.processing_class))
         return
+
     trainer.train(resume_from_checkpoint=find_resumed(run, record))
     trainer.gather_skipped()
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero() and trainer.train_dataset.skipped:
+    if trainer.is_world_process_zero():
         skipped = trainer.train_dataset.skipped
-        print(f"{len(skipped)} rows skipped: {skipped[:10]}", file=sys.stderr)
-    # A process that leaves while others still write would abort, and take the rendezvous of several nodes with it.
+        if skipped:
+            print(f"{len(skipped)} examples skipped: {skipped[:10]}", file=sys.stderr)
+
+    # Wait for all processes: one that exits while others still write would abort, and with it the
+    # rendezvous of several machines.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

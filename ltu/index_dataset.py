@@ -1,6 +1,6 @@
-"""Write an Arrow index of a dataset file, which training maps into memory.
+"""Writes an Arrow index of a dataset file, which training maps into memory.
 
-python -m ltu.index_dataset all.json --base_model DIR        writes all.json.arrow, which training then opens
+python -m ltu.index_dataset all.json --base_model DIR        writes all.json.arrow
 """
 
 import argparse
@@ -20,25 +20,37 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("data_path", type=Path, help="rows: JSON list, JSON lines or Parquet")
     parser.add_argument(
-        "--base_model", required=True, help="checkpoint folder that is to be trained: its tokenizer"
+        "data_path", type=Path, help="The dataset file: a JSON list, JSON lines or Parquet."
     )
     parser.add_argument(
-        "--output_path", type=Path, help="default: FILE.arrow, where training looks for it"
+        "--base_model",
+        required=True,
+        help="The checkpoint folder that is to be trained, which has the tokenizer.",
     )
     parser.add_argument(
-        "--audio_root", help="folder of relative audio_ids (default: that of the data file)"
+        "--output_path",
+        type=Path,
+        help="The index. The default is FILE.arrow, where training looks for it.",
+    )
+    parser.add_argument(
+        "--audio_root",
+        help="The folder to which audio_ids are relative. The default is the folder of the "
+        "dataset file.",
     )
     for name in WHISPER_FLAGS:
-        parser.add_argument(f"--{name}", help="LTU-AS: as in training")
+        parser.add_argument(f"--{name}", help="LTU-AS: the same as in training.")
     args = parser.parse_args(argv)
+
     processor = AutoProcessor.from_pretrained(find_checkpoint(args.base_model, CHECKPOINT_FILES))
-    processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
-    rows = IndexedRows(build_index(args.data_path, processor, args.output_path, args.audio_root))
-    ids = rows.num_tokens.float()
+    whisper_settings = {name: getattr(args, name) for name in WHISPER_FLAGS}
+    processor.use(**whisper_settings)
+    index = build_index(args.data_path, processor, args.output_path, args.audio_root)
+    rows = IndexedRows(index)
+    num_tokens = rows.num_tokens.float()  # (rows,)
     print(
-        f"{rows.path}: {len(rows)} rows, {ids.mean():.1f} text ids on average, {int(ids.max())} at most"
+        f"{index}: {len(rows)} examples, {num_tokens.mean():.1f} text tokens on average, "
+        f"{int(num_tokens.max())} at most"
     )
 
 

@@ -1,16 +1,20 @@
-"""Answer files of questions.
+"""Answer the questions of dataset files.
 
-    python -m ltu.inference_batch --model DIR --data_path Q.json --output_path P.json
-    python -m ltu.inference_batch --model DIR --data_path Q1.json Q2.json --output_path P1.json P2.json
-    torchrun --nproc_per_node 4 -m ltu.inference_batch ...        the same files, on four GPUs
-    python -m ltu.inference_batch --model DIR --data_path Q.json --check_batch        batched answers = single ones?
+    python -m ltu.inference_batch --model DIR --data_path Q.json --output_path P.json python -m
+    ltu.inference_batch --model DIR --data_path Q1.json Q2.json --output_path P1.json P2.json
+    torchrun --nproc_per_node 4 -m ltu.inference_batch ...      the same files, on four GPUs python
+    -m ltu.inference_batch --model DIR --data_path Q.json --check_batch
+                                                                are batched answers those of single
+                                                                ones?
 
-Q.json has the rows of training; `output` is the reference and may be absent. P.json is a list of
-`{"prompt", "pred", "ref", "audio_id", "status", "seconds_heard", ...}` in the order of the questions.
+Q.json has examples as for training; `output` is the reference and may be absent. P.json is a list
+of `{"prompt", "pred", "ref", "audio_id", "status", "seconds_heard", ...}` in the order of the
+questions.
 
-Stop it at any time and run it again: it goes on (`ltu.answer_file`). Equal questions on equal clips are asked once.
-Exits with 1 when more than `--max_bad` questions have no answer. Mend their clips and run it again: they alone are
-asked.
+A stopped run continues when it is started again (`ltu.inference.predictions_file`). Equal
+questions about equal clips are answered once. The exit status is 1 if more than `--max_bad`
+questions have no answer.
+Fix their clips and run it again: only these questions are answered then.
 """
 
 import argparse
@@ -59,9 +63,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     outputs = [Path(path).absolute() for path in args.output_path or []]
     if len(args.data_path) != len(outputs) and not args.check_batch:
         parser.error(f"{len(args.data_path)} files of questions, but {len(outputs)} --output_path")
-    if len({*outputs, *(Path(path).absolute() for path in args.data_path)}) < len(outputs) + len(
-        set(args.data_path)
-    ):
+    inputs = [Path(path).absolute() for path in args.data_path]
+    if len({*outputs, *inputs}) < len(outputs) + len(set(args.data_path)):
         parser.error("an --output_path is that of another file, or of the questions themselves")
     for path in outputs:  # Before hours of work, not after.
         if path.is_dir():
@@ -87,12 +90,11 @@ def main(argv: list[str] | None = None) -> int:
         outputs = [
             stack.enter_context(closing(AnswerFile(path, ranks.rank))) for path in args.output_path
         ]
-        for is_my_turn in (
-            ranks.rank == 0,
-            ranks.rank > 0,
-        ):  # Rank 0 finds out whether another run is there.
-            for output in outputs if is_my_turn else ():
-                output.lock()
+        # Rank 0 locks first and finds out whether another run writes the files.
+        for is_own_turn in (ranks.rank == 0, ranks.rank > 0):
+            if is_own_turn:
+                for output in outputs:
+                    output.lock()
             ranks.gather()
         engine = open_engine(args)
         found = [
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             print_summary("together", answers)
         if has_failed:
             print(
-                "The partial files are kept: mend the clips and run it again, they alone are asked.",
+                "The partial files stay. Fix the clips and run it again; only questions without an "
+                "answer are answered then.",
                 file=sys.stderr,
             )
         for output in outputs if ranks.rank == 0 else ():

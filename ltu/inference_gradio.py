@@ -1,13 +1,13 @@
-"""A page in the browser to ask about clips, and the endpoint `/predict` that the original's demo had.
+"""Serves a page in the browser that answers questions about clips, and the endpoint `/predict`.
 
-    bash ltu/inference.sh                         the newest checkpoint of this kind in exp/ and pretrained_mdls/
-    bash ltu/inference.sh --model ltu_ori_paper   a name of python -m ltu.released: brought, converted once, opened
-    bash ltu/inference.sh --model DIR --share     a folder or hub id; opened to the public, too
+    bash ltu/inference.sh                         the newest checkpoint in exp/, pretrained_mdls/
+    bash ltu/inference.sh --model ltu_ori_paper   a released one: downloaded and converted once
+    bash ltu/inference.sh --model DIR --share     a folder or hub id; reachable from the internet
 
-Notable:
-- It listens on this machine only, and its page loads nothing from other hosts (but with --share, which says so).
-- A clip is an upload, never a path or an address in a request. Uploads lie in a folder that goes with the process, and
-  nothing is logged but how many questions ended how.
+`/predict` has the parameters of the original's demo. By default only this machine can reach the
+page, and the page loads nothing from other hosts; with --share its scripts are from Gradio's host.
+A clip is an upload, never a path or an address in a request. Uploads are stored in a folder that is
+removed when the process ends. Nothing is logged but the number of questions by status.
 """
 
 import argparse
@@ -21,45 +21,62 @@ from ltu.files import run_command
 from ltu.inference.generation_flags import add_generation_flags, open_engine, refuse_unused
 from ltu.serving.gradio_page import Demo
 
+LOCAL_HOST = "127.0.0.1"
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **form)
+    """Parse the flags. Without --model it is "", the newest checkpoint."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add_generation_flags(parser)
     parser.add_argument(
-        "--from", dest="source", help="folder or address with files of the released table's names"
+        "--from",
+        dest="source",
+        help="Folder or URL from which released files are taken; they have the table's names.",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument(
-        "--share", action="store_true", help="also at a public address of Gradio's, for a week"
+        "--host",
+        default=LOCAL_HOST,
+        help="Address to bind; 0.0.0.0 makes the page reachable from other machines.",
     )
-    parser.add_argument("--max_seconds", type=float, default=600, help="of a clip")
-    parser.add_argument("--max_mb", type=int, default=100, help="of a file")
-    return refuse_unused(
-        parser, parser.parse_args(["--model", "", *(sys.argv[1:] if argv is None else argv)])
+    parser.add_argument(
+        "--port", type=int, help="Port to bind; by default the first free one from 7860."
     )
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="Also make the page reachable at a public address of Gradio's for a week.",
+    )
+    parser.add_argument(
+        "--max_seconds", type=float, default=600, help="Maximum length of a clip in seconds."
+    )
+    parser.add_argument("--max_mb", type=int, default=100, help="Maximum size of an upload in MiB.")
+    flags = sys.argv[1:] if argv is None else argv
+    # --model is required by the other commands. Here the default comes first, and the flag wins.
+    return refuse_unused(parser, parser.parse_args(["--model", "", *flags]))
 
 
 def main(argv: list[str] | None = None, kind: str = "ltu") -> None:
+    """Serve the page until Ctrl-C or SIGTERM. `kind` is that of the newest checkpoint."""
     args = parse_args(argv)
     args.model = str(find_or_make(args.model, kind, args.llm, args.source))
-    if args.share or args.host != "127.0.0.1":
+    if args.share or args.host != LOCAL_HOST:
         print(
-            "Whoever has the address can ask. With --share, all goes through Gradio's servers.",
+            "warning: everyone who has the address can use the page. With --share, all data is "
+            "sent through Gradio's servers.",
             file=sys.stderr,
         )
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # As Ctrl-C: uploads are removed, questions counted.
+    # End on SIGTERM as on Ctrl-C, so that uploads are removed and the counts are printed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="ltu_demo_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         demo = Demo(open_engine(args), args)
         demo.launch()
-        print(
-            "Questions:",
-            ", ".join(f"{count} {how}" for how, count in demo.counts.most_common()) or "none",
-        )
+        counts = [f"{count} {status}" for status, count in demo.counts.most_common()]
+        print("Questions:", ", ".join(counts) or "none")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What the authors released, as one table, and the way from a row of it to files on this disk.
+"""Lists what the authors released, downloads it, and prepares the data and checkpoint of a model.
 
     python -m ltu.released [--markdown]                  the names, or the whole table
     python -m ltu.released download NAME [--root DIR]    one row, into DIR/pretrained_mdls
-    python -m ltu.released prep --kind ltu               toy set and default checkpoint (train_scripts/*/prep_train.sh)
+    python -m ltu.released prep --kind ltu               toy set and default checkpoint
 
-Notable:
-- The authors round sizes and give no hashes: a sha256 stands here only where somebody published it.
+train_scripts/*/prep_train.sh runs `prep`. The authors round sizes and publish no hashes: a row has
+a sha256 only where somebody published it.
 """
 
 import argparse
@@ -17,51 +17,76 @@ from ltu.files import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **form)
-    parser.add_argument("command", nargs="?", choices=("list", "download", "prep"), default="list")
-    parser.add_argument("name", nargs="?", help="of download: a row")
-    parser.add_argument("--markdown", action="store_true", help="of list: the whole table")
-    parser.add_argument("--kind", choices=sorted(PREP), default="ltu")
-    parser.add_argument(
-        "--full", action="store_true", help="also the sets and subsets that the stage scripts read"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--eval", action="store_true", help="also the authors' evaluation questions, for eval.run"
+        "command",
+        nargs="?",
+        choices=("list", "download", "prep"),
+        default="list",
+        help="What to do. The default lists the table.",
+    )
+    parser.add_argument("name", nargs="?", help="The row to download.")
+    parser.add_argument(
+        "--markdown", action="store_true", help="Print the whole table as markdown."
     )
     parser.add_argument(
-        "--from", dest="source", help="folder or address with files of the table's names"
+        "--kind", choices=sorted(PREP), default="ltu", help="The model that prep prepares."
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="print links, sizes, places and commands only"
+        "--full",
+        action="store_true",
+        help="Also prepare the sets and subsets that the stage scripts read.",
     )
     parser.add_argument(
-        "--llm", default=VICUNA, help="language model of the checkpoint: folder or hub id"
+        "--eval",
+        action="store_true",
+        help="Also download the authors' evaluation questions, for eval.run.",
     )
     parser.add_argument(
-        "--root", type=Path, default=Path("."), help="where pretrained_mdls and data lie"
+        "--from",
+        dest="source",
+        help="A folder, or the address of one, with files of the table's names.",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print links, sizes, paths and commands, and do nothing.",
+    )
+    parser.add_argument(
+        "--llm",
+        default=VICUNA,
+        help="The language model of the checkpoint: a folder or a hub id.",
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path("."), help="The folder of pretrained_mdls and data."
     )
     args = parser.parse_args(argv)
     if args.command == "prep":
         prep(args)
     elif args.command == "download":
-        print(
-            download(
-                args.name or parser.error("download needs a NAME"),
-                args.root / "pretrained_mdls",
-                args.source,
-            )
-        )
+        if not args.name:
+            parser.error("download needs a NAME")
+        print(download(args.name, args.root / "pretrained_mdls", args.source))
     elif args.markdown:
-        names = [field.name for field in fields(Released)]
-        print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-        for row in TABLE:
-            cells = asdict(row) | {"link": f"[{row.file}]({row.url})", "size": size_of(row)}
-            print(f"| {' | '.join('' if cell is None else str(cell) for cell in cells.values())} |")
+        print_markdown()
     else:
-        print(
-            "\n".join(f"{row.name:26} {row.kind:8} {size_of(row):13} {row.note}" for row in TABLE)
-        )
+        for row in TABLE:
+            print(f"{row.name:26} {row.kind:8} {size_of(row):13} {row.note}")
+
+
+def print_markdown() -> None:
+    """Print the table, one column for each field of a row."""
+    names = [field.name for field in fields(Released)]
+    print(f"| {' | '.join(names)} |")
+    print(f"|{'---|' * len(names)}")
+    for row in TABLE:
+        cells = asdict(row) | {"link": f"[{row.file}]({row.url})", "size": size_of(row)}
+        texts = ["" if cell is None else str(cell) for cell in cells.values()]
+        print(f"| {' | '.join(texts)} |")
 
 
 if __name__ == "__main__":

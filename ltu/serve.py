@@ -1,15 +1,21 @@
-"""Answer over HTTP as OpenAI's chat completions do, so that its clients work as they are.
+"""Serves a model through the chat completions API of OpenAI, for its unmodified clients.
 
-    python -m ltu.serve --model DIR            then, in a client, base_url="http://127.0.0.1:8000/v1"
+    python -m ltu.serve --model DIR      then, in a client, base_url="http://127.0.0.1:8000/v1"
 
-Notable:
-- A message may hold a clip, {"type": "input_audio", "input_audio": {"data": base64, "format": "wav", "mp3" or "flac"}}.
-- Without `temperature` answers are greedy, as those of the other commands (OpenAI's are sampled); 0 is greedy too.
-  Above 0 they are sampled, without a `seed` from a new one each, which the reply tells.
-- Of ours: `transcript`, `mode`, `num_chunks`, `top_k`, `repetition_penalty` in a request; "ltu" (status, seconds heard and
-  more) in a reply. A clip that cannot be heard is a 400 whose `code` is its status.
-- What would change an answer and is not supported is refused. Nothing that a request names is opened; only counts are
-  logged. Where the environment sets LTU_API_KEY, /v1 asks for it; /health and /metrics are open.
+A message may contain a clip as a part
+{"type": "input_audio", "input_audio": {"data": base64, "format": "wav", "mp3" or "flac"}}.
+
+Without `temperature`, or with 0, decoding is greedy, as in the other commands (OpenAI's server
+samples by default). Above 0 tokens are sampled; without a `seed` each request gets another one,
+which the reply contains.
+
+A request may also have `transcript`, `mode`, `num_chunks`, `top_k` and `repetition_penalty`. A
+reply also has "ltu": status, seconds of audio that were used, and more. For a clip that cannot be
+decoded the reply is a 400, and its `code` is the status.
+
+A field that would change an answer and is not supported is refused. Nothing that a request names is
+opened, and only counts are logged. If the environment variable LTU_API_KEY is set, /v1 requires
+that key; /health and /metrics are open.
 """
 
 import argparse
@@ -20,17 +26,18 @@ from ltu.data.audio import SAMPLING_RATE
 from ltu.files import run_command
 from ltu.inference.generation_flags import add_generation_flags, open_engine, refuse_unused
 from ltu.inference.requests import Request
-from ltu.serving.openai_server import FLAGS, make_server
+from ltu.serving.openai_server import make_server
 
 
 def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    """Parse the flags; exits with 2 and a message if one is unknown or impossible."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add_generation_flags(parser)
-    for name, (default, text) in FLAGS.items():
-        parser.add_argument(
-            f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})"
-        )
+    add_server_flags(parser)
     args = refuse_unused(parser, parser.parse_args(argv))
     if (args.max_new_tokens or 0) > args.max_tokens:
         parser.error(
@@ -39,13 +46,38 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the address, the batches and the limits."""
+
+    def add(name: str, default: str | int | float, text: str) -> None:
+        text = f"{text} (default: {default})"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+
+    add(
+        "host",
+        "127.0.0.1",
+        "Address to bind. Set LTU_API_KEY before you make it reachable for others.",
+    )
+    add("port", 8000, "Port to bind; 0 selects a free one.")
+    add("name", "", "Name of the model for clients; by default that of its folder.")
+    add("max_batch", 8, "Maximum number of requests in a batch.")
+    add("max_wait_ms", 20.0, "Milliseconds that a request waits for others to form a batch.")
+    add("max_queue", 64, "Maximum number of requests at the same time; more get a 429.")
+    add("max_body_mb", 25.0, "Maximum size of a request's body in MiB.")
+    add("max_characters", 100_000, "Maximum length of a prompt in bytes of UTF-8.")
+    add("max_seconds", 300.0, "Maximum length of a clip in seconds.")
+    add("max_tokens", 1024, "Maximum number of new tokens that a request may demand.")
+    add("timeout", 300.0, "Seconds until a request is cancelled.")
+    add("shutdown_seconds", 30, "Seconds that running requests get to finish after SIGTERM.")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
     engine = open_engine(args)
+    # Answer a question about noise, so that a missing part shows now and the first client waits
+    # less.
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLING_RATE).astype(np.float32)
-    engine(
-        [Request("?", noise)], max_new_tokens=1
-    )  # What is missing shows now, and the first client waits less.
+    engine([Request("?", noise)], max_new_tokens=1)
     make_server(engine, args).run()
 
 

@@ -1,6 +1,8 @@
-"""Joint Audio and Speech Understanding: LTU with Whisper for an ear, and its transcript in the prompt.
+"""Provides LTU-AS (Joint Audio and Speech Understanding) as Hugging Face classes.
 
-Importing this package registers its classes with the Auto classes of transformers and loads no weights.
+LTU-AS is LTU with the layers of Whisper's encoder as audio input, and Whisper's transcript in the
+prompt. Importing this package registers its classes with the Auto classes of transformers, and
+loads no weights.
 """
 
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig

@@ -1,4 +1,4 @@
-"""Ask one clip one question: python -m ltu_as.ask takes the arguments of ltu.ask."""
+"""Answers one question about one clip; takes the arguments of ltu.ask."""
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.ask import main

@@ -1,4 +1,4 @@
-"""The numbers that LTU-AS adds: its ear, TLTR, on the layers of Whisper's encoder."""
+"""Defines the configs of LTU-AS and of its audio encoder, TLTR."""
 
 from typing import Any
 
@@ -6,22 +6,31 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ltu.models.configuration_ltu import LtuConfig
 
-# (Blocks, width) of the encoders of OpenAI's models, by the first part of their names; a file says its own.
-WHISPER_SIZES = {"tiny": (4, 384), "base": (6, 512), "small": (12, 768), "medium": (24, 1024)}
-WHISPER_SIZES |= {"large": (32, 1280), "turbo": (32, 1280)}
+# (Blocks, width) of the encoders of OpenAI's models, by the first part of their names. A `.pt` file
+# holds its own sizes.
+WHISPER_SIZES = {
+    "tiny": (4, 384),
+    "base": (6, 512),
+    "small": (12, 768),
+    "medium": (24, 1024),
+    "large": (32, 1280),
+    "turbo": (32, 1280),
+}
 
 
 class TltrConfig(PreTrainedConfig):
-    """The time-and-layer-wise transformer of Whisper-AT: LTU-AS's ear.
+    """The time-and-layer-wise transformer of Whisper-AT: the audio encoder of LTU-AS.
 
     Args:
         hidden_size: width of the Whisper encoder.
-        num_whisper_layers: blocks of that encoder, each of which gives its output.
+        num_whisper_layers: blocks of the Whisper encoder, whose outputs are the input of TLTR.
         num_audio_tokens: time steps of 0.4 s; 25 are 10 s.
-        num_time_heads, num_layer_heads: heads of the transformer over time, and of the one over layers.
-        standardize: bring each channel of each layer to mean 0 and deviation 1 first, by numbers kept with the weights.
-            A TLTR trained on AudioSet needs none; a fresh one does, because few channels of Whisper, large and
-            constant, fill what the LayerNorm of the projection lets through.
+        num_time_heads, num_layer_heads: attention heads of the transformer over time, and of the
+            transformer over layers.
+        standardize: scale each channel of each layer to mean 0 and standard deviation 1 first, with
+            statistics stored with the weights. A TLTR trained on AudioSet does not need it. A newly
+            initialised one does: a few channels of Whisper are large and constant, and would
+            dominate the output of the projector's LayerNorm.
         feature_divisor: see `ltu.CavMaeConfig`; TLTR needs none.
     """
 
@@ -46,7 +55,8 @@ class TltrConfig(PreTrainedConfig):
         ):
             if hidden_size % heads:
                 raise ValueError(
-                    f"hidden_size {hidden_size} does not divide by {name} {heads}. Choose a divisor of it."
+                    f"hidden_size {hidden_size} does not divide by {name} {heads}. Choose a "
+                    f"divisor of {hidden_size}."
                 )
         self.hidden_size = hidden_size
         self.num_whisper_layers = num_whisper_layers
@@ -61,14 +71,13 @@ class TltrConfig(PreTrainedConfig):
 
 
 class LtuAsConfig(LtuConfig):
-    """`LtuConfig` whose ear is TLTR unless `audio_config` says otherwise."""
+    """`LtuConfig` with TLTR as the default audio encoder."""
 
     model_type = "ltu_as"
     default_audio_model_type = "tltr"
 
-    def __init__(
-        self, **kwargs: Any
-    ):  # Without it transformers generates one that skips LtuConfig's.
+    # Without it, transformers generates an __init__ that does not call LtuConfig's.
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
 
 

@@ -1,19 +1,23 @@
-"""Features and transcripts of the clips of rows, kept in a folder.
+"""Extracts features and transcripts of the clips of a dataset file into a folder.
 
-    python -m ltu_as.extract_whisper_feature --data_path ROWS.json --output_dir DIR --model CHECKPOINT
-    python -m ltu_as.extract_whisper_feature --data_path A.json B.json --output_dir DIR --whisper large-v1
-    torchrun --nproc_per_node 4 -m ltu_as.extract_whisper_feature ...        the same files, on four GPUs
+    python -m ltu_as.extract_whisper_feature --model CHECKPOINT --data_path D.json --output_dir DIR
+    python -m ltu_as.extract_whisper_feature --whisper large-v1 --data_path A B --output_dir DIR
+    torchrun --nproc_per_node 4 -m ltu_as.extract_whisper_feature ...
 
-Stop it at any time and run it again: it goes on. Batches are cut from the list of all clips, whatever is there already
-and however many processes share them, so that the files are the same to the bit. `summary.json` in the folder says which
-clips failed and why; exits with 1 when they are more than `--max_bad`.
+The last command uses four GPUs and writes the same files. A run that was stopped continues when it
+is started again. Batches are cut from the list of all clips, whatever is stored already and however
+many processes share the work, so the files are the same to the bit.
+
+`summary.json` in the folder lists the clips that failed, with the reason. The exit status is 1 if
+more clips failed than `--max_bad`.
 """
 
 import argparse
 import json
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,27 +36,42 @@ from ltu_as.feature_store import FeatureStore
 SETTINGS = ("transcription_model", "feature_precision", "language")
 
 
-def clips_of(rows: list[dict], transcribe: str) -> dict[str, tuple[str, bool]]:
-    """audio_id -> its path and whether a transcript is wanted, in the order of the rows.
+@dataclass
+class Clip:
+    """A clip to extract: its path, and whether it is to be transcribed."""
+
+    path: str
+    needs_transcript: bool
+
+
+def clips_of(examples: list[dict], transcribe: str) -> dict[str, Clip]:
+    """Return the clips of examples by their audio_id, in the order of the examples.
+
+    Args:
+        examples: of `ltu.data.examples.read_rows`.
+        transcribe: "all" clips, "none", or those of examples without `input` ("missing").
 
     Raises:
-        RowError: one audio_id stands for two files.
+        RowError: one audio_id is the name of two files.
     """
-    clips: dict[str, tuple[str, bool]] = {}
-    for row in rows:
-        if row["audio"] is not None:
-            name, absent = row["audio_id"], transcribe == "missing" and row.get("input") is None
-            path, wanted = clips.get(name, (row["audio"], transcribe == "all"))
-            if path != row["audio"]:
-                raise RowError(
-                    f"audio_id {name!r} is {path} and {row['audio']}. Give data with one --audio_root."
-                )
-            clips[name] = path, wanted or absent
+    clips: dict[str, Clip] = {}
+    for example in examples:
+        if example["audio"] is None:
+            continue
+        audio_id = example["audio_id"]
+        clip = clips.setdefault(audio_id, Clip(example["audio"], transcribe == "all"))
+        if clip.path != example["audio"]:
+            raise RowError(
+                f"audio_id {audio_id!r} is {clip.path} and {example['audio']}. Give data with one "
+                "--audio_root."
+            )
+        if transcribe == "missing" and example.get("input") is None:
+            clip.needs_transcript = True
     return clips
 
 
 def load(path: str) -> np.ndarray | AudioError:
-    """The waveform of a clip, or why there is none."""
+    """Return the waveform of a clip, or the error if it cannot be decoded."""
     try:
         return load_audio(path)
     except AudioError as error:
@@ -62,23 +81,43 @@ def load(path: str) -> np.ndarray | AudioError:
 def extract(
     store: FeatureStore,
     extractor: LtuAsFeatureExtractor,
-    sounds: dict[str, np.ndarray | AudioError],
-    spoken: set[str],
+    loaded: dict[str, np.ndarray | AudioError],
+    clips: dict[str, Clip],
 ) -> None:
-    """Compute a batch and keep what is not there yet. All of it, because a part of it might round otherwise."""
-    todo = {name for name in sounds if not store.has(name, name in spoken)}
-    heard = {name: sound for name, sound in sounds.items() if not isinstance(sound, AudioError)}
-    for name in todo - set(heard):
-        store.fail(name, sounds[name].reason, str(sounds[name]))
-    if todo.isdisjoint(heard):
+    """Extract a batch, and store what is not stored yet.
+
+    The whole batch is computed, because a part of it might be rounded differently.
+
+    Args:
+        store: the folder to write to.
+        extractor: computes features and transcripts.
+        loaded: of each clip of the batch, by audio_id, its waveform (samples,) or its error.
+        clips: of `clips_of`.
+    """
+    missing = set()
+    for name in loaded:
+        if not store.has(name, clips[name].needs_transcript):
+            missing.add(name)
+    waveforms = {}
+    for name, waveform in loaded.items():
+        if not isinstance(waveform, AudioError):
+            waveforms[name] = waveform
+        elif name in missing:
+            store.fail(name, waveform.reason, str(waveform))
+    if missing.isdisjoint(waveforms):
         return
-    features = extractor(list(heard.values())).input_features
-    texts = extractor.transcribe([sound for name, sound in heard.items() if name in spoken])
-    texts = dict(zip([name for name in heard if name in spoken], texts, strict=True))
-    for name, feature in zip(heard, features, strict=True):
-        if name in todo and torch.isfinite(feature).all():
-            store.write(name, feature, texts.get(name), len(heard[name]) / SAMPLING_RATE)
-        elif name in todo:
+
+    features = extractor(list(waveforms.values())).input_features
+    spoken = [name for name in waveforms if clips[name].needs_transcript]
+    transcripts = extractor.transcribe([waveforms[name] for name in spoken])
+    transcripts = dict(zip(spoken, transcripts, strict=True))
+    for name, feature in zip(waveforms, features, strict=True):
+        if name not in missing:
+            continue
+        if torch.isfinite(feature).all():
+            seconds = len(waveforms[name]) / SAMPLING_RATE
+            store.write(name, feature, transcripts.get(name), seconds)
+        else:
             store.fail(
                 name,
                 "not_finite",
@@ -86,35 +125,54 @@ def extract(
             )
 
 
-def write_summary(store: FeatureStore, clips: dict[str, tuple[str, bool]]) -> dict:
-    """What became of the clips. Written again if another process went on meanwhile, so that the last one is whole."""
-    before, ledger = None, {}
-    while ledger != before:
-        stored = {name for name, (_, wanted) in clips.items() if store.has(name, wanted)}
-        marks = {mark["audio_id"]: mark for mark in store.failures()}
-        failures = [marks[name] for name in clips if name in marks and name not in stored]
-        counts = {"clips": len(clips), "stored": len(stored), "failed": len(failures)}
-        counts["not_done"] = len(clips) - len(stored) - len(failures)
-        reasons = [mark["reason"] for mark in failures]
-        by_reason = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-        before, ledger = ledger, counts | {"reasons": by_reason, "failures": failures}
+def write_summary(store: FeatureStore, clips: dict[str, Clip]) -> dict:
+    """Write `summary.json` and return its content.
+
+    It is written until it no longer changes: another process may store clips meanwhile, and the
+    last summary must count all of them.
+    """
+    summary: dict = {}
+    while True:
+        previous = summary
+        summary = summarize(store, clips)
         replace_file(
             store.folder / "summary.json",
-            json.dumps(ledger, indent=1, ensure_ascii=False).encode(),
+            json.dumps(summary, indent=1, ensure_ascii=False).encode(),
             shared=True,
         )
-    return ledger
+        if summary == previous:
+            return summary
+
+
+def summarize(store: FeatureStore, clips: dict[str, Clip]) -> dict:
+    """Count the clips that are stored, failed or not done, and list the failures."""
+    stored = {name for name, clip in clips.items() if store.has(name, clip.needs_transcript)}
+    markers = {marker["audio_id"]: marker for marker in store.failures()}
+    failures = [markers[name] for name in clips if name in markers and name not in stored]
+    reasons = [failure["reason"] for failure in failures]
+    return {
+        "clips": len(clips),
+        "stored": len(stored),
+        "failed": len(failures),
+        "not_done": len(clips) - len(stored) - len(failures),
+        "reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "failures": failures,
+    }
 
 
 def extractor_of(args: argparse.Namespace) -> LtuAsFeatureExtractor:
-    """That of a checkpoint, or one of any Whisper; flags override its settings."""
+    """Return the feature extractor of a checkpoint, or of any Whisper; flags change its settings.
+
+    Raises:
+        ValueError: the checkpoint is of LTU.
+    """
     if args.model:
-        extractor = AutoProcessor.from_pretrained(
-            find_checkpoint(args.model, CHECKPOINT_FILES)
-        ).feature_extractor
+        folder = find_checkpoint(args.model, CHECKPOINT_FILES)
+        extractor = AutoProcessor.from_pretrained(folder).feature_extractor
         if not isinstance(extractor, LtuAsFeatureExtractor):
             raise ValueError(
-                f"{args.model} is of LTU, which has no Whisper. Give a checkpoint of LTU-AS, or --whisper."
+                f"{args.model} is of LTU, which has no Whisper. Give a checkpoint of LTU-AS, or "
+                "--whisper."
             )
     else:
         extractor = LtuAsFeatureExtractor(None, None, args.whisper, TEXT_MODELS.get(args.whisper))
@@ -133,68 +191,79 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--data_path", required=True, nargs="+", help="rows: JSON list or JSON lines"
+        "--data_path", required=True, nargs="+", help="dataset files: JSON list or JSON lines"
     )
-    parser.add_argument("--output_dir", required=True, help="folder of the features")
+    parser.add_argument("--output_dir", required=True, help="folder to write the features to")
     parser.add_argument(
-        "--audio_root", help="folder of relative audio_ids (default: that of the data file)"
+        "--audio_root",
+        help="folder that audio_ids are relative to (default: that of the dataset file)",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="checkpoint folder of LTU-AS; its Whisper is used")
+    source.add_argument("--model", help="checkpoint folder of LTU-AS, whose Whisper is used")
     source.add_argument("--whisper", help="a name such as large-v1, or an openai-whisper .pt file")
     parser.add_argument("--transcription_model", help="another Whisper for the transcripts")
     parser.add_argument(
-        "--feature_precision", choices=("fp16", "fp32"), help="of Whisper's encoder"
+        "--feature_precision", choices=("fp16", "fp32"), help="precision of Whisper's encoder"
     )
-    parser.add_argument("--language", help="of the speech (default: Whisper finds out)")
-    transcribe = {"choices": ("missing", "all", "none"), "default": "missing"}
+    parser.add_argument("--language", help="language of the speech (default: Whisper detects it)")
     parser.add_argument(
-        "--transcribe", **transcribe, help="clips that a row leaves without input, all or none"
+        "--transcribe",
+        choices=("missing", "all", "none"),
+        default="missing",
+        help="clips to transcribe: those of examples without input, all or none",
     )
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16, help="clips per batch")
     parser.add_argument(
-        "--max_bad", type=int, default=0, help="clips that may fail without a non-zero exit"
+        "--max_bad", type=int, default=0, help="clips that may fail without a non-zero exit status"
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     args = parser.parse_args(argv)
-    rows = [
-        row
-        for path in args.data_path
-        for row in read_rows(path, args.audio_root, need_output=False)
-    ]
-    clips = clips_of(rows, args.transcribe)
-    spoken = {name for name, (_, wanted) in clips.items() if wanted}
+
+    examples = []
+    for path in args.data_path:
+        examples += read_rows(path, args.audio_root, need_output=False)
+    clips = clips_of(examples, args.transcribe)
     extractor = extractor_of(args)
     store = FeatureStore.create(args.output_dir, extractor.describe())
+
+    # Divide the batches among the processes, and leave out those that are stored whole.
+    names = list(clips)
     batches = [
-        list(clips)[start : start + args.batch_size]
-        for start in range(0, len(clips), args.batch_size)
+        names[start : start + args.batch_size] for start in range(0, len(names), args.batch_size)
     ]
-    mine = batches[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    todo = [batch for batch in mine if not all(store.has(name, name in spoken) for name in batch)]
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # The clips of the next batch are read while this one is computed.
-        upcoming = (
-            {name: pool.submit(load, clips[name][0]) for name in batch} for batch in [*todo, []]
-        )
-        sounds = next(upcoming)
-        for following in tqdm(
-            upcoming, total=len(todo), desc="features", unit="batch", disable=not todo
-        ):
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    todo = []
+    for batch in batches[rank::world_size]:
+        if not all(store.has(name, clips[name].needs_transcript) for name in batch):
+            todo.append(batch)
+
+    # Threads load the clips of the next batch while the current one is computed.
+    with ThreadPoolExecutor() as pool:
+
+        def start_loading(batch: list[str]) -> dict[str, Future]:
+            return {name: pool.submit(load, clips[name].path) for name in batch}
+
+        next_batch = start_loading(todo[0]) if todo else {}
+        for number in tqdm(range(len(todo)), desc="features", unit="batch", disable=not todo):
+            batch = next_batch
+            if number + 1 < len(todo):
+                next_batch = start_loading(todo[number + 1])
+            # The waveforms are not given a name here, so that only two batches are in memory.
             extract(
-                store, extractor, {name: sound.result() for name, sound in sounds.items()}, spoken
+                store,
+                extractor,
+                {name: future.result() for name, future in batch.items()},
+                clips,
             )
-            sounds = following
-    ledger = write_summary(store, clips)
-    print(
-        f"{args.output_dir}: "
-        + ", ".join(f"{ledger[key]} {key}" for key in ("stored", "failed", "not_done"))
-    )
-    for mark in ledger["failures"][:20]:
-        print(f"  {mark['reason']}: {mark['detail']}", file=sys.stderr)
+
+    summary = write_summary(store, clips)
+    counts = [f"{summary[key]} {key}" for key in ("stored", "failed", "not_done")]
+    print(f"{args.output_dir}: {', '.join(counts)}")
+    for failure in summary["failures"][:20]:
+        print(f"  {failure['reason']}: {failure['detail']}", file=sys.stderr)
     # A process that ends before the others must not exit with 1: torchrun would stop them.
-    return int(ledger["failed"] > args.max_bad and ledger["not_done"] == 0)
+    return int(summary["failed"] > args.max_bad and summary["not_done"] == 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""A waveform to what LTU-AS hears, by stock openai-whisper: the layers of its encoder, and its transcript.
+"""Extracts the encoder layers and the transcript of a waveform with stock openai-whisper.
 
-Notable:
-- The log-mel is that of the whole clip, whose loudest part sets the floor, and only then cut, or filled with zeros, to
-  1000 frames (10 s). A layer is what a block gives, without `ln_post`; what goes into the first block is none.
-- Each layer is averaged over time on the device as soon as it is there. The blocks are called from here: hooks would
-  hang on a model that other threads, and the transcript, use as well.
-- `feature_precision` is what the encoder computes in and the type of the result, with one exception: on a CPU, where
-  half precision takes five times as long, "fp16" is computed in fp32 and rounded at the end. `describe` says so.
-- Weights are loaded at first use and kept by this module, so that an extractor stays a few numbers.
+The log-mel is computed of the whole clip, whose loudest part sets the floor. Only then is it cut,
+or padded with zeros, to 1000 frames (10 s). A layer is the output of a block, without `ln_post`.
+The input of the first block is not a layer.
+
+Each layer is averaged over time on the device as soon as it is computed. The blocks are called from
+this module and not by hooks, because hooks would change a model that other threads and the
+transcription use as well.
+
+`feature_precision` is both the precision of the encoder and the dtype of the result, with one
+exception: on a CPU, where half precision takes five times as long, "fp16" features are computed in
+fp32 and rounded at the end. `describe` reports it.
+
+Weights are loaded at first use and cached by this module, so an extractor holds only its settings.
 """
 
 import hashlib
@@ -30,49 +35,54 @@ from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-GPU_BATCH = 32  # chunks: a clip may have hundreds
-CPU_BATCH = (
-    2  # clips: gains nothing on a CPU by size, and loses where tensors outgrow what malloc keeps
-)
-TEXT_MODELS = {
-    "large-v1": "large-v2"
-}  # The papers' pair: what reads the words beside the model of the features.
-SEED = 0  # of Whisper's sampling, which it falls back to where greedy decoding fails
-_decoding = (
-    threading.Lock()
-)  # Whisper hangs the cache of its decoder on the model, so one at a time.
+GPU_BATCH = 32  # Chunks that are encoded at once on a GPU; a clip may have hundreds.
+# On a CPU a larger batch is not faster. It is slower once its tensors are too large for malloc to
+# reuse their memory.
+CPU_BATCH = 2
+# The model that transcribes, by the model of the features, where the papers use two.
+TEXT_MODELS = {"large-v1": "large-v2"}
+SEED = 0  # Of Whisper's sampling, which it uses if greedy decoding fails.
+# Whisper stores the cache of its decoder in the model, so one thread may transcribe at a time.
+_decoding_lock = threading.Lock()
 
 
 @lru_cache(maxsize=4)
 def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper, str]:
-    """A model by its official name or the path of its `.pt`, and the fingerprint of its encoder.
+    """Load a Whisper model, and compute the fingerprint of its encoder.
 
     Args:
-        in_half: keep matrices in half precision, to which Whisper would cast them at each call.
+        name: the official name of a model, or the path of its `.pt` file.
+        device: of the model.
+        in_half: convert the matrices to half precision, to which Whisper would cast them at each
+            call.
 
     Raises:
-        FileNotFoundError: no such file, or a model that is neither here nor can be downloaded.
+        FileNotFoundError: there is no such file, or the model is neither cached nor can it be
+            downloaded.
         ValueError: the file is no checkpoint of openai-whisper.
     """
-    ways_out = (
-        "Give the path of an openai-whisper .pt file, or a name of whisper.available_models() on a machine with network"
-        " (it is kept in ~/.cache/whisper). python -m train_scripts.fetch_parts makes a small one."
+    hint = (
+        "Give the path of an openai-whisper .pt file, or a name of whisper.available_models() on a "
+        "machine with network (it is cached in ~/.cache/whisper). "
+        "python -m train_scripts.fetch_parts makes a small one."
     )
     if name not in whisper.available_models() and not os.path.isfile(name):
-        raise FileNotFoundError(f"Whisper {name!r} is no file and no name of a model. {ways_out}")
+        raise FileNotFoundError(f"Whisper {name!r} is no file and no name of a model. {hint}")
     try:
-        with torch.random.fork_rng(
-            []
-        ):  # Weights are drawn before they are read; a run must not see the difference.
+        # Whisper initialises the weights at random before it loads them. That must not change the
+        # random numbers of a run.
+        with torch.random.fork_rng([]):
             model = whisper.load_model(name, device=device).eval().requires_grad_(False)
     except OSError as error:
         raise FileNotFoundError(
-            f"Whisper {name!r} cannot be read or downloaded ({error}). {ways_out}"
+            f"Whisper {name!r} cannot be read or downloaded ({error}). {hint}"
         ) from error
     except (KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{name} is no checkpoint of openai-whisper ({error!r}). {ways_out}"
+            f"{name} is no checkpoint of openai-whisper ({error!r}). {hint}"
         ) from error
+
+    # The fingerprint is a hash of the biases and norms of the encoder.
     digest = hashlib.sha256()
     for key, parameter in sorted(model.encoder.named_parameters()):
         if parameter.ndim == 1:
@@ -83,47 +93,48 @@ def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper
     return model, digest.hexdigest()
 
 
-# Whisper learned from the subtitles of videos and writes this for silence. In three casings, no others.
+# Whisper was trained on the subtitles of videos, and transcribes silence as "Thanks for watching".
+# As in the original, it is removed in these three casings only.
 HALLUCINATED_OUTRO = re.compile(
-    "|".join(
-        change_case(f"{thanks} for watching") + "[.!]?"
-        for thanks in ("Thanks", "Thank you")
-        for change_case in (str, str.lower, str.upper)
-    )
+    "(Thanks for watching|thanks for watching|THANKS FOR WATCHING"
+    "|Thank you for watching|thank you for watching|THANK YOU FOR WATCHING)[.!]?"
 )
 
 
 def clean_transcript(text: str) -> str:
-    """Remove hallucinated outros, and white space at both ends, from a transcript of Whisper."""
+    """Remove hallucinated outros, and white space at both ends, from Whisper's transcript."""
     return HALLUCINATED_OUTRO.sub("", text).strip()
 
 
-class _FirstChunkKnown:
-    """A Whisper whose first chunk is decoded already; all else, and every rule, is the stock one's."""
+class _FirstChunkDecoded:
+    """A Whisper model that returns a given result for its first chunk, and is stock otherwise."""
 
     def __init__(self, model: whisper.Whisper, result: whisper.DecodingResult | None):
-        self._model, self._result = model, result
+        self._model = model
+        self._result = result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def decode(self, mel: torch.Tensor, options: whisper.DecodingOptions) -> whisper.DecodingResult:
-        result, self._result = self._result, None
+        result = self._result
+        self._result = None
         return result or self._model.decode(mel, options)
 
 
 class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
-    """Whisper as an ear: `(clips, layers, 25, width)` and transcripts.
+    """Extracts Whisper features `(clips, layers, 25, width)` and transcripts.
 
     Args:
         num_layers, hidden_size: of Whisper's encoder; None takes them from the model.
-        whisper_model: an official name, or the path of an openai-whisper `.pt`.
-        transcription_model: the model that writes the transcripts; None for the same one.
+        whisper_model: an official name, or the path of an openai-whisper `.pt` file.
+        transcription_model: the model that transcribes; None for the same one.
         feature_precision: "fp16" ("new GPU" of the original) or "fp32" ("old GPU").
-        whisper_fingerprint: of the encoder that the ear was trained with (`describe`); another one is an error.
-        num_frames: of 10 ms that are heard.
+        whisper_fingerprint: of the Whisper encoder that the checkpoint was trained with, as in
+            `describe`; another encoder is an error.
+        num_frames: frames of 10 ms in a chunk.
         time_pooling: positions of 20 ms that are averaged into one.
-        language: of the speech, such as "en"; None lets Whisper find out.
+        language: of the speech, such as "en"; None lets Whisper detect it.
     """
 
     def __init__(
@@ -157,76 +168,90 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
 
     @classmethod
     def shape_of(cls, whisper_model: str) -> tuple[int, int]:
-        """(layers, width) of a model's features; loads it if it is a file.
+        """Return (layers, width) of a model's features; the model is loaded if it is a file.
 
         Raises:
-            FileNotFoundError: neither a file nor the name of an official model.
+            FileNotFoundError: it is neither a file nor the name of an official model.
         """
         if whisper_model in whisper.available_models():
             return WHISPER_SIZES[whisper_model.split(".")[0].split("-")[0]]
-        layers, _, width = cls(None, None, whisper_model, feature_precision="fp32").describe()[
-            "shape"
-        ]
+        extractor = cls(None, None, whisper_model, feature_precision="fp32")
+        layers, _, width = extractor.describe()["shape"]
         return layers, width
 
     @property
     def device(self) -> torch.device:
-        """Where Whisper runs: a GPU of CUDA if there is one, else the CPU. Can be set; is not saved."""
+        """The device of Whisper: by default a CUDA GPU if there is one, else the CPU.
+
+        It can be set, and is not saved with the extractor.
+        """
         if self._device is not None:
             return torch.device(self._device)
+        # A forked worker of a data loader cannot use CUDA.
         if not torch.cuda.is_available() or torch.utils.data.get_worker_info() is not None:
-            return torch.device("cpu")  # A forked worker of a data loader cannot use CUDA.
-        return torch.device(
-            "cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        )
+            return torch.device("cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
 
     @device.setter
     def device(self, device: str | torch.device | None) -> None:
-        self._device = "cpu" if str(device).startswith("mps") else device and str(device)
+        if device is None:
+            self._device = None
+        elif str(device).startswith("mps"):
+            self._device = "cpu"
+        else:
+            self._device = str(device)
 
     @property
     def num_tokens(self) -> int:
-        """Time steps of a feature; the encoder has a position for two frames."""
+        """Time steps of the features of a chunk; the encoder has one position per two frames."""
         return self.num_frames // 2 // self.time_pooling
 
     def to_dict(self) -> dict[str, Any]:
-        """As the stock method, without the device."""
+        """Return the settings, without the device."""
         return {name: value for name, value in super().to_dict().items() if name != "_device"}
 
     def _load(self, name: str) -> tuple[whisper.Whisper, str]:
-        return load_whisper(
-            name, str(self.device), self.device.type == "cuda" and self.feature_precision == "fp16"
-        )
+        in_half = self.device.type == "cuda" and self.feature_precision == "fp16"
+        return load_whisper(name, str(self.device), in_half)
 
     def load_encoder(self) -> tuple[whisper.Whisper, str]:
-        """The model of the features and its fingerprint.
+        """Return the model of the features and its fingerprint.
+
+        Sizes and fingerprint that were not known before are set.
 
         Raises:
-            FileNotFoundError: its weights are not there.
-            ValueError: it is another one than this extractor was made for.
+            FileNotFoundError: the weights of the model cannot be found.
+            ValueError: the model is not the one that this extractor was made for.
         """
         model, fingerprint = self._load(self.whisper_model)
-        sizes = model.dims.n_audio_layer, model.dims.n_audio_state
-        wanted = self.num_layers or sizes[0], self.hidden_size or sizes[1]
-        if sizes != wanted:
+        num_layers = model.dims.n_audio_layer
+        width = model.dims.n_audio_state
+        expected_layers = self.num_layers or num_layers
+        expected_width = self.hidden_size or width
+        if (num_layers, width) != (expected_layers, expected_width):
             raise ValueError(
-                f"Whisper {self.whisper_model} has {sizes[0]} layers of width {sizes[1]}, but {wanted[0]} layers of "
-                f"width {wanted[1]} are needed. Give the Whisper that the checkpoint was trained with."
+                f"Whisper {self.whisper_model} has {num_layers} layers of width {width}, but "
+                f"{expected_layers} layers of width {expected_width} are needed. Give the Whisper "
+                "that the checkpoint was trained with."
             )
         if self.whisper_fingerprint not in (None, fingerprint):
             raise ValueError(
-                f"Whisper {self.whisper_model} has fingerprint {fingerprint[:12]}, but the checkpoint was trained with "
-                f"{self.whisper_fingerprint[:12]}: another model of the same size. Give that one."
+                f"Whisper {self.whisper_model} has fingerprint {fingerprint[:12]}, but the "
+                f"checkpoint was trained with {self.whisper_fingerprint[:12]}, another model of "
+                "the same size. Give the Whisper that the checkpoint was trained with."
             )
         self.whisper_fingerprint = fingerprint
-        self.num_layers, self.hidden_size = sizes
+        self.num_layers = num_layers
+        self.hidden_size = width
         self.num_mel_bins = self.feature_size = model.dims.n_mels
         return model, fingerprint
 
     def describe(self) -> dict[str, Any]:
-        """What a feature store keeps, to refuse features of another kind. Loads the model.
+        """Return the description by which a feature store recognises features of another kind.
 
-        `computed_in` is there only where it differs from `feature_precision`.
+        The model is loaded for it. The key `computed_in` is set only if the precision of the
+        encoder differs from `feature_precision`.
         """
         _, fingerprint = self.load_encoder()
         description = {
@@ -237,8 +262,9 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
             "transcription_model": os.path.basename(self.transcription_model or self.whisper_model),
             "language": self.language,
         }
-        rounded = self.device.type == "cpu" and self.feature_precision == "fp16"
-        return description | ({"computed_in": "fp32"} if rounded else {})
+        if self.device.type == "cpu" and self.feature_precision == "fp16":
+            description["computed_in"] = "fp32"
+        return description
 
     @torch.no_grad()
     def __call__(
@@ -248,99 +274,102 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         return_tensors: str | None = "pt",
         **kwargs,
     ):
-        """One batch; arguments as for `ltu.LtuFeatureExtractor`.
+        """Convert one batch of waveforms into features.
+
+        Arguments as for `ltu.LtuFeatureExtractor`.
 
         Returns:
-            `input_features`, `(clips, layers, 25, width)` on the CPU, in `feature_precision`.
+            `input_features`, `(chunks, layers, 25, width)` on the CPU, in `feature_precision`.
         """
         encoder = self.load_encoder()[0].encoder
-        mels = (
-            super().__call__(raw_speech, *args, **kwargs).input_features.to(self.device)
-        )  # (clips, mels, frames)
-        is_cpu = self.device.type == "cpu"
-        mels = mels if is_cpu else mels.to(DTYPES[self.feature_precision])
-        with torch.backends.cudnn.flags(
-            allow_tf32=False
-        ):  # Else "fp32" convolutions of a new GPU have 10 bits.
-            parts = [
-                self._layers(encoder, part)
-                for part in mels.split(CPU_BATCH if is_cpu else GPU_BATCH)
-            ]
-        features = torch.cat(parts).to("cpu", DTYPES[self.feature_precision])
+        mels = super().__call__(raw_speech, *args, **kwargs).input_features
+        mels = mels.to(self.device)  # (chunks, mels, frames)
+        dtype = DTYPES[self.feature_precision]
+        if self.device.type == "cpu":
+            batch_size = CPU_BATCH
+        else:
+            batch_size = GPU_BATCH
+            mels = mels.to(dtype)
+        # With TF32, the "fp32" convolutions of a recent GPU would have a mantissa of 10 bits.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            parts = [self._layers(encoder, part) for part in mels.split(batch_size)]
+        features = torch.cat(parts).to("cpu", dtype)
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
 
     def _layers(self, encoder: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """`(clips, mels, frames)` → `(clips, layers, 25, width)`"""
-        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(x)))).transpose(
-            1, 2
-        )  # (clips, positions, width)
+        """Return layers `(chunks, layers, 25, width)` of log-mels `(chunks, mels, frames)`."""
+        x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(x))))  # (chunks, width, positions)
+        x = x.transpose(1, 2)  # (chunks, positions, width)
         x = (x + encoder.positional_embedding[: x.shape[1]]).to(x.dtype)
         layers = []
         for block in encoder.blocks:
             x = block(x)
-            layers.append(
-                x.unflatten(1, (self.num_tokens, self.time_pooling)).mean(2)
-            )  # (clips, 25, width)
+            pooled = x.unflatten(1, (self.num_tokens, self.time_pooling)).mean(2)
+            layers.append(pooled)  # (chunks, 25, width)
         return torch.stack(layers, 1)
 
     def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
-        """`(samples,)` → `(num_mel_bins, num_frames)`"""
+        """Return the log-mel `(num_mel_bins, num_frames)` of a waveform `(samples,)`."""
         return self.extract_chunks(waveform, 1)[0]
 
     def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
-        """`(samples,)` → `(chunks, num_mel_bins, num_frames)`, cut from the log-mel of the whole clip."""
+        """Return chunks `(chunks, num_mel_bins, num_frames)` of the log-mel of a whole waveform."""
         mel = log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu()
-        return (
-            pad_or_trim(mel, num_chunks * self.num_frames)
-            .unflatten(1, (num_chunks, -1))
-            .transpose(0, 1)
-        )
+        mel = pad_or_trim(mel, num_chunks * self.num_frames)  # (mels, chunks x frames)
+        return mel.unflatten(1, (num_chunks, -1)).transpose(0, 1)
 
     @torch.no_grad()
     def transcribe(self, waveforms: list[np.ndarray], batched: bool | None = None) -> list[str]:
-        """What is said in each clip, all of it; "" where Whisper hears no speech.
+        """Transcribe the speech of each whole clip; "" if Whisper finds none.
 
-        As `whisper.transcribe` without the text of the chunk before, its sampling seeded. On a GPU (`batched` None),
-        the first chunk of all clips is decoded at once; on a CPU a batch only waits for its longest text.
+        This is `whisper.transcribe` with seeded sampling, and without the text of the previous
+        chunk as a prompt.
+
+        Args:
+            waveforms: 16 kHz waveforms (samples,).
+            batched: whether to decode the first chunks of all clips at once. By default only on a
+                GPU: on a CPU it saves nothing, and the batch waits for its longest text.
         """
         model, _ = self._load(self.transcription_model or self.whisper_model)
         fp16 = model.device.type == "cuda"
         clips = [
             torch.as_tensor(clip, dtype=torch.float32, device=model.device) for clip in waveforms
         ]
+        is_batched = bool(clips) and (fp16 if batched is None else batched)
         texts = []
-        with _decoding, torch.random.fork_rng([model.device] if fp16 else []):
-            is_batched = bool(clips) and (fp16 if batched is None else batched)
-            windows = self._first_chunks(model, clips, fp16) if is_batched else [None] * len(clips)
-            for clip, window in zip(clips, windows, strict=True):
+        with _decoding_lock, torch.random.fork_rng([model.device] if fp16 else []):
+            first_chunks = [None] * len(clips)
+            if is_batched:
+                first_chunks = self._first_chunks(model, clips, fp16)
+            for clip, first_chunk in zip(clips, first_chunks, strict=True):
                 torch.manual_seed(SEED)
-                options = {"fp16": fp16, "language": window.language if window else self.language}
-                found = whisper.transcribe(
-                    _FirstChunkKnown(model, window),
+                result = whisper.transcribe(
+                    _FirstChunkDecoded(model, first_chunk),
                     clip,
                     condition_on_previous_text=False,
-                    **options,
+                    fp16=fp16,
+                    language=first_chunk.language if first_chunk else self.language,
                 )
-                texts.append(clean_transcript(found["text"]))
+                texts.append(clean_transcript(result["text"]))
         return texts
 
-    def _first_chunks(self, model: whisper.Whisper, clips: list[torch.Tensor], fp16: bool) -> list:
-        """The greedy decoding of each clip's first 30 s, as `whisper.transcribe` begins."""
+    def _first_chunks(
+        self, model: whisper.Whisper, clips: list[torch.Tensor], fp16: bool
+    ) -> list[whisper.DecodingResult]:
+        """Decode the first 30 s of each clip greedily, as `whisper.transcribe` does first."""
         mels = [log_mel_spectrogram(clip, model.dims.n_mels, padding=N_SAMPLES) for clip in clips]
         languages = [self.language or "en"] * len(clips)
         if model.is_multilingual and self.language is None:
-            # Whisper finds the language in a clip that silence follows, but decodes one that zeros follow.
-            heard = torch.stack([pad_or_trim(mel, N_FRAMES) for mel in mels])
-            found = model.detect_language(heard.half() if fp16 else heard)[1]
-            languages = [max(probabilities, key=probabilities.get) for probabilities in found]
-        windows = torch.stack(
-            [pad_or_trim(mel[:, :-N_FRAMES], N_FRAMES) for mel in mels]
-        )  # (clips, mels, 3000)
+            # As in `whisper.transcribe`, the language is detected in the log-mel of the clip with
+            # silence after it, while the log-mel that is decoded is padded with zeros.
+            padded = torch.stack([pad_or_trim(mel, N_FRAMES) for mel in mels])
+            _, probabilities = model.detect_language(padded.half() if fp16 else padded)
+            languages = [max(by_language, key=by_language.get) for by_language in probabilities]
+        chunks = [pad_or_trim(mel[:, :-N_FRAMES], N_FRAMES) for mel in mels]
+        chunks = torch.stack(chunks)  # (clips, mels, 3000)
         results = {}
         for language in sorted(set(languages)):
             rows = [row for row, found in enumerate(languages) if found == language]
-            decoded = model.decode(
-                windows[rows], whisper.DecodingOptions(language=language, fp16=fp16)
-            )
-            results |= dict(zip(rows, decoded, strict=True))
+            options = whisper.DecodingOptions(language=language, fp16=fp16)
+            results |= dict(zip(rows, model.decode(chunks[rows], options), strict=True))
         return [results[row] for row in range(len(clips))]

@@ -1,4 +1,4 @@
-"""Train one stage of LTU-AS: python -m ltu_as.finetune takes the flags of ltu.finetune."""
+"""Trains one stage of LTU-AS; takes the flags of ltu.finetune."""
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.files import run_command

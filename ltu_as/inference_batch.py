@@ -1,4 +1,4 @@
-"""Answer files of questions: python -m ltu_as.inference_batch takes the flags of ltu.inference_batch."""
+"""Writes predictions files; takes the flags of ltu.inference_batch."""
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.files import run_command

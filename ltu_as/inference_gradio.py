@@ -1,4 +1,4 @@
-"""A page in the browser to ask about clips: takes the flags of ltu.inference_gradio."""
+"""Serves a web page for questions about clips; takes the flags of ltu.inference_gradio."""
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.files import run_command

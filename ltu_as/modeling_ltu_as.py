@@ -1,4 +1,4 @@
-"""LTU-AS is LTU with another ear and a transcript in the prompt: nothing of the model is new but the ear."""
+"""Defines the model of LTU-AS, which differs from that of LTU only in its audio encoder."""
 
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -7,7 +7,10 @@ from ltu_as.configuration_ltu_as import LtuAsConfig
 
 
 class LtuAsForConditionalGeneration(LtuForConditionalGeneration):
-    """`LtuForConditionalGeneration` whose `input_features` are layers of Whisper: (clips, layers, time, width)."""
+    """`LtuForConditionalGeneration` with TLTR as audio encoder.
+
+    Its `input_features` are layers of Whisper's encoder: (clips, layers, time, width).
+    """
 
     config_class = LtuAsConfig
 

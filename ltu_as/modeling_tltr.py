@@ -1,10 +1,11 @@
-"""LTU-AS's ear: a time-and-layer-wise transformer (TLTR) over the pooled layers of Whisper's encoder.
+"""Encodes the pooled layers of Whisper's encoder with a time-and-layer-wise transformer (TLTR).
 
-Notable:
-- first each layer attends over its time steps, then each time step over the layers; the mean over layers is left;
-- neither transformer knows positions, and the key projection has no bias, as in Whisper;
-- where a sum or a product may be taken earlier it is, which saves a quarter of the work and changes rounding only;
-- names of parameters are those of the released files.
+First each layer attends over its time steps, then each time step over the layers. The output is
+the mean over the layers. Neither transformer has position embeddings. The key projection has no
+bias, as in Whisper.
+
+Means and products of matrices are taken as early as possible. That saves a quarter of the work, and
+changes only the rounding. The parameters are named as in the released files.
 """
 
 import torch
@@ -25,24 +26,34 @@ class TltrAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(batch, length, width) -> the same shape."""
-        query, key, value, out = self.query, self.key, self.value, self.out
+        """Attend over the length.
+
+        Args:
+            hidden: (batch, length, width)
+
+        Returns:
+            (batch, length, width)
+        """
         if self.num_heads == 1:
-            # One head: query and key meet in one product, value and out follow each other, so each pair is one matrix.
-            # Rows of attention sum to one, so the bias of value passes through it.
-            hidden_query = F.linear(hidden, key.weight.T @ query.weight, query.bias @ key.weight)
-            mixed = F.scaled_dot_product_attention(
-                hidden_query, hidden, hidden
-            )  # (batch, length, width)
-            return F.linear(mixed, out.weight @ value.weight, out(value.bias))
-        heads = (
-            part(hidden)
-            .unflatten(-1, (self.num_heads, -1))
-            .transpose(1, 2)  # (batch, heads, length, width / heads)
-            for part in (query, key, value)
-        )
-        mixed = F.scaled_dot_product_attention(*heads)
-        return out(mixed.transpose(1, 2).flatten(2))
+            return self._attend_with_one_head(hidden)
+        heads = []
+        for projection in (self.query, self.key, self.value):
+            projected = projection(hidden).unflatten(-1, (self.num_heads, -1))
+            heads.append(projected.transpose(1, 2))  # (batch, heads, length, width / heads)
+        attended = F.scaled_dot_product_attention(*heads)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _attend_with_one_head(self, hidden: Tensor) -> Tensor:
+        """Attend as `forward` with one head, with fewer projections.
+
+        The attention scores depend only on the product of the query and key matrices, and `out`
+        follows directly on `value`. So each of the two pairs is multiplied to one matrix. The
+        attention weights of a position sum to one, so the bias of `value` is added unchanged.
+        """
+        query_key = self.key.weight.T @ self.query.weight  # (width, width)
+        query = F.linear(hidden, query_key, self.query.bias @ self.key.weight)
+        attended = F.scaled_dot_product_attention(query, hidden, hidden)  # (batch, length, width)
+        return F.linear(attended, self.out.weight @ self.value.weight, self.out(self.value.bias))
 
 
 class TltrBlock(GradientCheckpointingLayer):
@@ -58,28 +69,36 @@ class TltrBlock(GradientCheckpointingLayer):
         self.mlp_ln = nn.LayerNorm(width, eps=eps)
 
     def forward(self, hidden: Tensor, mean: bool = False) -> Tensor:
-        """(batch, length, width) -> the same shape, or its mean over the length, (batch, width)."""
+        """Compute the block.
+
+        Args:
+            hidden: (batch, length, width)
+            mean: whether to return the mean over the length.
+
+        Returns:
+            (batch, length, width), or (batch, width) if `mean`.
+        """
         hidden = hidden + self.attn(self.attn_ln(hidden))
         inner = self.mlp[:2](self.mlp_ln(hidden))  # (batch, length, 4 x width)
-        if (
-            mean
-        ):  # Taken before the last linear map, not after it: the same, and a third of the work.
-            hidden, inner = hidden.mean(1), inner.mean(1)
+        if mean:
+            # Take the mean before the last linear map: the result is the same, for a third of the
+            # work.
+            hidden = hidden.mean(1)
+            inner = inner.mean(1)
         return hidden + self.mlp[2](inner)
 
 
 class TltrModel(PreTrainedModel):
-    """Whisper's layers to audio vectors."""
+    """TLTR as an audio encoder of the layers of Whisper's encoder."""
 
     config_class = TltrConfig
     base_model_prefix = ""
     main_input_name = "input_features"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
+    # TLTR always uses sdpa, so any attention implementation chosen for the language model fits.
     _supports_sdpa = True
-    _supports_flash_attn = (
-        True  # Its own attention is always sdpa; whatever is chosen for the language model fits.
-    )
+    _supports_flash_attn = True
     _no_split_modules = ["TltrBlock"]
 
     def __init__(self, config: TltrConfig):
@@ -93,25 +112,31 @@ class TltrModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_features: Tensor, **kwargs) -> Tensor:
-        """(batch, layers, time, width) -> (batch, time, width)
+        """Return the audio tokens.
+
+        Args:
+            input_features: (batch, layers, time, width)
+
+        Returns:
+            (batch, time, width)
 
         Raises:
             ValueError: the features are those of another Whisper.
         """
         config = self.config
-        wanted = (config.num_whisper_layers, config.num_audio_tokens, config.hidden_size)
-        if input_features.ndim != 4 or tuple(input_features.shape[1:]) != wanted:
+        expected = (config.num_whisper_layers, config.num_audio_tokens, config.hidden_size)
+        if input_features.ndim != 4 or tuple(input_features.shape[1:]) != expected:
             raise ValueError(
-                f"TLTR takes features (batch, layers, time, width) = (batch, {', '.join(map(str, wanted))}), got "
-                f"{tuple(input_features.shape)}. Make them with the Whisper that the checkpoint names."
+                "TLTR takes features (batch, layers, time, width) = (batch, "
+                f"{', '.join(map(str, expected))}), got {tuple(input_features.shape)}. Make them "
+                "with the Whisper that the checkpoint names."
             )
         if config.standardize:
             input_features = (input_features - self.feature_mean) / self.feature_std
         batch, layers, time, _ = input_features.shape
         hidden = self.time_tr(input_features.flatten(0, 1))  # (batch x layers, time, width)
-        hidden = hidden.unflatten(0, (batch, layers)).transpose(
-            1, 2
-        )  # (batch, time, layers, width)
+        hidden = hidden.unflatten(0, (batch, layers))
+        hidden = hidden.transpose(1, 2)  # (batch, time, layers, width)
         hidden = self.layer_tr(hidden.flatten(0, 1), mean=True)  # (batch x time, width)
         return hidden.unflatten(0, (batch, time))  # (batch, time, width)
 

@@ -1,4 +1,4 @@
-"""What LTU-AS does with a clip before its ear: features of Whisper's layers, computed or stored, and a transcript."""
+"""Prepares prompts and clips for LTU-AS: Whisper features, computed or stored, and transcripts."""
 
 import os
 import warnings
@@ -17,14 +17,17 @@ from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureError, FeatureStore, Stored
 
-MODELS = ("whisper_model", "transcription_model")  # Settings of the extractor that may be files.
+# Settings of the feature extractor that may be paths of files.
+MODELS = ("whisper_model", "transcription_model")
 
 
 class LtuAsProcessor(LtuProcessor):
-    """`LtuProcessor` with Whisper: where no transcript is given it writes one; "" says that there is none.
+    """`LtuProcessor` with Whisper, which transcribes each clip that is given without a transcript.
+
+    The transcript "" stands for a clip without speech; such a clip is not transcribed.
 
     Args:
-        feature_extractor: `LtuAsFeatureExtractor`; others as for `LtuProcessor`.
+        feature_extractor: an `LtuAsFeatureExtractor`; other arguments as for `LtuProcessor`.
     """
 
     extractor_sizes = {"num_layers": "num_whisper_layers", "hidden_size": "hidden_size"}
@@ -38,15 +41,18 @@ class LtuAsProcessor(LtuProcessor):
         whisper: str | None = None,
         transcription_model: str | None = None,
     ) -> None:
-        """Change what the model hears with. Another precision than it was trained with is a warning, and is kept.
+        """Change the Whisper models, their precision or the feature folder.
+
+        A precision other than that of the training is used, with a warning.
 
         Args:
-            feature_root: folder of `ltu_as.extract_whisper_feature`, or of the original's `.npz` files.
+            feature_root: folder of `ltu_as.extract_whisper_feature`, or of the original's `.npz`
+                files.
             feature_precision: "fp16" or "fp32", of Whisper's encoder.
-            whisper, transcription_model: the same models in another place, each a name or a `.pt` file.
+            whisper, transcription_model: another name or `.pt` file of the same models.
 
         Raises:
-            ValueError: the store's features are another Whisper's.
+            ValueError: the features in the folder are of another Whisper.
         """
         extractor = self.feature_extractor
         if feature_precision not in (None, "fp16", "fp32"):
@@ -57,56 +63,79 @@ class LtuAsProcessor(LtuProcessor):
             shape = [extractor.num_layers, extractor.num_tokens, extractor.hidden_size]
             self.store = FeatureStore(feature_root, shape)
             self._check_store(self.store.description, shape)
-            theirs = self.store.description.get("feature_precision")
-            if feature_precision and theirs and feature_precision != theirs:
+            stored_precision = self.store.description.get("feature_precision")
+            if feature_precision and stored_precision and feature_precision != stored_precision:
                 raise ValueError(
-                    f"--feature_precision {feature_precision}, but the features in {feature_root} are of {theirs}. "
-                    "Leave the flag out, or extract them anew."
+                    f"--feature_precision {feature_precision}, but the features in {feature_root} "
+                    f"are of {stored_precision}. Leave the flag out, or extract the features again."
                 )
-            feature_precision = feature_precision or theirs
+            feature_precision = feature_precision or stored_precision
         if feature_precision not in (None, extractor.feature_precision):
             warnings.warn(
-                f"This checkpoint was made with features of {extractor.feature_precision}, now they are of "
-                f"{feature_precision}: answers may be a little worse. Use --feature_precision "
-                f"{extractor.feature_precision}, or features extracted with it.",
+                f"This checkpoint was made with features of {extractor.feature_precision}, now "
+                f"they are of {feature_precision}: answers may be a little worse. Use "
+                f"--feature_precision {extractor.feature_precision}, or features extracted with "
+                "it.",
                 stacklevel=2,
             )
             extractor.feature_precision = feature_precision
 
-    def _check_store(self, store: dict, shape: list[int]) -> None:
+    def _check_store(self, description: dict, shape: list[int]) -> None:
+        """Check that stored features are those of the checkpoint's Whisper.
+
+        Args:
+            description: of the feature store; empty for a folder of the original.
+            shape: (layers, time, width) of the features that the checkpoint needs.
+
+        Raises:
+            ValueError: the features are of another Whisper.
+        """
         extractor = self.feature_extractor
-        names = os.path.basename(extractor.whisper_model), store.get("whisper_model")
-        prints = extractor.whisper_fingerprint, store.get("fingerprint")
-        # A checkpoint made from an official name knows no fingerprint before its first use.
-        differ = prints[0] != prints[1] if all(prints) else names[0] != names[1]
-        if store and (store["shape"] != shape or differ):
+        own_name = os.path.basename(extractor.whisper_model)
+        own_fingerprint = extractor.whisper_fingerprint
+        stored_name = description.get("whisper_model")
+        stored_fingerprint = description.get("fingerprint")
+        # Compare names if a fingerprint is missing: a checkpoint made from an official name gets
+        # its fingerprint only at its first use.
+        if own_fingerprint and stored_fingerprint:
+            is_other = own_fingerprint != stored_fingerprint
+        else:
+            is_other = own_name != stored_name
+        if description and (description["shape"] != shape or is_other):
             raise ValueError(
-                f"The features in {self.store.folder} are of Whisper {names[1]} (fingerprint {str(prints[1])[:12]}, "
-                f"shape {store['shape']}), the checkpoint's of {names[0]} ({str(prints[0])[:12]}, {shape}). Extract "
-                "them anew: python -m ltu_as.extract_whisper_feature --model DIR"
+                f"The features in {self.store.folder} are of Whisper {stored_name} (fingerprint "
+                f"{str(stored_fingerprint)[:12]}, shape {description['shape']}), the checkpoint's "
+                f"of {own_name} ({str(own_fingerprint)[:12]}, {shape}). Extract them again: "
+                "python -m ltu_as.extract_whisper_feature --model DIR"
             )
-        extractor.whisper_fingerprint = prints[0] or prints[1]
+        extractor.whisper_fingerprint = own_fingerprint or stored_fingerprint
 
     @property
     def audio_settings(self) -> tuple:
-        """Its Whispers, their precision, and the feature folder."""
+        """The Whisper models, language and precision, and the feature folder."""
         extractor = self.feature_extractor
-        models = extractor.whisper_model, extractor.transcription_model, extractor.language
-        return *models, extractor.feature_precision, self.store and self.store.folder
+        return (
+            extractor.whisper_model,
+            extractor.transcription_model,
+            extractor.language,
+            extractor.feature_precision,
+            self.store and self.store.folder,
+        )
 
-    def stored(self, audio: AudioSource, audio_id: str | None = None) -> Stored | None:
-        """What the feature folder holds of a clip.
+    def find_stored_features(
+        self, audio: AudioSource, audio_id: str | None = None
+    ) -> Stored | None:
+        """Return what the feature folder holds of a clip, or None.
 
         Raises:
-            ltu.data.audio.AudioError: its file there is damaged.
+            ltu.data.audio.AudioError: its file in the feature folder is damaged.
         """
         if self.store is None or not audio_id:
             return None
         try:
             stored = self.store.read(audio_id)
-            if (
-                stored is None and self.store.is_original
-            ):  # Named by the whole path, or by what is in the row.
+            if stored is None and self.store.is_original:
+                # The original names features by the path in the example, which may be whole here.
                 stored = self.store.read(str(audio))
         except FeatureError as error:
             raise AudioError(str(audio_id), "damaged", str(error)) from error
@@ -115,22 +144,32 @@ class LtuAsProcessor(LtuProcessor):
     def load_clip(
         self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1
     ) -> AudioClip:
-        """A clip, from the feature folder if that holds it; `LtuProcessor.load_clip` says what is raised.
+        """Load a clip, from the feature folder if it is there.
 
-        The folder holds a clip's first chunk only, so more of them are made from its sound.
+        The folder holds only the first chunk of a clip, so a clip of which more chunks are needed
+        is decoded. Arguments and errors are those of `LtuProcessor.load_clip`.
         """
-        stored = self.stored(audio, audio_id) if num_chunks == 1 else None
+        stored = self.find_stored_features(audio, audio_id) if num_chunks == 1 else None
         if stored is None:
             return super().load_clip(audio, num_chunks=num_chunks)
+        # The original's files do not say how long a clip is.
         seconds = self.feature_extractor.chunk_seconds if stored.seconds is None else stored.seconds
         return AudioClip(audio, seconds, features=stored.features, transcript=stored.transcript)
 
     def extract_features(self, clips: list[AudioClip]) -> Tensor:
-        """What the ear takes: (clips, layers, time, width)."""
+        """Return the input of the audio encoder: (chunks of all clips, layers, time, width).
+
+        Raises:
+            ltu.data.audio.AudioError: the features of a clip are not finite.
+        """
         features = super().extract_features(clips)
         if not torch.isfinite(features).all():
-            parts = zip(clips, features.split([clip.num_chunks for clip in clips]), strict=True)
-            names = [str(clip.source) for clip, own in parts if not torch.isfinite(own).all()]
+            parts = features.split([clip.num_chunks for clip in clips])
+            names = [
+                str(clip.source)
+                for clip, part in zip(clips, parts, strict=True)
+                if not torch.isfinite(part).all()
+            ]
             raise AudioError(
                 ", ".join(names[:3]),
                 "unreadable",
@@ -141,89 +180,96 @@ class LtuAsProcessor(LtuProcessor):
     def complete_transcripts(
         self, clips: list[AudioClip | None], transcripts: list[str | None]
     ) -> list[str]:
-        """Whisper's transcript for each clip that has None. A question without a clip has none."""
-        pairs = list(zip(clips, transcripts, strict=True))
-        todo = {
-            id(c): c for c, text in pairs if text is None and c is not None and c.transcript is None
-        }.values()
-        if todo:
+        """Replace each transcript that is None by Whisper's, or by "" if there is no clip."""
+        # Collect the clips that Whisper must transcribe; a clip may occur more than once.
+        new_clips: dict[int, AudioClip] = {}
+        for clip, text in zip(clips, transcripts, strict=True):
+            if text is None and clip is not None and clip.transcript is None:
+                new_clips[id(clip)] = clip
+        if new_clips:
             waveforms = [
-                load_audio(clip.source) if clip.waveform is None else clip.waveform for clip in todo
+                load_audio(clip.source) if clip.waveform is None else clip.waveform
+                for clip in new_clips.values()
             ]
-            for clip, text in zip(todo, self.feature_extractor.transcribe(waveforms), strict=True):
+            texts = self.feature_extractor.transcribe(waveforms)
+            for clip, text in zip(new_clips.values(), texts, strict=True):
                 clip.transcript = text
-        return [(clip.transcript if clip else "") if text is None else text for clip, text in pairs]
+
+        completed = []
+        for clip, text in zip(clips, transcripts, strict=True):
+            if text is None:
+                text = clip.transcript if clip else ""
+            completed.append(text)
+        return completed
 
     def add_transcripts(self, rows: list[dict], batch_size: int = 16) -> list[dict]:
-        """Rows with `input`: as it is, or Whisper's transcript where it is absent. A clip that cannot be heard has
-        none; training skips and counts it."""
-        wanted = {
-            row["audio"]: row.get("audio_id")
-            for row in rows
-            if row.get("input") is None and row["audio"]
-        }
-        texts: dict[str, str] = {}
-        names = list(wanted)
+        """Return examples with Whisper's transcript as `input` where it is absent.
+
+        A clip that cannot be decoded gets ""; training skips and counts it.
+        """
+        audio_ids = {}  # By path, of the clips without a transcript.
+        for row in rows:
+            if row.get("input") is None and row["audio"]:
+                audio_ids[row["audio"]] = row.get("audio_id")
+        paths = list(audio_ids)
+        transcripts: dict[str, str] = {}
         for start in tqdm(
-            range(0, len(names), batch_size), desc="transcripts", unit="batch", disable=not names
+            range(0, len(paths), batch_size), desc="transcripts", unit="batch", disable=not paths
         ):
-            clips = {}
-            for audio in names[start : start + batch_size]:
+            clips: dict[str, AudioClip] = {}
+            for path in paths[start : start + batch_size]:
                 try:
-                    clip = self.load_clip(audio, wanted[audio])
-                    has_words = clip.transcript is not None or clip.waveform is not None
-                    clips[audio] = clip if has_words else super().load_clip(audio)
+                    clip = self.load_clip(path, audio_ids[path])
+                    if clip.transcript is None and clip.waveform is None:
+                        # Stored features without a transcript: the clip must be decoded.
+                        clip = super().load_clip(path)
                 except AudioError:
                     continue
-            texts |= dict(
-                zip(
-                    clips,
-                    self.complete_transcripts(list(clips.values()), [None] * len(clips)),
-                    strict=True,
-                )
-            )
-        return [
-            row | {"input": texts.get(row["audio"], "")} if row.get("input") is None else row
-            for row in rows
-        ]
+                clips[path] = clip
+            texts = self.complete_transcripts(list(clips.values()), [None] * len(clips))
+            transcripts |= dict(zip(clips, texts, strict=True))
+
+        completed = []
+        for row in rows:
+            if row.get("input") is None:
+                row = row | {"input": transcripts.get(row["audio"], "")}
+            completed.append(row)
+        return completed
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the stock method; where features lie is not part of a processor."""
-        return {
-            name: value
-            for name, value in super().to_dict(*args, **kwargs).items()
-            if name != "store"
-        }
-
-    # Where the weights of Whisper lie is written relative to the folder, so that both can move together.
+        """Return the settings, without the feature folder."""
+        settings = super().to_dict(*args, **kwargs)
+        return {name: value for name, value in settings.items() if name != "store"}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
-        """As the stock method, the places of Whisper's files relative to the folder."""
+        """Write the files of the processor.
+
+        The paths of Whisper's files are written relative to the folder, so that both can be moved
+        together.
+        """
         extractor = self.feature_extractor
-        kept = {name: getattr(extractor, name) for name in MODELS}
+        models = {name: getattr(extractor, name) for name in MODELS}
         try:
-            for name, place in kept.items():
-                if place is not None and Path(place).is_file():
-                    setattr(extractor, name, relative_path_of(place, save_directory))
+            for name, model in models.items():
+                if model is not None and Path(model).is_file():
+                    setattr(extractor, name, relative_path_of(model, save_directory))
             return super().save_pretrained(save_directory, **kwargs)
         finally:
-            for name, place in kept.items():
-                setattr(extractor, name, place)
+            for name, model in models.items():
+                setattr(extractor, name, model)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> "LtuAsProcessor":
-        """As the stock method."""
+        """Open a processor, and resolve the relative paths of Whisper's files."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        extractor = processor.feature_extractor
         for name in MODELS:
-            place = getattr(processor.feature_extractor, name)
-            if place is not None and place.startswith("."):
-                setattr(
-                    processor.feature_extractor,
-                    name,
-                    str((Path(pretrained_model_name_or_path) / place).resolve()),
-                )
+            model = getattr(extractor, name)
+            if model is not None and model.startswith("."):
+                path = Path(pretrained_model_name_or_path) / model
+                setattr(extractor, name, str(path.resolve()))
         return processor
 
 

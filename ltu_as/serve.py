@@ -1,4 +1,4 @@
-"""Answer over HTTP as OpenAI's chat completions do: python -m ltu_as.serve takes the arguments of ltu.serve."""
+"""Serves an OpenAI-compatible API; takes the flags of ltu.serve."""
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.files import run_command

@@ -1,1 +1,5 @@
-"""Facts of a clip -> questions and answers, written by any language model. Run from the root, never installed."""
+"""Generates questions and answers about clips with any language model.
+
+The input of the language model is what is known of a clip. The package runs from the repository
+root and is never installed.
+"""

@@ -1,10 +1,12 @@
-"""Which questions and answers are not worth keeping, and why. Each filter can be left out by name.
+"""Decides which questions and answers are dropped, and why. Each filter can be disabled by name.
 
-Notable:
-- A pair repeats another if its clip already has the same question or the same answer, case and punctuation aside:
-  in any row of the metadata about that clip, or in the rows of another source that are named with --against.
-- "unanswerable" looks for words of refusal ("cannot determine", "not enough information"), so that "loud enough" or
-  "cannot miss" stay. The original keeps such rows in its first sets: they teach to refuse.
+A pair duplicates another if its clip already has the same question or the same answer, apart from
+case and punctuation: in any example of the metadata about that clip, or in the examples of another
+source that are named with --against.
+
+"unanswerable" looks for phrases of refusal ("cannot determine", "not enough information"), so that
+"loud enough" or "cannot miss" stay. The original keeps such examples in its first sets, because
+they teach to refuse.
 """
 
 import re
@@ -14,18 +16,23 @@ from qa_generation.qa_json import Pair
 
 FILTERS = ("short", "metadata", "unanswerable", "duplicate")
 METADATA = re.compile(
-    r"\b(meta-?data|according to the (given |provided )?(description|caption|labels?|tags?|text|facts|information|data)"
-    r"|(the|this) (given|provided|above|listed) (\w+ )?(description|caption|labels?|tags?|text|facts|information|data"
-    r"|events?|context)|(sound|audio) (events?|labels?|tags?) (list|listed|provided|given)"
-    r"|(description|caption|label|tag|transcript(ion)?|text)s? (says?|states?|mentions?|indicates?|provided|given)"
+    r"\b(meta-?data"
+    r"|according to the (given |provided )?"
+    r"(description|caption|labels?|tags?|text|facts|information|data)"
+    r"|(the|this) (given|provided|above|listed) (\w+ )?"
+    r"(description|caption|labels?|tags?|text|facts|information|data|events?|context)"
+    r"|(sound|audio) (events?|labels?|tags?) (list|listed|provided|given)"
+    r"|(description|caption|label|tag|transcript(ion)?|text)s? "
+    r"(says?|states?|mentions?|indicates?|provided|given)"
     r"|time-?stamps?)\b|Sound Events:|Spoken words:|\[\d+\.\d+s-\d+\.\d+s|\([<>]?\d+(-\d+)? Hz\)",
     re.IGNORECASE,
 )
 UNANSWERABLE = re.compile(
     r"\b(can ?not|can't|could not|impossible to|not possible to|difficult to|hard to|unable to) "
-    r"(be )?(reliably |definitively |accurately )?(determined?|infer(red)?|tell|known?|answer(ed)?|identif(y|ied)|say"
-    r"|specify|specified)\b"
-    r"|\bnot (specified|provided|mentioned|stated|(enough|sufficient) information)\b|\binsufficient information"
+    r"(be )?(reliably |definitively |accurately )?"
+    r"(determined?|infer(red)?|tell|known?|answer(ed)?|identif(y|ied)|say|specify|specified)\b"
+    r"|\bnot (specified|provided|mentioned|stated|(enough|sufficient) information)\b"
+    r"|\binsufficient information"
     r"|\b(no|without (more|further|additional)) (\w+ )?(information|context|indication)\b"
     r"|\bunclear (from|what|who|whether|if|why|how|where)\b|\bit is (unclear|not clear)\b"
     r"|^(i'm |i am )?sorry\b|\bas an ai\b",
@@ -36,35 +43,42 @@ UNANSWERABLE = re.compile(
 def make_filter(
     text: str, min_words: int, names: tuple[str, ...] = FILTERS, seen: set[str] | None = None
 ) -> Callable[[Pair], str | None]:
-    """A function for pairs of one clip, in their order: why a pair is dropped, or None.
+    """Return a function that maps a pair to the reason why it is dropped, or to None.
+
+    Call it with the pairs of one clip, in their order.
 
     Args:
-        text: words spoken in the clip; a question that repeats six of them in a row counts as "metadata".
-        min_words: of an answer.
-        names: of FILTERS.
-        seen: marks of the pairs that the clip has already; grows by those that are kept.
+        text: Transcript of the clip; a question that repeats six of its words in a row counts as
+            "metadata".
+        min_words: Minimum length of an answer.
+        names: Enabled filters, of FILTERS.
+        seen: Marks of the pairs that the clip already has; the marks of pairs that are not dropped
+            are added.
     """
     seen = set() if seen is None else seen
     spoken = _runs(text)
 
     def reason(pair: Pair) -> str | None:
-        words = {"short": len(pair.answer.split()) < min_words or len(pair.question.split()) < 3}
-        words["metadata"] = bool(
-            METADATA.search(f"{pair.question}\n{pair.answer}") or spoken & _runs(pair.question)
-        )
-        words["unanswerable"] = bool(UNANSWERABLE.search(pair.answer))
-        both = marks(pair)
-        words["duplicate"] = bool(both & seen)
-        found = next((name for name in FILTERS if name in names and words[name]), None)
-        if found is None:
-            seen.update(both)
-        return found
+        own_marks = marks(pair)
+        is_short = len(pair.answer.split()) < min_words or len(pair.question.split()) < 3
+        names_metadata = METADATA.search(f"{pair.question}\n{pair.answer}")
+        applies = {
+            "short": is_short,
+            "metadata": bool(names_metadata or spoken & _runs(pair.question)),
+            "unanswerable": bool(UNANSWERABLE.search(pair.answer)),
+            "duplicate": bool(own_marks & seen),
+        }
+        for name in FILTERS:
+            if name in names and applies[name]:
+                return name
+        seen.update(own_marks)
+        return None
 
     return reason
 
 
 def marks(pair: Pair) -> set[str]:
-    """By which a pair is known again: its question and its answer, each without case and punctuation."""
+    """Return the marks of a pair: its question and its answer, without case and punctuation."""
     return {f"q {_plain(pair.question)}", f"a {_plain(pair.answer)}"}
 
 
@@ -73,5 +87,6 @@ def _plain(text: str) -> str:
 
 
 def _runs(text: str, size: int = 6) -> set[str]:
+    """Return all runs of `size` words of a text."""
     words = _plain(text).split()
     return {" ".join(words[i : i + size]) for i in range(len(words) - size + 1)}

@@ -1,8 +1,8 @@
-"""One clip: its facts to the model, its replies to rows. The same code asks, reads kept replies and estimates.
+"""Generates the examples of one clip from its facts and the replies of a language model.
 
-Notable:
-- Rows of the metadata about one clip are asked about one after the other: what is a duplicate, and so perhaps is to be
-  asked again, must not depend on which reply comes first.
+The same code sends requests, reads stored replies and estimates costs. Metadata rows about one clip
+are processed one after the other: which pair is a duplicate, and so which request may be repeated,
+must not depend on which reply arrives first.
 """
 
 import asyncio
@@ -21,24 +21,26 @@ from qa_generation.qa_json import Pair, Reject, parse_pairs
 from qa_generation.sources import Row, Source, message
 
 PROMPTS = Path(__file__).parent / "prompts"
-TASK, SUMMARY_TASK = "open-ended question", "joint audio and speech summarization"
-TOKENS_PER_PAIR = 60  # of a reply, where nothing better is known
-INFERENCE_WORDS = 8  # fewer are no paragraph; about 30 are asked for
-Read = tuple[list[Pair], list[Reject]]  # questions with answers, and what was dropped
+TASK = "open-ended question"
+SUMMARY_TASK = "joint audio and speech summarization"
+TOKENS_PER_PAIR = 60  # estimated length of a pair in a reply
+INFERENCE_WORDS = 8  # minimum length of a paragraph; the prompt asks for about 30 words
+Read = tuple[list[Pair], list[Reject]]  # pairs of a reply, and what was dropped
 
 
 class Generator:
     """A source with its prompts.
 
-    Args:
-        source: with the user's own count and min_words.
-        models: take turns by clip.
-        prompt: file to use instead of the source's.
-        drops: names of `filters.FILTERS`.
-        asks: times to ask for a clip until a reply has a pair.
-        seed: of what is drawn for a clip.
+    `earlier` may be set to the marks (`filters.marks`) of pairs that clips already have, by
+    audio_id.
 
-    `earlier` may be set to the marks (`filters.marks`) of pairs that clips have already, by audio_id.
+    Args:
+        source: The source, with the count and min_words that the user set.
+        models: Names of models, of which each clip uses one.
+        prompt: File to use instead of the prompt of the source.
+        drops: Enabled filters, of `filters.FILTERS`.
+        max_attempts: Maximum number of requests until a reply has a pair.
+        seed: Seed of what is sampled for a clip.
     """
 
     def __init__(
@@ -47,95 +49,112 @@ class Generator:
         models: list[str],
         prompt: Path | None,
         drops: tuple[str, ...],
-        asks: int,
+        max_attempts: int,
         seed: int,
     ):
-        self.source, self.models, self.drops, self.asks, self.seed = (
-            source,
-            models,
-            drops,
-            asks,
-            seed,
-        )
+        self.source = source
+        self.models = models
+        self.drops = drops
+        self.max_attempts = max_attempts
+        self.seed = seed
         self.earlier: dict[str, set[str]] = {}
-        own = prompt or PROMPTS / f"{source.prompt}.txt"
-        files = {"questions": own, "format": PROMPTS / "format.txt"}
-        if source.infers:
-            files |= {
-                "inference": PROMPTS / "joint_inference.txt",
-                "summaries": PROMPTS / "joint_questions.txt",
-            }
-        self.prompts = {
-            name: file.read_text(encoding="utf-8").strip() for name, file in files.items()
+        files = {
+            "questions": prompt or PROMPTS / f"{source.prompt}.txt",
+            "format": PROMPTS / "format.txt",
         }
-        for name in ("format", "questions"):  # The first is a part of the second.
+        if source.infers:
+            files["inference"] = PROMPTS / "joint_inference.txt"
+            files["summaries"] = PROMPTS / "joint_questions.txt"
+        self.prompts = {}
+        for name, file in files.items():
+            self.prompts[name] = file.read_text(encoding="utf-8").strip()
+        # Fill in "format" first, because "questions" contains it.
+        for name in ("format", "questions"):
             values = {"count": source.count, "format": self.prompts["format"]}
             self.prompts[name] = string.Template(self.prompts[name]).safe_substitute(values)
 
-    async def ask_clip(
+    async def generate_clip(
         self, llm: "Llm | Estimate", rows: list[Row]
     ) -> tuple[list[Row], list[Reject], int]:
-        """Rows that are made of all metadata rows about one clip, what was dropped, and how many had no reply.
+        """Generate the examples of a clip from all metadata rows about it.
+
+        Returns:
+            The examples, what was dropped, and the number of metadata rows without a reply.
 
         Raises:
-            StopAsking: not all replies are there, and no more are asked for.
+            GenerationStopped: Not all replies are there, and no further request is sent.
         """
-        made, rejects, failed = [], [], 0
+        examples = []
+        rejects = []
+        failed = 0
         seen = self.earlier.get(rows[0]["audio_id"], set())
         for row in rows:
-            own = set(seen)
+            own_seen = set(seen)
             try:
-                some, dropped = await self.ask(llm, row, own)
-            except (
-                RequestFailed
-            ):  # Counted by llm. Without its rows it has no pairs that others could repeat.
+                own_examples, own_rejects = await self.generate_row(llm, row, own_seen)
+            except RequestFailed:
+                # llm counts the failure. A row without examples has no pairs to duplicate.
                 failed += 1
                 continue
-            made, rejects, seen = made + some, rejects + dropped, own
-        return made, rejects, failed
+            examples = examples + own_examples
+            rejects = rejects + own_rejects
+            seen = own_seen
+        return examples, rejects, failed
 
-    async def ask(
+    async def generate_row(
         self, llm: "Llm | Estimate", row: Row, seen: set[str]
     ) -> tuple[list[Row], list[Reject]]:
-        """Rows about one metadata row, and what was dropped. The replies and `seen`, which grows, decide them.
+        """Return the examples from one metadata row, and what was dropped.
+
+        The replies and `seen` decide them. The marks of new pairs are added to `seen`.
 
         Raises:
-            RequestFailed, StopAsking: not all replies are there.
+            RequestFailed, GenerationStopped: Not all replies are there.
         """
-        facts, rejects = message(self.source, row), []
-        rows = []
+        facts = message(self.source, row)
+        rejects: list[Reject] = []
+        examples = []
         if self.source.infers:
-            found = await self._ask(
-                llm, row, "inference", facts, lambda reply: self._paragraph(reply, row), rejects
-            )
+
+            def read_paragraph(reply: Reply) -> Read:
+                return self._paragraph(reply, row)
+
+            found = await self._generate(llm, row, "inference", facts, read_paragraph, rejects)
             if not found:
                 return [], rejects
-            repeats = make_filter(
-                "", 0, tuple(name for name in self.drops if name == "duplicate"), seen
-            )
-            if reason := repeats(found[0]):
-                rejects.append(_reject(reason, found[0]))
+            summary = found[0]
+            names = tuple(name for name in self.drops if name == "duplicate")
+            reason = make_filter("", 0, names, seen)(summary)
+            if reason:
+                rejects.append(_reject(reason, summary))
             else:
-                rows.append(_row(row, *found[0], SUMMARY_TASK))
-            facts = f"{facts}; Inference: {found[0].answer}"
+                examples.append(_example(row, *summary, SUMMARY_TASK))
+            facts = f"{facts}; Inference: {summary.answer}"
         is_good = make_filter(row.get("text") or "", self.source.min_words, self.drops, seen)
-        found = await self._ask(
-            llm, row, "questions", facts, lambda reply: _pairs(reply, is_good), rejects
-        )
-        return rows + [_row(row, *pair, TASK) for pair in found], rejects
 
-    def is_answered(self, offline: Llm, clips: Clips) -> bool:
-        """Whether the store answers any metadata row in full. Replies seen until then are in `offline.counts`."""
+        def read_pairs(reply: Reply) -> Read:
+            return _pairs(reply, is_good)
 
-        async def look() -> bool:
+        found = await self._generate(llm, row, "questions", facts, read_pairs, rejects)
+        examples += [_example(row, *pair, TASK) for pair in found]
+        return examples, rejects
+
+    def has_any_reply(self, offline: Llm, clips: Clips) -> bool:
+        """Return whether the store answers any metadata row in full.
+
+        The replies read until then are counted in `offline.counts`.
+        """
+
+        async def search() -> bool:
             for rows in clips.values():
-                if (await self.ask_clip(offline, rows))[2] < len(rows):
+                _, _, failed = await self.generate_clip(offline, rows)
+                if failed < len(rows):
                     return True
             return False
 
-        return asyncio.run(look())
+        return asyncio.run(search())
 
-    async def _ask(
+    async def _generate(
         self,
         llm: "Llm | Estimate",
         row: Row,
@@ -144,98 +163,114 @@ class Generator:
         read: Callable[[Reply], Read],
         rejects: list,
     ) -> list[Pair]:
+        """Send requests until a reply has a pair, and append what was dropped to `rejects`."""
         messages = [
             {"role": "system", "content": self.prompts[prompt]},
             {"role": "user", "content": facts},
         ]
-        model = self._draw(row, self.models)
-        for number in range(self.asks):  # The name gives clips of equal facts replies of their own.
-            found, dropped = read(
-                await llm.complete(messages, model, f"{row['audio_id']} {number}")
-            )
+        model = self._sample(row, self.models)
+        for attempt in range(self.max_attempts):
+            # With this name, clips with equal facts get replies of their own.
+            reply = await llm.complete(messages, model, f"{row['audio_id']} {attempt}")
+            found, dropped = read(reply)
             rejects += dropped
             if found:
                 return found
         return []
 
-    def _draw(self, row: Row, options: list[str]) -> str:
+    def _sample(self, row: Row, options: list[str]) -> str:
         return random.Random(f"{self.seed} {row['audio_id']}").choice(options)
 
     def _paragraph(self, reply: Reply, row: Row) -> Read:
-        if reply.is_cut or len(reply.text.split()) < INFERENCE_WORDS:
+        """Return the pair of a sampled question and the paragraph of a reply."""
+        words = reply.text.split()
+        if reply.is_cut or len(words) < INFERENCE_WORDS:
             return [], [Reject("no paragraph", reply.text)]
-        return [
-            Pair(
-                self._draw(row, self.prompts["summaries"].splitlines()),
-                " ".join(reply.text.split()),
-            )
-        ], []
+        question = self._sample(row, self.prompts["summaries"].splitlines())
+        return [Pair(question, " ".join(words))], []
 
 
-def _pairs(reply: Reply, is_good: Callable) -> Read:
+def _pairs(reply: Reply, is_good: Callable[[Pair], str | None]) -> Read:
+    """Return the pairs of a reply that no filter drops, and what was dropped."""
     pairs, rejects = parse_pairs(reply.text, reply.is_cut)
-    reasons = [(pair, is_good(pair)) for pair in pairs]
-    rejects += [_reject(reason, pair) for pair, reason in reasons if reason]
-    return [pair for pair, reason in reasons if not reason], rejects
+    good = []
+    for pair in pairs:
+        reason = is_good(pair)
+        if reason:
+            rejects.append(_reject(reason, pair))
+        else:
+            good.append(pair)
+    return good, rejects
 
 
 def _reject(reason: str, pair: Pair) -> Reject:
     return Reject(reason, json.dumps([*pair], ensure_ascii=False))
 
 
-def _row(row: Row, question: str, answer: str, task: str) -> Row:
-    words = row["input"] if row.get("input") is not None else row.get("text") or ""
-    made = {"instruction": question, "input": words.strip(), "audio_id": row["audio_id"]}
-    return made | {"dataset": row["dataset"], "task": task, "output": answer}
+def _example(row: Row, question: str, answer: str, task: str) -> Row:
+    transcript = row["input"] if row.get("input") is not None else row.get("text") or ""
+    return {
+        "instruction": question,
+        "input": transcript.strip(),
+        "audio_id": row["audio_id"],
+        "dataset": row["dataset"],
+        "task": task,
+        "output": answer,
+    }
 
 
 class Estimate:
-    """Stands in for `Llm` in a dry run: counts what would be asked, and answers itself.
+    """Replaces `Llm` in a dry run: counts the requests, and replies itself.
 
     Args:
-        kept: answers from the store alone; None if there is no store yet.
+        stored: Replies from the store alone; None if there is no store yet.
     """
 
-    def __init__(self, generator: Generator, settings: LlmSettings, kept: Llm | None):
-        self.generator, self.settings, self.kept = generator, settings, kept
+    def __init__(self, generator: Generator, settings: LlmSettings, stored: Llm | None):
+        self.generator = generator
+        self.settings = settings
+        self.stored = stored
         self.counts: Counter = Counter()
-        # Serves as a paragraph and as a reply with one pair.
-        self.words = "word " * max(generator.source.min_words, 30)
+        # Long enough for a paragraph and for the answer of a pair.
+        self.answer = "word " * max(generator.source.min_words, 30)
 
     async def complete(self, messages: list[Message], model: str, sample: str) -> Reply:
+        """Return the stored reply or, after counting the request, a reply with one pair."""
         with suppress(RequestFailed):
-            if self.kept:
-                return await self.kept.complete(messages, model, sample)
+            if self.stored:
+                return await self.stored.complete(messages, model, sample)
         is_paragraph = messages[0]["content"] == self.generator.prompts.get("inference")
         expected = TOKENS_PER_PAIR * (1 if is_paragraph else self.generator.source.count)
-        asked, at_most = estimate_tokens(messages), self.settings.reserved(messages)
+        prompt_tokens = estimate_tokens(messages)
+        at_most = self.settings.reserved(messages)
         self.counts.update(
-            requests=1, asked=asked, said=min(expected, at_most - asked), at_most=at_most
+            requests=1,
+            prompt_tokens=prompt_tokens,
+            reply_tokens=min(expected, at_most - prompt_tokens),
+            at_most=at_most,
         )
-        number = self.counts[
-            "requests"
-        ]  # Makes it a pair of its own: a duplicate would be asked again.
-        pair = {"q": f"What is heard here, {number}?", "a": f"{self.words}{number}"}
+        # The number makes the pair unique: a duplicate would cause another request.
+        number = self.counts["requests"]
+        pair = {"q": f"What is noted here, {number}?", "a": f"{self.answer}{number}"}
         return Reply(json.dumps(pair), "stop", "", 0, 0)
 
     def report(self, clips: Clips, price: list[float] | None) -> None:
-        """Print what a run would ask. Nothing is sent."""
+        """Print the requests and tokens of a run. Nothing is sent."""
 
-        async def ask_all() -> None:
+        async def count_all() -> None:
             for rows in clips.values():
-                await self.generator.ask_clip(self, rows)
+                await self.generator.generate_clip(self, rows)
 
-        asyncio.run(ask_all())
-        asked, said, kept = (
-            self.counts["asked"],
-            self.counts["said"],
-            self.kept.counts["kept"] if self.kept else 0,
-        )
+        asyncio.run(count_all())
+        requests = self.counts["requests"]
+        prompt_tokens = self.counts["prompt_tokens"]
+        reply_tokens = self.counts["reply_tokens"]
+        stored = self.stored.counts["stored"] if self.stored else 0
+        print(f"{len(clips)} clips: {requests} requests to send, {stored} replies already stored")
         print(
-            f"{len(clips)} clips: {self.counts['requests']} requests to ask, {kept} are kept already"
-        )
-        print(
-            f"about {asked} tokens of prompts, {said} of replies; at most {self.counts['at_most']}, each tried once"
+            f"about {prompt_tokens} tokens of prompts, {reply_tokens} of replies; "
+            f"at most {self.counts['at_most']}, each tried once"
         )
         if price:
-            print(f"about {(asked * price[0] + said * price[1]) / 1e6:.2f} dollars")
+            dollars = (prompt_tokens * price[0] + reply_tokens * price[1]) / 1e6
+            print(f"about {dollars:.2f} dollars")

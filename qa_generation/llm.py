@@ -1,22 +1,29 @@
-"""Messages -> the text of a language model: any OpenAI-compatible endpoint, or a local Hugging Face model.
+"""Generates text with any OpenAI-compatible endpoint, or a local Hugging Face model.
 
     with ReplyStore("replies.jsonl") as store:
         llm = Llm(LlmSettings("gpt-4o-mini", token_budget=1_000_000), store)
-        replies = llm.complete_all([[{"role": "user", "content": "Is a dog an animal? yes or no"}], ...])
+        prompts = [[{"role": "user", "content": "Is a dog an animal? yes or no"}], ...]
+        replies = llm.complete_all(prompts)
 
-The project's only client of such an endpoint; questions are generated and answers are judged through it.
+It is the project's only client of such an endpoint: questions are generated and answers are judged
+with it.
 
-Notable:
-- A reply is on the disk before anything else is done with it, under all that its request says: model, messages,
-  temperature and further settings, but not the endpoint. Run again after kill -9, and only what was on its way then
-  (at most `concurrency` requests) is asked again; `Idempotency-Key` tells it to an endpoint that heeds it.
-- 408, 409, 425, 429, 5xx, time-outs, lost connections and bodies without a reply are tried again, after `Retry-After`
-  or a growing, jittered wait; a `Retry-After` holds all requests. A refused key or an empty account stops the run, a
-  403 only where nothing was answered yet.
-- The token budget covers what the store has cost so far, and in full what each try may have cost that was sent and
-  brought no reply (time-out, lost connection, gateway, odd body, kill -9): somebody may bill it. A try starts only if
-  its longest reply still fits. Tokens of prompts are estimated until an endpoint counts them.
-- An odd body, as of a page in the place of an endpoint, is asked for three times at most: each may be paid.
+A reply is on the disk before anything else is done with it, under everything that its request says:
+model, messages, temperature and further settings, but not the endpoint. After kill -9, the next run
+sends only the requests that were in flight (at most `concurrency`); `Idempotency-Key` identifies
+them for an endpoint that supports it.
+
+408, 409, 425, 429, 5xx, time-outs, lost connections and bodies without a reply are retried, after
+`Retry-After` or an exponential wait with jitter; a `Retry-After` delays all requests. A refused key
+or an empty account stops the run, a 403 only if nothing was answered yet.
+
+The token budget covers the cost of the store so far, and the maximum cost of each try that was sent
+and has no reply (time-out, lost connection, gateway, odd body, kill -9), because it may be billed.
+A try starts only if its longest reply still fits. Tokens of prompts are estimated until an endpoint
+counts them.
+
+A request whose response is an odd body, such as a page instead of an endpoint, is sent three times
+at most: each response may be paid.
 """
 
 import asyncio
@@ -30,175 +37,197 @@ from typing import Any
 
 from qa_generation.endpoint import (
     Forbidden,
+    GenerationStopped,
     LlmSettings,
     Message,
     OpenAiEndpoint,
     Refused,
     Reply,
     RequestFailed,
-    StopAsking,
     TryAgain,
     estimate_tokens,
 )
 from qa_generation.reply_store import ReplyStore
 
 __all__ = [
+    "GenerationStopped",
     "Llm",
     "LlmSettings",
     "Message",
     "Reply",
     "ReplyStore",
     "RequestFailed",
-    "StopAsking",
     "estimate_tokens",
 ]
-FAILURES_IN_ROW = (
-    20  # requests that were given up one after the other: the endpoint is gone, so stop
-)
-ODD_BODIES = 3  # of one request, before it is given up
+# Failed requests in a row after which the endpoint counts as gone and the run stops.
+FAILURES_IN_ROW = 20
+ODD_BODIES = 3  # of one request, before it fails
 LONGEST_WAIT = 60.0  # seconds between two tries without Retry-After
-MOMENT = 0.1  # seconds; how soon a waiting request sees that asking has stopped
+MOMENT = 0.1  # seconds after which a waiting request checks whether generation has stopped
 
 
 class Llm:
-    """Asks, waits, tries again, keeps, and stops at the budget.
+    """A language model with retries, a store of replies and a token budget.
 
     Args:
-        settings: how to ask.
-        store: where replies are kept.
-        is_offline: answer from the store alone; what is not there fails.
+        settings: How to generate.
+        store: Where replies are stored.
+        is_offline: Use only the store; a request without a stored reply fails.
     """
 
     def __init__(self, settings: LlmSettings, store: ReplyStore, is_offline: bool = False):
-        self.settings, self.store, self.is_offline = settings, store, is_offline
+        self.settings = settings
+        self.store = store
+        self.is_offline = is_offline
         self.endpoint: Any = None if is_offline else _open_endpoint(settings)
-        self.on_their_way: dict[str, asyncio.Task] = {}
-        self.counts: Counter = Counter()  # "asked", "kept", and each reason of a new try
-        self.used: Counter = Counter()  # tokens of the replies that were handed out
-        self.sent = self.in_row = 0  # tries on their way; requests that failed one after the other
-        self.not_before = 0.0
+        self.in_flight: dict[str, asyncio.Task] = {}
+        self.counts: Counter = Counter()  # "answered", "stored", "failed", each reason of a retry
+        self.used: Counter = Counter()  # tokens of the returned replies
+        self.sent = 0  # tries in flight
+        self.failures_in_row = 0
+        self.not_before = 0.0  # time before which no try may start
         self.stopped: str | None = None
 
     def stop(self, reason: str) -> None:
-        """Start no further request; what is on its way is waited for."""
+        """Start no further request. Requests in flight are completed."""
         self.stopped = self.stopped or reason
 
     def request(self, messages: list[Message], model: str | None = None) -> dict[str, Any]:
-        """The body of a request."""
-        own = self.settings
-        body = {"model": model or own.model, "messages": messages, "temperature": own.temperature}
-        body |= {"max_tokens": own.max_tokens} | own.extra
+        """Return the body of a request."""
+        settings = self.settings
+        body = {
+            "model": model or settings.model,
+            "messages": messages,
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+        }
+        body |= settings.extra
         return {name: value for name, value in body.items() if value is not None}
 
     async def complete(
         self, messages: list[Message], model: str | None = None, sample: str = ""
     ) -> Reply:
-        """The reply to these messages, from the store if it is there.
+        """Return the reply to these messages, from the store if it is there.
 
         Args:
-            model: instead of the settings' own, where models take turns.
-            sample: another name asks for another reply to the same messages.
+            model: Used instead of that of the settings, where several models are used.
+            sample: Another name gives another reply to the same messages.
 
         Raises:
-            RequestFailed: this one has no reply. StopAsking: nor will others (budget, key, endpoint, or `stop`).
+            RequestFailed: This request has no reply.
+            GenerationStopped: No further request has one (budget, key, endpoint, or `stop`).
         """
         request = self.request(messages, model)
         key = hashlib.sha256(json.dumps([request, sample], sort_keys=True).encode()).hexdigest()
-        kept = self.store.get(key)
-        if kept is not None:
-            self.counts["kept"] += 1
+        reply = self.store.get(key)
+        if reply is not None:
+            self.counts["stored"] += 1
         elif self.is_offline:
-            raise RequestFailed("not asked")
+            raise RequestFailed("not in the store")
         else:
-            if key not in self.on_their_way:  # Equal requests at the same time are one.
-                self.on_their_way[key] = asyncio.ensure_future(self._ask(request, key))
-                self.on_their_way[key].add_done_callback(lambda _: self.on_their_way.pop(key))
-            kept = await asyncio.shield(self.on_their_way[key])
-        self.used.update(kept["usage"])
-        return Reply(kept["text"], kept["finish_reason"], kept["model"], **kept["usage"])
+            if key not in self.in_flight:  # Equal requests at the same time are sent once.
+                self.in_flight[key] = asyncio.ensure_future(self._complete(request, key))
+                self.in_flight[key].add_done_callback(lambda _: self.in_flight.pop(key))
+            reply = await asyncio.shield(self.in_flight[key])
+        self.used.update(reply["usage"])
+        return Reply(reply["text"], reply["finish_reason"], reply["model"], **reply["usage"])
 
-    async def _ask(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+    async def _complete(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+        """Send a request with retries, and stop the run on errors that concern all requests."""
         try:
-            reply = await self._try(request, key)
+            reply = await self._retry(request, key)
         except RequestFailed as error:
             self.counts["failed"] += 1
-            # Where others were answered, what is refused is to blame itself, and is so again in every run.
-            is_own = isinstance(error, Refused) and self.store.places
-            self.in_row += not is_own
-            if isinstance(error, Forbidden) and not is_own:
-                self.stop(str(error))
-            if self.in_row >= FAILURES_IN_ROW:
+            # If other requests were answered, a refused one is at fault itself, in every run.
+            is_own_fault = isinstance(error, Refused) and self.store.offsets
+            if not is_own_fault:
+                self.failures_in_row += 1
+                if isinstance(error, Forbidden):
+                    self.stop(str(error))
+            if self.failures_in_row >= FAILURES_IN_ROW:
                 self.stop(
-                    f"{self.in_row} requests failed one after the other, the last with {error}"
+                    f"{self.failures_in_row} requests failed one after the other, "
+                    f"the last with {error}"
                 )
             raise
-        except StopAsking as error:
+        except GenerationStopped as error:
             self.stop(str(error))
             raise
-        except (
-            OSError
-        ) as error:  # The store's: a full disk keeps no reply, so none is to be paid for.
+        except OSError as error:
+            # The store failed. A full disk stores no reply, so none may be paid for.
             self.stop(f"{error.filename}: {error.strerror}")
-            raise StopAsking(self.stopped) from None
-        self.counts["asked"] += 1
-        self.in_row = 0
+            raise GenerationStopped(self.stopped) from None
+        self.counts["answered"] += 1
+        self.failures_in_row = 0
         return reply
 
-    async def _try(self, request: dict[str, Any], key: str) -> dict[str, Any]:
-        not_before, odd, last = 0.0, 0, ""
+    async def _retry(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+        """Send a request until it has a reply or no try is left."""
+        not_before = 0.0
+        odd_bodies = 0
+        reason = ""
         tokens = self.settings.reserved(request["messages"])
         for attempt in range(self.settings.tries):
-            await self._turn(tokens, not_before)
+            await self._wait_for_start(tokens, not_before)
             try:
                 return await self._send(request, key, tokens)
             except TryAgain as error:
-                last, wait = str(error), error.wait
-                odd += error.is_odd
-            self.counts[last.partition(":")[0]] += 1
-            if odd == ODD_BODIES:
+                reason = str(error)
+                wait = error.wait
+                odd_bodies += error.is_odd
+            self.counts[reason.partition(":")[0]] += 1
+            if odd_bodies == ODD_BODIES:
                 break
             if not wait:
-                not_before = time.monotonic() + min(2.0**attempt, LONGEST_WAIT) * random.uniform(
-                    0.5, 1.0
-                )
+                wait = min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                not_before = time.monotonic() + wait
             elif wait > self.settings.max_wait:
-                raise RequestFailed(f"{last}, to be tried again in {wait:.0f} s")
+                raise RequestFailed(f"{reason}, to be tried again in {wait:.0f} s")
             else:
                 self.not_before = max(self.not_before, time.monotonic() + wait)
-        raise RequestFailed(f"{last} ({attempt + 1} tries)")
+        raise RequestFailed(f"{reason} ({attempt + 1} tries)")
 
-    async def _turn(self, tokens: int, not_before: float) -> None:
-        """Wait until a try may start: its time has come and it fits the budget. StopAsking: none may."""
+    async def _wait_for_start(self, tokens: int, not_before: float) -> None:
+        """Wait until a try may start: its time has come and it fits the budget.
+
+        Raises:
+            GenerationStopped: No try may start any more.
+        """
         while not self.stopped:
             wait = max(not_before, self.not_before) - time.monotonic()
             if wait <= 0 and self._fits(tokens):
                 return
             await asyncio.sleep(min(wait, MOMENT) if wait > 0 else MOMENT)
-        raise StopAsking(self.stopped)
+        raise GenerationStopped(self.stopped)
 
     def _fits(self, tokens: int) -> bool:
-        """For certain; what is on its way mostly turns out shorter than it may be, so it is worth to wait for it."""
-        budget, store = self.settings.token_budget, self.store
+        """Return whether a try certainly fits the budget.
+
+        If not, it may fit when the tries in flight are completed, because most replies are shorter
+        than their maximum. Without tries in flight, the run stops.
+        """
+        budget = self.settings.token_budget
+        store = self.store
         if budget is None or store.tokens + store.lost + tokens <= budget:
             return True
         if not self.sent:
-            used = (
-                f"{store.tokens} of {budget} spent, {store.lost} reserved for tries without a reply"
+            self.stop(
+                f"token budget: {store.tokens} of {budget} spent, "
+                f"{store.lost} reserved for tries without a reply; "
+                f"the next request may take {tokens}"
             )
-            self.stop(f"token budget: {used}; the next request may take {tokens}")
         return False
 
     async def _send(self, request: dict[str, Any], key: str, tokens: int) -> dict[str, Any]:
-        """One try, in the store's accounts before it is sent and after."""
+        """Send a request once. The store records its cost before it is sent and afterwards."""
         self.store.reserve(key, tokens)
         self.sent += 1
         try:
             reply = await self.endpoint.send(request, key)
-            self.store.put(
-                key, reply, tokens
-            )  # Before any other thing may happen: nothing is awaited in between.
+            # Store the reply before anything else can happen: nothing is awaited in between.
+            self.store.put(key, reply, tokens)
             return reply
-        except (TryAgain, RequestFailed, StopAsking) as error:
+        except (TryAgain, RequestFailed, GenerationStopped) as error:
             if not getattr(error, "is_lost", False):
                 self.store.reserve(key, -tokens)
             raise
@@ -206,7 +235,11 @@ class Llm:
             self.sent -= 1
 
     async def run(self, jobs: Iterable[Callable[[], Awaitable[None]]]) -> None:
-        """Work off `jobs`, `concurrency` at a time. StopAsking: not all is done, but what had begun was waited for."""
+        """Run `jobs`, `concurrency` of them at a time.
+
+        Raises:
+            GenerationStopped: Some jobs were not started. Those that had started are completed.
+        """
         waiting = iter(jobs)
 
         async def work() -> None:
@@ -220,24 +253,31 @@ class Llm:
                     raise
 
         try:
-            results = await asyncio.gather(
-                *[work() for _ in range(self.settings.concurrency)], return_exceptions=True
-            )
+            workers = [work() for _ in range(self.settings.concurrency)]
+            results = await asyncio.gather(*workers, return_exceptions=True)
         finally:
             await self.endpoint.close()
         for error in results:
-            if isinstance(error, BaseException) and not isinstance(error, StopAsking):
+            if isinstance(error, BaseException) and not isinstance(error, GenerationStopped):
                 raise error
         if self.stopped:
-            raise StopAsking(self.stopped)
+            raise GenerationStopped(self.stopped)
 
     def complete_all(
         self,
         messages: list[list[Message]],
         on_reply: Callable[[int, Reply | RequestFailed], None] = lambda *_: None,
     ) -> list[Reply | RequestFailed]:
-        """For callers without a loop: replies in the order of `messages`; one that failed is the error.
-        StopAsking: not all were asked, but replies so far are in the store."""
+        """Return the replies in the order of `messages`, for callers without an event loop.
+
+        The entry of a request that failed is its error.
+
+        Args:
+            on_reply: Called with the index and the reply or error as soon as it is there.
+
+        Raises:
+            GenerationStopped: Not all requests were sent. The replies so far are in the store.
+        """
         replies: list[Any] = [None] * len(messages)
 
         async def job(index: int) -> None:

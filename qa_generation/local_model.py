@@ -1,20 +1,29 @@
-"""The other endpoint of `qa_generation.llm`: a Hugging Face model on this machine, batched.
+"""Generates replies with a Hugging Face model on this machine, as an endpoint of `llm`.
 
-Notable:
-- Requests that wait at the same time are one batch. Samples repeat with the batch; greedy answers (temperature 0) do
-  not depend on it in fp32.
-- A tokenizer without a chat template gets the messages as paragraphs.
+Requests that wait at the same time form one batch. Samples are reproducible only with the same
+batch; greedy replies (temperature 0) do not depend on the batch in fp32. A tokenizer without a chat
+template gets the messages as paragraphs.
 """
 
 import asyncio
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 from qa_generation.endpoint import LlmSettings
 
 
+@dataclass
+class WaitingRequest:
+    """A request that is not yet in a batch, and the future that gets its reply."""
+
+    request: dict[str, Any]
+    key: str
+    future: asyncio.Future
+
+
 class LocalModel:
-    """Loads `settings.model`, onto the GPU if there is one."""
+    """The model `settings.model`, on the GPU if there is one."""
 
     def __init__(self, settings: LlmSettings):
         import torch
@@ -25,73 +34,75 @@ class LocalModel:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.waiting: list[tuple[dict[str, Any], str, asyncio.Future]] = []
+        self.waiting: list[WaitingRequest] = []
         self.working: asyncio.Task | None = None
 
     async def send(self, request: dict[str, Any], key: str) -> dict[str, Any]:
-        """The reply as it is stored."""
+        """Generate the reply to a request, in the form in which it is stored."""
         future = asyncio.get_running_loop().create_future()
-        self.waiting.append((request, key, future))
+        self.waiting.append(WaitingRequest(request, key, future))
         if self.working is None or self.working.done():
             self.working = asyncio.create_task(self._work())
         return await future
 
     async def _work(self) -> None:
+        """Generate replies until no request waits."""
         while self.waiting:
-            await asyncio.sleep(0.02)  # So that requests of the same moment come into one batch.
+            await asyncio.sleep(0.02)  # Requests of the same moment join one batch.
             count = self.settings.concurrency
-            batch, self.waiting = self.waiting[:count], self.waiting[count:]
-            answering = asyncio.create_task(
-                asyncio.to_thread(self._answer, [part[:2] for part in batch])
-            )
-            await asyncio.wait([answering])
-            for number, (_, _, future) in enumerate(batch):
-                if (
-                    error := answering.exception()
-                ):  # Whatever it is, those who wait for the batch must hear of it.
-                    future.set_exception(error)
+            batch = self.waiting[:count]
+            self.waiting = self.waiting[count:]
+            generation = asyncio.create_task(asyncio.to_thread(self._generate, batch))
+            await asyncio.wait([generation])
+            # Every request of the batch must get the error, whatever it is.
+            error = generation.exception()
+            for number, waiting in enumerate(batch):
+                if error:
+                    waiting.future.set_exception(error)
                 else:
-                    future.set_result(answering.result()[number])
+                    waiting.future.set_result(generation.result()[number])
 
     def _prompt(self, messages: list[dict[str, str]]) -> str:
         if self.tokenizer.chat_template:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        return (self.tokenizer.bos_token or "") + "".join(
-            f"{message['content']}\n\n" for message in messages
-        )
+        paragraphs = [f"{message['content']}\n\n" for message in messages]
+        return (self.tokenizer.bos_token or "") + "".join(paragraphs)
 
-    def _answer(self, batch: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
+    def _generate(self, batch: list[WaitingRequest]) -> list[dict[str, Any]]:
         import torch
 
-        prompts = [self._prompt(request["messages"]) for request, _ in batch]
+        prompts = [self._prompt(waiting.request["messages"]) for waiting in batch]
         inputs = self.tokenizer(
             prompts, return_tensors="pt", padding=True, add_special_tokens=False
         )
-        torch.manual_seed(
-            int(hashlib.sha256("".join(key for _, key in batch).encode()).hexdigest()[:15], 16)
-        )
-        heat = self.settings.temperature
-        given = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
-        given |= {"pad_token_id": self.tokenizer.pad_token_id} | self.settings.extra
-        given["max_new_tokens"] = self.settings.longest_reply
+        keys = "".join(waiting.key for waiting in batch)
+        torch.manual_seed(int(hashlib.sha256(keys.encode()).hexdigest()[:15], 16))
+        arguments: dict[str, Any] = {"do_sample": False}
+        if self.settings.temperature:
+            arguments = {"do_sample": True, "temperature": self.settings.temperature}
+        arguments |= {"pad_token_id": self.tokenizer.pad_token_id} | self.settings.extra
+        arguments["max_new_tokens"] = self.settings.longest_reply
         with torch.inference_mode():
-            tokens = self.model.generate(**inputs.to(self.model.device), **given)
-        said = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (batch, new tokens)
-        return [
-            self._reply(*pair)
-            for pair in zip(said, inputs["attention_mask"].sum(-1).tolist(), strict=True)
-        ]
+            tokens = self.model.generate(**inputs.to(self.model.device), **arguments)
+        new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (batch, new tokens)
+        prompt_lengths = inputs["attention_mask"].sum(-1).tolist()  # (batch,)
+        replies = []
+        for row, prompt_tokens in zip(new_tokens, prompt_lengths, strict=True):
+            replies.append(self._reply(row, prompt_tokens))
+        return replies
 
-    def _reply(self, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
+    def _reply(self, tokens: list[int], prompt_tokens: int) -> dict[str, Any]:
+        """Return the reply in new tokens, which end with an end token or at the maximum length."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        count = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-        text = self.tokenizer.decode(ids[:count], skip_special_tokens=True).strip()
+        positions = (position for position, token in enumerate(tokens) if token in ends)
+        count = next(positions, len(tokens))
+        text = self.tokenizer.decode(tokens[:count], skip_special_tokens=True).strip()
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": count}
-        reason = "stop" if count < len(ids) else "length"
+        reason = "stop" if count < len(tokens) else "length"
         return {"text": text, "finish_reason": reason, "model": self.settings.model, "usage": usage}
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing; there is nothing to close."""

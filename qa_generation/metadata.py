@@ -1,9 +1,8 @@
-"""Files that are read before anything is asked: metadata by clip, and rows that clips have from other sources.
+"""Reads the metadata of clips, and the examples that clips have from other sources.
 
-Notable:
-- A file is a JSON list, which is held in memory, or JSON lines, which are streamed.
-- Every row is checked, with all fields that the source uses, before a first request is made.
-- A row whose clip and facts have come before is left out: its questions would be paid, and written, twice.
+A file is a JSON list, which is held in memory, or JSON lines, which are streamed. Every metadata
+row is checked, with all fields that the source uses, before a first request is sent. A row that
+repeats clip and facts is left out, because its questions would be paid, and written, twice.
 """
 
 import hashlib
@@ -16,11 +15,15 @@ from qa_generation.filters import marks
 from qa_generation.qa_json import Pair
 from qa_generation.sources import Row, Source, message
 
-Clips = dict[str, list[Row]]  # audio_id -> its rows, in the order of the file
+Clips = dict[str, list[Row]]  # audio_id -> its metadata rows, in the order of the file
 
 
 def read_json(path: Path) -> Iterator[Any]:
-    """The rows of a JSON list or of JSON lines. ValueError: neither; says where."""
+    """Yield the items of a JSON list or of JSON lines.
+
+    Raises:
+        ValueError: The file is neither; the message states where.
+    """
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -28,12 +31,13 @@ def read_json(path: Path) -> Iterator[Any]:
                 number += 1
                 if not line.strip():
                     continue
-                data = json.loads(line + file.read() if line.lstrip().startswith("[") else line)
+                is_list = line.lstrip().startswith("[")
+                data = json.loads(line + file.read() if is_list else line)
                 yield from data if isinstance(data, list) else [data]
     except json.JSONDecodeError as error:
-        place = f"line {number + error.lineno - 1}, column {error.colno}"
+        position = f"line {number + error.lineno - 1}, column {error.colno}"
         raise ValueError(
-            f"{path}, {place}: {error.msg}; a JSON list or JSON lines are needed"
+            f"{path}, {position}: {error.msg}; a JSON list or JSON lines are needed"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -42,13 +46,19 @@ def read_json(path: Path) -> Iterator[Any]:
 
 
 def read_metadata(path: Path, source: Source, dataset: str) -> tuple[Clips, list[str], int]:
-    """Clips to ask about; of each row that cannot be asked its number from 0 and the reason; how many repeat one.
+    """Read the metadata of clips.
+
+    Returns:
+        The clips, an error message with the number from 0 for each row that cannot be used, and the
+        number of rows that repeat another.
 
     Raises:
-        ValueError: not JSON; says where.
+        ValueError: The file is no JSON; the message states where.
     """
     clips: Clips = {}
-    bad, repeats, known = [], 0, set()
+    bad = []
+    repeats = 0
+    known = set()
     for index, row in enumerate(read_json(path)):
         try:
             if not isinstance(row, dict) or not row.get("audio_id"):
@@ -62,25 +72,25 @@ def read_metadata(path: Path, source: Source, dataset: str) -> tuple[Clips, list
             repeats += 1
             continue
         known.add(mark)
-        clips.setdefault(row["audio_id"], []).append(
-            row | {"dataset": row.get("dataset") or dataset}
-        )
+        own_dataset = row.get("dataset") or dataset
+        clips.setdefault(row["audio_id"], []).append(row | {"dataset": own_dataset})
     return clips, bad, repeats
 
 
 def read_pairs(paths: Iterable[Path], clips: Clips) -> dict[str, set[str]]:
-    """Marks of the questions and answers that clips have in other files of rows.
+    """Return the marks of the questions and answers that clips have in other dataset files.
 
     Raises:
-        ValueError: a file is not of rows; says where.
+        ValueError: A file holds something else than examples; the message states where.
     """
     found: dict[str, set[str]] = {}
+    names = ("audio_id", "instruction", "output")
     for path in paths:
         for index, row in enumerate(read_json(path)):
-            names = ("audio_id", "instruction", "output")
             values = [row.get(name) if isinstance(row, dict) else None for name in names]
             if not all(isinstance(value, str) for value in values):
                 raise ValueError(f"{path}, row {index}: needs {', '.join(names)} as texts")
-            if values[0] in clips:
-                found.setdefault(values[0], set()).update(marks(Pair(*values[1:])))
+            audio_id, question, answer = values
+            if audio_id in clips:
+                found.setdefault(audio_id, set()).update(marks(Pair(question, answer)))
     return found

@@ -1,9 +1,11 @@
-"""A model's reply -> questions and answers. What is malformed is repaired only if there is one way to read it.
+"""Parses questions and answers from the reply of a language model.
 
-Notable:
-- Pairs are found wherever an object opens with a q or an a: in lines, in a list, in a code fence, after a number.
-- Each repair is tried on its own on a broken object. If all that succeed agree, that is the pair; else it is rejected.
-- The last object of a reply that was cut off is never completed.
+Pairs are found wherever an object opens with a q or an a: in lines, in a list, in a code fence,
+after a number.
+
+A malformed object is repaired only if there is one way to read it. Each repair is tried on its own.
+If all that succeed agree, their result is the pair; else the object is rejected. The last object of
+a truncated reply is never completed.
 """
 
 import ast
@@ -12,15 +14,19 @@ import re
 import warnings
 from typing import Any, NamedTuple
 
-LONGEST = 200_000  # characters of a reply: twenty questions are about 8,000, and a text without end takes minutes
+# Maximum characters of a reply. Twenty questions are about 8,000, and an endless text would take
+# minutes.
+LONGEST = 200_000
 NAMES = {"q": "q", "question": "q", "a": "a", "answer": "a"}
 QUOTES = str.maketrans("“”„‟", '""""')
+# The beginning of an object, up to its first key of a pair.
 OPENER = re.compile(
     r"""\{\s*(?:"\w+"\s*:\s*(?:\d+|"[^"]*")\s*,\s*){0,3}["'“”]?(?:q|a|question|answer)["'“”]?\s*:""",
     re.IGNORECASE,
 )
 OBJECT = re.compile(r"\{[^{}]*\}")
 ANSWER = re.compile(r"""(?<!\w)a(?:nswer)?["'“”]\s*:|["'“”]a(?:nswer)?["'“”]?\s*:""", re.IGNORECASE)
+# A whole object whose texts may contain quotes.
 INNER = re.compile(
     r"""\{\s*"q(?:uestion)?"\s*:\s*"(?P<q>.*)"\s*,\s*"a(?:nswer)?"\s*:\s*"(?P<a>.*)"\s*,?\s*\}""",
     re.DOTALL | re.IGNORECASE,
@@ -40,65 +46,81 @@ class Reject(NamedTuple):
 
 
 def parse_pairs(text: str, is_cut: bool = False) -> tuple[list[Pair], list[Reject]]:
-    """The pairs of a reply in their order, and what could not be read.
+    """Return the pairs of a reply in their order, and what could not be parsed.
 
     Args:
-        is_cut: the model stopped at its longest reply.
+        is_cut: The reply is truncated.
     """
     if not text.strip():
         return [], [Reject("empty reply", text)]
     if len(text) > LONGEST:
         return [], [Reject("too long", text)]
-    pairs, rejects, place = [], [], 0
-    while place < len(text):
-        opener = OPENER.search(text, place)
+    pairs: list[Pair] = []
+    rejects: list[Reject] = []
+    position = 0
+    while position < len(text):
+        opener = OPENER.search(text, position)
         start = opener.start() if opener else len(text)
-        if ANSWER.search(text[place:start]) or OBJECT.search(text[place:start]):
-            rejects.append(Reject("malformed", text[place:start].strip()))
-        if opener:
-            found, place = _read(text, start, is_cut)
-            (pairs if isinstance(found, Pair) else rejects).append(found)
-        else:
+        skipped = text[position:start]
+        if ANSWER.search(skipped) or OBJECT.search(skipped):
+            rejects.append(Reject("malformed", skipped.strip()))
+        if not opener:
             break
+        found, position = _read(text, start, is_cut)
+        if isinstance(found, Pair):
+            pairs.append(found)
+        else:
+            rejects.append(found)
     if not pairs and not rejects:
         rejects.append(Reject("cut off" if is_cut else "no question and answer", text))
     return pairs, rejects
 
 
 def _read(text: str, start: int, is_cut: bool) -> tuple[Pair | Reject, int]:
+    """Read the object at `start`. Return a pair or a reject, and the position after it."""
     try:
-        found, size = DECODER.raw_decode(text[start:])
-        return _pair(found) or Reject(
-            "not one question and one answer", text[start : start + size]
-        ), start + size
+        members, size = DECODER.raw_decode(text[start:])
+        end = start + size
+        found = _pair(members)
+        return found or Reject("not one question and one answer", text[start:end]), end
     except (json.JSONDecodeError, RecursionError):
         pass
+    # The object is malformed. It ends where the next one begins.
     following = OPENER.search(text, start + 1)
     end = following.start() if following else len(text)
     broken = text[start:end]
     if len(ANSWER.findall(broken)) > 1:
         return Reject("more than one way to read it", broken.strip()), end
-    results = {
-        repair(broken.strip()) for repair in (_commas, _typographic, _python, _brace, _inner)
-    } - {None}
-    if len(results) == 1 and not (is_cut and not following and "}" not in broken):
+    repairs = (_commas, _typographic, _python, _brace, _inner)
+    results = {repair(broken.strip()) for repair in repairs} - {None}
+    is_last_and_cut = is_cut and not following
+    if len(results) == 1 and not (is_last_and_cut and "}" not in broken):
         return results.pop(), end
-    reason = "more than one way to read it" if results else "malformed"
-    return Reject("cut off" if is_cut and not following else reason, broken.strip()), end
+    if is_last_and_cut:
+        reason = "cut off"
+    elif results:
+        reason = "more than one way to read it"
+    else:
+        reason = "malformed"
+    return Reject(reason, broken.strip()), end
 
 
 def _pair(members: Any) -> Pair | None:
-    """From the members of an object; None unless there is one question and one answer, both whole texts."""
+    """Return the pair in the members of an object.
+
+    It is None unless there is one question and one answer, both whole texts.
+    """
     values: dict[str, list] = {"q": [], "a": [], "": []}
     for name, value in members:
         values[NAMES.get(str(name).lower(), "")].append(value)
-    both = values["q"] + values["a"]
-    if len(values["q"]) != 1 or len(both) != 2 or not all(isinstance(value, str) for value in both):
+    if len(values["q"]) != 1 or len(values["a"]) != 1:
         return None
-    is_whole = not re.search(
-        "[\ud800-\udfff]", "".join(both)
-    )  # Half an emoji can be written to no file.
-    return Pair(*[" ".join(value.split()) for value in both]) if is_whole else None
+    texts = values["q"] + values["a"]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        return None  # Half an emoji cannot be written to a file.
+    return Pair(*[" ".join(text.split()) for text in texts])
 
 
 def _loads(text: str) -> Pair | None:
@@ -109,22 +131,22 @@ def _loads(text: str) -> Pair | None:
 
 
 def _commas(text: str) -> Pair | None:
-    """A comma too many before the brace, or none between the two members."""
+    """Remove a comma before the brace, and add one that is missing between the two members."""
     text = re.sub(r",\s*\}(?=[\s,\]`]*$)", "}", text)
     return _loads(re.sub(r'"\s*(?="(?:a|q|answer|question)"\s*:)', '", ', text))
 
 
 def _typographic(text: str) -> Pair | None:
+    """Replace typographic quotes."""
     return _loads(text.translate(QUOTES))
 
 
 def _python(text: str) -> Pair | None:
-    """A dictionary of Python, in single quotes."""
+    """Read a dictionary of Python, in single quotes."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error"
-            )  # An escape that Python does not know is no way to read it.
+            # An escape that Python does not know makes the text unreadable.
+            warnings.simplefilter("error")
             found = ast.literal_eval(text[: text.rindex("}") + 1])
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
@@ -132,14 +154,15 @@ def _python(text: str) -> Pair | None:
 
 
 def _brace(text: str) -> Pair | None:
-    """No closing brace after a complete string."""
+    """Add a missing closing brace after a complete string."""
     return _loads(text.rstrip(" ,\n]`") + "}") if "}" not in text else None
 
 
 def _inner(text: str) -> Pair | None:
-    """Quotes within a text that are not escaped; only where members part in one place."""
+    """Escape quotes within a text, only if there is one place where the members separate."""
     match = INNER.match(text)
     if not match or len(SEPARATOR.findall(text)) != 1:
         return None
-    values = [re.sub(r'(?<!\\)"', r'\\"', match[name]) for name in ("q", "a")]
-    return _loads(f'{{"q": "{values[0]}", "a": "{values[1]}"}}')
+    question = re.sub(r'(?<!\\)"', r'\\"', match["q"])
+    answer = re.sub(r'(?<!\\)"', r'\\"', match["a"])
+    return _loads(f'{{"q": "{question}", "a": "{answer}"}}')

@@ -1,12 +1,15 @@
-"""Replies of a language model on disk: what was answered once is never asked, or paid for, again.
+"""Stores the replies of a language model on the disk, so that no request is sent and paid twice.
 
-Notable:
-- One JSON line a reply, under the sha256 of all that its request says. `put` returns when the line is on the disk.
-- A line "sent" stands before each try with the tokens that it may cost. They are taken back by the reply, or where
-  nobody bills the try; the sum of what is left, `lost`, was sent without a reply, also by a run that was killed.
-- Half a line, of a killed run or a full disk, is cut off: at once, before the next line, or when the file is opened.
-- Only places in the file are held in memory: about 150 bytes a reply.
-- The lock ends with the process that holds it: two runs on one file would pay twice.
+A reply is one JSON line, under the sha256 of everything that its request says. `put` returns when
+the line is on the disk.
+
+A line "sent" precedes each try, with the tokens that the try may cost. The reply cancels them, and
+so does an error that nobody bills. The sum of the rest, `lost`, was sent without a reply, also by a
+run that was killed.
+
+Half a line, of a killed run or a full disk, is cut off: at once, before the next line, or when the
+file is opened. Only the offsets in the file are held in memory: about 150 bytes for each reply. The
+lock ends with its process: two runs on one file would pay twice.
 """
 
 import fcntl
@@ -20,24 +23,25 @@ BEGINNING = b'{"key": "'  # of every line
 
 
 class ReplyStore:
-    """A file of replies, open for reading and adding; a context manager.
+    """A file of replies, open for reading and appending; a context manager.
 
     Args:
-        path: made, with its folder, where it is not there.
+        path: The file. It and its folder are created if they do not exist.
 
     Raises:
-        ValueError: another run has it open, or a line is damaged (path and byte offset).
+        ValueError: Another run has it open, or a line is damaged (path and byte offset).
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: Any = self.path.open(
-            "a+b", buffering=0
-        )  # A buffer would write again what a full disk refused.
-        self.places: dict[bytes, int] = {}  # sha256 -> offset
-        self.tokens = self.lost = self.end = 0  # tokens: what all replies cost, prompts included
-        self.is_torn = False
+        # Without a buffer, because a buffer would write again what a full disk refused.
+        self.file: Any = self.path.open("a+b", buffering=0)
+        self.offsets: dict[bytes, int] = {}  # sha256 -> offset
+        self.tokens = 0  # tokens of all replies, prompts included
+        self.lost = 0  # tokens reserved for tries without a reply
+        self.end = 0  # offset after the last whole line
+        self.is_torn = False  # there may be half a line after `end`
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read_all()
@@ -48,9 +52,9 @@ class ReplyStore:
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.file.close()
-            place = f"{self.path}, byte {self.end}"
             raise ValueError(
-                f"{place}: not a reply ({error}). Remove that line, or name another file."
+                f"{self.path}, byte {self.end}: not a reply ({error}). "
+                "Remove that line, or name another file."
             ) from None
 
     def _read_all(self) -> None:
@@ -60,56 +64,66 @@ class ReplyStore:
                     self._note(json.loads(line), len(line))
                 elif not BEGINNING.startswith(line[: len(BEGINNING)]):
                     raise ValueError(f"it begins with {line[: len(BEGINNING)]!r}")
-        self.file.truncate(self.end)  # Half a line, of a run that was killed.
+        self.file.truncate(self.end)  # Remove half a line of a killed run.
 
     def _note(self, entry: dict, size: int) -> None:
+        """Account for a line that is in the file."""
         key = bytes.fromhex(entry["key"])
         if "reply" in entry or "sent" not in entry:
             usage = entry["reply"]["usage"]
             self.tokens += usage["prompt_tokens"] + usage["completion_tokens"]
-            self.places[key] = self.end
+            self.offsets[key] = self.end
         self.lost += entry.get("sent", 0)
         self.end += size
 
     def get(self, key: str) -> dict | None:
-        """The reply to the request of this key, None if there is none."""
-        place = self.places.get(bytes.fromhex(key))
-        if place is None:
+        """Return the reply to the request with this key, None if there is none.
+
+        Raises:
+            ValueError: Another process has truncated the file.
+        """
+        offset = self.offsets.get(bytes.fromhex(key))
+        if offset is None:
             return None
         size = 8192
-        while b"\n" not in (data := os.pread(self.file.fileno(), size, place)):
+        data = os.pread(self.file.fileno(), size, offset)
+        while b"\n" not in data:
             if len(data) < size:
                 raise ValueError(
-                    f"{self.path}, byte {place}: a reply is gone; something else has cut the file."
+                    f"{self.path}, byte {offset}: a reply is gone; something else has cut the file."
                 )
             size *= 2
+            data = os.pread(self.file.fileno(), size, offset)
         return json.loads(data[: data.index(b"\n")])["reply"]
 
     def reserve(self, key: str, tokens: int) -> None:
-        """Note what a try may cost that is about to be sent; negative: nobody bills it."""
+        """Record the maximum cost of a try before it is sent; a negative number cancels it."""
         self._append({"key": key, "sent": tokens})
 
     def put(self, key: str, reply: dict, sent: int = 0) -> None:
         """Add a reply with `usage`; it is on the disk when this returns.
 
         Args:
-            sent: tokens that were reserved for the try that brought it.
+            sent: Tokens that were reserved for the try that got the reply.
 
         Raises:
-            OSError: it is not on the disk; all that was there before is, and so is its place for the next one.
+            OSError: The reply is not on the disk. All lines before it are, and the next line can be
+                added.
         """
-        self._append(
-            {"key": key, "reply": reply} | ({"sent": -sent} if sent else {}), is_synced=True
-        )
+        entry: dict[str, Any] = {"key": key, "reply": reply}
+        if sent:
+            entry["sent"] = -sent
+        self._append(entry, is_synced=True)
 
     def _append(self, entry: dict, is_synced: bool = False) -> None:
-        left = line = json.dumps(entry).encode() + b"\n"
+        line = json.dumps(entry).encode() + b"\n"
+        rest = line
         try:
             if self.is_torn:
                 self.file.truncate(self.end)
             self.is_torn = True
-            while left:  # A disk that is about to be full takes a part.
-                left = left[self.file.write(left) :]
+            while rest:  # A disk that is nearly full takes a part of the line.
+                rest = rest[self.file.write(rest) :]
             if is_synced:
                 os.fsync(self.file.fileno())
         except OSError as error:
@@ -124,4 +138,5 @@ class ReplyStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()  # Half a line that could not be cut off is cut off when the file is opened again.
+        # If half a line could not be cut off, the next opening of the file does it.
+        self.file.close()

@@ -1,9 +1,10 @@
-"""Shared by all tests: where the golden numbers lie, and the report that counts comparisons with them."""
+"""Fixtures for all tests: the golden numbers, and a report that counts comparisons with them."""
 
 import gc
 import os
 
-# torch's idle threads spin by default; beside another process on few cores that costs more than the work itself.
+# torch's idle threads spin by default; beside another process on few cores that costs more than
+# the work itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # No test may need the network.
 if not os.environ.get(
@@ -39,7 +40,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def full_golden() -> Path:
-    """The whole set that tests/golden is a part of: $LTU_GOLDEN, or shared/golden beside the repository."""
+    """The full set, of which tests/golden is a part: $LTU_GOLDEN, or ../shared/golden."""
     folder = Path(os.environ.get("LTU_GOLDEN", GOLDEN.parents[2] / "shared" / "golden"))
     if not (folder / "rule_init.py").is_file():
         pytest.skip(f"the full golden numbers are not at {folder}; set LTU_GOLDEN")
@@ -48,7 +49,7 @@ def full_golden() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_report(pytestconfig: pytest.Config) -> Callable[[str, str, float, float], None]:
-    """`golden_report(module, name, error, bound)` counts one comparison for the summary, asserts `error <= bound`."""
+    """`golden_report(module, name, error, bound)` counts a comparison and asserts the bound."""
 
     def report(module: str, name: str, error: float, bound: float) -> None:
         error = float(error)

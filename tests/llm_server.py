@@ -1,4 +1,7 @@
-"""An OpenAI-compatible server on 127.0.0.1 that fails as asked, and counts what a client would pay for."""
+"""Runs an OpenAI-compatible server on 127.0.0.1 that fails on demand.
+
+It counts what a client would pay for.
+"""
 
 import asyncio
 import hashlib
@@ -10,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
 
-# Faults for which nobody pays; each passes with the next try.
+# Faults that nobody pays for. The next try succeeds.
 QUICK_FAULTS = (
     "429", "429 seconds", "500", "503", "503 seconds", "drop", "half a body", "not JSON", "HTML",
     "no choices", "error in a 200",
@@ -18,10 +21,11 @@ QUICK_FAULTS = (
 # A date has whole seconds, so the client waits for up to a second.
 FAULTS = (*QUICK_FAULTS, "429 date")
 # "time-out" lasts until the client gives up. A test of it needs a client with a short time-out. On
-# a busy machine that client may give up on good replies too, so the test cannot count them.
+# a busy machine such a client may give up on good replies too, so the test cannot count them.
 
 
 def completion(text: str, finish_reason: str = "stop") -> dict:
+    """Return the body of a chat completion."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text},
@@ -39,15 +43,16 @@ def completion(text: str, finish_reason: str = "stop") -> dict:
 
 
 class FakeLlm:
-    """Use it with `with`; it runs in a thread of its own.
+    """A context manager; the server runs in a thread of its own.
 
     Args:
-        answer: the body of a request -> the body of its reply.
-        fault_share: of tries that fail; at most twice in a row for one request.
-        faults: what they fail with.
-        delay: seconds before a reply.
-        hold_after: replies that are sent at once. Further ones wait for `release`; `held` counts
-            them.
+        answer: Maps the body of a request to the body of its reply.
+        fault_share: Fraction of tries that fail, at most twice in a row for one request.
+        seed: Seed of the faults.
+        faults: The faults to choose from.
+        delay: Seconds before a reply.
+        hold_after: Number of replies that are sent at once. Further ones wait for `release`; `held`
+            counts them.
     """
 
     def __init__(
@@ -59,22 +64,23 @@ class FakeLlm:
         delay: float = 0.0,
         hold_after: int | None = None,
     ):
-        self.answer, self.share, self.rng, self.delay = (
-            answer,
-            fault_share,
-            random.Random(seed),
-            delay,
-        )
-        self.kinds, self.hold_after = faults, hold_after
-        self.begun = self.held = 0  # replies
+        self.answer = answer
+        self.share = fault_share
+        self.rng = random.Random(seed)
+        self.kinds = faults
+        self.delay = delay
+        self.hold_after = hold_after
+        self.begun = 0  # replies that were begun
+        self.held = 0  # replies that wait for `release`
         self.released = asyncio.Event()
         self.paid: Counter = Counter()  # key of a request -> whole replies that were sent
         self.faults: Counter = Counter()
         self.failed: Counter = Counter()
         self.times: list[float] = []
-        self.script: list[str] = []  # faults to play first
+        self.script: list[str] = []  # faults of the first requests
         self.headers: list[str] = []
-        self.most_at_once = self.at_once = 0
+        self.at_once = 0  # requests in progress
+        self.most_at_once = 0
 
     def __enter__(self) -> "FakeLlm":
         self.loop = asyncio.new_event_loop()
@@ -92,7 +98,7 @@ class FakeLlm:
         self.loop.close()
 
     def release(self) -> None:
-        """Send what is held, and hold no more."""
+        """Send the replies that wait, and let no further one wait."""
         self.loop.call_soon_threadsafe(self.released.set)
 
     async def end(self) -> None:
@@ -116,14 +122,14 @@ class FakeLlm:
                 self.at_once += 1
                 self.most_at_once = max(self.most_at_once, self.at_once)
                 try:
-                    keep = await self.reply(body, reader, writer)
+                    is_kept_alive = await self.reply(body, reader, writer)
                 finally:
                     self.at_once -= 1
-                if not keep:
+                if not is_kept_alive:
                     return writer.close()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
-        except asyncio.CancelledError:  # By `end`. asyncio would log it as an error.
+        except asyncio.CancelledError:  # `end` cancels it. asyncio would log that as an error.
             writer.close()
 
     async def reply(
@@ -177,12 +183,10 @@ class FakeLlm:
         }
         number, code = codes.get(status) or (int(status), "busy")
         wait = {"seconds": "0.05", "date": formatdate(time.time() + 1, usegmt=True)}.get(form, form)
-        said = "".join(
-            line
-            for line in self.headers[-1].split("\r\n")
-            if line.lower().startswith("authorization")
-        )
-        error = json.dumps({"error": {"message": f"no: {said}", "code": code}})
+        # Repeat the key in the message, as some endpoints do.
+        lines = self.headers[-1].split("\r\n")
+        key = "".join(line for line in lines if line.lower().startswith("authorization"))
+        error = json.dumps({"error": {"message": f"no: {key}", "code": code}})
         return await self.send(
             writer, number, error, extra=f"retry-after: {wait}\r\n" if wait else ""
         )
@@ -196,7 +200,8 @@ class FakeLlm:
         extra: str = "",
     ) -> bool:
         body = text.encode()
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\n{extra}content-length: {len(body)}\r\n\r\n"
+        headers = f"content-type: {kind}\r\n{extra}content-length: {len(body)}\r\n"
+        head = f"HTTP/1.1 {status} X\r\n{headers}\r\n"
         writer.write(head.encode() + body)
         await writer.drain()
         return True

@@ -1,7 +1,8 @@
-"""The tiny golden model as the original would have released it: the folder of a language model, and a file of the rest.
+"""Builds the tiny golden model as the original would have released it.
 
-Every value comes from `golden/rule_init.py`, names and shapes from `golden/layout_*.json`. The language model is tiny,
-the ear has its full size: the file is of 340 MB (LTU) or 160 MB (LTU-AS).
+That is the folder of a language model, and a file of the rest. Every value comes from
+`golden/rule_init.py`, names and shapes from `golden/layout_*.json`. The language model is tiny, but
+the audio encoder has its full size: the file has 340 MB (LTU) or 160 MB (LTU-AS).
 """
 
 import json
@@ -40,14 +41,13 @@ LLAMA = {
 }
 
 
-CUTOFF = 96  # Text ids of a row, in all golden batches.
-RELATIVE = (
-    2e-5  # Bound of gradients and of what training gives: sums of many terms, each rounded to 6e-8.
-)
+CUTOFF = 96  # Text tokens of an example, in all golden batches.
+# Bound of gradients and of trained weights: sums of many terms, each rounded to 6e-8.
+RELATIVE = 2e-5
 
 
 def worst(found: torch.Tensor, expected: np.ndarray) -> float:
-    """The largest difference of two arrays of one shape."""
+    """Return the largest difference of two arrays of the same shape."""
     assert tuple(found.shape) == expected.shape
     return float(np.abs(found.detach().numpy() - expected).max())
 
@@ -62,7 +62,7 @@ def read(name: str) -> dict | list:
 
 @dataclass
 class Run:
-    """A golden batch, forward and backward."""
+    """Results of a forward and a backward pass on a golden batch."""
 
     batch: dict[str, torch.Tensor]
     audio: torch.Tensor  # (clips, tokens, hidden)
@@ -72,7 +72,7 @@ class Run:
 
 
 def run_batch(model: LtuForConditionalGeneration, batch: dict[str, torch.Tensor]) -> Run:
-    """Train everything on a batch, but take no step."""
+    """Run a forward and a backward pass with all weights trainable, but no optimizer step."""
     audio: list[torch.Tensor] = []
     projector = model.multi_modal_projector
     hook = projector.register_forward_hook(lambda *call: audio.append(call[2].detach()))
@@ -90,46 +90,50 @@ def run_batch(model: LtuForConditionalGeneration, batch: dict[str, torch.Tensor]
 
 
 def our_name(key: str) -> str:
-    """A key of the original under our name, by the rules of the conversion."""
+    """Return our name of a key of the original, by the rules of the conversion."""
     placed, _ = rename_keys({key: None}, ORIGINAL_KEYS, (PREFIX,), "the layout")
     return next(iter(placed))
 
 
 def narrow(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The shapes of a file whose ear is small: CAV-MAE 64 wide with two blocks, or TLTR of Whisper tiny (384)."""
+    """Return the shapes of a file whose audio encoder is small.
+
+    It is a CAV-MAE 64 wide with two blocks, or a TLTR of Whisper tiny (384 wide).
+    """
     sizes = {768: 64, 2304: 192, 3072: 256, 1280: 384, 5120: 1536}
-    kept = {key: shape for key, shape in shapes.items() if not re.search(r"blocks_a\.(?!0\.)", key)}
-    return {key: [sizes.get(size, size) for size in shape] for key, shape in kept.items()}
+    narrowed = {}
+    for key, shape in shapes.items():
+        if not re.search(r"blocks_a\.(?!0\.)", key):
+            narrowed[key] = [sizes.get(size, size) for size in shape]
+    return narrowed
 
 
 def trained_state(layout: str = "layout_ltu") -> dict[str, torch.Tensor]:
-    """What the original's Trainer saves: LoRA, ear and projection."""
+    """Return what the original's Trainer saves: LoRA, audio encoder and projection."""
     shapes = read(layout)["tiny.lora_all"]["saved_by_trainer"]
     return {key: torch.from_numpy(rule(key, tuple(shape))) for key, shape in shapes.items()}
 
 
 def write_llm(folder: Path) -> Path:
-    """A Hugging Face folder with tokenizer, such as the original was trained on."""
+    """Write a Hugging Face folder with tokenizer, such as the original was trained with."""
     shutil.copytree(GOLDEN / "tokenizer", folder)
     shapes = read("layout_ltu")["tiny.lora_all"]["base_state_dict"]
-    kept = {
-        key: tuple(shape)
-        for key, shape in shapes.items()
-        if "audio" not in key and "rotary" not in key
-    }
-    tensors = {key: torch.from_numpy(rule(key, shape)) for key, shape in kept.items()}
+    tensors = {}
+    for key, shape in shapes.items():
+        if "audio" not in key and "rotary" not in key:
+            tensors[key] = torch.from_numpy(rule(key, tuple(shape)))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(LLAMA))
     return folder
 
 
 def convert(state: dict[str, torch.Tensor], llm: Path, folder: Path, main: Callable = main) -> Path:
-    """Save a state dict as the original does, and make a checkpoint folder of it. LoRA has no dropout."""
+    """Save a state dict as the original does, and convert it, without dropout of LoRA."""
     file = folder.with_suffix(".bin")
     torch.save(state, file)
-    flags = {"llm": llm, "checkpoint": file, "output_dir": folder, "lora_dropout": 0}
+    flags = ["--llm", str(llm), "--checkpoint", str(file), "--output_dir", str(folder)]
     try:
-        main([word for flag, value in flags.items() for word in (f"--{flag}", str(value))])
+        main([*flags, "--lora_dropout", "0"])
     finally:
         file.unlink()
     return folder

@@ -1,4 +1,4 @@
-"""Every way into `load_audio`, and every way to be refused."""
+"""Tests every kind of source of `load_audio`, and every reason to refuse one."""
 
 import io
 import os
@@ -15,7 +15,7 @@ import soundfile
 import torch
 import torchaudio.functional
 
-from ltu import audio
+from ltu.data import audio
 from ltu.data.audio import AudioError, decode_audio, load_audio
 
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)).astype(np.float32)  # 1 s
@@ -34,9 +34,8 @@ def test_reads_common_files(tmp_path: Path, suffix: str) -> None:
     waveform = load_audio(path)
     assert waveform.dtype == np.float32 and waveform.ndim == 1
     assert abs(len(waveform) - 16_000) < 2500  # A lossy encoder pads.
-    assert np.abs(np.fft.rfft(waveform[2000:14_000])).argmax() * 16_000 / 12_000 == pytest.approx(
-        440, abs=2
-    )
+    peak = np.abs(np.fft.rfft(waveform[2000:14_000])).argmax()
+    assert peak * 16_000 / 12_000 == pytest.approx(440, abs=2)
     assert np.array_equal(load_audio(str(path)), waveform)
     assert np.array_equal(load_audio(path.read_bytes()), waveform)
 
@@ -63,8 +62,9 @@ def test_integer_arrays_are_scaled_as_files(tmp_path: Path) -> None:
     assert np.array_equal(load_audio(samples), load_audio(tmp_path / "a.wav"))
 
 
-def test_refusals_name_source_reason_and_way_out(tmp_path: Path, golden: Path) -> None:
-    junk, empty = tmp_path / "junk.wav", tmp_path / "empty.wav"
+def test_errors_name_source_reason_and_hint(tmp_path: Path, golden: Path) -> None:
+    junk = tmp_path / "junk.wav"
+    empty = tmp_path / "empty.wav"
     junk.write_bytes(b"this is not sound" * 10)
     empty.write_bytes(b"")
     cases = {
@@ -114,7 +114,7 @@ def test_stream_of_bytes_equals_file(golden: Path) -> None:
     assert len(load_audio(buffer.getvalue())) == 16_000
 
 
-# --- memory, and what a header claims
+# --- memory, and headers that are wrong
 
 
 def whole(array: np.ndarray, rate: int) -> np.ndarray:
@@ -127,15 +127,14 @@ def whole(array: np.ndarray, rate: int) -> np.ndarray:
 def test_blocks_are_resampled_as_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int
 ) -> None:
-    """Also where torchaudio's kernel is too large: the last two, whose weights are made phase by phase."""
+    """Also where torchaudio's kernel is too large: the last two rates are resampled by phase."""
     noise = np.random.default_rng(0).normal(0, 0.1, (30_011, 3)).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
     expected = whole(noise[:, 0].copy(), rate)
     found = decode_audio(tmp_path / "a.wav")
     assert (found.sampling_rate, found.channels) == (rate, 3)
-    assert np.abs(found.waveform - expected).max() <= (
-        0 if rate % 1000 == 0 or rate % 11_025 == 0 else 1e-6
-    )
+    is_exact = rate % 1000 == 0 or rate % 11_025 == 0
+    assert np.abs(found.waveform - expected).max() <= (0 if is_exact else 1e-6)
     for block in (1501, 8192):
         monkeypatch.setattr(audio, "BLOCK", block)
         for source in (tmp_path / "a.wav", (noise.T, rate)):
@@ -144,7 +143,7 @@ def test_blocks_are_resampled_as_the_whole(
 
 
 def test_a_rate_with_a_giant_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """44,101 Hz: torchaudio would need 700 million weights, so it is not asked."""
+    """At 44,101 Hz torchaudio would need 700 million weights, so it is not used."""
     monkeypatch.setattr(torchaudio.functional, "resample", None)
     tone = np.sin(2 * np.pi * 440 * np.arange(88_202) / 44_101).astype(np.float32)
     expected = np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)
@@ -153,7 +152,7 @@ def test_a_rate_with_a_giant_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_long_files_of_many_channels_do_not_fill_the_memory(tmp_path: Path) -> None:
-    """6 minutes of 8 channels at 48 kHz would be 550 MB whole; its first channel at 16 kHz is 23 MB."""
+    """6 minutes of 8 channels at 48 kHz are 550 MB; the first channel at 16 kHz is 23 MB."""
     soundfile.write(tmp_path / "a.wav", np.zeros((1, 8)), 48_000, subtype="PCM_U8")
     data = (tmp_path / "a.wav").read_bytes()[:-8]
     size = 6 * 60 * 48_000 * 8
@@ -167,7 +166,7 @@ def test_long_files_of_many_channels_do_not_fill_the_memory(tmp_path: Path) -> N
         tracemalloc.stop()
 
 
-def test_too_long_is_what_is_there_not_what_is_claimed(tmp_path: Path) -> None:
+def test_the_decoded_length_counts_not_the_header(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.resize(TONE, 48_000), 16_000)
     assert len(decode_audio(tmp_path / "a.wav", max_seconds=3).waveform) == 48_000
     with pytest.raises(AudioError, match="more than 2.9 s") as caught:
@@ -175,18 +174,15 @@ def test_too_long_is_what_is_there_not_what_is_claimed(tmp_path: Path) -> None:
     assert caught.value.reason == "too_long"
     soundfile.write(tmp_path / "a.flac", TONE, 16_000)
     data = bytearray((tmp_path / "a.flac").read_bytes())
-    for samples in (
-        0,
-        20_000,
-        2**36 - 1,
-    ):  # In STREAMINFO. 0 is what a live encoder writes: it cannot know.
+    # The number of samples in STREAMINFO. A live encoder writes 0: it cannot know the length.
+    for samples in (0, 20_000, 2**36 - 1):
         data[21] = data[21] & 0xF0 | samples >> 32
         data[22:26] = (samples % 2**32).to_bytes(4, "big")
         assert np.array_equal(load_audio(bytes(data)), load_audio(tmp_path / "a.flac"))
     assert refusal(bytes(data[:-2000])).reason == "unreadable"
 
 
-def test_what_comes_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_samples_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audio, "BLOCK", 1000)
     assert refusal(np.append(TONE, np.float32(np.nan))).reason == "unreadable"
     assert refusal(np.append(TONE, np.float32(1e20))).reason == "unreadable"
@@ -195,25 +191,30 @@ def test_what_comes_late_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_damaged_bytes_print_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged aiff makes libsndfile seek to before its start, in a callback that has nobody to raise an error to."""
-    buffer, printed = io.BytesIO(), []
+    """A damaged aiff makes libsndfile seek to before its start.
+
+    It does so in a callback, which cannot raise an error.
+    """
+    buffer = io.BytesIO()
+    printed = []
     soundfile.write(buffer, TONE, 16_000, format="AIFF", subtype="PCM_16")
     monkeypatch.setattr(sys, "unraisablehook", printed.append)
     for seed in range(150):
-        rng, data = np.random.default_rng(seed), bytearray(buffer.getvalue())
-        for place in rng.integers(0, 60, 8):
-            data[place] = rng.integers(256)
+        rng = np.random.default_rng(seed)
+        data = bytearray(buffer.getvalue())
+        for position in rng.integers(0, 60, 8):
+            data[position] = rng.integers(256)
         with suppress(AudioError):
             load_audio(bytes(data))
     assert not printed
 
 
-# --- names and places
+# --- file names and paths
 
 
 @contextmanager
 def someone_else() -> Iterator[None]:
-    """Root may read everything, so the test must not be root."""
+    """Give up the rights of root, who may read everything."""
     own = os.geteuid()
     if own == 0:
         os.seteuid(65_534)
@@ -232,14 +233,12 @@ def test_permission_denied(tmp_path: Path) -> None:
 
 
 def test_messages_can_be_printed(tmp_path: Path) -> None:
-    """Whatever the name: one line that UTF-8 can write, while `source` is the name itself."""
+    """For any name, the message is one line that UTF-8 can encode; `source` is the name itself."""
     name = os.fsdecode(os.fsencode(tmp_path) + b"/n\xff\n\x1b[31m.wav")
     error = pickle.loads(pickle.dumps(refusal(name)))
-    assert (
-        error.source == name
-        and str(error).isprintable()
-        and r"n\udcff\n\x1b[31m.wav: no such file" in str(error)
-    )
+    assert error.source == name
+    assert str(error).isprintable()
+    assert r"n\udcff\n\x1b[31m.wav: no such file" in str(error)
     assert str(error).encode("utf-8")
     assert len(str(refusal("x" * 100_000))) < 1000
     soundfile.write(tmp_path / "a.wav", TONE, 16_000)
@@ -249,9 +248,8 @@ def test_messages_can_be_printed(tmp_path: Path) -> None:
 
 def test_devices_and_empty_files_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a.wav").touch()
-    assert "device" in str(refusal("/dev/zero")) and "is an empty file" in str(
-        refusal(tmp_path / "a.wav")
-    )
+    assert "device" in str(refusal("/dev/zero"))
+    assert "is an empty file" in str(refusal(tmp_path / "a.wav"))
 
 
 def test_a_companion_file_of_macos_does_not_matter(tmp_path: Path) -> None:

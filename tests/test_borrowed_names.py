@@ -1,7 +1,7 @@
-"""Names of other libraries that no interface promises: each is listed here, and exists.
+"""Lists the names of other libraries that no interface guarantees, and tests that they exist.
 
-A release may rename or drop such a name. Then this test says which, where it is used, and what can
-take its place. The list is complete: the tests search the code for private names, for imports from
+A release may rename or drop such a name. Then the test names it, the file that uses it, and a
+replacement. The list is complete: the tests search the code for private names, for imports from
 inside a library, and for private members of library classes that ours replace.
 """
 
@@ -25,10 +25,10 @@ LIBRARIES = (
 ).split()
 # Modules inside a library whose documentation describes them as the place to import from.
 DOCUMENTED_MODULES = (
-    "fastapi.responses huggingface_hub.errors pyarrow.ipc pyarrow.parquet safetensors.numpy safetensors.torch "
-    "starlette.exceptions starlette.middleware starlette.requests torchaudio.compliance "
-    "torchaudio.functional transformers.generation transformers.modeling_outputs "
-    "transformers.utils"
+    "fastapi.responses huggingface_hub.errors pyarrow.ipc pyarrow.parquet safetensors.numpy "
+    "safetensors.torch starlette.exceptions starlette.middleware starlette.requests "
+    "torchaudio.compliance torchaudio.functional transformers.generation "
+    "transformers.modeling_outputs transformers.utils"
 ).split()
 OPTIONAL = ("pycocoevalcap",)  # An extra, which the oldest environment of the tests leaves out.
 
@@ -40,7 +40,7 @@ class BorrowedName:
     Args:
         name: "module:attribute".
         used_in: the file that uses it.
-        replacement: what serves the same purpose if the name is gone.
+        replacement: a substitute if the name no longer exists.
     """
 
     name: str
@@ -63,9 +63,9 @@ BORROWED_NAMES = [
     *(
         BorrowedName(
             f"transformers:PreTrainedModel.{name}",
-            "ltu/models/modeling_ltu.py ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py "
-            "ltu_as/modeling_tltr.py",
-            "what a model says of itself in transformers' guide to custom models",
+            "ltu/models/modeling_ltu.py ltu/models/modeling_cavmae.py "
+            "ltu/models/modeling_yamnet.py ltu_as/modeling_tltr.py",
+            "the attribute of transformers' guide to custom models that replaces it",
         )
         for name in ("_supports_sdpa", "_supports_flash_attn", "_no_split_modules")
     ),
@@ -97,13 +97,8 @@ BORROWED_NAMES = [
     ),
     # The page
     BorrowedName(
-        "gradio:Audio.async_move_resource_to_block_cache",
-        "ltu/serving/gradio_page.py",
-        "middleware that refuses requests with addresses",
-    ),
-    BorrowedName(
         "gradio.utils:get_upload_folder",
-        "ltu/serving/gradio_page.py",
+        "ltu/serving/gradio_security.py",
         "the environment variable GRADIO_TEMP_DIR, which the command sets",
     ),
     # Whisper
@@ -168,19 +163,20 @@ def is_private(name: str | None) -> bool:
 
 def uses_in_code() -> set[tuple[str, str]]:
     """Find (attribute, file) of each private name and each import from inside a library."""
-    own, found = own_private_names(), set()
+    own = own_private_names()
+    found = set()
     for path in python_files():
-        place = path.relative_to(ROOT).as_posix()
+        file = path.relative_to(ROOT).as_posix()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
-                found.add((node.attr, place))
+                found.add((node.attr, file))
             elif isinstance(node, ast.keyword) and is_private(node.arg):
-                found.add((node.arg, place))
+                found.add((node.arg, file))
             elif isinstance(node, ast.ImportFrom) and is_inside_library(node.module):
-                found |= {(alias.name, place) for alias in node.names}
+                found |= {(alias.name, file) for alias in node.names}
             elif isinstance(node, ast.Import):
                 inside = [alias.name for alias in node.names if is_inside_library(alias.name)]
-                found |= {(name, place) for name in inside}
+                found |= {(name, file) for name in inside}
     return found
 
 
@@ -211,16 +207,16 @@ def private_overrides() -> set[tuple[str, str]]:
                     and name != "_abc_impl"  # Python's own, of each abstract class.
                     and any(name in vars(base) for base in library_bases)
                 ]
-                place = Path(module.__file__).relative_to(ROOT).as_posix()
-                found |= {(name, place) for name in replaced}
+                file = Path(module.__file__).relative_to(ROOT).as_posix()
+                found |= {(name, file) for name in replaced}
     return found
 
 
 def listed() -> set[tuple[str, str]]:
     return {
-        (entry.name.rpartition(":")[2].rpartition(".")[2], place)
+        (entry.name.rpartition(":")[2].rpartition(".")[2], file)
         for entry in BORROWED_NAMES
-        for place in entry.used_in.split()
+        for file in entry.used_in.split()
     }
 
 
@@ -243,5 +239,5 @@ def test_each_use_is_listed() -> None:
 def test_each_listed_name_is_used() -> None:
     for entry in BORROWED_NAMES:
         name = entry.name.rpartition(":")[2].rpartition(".")[2]
-        texts = [(ROOT / place).read_text(encoding="utf-8") for place in entry.used_in.split()]
+        texts = [(ROOT / file).read_text(encoding="utf-8") for file in entry.used_in.split()]
         assert any(name in text for text in texts), f"{entry.name}: {entry.used_in} do not use it"

@@ -1,4 +1,4 @@
-"""Closed-ended questions by rule: the forms that the papers' evaluators split, every draw seeded, and the toy set."""
+"""Tests closed-ended questions by rule: formats of the answers, seeds, and the toy dataset."""
 
 import json
 import re
@@ -27,17 +27,15 @@ EVENTS = [
 ]
 
 
-def about(**changes) -> dict:
+def settings(**changes) -> closed_qa.RuleSettings:
     cuts = {"pitch": closed_qa.PITCH, "speed": (2.0, 4.0)}
-    base = dict(
-        dataset="own", seed=0, prefix_share=0.0, style=None, descriptions=DESCRIPTIONS, cuts=cuts
-    )
-    return base | changes
+    base = {"dataset": "own", "descriptions": DESCRIPTIONS, "cuts": cuts}
+    return closed_qa.RuleSettings(**(base | changes))
 
 
 def outputs(task: str, record: dict, **changes) -> list[str]:
     record = {"audio_id": "a.flac"} | record
-    return [row["output"] for row in closed_qa.rows_of(record, [task], TEXTS, about(**changes))]
+    return [row["output"] for row in closed_qa.rows_of(record, [task], TEXTS, settings(**changes))]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def outputs(task: str, record: dict, **changes) -> list[str]:
         ("asr", {"text": "  "}, []),
         ("speed_cla", {"speed": "nan"}, []),
         ("cla_label_des", {"labels": "Dog"}, ["Labels: short, harsh bursts -> Dog"]),
-        ("cla_label_des", {"labels": "Dog;Cat"}, []),  # nothing is known of the cat's sound
+        ("cla_label_des", {"labels": "Dog;Cat"}, []),  # no description of the cat
         ("caption", {"caption": "A dog."}, ["Audio caption: A dog."]),
         (
             "caption",
@@ -67,7 +65,7 @@ def outputs(task: str, record: dict, **changes) -> list[str]:
         ),
         ("temporal_single", {"events": EVENTS[:1]}, ["Dog: [0.5-1.0]."]),
         ("temporal_order", {"events": EVENTS[:1]}, []),
-        ("temporal_first", {"events": EVENTS[1:3]}, []),  # the dog begins later and is over earlier
+        ("temporal_first", {"events": EVENTS[1:3]}, []),  # the dog begins later and ends earlier
         ("temporal_order", {"events": [EVENTS[0], EVENTS[1] | {"onset": 0.5}]}, []),  # both at once
         ("gender_cla", {"gender": "F"}, ["Female."]),
         ("gender_cla", {"gender": "unknown"}, []),
@@ -105,7 +103,7 @@ def outputs(task: str, record: dict, **changes) -> list[str]:
             "emotion_bin",
             {"sentiment": 0},
             ["Neutral."],
-        ),  # The published number has a row for every clip.
+        ),  # The published count includes every clip.
         ("emotion_bin", {"emotion": "happy"}, []),
         ("emotion_score", {"sentiment": "2.0"}, ["The sentiment score is 2."]),
         ("emotion_score", {"sentiment": -0.666667}, ["The sentiment score is -0.666667."]),
@@ -122,8 +120,8 @@ def test_answers(task, record, expected):
     assert outputs(task, record) == expected
 
 
-def test_answers_are_what_the_evaluators_take_apart():
-    """As the papers' own evaluators cut references."""
+def test_evaluators_can_parse_the_answers():
+    """The references are split as the papers' own evaluators do it."""
     (labels,) = outputs("cla_label", {"labels": "Dog;Speech"})
     assert labels.split(": ")[-1].split("; ") == ["Dog", "Speech"]
     (age,) = outputs("age_cla", {"age": 35})
@@ -136,7 +134,7 @@ def test_answers_are_what_the_evaluators_take_apart():
     assert text.lower().split("spoken text: ")[-1] == "yes."
 
 
-def test_every_task_has_phrasings_that_fill():
+def test_every_task_has_questions_that_can_be_filled():
     assert set(TEXTS) == set(closed_qa.TASKS)
     for task, texts in TEXTS.items():
         assert len(set(texts["questions"])) == len(texts["questions"]) >= 10, task
@@ -145,7 +143,7 @@ def test_every_task_has_phrasings_that_fill():
                 "caption": {"style"},
                 "temporal_single": {"label"},
             }.get(task, set())
-    asked = {question for texts in TEXTS.values() for question in texts["questions"]}
+    all_questions = {question for texts in TEXTS.values() for question in texts["questions"]}
     fixed = [
         "Generate audio labels.",
         "Produce audible tags.",
@@ -156,53 +154,60 @@ def test_every_task_has_phrasings_that_fill():
         "Can you identify the spoken text?",
         "How old is the speaker?",
     ]
-    assert set(fixed) <= asked and closed_qa.PREFIX == toy_rows.QUESTIONS["closed_prefix"]
+    assert set(fixed) <= all_questions
+    assert closed_qa.PREFIX == toy_rows.QUESTIONS["closed_prefix"]
     styled = {
         f"Write an audio caption describing the sound{style}."
         for style in ("", ", in AudioCaps style")
     }
     made = {
-        closed_qa.ask(TEXTS["caption"]["questions"][:1], "", {"style": style}, Random(0), 0)[0]
+        closed_qa.make_question(
+            TEXTS["caption"]["questions"][:1], "", {"style": style}, Random(0), 0
+        )[0]
         for style in ("", ", in AudioCaps style")
     }
     assert made == styled
 
 
-def test_rows_have_the_keys_and_input_of_the_papers():
+def test_examples_have_the_keys_and_input_of_the_papers():
     keys = ["instruction", "input", "audio_id", "dataset", "task", "output"]
     record = {"audio_id": "a", "labels": "Dog", "gender": "f"}
     assert all(
         list(row) == keys and row["input"] == ""
-        for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, about())
+        for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, settings())
     )
     spoken = record | {"text": "Hello."}
     assert all(
         "input" not in row
-        for row in closed_qa.rows_of(spoken, ["cla_label", "asr"], TEXTS, about())
+        for row in closed_qa.rows_of(spoken, ["cla_label", "asr"], TEXTS, settings())
     )
-    heard = spoken | {"input": "hello"}
+    transcribed = spoken | {"input": "hello"}
     assert all(
         row["input"] == "hello"
-        for row in closed_qa.rows_of(heard, ["cla_label", "asr"], TEXTS, about())
+        for row in closed_qa.rows_of(transcribed, ["cla_label", "asr"], TEXTS, settings())
     )
 
 
-def test_draws_depend_on_seed_clip_and_task_alone():
+def test_draws_depend_only_on_seed_clip_and_task():
     record = {"audio_id": "a", "labels": "Dog;Speech", "caption": "A dog.", "events": EVENTS}
-    everything = list(closed_qa.rows_of(record, list(closed_qa.TASKS), TEXTS, about()))
+    everything = list(closed_qa.rows_of(record, list(closed_qa.TASKS), TEXTS, settings()))
     alone = [
-        row for task in closed_qa.TASKS for row in closed_qa.rows_of(record, [task], TEXTS, about())
+        row
+        for task in closed_qa.TASKS
+        for row in closed_qa.rows_of(record, [task], TEXTS, settings())
     ]
     assert everything == alone
     of_seeds = {
-        json.dumps(list(closed_qa.rows_of(record, ["caption"], TEXTS, about(seed=s))))
+        json.dumps(list(closed_qa.rows_of(record, ["caption"], TEXTS, settings(seed=s))))
         for s in range(20)
     }
     assert len(of_seeds) > 5
     asked = [
         row
         for s in range(400)
-        for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, about(seed=s, prefix_share=0.5))
+        for row in closed_qa.rows_of(
+            record, ["cla_label"], TEXTS, settings(seed=s, prefix_fraction=0.5)
+        )
     ]
     assert 150 < sum(row["instruction"].startswith(closed_qa.PREFIX) for row in asked) < 250
     assert len({row["instruction"].removeprefix(closed_qa.PREFIX) for row in asked}) == len(
@@ -211,7 +216,7 @@ def test_draws_depend_on_seed_clip_and_task_alone():
 
 
 def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
-    """facts.md 3.1: eight of MOSEI and one of ASR; with a gender also gender_emotion_cla."""
+    """There are eight tasks of MOSEI, one of ASR and, with a gender, gender_emotion_cla."""
     record = {
         "audio_id": "v_1.wav",
         "dataset": "mosei_tr",
@@ -262,12 +267,14 @@ def test_toy_sounds_by_their_manifest(tmp_path):
             "cla_label": f"Labels: {'; '.join(sound['audioset'])}",
             "caption": f"Audio caption: {sound['caption']}",
         }
-        assert row["output"] == expected[row["task"]] and row["dataset"] == "toy"
+        assert row["output"] == expected[row["task"]]
+        assert row["dataset"] == "toy"
     first = (tmp_path / "rows.json").read_bytes()
     run(tmp_path, *arguments)
     assert (tmp_path / "rows.json").read_bytes() == first
-    recipe = json.loads((tmp_path / "rows.json.provenance.json").read_text())
-    assert recipe["seed"] == 0 and recipe["counts"] == {
+    provenance = json.loads((tmp_path / "rows.json.provenance.json").read_text())
+    assert provenance["seed"] == 0
+    assert provenance["counts"] == {
         "records": 246,
         "records without a row": 0,
         "cla_label": 246,
@@ -289,7 +296,8 @@ def test_toy_speech_by_its_manifest(tmp_path):
             "asr": f"Spoken text: {clip['text']}",
         }
         expected |= {"pitch_cla": f"The pitch is {pitch}.", "speed_cla": f"The speed is {speed}."}
-        assert row["output"] == expected[row["task"]] and "input" not in row
+        assert row["output"] == expected[row["task"]]
+        assert "input" not in row
     assert len(made) == 4 * len(clips)
     train = [clip["f0_hz"] for clip in clips.values() if clip["split"] == "train"]
     assert cut_offs(list(clips.values()))["f0_hz"] == tuple(
@@ -321,7 +329,7 @@ def test_csv_with_prepared_audio_and_other_names(tmp_path):
         "--descriptions",
         tmp_path / "des.json",
     ]
-    made = run(tmp_path, *arguments, "--prefix_share", 1, name="rows.jsonl")
+    made = run(tmp_path, *arguments, "--prefix_fraction", 1, name="rows.jsonl")
     assert {row["audio_id"] for row in made} == {"x/1.flac", "x/2.flac"}
     assert [row["output"] for row in made if row["task"] == "temporal_all"] == ["Dog: [0.0-1.5]."]
     assert [row["output"] for row in made if row["task"] == "age_cla"] == [
@@ -364,7 +372,7 @@ def test_tables_of_clotho_audiocaps_and_fsd50k(tmp_path):
     assert [row["output"] for row in made] == ["Labels: Guitar; Music"]
 
 
-def test_clips_that_are_spelled_otherwise_are_an_error(tmp_path):
+def test_clips_with_another_spelling_are_an_error(tmp_path):
     (tmp_path / "clips.csv").write_text("audio_id,labels\none.wav,Dog\n")
     (tmp_path / "audio_ids.csv").write_text("id,audio_id\none,one.flac\n")
     with pytest.raises(ValueError, match="none of 0 records .* --against"):
@@ -392,14 +400,14 @@ def test_clips_that_are_spelled_otherwise_are_an_error(tmp_path):
         [1, 2],
     ],
 )
-def test_cuts_of_another_number_or_order_are_an_error(tmp_path, cuts):
+def test_malformed_cuts_are_an_error(tmp_path, cuts):
     (tmp_path / "clips.csv").write_text("audio_id,speed\na.wav,3\n")
     (tmp_path / "cuts.json").write_text(json.dumps(cuts))
     with pytest.raises(ValueError, match="cuts.json: .*2 or 4 ascending numbers"):
         run(tmp_path, "--metadata", tmp_path / "clips.csv", "--cuts", tmp_path / "cuts.json")
 
 
-def test_cuts_of_ones_own(tmp_path):
+def test_given_cuts(tmp_path):
     (tmp_path / "clips.csv").write_text("audio_id,gender,pitch,speed\na.wav,f,50,3\nb.wav,m,50,9\n")
     (tmp_path / "cuts.json").write_text(
         '{"speed": [1, 2, 3, 4], "pitch": {"male": [10, 20], "female": [60, 70]}}'

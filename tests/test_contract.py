@@ -1,4 +1,4 @@
-"""The wire format, on a tiny language model: what processor, collator, model and trainer promise each other."""
+"""Tests the wire format between processor, collator, model and trainer on a tiny model."""
 
 import json
 import shutil
@@ -43,30 +43,31 @@ CLIPS = [clip(1), clip(2, 2.0), None, clip(3, 0.1)]
 
 
 def answers(model, batch, **kwargs):
-    """New ids of each row."""
+    """Return the generated tokens of each row."""
     return model.generate(**batch, **(FIXED | kwargs))[:, batch["input_ids"].shape[1] :].tolist()
 
 
 # --- the sequence
 
 
-def test_sequence_is_audio_pads_text(processor, model):
+def test_sequence_is_audio_padding_text(processor, model):
     batch = processor(text=QUESTIONS, audio=CLIPS)
-    tokens, audio = model.config.num_audio_tokens, model.config.audio_token_id
+    num_tokens = model.config.num_audio_tokens
+    audio = model.config.audio_token_id
     assert (
         audio == model.config.text_config.vocab_size == model.get_output_embeddings().out_features
     )
     assert batch["input_features"].shape == (3, 64, 32)
-    for row, (question, heard) in enumerate(zip(QUESTIONS, CLIPS, strict=True)):
-        ids, mask = batch["input_ids"][row].tolist(), batch["attention_mask"][row].tolist()
-        text = [
-            1,
-            *processor.tokenizer(processor.prompt(question), add_special_tokens=False).input_ids,
-        ]
+    for row, (question, audio_clip) in enumerate(zip(QUESTIONS, CLIPS, strict=True)):
+        ids = batch["input_ids"][row].tolist()
+        mask = batch["attention_mask"][row].tolist()
+        prompt = processor.prompt(question)
+        text = [1, *processor.tokenizer(prompt, add_special_tokens=False).input_ids]
         assert ids[-len(text) :] == text and mask[-len(text) :] == [1] * len(text)
-        assert ids[:tokens] == [audio if heard is not None else processor.pad_token_id] * tokens
-        assert mask[:tokens] == [int(heard is not None)] * tokens
-        assert not any(mask[tokens : len(ids) - len(text)])
+        has_audio = audio_clip is not None
+        assert ids[:num_tokens] == [audio if has_audio else processor.pad_token_id] * num_tokens
+        assert mask[:num_tokens] == [int(has_audio)] * num_tokens
+        assert not any(mask[num_tokens : len(ids) - len(text)])
 
 
 def test_collator_pads_to_eight_and_labels_the_text(processor):
@@ -78,19 +79,15 @@ def test_collator_pads_to_eight_and_labels_the_text(processor):
     for row in rows:
         ids, labels = processor.encode_example(row, 96)
         items.append({"input_ids": ids, "labels": labels, "input_features": torch.zeros(64, 32)})
-    plain, original = (
-        LtuCollator(processor)(items),
-        LtuCollator(processor, original_positions=True)(items),
-    )
-    assert (plain["input_ids"].shape[1] - 2) % 8 == 0 and torch.equal(
-        plain["input_ids"], original["input_ids"]
-    )
+    plain = LtuCollator(processor)(items)
+    original = LtuCollator(processor, original_positions=True)(items)
     length = plain["input_ids"].shape[1]
-    assert "position_ids" not in plain and torch.equal(
-        original["position_ids"][1], torch.arange(length)
-    )
+    assert (length - 2) % 8 == 0
+    assert torch.equal(plain["input_ids"], original["input_ids"])
+    assert "position_ids" not in plain
+    assert torch.equal(original["position_ids"][1], torch.arange(length))
     start = length - len(items[0]["input_ids"])
-    # The original predicts <s> from the pad before it.
+    # The original predicts <s> from the padding token before it.
     assert plain["labels"][0, start] == -100 and original["labels"][0, start] == 1
     assert plain["labels"][0, start + 1 :].tolist() == items[0]["labels"][1:]
     assert (plain["labels"][:, :2] == -100).all()
@@ -104,28 +101,32 @@ def test_a_literal_control_token_stays_text(processor):
 # --- the model
 
 
-def test_pads_may_stand_anywhere(model, processor):
+def test_padding_may_be_anywhere(model, processor):
     batch = processor(text=QUESTIONS[:2], audio=CLIPS[:2])
-    length, audio, pads = batch["input_ids"].shape[1], 2, 0
-    pads = int((batch["attention_mask"][0] == 0).sum())
+    length = batch["input_ids"].shape[1]
+    audio = 2
+    padding = int((batch["attention_mask"][0] == 0).sum())
+    # Move the padding of the first row in front of its audio.
     order = torch.arange(length).repeat(2, 1)
     order[0] = torch.cat(
-        [torch.arange(audio, audio + pads), torch.arange(audio), torch.arange(audio + pads, length)]
+        [
+            torch.arange(audio, audio + padding),
+            torch.arange(audio),
+            torch.arange(audio + padding, length),
+        ]
     )
     moved = {key: batch[key].gather(1, order) for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         expected = model(**batch).logits
         found = model(**moved, input_features=batch["input_features"]).logits
-    torch.testing.assert_close(
-        found[:, audio + pads :], expected[:, audio + pads :], atol=1e-5, rtol=0
-    )
+    start = audio + padding
+    torch.testing.assert_close(found[:, start:], expected[:, start:], atol=1e-5, rtol=0)
 
 
-def test_without_a_mask_everything_is_seen(model, processor):
+def test_without_a_mask_all_tokens_are_attended_to(model, processor):
     batch = processor(text=QUESTIONS[:1], audio=CLIPS[:1])
-    gaps = (
-        torch.arange(batch["input_ids"].shape[1])[None] * 2
-    )  # transformers would take these for packed sequences.
+    # transformers would take these positions for those of packed sequences.
+    gaps = torch.arange(batch["input_ids"].shape[1])[None] * 2
     with torch.no_grad():
         expected = model(**batch, position_ids=gaps).logits
         del batch["attention_mask"]
@@ -135,7 +136,7 @@ def test_without_a_mask_everything_is_seen(model, processor):
 
 
 def test_a_loaded_language_model_computes_as_before(folder, processor):
-    """Building LTU around a language model, from its own config, changes nothing of it."""
+    """Building LTU around a language model, from its own config, does not change it."""
     language_model = AutoModelForCausalLM.from_pretrained(folder.parent / "llm")
     text = processor.tokenizer("which of them is it?", return_tensors="pt").input_ids
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_a_loaded_language_model_computes_as_before(folder, processor):
         torch.testing.assert_close(model(text).logits, expected, atol=0, rtol=0)
 
 
-def test_audio_is_heard(model, processor):
+def test_audio_changes_the_logits(model, processor):
     with torch.no_grad():
         logits = [
             model(**processor(text="What is it?", audio=[clip(seed)])).logits[0, -1]
@@ -174,7 +175,7 @@ def test_batch_equals_single(model, processor, decoding):
 
 
 def test_any_mix_equals_single(model, processor):
-    """Random batches: lengths, order, with and without audio, shared and cut clips."""
+    """Random batches differ in lengths, order, and clips: none, shared or cut ones."""
     rng = np.random.default_rng(0)
     for _ in range(6):
         size = int(rng.integers(2, 6))
@@ -195,18 +196,18 @@ def test_any_mix_equals_single(model, processor):
 
 def test_repetition_penalty_counts_text_only(model, processor):
     batch = processor(text=QUESTIONS[:2], audio=CLIPS[:2])
-    batch["input_ids"][batch["attention_mask"] == 0] = (
-        300  # A pad that is a real token is still no text.
-    )
+    # A padding token that is a real token is still not text.
+    batch["input_ids"][batch["attention_mask"] == 0] = 300
     found = answers(model, batch, repetition_penalty=1.5)
     for row in range(2):
         ids = processor(text=QUESTIONS[row], audio=[CLIPS[row]])
-        sequence, features, expected = ids["input_ids"][0], ids["input_features"], []
+        sequence = ids["input_ids"][0]
+        features = ids["input_features"]
+        expected = []
         for _ in range(10):
             with torch.no_grad():
-                scores = (
-                    model(input_ids=sequence[None], input_features=features).logits[0, -1].clone()
-                )
+                output = model(input_ids=sequence[None], input_features=features)
+            scores = output.logits[0, -1].clone()
             seen = sequence[sequence < 512].unique()
             scores[seen] = torch.where(scores[seen] < 0, scores[seen] * 1.5, scores[seen] / 1.5)
             scores[2] = -torch.inf
@@ -231,9 +232,10 @@ def test_sampling_repeats_with_its_seed(model, processor):
     assert runs[0] == runs[1] != runs[2]
 
 
-def two_windows(processor):
-    """Row 0 hears clip 0 and then clip 1; row 1 hears clip 2."""
-    audio, text = processor.audio_token_id, processor.encode(processor.prompt("Loud?"))
+def two_clips_per_row(processor):
+    """Return a batch whose row 0 has clips 0 and 1, and whose row 1 has clip 2."""
+    audio = processor.audio_token_id
+    text = processor.encode(processor.prompt("Loud?"))
     rows = [[audio] * 4 + text, [audio] * 2 + [0] * 2 + text]
     ids = torch.tensor(rows)
     features = processor.feature_extractor([clip(1), clip(2), clip(3)]).input_features
@@ -242,7 +244,7 @@ def two_windows(processor):
 
 @pytest.mark.parametrize("decoding", [{"num_beams": 3}, {"num_beams": 2, "use_cache": False}])
 def test_rows_with_two_clips_expand_by_row(model, processor, decoding):
-    batch = two_windows(processor)
+    batch = two_clips_per_row(processor)
     alone = []
     for row, clips in ((0, [0, 1]), (1, [2])):
         seen = batch["attention_mask"][row].bool()
@@ -259,7 +261,7 @@ def test_rows_with_two_clips_expand_by_row(model, processor, decoding):
 
 
 def test_num_return_sequences(model, processor):
-    batch = two_windows(processor)
+    batch = two_clips_per_row(processor)
     found = answers(model, batch, num_beams=2, num_return_sequences=2)
     assert len(found) == 4 and [found[0], found[2]] == answers(model, batch, num_beams=2)
 
@@ -276,7 +278,7 @@ def test_one_clip_many_questions(model, processor):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_one_audio_prefix_is_shared(model, processor, beams):
-    """The audio is computed once, and its cache repeated for each question and beam."""
+    """The audio is encoded once, and its cache is repeated for each question and beam."""
     batch = processor(text=QUESTIONS, audio=[CLIPS[0]] * 4)
     with torch.no_grad():
         prefix = model(
@@ -296,10 +298,8 @@ def test_any_causal_lm(tmp_path, model_type):
     targets = ["query_key_value"] if model_type == "gpt_neox" else ["q_proj", "v_proj"]
     llm = write_llm(tmp_path / "llm", model_type)
     folder = write_checkpoint(tmp_path / "checkpoint", llm, LORA | {"target_modules": targets})
-    model, processor = (
-        LtuForConditionalGeneration.from_pretrained(folder),
-        LtuProcessor.from_pretrained(folder),
-    )
+    model = LtuForConditionalGeneration.from_pretrained(folder)
+    processor = LtuProcessor.from_pretrained(folder)
     alone = [
         answers(model, processor(text=q, audio=[c]))[0]
         for q, c in zip(QUESTIONS, CLIPS, strict=True)
@@ -307,19 +307,19 @@ def test_any_causal_lm(tmp_path, model_type):
     assert answers(model, processor(text=QUESTIONS, audio=CLIPS), repetition_penalty=1.0) == alone
 
 
-@pytest.mark.parametrize("said", [None, True, False])
-def test_old_llama_folders_add_bos(folder, processor, tmp_path, said):
-    """An old Llama folder does not say that its tokenizer adds <s>; what one says is kept through saving."""
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_old_llama_folders_add_bos(folder, processor, tmp_path, add_bos):
+    """An old Llama folder has no setting for <s>, which is added; a setting survives saving."""
     for file in (GOLDEN / "tokenizer").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings["add_bos_token"] = said
+    settings["add_bos_token"] = add_bos
     settings = {key: value for key, value in settings.items() if value is not None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     fresh = LtuProcessor.from_config(LtuConfig.from_pretrained(folder), tmp_path)
     fresh.save_pretrained(tmp_path / "saved")
     for made in (fresh, LtuProcessor.from_pretrained(tmp_path / "saved")):
-        assert made.encode("a dog") == processor.encode("a dog")[said is False :]
+        assert made.encode("a dog") == processor.encode("a dog")[add_bos is False :]
 
 
 def test_a_language_model_without_bos(folder, processor):
@@ -411,9 +411,10 @@ def test_every_key_is_accounted_for(folder, tmp_path, change):
     shutil.copytree(folder, tmp_path / "checkpoint")
     shutil.copytree(folder.parent / "llm", tmp_path / "llm")
     state = load_file(folder / "model.safetensors")
-    state.pop("audio_tower.pos_embed_a") if change == "missing" else state.update(
-        stray=torch.zeros(1)
-    )
+    if change == "missing":
+        state.pop("audio_tower.pos_embed_a")
+    else:
+        state["stray"] = torch.zeros(1)
     save_file(state, tmp_path / "checkpoint" / "model.safetensors")
     with pytest.raises(KeyError, match="1 keys missing" if change == "missing" else "1 left over"):
         LtuForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")

@@ -1,4 +1,4 @@
-"""Files in, answers out: the converter's account of keys, and the two commands that ask."""
+"""Tests the conversion of a CAV-MAE file, key by key, and the answers to single questions."""
 
 import json
 
@@ -28,7 +28,10 @@ def folder(llm):
 
 
 def cav_mae_file(path, width=64):
-    """A fine-tuned CAV-MAE as its authors save it, with one audio block: both branches, DataParallel's prefix."""
+    """Write a fine-tuned CAV-MAE with one audio block, as its authors save it.
+
+    It has both branches and DataParallel's prefix.
+    """
     state = {"pos_embed_a": torch.randn(1, 512, width), "modality_a": torch.randn(1, 1, width)}
     state |= {"pos_embed_v": torch.zeros(1, 196, width), "modality_v": torch.zeros(1, 1, width)}
     state |= {
@@ -42,14 +45,14 @@ def cav_mae_file(path, width=64):
                 f"{block}.{norm}.weight": torch.ones(width),
                 f"{block}.{norm}.bias": torch.zeros(width),
             }
-        for name, rows, columns in (
+        for name, outputs, inputs in (
             ("attn.qkv", 3, 1),
             ("attn.proj", 1, 1),
             ("mlp.fc1", 4, 1),
             ("mlp.fc2", 1, 4),
         ):
-            state[f"{block}.{name}.weight"] = torch.randn(rows * width, columns * width)
-            state[f"{block}.{name}.bias"] = torch.randn(rows * width)
+            state[f"{block}.{name}.weight"] = torch.randn(outputs * width, inputs * width)
+            state[f"{block}.{name}.bias"] = torch.randn(outputs * width)
     for norm in ("norm", "norm_a", "norm_v"):
         state |= {f"{norm}.weight": torch.ones(width), f"{norm}.bias": torch.zeros(width)}
     state |= {"mlp_head.1.weight": torch.zeros(527, width), "mask_token": torch.zeros(1, 1, 512)}
@@ -61,34 +64,27 @@ def cav_mae_file(path, width=64):
     return state
 
 
+def convert_audio_encoder(llm, folder):
+    flags = ["--init", "--llm", str(llm), "--audio_encoder", str(folder / "cav_mae.pth")]
+    convert([*flags, "--output_dir", str(folder / "out")])
+
+
 def test_init_from_a_cav_mae_file(llm, tmp_path, capsys):
     state = cav_mae_file(tmp_path / "cav_mae.pth")
-    convert(
-        [
-            "--init",
-            "--llm",
-            str(llm),
-            "--audio_encoder",
-            str(tmp_path / "cav_mae.pth"),
-            "--output_dir",
-            str(tmp_path / "out"),
-        ]
-    )
+    convert_audio_encoder(llm, tmp_path)
     model = LtuForConditionalGeneration.from_pretrained(tmp_path / "out")
-    assert (
-        model.config.audio_config.hidden_size == 64
-        and model.config.audio_config.num_hidden_layers == 2
-    )
+    assert model.config.audio_config.hidden_size == 64
+    assert model.config.audio_config.num_hidden_layers == 2
     assert model.config.lora is None
     for key, value in model.audio_tower.state_dict().items():
         assert torch.equal(value, state[key]), key
     record = json.loads((tmp_path / "out" / "ltu_state.json").read_text())
-    kept = {f"module.{key}" for key in model.audio_tower.state_dict()}
-    assert set(record["dropped_keys"]) == {f"module.{key}" for key in state} - kept
+    placed = {f"module.{key}" for key in model.audio_tower.state_dict()}
+    assert set(record["dropped_keys"]) == {f"module.{key}" for key in state} - placed
     assert "none missing, none left over" in capsys.readouterr().out
 
 
-def test_init_without_an_ear_is_loud(llm, tmp_path, capsys, monkeypatch):
+def test_init_without_an_audio_encoder_warns(llm, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ltu.checkpoints.convert.CavMaeConfig", audio_config)
     convert(["--init", "--llm", str(llm), "--output_dir", str(tmp_path / "out")])
     assert "RANDOM" in capsys.readouterr().err
@@ -105,24 +101,13 @@ def test_a_key_that_does_not_fit_is_an_error(llm, tmp_path, change):
     if change == "shape":
         state["norm_a.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "cav_mae.pth")
-    with pytest.raises(
-        KeyError, match={"stray": "head.weight", "missing": "fc2.bias", "shape": "norm_a"}[change]
-    ):
-        convert(
-            [
-                "--init",
-                "--llm",
-                str(llm),
-                "--audio_encoder",
-                str(tmp_path / "cav_mae.pth"),
-                "--output_dir",
-                str(tmp_path / "out"),
-            ]
-        )
+    messages = {"stray": "head.weight", "missing": "fc2.bias", "shape": "norm_a"}
+    with pytest.raises(KeyError, match=messages[change]):
+        convert_audio_encoder(llm, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-# --- asking
+# --- generation
 
 
 @pytest.fixture
@@ -137,7 +122,7 @@ def clips(tmp_path):
 def test_ask(folder, clips, capsys):
     arguments = ["--model", str(folder), "--max_new_tokens", "5", "--device", "cpu"]
     assert ask.main([str(clips / "good.wav"), "What is it?", *arguments]) == 0
-    assert "heard 0.64 of 0.80 seconds" in capsys.readouterr().err
+    assert "used 0.64 of 0.80 seconds" in capsys.readouterr().err
     assert ask.main(["none", "What is it?", *arguments, "--original_decoding"]) == 0
     assert ask.main([str(clips / "broken.wav"), "What is it?", *arguments]) == 1
     assert "broken.wav" in capsys.readouterr().err

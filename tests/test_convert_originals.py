@@ -1,7 +1,8 @@
-"""Every kind of original file in, and out again: keys and shapes from the golden layouts, values from the golden rule.
+"""Converts every kind of original file into a folder and back.
 
-The ears are narrow (CAV-MAE 64 wide with two blocks; TLTR of Whisper tiny), so that a file is small. What a file of
-several gigabytes costs, `test_a_file_of_several_gigabytes` shows (slow: 4 GB of disk twice).
+Keys and shapes are those of the golden layouts, values follow the golden rule. The audio encoders
+are narrow (CAV-MAE 64 wide with two blocks; TLTR of Whisper tiny), so that a file is small.
+`test_a_file_of_several_gigabytes` measures the memory for a large file (slow: 4 GB of disk twice).
 """
 
 import json
@@ -32,7 +33,8 @@ from tests.released import narrow, read, write_llm
 COMMANDS = {"ltu": convert_checkpoint.main, "ltu_as": ltu_as.convert_checkpoint.main}
 FLAGS = {"ltu": [], "ltu_as": ["--whisper", "tiny"]}
 CONFIGS = {"ltu": LtuConfig, "ltu_as": LtuAsConfig}
-# A stage of the layout, which of its lists, and a change of its keys: the files that the original's users have.
+# Kinds of files that users of the original have: a stage of the layout, which of its lists, and a
+# change of its keys.
 FILES = {
     "trainable_only": ("tiny.lora_all", "saved_by_trainer", str),
     "stage1": ("tiny.stage1_proj", "saved_by_trainer", str),
@@ -71,8 +73,8 @@ def content(kind: str, name: str) -> dict[str, torch.Tensor]:
     return {change(key): torch.from_numpy(rule(key, tuple(shape))) for key, shape in shapes.items()}
 
 
-def command(kind: str, *words: str | Path) -> None:
-    COMMANDS[kind]([str(word) for word in words])
+def command(kind: str, *flags: str | Path) -> None:
+    COMMANDS[kind]([str(flag) for flag in flags])
 
 
 def convert(kind: str, state: dict | Path, llm: Path, folder: Path, *flags: str) -> Path:
@@ -85,17 +87,14 @@ def convert(kind: str, state: dict | Path, llm: Path, folder: Path, *flags: str)
 
 def logits(folder: Path, **options) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    generator, audio_encoder = torch.Generator().manual_seed(0), model.config.audio_config
-    audio = (
-        (audio_encoder.num_mel_bins, audio_encoder.num_frames)[::-1]
-        if hasattr(audio_encoder, "num_mel_bins")
-        else (4, 25, 384)
-    )
-    ids = [model.config.audio_token_id] * model.config.num_audio_tokens + list(range(1, 9))
+    audio_encoder = model.config.audio_config
+    shape = (4, 25, 384)
+    if hasattr(audio_encoder, "num_mel_bins"):
+        shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
+    features = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    tokens = [model.config.audio_token_id] * model.config.num_audio_tokens + list(range(1, 9))
     with torch.no_grad():
-        return model(
-            torch.tensor([ids]), input_features=torch.randn(1, *audio, generator=generator)
-        ).logits
+        return model(torch.tensor([tokens]), input_features=features).logits
 
 
 # --- every kind of file in, and out again
@@ -110,15 +109,16 @@ ROUND_TRIPS += [("ltu_as", name) for name in ("trainable_only", "stage1", "full"
 def test_round_trip(
     golden_report, llm: Path, nameplate: Path, tmp_path: Path, kind: str, name: str
 ) -> None:
-    """File -> folder -> file: keys in the order that the original's Trainer writes, and every value."""
-    state, full = content(kind, name), name.startswith("full")
+    """File -> folder -> file: the order of keys in the original's Trainer, and every value."""
+    state = content(kind, name)
+    full = name.startswith("full")
     folder = convert(kind, state, nameplate if full else llm, tmp_path / "folder")
     command(kind, "--model", folder, "--to_original", tmp_path / "back.bin")
     back = torch.load(tmp_path / "back.bin", weights_only=True)
     stage, which, _ = FILES[name]
     expected = [key for key in read(f"layout_{kind}")[stage][which] if "rotary" not in key]
     expected = list(narrow(dict.fromkeys(expected, ())))
-    order = sorted if full else list  # Llama's up_proj and down_proj have changed places since.
+    order = sorted if full else list  # Llama's up_proj and down_proj have been swapped since.
     golden_report(
         "original files", f"{kind} {name}, keys in order", order(back) != order(expected), 0
     )
@@ -129,16 +129,18 @@ def test_round_trip(
     assert set(record["dropped_keys"]) == {key for key in state if "rotary" in key}
     assert (record.get("language_model") == "in this folder") == full
     assert (AutoConfig.from_pretrained(folder).language_model is None) == full
-    assert (tmp_path / "back.bin").stat().st_size < 1.05 * sum(
-        value.nbytes for value in back.values()
-    ) + 2e5
+    num_bytes = sum(value.nbytes for value in back.values())
+    assert (tmp_path / "back.bin").stat().st_size < 1.05 * num_bytes + 2e5
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_full_file_answers_as_its_parts(
     llm: Path, nameplate: Path, tmp_path: Path, kind: str, monkeypatch
 ) -> None:
-    """The golden rule gives one language model, whether it lies in its own folder or in the file; shards or not."""
+    """The language model may be in its own folder or in the file, in shards or not.
+
+    The golden rule gives the same weights for both.
+    """
     parts = logits(convert(kind, content(kind, "trainable_only"), llm, tmp_path / "parts"))
     monkeypatch.setattr(export, "SHARD", "500KB")
     whole = convert(kind, content(kind, "full_with_lora"), nameplate, tmp_path / "whole")
@@ -160,20 +162,25 @@ def test_a_full_file_answers_as_its_parts(
         model.language_model.dtype == torch.bfloat16
         and model.multi_modal_projector.linear.weight.dtype.itemsize == 4
     )
-    kept = {key: value for key, value in content(kind, "full").items() if "lm_head" not in key}
+    state = content(kind, "full")
+    without_head = {key: value for key, value in state.items() if "lm_head" not in key}
     with pytest.raises(KeyError, match="lm_head"):
-        convert(kind, kept, nameplate, tmp_path / "lacking")
+        convert(kind, without_head, nameplate, tmp_path / "lacking")
 
 
 def test_a_released_vicuna_folder(llm: Path, tmp_path: Path) -> None:
-    """vicuna_ltu, two .bin shards with ear and projection: language model, start of stage 1, or one whole model."""
+    """vicuna_ltu has two .bin shards, with audio encoder and projection.
+
+    It is used as a language model, for the initial checkpoint of stage 1, and as a whole model.
+    """
     state = content("ltu", "full_unprefixed")
     shutil.copytree(llm, tmp_path / "vicuna_ltu", ignore=shutil.ignore_patterns("*.safetensors"))
     for index, odd in enumerate((False, True)):
-        shard = {key: value for place, (key, value) in enumerate(state.items()) if place % 2 == odd}
+        items = list(state.items())
+        shard = dict(items[int(odd) :: 2])
         torch.save(shard, tmp_path / "vicuna_ltu" / f"pytorch_model-0000{index + 1}-of-00002.bin")
     weight_map = {
-        key: f"pytorch_model-0000{place % 2 + 1}-of-00002.bin" for place, key in enumerate(state)
+        key: f"pytorch_model-0000{number % 2 + 1}-of-00002.bin" for number, key in enumerate(state)
     }
     (tmp_path / "vicuna_ltu" / "pytorch_model.bin.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
@@ -198,10 +205,8 @@ def test_a_released_vicuna_folder(llm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["legacy", "safetensors", "unlike_name"])
 def test_a_file_is_what_its_bytes_say(llm: Path, tmp_path: Path, form: str) -> None:
-    state, file = (
-        content("ltu", "trainable_only"),
-        tmp_path / ("pytorch_model.bin" if form != "unlike_name" else "x.zip"),
-    )
+    state = content("ltu", "trainable_only")
+    file = tmp_path / ("pytorch_model.bin" if form != "unlike_name" else "x.zip")
     if form == "safetensors":
         save_file(state, file)
     else:
@@ -209,12 +214,11 @@ def test_a_file_is_what_its_bytes_say(llm: Path, tmp_path: Path, form: str) -> N
     folder = convert("ltu", file, llm, tmp_path / "folder")
     command("ltu", "--model", folder, "--to_original", tmp_path / "back.bin")
     back = torch.load(tmp_path / "back.bin", weights_only=True)
-    assert all(torch.equal(back[key], value) for key, value in state.items()) and len(back) == len(
-        state
-    )
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    assert len(back) == len(state)
 
 
-# --- refused: one line that says what, where and the way out; nothing is written
+# --- refused files: one line with reason, path and hint; nothing is written
 
 
 class Evil:
@@ -222,9 +226,9 @@ class Evil:
         return (print, ("a pickle ran code",))
 
 
-def cut(state: dict, file: Path, share: float, **options) -> None:
+def cut(state: dict, file: Path, fraction: float, **options) -> None:
     torch.save(state, file, **options)
-    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    file.write_bytes(file.read_bytes()[: int(fraction * file.stat().st_size)])
 
 
 def without(part: str) -> Callable[[dict, Path], None]:
@@ -277,7 +281,7 @@ REFUSED = {
         ),
         "both mean",
     ),
-    "without_ear": (without("audio_encoder"), "no audio encoder"),
+    "without_audio_encoder": (without("audio_encoder"), "no audio encoder"),
     "without_projection": (without("audio_proj"), "keys missing.*multi_modal_projector"),
     "another_width": (
         lambda state, file: torch.save(
@@ -292,14 +296,19 @@ REFUSED = {
 }
 
 
-def refused(capsys, kind: str, *words: str | Path) -> str:
-    """The line that a command ends with."""
+def refused(capsys, kind: str, *flags: str | Path) -> str:
+    """Return the line with which a command ends."""
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda: command(kind, *words), KeyError, SafetensorError)
+        run_command(lambda: command(kind, *flags), KeyError, SafetensorError)
     message = str(stop.value.code)  # A string: Python prints it and leaves with status 1.
     assert message.startswith("error: ") and "\n" not in message
     assert "a pickle ran code" not in capsys.readouterr().out
     return message
+
+
+def conversion_flags(llm: Path, file: Path) -> list[str | Path]:
+    """Return the flags that convert a file into the folder `out` next to it."""
+    return ["--llm", llm, "--checkpoint", file, "--output_dir", file.with_name("out")]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -307,16 +316,7 @@ def refused(capsys, kind: str, *words: str | Path) -> str:
 def test_refused(llm: Path, tmp_path: Path, capsys, kind: str, name: str) -> None:
     write, pattern = REFUSED[name]
     write(content(kind, "trainable_only"), tmp_path / "file.bin")
-    words = (
-        "--llm",
-        llm,
-        "--checkpoint",
-        tmp_path / "file.bin",
-        "--output_dir",
-        tmp_path / "out",
-        *FLAGS[kind],
-    )
-    message = refused(capsys, kind, *words)
+    message = refused(capsys, kind, *conversion_flags(llm, tmp_path / "file.bin"), *FLAGS[kind])
     assert re.search(pattern, message), message
     assert "file.bin" in message
     assert not (tmp_path / "out").exists()
@@ -324,35 +324,24 @@ def test_refused(llm: Path, tmp_path: Path, capsys, kind: str, name: str) -> Non
 
 @pytest.mark.parametrize("kind, other", [("ltu", "ltu_as"), ("ltu_as", "ltu")])
 def test_the_other_kind(llm: Path, tmp_path: Path, capsys, kind: str, other: str) -> None:
-    """A file or folder of LTU given to LTU-AS's command, and the other way round: named, with the right command."""
+    """A file or folder of LTU given to LTU-AS's command, or the reverse: the right one is named."""
     torch.save(content(other, "trainable_only"), tmp_path / "file.bin")
-    words = (
-        "--llm",
-        llm,
-        "--checkpoint",
-        tmp_path / "file.bin",
-        "--output_dir",
-        tmp_path / "out",
-        *FLAGS[kind],
-    )
-    message = refused(capsys, kind, *words)
-    assert (
-        f"not the ear of {kind}." in message and f"python -m {other}.convert_checkpoint" in message
-    )
+    message = refused(capsys, kind, *conversion_flags(llm, tmp_path / "file.bin"), *FLAGS[kind])
+    assert f"not the audio encoder of {kind}." in message
+    assert f"python -m {other}.convert_checkpoint" in message
     folder = convert(other, content(other, "trainable_only"), llm, tmp_path / "folder")
-    for words in (
+    for flags in (
         ("--to_original", tmp_path / "back.bin"),
         ("--merge", "--output_dir", tmp_path / "out"),
     ):
-        assert f"python -m {other}.convert_checkpoint" in refused(
-            capsys, kind, "--model", folder, *words
-        )
+        message = refused(capsys, kind, "--model", folder, *flags)
+        assert f"python -m {other}.convert_checkpoint" in message
     assert not (tmp_path / "out").exists() and not (tmp_path / "back.bin").exists()
 
 
 def test_wrong_use(llm: Path, tmp_path: Path, capsys) -> None:
     folder = convert("ltu", content("ltu", "trainable_only"), llm, tmp_path / "folder")
-    for words in (
+    for flags in (
         ["--llm", llm, "--output_dir", tmp_path / "out"],
         ["--model", folder, "--merge"],
         ["--model", folder, "--to_original", "x.bin", "--output_dir", "out"],
@@ -363,46 +352,22 @@ def test_wrong_use(llm: Path, tmp_path: Path, capsys) -> None:
         ["--llm", llm, "--init", "--output_dir", "out", "--llm_dtype", "float16"],
     ):
         with pytest.raises(SystemExit) as stop:
-            command("ltu", *words)
+            command("ltu", *flags)
         assert stop.value.code == 2
-    assert "nowhere" in refused(
-        capsys,
-        "ltu",
-        "--llm",
-        tmp_path / "nowhere",
-        "--checkpoint",
-        tmp_path / "folder.bin",
-        "--output_dir",
-        "out",
-    )
+    flags = conversion_flags(tmp_path / "nowhere", tmp_path / "folder.bin")
+    assert "nowhere" in refused(capsys, "ltu", *flags)
+    merging = ("--model", folder, "--merge")
     another = tiny.write_llm(tmp_path / "another")
-    message = refused(
-        capsys,
-        "ltu",
-        "--model",
-        folder,
-        "--merge",
-        "--llm",
-        another,
-        "--output_dir",
-        tmp_path / "out",
-    )
+    flags = ("--llm", another, "--output_dir", tmp_path / "out")
+    message = refused(capsys, "ltu", *merging, *flags)
     assert "hash" in message and not (tmp_path / "out").exists()
-    assert "not ours" in refused(capsys, "ltu", "--model", folder, "--merge", "--output_dir", llm)
+    assert "not ours" in refused(capsys, "ltu", *merging, "--output_dir", llm)
     assert (llm / "model.safetensors").is_file()
-    words = (
-        "--llm",
-        llm,
-        "--checkpoint",
-        tmp_path / "folder.bin",
-        "--output_dir",
-        tmp_path / "out",
-    )
-    assert "nothing to say" in refused(capsys, "ltu", *words, "--llm_dtype", "float16")
-    command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
-    message = refused(
-        capsys, "ltu", "--model", tmp_path / "merged", "--merge", "--output_dir", tmp_path / "out"
-    )
+    flags = conversion_flags(llm, tmp_path / "folder.bin")
+    assert "does not apply" in refused(capsys, "ltu", *flags, "--llm_dtype", "float16")
+    command("ltu", *merging, "--output_dir", tmp_path / "merged")
+    flags = ("--model", tmp_path / "merged", "--merge", "--output_dir", tmp_path / "out")
+    message = refused(capsys, "ltu", *flags)
     assert "nothing to merge" in message
 
 
@@ -420,7 +385,10 @@ LLMS = {  # Linear, Conv1D (fan_in_fan_out), one matrix for three, tied embeddin
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.parametrize("name", LLMS)
 def test_merged_answers_equal(tmp_path: Path, name: str, monkeypatch) -> None:
-    """fp32, to 1e-5, from a folder that stands alone: the language model's is gone. Written in several shards."""
+    """fp32, to 1e-5, from a self-contained folder in several shards.
+
+    The folder of the language model is removed.
+    """
     monkeypatch.setattr(export, "SHARD", "100KB")
     if name == "qwen2":
         monkeypatch.setitem(tiny.LLM, "tie_word_embeddings", True)
@@ -429,7 +397,7 @@ def test_merged_answers_equal(tmp_path: Path, name: str, monkeypatch) -> None:
         tmp_path / "folder", llm, tiny.LORA | {"target_modules": LLMS[name]}
     )
     unmerged, plain = logits(folder), logits(tiny.write_checkpoint(tmp_path / "plain", llm))
-    assert (unmerged - plain).abs().max() > 1e-2  # LoRA says something.
+    assert (unmerged - plain).abs().max() > 1e-2  # LoRA changes something.
     command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
     shutil.rmtree(llm)
     shutil.rmtree(folder)
@@ -462,8 +430,8 @@ def test_merge_keeps_the_stored_dtype(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(tmp_path / "merged"), unmerged, atol=1e-5, rtol=0)
 
 
-def test_lora_beside_its_language_model_stays_fp32(tmp_path: Path) -> None:
-    """Also where the language model is opened in bf16; what belongs to one that lies elsewhere is refused."""
+def test_lora_in_the_folder_of_its_language_model_stays_fp32(tmp_path: Path) -> None:
+    """Also if the language model is opened in bf16; settings of another one are refused."""
     folder = tiny.write_checkpoint(tmp_path / "folder", tiny.write_llm(tmp_path / "llm"), tiny.LORA)
     command("ltu", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
@@ -479,29 +447,32 @@ def test_lora_beside_its_language_model_stays_fp32(tmp_path: Path) -> None:
 
 
 def test_nothing_is_lost(tmp_path: Path, capsys, monkeypatch) -> None:
-    """What a conversion did not make is not overwritten, and one that was stopped can be done again."""
+    """No other files are overwritten, and a conversion that was stopped can be repeated."""
+
+    def stop(*args) -> None:
+        raise KeyboardInterrupt
+
     llm = tiny.write_llm(tmp_path / "llm")
-    folder, out = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA), tmp_path / "out"
-    words = ("--model", folder, "--merge", "--output_dir", out)
+    folder = tiny.write_checkpoint(tmp_path / "folder", llm, tiny.LORA)
+    out = tmp_path / "out"
+    flags = ("--model", folder, "--merge", "--output_dir", out)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            LtuProcessor, "save_pretrained", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patch.setattr(LtuProcessor, "save_pretrained", stop)
         with pytest.raises(KeyboardInterrupt):
-            command("ltu", *words)
+            command("ltu", *flags)
     assert not out.exists()
-    command("ltu", *words)
-    command("ltu", *words)  # A conversion may replace one.
+    command("ltu", *flags)
+    command("ltu", *flags)  # A conversion may replace the folder of another.
     assert not list(tmp_path.glob(".*.part"))
     state = json.loads((out / "ltu_state.json").read_text())
     (out / "ltu_state.json").write_text(json.dumps(state | {"stage": "stage4_all_mix"}))
-    assert "a trained checkpoint (stage4_all_mix)" in refused(capsys, "ltu", *words)
+    assert "a trained checkpoint (stage4_all_mix)" in refused(capsys, "ltu", *flags)
     (out / "ltu_state.json").unlink()
-    assert "not ours" in refused(capsys, "ltu", *words)
+    assert "not ours" in refused(capsys, "ltu", *flags)
     pickles = tmp_path / "pickles"
     pickles.mkdir()
     (pickles / "pytorch_model.bin").write_bytes(b"x")
-    assert "not ours" in refused(capsys, "ltu", *words[:-1], pickles)
+    assert "not ours" in refused(capsys, "ltu", *flags[:-1], pickles)
 
 
 def test_a_stage_of_the_originals_trainer(llm: Path, tmp_path: Path) -> None:
@@ -518,7 +489,7 @@ def test_a_stage_of_the_originals_trainer(llm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("full", [False, True])
 def test_merge_of_ltu_as(llm: Path, nameplate: Path, tmp_path: Path, full: bool) -> None:
-    """Of a named language model, and of one in the folder whose LoRA is beside it."""
+    """With a language model elsewhere, and with one in the folder together with its LoRA."""
     state = content("ltu_as", "full_with_lora" if full else "trainable_only")
     folder = convert("ltu_as", state, nameplate if full else llm, tmp_path / "folder")
     command("ltu_as", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
@@ -543,7 +514,10 @@ def test_lora_on_a_tied_weight_is_not_merged(tmp_path: Path, monkeypatch, capsys
 
 
 def as_13b(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The layout of 13B by that of 7B: 5120 and 13824 wide, 40 layers. 4096 stands for no width of an ear."""
+    """Return the layout of 13B by that of 7B: 5120 and 13824 wide, 40 layers.
+
+    No width of an audio encoder is 4096.
+    """
     wide = {4096: 5120, 11008: 13824}
     shapes = {key: [wide.get(size, size) for size in shape] for key, shape in shapes.items()}
     first = {key: shape for key, shape in shapes.items() if ".layers.0." in key}
@@ -566,7 +540,7 @@ STAGES = [("real7b.stage1_proj", "7B"), ("real7b.lora_all", "7B"), ("real7b.lora
 @pytest.mark.parametrize("which", ["saved_by_trainer", "peft_state_dict"])
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_keys_of_7b_and_13b(golden_report, kind: str, stage: str, which: str, size: str) -> None:
-    """Every key of the file is placed, none is missing, and all go back to their names; the folder is small."""
+    """Every key is placed, none is missing, all get their names back, and the folder is small."""
     shapes = read(f"layout_{kind}")[stage][which]
     shapes = as_13b(shapes) if size == "13B" else shapes
     file = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -598,7 +572,9 @@ import json, resource, sys, threading, time
 from ltu.convert_checkpoint import main
 
 def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e6
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) / 1e6
 
 peak, done = status("RssAnon"), threading.Event()
 start = peak
@@ -613,7 +589,8 @@ main(sys.argv[1:])
 done.set()
 watcher.join()
 resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-print(json.dumps({"start": start, "peak": peak, "resident": resident, "seconds": time.time() - began}))
+seconds = time.time() - began
+print(json.dumps({"start": start, "peak": peak, "resident": resident, "seconds": seconds}))
 """
 WIDE = {
     "hidden_size": 4096,
@@ -624,14 +601,14 @@ WIDE = {
 WIDE |= {"num_attention_heads": 32, "num_key_value_heads": 32}
 
 
-def measure(*words: str | Path) -> dict[str, float]:
-    """GB that a command needs in a process of its own.
+def measure(*flags: str | Path) -> dict[str, float]:
+    """Return the GB that a command needs in a process of its own.
 
-    `peak` counts memory that is the process's own (RssAnon, read every 2 ms), `resident` also pages of mapped files,
-    which the kernel keeps while there is room and drops when there is none.
+    `peak` counts memory that is the process's own (RssAnon, read every 2 ms). `resident` also
+    counts pages of mapped files, which the kernel keeps while there is room.
     """
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, words)],
+        [sys.executable, "-c", MEASURE, *map(str, flags)],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -643,7 +620,7 @@ def measure(*words: str | Path) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_a_file_of_several_gigabytes(golden_report, nameplate: Path, tmp_path: Path) -> None:
-    """Three layers of 7B in fp32, with LoRA: converted, and merged, in the memory of a large tensor."""
+    """Three layers of 7B in fp32 with LoRA are converted and merged in the memory of a tensor."""
     config = json.loads((nameplate / "config.json").read_text()) | WIDE
     shutil.copytree(nameplate, tmp_path / "llm")
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
@@ -655,7 +632,7 @@ def test_a_file_of_several_gigabytes(golden_report, nameplate: Path, tmp_path: P
     torch.save(state, tmp_path / "full_ft.bin")
     size = (tmp_path / "full_ft.bin").stat().st_size / 1e9
     assert size > 3.5
-    figures = measure(
+    measured = measure(
         "--llm",
         tmp_path / "llm",
         "--checkpoint",
@@ -663,9 +640,9 @@ def test_a_file_of_several_gigabytes(golden_report, nameplate: Path, tmp_path: P
         "--output_dir",
         tmp_path / "whole",
     )
-    print(f"full fine-tuned, {size:.2f} GB: {figures}")
+    print(f"full fine-tuned, {size:.2f} GB: {measured}")
     golden_report(
-        "memory", "GB to convert a full fine-tuned file", figures["peak"] - figures["start"], 0.6
+        "memory", "GB to convert a full fine-tuned file", measured["peak"] - measured["start"], 0.6
     )
     key = "lm_head.weight"
     index = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())[
@@ -675,7 +652,9 @@ def test_a_file_of_several_gigabytes(golden_report, nameplate: Path, tmp_path: P
         assert torch.equal(stored.get_tensor(f"language_model.{key}"), state[PREFIX + key])
     del state
     (tmp_path / "full_ft.bin").unlink()
-    figures = measure("--model", tmp_path / "whole", "--merge", "--output_dir", tmp_path / "merged")
-    print(f"merged: {figures}")
-    golden_report("memory", "GB to merge LoRA", figures["peak"] - figures["start"], 0.6)
+    measured = measure(
+        "--model", tmp_path / "whole", "--merge", "--output_dir", tmp_path / "merged"
+    )
+    print(f"merged: {measured}")
+    golden_report("memory", "GB to merge LoRA", measured["peak"] - measured["start"], 0.6)
     shutil.rmtree(tmp_path)

@@ -1,4 +1,4 @@
-"""Curation: rows survive every format and every verb, malformed input is named, memory stays constant."""
+"""Tests curation: every format and command keeps the examples, and memory is constant."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ from data import (
     stats,
     validate,
 )
-from data.duplicate_detection import Distinct
+from data.duplicate_detection import DuplicateDetector
 from ltu.data.dataset_files import RowError, RowWriter, encode_row, stream_rows
 from ltu.data.dataset_parser import LineSplitter, ListSplitter
 from tests.machine import run_python
@@ -31,7 +31,7 @@ ENDINGS = [".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz", ".json.zst", 
 
 
 def nasty_text(chance: random.Random) -> str:
-    """What a splitter of text could stumble over."""
+    """Return text that is hard to split into examples."""
     pieces = [
         '"',
         "\\",
@@ -77,7 +77,7 @@ def multiset(rows) -> Counter:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of a few bytes, so that rows lie across their ends."""
+    """Read blocks of a few bytes, so that examples cross the ends of blocks."""
     monkeypatch.setattr("ltu.data.dataset_files.BLOCK", 37)
 
 
@@ -137,8 +137,8 @@ def test_half_a_surrogate_pair_survives(tmp_path):
 @pytest.mark.parametrize(
     "rows", [[{"e": {"b": 1}}, {"e": {"c": 1}}], [{"e": []}, {"e": [[{"b": 1}]]}], [{"e": {}}]]
 )
-def test_a_table_takes_no_nested_keys(tmp_path, rows):
-    """Its structs would lose the keys of later rows, and give each row those of all others."""
+def test_parquet_refuses_nested_keys(tmp_path, rows):
+    """A struct column would lose keys of later examples and add those of others."""
     with pytest.raises(ValueError, match="fit no table: 'e' has keys of its own. Write .jsonl"):
         write(tmp_path / "rows.parquet", rows)
     assert list(tmp_path.iterdir()) == []
@@ -148,7 +148,9 @@ def test_a_table_takes_no_nested_keys(tmp_path, rows):
     ] == lists
 
 
-MALFORMED = {  # text -> (row, byte), the byte from the start of the first occurrence of a mark
+# Text -> (number of the bad example, marker of the byte that the error must name). An empty marker
+# is the end of the text.
+MALFORMED = {
     '[{"a": "é"}, {"a": 1,}]': (2, "}]"),
     '[{"a": 1} {"a": 2}]': (1, ' {"a": 2'),
     '[{"a": 1}, {"a": 2': (2, ""),
@@ -175,7 +177,8 @@ def test_malformed_input_names_row_and_byte(tmp_path, monkeypatch, text, block):
     with pytest.raises(RowError) as found:
         list(stream_rows(path))
     message = str(found.value)
-    assert f"{path}, row {row}, byte " in message and "mend or remove" in message
+    assert f"{path}, example {row}, byte " in message
+    assert "fix or remove" in message
     byte = int(message.split("byte ")[1].split(":")[0])
     wanted = len(text[: text.rindex(mark)].encode()) if mark else len(text)
     assert abs(byte - wanted) <= 3, message
@@ -186,7 +189,9 @@ def test_invalid_utf8_names_row_and_byte(tmp_path, form):
     path = tmp_path / "rows.json"
     rows = b'{"a": "b"}%s{"a": "\xff"}' % (b", " if form == "[%s]" else b"\n")
     path.write_bytes(form.encode() % rows)
-    with pytest.raises(RowError, match=rf"row 2, byte {path.read_bytes().index(255)}: not UTF-8"):
+    with pytest.raises(
+        RowError, match=rf"example 2, byte {path.read_bytes().index(255)}: not UTF-8"
+    ):
         list(stream_rows(path))
 
 
@@ -198,7 +203,7 @@ def test_malformed_row_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     for separator, form in ((",\n", "[%s]"), ("\n", "%s")):
         path.write_text(form % separator.join(rows))
-        with pytest.raises(RowError, match=f"row 1501, byte {path.read_text().index(';')}: "):
+        with pytest.raises(RowError, match=f"example 1501, byte {path.read_text().index(';')}: "):
             list(stream_rows(path))
 
 
@@ -216,13 +221,14 @@ def test_gzip_of_python_and_several_members(tmp_path):
     assert list(stream_rows(path)) == [{"a": 1}, {"a": 2}]
 
 
-def test_an_error_leaves_nothing_behind_and_keeps_what_was(tmp_path):
+def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path):
     path = write(tmp_path / "rows.json", [{"a": 1}])
     with pytest.raises(RuntimeError), RowWriter(path) as output:
         output.write({"a": 2})
         raise RuntimeError
-    assert list(stream_rows(path)) == [{"a": 1}] and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(ValueError, match="is read"):
+    assert list(stream_rows(path)) == [{"a": 1}]
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="is an input"):
         RowWriter(path, [path])
     with pytest.raises(ValueError, match="jsonl"):
         RowWriter(tmp_path / "rows.txt")
@@ -230,7 +236,7 @@ def test_an_error_leaves_nothing_behind_and_keeps_what_was(tmp_path):
 
 @pytest.mark.parametrize("splitter", [ListSplitter, LineSplitter])
 def test_parser_takes_nothing_that_is_not_json(splitter):
-    """Damaged at any byte, a file gives an error or rows: never a crash of another kind."""
+    """A file that is damaged at any byte gives a RowError or examples, and no other exception."""
     text = (
         json.dumps(nasty_rows(4))[1:] if splitter is ListSplitter else json.dumps(nasty_rows(1)[0])
     ).encode()
@@ -258,13 +264,14 @@ def test_shuffle_keeps_rows_and_repeats(tmp_path, monkeypatch, ending):
     rows = nasty_rows(2000)
     source = write(tmp_path / f"a{ending}", rows)
     found = run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
-    assert multiset(found) == multiset(rows) and found != rows
+    assert multiset(found) == multiset(rows)
+    assert found != rows
     first = (
         (tmp_path / f"b{ending}").read_bytes(),
         (tmp_path / f"b{ending}.provenance.json").read_bytes(),
     )
-    monkeypatch.setattr(shuffle, "MAX_HELD", 1000)  # Other memory, the same order.
-    monkeypatch.setattr(shuffle, "MAX_PART", 2000)
+    monkeypatch.setattr(shuffle, "MAX_BUFFERED", 1000)  # Less memory, the same order.
+    monkeypatch.setattr(shuffle, "MAX_SORTED", 2000)
     run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
     assert first == (
         (tmp_path / f"b{ending}").read_bytes(),
@@ -275,7 +282,7 @@ def test_shuffle_keeps_rows_and_repeats(tmp_path, monkeypatch, ending):
 
 
 def test_shuffle_is_uniform():
-    """All 24 orders of four rows, 2400 times: chi-squared within its 99.9 % bound."""
+    """The chi-squared statistic of all 24 orders of four examples is within its 99.9 % bound."""
     orders = Counter()
     for seed in range(2400):
         keys = shuffle.random_keys(seed)
@@ -331,8 +338,8 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
         "parts": {"c": {"rows": 1000, "closed_ended_share": 0.5}, "d": {"repeat": {"Clotho*": 2}}},
     }
     recipe["expected"] = {"rows": 1030, "dataset": {"Clotho": 20, "X": "1k"}}
-    place = tmp_path / "recipe.json"
-    place.write_text(json.dumps(recipe))
+    recipe_path = tmp_path / "recipe.json"
+    recipe_path.write_text(json.dumps(recipe))
     closed = write(
         tmp_path / "c.json",
         [{"instruction": "q?", "dataset": "x", "output": str(n)} for n in range(1000)],
@@ -344,7 +351,7 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
     target = tmp_path / "out.jsonl"
     flags = [
         "--recipe",
-        str(place),
+        str(recipe_path),
         "--data_path",
         f"c={closed}",
         f"d={caption}",
@@ -355,20 +362,24 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
         assert combine.main([*flags, *order]) == 0
         rows = list(stream_rows(target))
         marked = sum(row["instruction"] == "Closed-ended question: q?" for row in rows)
-        assert len(rows) == 1025 and 440 < marked < 560
+        assert len(rows) == 1025
+        assert 440 < marked < 560
         assert Counter(row["dataset"] for row in rows) == {"x": 1000, "Clotho": 20, "other": 5}
     record = json.loads((tmp_path / "out.jsonl.provenance.json").read_text())
-    assert record["differences"] == ["all: 1,025 rows, published 1,030"]
-    assert record["counts"]["part"] == {"c": 1000, "d": 25} and len(record["inputs"]) == 2
-    assert "differs: all: 1,025 rows" in capsys.readouterr().out
+    assert record["differences"] == ["all: 1,025 examples, published 1,030"]
+    assert record["counts"]["part"] == {"c": 1000, "d": 25}
+    assert len(record["inputs"]) == 2
+    assert "differs: all: 1,025 examples" in capsys.readouterr().out
     with pytest.raises(ValueError, match="No file for d"):
         combine.main([*flags[:3], f"c={closed}", *flags[-2:]])
-    with pytest.raises(ValueError, match="'e' is no part"):
+    with pytest.raises(ValueError, match="'e' is not a part"):
         combine.main([*flags[:3], f"e={closed}", *flags[-2:]])
 
 
 def test_published_recipes_add_up():
-    recipes = {path.stem: combine.read_mixture(path.stem) for path in combine.RECIPES.glob("*.json")}
+    recipes = {
+        path.stem: combine.read_mixture(path.stem) for path in combine.RECIPES.glob("*.json")
+    }
     assert len(recipes) == 6
     for name in ("openaqa_all", "openasqa_classification", "openasqa_v1", "openasqa_v2"):
         parts = recipes[name]["parts"].values()
@@ -395,11 +406,9 @@ def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
         rows.append(
             {"instruction": "q", "audio_id": str(number), "output": " ".join(parts).capitalize()}
         )
-    source, first, second = (
-        write(tmp_path / "a.json", rows),
-        tmp_path / "b.json",
-        tmp_path / "c.json",
-    )
+    source = write(tmp_path / "a.json", rows)
+    first = tmp_path / "b.json"
+    second = tmp_path / "c.json"
     flags = ["--rule", rule, "--dropped_path", str(tmp_path / "dropped.jsonl")]
     filter_unanswerable.main(["--data_path", str(source), "--output_path", str(first), *flags])
     filter_unanswerable.main(
@@ -437,33 +446,36 @@ def test_filter_rules():
         assert found == wanted, answer
 
 
-# Statistics, samples, checks.
+# Statistics, samples and checks.
 
 
 @pytest.fixture
 def published(tmp_path):
-    """5,700 rows with the shares of OpenAQA."""
+    """Return a file of 5,700 examples with the proportions of OpenAQA."""
     return write(
         tmp_path / "rows.jsonl", [*random_rows(CLOSED, 0.001, 0), *random_rows(OPEN, 0.001, 1)]
     )
 
 
 def test_stats(tmp_path, published):
-    target, picture = tmp_path / "stats.json", tmp_path / "stats.png"
+    target = tmp_path / "stats.json"
+    plot = tmp_path / "stats.png"
     assert (
         stats.main(
-            ["--data_path", str(published), "--output_path", str(target), "--plot", str(picture)]
+            ["--data_path", str(published), "--output_path", str(target), "--plot", str(plot)]
         )
         == 0
     )
-    found, rows = json.loads(target.read_text()), list(stream_rows(published))
-    assert found["rows"] == len(rows) and found["clips"] == len({row["audio_id"] for row in rows})
+    found = json.loads(target.read_text())
+    rows = list(stream_rows(published))
+    assert found["rows"] == len(rows)
+    assert found["clips"] == len({row["audio_id"] for row in rows})
     assert found["questions"] == len({row["instruction"] for row in rows})
     assert found["dataset"] == dict(Counter(row["dataset"] for row in rows).most_common())
     words = sorted(len(row["output"].split(" ")) for row in rows)
     assert found["lengths"]["output"]["longest"] == words[-1]
     assert found["lengths"]["output"]["median"] == words[(len(words) - 1) // 2]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plot.read_bytes().startswith(b"\x89PNG")
     first = target.read_bytes()
     stats.main(["--data_path", str(published), "--output_path", str(target)])
     assert target.read_bytes() == first
@@ -471,20 +483,23 @@ def test_stats(tmp_path, published):
 
 def test_files_without_rows_or_audio(tmp_path):
     for rows in ([], [{"instruction": "q", "audio_id": "empty", "output": "a"}]):
-        source, target = write(tmp_path / "a.json", rows), str(tmp_path / "b.json")
-        for verb in (stats, shuffle, combine, filter_unanswerable):
-            assert verb.main(["--data_path", str(source), "--output_path", target]) == 0
+        source = write(tmp_path / "a.json", rows)
+        target = str(tmp_path / "b.json")
+        for command in (stats, shuffle, combine, filter_unanswerable):
+            assert command.main(["--data_path", str(source), "--output_path", target]) == 0
         assert (
             sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"]) == 0
         )
         assert validate.main(["--data_path", str(source)]) == 0
-        assert contamination_check.main(["--data_path", str(source), "--against", str(source)]) == 0
+        assert (
+            contamination_check.main(["--data_path", str(source), "--eval_files", str(source)]) == 0
+        )
 
 
-def test_distinct(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.duplicate_detection.HELD", 100)
+def test_duplicate_detector(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.duplicate_detection.MAX_BUFFERED", 100)
     values = [random.Random(0).randrange(400) for _ in range(1050)]
-    counter = Distinct(str(tmp_path))
+    counter = DuplicateDetector(str(tmp_path))
     for number, value in enumerate(values):
         counter.add(value, number)
     assert counter.firsts().tolist() == sorted(
@@ -506,12 +521,23 @@ def test_sample_takes_whole_clips(tmp_path, published):
             "3",
         ]
     )
-    found, rows = list(stream_rows(target)), list(stream_rows(published))
+    found = list(stream_rows(target))
+    rows = list(stream_rows(published))
     chosen = {row["audio_id"] for row in found}
-    assert len(chosen) == 40 and found == [row for row in rows if row["audio_id"] in chosen]
-    turned = write(tmp_path / "turned.jsonl", rows[::-1])
+    assert len(chosen) == 40
+    assert found == [row for row in rows if row["audio_id"] in chosen]
+    reversed_rows = write(tmp_path / "reversed.jsonl", rows[::-1])
     sample.main(
-        ["--data_path", str(turned), "--output_path", str(target), "--clips", "40", "--seed", "3"]
+        [
+            "--data_path",
+            str(reversed_rows),
+            "--output_path",
+            str(target),
+            "--clips",
+            "40",
+            "--seed",
+            "3",
+        ]
     )
     assert {row["audio_id"] for row in stream_rows(target)} == chosen
     sample.main(
@@ -528,7 +554,8 @@ def test_sample_takes_whole_clips(tmp_path, published):
     groups = Counter(
         dataset for dataset, _ in {(row["dataset"], row["audio_id"]) for row in stream_rows(target)}
     )
-    assert set(groups.values()) <= {1, 2} and len(groups) == len({row["dataset"] for row in rows})
+    assert set(groups.values()) <= {1, 2}
+    assert len(groups) == len({row["dataset"] for row in rows})
 
 
 def clip(path: Path, seed: int, rate: int = 16_000, seconds: float = 0.5) -> str:
@@ -565,7 +592,7 @@ def test_sample_copies_audio(tmp_path):
 
 
 def test_sample_overwrites_no_clip(tmp_path):
-    """Neither the user's own in audio/ nor another sample's; the same clip is not copied twice."""
+    """Clips of the user or of another sample in audio/ stay, and no clip is copied twice."""
     for number, name in enumerate(["a/1.wav", "audio/1.wav", "other/a/1.wav", "third/a/1.wav"]):
         clip(tmp_path / name, number)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.wav")}
@@ -589,10 +616,11 @@ def test_sample_overwrites_no_clip(tmp_path):
             ]
         )
         copied.append([row["audio_id"] for row in stream_rows(target)])
-        for name, place in zip(names, copied[-1], strict=True):
-            assert (tmp_path / place).read_bytes() == before[tmp_path / folder / name]
+        for name, copy in zip(names, copied[-1], strict=True):
+            assert (tmp_path / copy).read_bytes() == before[tmp_path / folder / name]
         assert all(path.read_bytes() == data for path, data in before.items())
-    assert copied[:3] == copied[3:] and copied[0][1] == "audio/1.wav"
+    assert copied[:3] == copied[3:]
+    assert copied[0][1] == "audio/1.wav"
     assert len(list((tmp_path / "audio").iterdir())) == 4
 
 
@@ -614,21 +642,22 @@ def test_validate(tmp_path, capsys, listen):
         question("empty"),
         {"instruction": "q", "audio_id": "a.wav"},
     ]
-    source, report = write(tmp_path / "rows.jsonl", rows), tmp_path / "report.json"
+    source = write(tmp_path / "rows.jsonl", rows)
+    report = tmp_path / "report.json"
     flags = ["--data_path", str(source), "--output_path", str(report), *["--listen"] * listen]
     assert validate.main(flags) == 1
     found = json.loads(report.read_text())
     wrong = {"row": 1, "duplicate": 1, "clip missing": 1, "clip too_short": 1, "clip unreadable": 1}
-    assert found["wrong"] == wrong and (found["rows"], found["clips"]) == (8, 5)
+    assert found["wrong"] == wrong
+    assert (found["rows"], found["clips"]) == (8, 5)
     assert found["coverage"] == {"d": {"clips": 4, "usable": 2}, "e": {"clips": 1, "usable": 0}}
-    assert found["rates"] == {"16000 Hz": 1, "44100 Hz": 1} and found["examples"]["row"][
-        0
-    ].startswith("row 8: no 'output'")
-    assert found["examples"]["duplicate"] == ["row 2: the same as one before it"]
+    assert found["rates"] == {"16000 Hz": 1, "44100 Hz": 1}
+    assert found["examples"]["row"][0].startswith("example 8: no 'output'")
+    assert found["examples"]["duplicate"] == ["example 2: the same as an earlier one"]
     assert validate.main([*flags, "--max_bad", "5"]) == 0
 
 
-def test_leak_check(tmp_path, capsys):
+def test_contamination_check(tmp_path, capsys):
     clip(tmp_path / "train/YabcdefghijK.wav", 0)
     clip(tmp_path / "train/renamed.flac", 1)
     clip(tmp_path / "train/clean.wav", 2)
@@ -642,57 +671,58 @@ def test_leak_check(tmp_path, capsys):
         tmp_path / "eval/rows.json",
         [question(n) for n in ("abcdefghijK_10.000.wav", "original.wav", "empty")],
     )
-    flags = ["--data_path", str(train), "--against", str(test), "--workers", "1"]
+    flags = ["--data_path", str(train), "--eval_files", str(test), "--workers", "1"]
     assert contamination_check.main(flags) == 1
-    assert "1 of 4 rows are on 1 clips" in capsys.readouterr().out
+    assert "1 of 4 examples are on 1 clips" in capsys.readouterr().out
     clean = tmp_path / "clean.json"
     assert contamination_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
-    assert "2 of 4 rows are on 2 clips" in capsys.readouterr().out
+    assert "2 of 4 examples are on 2 clips" in capsys.readouterr().out
     assert [row["instruction"] for row in stream_rows(clean)] == ["2", "3"]
     again = [
         "--data_path",
         str(clean),
         "--audio_root",
         str(train.parent),
-        "--against",
+        "--eval_files",
         str(test),
         "--content",
     ]
     assert contamination_check.main([*again, "--workers", "1"]) == 0
 
 
-def test_numbers_are_no_ids(tmp_path, capsys):
-    """VoxCeleb numbers the clips of each video: another speaker's 00001 is no leak, the same sound is."""
+def test_numbers_are_not_ids(tmp_path, capsys):
+    """The same number in the name (VoxCeleb) is not contamination, but the same content is."""
     speakers = ("id1/21Uxsk56VDQ", "id2/_z_BR0ERa9g")
     test = [clip(tmp_path / f"test/{who}/00001.wav", number) for number, who in enumerate(speakers)]
     clip(tmp_path / "train/id3/JF4Rb0tDv1E/00001.wav", 5)
     clip(tmp_path / "train/id4/copy/00001.wav", 0)
     names = [str(path.relative_to(tmp_path / "test")) for path in map(Path, test)]
-    asked = write(tmp_path / "test/rows.json", [question(name) for name in names])
+    eval_file = write(tmp_path / "test/rows.json", [question(name) for name in names])
     rows = [question(name) for name in ("id3/JF4Rb0tDv1E/00001.wav", "id4/copy/00001.wav")]
     flags = [
         "--data_path",
         str(write(tmp_path / "train/rows.json", rows)),
-        "--against",
-        str(asked),
+        "--eval_files",
+        str(eval_file),
         "--workers",
         "1",
     ]
     assert contamination_check.main(flags) == 0
-    assert "2 clips have no name of their own" in capsys.readouterr().out
+    assert "2 clips have no unique name" in capsys.readouterr().out
     assert contamination_check.main([*flags, "--content"]) == 1
-    assert "1 of 2 rows" in capsys.readouterr().out
+    assert "1 of 2 examples" in capsys.readouterr().out
 
 
-def test_relocate(tmp_path, capsys):
-    here = [clip(tmp_path / "disk/x/Yabcdefghijk.wav", 0), clip(tmp_path / "disk/other.flac", 1)]
+def test_remap_paths(tmp_path, capsys):
+    local = [clip(tmp_path / "disk/x/Yabcdefghijk.wav", 0), clip(tmp_path / "disk/other.flac", 1)]
     rows = [
         question("/far/audio/abcdefghijk.flac"),
         question("/far/other.wav"),
         question("empty"),
         question("/gone/z.wav"),
     ]
-    source, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "out" / "rows.jsonl"
+    source = write(tmp_path / "rows.jsonl", rows)
+    target = tmp_path / "out" / "rows.jsonl"
     flags = [
         "--data_path",
         str(source),
@@ -702,14 +732,15 @@ def test_relocate(tmp_path, capsys):
         str(tmp_path / "disk"),
     ]
     with pytest.raises(
-        ValueError, match="1 of 3 rows have a clip that is not here .row 4: /gone/z.wav"
+        ValueError,
+        match="1 of 3 examples have a clip that was not found .example 4: /gone/z.wav",
     ):
         remap_paths.main(flags)
     assert not target.exists()
     assert remap_paths.main([*flags, "--drop_missing"]) == 0
-    assert [row["audio_id"] for row in stream_rows(target)] == [*here, "empty"]
+    assert [row["audio_id"] for row in stream_rows(target)] == [*local, "empty"]
     assert remap_paths.main([*flags, "--drop_missing", "--relative"]) == 0
-    assert (target.parent / next(stream_rows(target))["audio_id"]).resolve() == Path(here[0])
+    assert (target.parent / next(stream_rows(target))["audio_id"]).resolve() == Path(local[0])
     table = tmp_path / "disk/audio_ids.csv"
     table.write_text("id,audio_id\nz,other.flac\n")
     prefix = ["--prefix", f"/far/audio={tmp_path}/disk", "--prefix", f"/far={tmp_path}/disk"]
@@ -718,9 +749,8 @@ def test_relocate(tmp_path, capsys):
     assert remap_paths.main([*flags[:4], *prefix, "--table", str(table)]) == 0
     found = [Path(row["audio_id"]).name for row in stream_rows(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
-    assert (
-        remap_paths.main([*flags, "--drop_missing"]) == 0
-    )  # Each of two names is that of two files now.
+    # Each of two names is now the name of two files.
+    assert remap_paths.main([*flags, "--drop_missing"]) == 0
     assert [row["audio_id"] for row in stream_rows(target)] == [
         f"{tmp_path}/disk/other.wav",
         "empty",
@@ -729,10 +759,11 @@ def test_relocate(tmp_path, capsys):
     assert (record["missing"], record["ambiguous"]) == (1, 1)
 
 
-# Memory, and the commands as they are typed.
+# Memory, and the commands in processes of their own.
 
 
 def peak(run) -> int:
+    """Return the largest number of bytes that Python has allocated during a call."""
     tracemalloc.start()
     run()
     found = tracemalloc.get_traced_memory()[1]
@@ -741,12 +772,12 @@ def peak(run) -> int:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(shuffle, "MAX_HELD", 2**15)
+    monkeypatch.setattr(shuffle, "MAX_BUFFERED", 2**15)
     monkeypatch.setattr("ltu.data.dataset_files.BLOCK", 2**14)
-    # Files are hashed in blocks of 1 MB: more than everything else that is held here.
+    # Files are hashed in blocks of 1 MB, which is more than everything else in memory.
     monkeypatch.setattr("ltu.files.HASH_BLOCK", 2**14)
     monkeypatch.setattr("ltu.data.dataset_files.ROWS_AT_ONCE", 64)
-    monkeypatch.setattr("data.duplicate_detection.HELD", 2**11)
+    monkeypatch.setattr("data.duplicate_detection.MAX_BUFFERED", 2**11)
     rows = [json.dumps(row) for row in random_rows(OPEN, 0.0001, 0)]  # 0.18 MB
     peaks = {}
     for times in (1, 2, 10):  # The first run warms up: imports and their caches.
@@ -754,7 +785,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         with source.open("w") as file:
             file.write("[" + ",\n".join(",\n".join(rows) for _ in range(times)) + "]")
         flags = ["--data_path", str(source), "--output_path"]
-        verbs = {
+        commands = {
             "shuffle": lambda flags=flags: shuffle.main([*flags, str(tmp_path / "b.json")]),
             "combine": lambda flags=flags: combine.main([*flags, str(tmp_path / "b.jsonl.zst")]),
             "filter": lambda flags=flags: filter_unanswerable.main(
@@ -765,20 +796,22 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
                 [*flags, str(tmp_path / "b.json"), "--clips", "9"]
             ),
         }
-        peaks[times] = {name: peak(verb) for name, verb in verbs.items()}
+        peaks[times] = {name: peak(command) for name, command in commands.items()}
     assert source.stat().st_size > 2 * max(peaks[10].values()), (source.stat().st_size, peaks)
     for name in peaks[2]:
         assert peaks[10][name] < 1.25 * peaks[2][name] + 2**17, (name, peaks)
 
 
-def test_commands_say_errors_in_one_line(tmp_path, tmp_path_factory):
+def test_commands_print_errors_in_one_line(tmp_path, tmp_path_factory):
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1},\n{"a": 2,}]')
     command = ["-m", "data.shuffle", "--data_path", str(path)]
     command += ["--output_path", str(tmp_path / "b.json")]
     found = run_python(command, tmp_path_factory.mktemp("process"))
-    assert found.returncode == 1 and found.stderr.startswith(f"error: {path}, row 2, byte 19: ")
-    assert found.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == [path]
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"error: {path}, example 2, byte 19: ")
+    assert found.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_encoded_rows_have_no_line_ends():
@@ -793,7 +826,7 @@ def test_repeats_that_a_recipe_makes_can_be_allowed(tmp_path, capsys):
     assert '"duplicate": 1' in capsys.readouterr().out
 
 
-def test_an_input_by_another_way_is_not_overwritten(tmp_path):
+def test_an_input_by_another_path_is_not_overwritten(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
     for name, given in (("link.jsonl", "a.jsonl"), ("b.jsonl", "b.jsonl.tmp")):

@@ -1,4 +1,4 @@
-"""Curation's edges: segments of one video, other folders, killed runs, refusals by example, many clips."""
+"""Tests edge cases of curation: segments of a video, folders, killed runs, refusals, many clips."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ from data import (
     stats,
 )
 from data.audio_ids import is_same_segment, segment, youtube
-from data.audio_manifest import Ledger
+from data.audio_manifest import AudioManifest
 from ltu.data import dataset_files
 from ltu.data.dataset_files import RowWriter, stream_rows
 from tests.machine import check_growth, run_python, start_python
@@ -47,7 +47,7 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-def recipe(path: Path) -> dict:
+def provenance(path: Path) -> dict:
     return json.loads(path.with_name(f"{path.name}.provenance.json").read_text())
 
 
@@ -79,13 +79,14 @@ def test_segments(one, other, is_same):
     assert segment("street.wav") is None
 
 
-def run_relocate(
+def run_remap_paths(
     tmp_path: Path, rows: list, files: list[str], *folders: str, flags: tuple = ()
 ) -> tuple[int, list]:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    source, target = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    source = write(tmp_path / "rows.jsonl", rows)
+    target = tmp_path / "out.jsonl"
     given = [
         flag for folder in folders for flag in ("--folder", folder.replace("DIR", str(tmp_path)))
     ]
@@ -103,8 +104,8 @@ def run_relocate(
             ["v/{}_000050.wav", "v/{}_000030.wav"],
             ["v/{}_000030.wav", "v/{}_000050.wav"],
         ),
-        (["Y{}_30_40", "Y{}_50_60"], ["v/{}.wav"], ["?", "?"]),  # which of both it is, nobody knows
-        (["Y{}_30_40", "{}_000030"], ["v/{}.wav"], ["v/{}.wav"] * 2),  # one segment
+        (["Y{}_30_40", "Y{}_50_60"], ["v/{}.wav"], ["?", "?"]),  # Either is possible.
+        (["Y{}_30_40", "{}_000030"], ["v/{}.wav"], ["v/{}.wav"] * 2),  # One segment.
         (["{}", "Y{}_50_60"], ["v/{}.wav"], ["v/{}.wav", "?"]),
         (["{}"], ["v/{}_30_40.wav", "v/{}_50_60.wav"], ["?"]),
         (["{}", "Y{}_30_40"], ["v/{}_30_40.wav"], ["v/{}_30_40.wav"] * 2),
@@ -118,60 +119,59 @@ def run_relocate(
         (
             ["{}.wav"],
             ["v/Y{}.wav", "w/{}.wav"],
-            ["?"],
-        ),  # Without times, a name does not say which part it is.
+            ["?"],  # Without times, a name does not say which part of the video it is.
+        ),
     ],
 )
 def test_segments_of_a_video_never_share_a_file(tmp_path, capsys, ids, files, wanted):
     ids, files, wanted = ([name.format(VIDEO) for name in names] for names in (ids, files, wanted))
     for order in (1, -1):
-        code, found = run_relocate(
+        code, found = run_remap_paths(
             tmp_path, [question(name) for name in ids[::order]], files, "DIR"
         )
         assert found == [name for name in wanted[::order] if name != "?"]
-        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")[
-            "ambiguous"
-        ] == wanted.count("?")
+        assert code == ("?" in wanted)
+        assert provenance(tmp_path / "out.jsonl")["ambiguous"] == wanted.count("?")
         assert ("ambiguous: " in capsys.readouterr().out) == ("?" in wanted)
 
 
-def test_a_segment_that_is_not_here_is_missing_and_a_table_counts_alike(tmp_path):
-    with pytest.raises(ValueError, match="1 of 1 rows have a clip that is not here"):
-        run_relocate(tmp_path, [question(f"Y{VIDEO}_30_40")], [f"v/{VIDEO}_000050.wav"], "DIR")
+def test_a_segment_without_file_is_missing_also_with_a_table(tmp_path):
+    with pytest.raises(ValueError, match="1 of 1 examples have a clip that was not found"):
+        run_remap_paths(tmp_path, [question(f"Y{VIDEO}_30_40")], [f"v/{VIDEO}_000050.wav"], "DIR")
     (tmp_path / "v/ids.csv").write_text(f"id,audio_id\n{VIDEO},{VIDEO}_000050.wav\n")
     rows = [question(f"Y{VIDEO}_30_40"), question(f"Y{VIDEO}_50_60")]
-    code, found = run_relocate(tmp_path, rows, [], flags=("--table", str(tmp_path / "v/ids.csv")))
-    assert (code, found, recipe(tmp_path / "out.jsonl")["ambiguous"]) == (1, [], 2)
+    code, found = run_remap_paths(
+        tmp_path, rows, [], flags=("--table", str(tmp_path / "v/ids.csv"))
+    )
+    assert (code, found, provenance(tmp_path / "out.jsonl")["ambiguous"]) == (1, [], 2)
 
 
-def test_folders_of_data_sets_that_share_a_video(tmp_path, capsys):
+def test_folders_of_datasets_that_share_a_video(tmp_path, capsys):
     files = [f"as/Y{VIDEO}.flac", f"vgg/{VIDEO}.wav"]
     rows = [question(VIDEO, name) for name in ("as_2m", "AudioSet_20k", "vggsound_train")]
     folders = ["audioset=DIR/as", "vggsound=DIR/vgg"]
-    assert run_relocate(tmp_path, rows, files, *folders) == (0, [files[0], files[0], files[1]])
-    assert run_relocate(tmp_path, rows, files, *folders[::-1]) == (
+    assert run_remap_paths(tmp_path, rows, files, *folders) == (0, [files[0], files[0], files[1]])
+    assert run_remap_paths(tmp_path, rows, files, *folders[::-1]) == (
         0,
         [files[0], files[0], files[1]],
     )
-    code, found = run_relocate(tmp_path, [*rows, question(VIDEO, "freesound")], files, *folders)
+    code, found = run_remap_paths(tmp_path, [*rows, question(VIDEO, "freesound")], files, *folders)
     assert (code, found) == (1, [files[0], files[0], files[1]])
     out = capsys.readouterr().out
-    assert f"ambiguous: 1 rows (row 4: {VIDEO} (" in out and all(
-        str(tmp_path / name) in out for name in files
-    )
-    assert run_relocate(
+    assert f"ambiguous: 1 examples (example 4: {VIDEO} (" in out
+    assert all(str(tmp_path / name) in out for name in files)
+    assert run_remap_paths(
         tmp_path, [question(VIDEO, "x")], files, *folders, flags=("--drop_missing",)
     ) == (0, [])
     (tmp_path / "none").mkdir()
-    with pytest.raises(
-        ValueError, match="not here"
-    ):  # VGGSound's part of the video is not AudioSet's.
-        run_relocate(
+    # VGGSound has another part of the video than AudioSet.
+    with pytest.raises(ValueError, match="not found"):
+        run_remap_paths(
             tmp_path, [question(VIDEO, "as_2m")], [], "audioset=DIR/none", "vggsound=DIR/vgg"
         )
 
 
-# Names that are no ids.
+# Names that are not ids.
 
 VOX = ["vox/id1/vidA/00001.wav", "vox/id2/vidB/00001.wav"]
 
@@ -195,48 +195,45 @@ VOX = ["vox/id1/vidA/00001.wav", "vox/id2/vidB/00001.wav"]
         (["flac/a.wav"], ["flac/a.flac", "raw/a.wav"], ["flac/a.flac"]),
     ],
 )
-def test_a_name_that_several_have_goes_by_its_folders(tmp_path, ids, files, wanted):
+def test_files_with_the_same_name_are_chosen_by_their_folders(tmp_path, ids, files, wanted):
     for order in (1, -1):
-        code, found = run_relocate(
+        code, found = run_remap_paths(
             tmp_path, [question(name) for name in ids[::order]], files, "DIR"
         )
         assert found == [name for name in wanted[::order] if name != "?"]
-        assert code == ("?" in wanted) and recipe(tmp_path / "out.jsonl")[
-            "ambiguous"
-        ] == wanted.count("?")
+        assert code == ("?" in wanted)
+        assert provenance(tmp_path / "out.jsonl")["ambiguous"] == wanted.count("?")
 
 
-def test_a_folder_of_another_data_set_gives_no_clip_for_certain(tmp_path, capsys):
+def test_a_folder_of_another_dataset_gives_no_certain_clip(tmp_path, capsys):
     rows = [question("fma/102/102863.wav", "fma"), question("102863.wav", "fsd50k")]
     files = ["fsd/102863.wav"]
-    assert run_relocate(tmp_path, rows, files, "fsd50k=DIR/fsd") == (1, files)
-    assert (
-        f"{tmp_path}/fsd/102863.wav, in the folder of another data set" in capsys.readouterr().out
-    )
+    assert run_remap_paths(tmp_path, rows, files, "fsd50k=DIR/fsd") == (1, files)
+    assert f"{tmp_path}/fsd/102863.wav, in the folder of another dataset" in capsys.readouterr().out
     files += ["fma/102/102863.wav"]
     for fma in ("DIR/fma", "fma=DIR/fma"):
-        assert run_relocate(tmp_path, rows, files, "fsd50k=DIR/fsd", fma) == (0, files[::-1])
+        assert run_remap_paths(tmp_path, rows, files, "fsd50k=DIR/fsd", fma) == (0, files[::-1])
 
 
-def test_tables_that_disagree_are_an_error_and_whole_ids_of_a_table_are_certain(tmp_path):
+def test_tables_that_disagree_are_an_error_and_whole_ids_in_a_table_are_certain(tmp_path):
     tables = [tmp_path / "a/ids.csv", tmp_path / "b/ids.csv"]
     for path in tables:
         path.parent.mkdir()
         path.write_text("id,audio_id\n1.wav,1.flac\n")
     flags = [flag for path in (tables[0], *tables) for flag in ("--table", str(path))]
     with pytest.raises(ValueError, match=r"b/ids.csv, line 2: '1.wav' is .*/a/1.flac already"):
-        run_relocate(tmp_path, [question("1.wav")], ["a/1.flac", "b/1.flac"], flags=tuple(flags))
+        run_remap_paths(tmp_path, [question("1.wav")], ["a/1.flac", "b/1.flac"], flags=tuple(flags))
     tables[1].write_text("id,audio_id\nx/2.wav,1.flac\ny/2.wav,1.flac\n3,1.flac\n")
     ids = ["x/2.wav", "y/2.wav", "z/3.wav"]
-    code, found = run_relocate(
+    code, found = run_remap_paths(
         tmp_path, [question(name) for name in ids], [], flags=tuple(flags[-2:])
     )
     assert (code, found) == (1, ["b/1.flac"] * 2)
 
 
 @pytest.mark.parametrize("stem", ["00001", f"{VIDEO}", f"{VIDEO}_%d_%d", "audio/00001"])
-def test_relocating_takes_time_by_the_clip(tmp_path, monkeypatch, stem):
-    """Clips of one name: the time must grow with their number, not with its square."""
+def test_time_of_remapping_is_linear(tmp_path, monkeypatch, stem):
+    """The time for clips with the same name grows with their number, not with its square."""
 
     def run(count: int) -> None:
         names = [f"{n}/{stem % (n, n + 1) if '%' in stem else stem}" for n in range(count)]
@@ -245,111 +242,117 @@ def test_relocating_takes_time_by_the_clip(tmp_path, monkeypatch, stem):
             folder, base = os.path.split(name)
             walk.append((f"/disk/{folder}", [], [f"{base}.flac"]))
         monkeypatch.setattr("os.walk", lambda *_, **__: walk)
-        places = remap_paths.Places([], [], [("", tmp_path)])
+        locator = remap_paths.ClipLocator([], [], [("", tmp_path)])
         for name in names:
-            places.claim(f"/far/{name}.wav", "d")
-        found = [places.find(f"/far/{name}.wav", "d")[0] for name in names]
+            locator.claim(f"/far/{name}.wav", "d")
+        found = [locator.find(f"/far/{name}.wav", "d")[0] for name in names]
         assert found == [None if stem == VIDEO else f"/disk/{name}.flac" for name in names]
 
     monkeypatch.setattr("os.path.realpath", lambda path: path)
     check_growth(run, 1000)
 
 
-# Rows in another folder than their clips.
+# Dataset files in another folder than their clips.
 
 
-def test_audio_root_is_said_where_relative_ids_leave_their_folder(tmp_path, capsys):
+def test_audio_root_is_recorded_where_relative_ids_leave_their_folder(tmp_path, capsys):
     source = write(
         tmp_path / "a/rows.jsonl", [question("clips/1.wav"), question("empty"), question("2.wav")]
     )
     root = str((tmp_path / "a").resolve())
-    near, far = tmp_path / "a/near.jsonl", tmp_path / "b/far.jsonl"
-    against = write(tmp_path / "e.jsonl", [question("z.wav")])
-    verbs = {shuffle: [], combine: [], filter_unanswerable: [], sample: ["--clips", "9"]}
-    for verb, flags in (verbs | {contamination_check: ["--against", str(against)]}).items():
+    near = tmp_path / "a/near.jsonl"
+    far = tmp_path / "b/far.jsonl"
+    eval_file = write(tmp_path / "e.jsonl", [question("z.wav")])
+    commands = {shuffle: [], combine: [], filter_unanswerable: [], sample: ["--clips", "9"]}
+    for command, flags in (
+        commands | {contamination_check: ["--eval_files", str(eval_file)]}
+    ).items():
         for target in (near, far):
-            output = "--clean_path" if verb is contamination_check else "--output_path"
-            assert verb.main(["--data_path", str(source), output, str(target), *flags]) == 0
+            output = "--clean_path" if command is contamination_check else "--output_path"
+            assert command.main(["--data_path", str(source), output, str(target), *flags]) == 0
             assert {row["audio_id"] for row in stream_rows(target)} >= {"clips/1.wav", "2.wav"}
-            assert recipe(target).get("audio_root") == (root if target is far else None), verb
+            assert provenance(target).get("audio_root") == (root if target is far else None), (
+                command
+            )
             assert (f"--audio_root {root}\n" in capsys.readouterr().out) == (target is far)
-    # What a recipe says holds on: the next verb's output lies beside its input, but not beside the clips.
+    # The next command copies the audio_root: its output is next to its input, not to the clips.
     shuffle.main(["--data_path", str(far), "--output_path", str(tmp_path / "b/next.jsonl")])
-    assert recipe(tmp_path / "b/next.jsonl")["audio_root"] == root
+    assert provenance(tmp_path / "b/next.jsonl")["audio_root"] == root
     shuffle.main(["--data_path", str(far), "--output_path", str(near)])
-    assert "audio_root" not in recipe(near)
+    assert "audio_root" not in provenance(near)
     other = write(tmp_path / "b/other.jsonl", [question("3.wav")])
     combine.main(
         ["--data_path", str(far), str(other), "--output_path", str(tmp_path / "b/all.jsonl")]
     )
-    assert recipe(tmp_path / "b/all.jsonl")["audio_root"] == sorted(
+    assert provenance(tmp_path / "b/all.jsonl")["audio_root"] == sorted(
         [root, str((tmp_path / "b").resolve())]
     )
     assert "so no --audio_root finds all of them" in capsys.readouterr().out
     absolute = write(tmp_path / "a/absolute.jsonl", [question("/x/1.wav"), question("empty")])
     combine.main(["--data_path", str(absolute), "--output_path", str(far)])
-    assert "audio_root" not in recipe(far)
+    assert "audio_root" not in provenance(far)
     flags = ["--clips", "9", "--audio_root", str(tmp_path / "b")]
     sample.main(["--data_path", str(source), "--output_path", str(far), *flags])
-    assert "audio_root" not in recipe(far)
+    assert "audio_root" not in provenance(far)
 
 
 # Killed runs.
 
 KILLED = """
 import os, signal, sys
-import ltu.data.dataset_files, data.{verb}
+import ltu.data.dataset_files, data.{command}
 rename = ltu.data.dataset_files.sync_and_rename
 def killed(unfinished, path):
     rename(unfinished, path)
     os.kill(os.getpid(), signal.SIGKILL)
 ltu.data.dataset_files.sync_and_rename = killed
-data.{verb}.main(sys.argv[1:])
+data.{command}.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("verb", ["shuffle", "combine", "filter_unanswerable"])
-def test_no_recipe_of_older_rows_beside_new_ones(tmp_path, verb):
-    source, target = (
-        write(tmp_path / "a.jsonl", [question("1.wav"), question("2.wav")]),
-        tmp_path / "b.jsonl",
-    )
+@pytest.mark.parametrize("name", ["shuffle", "combine", "filter_unanswerable"])
+def test_no_older_provenance_next_to_a_new_file(tmp_path, name):
+    source = write(tmp_path / "a.jsonl", [question("1.wav"), question("2.wav")])
+    target = tmp_path / "b.jsonl"
     command = ["--data_path", str(source), "--output_path", str(target)]
     shuffle.main(command)
     write(source, [question("3.wav")])
-    found = run_python(["-c", KILLED.format(verb=verb), *command], tmp_path)
+    found = run_python(["-c", KILLED.format(command=name), *command], tmp_path)
     assert found.returncode == -signal.SIGKILL, found.stderr
     assert [row["audio_id"] for row in stream_rows(target)] == ["3.wav"]
     assert not target.with_name("b.jsonl.provenance.json").exists()
 
 
-def test_an_error_keeps_rows_and_recipe(tmp_path):
-    source, target = write(tmp_path / "a.jsonl", [question("1.wav")]), tmp_path / "b.jsonl"
+def test_an_error_keeps_the_file_and_its_provenance(tmp_path):
+    source = write(tmp_path / "a.jsonl", [question("1.wav")])
+    target = tmp_path / "b.jsonl"
     command = ["--data_path", str(source), "--output_path", str(target)]
     shuffle.main(command)
-    before = recipe(target)
+    before = provenance(target)
     source.write_text("{")
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(ValueError, match="example 1"):
         shuffle.main(command)
-    assert recipe(target) == before and len(list(stream_rows(target))) == 1
+    assert provenance(target) == before
+    assert len(list(stream_rows(target))) == 1
 
 
 HOLDING = """
 import sys
 from pathlib import Path
-from data.temporary_files import scratch_folder
-with scratch_folder(Path(sys.argv[1]), sys.argv[2]) as folder:
-    Path(folder, "0_00").write_text("0" * 16 + '{"left": 1}\\n')  # As a shuffle holds a row.
+from data.temporary_files import temporary_folder
+with temporary_folder(Path(sys.argv[1]), sys.argv[2]) as folder:
+    Path(folder, "0_00").write_text("0" * 16 + '{"left": 1}\\n')  # As a shuffle stores an example.
     print(folder, flush=True)
     sys.stdin.read()  # Until it is killed, or the test has ended.
 """
 
 
-@pytest.mark.parametrize("verb", [shuffle, combine, stats])
-def test_the_next_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path, verb):
+@pytest.mark.parametrize("module", [shuffle, combine, stats])
+def test_the_next_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path, module):
     source = write(tmp_path / "a.jsonl", [question("1.wav")])
-    target, other = tmp_path / "b.json", tmp_path / "c.json"
-    name = "stats" if verb is stats else "shuffle"
+    target = tmp_path / "b.json"
+    other = tmp_path / "c.json"
+    name = "stats" if module is stats else "shuffle"
     runs = {}
     for path in (target, other):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -357,51 +360,48 @@ def test_the_next_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path, v
     folders = {path: Path(run.stdout.readline().strip()) for path, run in runs.items()}
     command = ["--data_path", str(source), "--output_path", str(target)]
     with pytest.raises(ValueError, match="Another run is writing .*b.json"):
-        verb.main(command)
+        module.main(command)
     assert (folders[target] / "0_00").is_file()
     runs[target].kill()
     runs[target].wait()
     assert (folders[target] / "0_00").is_file()
-    assert verb.main(command) == 0
-    assert not folders[target].exists() and (folders[other] / "0_00").is_file()
+    assert module.main(command) == 0
+    assert not folders[target].exists()
+    assert (folders[other] / "0_00").is_file()
     runs[other].kill()
     for run in runs.values():
         run.communicate()  # Waits for its end and closes its pipes.
-    if verb is not stats:
+    if module is not stats:
         assert list(stream_rows(target)) == [question("1.wav")]
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.gz", ".parquet"])
-@pytest.mark.parametrize("verb", [shuffle, combine, filter_unanswerable])
-def test_a_run_that_writes_is_not_disturbed(tmp_path, verb, ending):
-    source, target = write(tmp_path / "a.jsonl", [question("1.wav")]), tmp_path / f"b{ending}"
-    command, rows = (
-        ["--data_path", str(source), "--output_path", str(target)],
-        [question(f"{n}") for n in range(99)],
-    )
-    with RowWriter(target) as held:
+@pytest.mark.parametrize("module", [shuffle, combine, filter_unanswerable])
+def test_a_run_that_writes_is_not_disturbed(tmp_path, module, ending):
+    source = write(tmp_path / "a.jsonl", [question("1.wav")])
+    target = tmp_path / f"b{ending}"
+    command = ["--data_path", str(source), "--output_path", str(target)]
+    rows = [question(f"{n}") for n in range(99)]
+    with RowWriter(target) as writer:
         for row in rows:
-            held.write(row)
-        held._flush()
+            writer.write(row)
+        writer._flush()
         with pytest.raises(ValueError, match=f"Another run is writing .*b{ending}"):
-            verb.main(command)
-        held.write(rows[0])
+            module.main(command)
+        writer.write(rows[0])
     assert list(stream_rows(target)) == [*rows, rows[0]]
     left = target.with_name(f"{target.name}.tmp")
     left.write_text("of a killed run")
-    assert (
-        verb.main(command) == 0
-        and list(stream_rows(target)) == [question("1.wav")]
-        and not left.exists()
-    )
+    assert module.main(command) == 0
+    assert list(stream_rows(target)) == [question("1.wav")]
+    assert not left.exists()
 
 
-def test_a_lock_is_of_the_file_that_has_the_name_and_not_needed(tmp_path, monkeypatch):
+def test_a_lock_follows_the_name_and_is_optional(tmp_path, monkeypatch):
     flock, path = fcntl.flock, tmp_path / "rows.jsonl.tmp"
 
-    def finished_meanwhile(
-        file, how
-    ):  # The other run gives its rows their name, after its file was opened.
+    def finished_meanwhile(file, how):
+        """Let the other run rename its file after this one has opened it."""
         monkeypatch.setattr(fcntl, "flock", flock)
         os.replace(path, tmp_path / "rows.jsonl")
         flock(file, how)
@@ -429,39 +429,40 @@ def test_a_lock_is_of_the_file_that_has_the_name_and_not_needed(tmp_path, monkey
         "--output_path",
         str(tmp_path / "b.json"),
     ]
-    assert shuffle.main(command) == 0 and list(stream_rows(tmp_path / "b.json")) == [question("2")]
-    with Ledger(tmp_path):
+    assert shuffle.main(command) == 0
+    assert list(stream_rows(tmp_path / "b.json")) == [question("2")]
+    with AudioManifest(tmp_path):
         pass
 
 
-def test_rows_that_change_between_the_two_passes_are_an_error(tmp_path):
+def test_input_that_changes_between_the_two_readings_is_an_error(tmp_path):
     for later in (1, 3):
-        passes = iter([2, later])
+        counts = iter([2, later])
         rows = shuffle.shuffle_rows(
-            lambda _, p=passes: [{"n": n} for n in range(next(p))], tmp_path / "b", 0, True
+            lambda _, p=counts: [{"n": n} for n in range(next(p))], tmp_path / "b", 0, True
         )
-        with pytest.raises(ValueError, match="changed while they were read"):
+        with pytest.raises(ValueError, match="changed while it was read"):
             list(rows)
     assert not os.listdir(tmp_path)
 
 
-def test_copying_takes_time_by_the_clip(tmp_path, monkeypatch):
-    """Clips of equal names: the time must grow with their number, not with its square."""
+def test_time_of_copying_is_linear(tmp_path, monkeypatch):
+    """The time for clips with equal names grows with their number, not with its square."""
 
     def run(count: int) -> None:
         names = {f"{number % 2}/{number // 2}.wav" for number in range(count)}
-        places = sample.copy_clips(names, tmp_path, tmp_path)
-        assert len(set(places.values())) == count
-        assert sum("_" in place for place in places.values()) == count // 2
+        new_ids = sample.copy_clips(names, tmp_path, tmp_path)
+        assert len(set(new_ids.values())) == count
+        assert sum("_" in new_id for new_id in new_ids.values()) == count // 2
 
     monkeypatch.setattr("shutil.copyfile", lambda *paths: None)
     monkeypatch.setattr("os.replace", lambda *paths: None)
     check_growth(run, 4000)
 
 
-# Answers by hand, as a reader of them would sort them.
+# Answers that were sorted by hand.
 
-KEPT = """I cannot hear any dog in the clip, only traffic.
+REMAINING = """I cannot hear any dog in the clip, only traffic.
 I cannot hear speech here, just wind against the microphone.
 I cannot detect a human voice; the piece is instrumental.
 The engine is loud enough to drown out the voices.
@@ -568,7 +569,7 @@ I cannot tell.
 The text has no information on the gender of the speaker."""
 
 
-@pytest.mark.parametrize("answers, is_dropped", [(KEPT, False), (DROPPED, True)])
+@pytest.mark.parametrize("answers, is_dropped", [(REMAINING, False), (DROPPED, True)])
 def test_refusals_by_example(answers, is_dropped):
     answers = answers.split("\n")
     assert len(set(answers)) >= 40
@@ -586,4 +587,4 @@ def test_whole_answers_are_dropped_by_the_narrow_rule_alone(tmp_path):
         ["--data_path", str(source), "--output_path", str(tmp_path / "b.jsonl")]
     )
     assert [row["output"] for row in stream_rows(tmp_path / "b.jsonl")] == ["Rain."]
-    assert recipe(tmp_path / "b.jsonl")["dropped"] == {"original": 0, "refusal": 1}
+    assert provenance(tmp_path / "b.jsonl")["dropped"] == {"original": 0, "refusal": 1}

@@ -1,4 +1,4 @@
-"""The demo: its page in a real browser, `/predict` by the real client, and what neither may do."""
+"""Tests of the demo: its page in a real browser, `/predict` by its client, and its security."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.requests import Request
 from ltu.inference_gradio import parse_args
-from ltu.serving.gradio_page import FIRST, TOY_SET, Demo
+from ltu.serving.gradio_page import DEFAULT_QUESTION, TOY_SET, Demo
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.golden.rule_init import rule
@@ -37,23 +37,28 @@ from tests.whisper_tiny import save_whisper
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 60
-WINDOW = {"ltu": 0.64, "ltu_as": 10.0}  # seconds
+CHUNK_SECONDS = {"ltu": 0.64, "ltu_as": 10.0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints `ltu` and `ltu_as`, and clips: good.wav, other.wav, long.wav (two channels), bad and silent ones."""
+    """Write checkpoints `ltu` and `ltu_as`, and clips.
+
+    good.wav, other.wav, long.wav (two channels), silent.wav, and two files that are no audio.
+    """
     root = tmp_path_factory.mktemp("demo")
     llm = tiny.write_llm(root / "llm")
     model = AutoModelForCausalLM.from_pretrained(llm)
-    model.lm_head.weight.data[:259] = (
-        0  # Control and byte tokens: a random model's bytes are no UTF-8.
-    )
+    # Never generate control and byte tokens: the bytes of a random model are not UTF-8.
+    model.lm_head.weight.data[:259] = 0
     model.save_pretrained(llm)
     tiny.write_checkpoint(root / "ltu", llm, tiny.LORA)
     save_whisper(root / "whisper.pt")
-    flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
-    convert_as(f"{flags} --output_dir {root}/ltu_as".split())
+    flags = (
+        f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 "
+        f"--num_layer_heads 2 --output_dir {root}/ltu_as"
+    )
+    convert_as(flags.split())
     soundfile.write(root / "good.wav", tiny.clip(1, 0.5), 16_000)
     soundfile.write(root / "other.wav", tiny.clip(2, 0.4), 16_000)
     soundfile.write(root / "long.wav", np.stack([tiny.clip(3, 12), tiny.clip(4, 12)], 1), 8_000)
@@ -67,21 +72,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], SimpleNamespace]]:
-    """`served(kind)`: a running demo, opened once.
+    """Return `served(kind)`, which starts a demo once.
 
-    Its `url`, `page`, `demo`, `engine` and a `client`; `uploads` is the folder of all uploads.
+    It returns the demo's `url`, `page`, `demo`, `engine` and `client`; `uploads` is the folder of
+    all uploads.
     """
     running: dict[str, SimpleNamespace] = {}
     uploads = tmp_path_factory.mktemp("uploads")
 
     def open_once(kind: str) -> SimpleNamespace:
         if kind not in running:
-            flags = f"--model {folder}/{kind} --device cpu --max_new_tokens {TOKENS} --max_seconds 50 --max_mb 1"
-            demo = Demo(open_engine(args := parse_args(flags.split())), args)
+            flags = f"--model {folder}/{kind} --device cpu --max_new_tokens {TOKENS}"
+            args = parse_args(f"{flags} --max_seconds 50 --max_mb 1".split())
+            demo = Demo(open_engine(args), args)
             page = demo.launch(prevent_thread_lock=True, quiet=True)
-            given = {"page": page, "demo": demo, "engine": demo.engine, "uploads": uploads}
-            given["client"] = Client(page.local_url, verbose=False)
-            running[kind] = SimpleNamespace(url=page.local_url, **given)
+            running[kind] = SimpleNamespace(
+                url=page.local_url,
+                page=page,
+                demo=demo,
+                engine=demo.engine,
+                uploads=uploads,
+                client=Client(page.local_url, verbose=False),
+            )
         return running[kind]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,6 +108,7 @@ def served(
 
 
 def expected(engine: LtuEngine, question: str, clip: Path, **settings) -> str:
+    """Return the engine's answer, which the demo must give, too."""
     settings = {"max_new_tokens": TOKENS, "repetition_penalty": 1.0} | settings
     answer = engine([Request(question, str(clip), settings.pop("transcript", None))], **settings)[0]
     assert answer.answered and answer.text
@@ -106,11 +119,11 @@ def expected(engine: LtuEngine, question: str, clip: Path, **settings) -> str:
 
 
 def test_predict_of_ltu(served, folder: Path) -> None:
-    """As the original's README calls it."""
+    """Call it as the README of the original does."""
     here = served("ltu")
     client = here.client
-    result = client.predict(handle_file(folder / "good.wav"), FIRST, api_name="/predict")
-    assert result == expected(here.engine, FIRST, folder / "good.wav")
+    result = client.predict(handle_file(folder / "good.wav"), DEFAULT_QUESTION, api_name="/predict")
+    assert result == expected(here.engine, DEFAULT_QUESTION, folder / "good.wav")
     endpoints = client.view_api(return_format="dict")
     assert list(endpoints["named_endpoints"]) == ["/predict"] and not endpoints["unnamed_endpoints"]
     names = [p["parameter_name"] for p in endpoints["named_endpoints"]["/predict"]["parameters"]]
@@ -118,17 +131,21 @@ def test_predict_of_ltu(served, folder: Path) -> None:
 
 
 def test_predict_of_ltu_as(served, folder: Path) -> None:
-    """With "" Whisper writes the transcript; the size of the language model is as the original's demo called it."""
-    here, clip = served("ltu_as"), folder / "good.wav"
+    """With "" Whisper writes the transcript. "7B (Default)" is a value of the original's demo."""
+    here = served("ltu_as")
+    clip = folder / "good.wav"
     client = here.client
-    found = [
-        client.predict(handle_file(clip), words, FIRST, "7B (Default)", api_name="/predict")
-        for words in ("", "a dog")
-    ]
-    assert found == [
-        expected(here.engine, FIRST, clip, transcript=words) for words in (None, "a dog")
-    ]
-    assert found[0] != expected(here.engine, FIRST, clip, transcript="")
+
+    def predict(transcript: str) -> str:
+        return client.predict(
+            handle_file(clip), transcript, DEFAULT_QUESTION, "7B (Default)", api_name="/predict"
+        )
+
+    answer = predict("")
+    assert answer == expected(here.engine, DEFAULT_QUESTION, clip, transcript=None)
+    assert answer != expected(here.engine, DEFAULT_QUESTION, clip, transcript="")
+    given = expected(here.engine, DEFAULT_QUESTION, clip, transcript="a dog")
+    assert predict("a dog") == given
     endpoints = client.view_api(return_format="dict")
     assert list(endpoints["named_endpoints"]) == ["/predict"] and not endpoints["unnamed_endpoints"]
     names = [p["parameter_name"] for p in endpoints["named_endpoints"]["/predict"]["parameters"]]
@@ -139,23 +156,25 @@ def test_predict_of_ltu_as(served, folder: Path) -> None:
     ("name", "reason"),
     [("text.wav", "unreadable"), ("silent.wav", "silent"), ("<b>text.wav", "unreadable")],
 )
-def test_a_bad_clip_is_a_reason(name: str, reason: str, served, folder: Path) -> None:
+def test_the_error_for_a_bad_clip_has_its_reason(
+    name: str, reason: str, served, folder: Path
+) -> None:
     here = served("ltu")
     with pytest.raises(Exception, match=reason) as error:
-        here.client.predict(handle_file(folder / name), FIRST, api_name="/predict")
+        here.client.predict(handle_file(folder / name), DEFAULT_QUESTION, api_name="/predict")
     assert str(here.uploads) not in str(error.value) and "<b>" not in str(error.value)
 
 
 def test_limits(served, folder: Path, tmp_path: Path) -> None:
-    """Length of a clip, size of a file, length of a question."""
+    """Exceed the length of a clip, the size of a file and the length of a question."""
     client = served("ltu").client
     soundfile.write(tmp_path / "slow.wav", tiny.clip(5, 30), 8_000, subtype="PCM_U8")
     soundfile.write(tmp_path / "big.wav", tiny.clip(6, 40), 16_000)
     assert (tmp_path / "big.wav").stat().st_size > 2**20 > (tmp_path / "slow.wav").stat().st_size
     with pytest.raises(Exception, match="too_long"):
-        client.predict(handle_file(tmp_path / "slow.wav"), FIRST, api_name="/predict")
+        client.predict(handle_file(tmp_path / "slow.wav"), DEFAULT_QUESTION, api_name="/predict")
     with pytest.raises(Exception, match="413|too large|exceed"):
-        client.predict(handle_file(tmp_path / "big.wav"), FIRST, api_name="/predict")
+        client.predict(handle_file(tmp_path / "big.wav"), DEFAULT_QUESTION, api_name="/predict")
     with pytest.raises(Exception, match="characters"):
         client.predict(handle_file(folder / "good.wav"), "why? " * 2000, api_name="/predict")
 
@@ -167,63 +186,102 @@ def http() -> Iterator[httpx.Client]:
 
 
 def post(http: httpx.Client, url: str, data: list, name: str = "predict") -> str:
-    """Call an endpoint as any program can: the text of its last event."""
+    """Call an endpoint as any program can; return the text of its events."""
     event = http.post(f"{url}gradio_api/call/{name}", json={"data": data}).json()
     return http.get(f"{url}gradio_api/call/{name}/{event['event_id']}").text
 
 
-def test_no_path_or_address_of_a_request_is_opened(
-    served, http: httpx.Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+def file_data(path: str, **more: Any) -> dict[str, Any]:
+    """Return the JSON by which a request of Gradio's names a file."""
+    return {"path": path, "meta": {"_type": "gradio.FileData"}} | more
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the paths that are decoded and the addresses that are fetched, instead of that."""
+    opened: list[str] = []
+    decode = "ltu.serving.gradio_page.decode_audio"
+    download = "gradio.processing_utils.async_ssrf_protected_download"
+    monkeypatch.setattr(decode, lambda path, *_: opened.append(path))
+    monkeypatch.setattr(download, lambda url, **_: opened.append(url))
+    return opened
+
+
+def test_no_path_of_a_request_is_opened(
+    served, http: httpx.Client, folder: Path, opened: list[str]
 ) -> None:
-    """/etc/passwd, a file beside the uploads, one over a link or `..`, an address on this machine or another."""
-    here, opened = served("ltu"), []
-    monkeypatch.setattr(
-        "ltu.serving.gradio_page.decode_audio", lambda path, *_: opened.append(path)
-    )
-    monkeypatch.setattr(
-        "gradio.processing_utils.async_ssrf_protected_download", lambda url, **_: opened.append(url)
-    )
-    beside, link = here.uploads.parent / "beside.wav", here.uploads / "link.wav"
-    shutil.copy(folder / "good.wav", beside)
-    link.symlink_to(beside)
-    places = [
+    """Name /etc/passwd, a file next to the uploads, and that file by a link and by `..`."""
+    here = served("ltu")
+    outside = here.uploads.parent / "outside.wav"
+    shutil.copy(folder / "good.wav", outside)
+    link = here.uploads / "link.wav"
+    link.symlink_to(outside)
+    paths = (
         "/etc/passwd",
-        str(beside),
-        str(here.uploads / ".." / "beside.wav"),
-        "beside.wav",
+        str(outside),
+        str(here.uploads / ".." / "outside.wav"),
+        "outside.wav",
         "../../etc/passwd",
-    ]
-    places += [
         str(link),
-        f"{here.url}config",
-        "http://127.0.0.1:9/a.wav",
-        "file:///etc/passwd",
-        "ftp://127.0.0.1/a.wav",
-    ]
-    places += [
-        "https://example.com/a.wav",
-        f"/gradio_api/file={beside}",
-        f"{here.url}gradio_api/file={beside}",
-    ]
-    for place in places:
-        for more in ({}, {"is_stream": True, "url": place, "orig_name": "good.wav"}):
-            value = {"path": place, "meta": {"_type": "gradio.FileData"}} | more
-            text = post(http, here.url, [value, FIRST])
-            assert "event: error" in text and "event: complete" not in text, (place, more, text)
-        # 302: Gradio 6.0 sends the asker elsewhere.
-        assert http.get(f"{here.url}gradio_api/file={place}").status_code in (302, 403, 404), place
+        f"/gradio_api/file={outside}",
+    )
+    for path in paths:
+        as_stream = file_data(path, is_stream=True, url=path, orig_name="good.wav")
+        for value in (file_data(path), as_stream):
+            text = post(http, here.url, [value, DEFAULT_QUESTION])
+            assert "event: error" in text and "event: complete" not in text, (value, text)
+        check_is_not_served(http, here.url, path)
     link.unlink()
     assert not opened
 
 
+def test_no_address_of_a_request_is_fetched(served, http: httpx.Client, opened: list[str]) -> None:
+    """Name addresses of this machine and of another, as the clip and as the question.
+
+    Gradio looks for files in all values, also in that of a text box.
+    """
+    here = served("ltu")
+    addresses = (
+        f"{here.url}config",
+        "http://127.0.0.1:9/a.wav",
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/a.wav",
+        "https://example.com/a.wav",
+        f"{here.url}gradio_api/file={here.uploads.parent / 'outside.wav'}",
+    )
+    for address in addresses:
+        as_stream = file_data(address, is_stream=True, url=address, orig_name="good.wav")
+        for value in (file_data(address), as_stream):
+            for data in ([value, DEFAULT_QUESTION], [None, value], [None, [{"x": value}]]):
+                for route, body in (
+                    ("call/predict", {"data": data}),
+                    ("call/v2/predict", {"audio": data[0], "question": data[1]}),
+                    ("run/predict", {"data": data}),
+                    ("queue/join", {"data": data, "fn_index": 0, "session_hash": "session"}),
+                ):
+                    reply = http.post(f"{here.url}gradio_api/{route}", json=body)
+                    if reply.status_code == 404 and route == "call/v2/predict":
+                        continue  # Gradio 6.0 has no such route.
+                    assert reply.status_code == 403, (route, body, reply.text)
+                    assert "addresses are not fetched" in reply.json()["detail"]
+        check_is_not_served(http, here.url, address)
+    assert not opened
+
+
+def check_is_not_served(http: httpx.Client, url: str, path: str) -> None:
+    """Assert that the demo does not serve the content of a path or an address."""
+    # 302: Gradio 6.0 redirects the client to the address.
+    assert http.get(f"{url}gradio_api/file={path}").status_code in (302, 403, 404), path
+
+
 def test_an_upload_by_hand_is_answered(served, http: httpx.Client, folder: Path) -> None:
-    """The counterpart: the same call with the place that an upload was given."""
+    """Make the same call with the path that the demo returned for an upload."""
     here = served("ltu")
     files = {"files": ("good.wav", (folder / "good.wav").read_bytes())}
-    place = http.post(f"{here.url}gradio_api/upload", files=files).json()[0]
-    text = post(http, here.url, [{"path": place, "meta": {"_type": "gradio.FileData"}}, FIRST])
+    path = http.post(f"{here.url}gradio_api/upload", files=files).json()[0]
+    text = post(http, here.url, [file_data(path), DEFAULT_QUESTION])
     assert json.loads(text.split("data: ")[-1]) == [
-        expected(here.engine, FIRST, folder / "good.wav")
+        expected(here.engine, DEFAULT_QUESTION, folder / "good.wav")
     ]
 
 
@@ -231,21 +289,27 @@ def test_an_upload_by_hand_is_answered(served, http: httpx.Client, folder: Path)
 
 
 def test_newest_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its kind, neither a start folder nor a checkpoint inside a run, whatever was written last."""
+    """The newest trained checkpoint of a kind is used.
+
+    An initial checkpoint, or one inside a run, is not used even if it was written later.
+    """
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match="No checkpoint of ltu is in exp or pretrained_mdls"
-    ):
+    message = "No checkpoint of ltu is in exp or pretrained_mdls"
+    with pytest.raises(FileNotFoundError, match=message):
         released_files.find_or_make("", "ltu")
-    places = ("exp/a/stage1", "pretrained_mdls/b", "exp/a/stage1/checkpoint-5", "exp/c/init")
-    for age, (place, kind) in enumerate(
-        [*((place, "ltu") for place in places), ("exp/d", "ltu_as")]
-    ):
-        shutil.copytree(folder / kind, place)
-        if not place.endswith("checkpoint-5"):
-            stage = "init" if place.endswith("init") else "trained"
-            Path(place, "ltu_state.json").write_text(json.dumps({"stage": stage}))
-        os.utime(Path(place, "model.safetensors"), (age, age))
+    checkpoints = (
+        ("exp/a/stage1", "ltu"),
+        ("pretrained_mdls/b", "ltu"),
+        ("exp/a/stage1/checkpoint-5", "ltu"),
+        ("exp/c/init", "ltu"),
+        ("exp/d", "ltu_as"),
+    )
+    for modified, (path, kind) in enumerate(checkpoints):
+        shutil.copytree(folder / kind, path)
+        if not path.endswith("checkpoint-5"):
+            stage = "init" if path.endswith("init") else "trained"
+            Path(path, "ltu_state.json").write_text(json.dumps({"stage": stage}))
+        os.utime(Path(path, "model.safetensors"), (modified, modified))
     assert released_files.find_or_make("", "ltu") == "pretrained_mdls/b"
     assert released_files.find_or_make("", "ltu_as") == "exp/d"
     assert released_files.find_or_make("exp/c/init", "ltu") == "exp/c/init"
@@ -255,57 +319,79 @@ def test_newest_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Brought from a mirror and converted, once; then it can be asked."""
+    """It is downloaded from a mirror and converted, once; then it answers."""
     shapes = narrow(read("layout_ltu")["tiny.lora_all"]["saved_by_trainer"])
     (tmp_path / "mirror").mkdir()
     state = {key: torch.from_numpy(rule(key, tuple(shape))) for key, shape in shapes.items()}
     torch.save(state, tmp_path / "mirror" / "ltu_ori_paper.bin")
     llm = write_llm(tmp_path / "llm")
     monkeypatch.chdir(tmp_path)
-    given = {"kind": "ltu", "llm": str(llm), "source": str(tmp_path / "mirror")}
-    place = released_files.find_or_make("ltu_ori_paper", **given)
+    settings = {"kind": "ltu", "llm": str(llm), "source": str(tmp_path / "mirror")}
+    checkpoint = released_files.find_or_make("ltu_ori_paper", **settings)
     shutil.rmtree("mirror")
-    before = {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
-    assert released_files.find_or_make("ltu_ori_paper", **given) == place
-    assert before == {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
-    engine = LtuEngine.from_pretrained(place, device="cpu")
-    assert engine([Request(FIRST, tiny.clip(1))], max_new_tokens=3)[0].answered
-    for name, words in (
+
+    def modification_times() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in Path("pretrained_mdls").rglob("*")}
+
+    before = modification_times()
+    assert released_files.find_or_make("ltu_ori_paper", **settings) == checkpoint
+    assert before == modification_times()
+    engine = LtuEngine.from_pretrained(checkpoint, device="cpu")
+    assert engine([Request(DEFAULT_QUESTION, tiny.clip(1))], max_new_tokens=3)[0].answered
+    for name, message in (
         ("ltu_as_ori_paper", "bash ltu_as/inference.sh"),
-        ("ltu_13b", "no single checkpoint"),
+        ("ltu_13b", "not a single checkpoint"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             released_files.find_or_make(name, "ltu")
 
 
 def check_the_command(
     folder: Path, log: Path, is_running: Callable[[], bool], stop: Callable[[], int]
 ) -> None:
-    """A page that answers; stopped, it says how many questions ended how, and leaves no file."""
+    """Assert that a running command answers, and that after its end it leaves no file.
+
+    It must print the number of questions by status, and nothing about their content.
+
+    Args:
+        folder: has the clips.
+        log: the file of stdout and stderr.
+        is_running: returns whether the command runs.
+        stop: ends the command and returns its exit status.
+    """
     try:
-        found = None
-        while found is None:
+        url = None
+        while url is None:
             assert is_running(), log.read_text()
             time.sleep(0.05)
-            said = log.read_text() if log.is_file() else ""
-            found = re.search(r"http://127\.0\.0\.1:\d+", said)
-        client = Client(found[0], verbose=False)
-        rest = (FIRST, "7B (Default)")
-        assert client.predict(handle_file(folder / "good.wav"), "a dog", *rest, api_name="/predict")
+            output = log.read_text() if log.is_file() else ""
+            url = re.search(r"http://127\.0\.0\.1:\d+", output)
+        client = Client(url[0], verbose=False)
+
+        def predict(clip: str, transcript: str) -> str:
+            file = handle_file(folder / clip)
+            return client.predict(
+                file, transcript, DEFAULT_QUESTION, "7B (Default)", api_name="/predict"
+            )
+
+        assert predict("good.wav", "a dog")
         with pytest.raises(Exception, match="unreadable"):
-            client.predict(handle_file(folder / "text.wav"), "", *rest, api_name="/predict")
+            predict("text.wav", "")
         assert [path for path in log.parent.glob("ltu_demo_*/**/*") if path.is_file()]
     finally:
         status = stop()
     assert status == 0
-    said = log.read_text()
-    assert "Questions: 1 ok, 1 unreadable" in said and not list(log.parent.glob("ltu_demo_*"))
-    assert FIRST not in said and "good.wav" not in said and "text.wav" not in said
+    output = log.read_text()
+    assert "Questions: 1 ok, 1 unreadable" in output
+    assert not list(log.parent.glob("ltu_demo_*"))
+    for content in (DEFAULT_QUESTION, "good.wav", "text.wav"):
+        assert content not in output
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
-    words, log = ["--model", str(folder / "ltu_as"), "--device", "cpu"], tmp_path / "log"
-    process = tiny.start_command("ltu_as.inference_gradio", words, log, TMPDIR=str(tmp_path))
+    flags = ["--model", str(folder / "ltu_as"), "--device", "cpu"]
+    log = tmp_path / "log"
+    process = tiny.start_command("ltu_as.inference_gradio", flags, log, TMPDIR=str(tmp_path))
 
     def stop() -> int:
         process.terminate()
@@ -317,7 +403,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow  # Starts an interpreter.
 def test_the_script(folder: Path, tmp_path: Path) -> None:
-    """From another folder."""
+    """The script works from another folder."""
     environment = os.environ | {
         "PYTHON": sys.executable,
         "TMPDIR": str(tmp_path),
@@ -344,77 +430,83 @@ def test_the_script(folder: Path, tmp_path: Path) -> None:
 
 # --- the page, in a browser
 
-# The player's word for a clip that the browser, too, cannot decode; then two of Gradio 6.0, the one because it may not.
+# Errors of Gradio's page on the console that are no errors of ours.
 GRADIOS_ERRORS = (
-    "Waveform load error: MediaError",
-    "signal is aborted",
-    "Loading the script 'https://cdnjs.cloudflare",
+    "Waveform load error: MediaError",  # The browser cannot decode the clip, either.
+    "signal is aborted",  # Gradio 6.0
+    "Loading the script 'https://cdnjs.cloudflare",  # Gradio 6.0; our header refuses it.
 )
+HAS_TRANSCRIPT = "document.querySelector('#transcript textarea').value != ''"
 LAST_ANSWER = "[...document.querySelectorAll('#chat [data-testid=bot]')].at(-1)"
-GROWTH = """() => {
+# Collects in window.seen each text that the last answer has while it grows.
+COLLECT_TEXTS = """() => {
     window.seen = [];
     const look = () => {
         const answers = document.querySelectorAll('#chat [data-testid=bot]');
         const text = answers.length ? answers[answers.length - 1].textContent.trim() : '';
         if (text && text !== window.seen[window.seen.length - 1]) window.seen.push(text);
     };
-    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
+    const changes = {subtree: true, childList: true, characterData: true};
+    new MutationObserver(look).observe(document.body, changes);
 }"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
     api = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
-    place = shutil.which("chromium")
-    if place is None:
-        pytest.skip(
-            "the page is tested in chromium, which is not here (Debian: apt install chromium)"
-        )
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("the page is tested in chromium, which is not installed (apt install chromium)")
     flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=place, args=flags)
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="module")
 def contexts(browser) -> Callable:
-    """`contexts(**options)`: a context of the browser.
+    """Return `contexts(**options)`, which returns a context of the browser.
 
     Tests with equal options share one, which has cached most of the page.
     """
-    known: dict[str, Any] = {}
+    contexts: dict[str, Any] = {}
 
     def open_once(**options: Any) -> Any:
         key = repr(sorted(options.items()))
-        if key not in known:
-            usual = {"viewport": {"width": 1280, "height": 900}, "permissions": ["microphone"]}
-            known[key] = browser.new_context(**(usual | options))
-        return known[key]
+        if key not in contexts:
+            defaults = {"viewport": {"width": 1280, "height": 900}, "permissions": ["microphone"]}
+            contexts[key] = browser.new_context(**(defaults | options))
+        return contexts[key]
 
     return open_once
 
 
 @pytest.fixture
 def visit(contexts, served, tmp_path: Path) -> Iterator[Callable]:
-    """`visit(kind, **context)` opens the page. At the end: no error on a console, no request to another host."""
-    pages, errors, requests = [], [], []
+    """Return `visit(kind, **context)`, which opens the page.
+
+    At the end there must be no error on a console and no request to another host.
+    """
+    pages = []
+    errors = []
+    requests = []
+
+    def note_console(message) -> None:
+        if message.type == "error":
+            errors.append(f"{message.text} {message.location}")
+
+    def note_failure(request) -> None:
+        if request.failure == "csp":  # The browser did not send it.
+            requests.remove(request.url)
 
     def open_page(kind: str, **context):
         page = contexts(**context).new_page()
         page.set_default_timeout(1000 * PATIENCE)
-        page.on(
-            "console",
-            lambda said: (
-                errors.append(f"{said.text} {said.location}") if said.type == "error" else None
-            ),
-        )
+        page.on("console", note_console)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.on(
-            "requestfailed",
-            lambda request: requests.remove(request.url) if request.failure == "csp" else None,
-        )
+        page.on("requestfailed", note_failure)
         page.goto(served(kind).url)
         page.wait_for_selector("#ask")
         pages.append(page)
@@ -424,34 +516,34 @@ def visit(contexts, served, tmp_path: Path) -> Iterator[Callable]:
     errors = [error for error in errors if not error.startswith(GRADIOS_ERRORS)]
     output = Path(os.environ.get("LTU_TEST_OUTPUT", tmp_path))
     output.mkdir(parents=True, exist_ok=True)
-    test = re.sub(
-        r"\W+", "_", os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]
-    ).strip("_")
-    for number, page in enumerate(page for page in pages if not page.is_closed()):
-        page.screenshot(path=output / f"{test}_{number}.png", full_page=True)
+    test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]
+    name = re.sub(r"\W+", "_", test).strip("_")
+    open_pages = [page for page in pages if not page.is_closed()]
+    for number, page in enumerate(open_pages):
+        page.screenshot(path=output / f"{name}_{number}.png", full_page=True)
         page.close()
     assert not errors
-    assert not [
-        url for url in requests if not url.startswith(("http://127.0.0.1:", "data:", "blob:"))
-    ]
+    own = ("http://127.0.0.1:", "data:", "blob:")
+    assert not [url for url in requests if not url.startswith(own)]
 
 
 def upload(page, clip: Path) -> None:
     page.set_input_files("#clip input[type=file]", clip)
 
 
-def wait(page, element: str, words: str) -> str:
-    """The text of an element, once it has words in it."""
-    found = page.locator(element)
+def wait(page, selector: str, pattern: str) -> str:
+    """Wait until the text of an element matches a pattern; return the text."""
+    element = page.locator(selector)
     deadline = time.monotonic() + PATIENCE
-    while not re.search(words, found.inner_text()):
-        assert time.monotonic() < deadline, f"{element} says {found.inner_text()!r}, not {words!r}"
+    while not re.search(pattern, element.inner_text()):
+        text = element.inner_text()
+        assert time.monotonic() < deadline, f"{selector} has {text!r}, not {pattern!r}"
         page.wait_for_timeout(20)
-    return found.inner_text()
+    return element.inner_text()
 
 
-def start_asking(page, question: str) -> None:
-    """Ask, and wait until the question is in the chat."""
+def submit(page, question: str) -> None:
+    """Submit a question, and wait until it is in the chat."""
     before = page.locator("#chat [data-testid=user]").count()
     page.fill("#question textarea", question)
     page.click("#ask")
@@ -461,14 +553,14 @@ def start_asking(page, question: str) -> None:
 
 
 def ask(page, question: str, end: str = "tokens") -> str:
-    """Ask, and wait for the end: the last answer in the chat."""
-    start_asking(page, question)
+    """Submit a question, wait until the status matches `end`, and return the last answer."""
+    submit(page, question)
     wait(page, "#status", end)
     return page.locator("#chat [data-testid=bot]").last.text_content().strip()
 
 
 def wait_until_cancelled(here: SimpleNamespace, gate: tiny.Gate, count: int) -> None:
-    """Let the model go on, token by token, until as many questions were cancelled."""
+    """Let the model continue, token by token, until `count` questions were cancelled."""
 
     def is_cancelled() -> bool:
         gate.step()
@@ -479,7 +571,7 @@ def wait_until_cancelled(here: SimpleNamespace, gate: tiny.Gate, count: int) -> 
 
 
 def set_number(page, name: str, value: int) -> None:
-    """Fill a field of the settings. While they open, it may take its old value back."""
+    """Fill a field of the settings, again if it gets its old value back while they open."""
     field = page.locator(f"#{name} input[type=number]")
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -492,63 +584,69 @@ def set_number(page, name: str, value: int) -> None:
 
 
 def plain(text: str) -> str:
+    """Return a text with single spaces, as a browser may show it."""
     return " ".join(text.split())
 
 
-# The page of LTU has less on it, and the tests below are about it.
+# The page of LTU has fewer components than that of LTU-AS, and later tests cover it.
 @pytest.mark.parametrize("kind", [pytest.param("ltu", marks=pytest.mark.slow), "ltu_as"])
 def test_upload_ask_and_ask_again(kind: str, visit, served, folder: Path) -> None:
-    page, here = visit(kind), served(kind)
-    page.evaluate(GROWTH)
-    upload(page, folder / "long.wav")
-    heard = f"{WINDOW[kind]:.2f} of 24.00 s"
-    assert "8,000 Hz, 2 channels" in wait(page, "#picture", heard) and "not heard" in wait(
-        page, "#picture", "not"
-    )
-    width, marked = (
-        page.locator(part).bounding_box()["width"] for part in (".mel", ".mel > div:not(.rest)")
-    )
-    assert marked / width == pytest.approx(WINDOW[kind] / 24, abs=0.01)
+    page = visit(kind)
+    here = served(kind)
+    clip = folder / "long.wav"
+    page.evaluate(COLLECT_TEXTS)
+    upload(page, clip)
+
+    # The preview marks the part of the clip that is used.
+    used = f"{CHUNK_SECONDS[kind]:.2f} of 24.00 s"
+    assert "8,000 Hz, 2 channels" in wait(page, "#spectrogram", f"Used: {used}")
+    assert "not used" in wait(page, "#spectrogram", "not")
+    width = page.locator(".mel").bounding_box()["width"]
+    marked_width = page.locator(".mel > div:not(.rest)").bounding_box()["width"]
+    assert marked_width / width == pytest.approx(CHUNK_SECONDS[kind] / 24, abs=0.01)
+
+    # Two answers grow on the page; each is the engine's.
     answer = None
-    for question in (FIRST, "Who says what?"):
+    for question in (DEFAULT_QUESTION, "Who says what?"):
         if kind == "ltu_as":
-            page.wait_for_function("document.querySelector('#words textarea').value != ''")
+            page.wait_for_function(HAS_TRANSCRIPT)
         page.evaluate("window.seen = []")
         before = answer
         with tiny.closed_gate(here.engine) as gate:
-            start_asking(page, question)
+            submit(page, question)
             # The engine waits until the page shows a part of the answer.
             page.wait_for_function("before => window.seen.some(text => text != before)", arg=before)
             gate.is_open.set()
             wait(page, "#status", "tokens")
         answer = page.locator("#chat [data-testid=bot]").last.text_content().strip()
-        assert plain(answer) == plain(expected(here.engine, question, folder / "long.wav"))
+        assert plain(answer) == plain(expected(here.engine, question, clip))
         seen = [text for text in page.evaluate("window.seen") if text != before]
-        assert len(seen) > 1 and all(
-            late.startswith(early) for early, late in zip(seen, seen[1:], strict=False)
-        ), seen
+        assert len(seen) > 1
+        for earlier, later in zip(seen, seen[1:], strict=False):
+            assert later.startswith(earlier), seen
         assert len(seen[0]) < len(seen[-1])
-        assert f"truncated: heard {heard}" in wait(page, "#status", "tokens")
-    assert (
-        page.locator("#chat [data-testid=user]").count()
-        == page.locator("#chat [data-testid=bot]").count()
-        == 2
-    )
+        assert f"truncated: used {used}" in wait(page, "#status", "tokens")
+    assert page.locator("#chat [data-testid=user]").count() == 2
+    assert page.locator("#chat [data-testid=bot]").count() == 2
+
+    # With num_chunks 0 the whole clip is used.
     page.click("#settings button")
     set_number(page, "num_chunks", 0)
-    wait(page, "#picture", "24.00 of 24.00")
-    all_heard = here.engine(
-        [Request(FIRST, str(folder / "long.wav"), num_chunks=0)], max_new_tokens=TOKENS
-    )[0]
-    assert plain(ask(page, FIRST)) == plain(all_heard.text)
+    wait(page, "#spectrogram", "24.00 of 24.00")
+    request = Request(DEFAULT_QUESTION, str(clip), num_chunks=0)
+    whole_clip = here.engine([request], max_new_tokens=TOKENS)[0]
+    assert plain(ask(page, DEFAULT_QUESTION)) == plain(whole_clip.text)
+
+    # Without a clip the preview and the chat are empty.
     page.locator("#clip button[aria-label=Clear]").click()
-    wait(page, "#picture", "^$")
+    wait(page, "#spectrogram", "^$")
     assert page.locator("#chat [data-testid=bot]").count() == 0
 
 
-def test_the_transcript_that_stands_there_is_used(visit, served, folder: Path) -> None:
-    """On a phone: as Whisper wrote it, corrected, emptied; and another clip has another one."""
-    clip, here = folder / "good.wav", served("ltu_as")
+def test_the_transcript_on_the_page_is_used(visit, served, folder: Path) -> None:
+    """On a phone: as Whisper wrote it, corrected, and cleared."""
+    clip = folder / "good.wav"
+    here = served("ltu_as")
     page = visit(
         "ltu_as",
         viewport={"width": 390, "height": 844},
@@ -557,43 +655,50 @@ def test_the_transcript_that_stands_there_is_used(visit, served, folder: Path) -
         color_scheme="dark",
     )
     upload(page, clip)
-    page.wait_for_function("document.querySelector('#words textarea').value != ''")
-    written = page.input_value("#words textarea")
+    page.wait_for_function(HAS_TRANSCRIPT)
+    written = page.input_value("#transcript textarea")
     assert written == here.engine.cache.encode([Request("", str(clip))])[0].transcript
-    found = {}
-    for words in (written, "a dog barks", ""):
-        page.fill("#words textarea", words)
-        found[words] = ask(page, FIRST)
-        assert plain(found[words]) == plain(expected(here.engine, FIRST, clip, transcript=words))
-    assert len(set(found.values())) == 3
+    answers = set()
+    for transcript in (written, "a dog barks", ""):
+        page.fill("#transcript textarea", transcript)
+        answer = ask(page, DEFAULT_QUESTION)
+        answers.add(answer)
+        engines = expected(here.engine, DEFAULT_QUESTION, clip, transcript=transcript)
+        assert plain(answer) == plain(engines)
+    assert len(answers) == 3
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.body.classList.contains('dark')")
 
 
 def test_a_bad_clip_shows_its_reason(visit, served, folder: Path) -> None:
-    """Where the picture would be, and again where it is asked about; then a good clip is heard."""
+    """In the preview, and again after a question; then a good clip is decoded."""
     page = visit("ltu")
     for name, reason in (("silent.wav", "silent"), ("text.wav", "unreadable")):
         upload(page, folder / name)
-        assert str(served("ltu").uploads) not in wait(page, "#picture", f"{reason}: {name}")
-        assert ask(page, FIRST, f"{reason}: {name}") == "(no answer)"
+        preview = wait(page, "#spectrogram", f"{reason}: {name}")
+        assert str(served("ltu").uploads) not in preview
+        assert ask(page, DEFAULT_QUESTION, f"{reason}: {name}") == "(no answer)"
         page.locator("#clip button[aria-label=Clear]").click()
-        wait(page, "#picture", "^$")
+        wait(page, "#spectrogram", "^$")
     upload(page, folder / "good.wav")
-    wait(page, "#picture", "0.50 of 0.50 s")
-    assert ask(page, FIRST) and page.locator("#chat [data-testid=bot]").count() == 1
+    wait(page, "#spectrogram", "0.50 of 0.50 s")
+    assert ask(page, DEFAULT_QUESTION)
+    assert page.locator("#chat [data-testid=bot]").count() == 1
 
 
 def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
-    page, here = visit("ltu"), served("ltu")
+    page = visit("ltu")
+    here = served("ltu")
     page.click("#ask")
     wait(page, "#status", "Give a clip and a question")
     page.get_by_text("Describe the clip in one sentence.").click()
     page.wait_for_function(
         "document.querySelector('#question textarea').value.startsWith('Describe')"
     )
+
+    # Stop cancels an answer that grows.
     upload(page, folder / "other.wav")
-    wait(page, "#picture", "0.40 of 0.40 s")
+    wait(page, "#spectrogram", "0.40 of 0.40 s")
     page.click("#settings button")
     set_number(page, "max_new_tokens", 1000)
     cancelled = here.demo.counts["cancelled"]
@@ -603,9 +708,11 @@ def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
         page.click("#stop")
         wait(page, "#status", "stopped")
         wait_until_cancelled(here, gate, cancelled + 1)
+
+    # The settings on the page are used.
     set_number(page, "max_new_tokens", 6)
     page.check("#do_sample input")
-    sampled = {
+    sampling = {
         "do_sample": True,
         "temperature": 0.1,
         "top_p": 0.95,
@@ -613,24 +720,27 @@ def test_stop_presets_settings_and_no_clip(visit, served, folder: Path) -> None:
         "max_new_tokens": 6,
         "seed": 42,
     }
-    answer = ask(page, FIRST, "6 tokens, cut")
-    assert plain(answer) == plain(expected(here.engine, FIRST, folder / "other.wav", **sampled))
+    answer = ask(page, DEFAULT_QUESTION, "6 tokens, cut")
+    engines = expected(here.engine, DEFAULT_QUESTION, folder / "other.wav", **sampling)
+    assert plain(answer) == plain(engines)
+
+    # Closing the page cancels an answer, too.
     set_number(page, "max_new_tokens", 1000)
     with tiny.closed_gate(here.engine) as gate:
         page.click("#ask")
-        wait(page, "#status", "listening")
+        wait(page, "#status", "generating")
         page.close()
         wait_until_cancelled(here, gate, cancelled + 2)
 
 
-def test_the_microphone_and_examples_are_heard(visit) -> None:
+def test_the_microphone_and_examples(visit) -> None:
     page = visit("ltu")
     page.click("#clip button[aria-label='Record audio']")
     page.click("#clip .record-button")
-    wait(page, "#clip .duration", "0:01")  # More than the 0.64 s of a window.
+    wait(page, "#clip .duration", "0:01")  # More than the 0.64 s of a chunk.
     page.click("#clip .stop-button")
-    wait(page, "#picture", r"Heard: 0\.64 of \d+\.")
-    assert ask(page, FIRST)
+    wait(page, "#spectrogram", r"Used: 0\.64 of \d+\.")
+    assert ask(page, DEFAULT_QUESTION)
     if TOY_SET.is_dir():
         page.get_by_text("church bell").click()
-        wait(page, "#picture", r"Heard: 0\.64 of 4\.00 s")
+        wait(page, "#spectrogram", r"Used: 0\.64 of 4\.00 s")

@@ -1,4 +1,4 @@
-"""The two audio encoders against golden numbers, and what a user of transformers expects of them.
+"""Compares both audio encoders of LTU with golden numbers, and tests them as transformers models.
 
 test_golden_model.py compares the output of CAV-MAE with the original, because it opens the model.
 """
@@ -33,9 +33,8 @@ def worst(got: torch.Tensor, expected: np.ndarray) -> float:
 
 
 def test_cavmae_has_the_originals_parameters(golden: Path) -> None:
-    layout = json.loads((golden / "layout_ltu.json").read_text())["tiny.lora_all"][
-        "saved_by_trainer"
-    ]
+    layouts = json.loads((golden / "layout_ltu.json").read_text())
+    layout = layouts["tiny.lora_all"]["saved_by_trainer"]
     expected = {
         key.removeprefix(ORIGINAL): shape
         for key, shape in layout.items()
@@ -55,30 +54,34 @@ def test_positions_start_as_in_the_original(golden: Path, golden_report) -> None
     assert torch.equal(CavMaeModel(TINY["cavmae"][1]).pos_embed_a[0], sincos_positions(2, 4, 24))
 
 
-def listen(model: PreTrainedModel, shape: tuple[int, int], batch: int = 2) -> torch.Tensor:
+def encode_noise(model: PreTrainedModel, shape: tuple[int, int], batch: int = 2) -> torch.Tensor:
+    """Return the output of an audio encoder for noise."""
     generator = torch.Generator().manual_seed(0)
     return model(torch.randn(batch, *shape, generator=generator))
 
 
 @pytest.mark.parametrize("kind", TINY)
-class TestEveryEar:
+class TestEveryAudioEncoder:
     def test_any_width_and_depth(self, kind: str) -> None:
         model_class, config, shape = TINY[kind]
-        vectors = listen(model_class(config), shape)
-        assert vectors.shape == (2, config.num_audio_tokens, config.hidden_size)
+        output = encode_noise(model_class(config), shape)
+        assert output.shape == (2, config.num_audio_tokens, config.hidden_size)
 
     def test_exactly_the_named_parameters_get_no_gradient(self, kind: str) -> None:
         model_class, config, shape = TINY[kind]
         model = model_class(config)
-        listen(model, shape).square().sum().backward()
+        encode_noise(model, shape).square().sum().backward()
         idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
         assert idle == set(model.unused_parameter_names)
 
     def test_batch_equals_single(self, kind: str) -> None:
         model_class, config, shape = TINY[kind]
-        model, pictures = model_class(config).eval(), torch.randn(3, *shape)
+        model = model_class(config).eval()
+        spectrograms = torch.randn(3, *shape)
         with torch.no_grad():
-            assert (model(pictures)[1] - model(pictures[1:2])[0]).abs().max() < 1e-5
+            together = model(spectrograms)[1]
+            alone = model(spectrograms[1:2])[0]
+        assert (together - alone).abs().max() < 1e-5
 
     def test_saved_and_opened_by_the_auto_class(self, kind: str, tmp_path: Path) -> None:
         model_class, config, shape = TINY[kind]
@@ -87,23 +90,23 @@ class TestEveryEar:
         opened = AutoModel.from_pretrained(tmp_path).eval()
         assert type(opened) is model_class
         with torch.no_grad():
-            assert torch.equal(listen(opened, shape), listen(model, shape))
+            assert torch.equal(encode_noise(opened, shape), encode_noise(model, shape))
 
     def test_initial_scale_is_sane(self, kind: str) -> None:
         torch.manual_seed(0)
         model_class, config, shape = TINY[kind]
         with torch.no_grad():
-            vectors = listen(model_class(config), shape)
-        assert vectors.isfinite().all() and 1e-3 < vectors.std() < 10
+            output = encode_noise(model_class(config), shape)
+        assert output.isfinite().all() and 1e-3 < output.std() < 10
 
     def test_bf16(self, kind: str) -> None:
         model_class, config, shape = TINY[kind]
         model = model_class(config).eval()
         with torch.no_grad():
-            exact = listen(model, shape)
+            exact = encode_noise(model, shape)
             with torch.autocast("cpu", torch.bfloat16):
-                autocast = listen(model, shape)
-            half = listen(model.to(torch.bfloat16), shape)
+                autocast = encode_noise(model, shape)
+            half = encode_noise(model.to(torch.bfloat16), shape)
         assert half.dtype == torch.bfloat16
         for rounded in (autocast, half):
             assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
@@ -119,7 +122,7 @@ class TestEveryEar:
             model_class(config)(torch.zeros(1, shape[0], 7))
 
 
-# The name that transformers 5.24 recommends is unknown to 5.17.
+# transformers 5.17 does not have the name that 5.24 recommends.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_changes_nothing() -> None:
     model_class, config, shape = TINY["cavmae"]
@@ -129,7 +132,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         if turn_on:
             model.gradient_checkpointing_enable()
         model.zero_grad()
-        listen(model, shape).square().sum().backward()
+        encode_noise(model, shape).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
@@ -156,11 +159,11 @@ def test_yamnet_equals_an_onnx_runtime(golden: Path, golden_report, weights: str
     assert model.num_parameters() == 3_729_481
     expected = np.load(golden / "yamnet.npz")
     clips = [load_audio(golden / "wav" / f"{clip}.wav") for clip in ("noise3", "tone4")]
-    pictures = YamnetFeatureExtractor()(clips).input_features  # (2, 1024, 64)
+    spectrograms = YamnetFeatureExtractor()(clips).input_features  # (2, 1024, 64)
     figures = {
-        "logits": model.classify(pictures),
-        "patch_logits": model.classify(pictures[:, :96]),
-        "features": model(pictures)[:, :, ::8],
+        "logits": model.classify(spectrograms),
+        "patch_logits": model.classify(spectrograms[:, :96]),
+        "features": model(spectrograms)[:, :, ::8],
     }
     for name, figure in figures.items():
         figure_expected = expected[f"{weights}.{name}"]
@@ -173,29 +176,29 @@ def test_yamnet_equals_an_onnx_runtime(golden: Path, golden_report, weights: str
 def test_padding_is_tensorflows_same(size: tuple[int, int], stride: int) -> None:
     convolution = SameConv2d(1, 1, stride=stride)
     convolution.weight.data = torch.randn(1, 1, 3, 3)
-    picture = torch.randn(1, 1, *size)
-    out = convolution(picture)
+    features = torch.randn(1, 1, *size)
+    out = convolution(features)
     assert out.shape[-2:] == tuple(-(-length // stride) for length in size)
-    # TensorFlow pads max((ceil(n / s) - 1) * s + 3 - n, 0) in all, the smaller half in front.
+    # TensorFlow pads by max((ceil(n / s) - 1) * s + 3 - n, 0) in all, the smaller half in front.
     starts = [max((-(-n // stride) - 1) * stride + 3 - n, 0) // 2 for n in size]
     wide = torch.zeros(size[0] + 6, size[1] + 6)
-    wide[3:-3, 3:-3] = picture[0, 0]
+    wide[3:-3, 3:-3] = features[0, 0]
     for row in range(out.shape[2]):
         for column in range(out.shape[3]):
-            top, left = 3 - starts[0] + row * stride, 3 - starts[1] + column * stride
-            by_hand = (
-                wide[top : top + 3, left : left + 3] * convolution.weight[0, 0]
-            ).sum() + convolution.bias
-            assert torch.allclose(out[0, 0, row, column], by_hand, atol=1e-5)
+            top = 3 - starts[0] + row * stride
+            left = 3 - starts[1] + column * stride
+            patch = wide[top : top + 3, left : left + 3]
+            expected = (patch * convolution.weight[0, 0]).sum() + convolution.bias
+            assert torch.allclose(out[0, 0, row, column], expected, atol=1e-5)
 
 
 @torch.no_grad()
 def test_standardisation_is_saved_with_the_weights(tmp_path: Path) -> None:
     model_class, config, shape = TINY["yamnet"]
     model = model_class(config).eval()
-    plain = listen(model, shape)
+    plain = encode_noise(model, shape)
     model.feature_mean.fill_(0.25)
     model.feature_std.fill_(2.0)
     model.save_pretrained(tmp_path)
     opened = model_class.from_pretrained(tmp_path).eval()
-    assert torch.allclose(listen(opened, shape), (plain - 0.25) / 2.0, atol=1e-6)
+    assert torch.allclose(encode_noise(opened, shape), (plain - 0.25) / 2.0, atol=1e-6)

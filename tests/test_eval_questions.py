@@ -1,4 +1,4 @@
-"""Every task: metadata in the data set's own form -> questions -> made-up predictions -> score."""
+"""Tests every task from metadata in the data set's own format to the scores of predictions."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ UTTERANCES = "HE HOPED THERE WOULD BE STEW", "DON'T LET IT", "AND NOW"
 
 
 class Stub:
-    """The embedding of the golden figures: tests/golden/README.md."""
+    """The embedding of the golden metrics: tests/golden/README.md."""
 
     name = "stub"
 
@@ -76,7 +76,7 @@ def audiocaps(root: Path) -> None:
 
 def clotho(root: Path) -> None:
     words = ("big", "red", "new", "old", "sad")
-    rows = [(f"Santa Motor {n}.wav", *(f"A {word}, heard dog" for word in words)) for n in range(3)]
+    rows = [(f"Santa Motor {n}.wav", *(f"A {word}, loud dog" for word in words)) for n in range(3)]
     write_table(
         root / "clotho_captions_evaluation.csv", "file_name," + ",".join(questions.CAPTIONS), *rows
     )
@@ -91,19 +91,26 @@ def librispeech(root: Path) -> None:
         (folder / f"{1089 + number}-134686.trans.txt").write_text(f"{utterance} {words}\n")
 
 
-# Three clips a task. The second column is None where the writer above makes the metadata, else the labels of a table;
-# then references; three answers of which the last is none; main figure on what was answered, and on all.
-A_RIGHT_ONE, ONE_OF_THREE = 0.5, 1 / 3
+# Three clips for each task. The columns are: name of the task; labels of a table, or None where a
+# function above writes the metadata; references; three answers, the last of which is missing; main
+# metric on the answered clips; main metric on all clips.
+A_RIGHT_ONE = 0.5
+ONE_OF_THREE = 1 / 3
 SOUNDS = [
-    ("dcase17", ["Air horn, truck horn", "Car", "Bus"], ["Labels:Air horn truck horn", "Labels:Car", "Labels:Bus"]),
-    ("vocalsound", ["Throat clearing", "Cough", "Sniff"], ["Labels:Throat clearing", "Labels:Cough", "Labels:Sniff"]),
-    ("tut17", ["city_center", "park", "tram"], ["Labels:city center", "Labels:park", "Labels:tram"]),
-    ("beijing_opera", ["small gong", "Cymbals", "Large gong"], 
+    ("dcase17", ["Air horn, truck horn", "Car", "Bus"],
+     ["Labels:Air horn truck horn", "Labels:Car", "Labels:Bus"]),
+    ("vocalsound", ["Throat clearing", "Cough", "Sniff"],
+     ["Labels:Throat clearing", "Labels:Cough", "Labels:Sniff"]),
+    ("tut17", ["city_center", "park", "tram"],
+     ["Labels:city center", "Labels:park", "Labels:tram"]),
+    ("beijing_opera", ["small gong", "Cymbals", "Large gong"],
      ["Labels:small gong", "Labels:Cymbals", "Labels:Large gong"]),
     ("vggsound", ["pigeon, dove cooing", "dog barking", "skiing"],
      ["Labels: pigeon,  dove cooing", "Labels: dog barking", "Labels: skiing"]),
-    ("gtzan", ["hip-hop", "rock", "jazz"], ["Music genre: Hip-Hop", "Music genre: Rock", "Music genre: Jazz"]),
-    ("iemocap", ["hap", "sad", "neutral"], ["Emotion: happy.", "Emotion: sad.", "Emotion: neutral."]),
+    ("gtzan", ["hip-hop", "rock", "jazz"],
+     ["Music genre: Hip-Hop", "Music genre: Rock", "Music genre: Jazz"]),
+    ("iemocap", ["hap", "sad", "neutral"],
+     ["Emotion: happy.", "Emotion: sad.", "Emotion: neutral."]),
     ("mosei", ["fear", "sad", "happy"], ["Emotion: fearful.", "Emotion: sad.", "Emotion: happy."]),
 ]  # fmt: skip
 WRONG = {
@@ -123,31 +130,41 @@ CASES = {
     )
     for task, labels, refs in SOUNDS
 }
-CASES["dcase17"] = (*CASES["dcase17"][:4], 2 / 5)  # Micro F1: one right of two said and three true.
+CASES["dcase17"] = (
+    *CASES["dcase17"][:4],
+    2 / 5,
+)  # Micro F1: one right of two answers and three references.
 CASES |= {
     "esc50": (None, ["Labels:dog", "Labels:sea_waves", "Labels:crying_baby"],
-              ["Audio caption: Sea waves.", "Audio caption: Sea waves.", None], A_RIGHT_ONE, ONE_OF_THREE),
-    # Last in the order of three: an average precision of 1/3 for the class of the clip that failed.
+              ["Audio caption: Sea waves.", "Audio caption: Sea waves.", None],
+              A_RIGHT_ONE, ONE_OF_THREE),
+    # The clip that failed ranks last of three, so its class has an average precision of 1/3.
     "fsd50k": (None, ["Labels: Electric guitar; Guitar", "Labels: Bark; Dog", "Labels: Rain"],
-               ["Audio caption: electric guitar", "Audio caption: dog bark", None], 1, (4 + 1 / 3) / 5),
+               ["Audio caption: electric guitar", "Audio caption: dog bark", None],
+               1, (4 + 1 / 3) / 5),
     "audioset": (["Speech; Male speech, man speaking", "Rain", "Dog"],
                  ["Labels: Speech; Male speech, man speaking", "Labels: Rain", "Labels: Dog"],
-                 ["Audio caption: male speech, man speaking", "Audio caption: rain", None], 1, (3 + 1 / 3) / 4),
+                 ["Audio caption: male speech, man speaking", "Audio caption: rain", None],
+                 1, (3 + 1 / 3) / 4),
     "fma": (["Folk; Pop", "Jazz", "Old-Time / Historic"],
             ["Music genre: Folk, Pop", "Music genre: Jazz", "Music genre: Old-Time / Historic"],
             ["Music genre: folk, pop", "Jazz", None], 1, (3 + 1 / 3) / 4),
     "librispeech": (None, [f"Spoken text: {words}" for words in UTTERANCES],
-                    ["Spoken text: he hoped there would be a stew", "Spoken text: don't let it.", None], 1 / 9, 3 / 11),
-    # Of the women 1 of 2 said and 1 of 1 true, F1 2/3; of the men none.
-    "voxceleb_gender": (["female", "male", "male"], [f"The speaker is {word}." for word in ("female", "male", "male")],
+                    ["Spoken text: he hoped there would be a stew", "Spoken text: don't let it.",
+                     None],
+                    1 / 9, 3 / 11),
+    # "female" is right in 1 of 2 answers and 1 of 1 reference, F1 2/3; "male" in none.
+    "voxceleb_gender": (["female", "male", "male"],
+                        [f"The speaker is {word}." for word in ("female", "male", "male")],
                         ["She is a woman.", "Female", None], 1 / 3, 1 / 3),
-    "voxceleb_age": (["35", "62", "20"], [f"The age of the speaker is {age}." for age in (35, 62, 20)],
+    "voxceleb_age": (["35", "62", "20"],
+                     [f"The age of the speaker is {age}." for age in (35, 62, 20)],
                      ["About 30.", "60 to 70 years", None], (5 + 3) / 2, None),
 }  # fmt: skip
 
 
-# The original's figure on what was answered, where it is another: classes without positives have AP 0; "mall gong" is
-# nearest to "large gong"; a woman is male; of "60 to 70" it reads 60.
+# The original's metric on the answered clips, where it differs: classes without positives have
+# AP 0; "mall gong" is nearest to "large gong"; a woman is male; "60 to 70" is read as 60.
 ORIGINAL = {
     "fsd50k": 4 / 200,
     "audioset": 3 / 527,
@@ -159,7 +176,7 @@ ORIGINAL["voxceleb_age"] = (5 + 2) / 2
 
 
 def make(task: str, root: Path, labels: list[str] | None) -> list[str]:
-    """The data set; flags that name its metadata."""
+    """Write the data set and return the flags that name its metadata."""
     if labels is None:
         globals()[task](root)
         return []
@@ -172,26 +189,26 @@ def make(task: str, root: Path, labels: list[str] | None) -> list[str]:
     return ["--metadata", str(root / "table.csv")]
 
 
-def ask(task: str, root: Path, labels: list[str] | None) -> list[dict]:
+def build_questions(task: str, root: Path, labels: list[str] | None) -> list[dict]:
     flags = ["--task", task, "--audio_root", str(root), "--output_path", str(root / "q.json")]
     assert questions.main([*flags, *make(task, root, labels)]) == 0
     return json.loads((root / "q.json").read_text())
 
 
 def score(task: str, root: Path, rows: list[dict], answers: list[str | None], *flags: str) -> dict:
-    """The result for these answers; a None could not be heard."""
-    made = []
+    """Return the result for these answers; None is an answer to a missing clip."""
+    predictions = []
     for row, text in zip(rows, answers, strict=True):
-        heard = (
-            {"pred": text, "status": "ok"}
-            if text is not None
-            else {"pred": "", "status": "missing"}
+        predictions.append(
+            {
+                "prompt": row["instruction"],
+                "ref": row["output"],
+                "audio_id": row["audio_id"],
+                "pred": "" if text is None else text,
+                "status": "missing" if text is None else "ok",
+            }
         )
-        made.append(
-            {"prompt": row["instruction"], "ref": row["output"], "audio_id": row["audio_id"]}
-            | heard
-        )
-    (root / "p.json").write_text(json.dumps(made))
+    (root / "p.json").write_text(json.dumps(predictions))
     command = [
         "--task",
         task,
@@ -213,7 +230,7 @@ def stub(monkeypatch):
 @pytest.mark.parametrize("task", CASES)
 def test_task(task, tmp_path, monkeypatch):
     labels, references, answers, on_answered, on_all = CASES[task]
-    rows = ask(task, tmp_path, labels)
+    rows = build_questions(task, tmp_path, labels)
     assert [row["output"] for row in rows] == references
     assert all((tmp_path / row["audio_id"]).is_file() for row in rows)
     assert {row["instruction"] for row in rows} == {find_task(task).prompt}
@@ -221,10 +238,10 @@ def test_task(task, tmp_path, monkeypatch):
     assert (result["asked"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
     assert result["figure"]["on_answered"] == pytest.approx(on_answered)
     assert result["figure"]["on_all"] == pytest.approx(on_all)
-    monkeypatch.setattr(report, "_save", lambda figure, path: None)  # The same figures again.
-    original = score(
-        task, tmp_path, rows, answers, "--protocol", "original"
-    )  # It reads these references too.
+    # Do not draw the same plots again.
+    monkeypatch.setattr(report, "_save", lambda figure, path: None)
+    # The original protocol can read these references too.
+    original = score(task, tmp_path, rows, answers, "--protocol", "original")
     assert original["asked"] == 3
     assert original["figure"]["on_answered"] == pytest.approx(ORIGINAL.get(task, on_answered))
 
@@ -233,23 +250,19 @@ def test_task(task, tmp_path, monkeypatch):
 def test_captions(task, tmp_path, monkeypatch):
     # Metrics that need Java are tested in tests/test_eval_captions.py.
     monkeypatch.setattr("shutil.which", lambda name: None)
-    rows = ask(task, tmp_path, None)
+    rows = build_questions(task, tmp_path, None)
     assert len(rows) == 15 and len({row["audio_id"] for row in rows}) == 3
-    first = {"audiocaps": "A {} is here", "clotho": "A {}, heard dog"}[task]
+    first = {"audiocaps": "A {} is here", "clotho": "A {}, loud dog"}[task]
     own = [row["output"] for row in rows if row["audio_id"] == rows[0]["audio_id"]]
     assert own == [
         "Audio caption: " + first.format(word) for word in ("big", "red", "new", "old", "sad")
     ]
     pytest.importorskip("pycocoevalcap")
     answers = [row["output"] for row in rows[:-1]]
-    result = score(
-        task, tmp_path, rows, [*answers, None]
-    )  # Every clip but the last is described by its references.
-    assert (result["asked"], result["answered"], result["failed"]) == (
-        3,
-        2,
-        {"missing": 1},
-    )  # of clips
+    # Every clip but the last is described by its references.
+    result = score(task, tmp_path, rows, [*answers, None])
+    # These numbers count clips.
+    assert (result["asked"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
     assert result["rows"] == 15
     assert (
         result["on_answered"]["ROUGE-L"] == pytest.approx(1) and result["on_all"]["ROUGE-L"] < 0.95
@@ -277,7 +290,7 @@ def test_toy(tmp_path):
 
 
 def test_open_ended(tmp_path):
-    """Each question is its row's own; the judge is asked once."""
+    """Each question has its own prompt, and each request to the judge is sent once."""
     rows = [
         {"instruction": f"Why is it {word}?", "output": "", "audio_id": f"{word}.wav"}
         for word in "abcd"
@@ -326,7 +339,7 @@ def test_missing_clips(tmp_path, capsys):
     ]
 
 
-def test_a_missing_clip_of_five_rows_is_one(tmp_path, capsys):
+def test_a_missing_clip_with_five_captions_counts_once(tmp_path, capsys):
     audiocaps(tmp_path)
     (tmp_path / "sub/6CDl4CqOgMg.wav").unlink()
     flags = [
@@ -352,11 +365,11 @@ def test_a_missing_clip_of_five_rows_is_one(tmp_path, capsys):
             "row 2: 'schlager' is no class of eval/labels/gtzan.txt",
         ),
         ("gtzan", "audio,label\n1.wav,\n", "row 1: no label"),
-        ("voxceleb_age", "audio,label\n1.wav,old\n", "row 1: 'old' is no truth"),
+        ("voxceleb_age", "audio,label\n1.wav,old\n", "row 1: 'old' is no label of voxceleb_age"),
         ("gtzan", "audio,label\n2,Rock\n", "a/2.wav and b/2.flac"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, task, table, message):
+def test_errors_name_file_and_row(tmp_path, task, table, message):
     touch(tmp_path, "1.wav", "a/2.wav", "b/2.flac")
     (tmp_path / "t.csv").write_text(table)
     flags = ["--audio_root", str(tmp_path), "--output_path", str(tmp_path / "q.json")]

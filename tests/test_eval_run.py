@@ -1,4 +1,7 @@
-"""Asking, scoring and reporting in one command: what is resumed, counted, refused, and that it repeats."""
+"""Tests generating, scoring and reporting in one command.
+
+It tests what is resumed, counted and refused, and that results are reproducible.
+"""
 
 import hashlib
 import json
@@ -33,7 +36,7 @@ GENRES = [
     "Metal",
     "Classical",
 ]
-ASKING = ["--device", "cpu", "--max_new_tokens", "6", "--batch_size", "2"]
+GENERATION = ["--device", "cpu", "--max_new_tokens", "6", "--batch_size", "2"]
 
 
 class Killed(BaseException):
@@ -41,7 +44,7 @@ class Killed(BaseException):
 
 
 def run_killed(argv: list[str], monkeypatch) -> None:
-    """Run a command that dies when the third batch of answers is to be kept."""
+    """Run a command that is killed before it stores the third batch of answers."""
     stock, count = AnswerFile.append, 0
 
     def append(*args) -> None:
@@ -64,20 +67,23 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Two times the same place to stand in, a/ and b/, with five clips (of the fifth question's there is none)."""
+    """Two equal working directories, a/ and b/, with five questions.
+
+    The clip of the fifth question is missing.
+    """
     monkeypatch.setattr(embed, "open_embedder", lambda name, folder: Stub())
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
         for number in range(4):
-            soundfile.write(tmp_path / place / f"{number}.wav", clip(number), 16_000)
-        write(tmp_path / place / "gtzan.json", questions(*GENRES[:5]))
+            soundfile.write(tmp_path / name / f"{number}.wav", clip(number), 16_000)
+        write(tmp_path / name / "gtzan.json", questions(*GENRES[:5]))
     monkeypatch.chdir(tmp_path / "a")
     return tmp_path
 
 
 @pytest.fixture
-def no_figures(monkeypatch) -> None:
-    """For tests that look at none: drawing one takes longer than what they test."""
+def no_plots(monkeypatch) -> None:
+    """Draw no plots, for tests that check none: drawing takes longer than the rest."""
     monkeypatch.setattr(report, "_save", lambda figure, path: None)
 
 
@@ -94,12 +100,12 @@ def questions(*genres: str) -> list[dict]:
 
 
 def predictions(*pairs: tuple[str, str | None]) -> list[dict]:
-    """(reference, answer) of each row, in the original's form: no status."""
-    made = zip(questions(*(ref for ref, _ in pairs)), pairs, strict=True)
-    return [
-        {"prompt": q["instruction"], "pred": said, "ref": q["output"], "audio_id": q["audio_id"]}
-        for q, (_, said) in made
-    ]
+    """Return predictions from (reference, answer) pairs, without status as the original does."""
+    rows = []
+    for question, (_, answer) in zip(questions(*(ref for ref, _ in pairs)), pairs, strict=True):
+        row = {"prompt": question["instruction"], "pred": answer, "ref": question["output"]}
+        rows.append(row | {"audio_id": question["audio_id"]})
+    return rows
 
 
 def write(path: Path, content) -> Path:
@@ -107,17 +113,17 @@ def write(path: Path, content) -> Path:
     return path
 
 
-def result(place: str = "out", number: int = 0) -> dict:
-    return json.loads(Path(place, "report.json").read_text())["results"][number]
+def result(folder: str = "out", number: int = 0) -> dict:
+    return json.loads(Path(folder, "report.json").read_text())["results"][number]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but what ltu.inference_batch wrote, which has wall times."""
+    """Return every file except those of ltu.inference_batch, which contain wall times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "asked"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-# --- asking
+# --- generating
 
 
 def command(model: Path, *more: str) -> list[str]:
@@ -131,26 +137,25 @@ def command(model: Path, *more: str) -> list[str]:
         "--output_dir",
         "out",
     ]
-    return [*own, *ASKING, *more]
+    return [*own, *GENERATION, *more]
 
 
-def test_interrupted_asking_goes_on(model, folder, monkeypatch, capsys):
-    """And ends with the bytes of a run that nothing interrupted."""
+def test_interrupted_generation_resumes(model, folder, monkeypatch, capsys):
+    """It ends with the bytes of a run without interruption."""
     monkeypatch.chdir(folder / "b")
     assert run.main(command(model)) == 1
     expected = contents(folder / "b" / "out")
     assert set(expected) == {
-        "report.json", "report.md", "report.png", "m/gtzan.predictions.json", "m/gtzan.provenance.json",
-        "m/gtzan.items.jsonl", "m/gtzan.confusion.png",
+        "report.json", "report.md", "report.png", "m/gtzan.predictions.json",
+        "m/gtzan.provenance.json", "m/gtzan.items.jsonl", "m/gtzan.confusion.png",
     }  # fmt: skip
     monkeypatch.chdir(folder / "a")
     run_killed(command(model), monkeypatch)
     capsys.readouterr()
     assert run.main(command(model)) == 1
-    kept, asked = map(
-        int,
-        re.search(r"(\d+) from the partial file; asked (\d+)", capsys.readouterr().out).groups(),
-    )
+    output = capsys.readouterr().out
+    found = re.search(r"(\d+) from the partial file; generated (\d+)", output)
+    kept, asked = int(found[1]), int(found[2])
     assert kept >= 1 and asked < 5 and kept + asked == 5
     assert contents(folder / "a" / "out") == expected
     found = result()
@@ -160,19 +165,19 @@ def test_interrupted_asking_goes_on(model, folder, monkeypatch, capsys):
         and found["decoding"]["max_new_tokens"] == 6
         and found["embedder"] == "stub"
     )
-    # The clip is brought: it alone is asked. Then nothing is.
+    # When the missing clip is added, only its question is generated. Then none is.
     soundfile.write("4.wav", clip(4), 16_000)
     assert run.main(command(model)) == 0 and result()["failed"] == {}
-    assert "4 from the partial file; asked 1" in capsys.readouterr().out
+    assert "4 from the partial file; generated 1" in capsys.readouterr().out
     monkeypatch.setattr(LtuEngine, "from_pretrained", None)
     whole = contents(Path("out"))
     assert run.main(command(model)) == 0 and contents(Path("out")) == whole
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_what_decides_answers_is_asked_anew(model, folder, capsys):
+@pytest.mark.usefixtures("no_plots")
+def test_other_settings_generate_again(model, folder, capsys):
     for number, row in enumerate(rows := questions(*GENRES[:4])):
-        row["audio_id"] = f"{number % 2}.wav"  # Two trials.
+        row["audio_id"] = f"{number % 2}.wav"  # two trials
     write(Path("gtzan.json"), rows)
     assert run.main(command(model)) == 0
     greedy = [row["pred"] for row in json.loads(Path("out/m/gtzan.predictions.json").read_text())]
@@ -182,15 +187,17 @@ def test_what_decides_answers_is_asked_anew(model, folder, capsys):
     assert sampled[0] != sampled[2] and sampled[1] != sampled[3]
     engine = open_engine(inference_flags(str(model), run.parse_args(command(model))))
     for trial in (0, 1):
-        asked = [Request("Which genre?", f"{number}.wav", "", f"{number}.wav") for number in (0, 1)]
-        own = engine(asked, seed=7 + trial, temperature=2.0, do_sample=True, max_new_tokens=6)
+        requests = [
+            Request("Which genre?", f"{number}.wav", "", f"{number}.wav") for number in (0, 1)
+        ]
+        own = engine(requests, seed=7 + trial, temperature=2.0, do_sample=True, max_new_tokens=6)
         assert [answer.text for answer in own] == sampled[2 * trial : 2 * trial + 2]
     capsys.readouterr()
-    assert run.main(command(model)) == 0 and "asked 2," in capsys.readouterr().out
+    assert run.main(command(model)) == 0 and "generated 2," in capsys.readouterr().out
 
 
-def ask_twice(*clips: str) -> tuple[str, ...]:
-    """Each clip's question two times, so in two trials; the flags that sample."""
+def write_two_trials(*clips: str) -> tuple[str, ...]:
+    """Write the question of each clip twice, for two trials, and return the flags that sample."""
     rows = [
         row | {"audio_id": clip}
         for row, clip in zip(questions(*GENRES[:4]), clips * 2, strict=False)
@@ -199,39 +206,44 @@ def ask_twice(*clips: str) -> tuple[str, ...]:
     return "--temperature", "2.0"
 
 
-def asked_of(capsys) -> list[str]:
-    """How many questions each trial asked since the last look."""
-    return re.findall(r"asked (\d+),", capsys.readouterr().out)
+def num_generated(capsys) -> list[str]:
+    """Return the number of answers that each trial has generated since the last call."""
+    return re.findall(r"generated (\d+),", capsys.readouterr().out)
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_a_trial_is_kept_when_a_later_one_is_killed(model, folder, monkeypatch, capsys):
-    sampled = ask_twice("0.wav", "1.wav")
+@pytest.mark.usefixtures("no_plots")
+def test_a_trial_is_stored_when_a_later_one_is_killed(model, folder, monkeypatch, capsys):
+    sampled = write_two_trials("0.wav", "1.wav")
     run_killed(command(model, *sampled), monkeypatch)
-    assert asked_of(capsys) == ["2"]
-    assert run.main(command(model, *sampled)) == 0 and asked_of(capsys) == ["2"]
+    assert num_generated(capsys) == ["2"]
+    assert run.main(command(model, *sampled)) == 0 and num_generated(capsys) == ["2"]
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("no_plots")
 def test_max_bad_is_of_all_trials(model, folder, capsys):
-    """And what was answered beside failures that are allowed is not asked again."""
-    sampled = ask_twice("0.wav", "missing.wav")
-    assert run.main(command(model, *sampled, "--max_bad", "1")) == 1 and asked_of(capsys) == [
+    """Answers next to allowed failures are not generated again."""
+    sampled = write_two_trials("0.wav", "missing.wav")
+    assert run.main(command(model, *sampled, "--max_bad", "1")) == 1 and num_generated(capsys) == [
         "2",
         "2",
     ]
     for _ in range(2):
-        assert run.main(command(model, *sampled, "--max_bad", "2")) == 0 and asked_of(capsys) == [
+        assert run.main(command(model, *sampled, "--max_bad", "2")) == 0 and num_generated(
+            capsys
+        ) == [
             "1",
             "1",
         ]
     assert result()["failed"] == {"missing": 2}
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("no_plots")
 def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
-    """One run, another that is killed between its answers and what says how they were asked, the first again."""
-    sampled = ask_twice("0.wav", "1.wav")
+    """The provenance is that of the first run after another run was killed.
+
+    The other run is killed between writing its answers and their provenance.
+    """
+    sampled = write_two_trials("0.wav", "1.wav")
     assert run.main(command(model, *sampled)) == 0
     expected, stock = contents(Path("out")), generate_predictions.write_json
 
@@ -257,27 +269,28 @@ def test_provenance_is_of_these_predictions(model, folder, monkeypatch):
     assert run.main(scoring) == 0 and result("other")["decoding"]["temperature"] == 2.0
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_another_processor_is_asked_anew(model, folder, capsys):
+@pytest.mark.usefixtures("no_plots")
+def test_another_processor_generates_again(model, folder, capsys):
     own = Path(shutil.copytree(model, model.parent / "own"))
     write(Path("gtzan.json"), questions(*GENRES[:2]))
-    assert run.main(command(own)) == 0 and asked_of(capsys) == ["2"]
+    assert run.main(command(own)) == 0 and num_generated(capsys) == ["2"]
     (own / "README.md").write_text("A card.")
-    assert run.main(command(own)) == 0 and asked_of(capsys) == []
+    assert run.main(command(own)) == 0 and num_generated(capsys) == []
     settings = (own / "processor_config.json").read_text()
     (own / "processor_config.json").write_text(settings.replace("### Response:", "### Answer:"))
-    assert run.main(command(own)) == 0 and asked_of(capsys) == ["2"]
+    assert run.main(command(own)) == 0 and num_generated(capsys) == ["2"]
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("no_plots")
 def test_label_scores(model, folder, monkeypatch):
-    """They are the engine's; what was interrupted goes on, after half a line too."""
-    stock, asked = LtuEngine.score, []
+    """They equal those of the engine, and an interrupted run resumes, also after half a line."""
+    stock = LtuEngine.score
+    scored = []
 
     def score(engine, request, candidates):
-        if len(asked) == 2:
+        if len(scored) == 2:
             raise Killed
-        asked.append(request.audio_id)
+        scored.append(request.audio_id)
         return stock(engine, request, candidates)
 
     monkeypatch.setattr(LtuEngine, "score", score)
@@ -288,12 +301,12 @@ def test_label_scores(model, folder, monkeypatch):
         run.main(labels)
     with Path("out/m/gtzan.label_scores.jsonl").open("a") as lines:
         lines.write('{"row": 2, "scores": [-1.0, ')
-    asked.clear()
+    scored.clear()
     monkeypatch.setattr(
-        LtuEngine, "score", lambda *args: (asked.append(args[1].audio_id), stock(*args))[1]
+        LtuEngine, "score", lambda *args: (scored.append(args[1].audio_id), stock(*args))[1]
     )
     assert run.main(labels) == 1
-    assert asked == ["2.wav", "3.wav", "4.wav"]
+    assert scored == ["2.wav", "3.wav", "4.wav"]
     engine = open_engine(inference_flags(str(model), run.parse_args(command(model))))
     lines = [
         json.loads(line)
@@ -318,7 +331,7 @@ def test_label_scores(model, folder, monkeypatch):
         and found["label_prompt"] == "Genre?"
     )
     assert found["scoring"] == "label log-likelihood"
-    # A task without classes is left out of "all", with a word, and otherwise refused.
+    # A task without classes is left out of "all", which the report notes, and is refused otherwise.
     shutil.copy("gtzan.json", "voxceleb_age.json")
     labels[labels.index("gtzan.json")] = "."
     assert run.main(["--task", "all", *labels[2:]]) == 1
@@ -343,7 +356,7 @@ def test_label_scores(model, folder, monkeypatch):
 
 
 def test_two_models_side_by_side(folder, capsys):
-    """The same command twice: the same bytes. Figures by hand."""
+    """The same command twice gives the same bytes, and the metrics are those by hand."""
     write(
         Path("p.json"),
         predictions(("Rock", "Rock"), ("Jazz", "a Jazz piece"), ("Pop", "Disco"), ("Blues", None)),
@@ -373,7 +386,7 @@ def test_two_models_side_by_side(folder, capsys):
     assert not re.search(rb"(?i)matplotlib|20\d\d-\d\d-\d\d", first["report.png"])
 
 
-def test_a_truth_that_is_no_class(folder):
+def test_a_reference_that_is_no_class(folder):
     write(Path("p.json"), predictions(("Rock", "Rock"), ("Schlager", "Rock")))
     for protocol in ("strict", "original"):
         with pytest.raises(ValueError, match="p.json, row 2: .*chlager"):
@@ -392,8 +405,8 @@ def test_a_truth_that_is_no_class(folder):
     assert not Path("out/report.json").exists()
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_questions_without_a_row_are_failed(folder):
+@pytest.mark.usefixtures("no_plots")
+def test_questions_without_a_prediction_fail(folder):
     rows = predictions(("Hip-Hop", "Hip-Hop"), ("Reggae", "Rock"))
     flags = [
         "--task",
@@ -414,7 +427,7 @@ def test_questions_without_a_row_are_failed(folder):
         ([*rows, rows[0]], r"p.json, row 3: .*0\.wav"),
         ([rows[0], rows[1] | {"ref": "Music genre: Pop"}], r"p.json, row 2: .*1\.wav"),
         ([rows[0], {"pred": "Rock", "audio_id": "1.wav"}], "p.json, row 2: no prompt, ref"),
-        ([], "p.json holds no rows"),
+        ([], "p.json contains no predictions"),
     ):
         write(Path("p.json"), wrong)
         with pytest.raises(ValueError, match=message):
@@ -434,8 +447,8 @@ def test_malformed_questions(model, folder):
         "out",
     ]
     for wrong, message in (
-        ([{"audio_id": "0.wav"}], "gtzan.json, row 1: no 'instruction'"),
-        ([], "json holds no rows"),
+        ([{"audio_id": "0.wav"}], "gtzan.json, example 1: no 'instruction'"),
+        ([], "json contains no examples"),
     ):
         write(Path("gtzan.json"), wrong)
         for flags in (scoring, command(model)):
@@ -444,19 +457,18 @@ def test_malformed_questions(model, folder):
 
 
 def test_all_tasks_of_a_folder(folder, capsys):
-    place = folder / "answers"
-    place.mkdir()
-    write(place / "gtzan.json", predictions(("Rock", "Rock")))
-    write(place / "voxceleb_age.predictions.json", [
-        {"prompt": "How old?", "pred": "30", "ref": "The age of the speaker is 35.", "audio_id": "a.wav"}
-    ])  # fmt: skip
-    flags = ["--predictions", f"m={place}", "--output_dir", "out"]
+    answers = folder / "answers"
+    answers.mkdir()
+    write(answers / "gtzan.json", predictions(("Rock", "Rock")))
+    row = {"prompt": "How old?", "pred": "30", "ref": "The age of the speaker is 35."}
+    write(answers / "voxceleb_age.predictions.json", [row | {"audio_id": "a.wav"}])
+    flags = ["--predictions", f"m={answers}", "--output_dir", "out"]
     assert run.main(["--task", "all", *flags]) == 0
     assert [result(number=n)["task"] for n in (0, 1)] == ["voxceleb_age", "gtzan"]
     assert result()["figure"] == {"on_answered": 5.0, "on_all": 5.0, "low": None, "high": None}
     with pytest.raises(ValueError, match="fma.json is not there"):
         run.main(["--task", "gtzan", "fma", *flags])
-    # What was asked and not answered at all is said.
+    # The report names a task with questions and without predictions.
     for name in ("gtzan", "fma"):
         write(folder / "a" / f"{name}.json", questions("Rock"))
     write(Path("w.json"), {})
@@ -484,7 +496,10 @@ def test_all_tasks_of_a_folder(folder, capsys):
 
 
 def test_interval():
-    """Of 100 right ones of 400 answered: 1.96 standard errors each way. Failed items play no part; nan is None."""
+    """For 100 right of 400 answered items it is 1.96 standard errors to each side.
+
+    Failed items do not count, and nan becomes None.
+    """
     items = [{"failed": None}] * 400 + [{"failed": "missing"}] * 50
     right = np.arange(450) % 4 == 0
     outcome = Outcome(

@@ -1,4 +1,8 @@
-"""Scoring functions: the original's figures to the digit, and by hand what the strict protocol repairs."""
+"""Tests the scoring functions.
+
+The original protocol is compared with the original to the digit, the strict protocol with values by
+hand.
+"""
 
 import json
 import re
@@ -11,7 +15,7 @@ import pytest
 from eval.closed import (
     ANSWERS,
     LABELS,
-    TRUTHS,
+    REFERENCE_READERS,
     Classes,
     cosines,
     d_prime,
@@ -32,7 +36,7 @@ EXACT = {"rel": 0, "abs": 1e-12}
 
 
 def stub_embedding(texts: list[str]) -> np.ndarray:
-    """As golden/eval.json documents it."""
+    """Return the embeddings that golden/eval.json documents."""
     return np.array([one_embedding(text) for text in texts])
 
 
@@ -51,15 +55,13 @@ def rows(*pairs: tuple[str | None, str]) -> list[dict]:
     ]
 
 
-def figures(outcome) -> dict[str, float]:
+def metrics_of(outcome) -> dict[str, float]:
     return outcome.compute(np.arange(len(outcome.items)))
 
 
-def places(outcome) -> np.ndarray:
-    """Of what was answered."""
-    return np.array(
-        [place for place, item in enumerate(outcome.items) if item["failed"] is None], dtype=int
-    )
+def answered_indices(outcome) -> np.ndarray:
+    indices = [index for index, item in enumerate(outcome.items) if item["failed"] is None]
+    return np.array(indices, dtype=int)
 
 
 def run(scorer, name: str, made: list[dict], protocol: str = "strict", **context):
@@ -69,12 +71,13 @@ def run(scorer, name: str, made: list[dict], protocol: str = "strict", **context
 
 
 @pytest.fixture(params=["committed", "full"])
-def figures_of_original(request, golden) -> dict:
+def golden_metrics(request, golden) -> dict:
     folder = golden if request.param == "committed" else request.getfixturevalue("full_golden")
     return json.loads((folder / "eval.json").read_text())
 
 
-# README's "What strict changes": task, scorer, metric -> of each file of predictions (original, strict)
+# The values of "What strict changes" in the README: task, scorer, metric, and the
+# (original, strict) values of each predictions file.
 CHANGES = [
     ("esc50", single_label, "accuracy", [(0.433, 0.500), (0.467, 0.533)]),
     ("gtzan", single_label, "accuracy", [(0.083, 0.083), (0.125, 0.125)]),
@@ -87,9 +90,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("name, scorer, metric, want", CHANGES)
-def test_what_strict_changes(figures_of_original, name, scorer, metric, want):
+def test_what_strict_changes(golden_metrics, name, scorer, metric, want):
     found = []
-    for made in figures_of_original[name]["inputs"].values():
+    for made in golden_metrics[name]["inputs"].values():
         whisper = {
             row["audio_id"]: row["_whisper_text"] for row in made if "_whisper_text" in row
         } or None
@@ -97,61 +100,61 @@ def test_what_strict_changes(figures_of_original, name, scorer, metric, want):
             run(scorer, name, made, protocol, whisper=whisper)
             for protocol in ("original", "strict")
         ]
-        named = [places(one) if metric == "mae" else np.arange(len(made)) for one in both]
+        named = [answered_indices(one) if metric == "mae" else np.arange(len(made)) for one in both]
         found.append(
             tuple(round(one.compute(own)[metric], 3) for one, own in zip(both, named, strict=True))
         )
-    assert found == want[-len(found) :]  # Of two files the second is committed.
+    assert found == want[-len(found) :]  # If there are two files, the second is committed.
 
 
 @pytest.mark.parametrize("name", ["esc50", "gtzan"])
-def test_single_label_figures_of_the_original(figures_of_original, name):
-    want = figures_of_original[name]
+def test_single_label_metrics_of_the_original(golden_metrics, name):
+    want = golden_metrics[name]
     for (file, made), (_, accuracy) in zip(want["inputs"].items(), want["all_res"], strict=True):
         outcome = run(single_label, name, made, "original")
-        assert figures(outcome)["accuracy"] == pytest.approx(accuracy, **EXACT), file
+        assert metrics_of(outcome)["accuracy"] == pytest.approx(accuracy, **EXACT), file
     names = Classes(find_task(name), "original").names
     assert [item["chosen"] for item in outcome.items] == [
         names[number] for number in want["all_pred_argmax"]
     ]
-    assert figures(outcome)["micro_f1"] == pytest.approx(accuracy, **EXACT)
-    assert figures(outcome)["mAP"] == pytest.approx(want["mAP"], **EXACT)
-    assert figures(outcome)["mAUC"] == pytest.approx(want["mAUC"], **EXACT)
+    assert metrics_of(outcome)["micro_f1"] == pytest.approx(accuracy, **EXACT)
+    assert metrics_of(outcome)["mAP"] == pytest.approx(want["mAP"], **EXACT)
+    assert metrics_of(outcome)["mAUC"] == pytest.approx(want["mAUC"], **EXACT)
 
 
-def test_multi_label_figures_of_the_original(figures_of_original):
-    want = figures_of_original["audioset"]
+def test_multi_label_metrics_of_the_original(golden_metrics):
+    want = golden_metrics["audioset"]
     (made,) = want["inputs"].values()
-    found = figures(run(multi_label, "audioset", made, "original"))
+    found = metrics_of(run(multi_label, "audioset", made, "original"))
     for ours, theirs in {"mAP": "mAP", "mAUC": "mAUC", "accuracy": "acc"}.items():
         assert found[ours] == pytest.approx(want[theirs], **EXACT)
 
 
-def test_speech_figures_of_the_original(figures_of_original):
-    want = figures_of_original["librispeech"]
+def test_speech_metrics_of_the_original(golden_metrics):
+    want = golden_metrics["librispeech"]
     (made,) = want["inputs"].values()
     whisper = {row["audio_id"]: row["_whisper_text"] for row in made}
-    found = figures(run(word_error_rate, "librispeech", made, "original", whisper=whisper))
+    found = metrics_of(run(word_error_rate, "librispeech", made, "original", whisper=whisper))
     names = {"wer_whisper": "wer_whisper", "wer_substituted": "wer_ltue", "wer": "wer_ltue_ori"}
     for ours, theirs in names.items():
         assert found[ours] == pytest.approx(want[theirs], **EXACT)
 
-    want = figures_of_original["voxceleb_age"]
+    want = golden_metrics["voxceleb_age"]
     (made,) = want["inputs"].values()
     outcome = run(age, "voxceleb_age", made, "original")
     assert [item["chosen"] for item in outcome.items if item["failed"] is None] == want["all_pred"]
     *_, predicted, _, error, correlation = want["all_res"][0]
-    assert figures(outcome) == pytest.approx(
+    assert metrics_of(outcome) == pytest.approx(
         {"mae": error, "pearson": correlation, "coverage": predicted / 24}, **EXACT
     )
 
 
-def test_average_precision_and_area_of_the_original(figures_of_original):
-    want = figures_of_original["calculate_stats"]
-    truths = rule_init.seeded("eval.stats.target", (40, 6), 0, 1) < 0.3
-    truths[:, 5] = False
+def test_average_precision_and_area_of_the_original(golden_metrics):
+    want = golden_metrics["calculate_stats"]
+    references = rule_init.seeded("eval.stats.target", (40, 6), 0, 1) < 0.3
+    references[:, 5] = False
     scores = rule_init.seeded("eval.stats.output", (40, 6), 0, 1).astype(float)
-    precision, area = Ranking(scores, truths).scores(np.ones(40, dtype=int))
+    precision, area = Ranking(scores, references).scores(np.ones(40, dtype=int))
     assert np.isnan(precision[5]) and np.isnan(area[5])
     assert np.nan_to_num(precision) == pytest.approx(
         [line["AP"] for line in want["stats"]], **EXACT
@@ -168,20 +171,23 @@ def test_ranking_equals_scikit_learn_with_ties_and_repeats():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 12, (300, 7)) / 4.0  # many ties
     scores[rng.random(300) < 0.1] = -np.inf  # failed rows
-    truths = rng.random((300, 7)) < [0.01, 0.1, 0.3, 0.5, 0.9, 1.0, 0.02]
-    ranking = Ranking(scores, truths)
+    references = rng.random((300, 7)) < [0.01, 0.1, 0.3, 0.5, 0.9, 1.0, 0.02]
+    ranking = Ranking(scores, references)
     for indices in (np.arange(300), rng.integers(0, 300, 300), rng.integers(0, 40, 90)):
         precision, area = ranking.scores(np.bincount(indices, minlength=300))
         known = np.where(np.isinf(scores), -1.0, scores)
         for number in range(7):
-            truth, score = truths[indices, number], known[indices, number]
-            want = metrics.average_precision_score(truth, score) if truth.any() else np.nan
+            reference = references[indices, number]
+            score = known[indices, number]
+            want = metrics.average_precision_score(reference, score) if reference.any() else np.nan
             assert precision[number] == pytest.approx(want, abs=1e-12, nan_ok=True)
-            want = metrics.roc_auc_score(truth, score) if 0 < truth.sum() < len(truth) else np.nan
+            want = np.nan
+            if 0 < reference.sum() < len(reference):
+                want = metrics.roc_auc_score(reference, score)
             assert area[number] == pytest.approx(want, abs=1e-12, nan_ok=True)
 
 
-# facts by hand: task -> (class's embedded text, answer, its embedded text, reference, class)
+# By hand: task -> (class, its embedded text, answer, its embedded text, reference).
 READ_BY_THE_ORIGINAL = {
     "esc50": (
         "sea_waves",
@@ -257,7 +263,7 @@ def test_texts_that_the_original_embeds(name):
     number = classes.names.index(key)
     assert classes.texts[number] == class_text
     assert classes.answer(answer) == answer_text
-    assert classes.truths(reference) == [number]
+    assert classes.reference_numbers(reference) == [number]
 
 
 LABEL_FILES = {  # first digits of the sha256
@@ -278,10 +284,11 @@ LABEL_FILES = {  # first digits of the sha256
 
 def test_tables_and_labels():
     assert {task.options.get("answer") for task in LABELLED} <= ANSWERS.keys()
-    assert {task.options.get("truth", "after_colon") for task in LABELLED} <= TRUTHS.keys()
-    counts = {
-        task.name: len(Classes(task, "strict").names) for task in LABELLED
-    }  # It raises if two have one key.
+    assert {
+        task.options.get("truth", "after_colon") for task in LABELLED
+    } <= REFERENCE_READERS.keys()
+    # `Classes` raises if two classes have the same key.
+    counts = {task.name: len(Classes(task, "strict").names) for task in LABELLED}
     assert counts == {
         **{
             "esc50": 50,
@@ -293,10 +300,11 @@ def test_tables_and_labels():
         },
         **{"fsd50k": 200, "audioset": 527, "iemocap": 4, "mosei": 7, "gtzan": 10, "fma": 16},
     }
-    held = {
+    hashes = {
         task.options["labels"]: sha256_of(LABELS / task.options["labels"])[:16] for task in LABELLED
     }
-    assert held == LABEL_FILES  # Their order decides ties, and what --score_labels' columns mean.
+    # The order of the labels decides ties and the columns of --score_labels.
+    assert hashes == LABEL_FILES
     assert sum("  " in name for name in Classes(find_task("vggsound"), "original").names) == 23
     assert max(Counter(task.name for task in TASKS).values()) == 1
     with pytest.raises(ValueError, match="no task 'esc51'. Choose from: esc50, "):
@@ -305,7 +313,7 @@ def test_tables_and_labels():
 
 @pytest.mark.parametrize("protocol", ["strict", "original"])
 @pytest.mark.parametrize("task", LABELLED, ids=lambda task: task.name)
-def test_a_truth_that_is_no_class_stops_with_file_and_row(task, protocol):
+def test_a_reference_that_is_no_class_stops_with_file_and_row(task, protocol):
     known = f"Labels: {Classes(task, protocol).names[0]}"
     if protocol == "original" and not task.options.get("truth"):
         known = known.replace(": ", ":")
@@ -316,7 +324,7 @@ def test_a_truth_that_is_no_class_stops_with_file_and_row(task, protocol):
     scorer = multi_label if task.scorer.endswith("multi_label") else single_label
     assert len(run(scorer, task.name, made[:1], protocol).items) == 1
     with pytest.raises(
-        EvaluationError, match=r"^P.json, row 2: the truth ' ?x y' is no class of eval/labels/"
+        EvaluationError, match=r"^P.json, row 2: the reference ' ?x y' is no class of eval/labels/"
     ):
         run(scorer, task.name, made, protocol)
 
@@ -327,7 +335,7 @@ def test_the_original_stops_at_a_first_answer_without_colon_and_strict_does_not(
         EvaluationError, match="row 1: the original stops at a first prediction without a colon"
     ):
         run(single_label, "vocalsound", made, "original")
-    assert figures(run(single_label, "vocalsound", made))["accuracy"] == 1.0
+    assert metrics_of(run(single_label, "vocalsound", made))["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -345,21 +353,22 @@ def test_strict_reads_the_whole_answer(answer, text):
     assert Classes(find_task("esc50"), "strict").answer(answer) == f"sound of {text}"
 
 
-def test_strict_finds_truths_however_they_are_spelled():
+def test_strict_matches_references_however_they_are_spelled():
     classes = Classes(find_task("vggsound"), "strict")
-    number = classes.truths("Labels: Pigeon, dove cooing")[0]  # one space: lost to the original
+    # The original finds no match for a single space.
+    number = classes.reference_numbers("Labels: Pigeon, dove cooing")[0]
     assert (
         classes.names[number] == "pigeon,  dove cooing"
         and classes.texts[number] == "sound of pigeon, dove cooing"
     )
     with pytest.raises(KeyError):
-        Classes(find_task("vggsound"), "original").truths("Labels: Pigeon, dove cooing")
+        Classes(find_task("vggsound"), "original").reference_numbers("Labels: Pigeon, dove cooing")
     assert (
         plain("Sea_waves.") == "sea waves"
         and plain("Air horn, truck horn") == "air horn truck horn"
     )
     emotions = Classes(find_task("mosei"), "strict")
-    assert emotions.truths("Happiness, with a sentiment score of 2 (positive).") == [0]
+    assert emotions.reference_numbers("Happiness, with a sentiment score of 2 (positive).") == [0]
 
 
 def test_unanswered_rows_are_wrong_and_stay_in_the_denominator():
@@ -372,18 +381,18 @@ def test_unanswered_rows_are_wrong_and_stay_in_the_denominator():
         "empty answer",
         "unreadable",
     ]
-    assert figures(outcome)["accuracy"] == 0.25
-    assert figures(outcome)["micro_f1"] == pytest.approx(2 * 1 / (4 + 1))  # 4 true, 1 said
-    assert figures(outcome)["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 2)  # dog, cat
+    assert metrics_of(outcome)["accuracy"] == 0.25
+    # There are 4 references and 1 answer.
+    assert metrics_of(outcome)["micro_f1"] == pytest.approx(2 * 1 / (4 + 1))
+    assert metrics_of(outcome)["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 2)  # dog, cat
     assert outcome.compute(np.array([0, 0]))["accuracy"] == 1.0
     assert outcome.confusion[1].sum() == 1 and outcome.items[0]["chosen"] == "dog"
     nothing = run(
         single_label, "esc50", rows((None, "L:dog"), ("", "L:cat"), ('"Audio caption: "', "L:dog"))
     )
-    assert figures(nothing)["accuracy"] == 0.0
-    assert (
-        nothing.items[2]["failed"] == "empty answer"
-    )  # "sound of " is near to some class, but nobody said so.
+    assert metrics_of(nothing)["accuracy"] == 0.0
+    # "sound of " is near to some class, but the answer names none.
+    assert nothing.items[2]["failed"] == "empty answer"
     assert (
         run(single_label, "esc50", rows(("Audio caption: ", "L:dog")), "original").items[0][
             "failed"
@@ -393,13 +402,12 @@ def test_unanswered_rows_are_wrong_and_stay_in_the_denominator():
 
 
 def test_macro_f1_of_absent_classes():
-    made = rows(
-        ("A: car", "L:Car"), ("A: bus", "L:Train")
-    )  # car 1; bus, train 0; fourteen are nowhere
-    assert figures(run(single_label, "dcase17", made, "original"))["macro_f1"] == pytest.approx(
+    # F1 is 1 for car and 0 for bus and train; fourteen classes are absent.
+    made = rows(("A: car", "L:Car"), ("A: bus", "L:Train"))
+    assert metrics_of(run(single_label, "dcase17", made, "original"))["macro_f1"] == pytest.approx(
         1 / 17
     )
-    assert figures(run(single_label, "dcase17", made))["macro_f1"] == pytest.approx(1 / 3)
+    assert metrics_of(run(single_label, "dcase17", made))["macro_f1"] == pytest.approx(1 / 3)
 
 
 def test_classes_without_positives_do_not_count():
@@ -411,30 +419,35 @@ def test_classes_without_positives_do_not_count():
     outcome = run(multi_label, "audioset", made)
     # Speech ranks first: AP 1, AUC 1. Yell: first, and last of three: AP (1 + 2/3) / 2, AUC 1/2.
     want = {"mAP": (1 + 5 / 6) / 2, "mAUC": 0.75, "d_prime": d_prime(0.75), "classes": 2.0}
-    assert figures(outcome) == pytest.approx(want)
-    few = "2 of 527 classes have fewer than 5 positives: resamples repeat or lose these, which biases the interval"
+    assert metrics_of(outcome) == pytest.approx(want)
+    few = (
+        "2 of 527 classes have fewer than 5 positives: "
+        "resamples repeat or lose these, which biases the interval"
+    )
     assert outcome.notes == ["525 of 527 classes have no positives", few]
     assert len(run(multi_label, "audioset", made[:2] * 5).notes) == 1
+    # A single-label task is scored by accuracy, so few positives are not noted.
     assert (
         len(run(single_label, "gtzan", rows(("Genre: pop", "Genre: Pop")), "original").notes) == 1
-    )  # accuracy
-    assert figures(run(multi_label, "audioset", made, "original"))["mAP"] == pytest.approx(
+    )
+    assert metrics_of(run(multi_label, "audioset", made, "original"))["mAP"] == pytest.approx(
         (1 + 5 / 6) / 527
     )
 
 
-def test_label_scores_take_the_place_of_embeddings():
+def test_label_scores_replace_embeddings():
     scores = np.log([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]])
     made = rows(("?", "Emotion: neutral"), ("?", "Emotion: sad"))
     outcome = single_label(made, find_task("iemocap"), Context(label_scores=scores))
-    assert figures(outcome)["accuracy"] == 0.5
+    assert metrics_of(outcome)["accuracy"] == 0.5
     assert [item["chosen"] for item in outcome.items] == ["neutral", "angry"]
     fma = rows(("?", "Genre: Rock"), (None, "Genre: Folk, Pop"))
+    # The second example would rank first if it had an answer.
     best = np.tile(np.arange(16.0), (2, 1)) * [
         [1],
         [2],
-    ]  # The second row would rank first, if it had an answer.
-    assert figures(multi_label(fma, find_task("fma"), Context(label_scores=best)))[
+    ]
+    assert metrics_of(multi_label(fma, find_task("fma"), Context(label_scores=best)))[
         "mAP"
     ] == pytest.approx((1 + 2 / 2) / 3)
     with pytest.raises(EvaluationError, match=r"\(2, 4\) label scores, not \(1, 4\)"):
@@ -473,9 +486,8 @@ def test_negative_cosines_are_cut_by_mode_max_only():
         )
 
     made, task = rows(("A: answer", "L:Laughter")), find_task("vocalsound")
-    assert (
-        single_label(made, task, Context("original", embed)).items[0]["chosen"] == "Laughter"
-    )  # all 0: the first
+    # All scores are 0, so the first class is chosen.
+    assert single_label(made, task, Context("original", embed)).items[0]["chosen"] == "Laughter"
     assert single_label(made, task, Context("strict", embed)).items[0]["chosen"] == "Cough"
 
 
@@ -498,28 +510,28 @@ def test_ages(answer, original, strict):
     assert (read_age(answer, "original"), read_age(answer, "strict")) == (original, strict)
 
 
-def test_an_age_that_is_not_named_lowers_the_coverage():
-    truth = "The age of the speaker is {}."
+def test_a_missing_age_lowers_the_coverage():
+    reference = "The age of the speaker is {}."
     made = rows(
-        ("40", truth.format(30)),
-        ("20", truth.format(25)),
-        ("old", truth.format(60)),
-        (None, truth.format(9)),
+        ("40", reference.format(30)),
+        ("20", reference.format(25)),
+        ("old", reference.format(60)),
+        (None, reference.format(9)),
     )
     outcome = run(age, "voxceleb_age", made)
-    assert outcome.compute(np.arange(2)) == pytest.approx(
-        {"mae": 7.5, "pearson": 1.0}
-    )  # They all name an age.
+    # All answers name an age.
+    assert outcome.compute(np.arange(2)) == pytest.approx({"mae": 7.5, "pearson": 1.0})
+    # There is no error of answers without an age.
     none = {
         "mae": np.nan,
         "pearson": np.nan,
         "coverage": 0.5,
-    }  # An error of those without an age there is not.
-    assert figures(outcome) == pytest.approx(none, nan_ok=True)
-    assert figures(run(age, "voxceleb_age", made, "original")) == pytest.approx(
+    }
+    assert metrics_of(outcome) == pytest.approx(none, nan_ok=True)
+    assert metrics_of(run(age, "voxceleb_age", made, "original")) == pytest.approx(
         none | {"mae": 7.5, "pearson": 1.0}
     )
-    assert figures(run(age, "voxceleb_age", made[:2])) == pytest.approx(
+    assert metrics_of(run(age, "voxceleb_age", made[:2])) == pytest.approx(
         {"mae": 7.5, "pearson": 1.0, "coverage": 1}
     )
     assert [item["failed"] for item in outcome.items] == [None, None, "no age", "no answer"]
@@ -549,10 +561,11 @@ def test_genders():
         ("she", "Female."),
     )
     strict, original = (
-        figures(run(gender, "voxceleb_gender", made)),
-        figures(run(gender, "voxceleb_gender", made, "original")),
+        metrics_of(run(gender, "voxceleb_gender", made)),
+        metrics_of(run(gender, "voxceleb_gender", made, "original")),
     )
-    # Female: 2 right of 2 true and 3 said; male: 1 of 3 and 1. The original: 1 of 2 and 1; 3 of 3 and 4.
+    # Female: 2 right of 2 references and 3 answers; male: 1 of 3 and 1. The original: 1 of 2 and 1;
+    # 3 of 3 and 4.
     assert strict == pytest.approx(
         {"accuracy": 0.6, "micro_f1": 6 / 9, "macro_f1": (4 / 5 + 2 / 4) / 2}
     )
@@ -563,7 +576,7 @@ def test_genders():
         run(gender, "voxceleb_gender", rows(("male", "x")))
 
 
-def test_whisper_is_substituted_only_where_its_words_stand():
+def test_whisper_is_substituted_only_where_the_answer_contains_it():
     assert (
         substituted("A CAT SAT", "", "original") == ""
         and substituted("A CAT SAT", "", "strict") == "A CAT SAT"
@@ -583,40 +596,43 @@ def test_word_error_rates():
     outcome = run(
         word_error_rate, "librispeech", made, whisper={"0.wav": "the colour", "1.wav": ""}
     )
-    # ITS for IT IS, COLOUR, 20: 4 errors in 7 words; normalised none. Whisper's "the colour": 1 wrong, 5 missing.
+    # ITS for IT IS, COLOUR, 20: 4 errors in 7 words, none after normalization. Whisper's "the
+    # colour": 1 wrong, 5 missing.
     want = {
         "wer": (4 + 3) / 10,
         "wer_normalized": 3 / 10,
         "wer_whisper": 9 / 10,
         "wer_substituted": 9 / 10,
     }
-    assert figures(outcome) == pytest.approx(want)
+    assert metrics_of(outcome) == pytest.approx(want)
     assert outcome.compute(np.array([0]))["wer"] == pytest.approx(4 / 7)
     assert "wer_substituted: not computed" in run(word_error_rate, "librispeech", made).notes[0]
     with pytest.raises(EvaluationError, match="row 1: no Whisper transcript of '0.wav'"):
         run(word_error_rate, "librispeech", made, whisper={"1.wav": "a"})
-    # Whisper's normaliser takes out all of "hmm": a word of 1 is wrong, and of 0 there is one too many.
+    # Whisper's normalizer removes all of "hmm": 1 word of 1 is wrong, and there is 1 word for 0.
     made += rows(("spoken text: oh", "spoken text:HMM"))
     for protocol in ("strict", "original"):
         outcome = run(word_error_rate, "librispeech", made, protocol)
         assert outcome.compute(np.array([2])) == pytest.approx(
             {"wer": 1.0, "wer_normalized": np.nan}, nan_ok=True
         )
-        assert figures(outcome) == pytest.approx({"wer": 8 / 11, "wer_normalized": 4 / 10})
+        assert metrics_of(outcome) == pytest.approx({"wer": 8 / 11, "wer_normalized": 4 / 10})
     with pytest.raises(EvaluationError, match="row 1: the reference has no words"):
         run(word_error_rate, "librispeech", rows(("a", "...")))
 
 
 def test_toy_category():
-    truth = "Labels: dog barking; animals."
+    reference = "Labels: dog barking; animals."
     outcome = toy_category(
-        rows((truth, truth), ("A dog.", truth), (None, truth)), find_task("toy"), Context()
+        rows((reference, reference), ("A dog.", reference), (None, reference)),
+        find_task("toy"),
+        Context(),
     )
-    assert figures(outcome) == pytest.approx(
+    assert metrics_of(outcome) == pytest.approx(
         {"accuracy": 1 / 3, "exact_label": 1 / 3, "in_form": 1 / 3}
     )
     with pytest.raises(EvaluationError, match="row 1: the reference 'x' has no form"):
-        toy_category(rows((truth, "x")), find_task("toy"), Context())
+        toy_category(rows((reference, "x")), find_task("toy"), Context())
 
 
 @pytest.mark.parametrize("protocol", ["strict", "original"])

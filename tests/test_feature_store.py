@@ -1,4 +1,4 @@
-"""The folder of features: its files, the original's files, and their extraction, killed and shared."""
+"""Tests folders of features, and their extraction by one or more processes."""
 
 import hashlib
 import json
@@ -50,9 +50,8 @@ def test_read_is_what_was_written(tmp_path: Path, dtype: torch.dtype, shape: lis
     assert torch.equal(stored.features, content) and stored.features.dtype == dtype
     assert (stored.transcript, stored.seconds) == ("He said “no”.", 1.5)
     assert store.has("a/ö clip.wav", with_transcript=True)
-    store.write(
-        "b/ö clip.wav", content, None, None
-    )  # The same stem in another folder is another clip.
+    # The same stem in another folder is another clip.
+    store.write("b/ö clip.wav", content, None, None)
     assert store.has("b/ö clip.wav") and not store.has("b/ö clip.wav", with_transcript=True)
     assert store.read("c/ö clip.wav") is None and not store.has("c/ö clip.wav")
 
@@ -61,9 +60,8 @@ def test_opened_again(store: FeatureStore) -> None:
     store.write("a.wav", features(), "", 1.0)
     opened = FeatureStore(store.folder)
     assert opened.description == DESCRIPTION and opened.read("a.wav").transcript == ""
-    assert FeatureStore.create(store.folder, DESCRIPTION | {"whisper_model": "moved.pt"}).has(
-        "a.wav"
-    )
+    moved = FeatureStore.create(store.folder, DESCRIPTION | {"whisper_model": "moved.pt"})
+    assert moved.has("a.wav")
     with pytest.raises(FileNotFoundError, match="holds no features.*extract_whisper_feature"):
         FeatureStore(store.folder / "nothing")
 
@@ -77,16 +75,16 @@ def test_damage_is_found(store: FeatureStore) -> None:
         with pytest.raises(FeatureError, match=f"{path.name}.*damaged.*Delete it and run"):
             store.read("a.wav")
         assert not store.has("a.wav")
-    for place in (len(whole) // 2, len(whole) - 40):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-        with pytest.raises(FeatureError, match="its sum does not fit"):
+    for offset in (len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 16]) + whole[offset + 1 :])
+        with pytest.raises(FeatureError, match="its checksum does not fit"):
             store.read("a.wav")
     error = pickle.loads(pickle.dumps(FeatureError("p", "r", "w")))
-    assert (error.path, error.reason, error.way_out, str(error)) == ("p", "r", "w", "p: r. w")
+    assert (error.path, error.reason, error.hint, str(error)) == ("p", "r", "w", "p: r. w")
 
 
 def test_another_model_is_refused(store: FeatureStore) -> None:
-    for change, words in (
+    for change, message in (
         (
             {"fingerprint": "cd" * 32, "whisper_model": "large-v1"},
             "tiny.pt.*large-v1.*abab.*there, cdcd.*now",
@@ -95,7 +93,7 @@ def test_another_model_is_refused(store: FeatureStore) -> None:
         ({"feature_precision": "fp16"}, "feature_precision fp32 there, fp16 now"),
         ({"computed_in": "fp32"}, "computed_in None there, fp32 now"),
     ):
-        with pytest.raises(ValueError, match=f"(?s){words}.*Choose another folder"):
+        with pytest.raises(ValueError, match=f"(?s){message}.*Choose another folder"):
             FeatureStore.create(store.folder, DESCRIPTION | change)
 
 
@@ -112,7 +110,7 @@ def test_wrong_width_names_both(store: FeatureStore, tmp_path: Path) -> None:
         store.read("a.wav")
 
 
-def test_failed_clips_have_a_mark_and_no_features(store: FeatureStore) -> None:
+def test_failed_clips_have_a_marker_and_no_features(store: FeatureStore) -> None:
     store.fail("a.wav", "missing", "a.wav: no such file")
     assert store.read("a.wav") is None and not store.has("a.wav")
     assert store.failures() == [
@@ -138,15 +136,12 @@ def test_original_folders_are_read(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     assert store.description == {}
     assert torch.equal(store.read("/a/b/c/d/clip.wav").features, content)
-    assert torch.equal(
-        store.read("/p/q/e.f.mp3").features, content + 1
-    )  # inference_batch of the original: the stem
+    # The original's inference_batch names a file by the stem of the clip.
+    assert torch.equal(store.read("/p/q/e.f.mp3").features, content + 1)
     assert store.read("/p/q/e.f.mp3")[1:] == (None, None)
-    assert (
-        store.read("x/failed.wav") is None
-        and not store.has("x/failed.wav")
-        and store.has("e.f.wav")
-    )
+    assert store.read("x/failed.wav") is None
+    assert not store.has("x/failed.wav")
+    assert store.has("e.f.wav")
     with pytest.raises(FeatureError, match="x_bad.npz: no features of the original"):
         store.read("x/bad.wav")
     (tmp_path / "x_bad.npz").unlink()
@@ -163,7 +158,7 @@ def test_original_folders_are_read(tmp_path: Path) -> None:
             write()
 
 
-# Extraction.
+# --- extraction
 
 CLIPS = 11  # Three batches.
 
@@ -176,12 +171,10 @@ def data(tmp_path_factory) -> Path:
     for number in range(CLIPS):
         sound = np.random.default_rng(number).standard_normal(4000 + 900 * number) * 0.1
         soundfile.write(folder / f"clip{number}.wav", sound, 16_000)
-        row = {
-            "instruction": "What is it?",
-            "audio_id": f"clip{number}.wav",
-            "input": "words" if number % 3 else None,
-        }
-        rows.append(row if number % 3 else {key: row[key] for key in row if key != "input"})
+        row = {"instruction": "What is it?", "audio_id": f"clip{number}.wav"}
+        if number % 3:
+            row["input"] = "words"
+        rows.append(row)
     rows.append({"instruction": "No sound?", "audio_id": "empty"})
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
@@ -190,10 +183,10 @@ def data(tmp_path_factory) -> Path:
 def flags(data: Path, folder: Path, *more: str) -> list[str]:
     settings = {"data_path": data / "rows.json", "output_dir": folder, "whisper": data / "tiny.pt"}
     settings |= {"feature_precision": "fp32", "batch_size": "4", "device": "cpu"}
-    return [
-        *(word for name, value in settings.items() for word in (f"--{name}", str(value))),
-        *more,
-    ]
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", str(value)]
+    return [*words, *more]
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -206,7 +199,7 @@ def files_of(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole_folder(data: Path, tmp_path_factory) -> Path:
-    """The folder of a run that nobody disturbed."""
+    """Folder of a run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert extract_whisper_feature.main(flags(data, folder)) == 0
     return folder
@@ -214,7 +207,7 @@ def whole_folder(data: Path, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(whole_folder: Path) -> dict[str, str]:
-    """The files of that run."""
+    """Hashes of the files of a run without interruption."""
     return files_of(whole_folder)
 
 
@@ -222,7 +215,9 @@ def start(data: Path, folder: Path, output: Path, **more) -> BaseProcess:
     return start_command("ltu_as.extract_whisper_feature", flags(data, folder), output, **more)
 
 
-def test_extraction_keeps_what_is_wanted(data: Path, whole_folder: Path, tmp_path: Path) -> None:
+def test_extraction_stores_features_and_transcripts(
+    data: Path, whole_folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(whole_folder, tmp_path, dirs_exist_ok=True)
     assert len(files_of(tmp_path)) == CLIPS + 2
     store = FeatureStore(tmp_path)
@@ -233,31 +228,31 @@ def test_extraction_keeps_what_is_wanted(data: Path, whole_folder: Path, tmp_pat
     ]
     assert stored[4].seconds == (4000 + 900 * 4) / 16_000
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert extract_whisper_feature.main(flags(data, tmp_path)) == 0  # Nothing is done twice ...
+    # A second run does not write a file again, but adds transcripts if they are missing.
+    assert extract_whisper_feature.main(flags(data, tmp_path)) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert (
-        extract_whisper_feature.main(flags(data, tmp_path, "--transcribe", "all")) == 0
-    )  # ... but words are added.
+    assert extract_whisper_feature.main(flags(data, tmp_path, "--transcribe", "all")) == 0
     assert all(store.has(f"clip{number}.wav", with_transcript=True) for number in range(CLIPS))
 
 
 def test_killed_and_run_again(data: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    """Killed in its first batch of four clips; started again, killed in its second."""
+    """One run is killed in its first batch of four clips, the next one in its second batch."""
     folder = tmp_path / "features"
-    for file, stored in ((4, 2), (4, 2 + 3)):  # The first file of the first run is the description.
+    # The first file that the first run writes is the description.
+    for file, stored in ((4, 2), (4, 2 + 3)):
         process = start(data, folder, tmp_path / "output", kill_at=("replace", file))
         process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
         assert len(list(folder.rglob("*.safetensors"))) == stored
         assert list(folder.rglob("*.tmp"))
     cut = next(folder.rglob("*.safetensors"))
-    cut.write_bytes(cut.read_bytes()[:-100])  # What a power cut may leave.
-    cut.with_name(f"{cut.name}.tmp").write_bytes(b"half")  # And what kill -9 may.
+    cut.write_bytes(cut.read_bytes()[:-100])  # As after a power cut.
+    cut.with_name(f"{cut.name}.tmp").write_bytes(b"half")  # As after kill -9.
     assert extract_whisper_feature.main(flags(data, folder)) == 0
     assert files_of(folder) == whole
 
 
-def test_two_processes_make_the_same_files(
+def test_two_processes_write_the_same_files(
     data: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "features"
@@ -283,11 +278,11 @@ def test_failures_are_named_and_never_zeros(
     assert extract_whisper_feature.main(command) == 1
     assert "gone.wav: no such file" in capsys.readouterr().err
     assert extract_whisper_feature.main([*command, "--max_bad", "2"]) == 0
-    ledger = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert {key: ledger[key] for key in ("clips", "stored", "failed", "not_done")} == {
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {key: summary[key] for key in ("clips", "stored", "failed", "not_done")} == {
         "clips": 3, "stored": 1, "failed": 2, "not_done": 0,
     }  # fmt: skip
-    assert ledger["reasons"] == {"missing": 1, "unreadable": 1}
+    assert summary["reasons"] == {"missing": 1, "unreadable": 1}
     store = FeatureStore(tmp_path / "out")
     assert store.read("gone.wav") is None and len(list(store.folder.rglob("*.safetensors"))) == 1
     (data / "gone.wav").write_bytes((data / "clip2.wav").read_bytes())
@@ -305,10 +300,10 @@ def test_overflow_is_a_failure(data: Path, tmp_path: Path, monkeypatch) -> None:
         return batch
 
     monkeypatch.setattr(extract_whisper_feature.LtuAsFeatureExtractor, "__call__", overflow)
-    words = flags(data, tmp_path, "--transcribe", "none", "--max_bad", "2")
-    assert extract_whisper_feature.main(words) == 1
-    ledger = json.loads((tmp_path / "summary.json").read_text())
-    assert ledger["reasons"] == {"not_finite": 3}  # one a batch
+    command = flags(data, tmp_path, "--transcribe", "none", "--max_bad", "2")
+    assert extract_whisper_feature.main(command) == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["reasons"] == {"not_finite": 3}  # One per batch.
 
 
 def test_extraction_refuses_what_does_not_fit(data: Path, whole, tmp_path: Path) -> None:
@@ -317,16 +312,10 @@ def test_extraction_refuses_what_does_not_fit(data: Path, whole, tmp_path: Path)
         extract_whisper_feature.main(flags(data, tmp_path))
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "q.json").write_text(
-            json.dumps([{"instruction": "?", "audio_id": "clip0.wav"}])
-        )
-    command = flags(
-        data,
-        tmp_path / "out",
-        "--data_path",
-        str(tmp_path / "x/q.json"),
-        str(tmp_path / "y/q.json"),
-    )
+        rows = [{"instruction": "?", "audio_id": "clip0.wav"}]
+        (tmp_path / name / "q.json").write_text(json.dumps(rows))
+    paths = [str(tmp_path / "x/q.json"), str(tmp_path / "y/q.json")]
+    command = flags(data, tmp_path / "out", "--data_path", *paths)
     with pytest.raises(ValueError, match="clip0.wav' is .*x/clip0.wav and .*y/clip0.wav"):
         extract_whisper_feature.main(command)
     process = start(data, tmp_path, tmp_path / "output")

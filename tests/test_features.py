@@ -1,4 +1,4 @@
-"""Filterbank and log-mel against golden numbers, and the promises of the extractors."""
+"""Compares filterbank and log-mel with golden numbers, and tests the feature extractors."""
 
 import json
 from pathlib import Path
@@ -10,20 +10,19 @@ from transformers import AutoFeatureExtractor
 from ltu.data.audio import AudioError, load_audio
 from ltu.models.feature_extraction_ltu import LtuFeatureExtractor, YamnetFeatureExtractor
 
-MEAN, STD = -5.081, 4.4849
+MEAN = -5.081
+STD = 4.4849
 CLIPS = ("noise3", "noise10", "noise12p5", "tone4", "silence2", "sr44k_mono", "stereo5")
-# Clips whose filterbank has bins at the rounding noise of a float32 FFT; tests/golden/README.md has the figures.
+# Clips whose filterbank has bins at the rounding noise of a float32 FFT; tests/golden/README.md has
+# the numbers.
 ILL_CONDITIONED = ("sr44k_mono", "stereo5")
 NOISE = 5e-3
 
 
 def waveform_of(golden: Path, clip: str) -> np.ndarray:
-    # Silence is refused by load_audio, yet its filterbank is defined.
-    return (
-        np.zeros(32_000, np.float32)
-        if clip == "silence2"
-        else load_audio(golden / "wav" / f"{clip}.wav")
-    )
+    if clip == "silence2":  # load_audio refuses silence, but its filterbank is defined.
+        return np.zeros(32_000, np.float32)
+    return load_audio(golden / "wav" / f"{clip}.wav")
 
 
 def within_60_db(normalised: np.ndarray) -> np.ndarray:
@@ -36,7 +35,7 @@ def test_filterbank_equals_the_original(golden: Path, golden_report, clip: str) 
     figures = np.load(golden / "fbank_ltu.npz")
     key = f"{clip}.gradio" if f"{clip}.gradio" in figures.files else f"{clip}.collator"
     summary = json.loads((golden / "fbank_ltu.json").read_text())[clip][key.split(".")[1]]
-    step = 1 if clip == "noise3" else 8  # frames
+    step = 1 if clip == "noise3" else 8  # Of the golden frames.
     check_filterbank(golden, golden_report, "filterbank", clip, figures[key], summary, step)
 
 
@@ -82,18 +81,15 @@ def test_log_mel_equals_an_independent_front_end(golden: Path, golden_report, cl
         "log-mel (YAMNet)", clip, np.abs(features[::16] - expected[f"{clip}.log_mel"]).max(), 1e-4
     )
     if clip == "tone4":
-        padded = (
-            YamnetFeatureExtractor(loop_short_clips=False)(waveform_of(golden, clip))
-            .input_features[0]
-            .numpy()
-        )
+        extractor = YamnetFeatureExtractor(loop_short_clips=False)
+        padded = extractor(waveform_of(golden, clip)).input_features[0].numpy()
         error = np.abs(padded[::16] - expected["tone4.log_mel_padded"]).max()
         golden_report("log-mel (YAMNet)", "tone4 padded", error, 1e-4)
         assert np.allclose(padded[402:], np.log(0.001))
 
 
 def test_short_clips_are_repeated() -> None:
-    clip = np.random.default_rng(0).normal(size=1600).astype(np.float32)  # 10 frames
+    clip = np.random.default_rng(0).normal(size=1600).astype(np.float32)  # 10 frames.
     features = YamnetFeatureExtractor()(clip).input_features[0]
     assert (features[:10] - features[10:20]).abs().max() < 1e-5
 
@@ -109,9 +105,9 @@ class TestEveryExtractor:
         for row, clip in zip(batch, clips, strict=True):
             assert (row == extractor(clip).input_features[0]).all()
 
-    def test_what_comes_after_the_window_is_not_heard(self, extractor, golden: Path) -> None:
+    def test_audio_after_the_chunk_has_no_effect(self, extractor, golden: Path) -> None:
         clip = waveform_of(golden, "noise12p5").copy()
-        clip[170_000:] = clip[170_000:][::-1]  # The mean stays.
+        clip[170_000:] = clip[170_000:][::-1]  # The mean does not change.
         before = extractor(waveform_of(golden, "noise12p5")).input_features
         assert (extractor(clip).input_features - before).abs().max() < 1e-3
         assert extractor.chunk_seconds == pytest.approx(10.24)
@@ -132,15 +128,12 @@ class TestEveryExtractor:
         assert type(opened) is type(extractor) and opened.to_dict() == extractor.to_dict()
         clip = waveform_of(golden, "noise3")
         assert (opened(clip).input_features == extractor(clip).input_features).all()
-        assert (
-            type(extractor).from_pretrained(tmp_path)(clip).input_features
-            == opened(clip).input_features
-        ).all()
+        by_class = type(extractor).from_pretrained(tmp_path)
+        assert (by_class(clip).input_features == opened(clip).input_features).all()
 
     def test_numpy_on_request(self, extractor, golden: Path) -> None:
-        assert isinstance(
-            extractor(waveform_of(golden, "noise3"), return_tensors="np").input_features, np.ndarray
-        )
+        batch = extractor(waveform_of(golden, "noise3"), return_tensors="np")
+        assert isinstance(batch.input_features, np.ndarray)
 
     def test_refusals(self, extractor) -> None:
         with pytest.raises(ValueError, match="16000 Hz, got 44100 Hz"):
@@ -154,8 +147,6 @@ class TestEveryExtractor:
 def test_settings_survive_saving(tmp_path: Path) -> None:
     YamnetFeatureExtractor(num_frames=96, loop_short_clips=False).save_pretrained(tmp_path)
     opened = AutoFeatureExtractor.from_pretrained(tmp_path)
-    assert (
-        opened.num_frames == 96
-        and not opened.loop_short_clips
-        and opened.chunk_seconds == pytest.approx(0.96)
-    )
+    assert opened.num_frames == 96
+    assert not opened.loop_short_clips
+    assert opened.chunk_seconds == pytest.approx(0.96)

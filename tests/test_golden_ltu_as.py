@@ -1,10 +1,9 @@
-"""LTU-AS against what the original gave: TLTR, audio tokens, logits, loss, gradients and five steps of training.
+"""Compares LTU-AS with golden numbers of the original.
 
-Notable:
-- the tiny model goes through `ltu_as.convert_checkpoint`, and the features lie in a folder as the
-  original wrote them (`.npz`, its own names; not compressed here), so the numbers hold the
-  conversion and the reading too;
-- the features are noise by `golden/rule_init.py`.
+They are TLTR, audio tokens, logits, loss, gradients and five steps of training. The tiny model is
+converted by `ltu_as.convert_checkpoint`. The features, noise by `golden/rule_init.py`, are read
+from a folder as the original wrote it (`.npz` under its own names, but not compressed). So the
+numbers test conversion and reading too.
 """
 
 import shutil
@@ -43,15 +42,15 @@ BOUND = 1e-5
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Checkpoint folder "all", and the features of the toy rows."""
-    folder, state = tmp_path_factory.mktemp("golden_as"), trained_state("layout_ltu_as")
+    """Folder of the checkpoint "all", and of the features of the toy examples."""
+    folder = tmp_path_factory.mktemp("golden_as")
+    state = trained_state("layout_ltu_as")
     llm = write_llm(folder / "llm")
     convert(state, llm, folder / "all", main)
     (folder / "features").mkdir()
     for index, row in enumerate(read("toy_ltu_as")):
-        parts = (
-            row["audio_id"].removesuffix(".flac").split("/")
-        )  # The original's name: three folders and the file.
+        # The original's name of a feature file has three folders and the name of the clip.
+        parts = row["audio_id"].removesuffix(".flac").split("/")
         features = seeded(f"ltuas.feat.clip{index}", (32, 25, 1280), -2, 2)
         np.savez(folder / "features" / f"{'_'.join(parts[-4:])}.npz", features)
     yield folder
@@ -73,7 +72,7 @@ def processor(root: Path) -> LtuAsProcessor:
 def collate(
     processor: LtuAsProcessor, rows: list[int], audio: bool = True
 ) -> dict[str, torch.Tensor]:
-    """These toy rows as a batch of the original's training."""
+    """Collate toy examples to a batch of the original's training."""
     items = []
     for row in (read("toy_ltu_as")[index] for index in rows):
         ids, labels = processor.encode_example(row, CUTOFF)
@@ -83,25 +82,25 @@ def collate(
 
 
 @torch.no_grad()
-def test_ear(golden_report, model, processor) -> None:
-    features, arrays, seen = (
-        collate(processor, [0, 1])["input_features"],
-        stored("encoder_ltu_as"),
-        [],
-    )
+def test_audio_encoder(golden_report, model, processor) -> None:
+    features = collate(processor, [0, 1])["input_features"]
+    arrays = stored("encoder_ltu_as")
+    outputs = []
     tower = model.audio_tower
     hooks = []
     for part in (tower.time_tr, tower):
-        hooks.append(part.register_forward_hook(lambda *call: seen.append(call[2])))
+        hooks.append(part.register_forward_hook(lambda *call: outputs.append(call[2])))
     tokens = model.get_audio_features(features)
     for hook in hooks:
         hook.remove()
-    time = seen[0].unflatten(0, (2, 32))[:, ::4, ::4, ::64]
+    time = outputs[0].unflatten(0, (2, 32))[:, ::4, ::4, ::64]
     golden_report("TLTR", "over time", worst(time, arrays["time_tr_strided"]), BOUND)
-    golden_report("TLTR", "output", worst(seen[1], arrays["tltr_out"]), BOUND)
+    golden_report("TLTR", "output", worst(outputs[1], arrays["tltr_out"]), BOUND)
     golden_report("TLTR", "audio tokens", worst(tokens, arrays["audio_tokens"]), BOUND)
-    # Neither transformer knows positions: layers may come in any order, and time steps move with their vectors.
-    first, output = features[:1], arrays["tltr_out"][:1]
+    # Neither transformer has position embeddings: the order of layers has no effect, and outputs
+    # follow the order of time steps.
+    first = features[:1]
+    output = arrays["tltr_out"][:1]
     golden_report("TLTR", "layers reversed", worst(tower(first.flip(1)), output), BOUND)
     backwards = tower(first.flip(2))
     golden_report("TLTR", "time reversed", worst(backwards.flip(1), output), BOUND)
@@ -120,7 +119,9 @@ def runs(model: LtuAsForConditionalGeneration, processor: LtuAsProcessor) -> dic
 @pytest.mark.parametrize("name", ["b3", "b1"])
 def test_forward_and_gradients(golden_report, runs: dict[str, Run], name: str) -> None:
     figures, arrays = read("forward_ltu_as")[name], stored("forward_ltu_as")
-    batch, logits, gradients = runs[name].batch, runs[name].logits, dict(runs[name].gradients)
+    batch = runs[name].batch
+    logits = runs[name].logits
+    gradients = dict(runs[name].gradients)
     text = slice(-arrays[f"{name}.input_ids"].shape[1], None)
     golden_report(
         "LTU-AS forward",
@@ -133,9 +134,8 @@ def test_forward_and_gradients(golden_report, runs: dict[str, Run], name: str) -
     golden_report("LTU-AS forward", f"{name}, loss", abs(runs[name].loss - figures["loss"]), BOUND)
     labels = arrays[f"{name}.labels"].copy()
     for row, length in enumerate(figures["lengths"]):
-        if (
-            length == labels.shape[1]
-        ):  # No pad before <s>: what stands there is audio, and that predicts no label.
+        # Without padding before <s>, an audio token comes before it, and predicts no label.
+        if length == labels.shape[1]:
             labels[row, 0] = IGNORED
     golden_report("LTU-AS forward", f"{name}, labels", worst(batch["labels"][:, text], labels), 0)
     mask = arrays[f"{name}.attention_mask"]
@@ -165,9 +165,10 @@ def test_forward_and_gradients(golden_report, runs: dict[str, Run], name: str) -
 
 @torch.no_grad()
 def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeypatch) -> None:
-    """No mask; no LoRA; positions that do not count pads; text only. The audio is that of b3."""
+    """Variants of batch b3: no mask, no LoRA, positions that do not count padding, text only."""
     figures, arrays = read("forward_ltu_as"), stored("forward_ltu_as")
-    batch, audio = runs["b3"].batch, runs["b3"].audio
+    batch = runs["b3"].batch
+    audio = runs["b3"].audio
     monkeypatch.setattr(model, "get_audio_features", lambda features: audio)
 
     def compare(variant: str, model: LtuAsForConditionalGeneration, batch: dict) -> None:
@@ -182,14 +183,13 @@ def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeyp
         "b3_nomask", model, {key: value for key, value in batch.items() if key != "attention_mask"}
     )
     compare("b3_cumsum_positions", model, batch | {"position_ids": None})
-    model.language_model.set_attn_implementation(
-        "eager"
-    )  # What pads see depends on the kernel: test_golden_model.py.
+    # The tokens that padding attends to depend on the kernel; see test_golden_model.py.
+    model.language_model.set_attn_implementation("eager")
     try:
         compare("b3_textonly", model, collate(processor, figures["b3"]["examples"], audio=False))
     finally:
         model.language_model.set_attn_implementation("sdpa")
-    # A folder without LoRA is converted in test_golden_model.py; here its product is made 0.
+    # Set the product of LoRA to 0. test_golden_model.py converts a folder without LoRA.
     factors = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
     values = [parameter.clone() for parameter in factors]
     assert factors
@@ -205,7 +205,7 @@ def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeyp
 def test_five_steps(
     golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ear, projection and a fresh LoRA, by the trainer's own flags, from a folder of features."""
+    """Audio encoder, projector and a new LoRA are trained from a folder of features."""
     monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
     figures, arrays = read("traj_ltu_as_all"), stored("traj_ltu_as_all")
     names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
@@ -234,7 +234,8 @@ def test_five_steps(
         for name, parameter in trainer.model.named_parameters()
         if parameter.requires_grad
     }
-    start, shapes = {name: parameter.detach().clone() for name, parameter in trained.items()}, []
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    shapes = []
     trainer.model.register_forward_pre_hook(
         lambda model, args, kwargs: shapes.append(list(kwargs["attention_mask"].shape)),
         with_kwargs=True,

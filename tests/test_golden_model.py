@@ -1,9 +1,11 @@
-"""The whole model against what the original gave: ids, logits, loss, gradients, answers and five steps of training.
+"""Compares the whole model with golden numbers of the original.
 
-Notable:
-- the tiny model goes through `ltu.convert_checkpoint`, so every number here holds the conversion too;
-- logits are held to 1e-5; a row whose clip is a chirp to 1e-4, because most of a pure tone's filterbank is rounding
-  noise of the float32 FFT (tests/golden/README.md), and another build of torch rounds otherwise.
+They are tokens, logits, loss, gradients, answers and five steps of training. The tiny model is
+converted by `ltu.convert_checkpoint`, so every number here tests the conversion too.
+
+The bound of logits is 1e-5. It is 1e-4 for an example whose clip is a chirp: most of a pure tone's
+filterbank is rounding noise of the float32 FFT (tests/golden/README.md), and another build of torch
+rounds differently.
 """
 
 import re
@@ -39,14 +41,17 @@ from tests.released import (
     write_llm,
 )
 
-NOISE, CHIRP = 1e-5, 1e-4  # Bounds of logits; see above.
-CHIRPS = (2,)  # Rows of toy_ltu.json in golden batches whose clip is one.
+# Bounds of logits, for clips of noise and of a chirp; see above.
+NOISE = 1e-5
+CHIRP = 1e-4
+CHIRPS = (2,)  # Examples of toy_ltu.json in golden batches whose clip is a chirp.
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Checkpoint folders: "all", and "no_lora", from which stage 1 starts."""
-    root, state = tmp_path_factory.mktemp("golden"), trained_state()
+    """Checkpoint folders: "all", and "no_lora", the initial checkpoint of stage 1."""
+    root = tmp_path_factory.mktemp("golden")
+    state = trained_state()
     llm = write_llm(root / "llm")
     without = {key: value for key, value in state.items() if "lora" not in key}
     yield {
@@ -62,7 +67,8 @@ def encoded_once() -> Iterator[None]:
 
     All models of this module have the same encoder.
     """
-    stock_encode, known = CavMaeModel.encode, {}
+    stock_encode = CavMaeModel.encode
+    known = {}
 
     def encode(encoder: CavMaeModel, input_features: torch.Tensor) -> torch.Tensor:
         keys = [clip.numpy().tobytes() for clip in input_features]
@@ -93,11 +99,11 @@ def processor(folders: dict[str, Path]) -> LtuProcessor:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy rows beside their clips."""
+    """Folder of the toy dataset file and its clips."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copytree(GOLDEN / "wav", folder / "wav")
     shutil.copy(GOLDEN / "toy_ltu.json", folder)
-    time = np.arange(160_000) / 16_000  # s
+    time = np.arange(160_000) / 16_000  # In seconds.
     chirp = 0.5 * np.sin(2 * np.pi * (50 + 392.5 * time) * time)  # From 50 to 7900 Hz in 10 s.
     soundfile.write(
         folder / "wav" / "chirp10.wav", np.round(chirp * 32767).astype(np.int16), 16_000
@@ -108,7 +114,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def collate(
     processor: LtuProcessor, data: Path, rows: list[int], audio: bool = True
 ) -> dict[str, torch.Tensor]:
-    """These toy rows as a batch of the original's training."""
+    """Collate toy examples to a batch of the original's training."""
     items = []
     for row in (read("toy_ltu")[index] for index in rows):
         ids, labels = processor.encode_example(row, CUTOFF)
@@ -131,7 +137,7 @@ def runs(model: LtuForConditionalGeneration, processor: LtuProcessor, data: Path
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("runs")  # Its batch b3 has row 0.
+@pytest.mark.usefixtures("runs")  # Example 0 is in batch b3 of the fixture.
 def test_audio_encoder(golden_report, model, processor: LtuProcessor, data: Path) -> None:
     features, arrays = collate(processor, data, [0, 1])["input_features"], stored("encoder_ltu")
     tower = model.audio_tower
@@ -152,12 +158,13 @@ def test_audio_encoder(golden_report, model, processor: LtuProcessor, data: Path
 
 @torch.no_grad()
 def test_layers_on_the_originals_filterbank(golden_report, model) -> None:
-    # The first layers do not normalise, so the filterbank's own 1e-4 would show: start from the
-    # original's.
+    # Start from the original's filterbank. The first layers do not normalise, so the deviation of
+    # our filterbank (1e-4) would show.
     real = torch.from_numpy(stored("fbank_ltu")["noise3.collator"])
     spectrogram = torch.full((1, 1024, 128), 5.081 / 4.4849)
     spectrogram[0, : len(real)] = real
-    tower, arrays = model.audio_tower, stored("encoder_ltu")
+    tower = model.audio_tower
+    arrays = stored("encoder_ltu")
     patches = tower.patch_embed_a(spectrogram)
     stages = {
         "patch_embed_strided": patches,
@@ -174,13 +181,14 @@ def test_layers_on_the_originals_filterbank(golden_report, model) -> None:
 
 @pytest.mark.parametrize("name", ["b3", "b1"])
 def test_batch_logits_and_loss(golden_report, runs: dict[str, Run], name: str) -> None:
-    run, figures, arrays = runs[name], read("forward_ltu")[name], stored("forward_ltu")
+    run = runs[name]
+    figures = read("forward_ltu")[name]
+    arrays = stored("forward_ltu")
     text = slice(-run.logits.shape[1], None)
     labels = arrays[f"{name}.labels"].copy()
     for row, length in enumerate(figures["lengths"]):
-        if (
-            length == labels.shape[1]
-        ):  # No pad before <s>: what stands there is audio, and that predicts no label.
+        # Without padding before <s>, an audio token comes before it, and predicts no label.
+        if length == labels.shape[1]:
             labels[row, 0] = IGNORED
     golden_report(
         "forward",
@@ -205,20 +213,18 @@ def test_batch_logits_and_loss(golden_report, runs: dict[str, Run], name: str) -
 
 @pytest.mark.parametrize("name", ["b3", "b1"])
 def test_gradients(golden_report, runs: dict[str, Run], name: str) -> None:
-    gradients, figures, arrays = (
-        dict(runs[name].gradients),
-        read("forward_ltu")[name],
-        stored("forward_ltu"),
-    )
+    gradients = dict(runs[name].gradients)
+    figures = read("forward_ltu")[name]
+    arrays = stored("forward_ltu")
     total = torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm().item()
     golden_report(
         "gradients", f"{name}, norm of all", abs(total / figures["grad_norm_total"] - 1), RELATIVE
     )
     for key, norm in figures["grad_norms"].items():
-        gradient = gradients.pop(
-            our_name(key), torch.zeros(1)
-        )  # An unused norm has a gradient of 0 in the original.
-        # In float32 as the stored ones: over two million squares the rounding of that sum alone is 2e-4.
+        # An unused norm has a gradient of 0 in the original.
+        gradient = gradients.pop(our_name(key), torch.zeros(1))
+        # Compute the norm in float32, as the golden one: over two million squares, the rounding of
+        # the sum alone is 2e-4.
         error = abs(gradient.norm().item() - norm) / (norm or 1.0)
         golden_report("gradients", f"{name}, norm of {our_name(key)}", error, RELATIVE)
         if f"{name}.grad.{key}" in arrays:
@@ -233,18 +239,20 @@ def test_gradients(golden_report, runs: dict[str, Run], name: str) -> None:
 
 
 @pytest.fixture
-def heard(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the ear makes of b3, once for all: it is not what varies."""
+def audio_encoded_once(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the audio encoder by its output for batch b3, which no variant changes."""
     monkeypatch.setattr(
         LtuForConditionalGeneration, "get_audio_features", lambda self, features: runs["b3"].audio
     )
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("heard")
+@pytest.mark.usefixtures("audio_encoded_once")
 def test_variants(golden_report, model, folders, processor, data, runs: dict[str, Run]) -> None:
-    """No mask; no LoRA; positions that do not count pads; text only."""
-    batch, figures, arrays = runs["b3"].batch, read("forward_ltu"), stored("forward_ltu")
+    """Variants: no mask, no LoRA, positions that do not count padding, text only."""
+    batch = runs["b3"].batch
+    figures = read("forward_ltu")
+    arrays = stored("forward_ltu")
 
     def compare(variant: str, model: LtuForConditionalGeneration, batch: dict) -> None:
         output = model(**batch)
@@ -264,8 +272,9 @@ def test_variants(golden_report, model, folders, processor, data, runs: dict[str
     )
     compare("b3_nolora", LtuForConditionalGeneration.from_pretrained(folders["no_lora"]), batch)
     compare("b3_cumsum_positions", model, batch | {"position_ids": None})
-    # Pads before the text of a row without audio see nothing. What they write depends on the kernel, and the last of
-    # them predicts <s>: in the original's kernel, as in the eager one, they saw everything alike.
+    # Padding before the text of a row without audio attends to no token. Its output depends on the
+    # attention kernel, and its last token predicts <s>. In the original's kernel, as in the eager
+    # one, it attends to all tokens alike.
     model.language_model.set_attn_implementation("eager")
     try:
         compare(
@@ -276,22 +285,24 @@ def test_variants(golden_report, model, folders, processor, data, runs: dict[str
 
 
 MISTAKES = {
-    "positions that do not count pads": lambda batch: {
+    "positions that do not count padding": lambda batch: {
         "position_ids": batch["attention_mask"].cumsum(-1) - 1
     },
-    "pads are seen": lambda batch: {"attention_mask": torch.ones_like(batch["attention_mask"])},
+    "padding is not masked": lambda batch: {
+        "attention_mask": torch.ones_like(batch["attention_mask"])
+    },
     "<s> before the audio": lambda batch: {"input_ids": batch["input_ids"].roll(1, 1)},
     "another row's audio": lambda batch: {"audio_index": torch.tensor([1, 2, 0])},
 }
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("heard")
+@pytest.mark.usefixtures("audio_encoded_once")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_shows(
     model: LtuForConditionalGeneration, runs: dict[str, Run], mistake: str
 ) -> None:
-    """The bounds above can be broken: each of these moves the logits by far more."""
+    """Each mistake moves the logits by far more than the bounds above."""
     batch = runs["b3"].batch
     logits = model(**(batch | MISTAKES[mistake](batch))).logits[:, -CUTOFF:]
     assert worst(logits, stored("forward_ltu")["b3.logits"]) > 1
@@ -304,12 +315,14 @@ def test_a_mistake_shows(
 def test_greedy_answers(
     golden_report, model: LtuForConditionalGeneration, processor, data, index: int
 ) -> None:
-    """20 tokens at most: ids, logits, and what goes into the first steps."""
+    """At most 20 tokens: tokens, logits, and the inputs of the first steps."""
     case = read("generation_ltu")[index]
-    name, first = case["name"], case["first_steps"]
+    name = case["name"]
+    first = case["first_steps"]
     clip = data / read("toy_ltu")[1 if "audio1" in name else 0]["audio_id"]
     if name == "unk_in_prompt":
-        # The original took <unk> for a pad, and masked what stands at its place: a vector of audio. So do we, by hand.
+        # The original took <unk> for padding, and masked the embedding at its position, which is
+        # an audio embedding. Use the same mask here.
         ids = torch.tensor(
             [[model.config.audio_token_id] * model.config.num_audio_tokens + case["prompt_ids"]]
         )
@@ -318,7 +331,8 @@ def test_greedy_answers(
     else:
         question = re.fullmatch(r"### Instruction:\n(.+)\n\n### Response:\n", case["prompt"])[1]
         batch = processor(text=question, audio=[None if "noaudio" in name else clip])
-    length, steps = batch["input_ids"].shape[1], []
+    length = batch["input_ids"].shape[1]
+    steps = []
     found = batch["input_ids"][0, -len(case["prompt_ids"]) :].tolist()
     golden_report("answers", f"{name}, prompt", found != case["prompt_ids"], 0)
 
@@ -346,7 +360,8 @@ def test_greedy_answers(
         golden_report("answers", f"{name}, penalised scores of step {step}", error, NOISE)
     for step, (expected, given) in enumerate(zip(first, steps, strict=False)):
         mask = given["attention_mask"]
-        if mask is None:  # Current releases drop a mask of ones; its length follows from positions.
+        if mask is None:
+            # Current releases drop a mask of ones; its length follows from the positions.
             mask = torch.ones(1, int(given["position_ids"].max()) + 1, dtype=torch.long)
         golden_report(
             "answers",
@@ -354,9 +369,8 @@ def test_greedy_answers(
             mask.tolist() != expected["attention_mask"],
             0,
         )
-        seen = mask[
-            :, -given["position_ids"].shape[1] :
-        ].bool()  # Releases differ in the positions of what is masked.
+        # Releases differ in the positions of masked tokens, so compare those of the others.
+        seen = mask[:, -given["position_ids"].shape[1] :].bool()
         error = worst(given["position_ids"][seen], np.array(expected["position_ids"])[seen.numpy()])
         golden_report("answers", f"{name}, positions of step {step}", error, 0)
 
@@ -365,7 +379,7 @@ def test_greedy_answers(
 
 
 def stage_one(base_model: Path, data: Path, output_dir: Path) -> LtuTrainer:
-    """The trainer of the golden run, by its own flags."""
+    """Return the trainer of the golden run, made from its own flags."""
     figures = read("traj_ltu_stage1")
     names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
     flags = {
@@ -394,7 +408,7 @@ def stage_one(base_model: Path, data: Path, output_dir: Path) -> LtuTrainer:
 def test_first_steps_of_stage_one(
     golden_report, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The golden run took the rows as they stand.
+    # The golden run did not shuffle the examples.
     monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
     figures, arrays = read("traj_ltu_stage1"), stored("traj_ltu_stage1")
     trainer = stage_one(folders["no_lora"], data, tmp_path)
@@ -403,17 +417,15 @@ def test_first_steps_of_stage_one(
         for name, parameter in trainer.model.named_parameters()
         if parameter.requires_grad
     }
-    start, shapes, rates = (
-        {name: parameter.detach().clone() for name, parameter in trained.items()},
-        [],
-        [],
-    )
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    shapes = []
+    rates = []
 
-    def look(model: LtuForConditionalGeneration, args: tuple, kwargs: dict) -> None:
+    def record_step(model: LtuForConditionalGeneration, args: tuple, kwargs: dict) -> None:
         shapes.append(list(kwargs["input_ids"].shape))
         rates.append(trainer.optimizer.param_groups[0]["lr"])
 
-    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.model.register_forward_pre_hook(record_step, with_kwargs=True)
     trainer.train()
 
     def report(name: str, error: float, bound: float) -> None:

@@ -1,4 +1,7 @@
-"""Names, counts, kinds of checkpoint files, prompts and ids against the original's: what needs no real weights."""
+"""Compares names, counts, checkpoint files, prompts and tokens with the original's.
+
+None of these tests needs real weights.
+"""
 
 import re
 from pathlib import Path
@@ -16,9 +19,12 @@ from tests.released import LLAMA, convert, our_name, read, write_llm
 # --- parameters
 
 LAYOUTS = [
-    f"{size}.{stage}"
-    for size in ("tiny", "real7b")
-    for stage in ("stage1_proj", "stage2_all", "lora_all")
+    "tiny.stage1_proj",
+    "tiny.stage2_all",
+    "tiny.lora_all",
+    "real7b.stage1_proj",
+    "real7b.stage2_all",
+    "real7b.lora_all",
 ]
 CONFIGS = {"layout_ltu": LtuConfig, "layout_ltu_as": LtuAsConfig}
 
@@ -26,7 +32,10 @@ CONFIGS = {"layout_ltu": LtuConfig, "layout_ltu_as": LtuAsConfig}
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_names_and_counts(golden_report, name: str, kind: str) -> None:
-    """On the meta device: every parameter of the original has its place here, and the same ones are trained."""
+    """Every parameter of the original has a counterpart, and the same ones are trained.
+
+    The model is on the meta device.
+    """
     layout = read(kind)[name]
     targets = [] if layout["lora_target_modules"] == ["dummy"] else layout["lora_target_modules"]
     lora = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": targets} if targets else None
@@ -48,15 +57,12 @@ def test_names_and_counts(golden_report, name: str, kind: str) -> None:
 
     language_model = {}
     for key, shape in layout["peft_state_dict"].items():
-        if not re.search(
-            "audio|lora|rotary", key
-        ):  # Rotary tables are no parameters: the language model computes them.
-            wrapped = (
-                key.replace(".weight", ".base_layer.weight")
-                if key.split(".")[-2] in targets
-                else key
-            )
-            language_model["language_model." + wrapped.removeprefix(PREFIX)] = shape
+        # Rotary tables are not parameters here: the language model computes them.
+        if re.search("audio|lora|rotary", key):
+            continue
+        if key.split(".")[-2] in targets:
+            key = key.replace(".weight", ".base_layer.weight")
+        language_model["language_model." + key.removeprefix(PREFIX)] = shape
     saved = {our_name(key): shape for key, shape in layout["saved_by_trainer"].items()}
     report("saved", {key: shape for key, shape in ours.items() if model.is_own(key)}, saved)
     report("all", ours, saved | language_model)
@@ -65,12 +71,8 @@ def test_names_and_counts(golden_report, name: str, kind: str) -> None:
         dict.fromkeys(trained, 0),
         {our_name(key): 0 for key in layout["trainable_names"]},
     )
-    golden_report(
-        "names",
-        f"{kind} {name}, count",
-        sum(p.numel() for p in model.parameters()) != layout["n_params"],
-        0,
-    )
+    count = sum(parameter.numel() for parameter in model.parameters())
+    golden_report("names", f"{kind} {name}, count", count != layout["n_params"], 0)
     golden_report(
         "names", f"{kind} {name}, trainable", sum(trained.values()) != layout["n_trainable"], 0
     )
@@ -86,7 +88,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """The file of the original's Trainer, but its ear has two blocks and is 64 wide."""
+    """Weights as the original's Trainer writes them, with an audio encoder of two narrow blocks."""
     shapes = read("layout_ltu")["tiny.lora_all"]["saved_by_trainer"]
     assert len(shapes) == read("ckpt_ltu")["trainer_ckpt"]["n_keys"]
     narrow = {768: 64, 2304: 192, 3072: 256}
@@ -106,15 +108,12 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_checkpoint_files(golden_report, llm: Path, state: dict, kind: str) -> None:
-    """Two of them silently gave nothing in the original, because of how their keys are written. Here they load."""
+    """All of them load here. The original silently ignores two of them because of their keys."""
     assert kind in read("ckpt_ltu")
-    folder = convert(
-        {KINDS[kind](key): value for key, value in state.items()}, llm, llm.parent / kind
-    )
-    stored, expected = (
-        load_file(folder / "model.safetensors"),
-        {our_name(key): value for key, value in state.items()},
-    )
+    original = {KINDS[kind](key): value for key, value in state.items()}
+    folder = convert(original, llm, llm.parent / kind)
+    stored = load_file(folder / "model.safetensors")
+    expected = {our_name(key): value for key, value in state.items()}
     different = [
         key for key in stored | expected if not torch.equal(stored.get(key), expected.get(key))
     ]
@@ -134,13 +133,10 @@ def test_kinds_of_checkpoint_files(golden_report, llm: Path, state: dict, kind: 
 
 @pytest.mark.parametrize("lacks", ["audio_encoder", "audio_"])
 def test_a_part_of_a_model_is_no_checkpoint(llm: Path, state: dict, lacks: str) -> None:
-    """LoRA with the projection, or alone, as in an adapter_model.bin: the ear would be a random one."""
+    """A file of LoRA, with or without projector, is refused: the audio encoder would be random."""
+    part = {key: value for key, value in state.items() if lacks not in key}
     with pytest.raises(KeyError, match="audio_tower"):
-        convert(
-            {key: value for key, value in state.items() if lacks not in key},
-            llm,
-            llm.parent / lacks,
-        )
+        convert(part, llm, llm.parent / lacks)
 
 
 # --- text
@@ -151,17 +147,22 @@ def processor(llm: Path) -> LtuProcessor:
     return LtuProcessor.from_config(LtuConfig(text_config=LLAMA), llm)
 
 
-SOURCES = [("tokenization_ltu", "toy_ltu"), ("tokenization_ltu", "edge_text")]
-SOURCES += [
+SOURCES = [
+    ("tokenization_ltu", "toy_ltu"),
+    ("tokenization_ltu", "edge_text"),
+    # With transcripts.
     ("tokenization_ltu_as", "toy_ltu_as"),
     ("tokenization_ltu_as", "edge_text"),
-]  # With transcripts.
+]
 
 
 @pytest.mark.parametrize("cases, source", SOURCES)
 def test_ids_and_labels(golden_report, processor: LtuProcessor, cases: str, source: str) -> None:
-    for case in (case for case in read(cases) if source.startswith(case["source"])):
-        row, name = read(source)[case["index"]], f"{cases}, {case['source']} {case['index']}"
+    for case in read(cases):
+        if not source.startswith(case["source"]):
+            continue
+        row = read(source)[case["index"]]
+        name = f"{cases}, {case['source']} {case['index']}"
         if name.endswith("edge 3"):  # A control token that a user types: see the next test.
             continue
         prompt = processor.prompt(row["instruction"], row["input"])
@@ -172,11 +173,12 @@ def test_ids_and_labels(golden_report, processor: LtuProcessor, cases: str, sour
         golden_report(
             "tokenization", f"{name}, prompt ids", processor.encode(prompt) != case["infer_ids"], 0
         )
-        for key in (key for key in case if key.startswith("cutoff")):
-            # add_eos changes nothing in the original either.
-            cutoff, on_inputs = re.fullmatch(
-                r"cutoff(\d+)\.train_on_inputs=(\w+)\.add_eos=\w+", key
-            ).groups()
+        for key in case:
+            if not key.startswith("cutoff"):
+                continue
+            # add_eos has no effect, in the original either.
+            pattern = r"cutoff(\d+)\.train_on_inputs=(\w+)\.add_eos=\w+"
+            cutoff, on_inputs = re.fullmatch(pattern, key).groups()
             ids, labels = processor.encode_example(row, int(cutoff), on_inputs == "True")
             golden_report("tokenization", f"{name}, {key}, ids", ids != case[key]["input_ids"], 0)
             golden_report(
@@ -185,8 +187,9 @@ def test_ids_and_labels(golden_report, processor: LtuProcessor, cases: str, sour
 
 
 def test_a_typed_control_token_stays_text(processor: LtuProcessor) -> None:
-    """The one deliberate difference: the original made <s> and </s> of what a user typed."""
-    row, case = read("edge_text")[3], read("tokenization_ltu")[9]
+    """The original makes control tokens of a typed <s> and </s>; this difference is deliberate."""
+    row = read("edge_text")[3]
+    case = read("tokenization_ltu")[9]
     assert (case["source"], case["index"]) == ("edge", 3)
     assert processor.prompt(row["instruction"], row["input"]) + row["output"] == case["prompt_full"]
     original = case["cutoff512.train_on_inputs=True.add_eos=False"]["input_ids"]

@@ -1,4 +1,4 @@
-"""Answer files: what a killed run leaves, what counts as the same question, ranks, the ledger, --check_batch."""
+"""Predictions files: killed runs, equal questions, ranks, the summary, --check_batch."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """24 questions; some clips have two, three questions have none, two rows repeat an earlier one."""
+    """24 questions: some clips have two, three have no clip, two repeat an earlier one."""
     path = write_rows(tmp_path_factory.mktemp("rows"), 18, without_audio=3)
     made = json.loads(path.read_text())
     made += [made[index] | {"instruction": "And how loud?"} for index in range(3, 7)] + made[4:6]
@@ -48,7 +48,8 @@ def rows(tmp_path_factory) -> Path:
 
 
 def flags(folder: Path, rows: Path, output: Path, *more: str) -> list[str]:
-    common = f"--model {folder} --data_path {rows} --output_path {output} --device cpu --max_new_tokens 12"
+    common = f"--model {folder} --data_path {rows} --output_path {output} --device cpu "
+    common += "--max_new_tokens 12"
     return [*common.split(), "--batch_size", "4", *more]
 
 
@@ -62,7 +63,7 @@ def read(path: Path) -> list[dict]:
 
 def asked(capsys) -> list[tuple[int, int]]:
     """(from the partial file, asked) of each ledger printed since the last call."""
-    found = re.findall(r"(\d+) from the partial file; asked (\d+)", capsys.readouterr().out)
+    found = re.findall(r"(\d+) from the partial file; generated (\d+)", capsys.readouterr().out)
     return [(int(kept), int(new)) for kept, new in found]
 
 
@@ -290,7 +291,7 @@ def test_two_ranks_equal_one(folder, rows, tmp_path, reference):
     for rank in start_ranks(2, "ltu.inference_batch", flags(folder, rows, copy), log):
         rank.join(PATIENCE)
         assert rank.exitcode == 0, (tmp_path / "log.0").read_text()
-    assert f"asked {22 - done}," in (tmp_path / "log.0").read_text()
+    assert f"generated {22 - done}," in (tmp_path / "log.0").read_text()
     assert read(copy) == read(reference) and not partials(copy)
 
 
@@ -302,7 +303,7 @@ def test_torchrun(folder, rows, tmp_path, reference):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "asked 22," in done.stdout and read(tmp_path / "p.json") == read(reference)
+    assert "generated 22," in done.stdout and read(tmp_path / "p.json") == read(reference)
 
 
 def test_each_rank_has_its_gpu(folder, rows, tmp_path, monkeypatch):
@@ -364,12 +365,12 @@ def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
         assert set(re.split(", ", ledger.splitlines()[0])) == {
             "ok 2", "truncated 1", "silent 1", "too_short 1", "unreadable 1", "missing 1",
         }  # fmt: skip
-        assert "answered 3 of 7 questions; heard 1.1 of 1.3 s" in ledger
+        assert "answered 3 of 7 questions; used 1.1 of 1.3 s of audio" in ledger
     assert (
-        "0 from the partial file; asked 7," in first
-        and "3 from the partial file; asked 4," in second
+        "0 from the partial file; generated 7," in first
+        and "3 from the partial file; generated 4," in second
     )
-    assert "nowhere.wav: no such file" in errors and "partial files are kept" in errors
+    assert "nowhere.wav: no such file" in errors and "partial files stay" in errors
     assert not partials(tmp_path / "out" / "p.json")
 
 

@@ -1,4 +1,4 @@
-"""Scores of candidate answers behind one shared prefix equal those of each alone, in a pass without a cache."""
+"""Scores of candidates that share a prefix equal those of each alone, without a cache."""
 
 from pathlib import Path
 
@@ -26,7 +26,8 @@ LABELS = [
     "I",
     "Male speech, man speaking",
     "dog",
-    "a long answer about a bell, which rings far away, and about rain that falls on a dog who does not mind it "
+    "a long answer about a bell, which rings far away, "
+    "and about rain that falls on a dog who does not mind it "
     * 2,
     "",
     "Ünïcode 雨",
@@ -37,11 +38,12 @@ LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj
 
 
 def pipeline_of(root: Path, kind: str) -> LtuEngine:
-    """A tiny model with that language model. "sliding": in the prompt the window of every second layer is long full."""
+    """A tiny model with that language model. "sliding": every second layer has a short window."""
     if kind == "ltu_as":
         save_whisper(root / "whisper.pt")
         llm = write_llm(root / "llm")
-        flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
+        flags = f"--init --llm {llm} --whisper {root}/whisper.pt "
+        flags += "--feature_precision fp32 --num_layer_heads 2"
         convert_as(f"{flags} --output_dir {root}/checkpoint".split())
         return LtuEngine.from_pretrained(root / "checkpoint", device="cpu")
     settings, lora = {}, None
@@ -138,7 +140,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> LtuEngine:
 
 
 def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
-    """Without the end, one-token answers are the model's distribution of its first token, and greedy takes the best."""
+    """Without the end, scores of one token are the distribution of the first token."""
     processor, request = llama.processor, Request(QUESTION, clip(1))
     prompt = processor.prompt(QUESTION)
     texts = [processor.tokenizer.decode([token]) for token in range(259, 512)]

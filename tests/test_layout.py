@@ -1,4 +1,4 @@
-"""Who may import whom, and what a folder may be called."""
+"""Tests the rules of imports between packages and folders, and the names of files."""
 
 import ast
 import gc
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = {"ltu", "ltu_as", "eval", "data", "qa_generation", "benchmarks"}
-# A package -> what of ours it may import (its own modules aside).
+# The packages and modules of this repository that each package may import, besides its own.
 ARROWS = {
     "ltu": set(),
     "ltu_as": {"ltu"},
@@ -17,8 +17,8 @@ ARROWS = {
     "data": {"ltu.files", "ltu.data"},
     "qa_generation": set(),
 }
-# Inside ltu, each line may import from the lines below it. Two rooms of one line know nothing of each
-# other.
+# Inside ltu, the folders of a line may import from the lines below it. Two folders of one line may
+# not import from each other.
 ROOMS = [
     {"commands"},
     {"serving"},
@@ -28,20 +28,23 @@ ROOMS = [
     {"data"},
     {"files"},
 ]
-LIGHT = {"data", "files"}  # They import no transformers.
+LIGHT = {"data", "files"}  # Folders that do not import transformers.
 
 
 @pytest.fixture(autouse=True)
 def no_collection() -> Iterator[None]:
-    """Late in a session Python 3.11's ast.parse was seen to fail ("recursion depth mismatch"), as it does when garbage
-    is collected meanwhile."""
+    """Switch off garbage collection.
+
+    If it runs during ast.parse, Python 3.11 may fail late in a session ("recursion depth
+    mismatch").
+    """
     gc.disable()
     yield
     gc.enable()
 
 
 def imports(file: Path) -> set[str]:
-    """Every module that a file names in an import."""
+    """Return every module that a file names in an import."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -59,25 +62,26 @@ def test_arrows(package):
             if top not in OURS - {package}:
                 continue
             allowed = ARROWS[package]
-            fits = any(
-                module == a or module.startswith(f"{a}.") or a.startswith(f"{module}.")
-                for a in allowed
+            is_allowed = any(
+                module == name or module.startswith(f"{name}.") or name.startswith(f"{module}.")
+                for name in allowed
             )
-            assert fits, (
+            assert is_allowed, (
                 f"{file.relative_to(ROOT)} imports {module}; {package} may import {sorted(allowed)}"
             )
 
 
 def room_of(module: str) -> str:
-    """The room of a module of ltu: "models" of ltu.models.lora, "commands" of ltu.ask."""
+    """Return the folder of a module of ltu: "models" of ltu.models.lora, "commands" of ltu.ask."""
     _, room, *_ = module.split(".")
     return room if any(room in line for line in ROOMS) else "commands"
 
 
 def modules_of_ltu() -> dict[str, set[str]]:
-    """Each module of ltu and the modules of ltu that it imports, anywhere in its code.
+    """Return each module of ltu with the modules of ltu that it imports, anywhere in its code.
 
-    The package itself is left out: it only re-exports, and Python imports it with each of its modules.
+    The package itself is left out: it only re-exports names, and Python imports it with each of its
+    modules.
     """
     files = [file for file in (ROOT / "ltu").rglob("*.py") if file.name != "__init__.py"]
     names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
@@ -88,7 +92,8 @@ def test_imports_inside_ltu_go_down():
     level = {room: number for number, line in enumerate(ROOMS) for room in line}
     for module, imported in modules_of_ltu().items():
         for other in imported:
-            room, other_room = room_of(module), room_of(other)
+            room = room_of(module)
+            other_room = room_of(other)
             is_down = level[room] < level[other_room]
             assert is_down or room == other_room, f"{module} imports {other}"
             assert room != "commands" or is_down, (
@@ -97,11 +102,13 @@ def test_imports_inside_ltu_go_down():
 
 
 def test_no_circle_inside_ltu():
-    left = modules_of_ltu()
-    while left:
-        free = {module for module, imported in left.items() if not imported & set(left)}
-        assert free, f"these import each other: {sorted(left)}"
-        left = {module: imported for module, imported in left.items() if module not in free}
+    # Remove the modules that import no remaining module, until none remains.
+    remaining = modules_of_ltu()
+    while remaining:
+        free = {module for module, imported in remaining.items() if not imported & set(remaining)}
+        assert free, f"these import each other: {sorted(remaining)}"
+        for module in free:
+            del remaining[module]
 
 
 def test_the_root_of_ltu_has_commands_only():
@@ -120,9 +127,9 @@ def test_light_modules():
 
 def test_no_file_is_called_utils():
     names = {"utils.py", "common.py", "helpers.py", "misc.py"}
-    assert not [
-        file for package in OURS for file in (ROOT / package).rglob("*.py") if file.name in names
-    ]
+    for package in OURS:
+        for file in (ROOT / package).rglob("*.py"):
+            assert file.name not in names, file
 
 
 def test_no_pickle_is_opened_unsafely():
@@ -130,9 +137,6 @@ def test_no_pickle_is_opened_unsafely():
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                    safe = [
-                        k
-                        for k in node.keywords
-                        if k.arg == "weights_only" and ast.unparse(k.value) == "True"
-                    ]
-                    assert safe, f"{file}:{node.lineno} opens a pickle without weights_only=True"
+                    keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    is_safe = keywords.get("weights_only") == "True"
+                    assert is_safe, f"{file}:{node.lineno} opens a pickle without weights_only=True"

@@ -1,4 +1,7 @@
-"""The promises of LTU-AS at tiny size: with a real (random) Whisper file, from raw audio and from a feature folder."""
+"""Tests LTU-AS at tiny size, from raw audio and from a feature folder.
+
+Whisper is a real checkpoint file with random weights.
+"""
 
 import json
 import shutil
@@ -30,12 +33,15 @@ QUESTIONS = ["What is it?", "Who says what, and why do you think so?", "Loud?"]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Whisper, a language model, a start folder, and rows about clips of noise: with, with empty, without input."""
+    """Folder of a Whisper, a language model, an initial checkpoint, clips of noise and a dataset.
+
+    The examples have no `input`, an empty one, or a transcript.
+    """
     folder = tmp_path_factory.mktemp("ltu_as")
     save_whisper(folder / "whisper.pt")
     tiny.write_llm(folder / "llm")
-    flags = f"--init --llm {folder}/llm --whisper {folder}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
-    convert(f"{flags} --output_dir {folder}/init".split())
+    flags = f"--init --llm {folder}/llm --whisper {folder}/whisper.pt --num_layer_heads 2"
+    convert(f"{flags} --feature_precision fp32 --output_dir {folder}/init".split())
     rows = []
     for index in range(6):
         soundfile.write(folder / f"{index}.wav", tiny.clip(index, 0.6 + index / 2), 16_000)
@@ -61,60 +67,63 @@ def features(root: Path) -> Path:
 
 
 def make(root: Path, output: Path, *flags: str):
-    words = f"--base_model {root}/init --data_path {root}/rows.json --output_dir {output} --batch_size 2"
-    words += " --micro_batch_size 2 --max_steps 2 --warmup_steps 1 --bf16 False --num_workers 0 --logging_steps 1"
-    return make_trainer(*parse_args([*words.split(), "--learning_rate", "1e-3", *flags]))
+    arguments = f"--base_model {root}/init --data_path {root}/rows.json --output_dir {output}"
+    arguments += " --batch_size 2 --micro_batch_size 2 --max_steps 2 --warmup_steps 1"
+    arguments += " --learning_rate 1e-3 --bf16 False --num_workers 0 --logging_steps 1"
+    return make_trainer(*parse_args([*arguments.split(), *flags]))
 
 
 def losses(trainer) -> list[float]:
     trainer.args.save_strategy = "no"
-    torch.manual_seed(0)  # Of LoRA's dropout: several trainers are made before the first one runs.
+    # Seed LoRA's dropout here, because several trainers are made before the first one runs.
+    torch.manual_seed(0)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_raw_audio_and_folder_train_alike(root: Path, features: Path, tmp_path: Path) -> None:
-    """Raw, from a folder, and from a folder that lacks half of the clips: the same rows, the same losses."""
+    """Training from audio, from features, and from a mixture has the same examples and losses."""
     raw = make(root, tmp_path / "raw")
     stored = make(root, tmp_path / "stored", "--feature_root", str(features))
     half = tmp_path / "half"
-    extract(
-        f"--data_path {_some(root, tmp_path)} --audio_root {root} --output_dir {half} --model {root}/init".split()
-    )
+    half_data = write_first_half(root, tmp_path)
+    command = f"--data_path {half_data} --audio_root {root} --output_dir {half}"
+    extract(f"{command} --model {root}/init".split())
     both = make(root, tmp_path / "both", "--feature_root", str(half))
     for one, other in zip(raw.train_dataset.rows, stored.train_dataset.rows, strict=True):
         assert one["input"] == other["input"]
     for index in range(6):
-        heard = raw.train_dataset[index]["input_features"]
-        assert torch.allclose(stored.train_dataset[index]["input_features"], heard, atol=1e-5)
-        assert torch.allclose(both.train_dataset[index]["input_features"], heard, atol=1e-5)
+        computed = raw.train_dataset[index]["input_features"]
+        assert torch.allclose(stored.train_dataset[index]["input_features"], computed, atol=1e-5)
+        assert torch.allclose(both.train_dataset[index]["input_features"], computed, atol=1e-5)
     expected = losses(raw)
     assert losses(stored) == pytest.approx(expected, abs=1e-5)
     assert losses(both) == pytest.approx(expected, abs=1e-5)
 
 
-def _some(root: Path, tmp_path: Path) -> Path:
+def write_first_half(root: Path, tmp_path: Path) -> Path:
+    """Write a dataset file with half of the clips."""
     rows = json.loads((root / "rows.json").read_text())
     (tmp_path / "some.json").write_text(json.dumps(rows[:3]))
     return tmp_path / "some.json"
 
 
-def test_input_of_a_row(root: Path) -> None:
-    """As it is; "" is none; absent, Whisper writes it."""
+def test_input_of_an_example(root: Path) -> None:
+    """A given input is used as it is, also ""; Whisper transcribes the clip where it is absent."""
     processor = AutoProcessor.from_pretrained(root / "init")
-    asked = []
-    processor.feature_extractor.transcribe = lambda waveforms: (
-        asked.append(len(waveforms)) or ["words"] * len(waveforms)
-    )
+    batch_sizes = []
+
+    def transcribe(waveforms: list) -> list[str]:
+        batch_sizes.append(len(waveforms))
+        return ["words"] * len(waveforms)
+
+    processor.feature_extractor.transcribe = transcribe
     rows = [
         {"audio": str(root / "0.wav"), "audio_id": "0.wav", **given}
         for given in ({}, {"input": ""}, {"input": " x "})
     ]
-    assert [row["input"] for row in processor.add_transcripts(rows)] == [
-        "words",
-        "",
-        " x ",
-    ] and asked == [1]
+    inputs = [row["input"] for row in processor.add_transcripts(rows)]
+    assert inputs == ["words", "", " x "] and batch_sizes == [1]
     batch = processor(text=["Q"] * 3, audio=[str(root / "0.wav")] * 3, transcript=[None, "", "x"])
     texts = [
         processor.tokenizer.decode([i for i in ids if i < 512])
@@ -125,17 +134,15 @@ def test_input_of_a_row(root: Path) -> None:
 
 
 def test_save_and_load(root: Path, tmp_path: Path) -> None:
-    """A trained folder opens by the Auto classes, finds its Whisper from where it lies, and answers as before."""
+    """The Auto classes open a trained folder, which finds its Whisper and has the same logits."""
     trainer = make(root, tmp_path / "stage")
     losses(trainer)
     trainer.save_model()
     assert json.loads((tmp_path / "stage" / "ltu_state.json").read_text())["stage"] == "stage"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "stage")
     processor = AutoProcessor.from_pretrained(tmp_path / "stage")
-    assert (
-        type(model) is ltu_as.LtuAsForConditionalGeneration
-        and type(processor) is ltu_as.LtuAsProcessor
-    )
+    assert type(model) is ltu_as.LtuAsForConditionalGeneration
+    assert type(processor) is ltu_as.LtuAsProcessor
     assert Path(processor.feature_extractor.whisper_model).samefile(root / "whisper.pt")
     inputs = processor(text=QUESTIONS[0], audio=str(root / "1.wav"), transcript="")
     with torch.no_grad():
@@ -145,7 +152,7 @@ def test_save_and_load(root: Path, tmp_path: Path) -> None:
         assert not torch.allclose(other, again, atol=1e-3)
 
 
-def test_no_forward_of_its_own() -> None:
+def test_the_model_has_no_forward_of_its_own() -> None:
     assert "forward" not in vars(ltu_as.LtuAsForConditionalGeneration)
 
 
@@ -161,35 +168,30 @@ def test_batch_equals_single_and_modes(root: Path) -> None:
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 
     def answer(**changes) -> tuple[str, str]:
-        found = engine(
-            [Request(QUESTIONS[1], str(root / "1.wav"), "a dog", **changes)], max_new_tokens=8
-        )[0]
+        request = Request(QUESTIONS[1], str(root / "1.wav"), "a dog", **changes)
+        found = engine([request], max_new_tokens=8)[0]
         return found.text, found.transcript
 
     assert answer(mode="audio_only") == (alone[3].text, "")
     text_only = engine([Request(QUESTIONS[1], None, "a dog")], max_new_tokens=8)[0].text
     assert answer(mode="asr_only") == (text_only, "a dog")
-    left_out = engine(
-        [Request(QUESTIONS[1], str(root / "1.wav"), "a dog", mode="asr_only")], max_new_tokens=2
-    )[0]
-    assert left_out.seconds_heard == 0 < left_out.seconds_total
+    request = Request(QUESTIONS[1], str(root / "1.wav"), "a dog", mode="asr_only")
+    without_audio = engine([request], max_new_tokens=2)[0]
+    assert without_audio.seconds_heard == 0 < without_audio.seconds_total
 
 
 def test_inference_batch_from_the_feature_folder_alone(
     root: Path, features: Path, tmp_path: Path
 ) -> None:
-    """The clips themselves are not there: what the folder holds is enough, words included."""
-    for name in ("rows.json",):
-        (tmp_path / name).write_text((root / name).read_text())
+    """Without the clips, the features and transcripts in the folder are enough."""
+    (tmp_path / "rows.json").write_text((root / "rows.json").read_text())
     common = f"--model {root}/init --device cpu --max_new_tokens 6 --data_path"
-    status = inference_batch(
-        f"{common} {tmp_path}/rows.json --output_path {tmp_path}/p.json --feature_root {features}".split()
-    )
-    assert status == 0
-    assert (
-        inference_batch(f"{common} {root}/rows.json --output_path {tmp_path}/raw.json".split()) == 0
-    )
-    found, raw = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("p", "raw"))
+    stored = f"{common} {tmp_path}/rows.json --output_path {tmp_path}/p.json"
+    assert inference_batch(f"{stored} --feature_root {features}".split()) == 0
+    computed = f"{common} {root}/rows.json --output_path {tmp_path}/raw.json"
+    assert inference_batch(computed.split()) == 0
+    found = json.loads((tmp_path / "p.json").read_text())
+    raw = json.loads((tmp_path / "raw.json").read_text())
     assert [row["pred"] for row in found] == [row["pred"] for row in raw]
     assert [row["transcript"] for row in found] == [row["transcript"] for row in raw]
 
@@ -208,21 +210,20 @@ def test_features_of_another_whisper_are_refused(
     root: Path, features: Path, tmp_path: Path
 ) -> None:
     save_whisper(tmp_path / "other.pt", suffix="other")
-    flags = f"--init --llm {root}/llm --whisper {tmp_path}/other.pt --feature_precision fp32 --num_layer_heads 2"
-    convert(f"{flags} --output_dir {tmp_path}/other".split())
+    flags = f"--init --llm {root}/llm --whisper {tmp_path}/other.pt --num_layer_heads 2"
+    convert(f"{flags} --feature_precision fp32 --output_dir {tmp_path}/other".split())
     processor = AutoProcessor.from_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="whisper.pt.*other.pt"):
         processor.use(feature_root=str(features))
 
 
-def test_a_whisper_known_by_name_only_is_held_to_it(root: Path, features: Path) -> None:
+def test_a_whisper_without_fingerprint_is_compared_by_name(root: Path, features: Path) -> None:
     """A checkpoint converted with an official name has no fingerprint before its first use."""
     processor = AutoProcessor.from_pretrained(root / "init")
     processor.feature_extractor.whisper_fingerprint = None
     processor.use(feature_root=str(features))
-    assert (
-        processor.feature_extractor.whisper_fingerprint
-    )  # Taken from the folder, and saved from now on.
+    # The fingerprint is taken from the folder, and saved from now on.
+    assert processor.feature_extractor.whisper_fingerprint
     processor.feature_extractor.whisper_fingerprint = None
     with pytest.raises(ValueError, match="whisper.pt.*large-v1"):
         processor.use(feature_root=str(features), whisper="large-v1")
@@ -236,7 +237,7 @@ def test_a_flag_that_contradicts_the_features_is_refused(root: Path, features: P
         processor.use(feature_precision="bf16")
 
 
-def test_damaged_features_are_one_clips_failure(root: Path, features: Path, tmp_path: Path) -> None:
+def test_damaged_features_fail_one_clip(root: Path, features: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(features, tmp_path / "features")
     file = next(folder.glob("*/1-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-9])
@@ -244,38 +245,31 @@ def test_damaged_features_are_one_clips_failure(root: Path, features: Path, tmp_
     engine.processor.use(feature_root=str(folder))
     requests = [Request("What?", str(root / f"{i}.wav"), "", audio_id=f"{i}.wav") for i in (0, 1)]
     answers = engine(requests, max_new_tokens=4)
-    assert [answer.status for answer in answers] == ["ok", "damaged"] and "extract" in answers[
-        1
-    ].error
+    assert [answer.status for answer in answers] == ["ok", "damaged"]
+    assert "extract" in answers[1].error
 
 
 def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
-    """Kind is read from the folder; LTU refuses what only LTU-AS has."""
+    """The folder decides which model it is; LTU refuses settings that only LTU-AS has."""
     ltu_folder = tiny.write_checkpoint(tmp_path / "ltu", root / "llm")
-    pipelines = [
+    engines = [
         LtuEngine.from_pretrained(folder, device="cpu") for folder in (ltu_folder, root / "init")
     ]
-    assert [type(engine.model) for engine in pipelines] == [
-        LtuForConditionalGeneration,
-        ltu_as.LtuAsForConditionalGeneration,
-    ]
-    for engine in pipelines:
+    assert type(engines[0].model) is LtuForConditionalGeneration
+    assert type(engines[1].model) is ltu_as.LtuAsForConditionalGeneration
+    for engine in engines:
         assert engine([Request("What?", tiny.clip(3))], max_new_tokens=4)[0].status == "ok"
     with pytest.raises(ValueError, match="only LTU-AS"):
-        pipelines[0].processor.use(feature_precision="fp16")
+        engines[0].processor.use(feature_precision="fp16")
 
 
-def test_an_index_holds_the_transcripts_that_rows_lack(
+def test_an_index_holds_the_transcripts_that_examples_lack(
     root: Path, features: Path, tmp_path: Path
 ) -> None:
-    """Out of the feature folder, or by Whisper; training from the index asks no Whisper and trains the same."""
-    words = [
-        Path(shutil.copy(root / "rows.json", tmp_path)),
-        root / "init",
-        tmp_path / "rows.arrow",
-    ]
-    command = "{} --base_model {} --output_path {}".format(*words).split()
-    index_rows([*command, "--audio_root", str(root), "--feature_root", str(features)])
+    """They are those of the feature folder or of Whisper; training from the index is the same."""
+    data = Path(shutil.copy(root / "rows.json", tmp_path))
+    command = f"{data} --base_model {root}/init --output_path {tmp_path}/rows.arrow"
+    index_rows(f"{command} --audio_root {root} --feature_root {features}".split())
     indexed = IndexedRows(tmp_path / "rows.arrow", root)
     plain = make(root, tmp_path / "plain", "--feature_root", str(features))
     trainer = make(
@@ -291,15 +285,16 @@ def test_an_index_holds_the_transcripts_that_rows_lack(
     assert trainer.train_dataset.lengths.tolist() == plain.train_dataset.lengths.tolist()
 
 
-def test_kinds_of_start(root: Path, tmp_path: Path) -> None:
-    """A Whisper-AT file: TLTR is taken, the classifier dropped by name; a 'low' one, or another part, is refused."""
+def test_start_from_a_whisper_at_file(root: Path, tmp_path: Path) -> None:
+    """TLTR is used and the classifier dropped; a 'low' file, or an unknown key, is refused."""
     start = AutoModelForCausalLM.from_pretrained(root / "init")
     tltr = {f"module.{key}": value for key, value in start.audio_tower.state_dict().items()}
-    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out --audio_encoder"
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
+    flags += f" --output_dir {tmp_path}/out --audio_encoder {tmp_path}/tltr.pth"
 
     def init(extra: dict) -> Path:
         torch.save(tltr | extra, tmp_path / "tltr.pth")
-        convert([*flags.split(), str(tmp_path / "tltr.pth")])
+        convert(flags.split())
         return tmp_path / "out"
 
     folder = init({"module.mlp_layer.1.weight": torch.zeros(527, 64)})
@@ -311,23 +306,23 @@ def test_kinds_of_start(root: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="low"):
         init({"down_layer.0.weight": torch.zeros(1)})
-    with pytest.raises(KeyError, match="no rule knows"):
+    with pytest.raises(KeyError, match="no rule matches"):
         init({"time_tr2.weight": torch.zeros(1)})
 
 
-def test_a_fresh_ear_is_standardised(root: Path, features: Path, tmp_path: Path) -> None:
-    """Over the clips named, each channel of each layer has mean 0 and deviation 1; the numbers are kept."""
-    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out"
+def test_a_new_tltr_is_standardised(root: Path, features: Path, tmp_path: Path) -> None:
+    """Over the given clips, each channel of each layer has mean 0 and standard deviation 1."""
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
+    flags += f" --output_dir {tmp_path}/out"
     convert(f"{flags} --standardize_on {root}/rows.json --feature_root {features}".split())
     audio_encoder = AutoModelForCausalLM.from_pretrained(tmp_path / "out").audio_tower
     processor = AutoProcessor.from_pretrained(root / "init")
-    heard = torch.stack([processor.load_features({"audio": root / f"{i}.wav"}) for i in range(6)])
-    seen: list[torch.Tensor] = []
-    audio_encoder.time_tr.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    audio_encoder(heard)
-    channels = (
-        seen[0].unflatten(0, (6, 4)).transpose(0, 1).flatten(1, 2)
-    )  # (layers, clips x time, width)
+    clips = [processor.load_features({"audio": root / f"{i}.wav"}) for i in range(6)]
+    inputs: list[torch.Tensor] = []
+    audio_encoder.time_tr.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    audio_encoder(torch.stack(clips))
+    channels = inputs[0].unflatten(0, (6, 4)).transpose(0, 1)  # (layers, clips, time, width)
+    channels = channels.flatten(1, 2)  # (layers, clips x time, width)
     assert torch.allclose(channels.mean(1), torch.zeros(4, 64), atol=1e-3)
     assert torch.allclose(channels.std(1, correction=0), torch.ones(4, 64), atol=1e-2)
     with pytest.raises(ValueError, match="random TLTR"):
@@ -335,7 +330,7 @@ def test_a_fresh_ear_is_standardised(root: Path, features: Path, tmp_path: Path)
 
 
 def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
-    """A vicuna_ltuas folder: ear and projection are taken, the language model's keys are dropped by name."""
+    """Of a vicuna_ltuas folder, audio encoder and projector are used, and other keys dropped."""
     from safetensors.torch import save_file
 
     start = AutoModelForCausalLM.from_pretrained(root / "init")
@@ -360,8 +355,8 @@ def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text((root / "llm" / "config.json").read_text())
     index = {"weight_map": {}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2 --output_dir {tmp_path}/out"
-    convert(f"{flags} --audio_encoder {folder}".split())
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
+    convert(f"{flags} --output_dir {tmp_path}/out --audio_encoder {folder}".split())
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(
         opened.audio_tower.time_tr.attn.query.weight,
@@ -381,8 +376,8 @@ def test_wrong_features_name_both_shapes(root: Path) -> None:
         ltu_as.TltrConfig(hidden_size=10, num_layer_heads=4)
 
 
-def test_one_head_equals_whispers_own_block() -> None:
-    """The merged products of one head, and the mean taken early, against stock Whisper's block."""
+def test_a_block_equals_whispers_own_block() -> None:
+    """Neither the merged matrices of one head nor the early mean changes the output."""
     from whisper.model import ResidualAttentionBlock
 
     from ltu_as.modeling_tltr import TltrBlock

@@ -1,7 +1,8 @@
-"""Hundreds of malformed clips of many kinds among good ones: each ends as a status, none as a crash or an answer.
+"""Tests hundreds of malformed clips of many kinds among good ones.
 
-What a damaged file holds is not known beforehand: libsndfile may decode it. Then it is as good as any other clip, and
-what is heard must be what `soundfile` decodes.
+Each malformed clip ends with a status; none ends with a crash or an answer. The content of a
+damaged file is not known beforehand: libsndfile may decode it. Then the clip is valid, and the
+waveform must be the one that `soundfile` decodes.
 """
 
 import gzip
@@ -58,7 +59,7 @@ FOREIGN = (
 
 @dataclass
 class Case:
-    """A clip; `expected` is its status if that is certain, else `data` are the bytes that decide it."""
+    """A clip. `expected` is its status if that is certain; else the bytes `data` decide it."""
 
     kind: str
     source: Any
@@ -68,6 +69,15 @@ class Case:
 
 def sound(rng: np.random.Generator, samples: int = 6000, channels: int = 1) -> np.ndarray:
     return rng.normal(0, 0.1, (samples, channels)).astype(np.float32)
+
+
+def cut(rng: np.random.Generator, data: bytes, low: int, high: int) -> bytes:
+    """Return the beginning of a file, of random length from `low` to below `high`."""
+    return data[: int(rng.integers(low, high))]
+
+
+def cut_anywhere(rng: np.random.Generator, data: bytes) -> bytes:
+    return cut(rng, data, 4, len(data))
 
 
 def encoded(
@@ -106,20 +116,25 @@ def floats(array: np.ndarray, rate: int = 16_000) -> bytes:
 
 def flipped(rng: np.random.Generator, data: bytes, first: int, last: int) -> bytes:
     changed = bytearray(data)
-    for place in rng.integers(first, min(last, len(data)), rng.integers(1, 12)):
-        changed[place] = rng.integers(256)
+    for position in rng.integers(first, min(last, len(data)), rng.integers(1, 12)):
+        changed[position] = rng.integers(256)
     return bytes(changed)
 
 
+def rarer_format_cut(rng: np.random.Generator, number: int) -> bytes:
+    data = encoded(rng, ("aiff", "au", "caf", "w64", "rf64")[number % 5])
+    return cut_anywhere(rng, data) if number % 4 == 0 else cut(rng, data, 4, 200)
+
+
 def flac_claiming(rng: np.random.Generator) -> bytes:
-    """Terabytes, says its header: 2^36 - 1 samples, sometimes of a file that was cut."""
+    """Return a flac whose header claims 2^36 - 1 samples (terabytes); half of them are cut."""
     data = bytearray(encoded(rng, "flac"))
     data[21] |= 0x0F
     data[22:26] = b"\xff" * 4
     return bytes(data[: int(rng.integers(30, len(data)))] if rng.random() < 0.5 else data)
 
 
-# Kinds whose files are told by their bytes alone: kind -> (rng, number) -> bytes. What becomes of them, `decoded` says.
+# Kinds that only their bytes define: kind -> (rng, number) -> bytes. `decoded` finds the status.
 BYTES: dict[str, Callable[[np.random.Generator, int], bytes]] = {
     "text": lambda r, i: ("This is not sound. " * int(r.integers(1, 200)) + str(i)).encode(),
     "page of an error": lambda r, i: (
@@ -132,16 +147,12 @@ BYTES: dict[str, Callable[[np.random.Generator, int], bytes]] = {
         FOREIGN[i % len(FOREIGN)] + r.bytes(int(r.integers(9, 5000)))
     ),
     "compressed wav": lambda r, i: gzip.compress(encoded(r, "wav")),
-    "wav cut in its header": lambda r, i: encoded(r, "wav")[: int(r.integers(1, 44))],
-    "wav cut": lambda r, i: encoded(r, "wav")[: int(r.integers(44, 2000))],
-    "flac cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d)))])(encoded(r, "flac")),
-    "ogg cut": lambda r, i: (lambda d: d[: int(r.integers(4, len(d)))])(
-        encoded(r, ("ogg", "opus")[i % 2])
-    ),
-    "mp3 cut": lambda r, i: (lambda d: d[: int(r.integers(1, 600))])(encoded(r, "mp3")),
-    "aiff, au, caf, w64 or rf64 cut": lambda r, i: (
-        lambda d: d[: int(r.integers(4, len(d) if i % 4 == 0 else 200))]
-    )(encoded(r, ("aiff", "au", "caf", "w64", "rf64")[i % 5])),
+    "wav cut in its header": lambda r, i: cut(r, encoded(r, "wav"), 1, 44),
+    "wav cut": lambda r, i: cut(r, encoded(r, "wav"), 44, 2000),
+    "flac cut": lambda r, i: cut_anywhere(r, encoded(r, "flac")),
+    "ogg cut": lambda r, i: cut_anywhere(r, encoded(r, ("ogg", "opus")[i % 2])),
+    "mp3 cut": lambda r, i: cut(r, encoded(r, "mp3"), 1, 600),
+    "aiff, au, caf, w64 or rf64 cut": rarer_format_cut,
     "start cut off": lambda r, i: encoded(r, list(FORMATS)[i % len(FORMATS)])[
         int(r.integers(1, 60)) :
     ],
@@ -184,7 +195,7 @@ BYTES: dict[str, Callable[[np.random.Generator, int], bytes]] = {
     "tags without sound": lambda r, i: (
         b"ID3\x04\x00\x00\x00\x00" + bytes([0, int(r.integers(128))]) + r.bytes(i * 50)
     ),
-    "claims that lie": lambda r, i: wav(
+    "wrong claims": lambda r, i: wav(
         sound(r, 300).tobytes(), claim=int((0, 1, 2**31, 2**32 - 1, 700)[i % 5])
     ),
     "flac that claims terabytes": lambda r, i: flac_claiming(r),
@@ -195,19 +206,19 @@ BYTES: dict[str, Callable[[np.random.Generator, int], bytes]] = {
 
 
 def oddities(folder: Path) -> list[Case]:
-    """Names and places in the file system, and arrays."""
-    rng, cases = np.random.default_rng(1), []
+    """Return cases with odd file names, paths that are no files, and arrays."""
+    rng = np.random.default_rng(1)
+    cases = []
     os.mkfifo(folder / "pipe.wav")
     (folder / "loop.wav").symlink_to("loop.wav")
     (folder / "dangling.wav").symlink_to("nowhere.wav")
     (folder / "a\nb.wav").mkdir()
-    there = folder / "there.wav"
-    there.write_bytes(encoded(rng, "wav"))
+    present = folder / "there.wav"
+    present.write_bytes(encoded(rng, "wav"))
     pipes = [folder / "pipe.wav", "/dev/zero", "/dev/null", "/dev/random", "/proc/kmsg"]
-    cases += [Case("pipe or device", place, "unreadable") for place in pipes]
-    cases += [
-        Case("folder", path, "missing") for path in (folder, str(folder / "a\nb.wav"), "/", ".")
-    ]
+    cases += [Case("pipe or device", path, "unreadable") for path in pipes]
+    folders = (folder, str(folder / "a\nb.wav"), "/", ".")
+    cases += [Case("folder", path, "missing") for path in folders]
     undecodable = os.fsdecode(os.fsencode(folder) + b"/n\xff\xc3(.wav")
     missing = [
         "loop.wav",
@@ -217,8 +228,6 @@ def oddities(folder: Path) -> list[Case]:
         "x/" * 3000,
         "a\0b.wav",
         "\ud800.wav",
-    ]
-    missing += [
         "a\nc.wav",
         "雪.wav",
         "*.wav",
@@ -227,59 +236,49 @@ def oddities(folder: Path) -> list[Case]:
         "\x1b[31mred.wav",
         "\u2028.wav",
         "there.WAV",
+        "<b>.wav",
     ]
-    cases += [Case("no such name", str(folder / name), "missing") for name in [*missing, "<b>.wav"]]
-    cases += [
-        Case("no such name", name, "missing")
-        for name in ("", "http://a.b/c.wav", undecodable, f"{there} ")
-    ]
+    paths = [str(folder / name) for name in missing]
+    paths += ["", "http://a.b/c.wav", undecodable, f"{present} "]
+    cases += [Case("no such name", path, "missing") for path in paths]
     hour = wav(b"", bits=8, rate=1000, claim=3_700_000)
     for number, seconds in enumerate((3601, 3700, 4000)):
         path = folder / f"hour{number}.wav"
         path.write_bytes(hour)
         os.truncate(path, 44 + 1000 * seconds)
         cases.append(Case("longer than an hour", path, "too_long"))
-    cases.append(
-        Case("longer than an hour", (np.resize(sound(rng)[:, 0], 3_600_001), 1000), "too_long")
-    )
+    hour_array = np.resize(sound(rng)[:, 0], 3_600_001)
+    cases.append(Case("longer than an hour", (hour_array, 1000), "too_long"))
     noise = sound(rng)[:, 0]
     arrays = [
         np.full(6000, np.nan, "f4"),
         noise[:0],
         noise.reshape(-1, 1),
         noise.reshape(1, 2, -1),
-        np.float32(1),
-    ]
-    arrays += [
         noise + 0j,
         noise > 0,
         (noise * 99).astype("u1"),
         noise.astype(object),
         noise.astype(float) * 1e300,
-    ]
-    arrays += [
         np.array(["a"] * 900),
         np.zeros(900, "m8[s]"),
         noise * np.float32(1e20),
         np.array(1.0),
     ]
-    cases += [
-        Case("array", array, "unreadable") for array in arrays if isinstance(array, np.ndarray)
-    ]
+    cases += [Case("array", array, "unreadable") for array in arrays]
     rates = (0, -1, 1, 4e9, np.nan, np.inf, 44_100.5, "16000", None)
     cases += [Case("rate of an array", (noise, rate), "unreadable") for rate in rates]
-    cases += [
+    return cases + [
         Case("array", noise[:399], "too_short"),
         Case("array", (noise[:100], 8000), "too_short"),
-    ]
-    return cases + [
         Case("array", np.zeros(6000, np.int16), "silent"),
         Case("array", np.full(6000, 0.3), "silent"),
     ]
 
 
 def good_ones(folder: Path) -> list[Case]:
-    rng, cases = np.random.default_rng(2), []
+    rng = np.random.default_rng(2)
+    cases = []
     names = [
         "plain.wav",
         "two\nlines.wav",
@@ -306,7 +305,7 @@ def good_ones(folder: Path) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
-    """All of them, mixed. Every third of those made of bytes is given as bytes, the others are files."""
+    """Return all cases, shuffled. Every third one that bytes define is given as bytes."""
     folder = tmp_path_factory.mktemp("clips")
     found = oddities(folder) + good_ones(folder)
     for number, (kind, make) in enumerate(BYTES.items()):
@@ -319,14 +318,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
 
 
 class Stream(soundfile.SoundFile):
-    """Otherwise soundfile seeks to where a header claims that it ends."""
+    """A file that soundfile reads forward only; else it seeks to the end that a header claims."""
 
     def seekable(self) -> bool:
         return False
 
 
 def decoded(data: bytes) -> tuple[str, np.ndarray | None]:
-    """Status and first channel at 16 kHz of a file's bytes, by soundfile and torchaudio alone."""
+    """Return the status of a file's bytes, and the first channel at 16 kHz or None.
+
+    Only soundfile and torchaudio are used.
+    """
     try:
         with Stream(io.BytesIO(data)) as file:
             if soundfile.SoundFile.seekable(file):
@@ -337,49 +339,46 @@ def decoded(data: bytes) -> tuple[str, np.ndarray | None]:
         return "unreadable", None
     if rate * channels > 2**22:
         return "unreadable", None
-    if (
-        not 1000 <= rate <= 1_000_000
-        or not np.isfinite(array).all()
-        or (len(array) and abs(array).max() > 2**31)
-    ):
+    if not 1000 <= rate <= 1_000_000 or not np.isfinite(array).all():
+        return "unreadable", None
+    if len(array) and abs(array).max() > 2**31:
         return "unreadable", None
     if -(-len(array) * 16_000 // rate) < 400:
         return "too_short", None
     if np.ptp(array.astype(float)) < 2**-23:
         return "silent", None
-    is_odd = rate % 50 and rate != 16_000  # torchaudio's kernel for it would not fit into memory.
-    return "ok", None if is_odd else torchaudio.functional.resample(
-        torch.from_numpy(array), rate, 16_000
-    ).numpy()
+    if rate % 50 and rate != 16_000:
+        return "ok", None  # torchaudio's kernel for this rate would not fit into memory.
+    resampled = torchaudio.functional.resample(torch.from_numpy(array), rate, 16_000)
+    return "ok", resampled.numpy()
 
 
-def test_what_is_heard_is_what_soundfile_decodes(cases: list[Case]) -> None:
+def test_waveforms_are_those_of_soundfile(cases: list[Case]) -> None:
     statuses: dict[str, Counter] = {}
     for case in cases:
-        status, waveform = (case.expected, None) if case.data is None else decoded(case.data)
+        status = case.expected
+        waveform = None
+        if case.data is not None:
+            status, waveform = decoded(case.data)
         try:
-            sound = decode_audio(case.source)
+            clip = decode_audio(case.source)
             found = "ok"
-            assert waveform is None or (
-                sound.waveform.shape == waveform.shape and (sound.waveform == waveform).all()
-            )
-            assert sound.waveform.dtype == np.float32 and np.isfinite(sound.waveform).all()
+            assert waveform is None or np.array_equal(clip.waveform, waveform)
+            assert clip.waveform.dtype == np.float32
+            assert np.isfinite(clip.waveform).all()
         except AudioError as error:
             found = error.reason
-            assert (
-                str(error).isprintable()
-                and str(error).encode()
-                and str(error).endswith(HINTS[found])
-            )
+            assert str(error).isprintable()
+            assert str(error).encode()
+            assert str(error).endswith(HINTS[found])
         assert found == status == (case.expected or status), f"{case.kind}: {case.source!r:.300}"
         statuses.setdefault(case.kind, Counter())[found] += 1
-    refused = sum(
-        count for each in statuses.values() for status, count in each.items() if status != "ok"
-    )
-    kinds = [kind for kind, each in statuses.items() if each.total() > each["ok"]]
-    listed = "\n".join(f"{kind}: {dict(each)}" for kind, each in sorted(statuses.items()))
-    assert refused >= 500 and len(kinds) >= 20, f"{refused} of {len(kinds)} kinds\n{listed}"
-    reasons = {status for each in statuses.values() for status in each}
+    refused = {kind: counts.total() - counts["ok"] for kind, counts in statuses.items()}
+    num_refused = sum(refused.values())
+    num_kinds = sum(count > 0 for count in refused.values())
+    listed = "\n".join(f"{kind}: {dict(counts)}" for kind, counts in sorted(statuses.items()))
+    assert num_refused >= 500 and num_kinds >= 20, f"{num_refused} of {num_kinds} kinds\n{listed}"
+    reasons = set().union(*statuses.values())
     assert reasons == {"ok", "missing", "unreadable", "too_short", "too_long", "silent"}, listed
 
 
@@ -388,17 +387,17 @@ def make_checkpoint(root: Path, kind: str) -> Path:
     if kind == "ltu":
         return write_checkpoint(root / "checkpoint", llm)
     save_whisper(root / "whisper.pt")
-    flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
-    convert_as(f"{flags} --output_dir {root}/checkpoint".split())
+    flags = ["--init", "--llm", str(llm), "--whisper", str(root / "whisper.pt")]
+    flags += ["--feature_precision", "fp32", "--num_layer_heads", "2"]
+    convert_as([*flags, "--output_dir", str(root / "checkpoint")])
     return root / "checkpoint"
 
 
 def check(case: Case, answer: Answer) -> None:
-    """A status and a reason, or an answer."""
+    """Check that a clip has an answer, or else the right status and reason."""
     status = case.expected or decoded(case.data)[0]
-    assert answer.answered == (status == "ok") and (answer.answered or answer.status == status), (
-        case
-    )
+    assert answer.answered == (status == "ok"), case
+    assert answer.answered or answer.status == status, case
     if answer.answered:
         assert answer.new_tokens > 0 and 0 < answer.seconds_heard <= answer.seconds_total
     else:
@@ -413,26 +412,25 @@ def test_a_mixed_batch_answers_the_good_ones_only(
     checkpoint = make_checkpoint(tmp_path, kind)
     engine = LtuEngine.from_pretrained(checkpoint, device="cpu")
     fresh = LtuEngine.from_pretrained(checkpoint, device="cpu", cache_mb=0)
-    asked = [Request("What is it?", case.source, "") for case in cases]
-    answers = engine(asked, batch_size=16, max_new_tokens=4, min_new_tokens=1)
+    requests = [Request("What is it?", case.source, "") for case in cases]
+    answers = engine(requests, batch_size=16, max_new_tokens=4, min_new_tokens=1)
     for case, answer in zip(cases, answers, strict=True):
         check(case, answer)
     good = [index for index, answer in enumerate(answers) if answer.answered]
     assert len(good) >= 31
     for index in good[::3]:
-        assert fresh([asked[index]], max_new_tokens=4, min_new_tokens=1)[0] == answers[index]
+        assert fresh([requests[index]], max_new_tokens=4, min_new_tokens=1)[0] == answers[index]
 
 
-def test_a_run_over_files_ends_with_a_ledger(
+def test_a_run_over_files_ends_with_a_summary(
     cases: list[Case], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """`python -m ltu.inference_batch`: what no path can say is left out."""
+    """`python -m ltu.inference_batch`, without the cases that are not paths."""
     checkpoint = make_checkpoint(tmp_path, "ltu")
     cases = [case for case in cases if isinstance(case.source, str | Path) and str(case.source)]
-    rows = [
-        {"instruction": "What is it?", "input": "", "audio_id": str(case.source)} for case in cases
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    question = {"instruction": "What is it?", "input": ""}
+    examples = [question | {"audio_id": str(case.source)} for case in cases]
+    (tmp_path / "rows.json").write_text(json.dumps(examples))
     command = ["--model", str(checkpoint), "--device", "cpu"]
     command += ["--data_path", f"{tmp_path}/rows.json", "--output_path", f"{tmp_path}/p.json"]
     command += ["--max_new_tokens", "4", "--batch_size", "16"]
@@ -443,13 +441,8 @@ def test_a_run_over_files_ends_with_a_ledger(
     assert len(entries) == len(cases)
     for case, entry in zip(cases, entries, strict=True):
         assert entry["audio_id"] == str(case.source)
-        check(
-            case,
-            Answer(
-                entry["pred"],
-                **{key: entry[key] for key in Answer.__dataclass_fields__ if key in entry},
-            ),
-        )
+        fields = {key: entry[key] for key in Answer.__dataclass_fields__ if key in entry}
+        check(case, Answer(entry["pred"], **fields))
     counts = Counter(entry["status"] for entry in entries)
     for status, count in counts.items():
         assert f"{status} {count}" in printed.out

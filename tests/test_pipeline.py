@@ -1,4 +1,4 @@
-"""The answering engine: one answer a request, whatever is asked beside it; one encoding a clip; chunks; streaming."""
+"""The engine: answers do not depend on the batch, clips are encoded once; chunks; streaming."""
 
 import random
 from collections.abc import Callable
@@ -33,7 +33,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("engine")
     llm = tiny.write_llm(root / "llm")
     save_whisper(root / "whisper.pt")
-    flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
+    flags = f"--init --llm {llm} --whisper {root}/whisper.pt "
+    flags += "--feature_precision fp32 --num_layer_heads 2"
     convert_as(f"{flags} --output_dir {root}/ltu_as".split())
     return {"ltu": tiny.write_checkpoint(root / "ltu", llm, tiny.LORA), "ltu_as": root / "ltu_as"}
 
@@ -104,7 +105,7 @@ def mixture(seed: int, folder: Path) -> list[Request]:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_an_answer_does_not_depend_on_its_company(engine, tmp_path, seed):
-    """Greedy, beams and sampling; clips of all sorts, none, several chunks: each alone, together, in another order."""
+    """Greedy, beams, sampling; any clips, none, several chunks: alone, together, shuffled."""
     requests = mixture(seed, tmp_path)
     alone = [engine([request])[0] for request in requests]
     assert {answer.status for answer in alone} >= {"ok", "missing"}
@@ -160,7 +161,7 @@ def test_the_cache_changes_nothing_and_keeps_to_its_size(fresh):
 
 
 def test_words_and_sound_are_kept_apart(fresh):
-    """A clip that was asked about with its words given is not encoded again when Whisper has to write them."""
+    """A clip whose transcript was given is not encoded again when Whisper must transcribe it."""
     clip = tiny.clip(1, 1.0)
     written = fresh("ltu_as")([Request("What?", clip)], max_new_tokens=4)[0]
     engine = fresh("ltu_as")
@@ -232,7 +233,7 @@ def test_who_stops_listening_stops_the_answer(ltu):
 
 
 def test_windows_are_heard_in_order(engine):
-    """Each window's vectors are those of the ear on its stretch of the clip; LTU-AS cuts the log-mel of the whole."""
+    """Embeddings of each chunk are those of its part of the clip; LTU-AS cuts the whole log-mel."""
     extractor, config = engine.processor.feature_extractor, engine.model.config
     window = extractor.num_frames * 160
     clip = tiny.clip(5, 3.4 * window / 16_000)
@@ -333,7 +334,8 @@ def test_history_needs_a_chat_template(ltu, tmp_path):
     with pytest.raises(ValueError, match="single questions only"):
         ltu([Request("Why?", history=history)])
     template = ltu.processor.prompt_template | {
-        "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+        "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n"
+        "{% endfor %}<assistant>"
     }
     llm = Path(ltu.model.config.language_model)
     chat = LtuEngine.from_pretrained(
@@ -346,7 +348,7 @@ def test_history_needs_a_chat_template(ltu, tmp_path):
 
 
 def test_samples_follow_the_stock_distribution():
-    """100,000 draws against the probabilities of the stock processors; a row's draws are its seed's alone."""
+    """100,000 samples against stock probabilities; those of a row depend on its seed alone."""
     torch.manual_seed(0)
     logits = torch.randn(1, 12) * 2
     settings = {"temperature": 0.8, "top_k": 8, "top_p": 0.9}

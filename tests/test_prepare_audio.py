@@ -1,4 +1,4 @@
-"""Sound files become mono 16 kHz FLAC as the ear hears them, whatever is killed meanwhile; file names become clips."""
+"""Tests prepare_audio: conversion to 16 kHz FLAC, killed runs, and clip ids from file names."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def tone(seconds: float, rate: int, level: float = 0.5) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Real clips and made ones of several formats, and files that cannot be heard."""
+    """Write real and synthetic clips of several formats, and files that cannot be decoded."""
     folder = tmp_path_factory.mktemp("in")
     (folder / "sub").mkdir()
     shutil.copy(sorted(AUDIO.glob("bell_*.flac"))[0], folder / "bell.flac")
@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def ledger(output: Path) -> dict[str, dict]:
+def manifest(output: Path) -> dict[str, dict]:
     return {
         entry["file"]: entry
         for entry in map(json.loads, (output / "manifest.jsonl").read_text().splitlines())
@@ -65,14 +65,14 @@ def table(file: Path) -> list[dict]:
         return list(csv.DictReader(lines))
 
 
-def test_a_folder_becomes_what_is_heard_of_it(folder, tmp_path, capsys):
+def test_a_folder_is_converted(folder, tmp_path, capsys):
     assert (
         prepare_audio.main(
             ["--input", str(folder), "--output_dir", str(tmp_path / "out"), "--workers", "2"]
         )
         == 1
     )
-    entries = ledger(tmp_path / "out")
+    entries = manifest(tmp_path / "out")
     status = {file: entry["status"] for file, entry in entries.items()}
     made = [
         "bell.flac",
@@ -98,40 +98,37 @@ def test_a_folder_becomes_what_is_heard_of_it(folder, tmp_path, capsys):
             assert file.rsplit("/", 1)[-1] in entry["error"], entry
             continue
         made = tmp_path / "out" / entry["audio_id"]
-        info, heard = soundfile.info(made), load_audio(folder / file)
+        info = soundfile.info(made)
+        waveform = load_audio(folder / file)
         assert (info.samplerate, info.channels, info.format) == (16000, 1, "FLAC")
-        assert info.subtype == f"PCM_{entry['bits']}" and entry["bits"] == (
-            24 if file == "quiet.wav" else 16
-        )
-        assert (
-            entry["seconds"] == round(len(heard) / 16000, 3)
-            and entry["bytes"] == made.stat().st_size
-        )
+        assert info.subtype == f"PCM_{entry['bits']}"
+        assert entry["bits"] == (24 if file == "quiet.wav" else 16)
+        assert entry["seconds"] == round(len(waveform) / 16000, 3)
+        assert entry["bytes"] == made.stat().st_size
         step = 2.0 ** (1 - entry["bits"])
-        assert np.abs(load_audio(made) - heard.clip(-1, 1 - step)).max() <= step / 2 + 1e-9, file
+        assert np.abs(load_audio(made) - waveform.clip(-1, 1 - step)).max() <= step / 2 + 1e-9, file
     assert entries["sub/float.wav"]["clipped"] > 0 == entries["bell.flac"]["clipped"]
     assert (entries["stereo.wav"]["sampling_rate"], entries["stereo.wav"]["channels"]) == (44100, 2)
     flacs = sorted(
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.flac")
     )
-    assert [
-        line["audio_id"] for line in table(tmp_path / "out" / "audio_ids.csv")
-    ] == flacs and len(flacs) == 7
-    assert "latin_%E9.flac" in flacs and not list((tmp_path / "out").rglob("*.tmp"))
-    said = capsys.readouterr()
-    assert (
-        "1 .txt" in said.out
-        and "unreadable 3" in said.out
-        and "silent.wav: every sample" in said.err
-    )
+    assert [line["audio_id"] for line in table(tmp_path / "out" / "audio_ids.csv")] == flacs
+    assert len(flacs) == 7
+    assert "latin_%E9.flac" in flacs
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    printed = capsys.readouterr()
+    assert "1 .txt" in printed.out
+    assert "unreadable 3" in printed.out
+    assert "silent.wav: every sample" in printed.err
 
 
 def test_sixteen_bit_in_is_the_same_sixteen_bit_out(tmp_path):
     samples = RNG.integers(-(2**15), 2**15, 16000).astype(np.int16)
     soundfile.write(tmp_path / "in.wav", samples, 16000)
-    about = prepare_audio.convert(tmp_path / "in.wav", tmp_path / "new" / "out.flac")
+    entry = prepare_audio.convert(tmp_path / "in.wav", tmp_path / "new" / "out.flac")
     assert (soundfile.read(tmp_path / "new" / "out.flac", dtype="int16")[0] == samples).all()
-    assert about["clipped"] == 0 and about["bits"] == 16
+    assert entry["clipped"] == 0
+    assert entry["bits"] == 16
 
 
 def test_a_long_clip_is_refused(tmp_path):
@@ -155,30 +152,29 @@ def test_a_second_run_does_only_what_is_new(tmp_path):
         file.write('{"audio_id": "half')
     assert prepare_audio.main(run) == 0
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
-    assert (
-        after["a.flac"] == before["a.flac"]
-        and after["b.flac"] > before["b.flac"]
-        and len(after) == 3
-    )
-    assert ledger(output)["b.wav"]["seconds"] == 0.2 and len(ledger(output)) == 3
+    assert after["a.flac"] == before["a.flac"]
+    assert after["b.flac"] > before["b.flac"]
+    assert len(after) == 3
+    assert manifest(output)["b.wav"]["seconds"] == 0.2
+    assert len(manifest(output)) == 3
 
 
 KILLED = """
 import os, signal, sys
 from data import prepare_audio
-from data.audio_manifest import Ledger
-append = Ledger.append
-def append_and_die(ledger, entry):
-    append(ledger, entry)
-    if len(ledger.entries) == 20:
+from data.audio_manifest import AudioManifest
+append = AudioManifest.append
+def append_and_die(manifest, entry):
+    append(manifest, entry)
+    if len(manifest.entries) == 20:
         os.kill(os.getpid(), signal.SIGKILL)
-Ledger.append = append_and_die
+AudioManifest.append = append_and_die
 prepare_audio.main(sys.argv[1:])
 """
 
 
 def test_kill_9_leaves_whole_clips_and_no_process(tmp_path):
-    """The parent dies after the 20th line of its ledger, wherever its workers are then."""
+    """The parent is killed after the 20th line of its manifest, whatever its workers are doing."""
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for number in range(60):
@@ -188,25 +184,28 @@ def test_kill_9_leaves_whole_clips_and_no_process(tmp_path):
     run = start_python(["-c", KILLED, *command], tmp_path, **silent)
     assert run.wait() == -signal.SIGKILL
     try:
-        wait_until(lambda: not is_there(run.pid))
+        wait_until(lambda: not is_alive(run.pid))
     except AssertionError:
         os.killpg(run.pid, signal.SIGKILL)
-        pytest.fail("workers live on after kill -9 of their parent")
-    there = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
+        pytest.fail("workers are alive after kill -9 of their parent")
+    existing = {path.name: path.stat().st_mtime_ns for path in output.glob("*.flac")}
     done = (output / "manifest.jsonl").read_text().count("\n")
-    assert done == 20 <= len(there) <= 20 + 2 * prepare_audio.JOBS_A_WORKER
-    assert all(len(load_audio(output / name)) > 11000 for name in there)
+    assert done == 20 <= len(existing) <= 20 + 2 * prepare_audio.JOBS_A_WORKER
+    assert all(len(load_audio(output / name)) > 11000 for name in existing)
     again = run_python(["-m", "data.prepare_audio", *command], tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "20 were there" in again.stdout and "Warning" not in again.stderr
-    assert len(list(output.glob("*.flac"))) == len(ledger(output)) == 60
+    assert "20 were done before" in again.stdout
+    assert "Warning" not in again.stderr
+    assert len(list(output.glob("*.flac"))) == len(manifest(output)) == 60
     assert not list(output.glob("*.tmp"))
-    kept = sum((output / name).stat().st_mtime_ns == changed for name, changed in there.items())
-    assert kept == done
+    unchanged = sum(
+        (output / name).stat().st_mtime_ns == changed for name, changed in existing.items()
+    )
+    assert unchanged == done
 
 
-def is_there(group: int) -> bool:
-    """Whether any process of a process group lives."""
+def is_alive(group: int) -> bool:
+    """Return whether any process of a process group is alive."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -215,15 +214,16 @@ def is_there(group: int) -> bool:
 
 
 def run_or_die(job: tuple[str, str], *_) -> dict:
-    """Stands for `run_job`, with a file that its worker does not survive."""
+    """Replace `run_job`; one of the files kills its worker."""
     if job[0] == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
     return {"audio_id": job[1], "file": job[0], "status": "ok"}
 
 
-def test_a_file_that_kills_its_worker_is_named_and_stops_nobody(monkeypatch):
+def test_a_file_that_kills_its_worker_is_reported_and_the_others_are_converted(monkeypatch):
     monkeypatch.setattr(prepare_audio, "run_job", run_or_die)
-    # At most four jobs are on their way when the worker dies. Each is then run in its own process.
+    # At most four jobs are in the queue when the worker is killed. Each is then run in a process of
+    # its own.
     monkeypatch.setattr(prepare_audio, "JOBS_A_WORKER", 2)
     jobs = [(name, f"{name}.flac") for name in ("a", "b", "bad", "c", *map(str, range(30)))]
     entries = list(prepare_audio.run(jobs, 2))
@@ -232,9 +232,9 @@ def test_a_file_that_kills_its_worker_is_named_and_stops_nobody(monkeypatch):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with prepare_audio.Ledger(tmp_path), pytest.raises(ValueError, match="Another run"):
-        prepare_audio.Ledger(tmp_path)
-    with prepare_audio.Ledger(tmp_path):
+    with prepare_audio.AudioManifest(tmp_path), pytest.raises(ValueError, match="Another run"):
+        prepare_audio.AudioManifest(tmp_path)
+    with prepare_audio.AudioManifest(tmp_path):
         pass
 
 
@@ -273,7 +273,8 @@ def test_keys(name, rule, key):
 TABLES = {
     "audioset": (
         "# Segments csv created Sun Mar  5 10:54:31 2017\n# num_ytids=22160, num_segs=22160\n"
-        '# YTID, start_seconds, end_seconds, positive_labels\n--PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"\n'
+        "# YTID, start_seconds, end_seconds, positive_labels\n"
+        '--PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00088"\n'
         'YabcdefghiK, 0.000, 10.000, "/m/09x0r"\n',
         {"--PJHxphWEs", "YabcdefghiK"},
     ),
@@ -308,7 +309,7 @@ def test_strong_labels_are_read(tmp_path):
     assert list(read_ids(tmp_path / "s.tsv")) == ["b0RFKhbpFJA_30000"]
 
 
-def test_map_with_coverage_against_rows(tmp_path, capsys):
+def test_naming_and_coverage_of_a_dataset_file(tmp_path, capsys):
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for name in ("YabcdefghijK_30.000.wav", "bbbbbbbbbbb.wav", "ccccccccccc.wav"):
@@ -333,7 +334,7 @@ def test_map_with_coverage_against_rows(tmp_path, capsys):
         str(source),
         "--output_dir",
         str(output),
-        "--map",
+        "--naming",
         "audioset",
         "--workers",
         "1",
@@ -343,25 +344,20 @@ def test_map_with_coverage_against_rows(tmp_path, capsys):
     assert "coverage: 2 of the 4 clips" in capsys.readouterr().out
     coverage = json.loads((output / "audio_ids.csv.provenance.json").read_text())["coverage"]
     missing = {"absent": ["eeeeeeeeeee"], "unreadable": ["ddddddddddd"]}
-    assert coverage == {"asked_for": 4, "prepared": 2, "missing": missing}
+    assert coverage == {"requested": 4, "prepared": 2, "missing": missing}
     lines = [(line["id"], line["audio_id"]) for line in table(output / "audio_ids.csv")]
     assert lines == [
         (ids[0], "abcdefghijK.flac"),
         (ids[1], "abcdefghijK.flac"),
         (ids[2], "bbbbbbbbbbb.flac"),
     ]
-    entries = ledger(output)
-    assert (
-        entries["notes.wav"]["status"] == "name"
-        and "no name of audioset" in entries["notes.wav"]["error"]
-    )
-    assert (
-        prepare_audio.main([*run, "--max_bad", "1"]) == 1
-    )  # not only those asked for; two files fail
-    assert (
-        len(table(output / "audio_ids.csv")) == 4
-        and decode_audio(output / "ccccccccccc.flac").sampling_rate == 16000
-    )
+    entries = manifest(output)
+    assert entries["notes.wav"]["status"] == "name"
+    assert "not a name of audioset" in entries["notes.wav"]["error"]
+    # Without --only_asked, another file is converted; two files fail.
+    assert prepare_audio.main([*run, "--max_bad", "1"]) == 1
+    assert len(table(output / "audio_ids.csv")) == 4
+    assert decode_audio(output / "ccccccccccc.flac").sampling_rate == 16000
 
 
 def test_table_of_two_columns(tmp_path):
@@ -382,14 +378,14 @@ def test_table_of_two_columns(tmp_path):
     ]
     assert prepare_audio.main(run) == 1
     assert sorted(path.name for path in (output / "set").iterdir()) == ["first.flac", "second.flac"]
-    assert "not in --table" in ledger(output)["three.wav"]["error"]
+    assert "not in --table" in manifest(output)["three.wav"]["error"]
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a.wav,../../x\n", "leads out"),
-        ("a.wav,/x\n", "leads out"),
+        ("a.wav,../../x\n", "is outside of"),
+        ("a.wav,/x\n", "is outside of"),
         ("a.wav\n", "line 1: 1 cells"),
         ("a.wav,x\na.wav,y\n", "twice"),
     ],
@@ -400,9 +396,9 @@ def test_bad_tables_stop(tmp_path, text, message):
         read_table(tmp_path / "t.csv")
 
 
-def test_ids_that_are_none_stop(tmp_path):
+def test_ids_of_another_dataset_stop(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="none of its 2 ids is one of esc50"):
+    with pytest.raises(ValueError, match="none of its 2 ids is a name of esc50"):
         read_wanted(tmp_path / "t.csv", None, "esc50")
     with pytest.raises(ValueError, match="no column 'c'"):
         read_wanted(tmp_path / "t.csv", "c", "esc50")
@@ -418,7 +414,5 @@ def test_bad_arguments_stop(tmp_path, capsys):
         with pytest.raises(SystemExit):
             prepare_audio.main([*base, *bad])
         assert bad[-1] in capsys.readouterr().err or bad == [str(tmp_path)]
-    assert (
-        prepare_audio.main([*base, f"{tmp_path}/o", "--dry_run"]) == 0
-        and not (tmp_path / "o").exists()
-    )
+    assert prepare_audio.main([*base, f"{tmp_path}/o", "--dry_run"]) == 0
+    assert not (tmp_path / "o").exists()

@@ -1,4 +1,4 @@
-"""The client against a server that fails, what is kept across kill -9, and what becomes of a reply."""
+"""Tests the client against a server that fails, stored replies after kill -9, and parsing."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from llm_server import FAULTS, FakeLlm, completion
 import qa_generation.llm
 from qa_generation.filters import make_filter
 from qa_generation.generate import main
-from qa_generation.llm import Llm, LlmSettings, ReplyStore, RequestFailed, StopAsking
+from qa_generation.llm import GenerationStopped, Llm, LlmSettings, ReplyStore, RequestFailed
 from qa_generation.qa_json import Pair, parse_pairs
 from qa_generation.sources import SOURCES, message, pitch_rank
 from tests.machine import start_python, wait_until
@@ -28,9 +28,15 @@ SPOKEN = {
     "speed": "slow",
 }
 META = {
-    "temporal": "Sound of Dog (Sharp): [0.0s-1.0s]", "text": "the rain has begun again", "emotion": "sad",
-    "sentiment": -2, "age": 31.4, "genre": ["Folk", "Pop"], "labels": "Singing; Rain", **SPOKEN,
-}  # fmt: skip
+    "temporal": "Sound of Dog (Sharp): [0.0s-1.0s]",
+    "text": "the rain has begun again",
+    "emotion": "sad",
+    "sentiment": -2,
+    "age": 31.4,
+    "genre": ["Folk", "Pop"],
+    "labels": "Singing; Rain",
+    **SPOKEN,
+}
 LONG = "because its pitch rises quickly and then falls again, as it does near a road"
 
 
@@ -43,10 +49,10 @@ def surroundings(monkeypatch):
 
 
 def pairs_of(body: dict) -> str:
-    """Three pairs that the request alone decides."""
+    """Return three pairs that depend on the request alone."""
     mark = hash_of(body)
     return "\n".join(
-        json.dumps({"q": f"What is heard, {mark} {i}?", "a": f"{i} {mark} {LONG}"})
+        json.dumps({"q": f"What is noted, {mark} {i}?", "a": f"{i} {mark} {LONG}"})
         for i in range(3)
     )
 
@@ -60,7 +66,7 @@ def good(body: dict) -> dict:
 
 
 def odd(body: dict) -> dict:
-    """Replies that are paid for, but of which not all, or nothing, can be used."""
+    """Return a reply that is paid for, and of which not everything can be used."""
     lines = pairs_of(body).split("\n")
     texts = {
         0: ("", "stop"),
@@ -96,16 +102,20 @@ def arguments(
 
 
 def results(folder: Path) -> list[str]:
-    """Rows, rejects and recipe; the latter without folder and port."""
+    """Return examples, rejects and provenance; the last without folder and port."""
     texts = [
-        (folder / f"rows.json{end}").read_text() for end in ("", ".rejects.jsonl", ".provenance.json")
+        (folder / f"rows.json{end}").read_text()
+        for end in ("", ".rejects.jsonl", ".provenance.json")
     ]
     return texts[:2] + re.sub(r"/\S*/meta.json|127.0.0.1:\d+", "", texts[2]).splitlines()
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_faults_of_every_kind(tmp_path, seed, capsys):
-    """Same bytes as from a server without faults; every request paid once; a second run asks nothing."""
+    """The bytes are those of a server without faults.
+
+    Every request is paid once, and a second run sends nothing.
+    """
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     calm.mkdir(), rough.mkdir()
     with FakeLlm(odd) as server:
@@ -115,9 +125,8 @@ def test_faults_of_every_kind(tmp_path, seed, capsys):
         assert main(arguments(rough, server.url)) == 0
         assert seed or set(server.faults) == set(FAULTS)
         assert server.most_at_once <= 8
-        assert (
-            max(server.paid.values()) <= 2 and len(server.paid) == 40
-        )  # 2: the second `sample` of a useless reply
+        # 2: the second `sample` of a useless reply
+        assert max(server.paid.values()) <= 2 and len(server.paid) == 40
         paid = server.paid.total()
         assert main(arguments(rough, server.url)) == 0
         assert server.paid.total() == paid
@@ -137,7 +146,7 @@ def test_faults_of_every_kind(tmp_path, seed, capsys):
 
 
 def test_a_time_out_is_tried_again(tmp_path):
-    """Same bytes as from a server that always answers in time."""
+    """The bytes are those of a server that always answers in time."""
     calm, late = tmp_path / "calm", tmp_path / "late"
     calm.mkdir(), late.mkdir()
     with FakeLlm(odd) as server:
@@ -149,8 +158,11 @@ def test_a_time_out_is_tried_again(tmp_path):
     assert results(calm) == results(late)
 
 
-def test_kill_9_and_again(tmp_path):
-    """What lay on the disk when it was killed is never asked again; the rows are those of a run that nobody killed."""
+def test_kill_9_and_resume(tmp_path):
+    """Replies that are on the disk are not requested again.
+
+    The examples are those of a run that was not killed.
+    """
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir(), other.mkdir()
     rng = random.Random(5)
@@ -164,22 +176,23 @@ def test_kill_9_and_again(tmp_path):
             process.kill()
             process.wait()
             wait_until(lambda: not server.at_once)
-            kept = {
+            stored = {
                 json.loads(line)["key"]
                 for line in store.read_bytes().split(b"\n")[:-1]
                 if b'"reply"' in line
             }
-            assert server.paid.total() - len(kept) <= 2 * 8  # Only what was on its way may be lost.
+            # Only requests in flight may be lost.
+            assert server.paid.total() - len(stored) <= 2 * 8
         before = server.paid.total()
         assert main(given) == 0
-        assert server.paid.total() - before == 90 - len(kept)
+        assert server.paid.total() - before == 90 - len(stored)
         assert len(server.paid) == 90 and server.paid.total() <= 90 + 2 * 8
     with FakeLlm(good) as server:
         assert main(arguments(other, server.url, count=90)) == 0
     assert (one / "rows.json").read_bytes() == (other / "rows.json").read_bytes()
 
 
-def test_budget_stops_and_goes_on(tmp_path, capsys):
+def test_budget_stops_and_resumes(tmp_path, capsys):
     with FakeLlm(good) as server:
         assert main(arguments(tmp_path, server.url, "--token_budget", "5000")) == 1
         assert 0 < server.paid.total() * 150 <= 5000
@@ -193,9 +206,9 @@ def test_budget_stops_and_goes_on(tmp_path, capsys):
         )
 
 
-def test_ctrl_c_waits_for_what_is_on_its_way(tmp_path, capsys):
+def test_ctrl_c_completes_requests_in_flight(tmp_path, capsys):
     def answer(body: dict) -> dict:
-        if server.paid.total() == 12:  # By now the run listens for it.
+        if server.paid.total() == 12:  # By now the run handles the signal.
             os.kill(os.getpid(), signal.SIGINT)
         return good(body)
 
@@ -214,9 +227,8 @@ def test_refused_key_stops_and_is_written_nowhere(tmp_path, monkeypatch, capsys,
         assert (
             main(arguments(tmp_path, server.url, "--key_from", "MY_KEY", "--concurrency", "1")) == 1
         )
-        assert (
-            len(server.headers) == 2 and "Bearer sk-secret-123" in server.headers[0]
-        )  # 400: that clip alone
+        # 400 concerns only its clip.
+        assert len(server.headers) == 2 and "Bearer sk-secret-123" in server.headers[0]
     printed = capsys.readouterr()
     assert "[key]" in printed.err and "sk-secret" not in printed.err + printed.out
     assert not [path for path in tmp_path.iterdir() if b"sk-secret" in path.read_bytes()]
@@ -225,18 +237,21 @@ def test_refused_key_stops_and_is_written_nowhere(tmp_path, monkeypatch, capsys,
 def test_no_key_for_openai(tmp_path):
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         main(arguments(tmp_path, "https://api.openai.com/v1"))
-    with pytest.raises(StopIteration), ReplyStore(tmp_path / "s") as store:  # Others need none.
+    with (
+        pytest.raises(StopIteration),
+        ReplyStore(tmp_path / "s") as store,
+    ):  # Other endpoints need none.
         Llm(LlmSettings("m", base_url="http://127.0.0.1:9/v1"), store)
         raise StopIteration
 
 
-def test_retry_after_holds_all_requests(tmp_path):
+def test_retry_after_delays_all_requests(tmp_path):
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
         server.script = ["429 0.3"]
         llm = Llm(LlmSettings("m", base_url=server.url, concurrency=1), store)
         assert len(llm.complete_all([[{"role": "user", "content": str(i)}] for i in range(3)])) == 3
         assert server.times[1] - server.times[0] >= 0.3
-        server.script = ["429 9999"]  # Longer than anybody waits: this one fails, the others go on.
+        server.script = ["429 9999"]  # Longer than max_wait: only this request fails.
         replies = llm.complete_all([[{"role": "user", "content": f"again {i}"}] for i in range(3)])
         assert [isinstance(reply, RequestFailed) for reply in replies] == [True, False, False]
 
@@ -245,36 +260,40 @@ def test_an_endpoint_that_is_gone_stops_the_run(tmp_path):
     settings = LlmSettings("m", base_url="http://127.0.0.1:9/v1", tries=2)
     with (
         ReplyStore(tmp_path / "s") as store,
-        pytest.raises(StopAsking, match="one after the other"),
+        pytest.raises(GenerationStopped, match="one after the other"),
     ):
         Llm(settings, store).complete_all(
             [[{"role": "user", "content": str(i)}] for i in range(500)]
         )
 
 
-def test_equal_requests_are_one(tmp_path):
-    """As a judge asks: replies in order, settings recorded, equal questions paid once, also at the same time."""
-    asked = [[{"role": "user", "content": f"question {i % 4}"}] for i in range(20)]
+def test_equal_requests_are_sent_once(tmp_path):
+    """The replies are in order, the settings recorded, and equal requests paid once.
+
+    A judge sends such requests, also at the same time.
+    """
+    prompts = [[{"role": "user", "content": f"question {i % 4}"}] for i in range(20)]
     with FakeLlm(good, delay=0.05) as server, ReplyStore(tmp_path / "s") as store:
         url = server.url.replace("//", "//user:pass@")
         settings = LlmSettings(
             "judge", temperature=0.0, base_url=url, extra={"max_tokens": None, "top_p": 0.5}
         )
-        llm, heard = Llm(settings, store), []
-        replies = llm.complete_all(asked, lambda index, reply: heard.append(index))
-        assert sorted(heard) == list(range(20)) and server.paid.total() == 4
+        llm = Llm(settings, store)
+        indices = []
+        replies = llm.complete_all(prompts, lambda index, reply: indices.append(index))
+        assert sorted(indices) == list(range(20)) and server.paid.total() == 4
         assert [reply.text for reply in replies[:4]] * 5 == [reply.text for reply in replies]
         assert replies[0].model == "m-0301" and store.tokens == 4 * 150
-        assert llm.request(asked[0]) == {
+        assert llm.request(prompts[0]) == {
             "model": "judge",
-            "messages": asked[0],
+            "messages": prompts[0],
             "temperature": 0.0,
             "top_p": 0.5,
         }
     assert "pass" not in str(settings.record()) and settings.record()["temperature"] == 0.0
 
 
-def test_store_is_locked_and_mends_half_a_line(tmp_path):
+def test_store_is_locked_and_removes_half_a_line(tmp_path):
     reply = {"text": "é", "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
     path = tmp_path / "s"
     with ReplyStore(path) as store:
@@ -291,7 +310,7 @@ def test_store_is_locked_and_mends_half_a_line(tmp_path):
         ReplyStore(path)
 
 
-def test_dry_run_asks_nothing(tmp_path, capsys):
+def test_dry_run_sends_nothing(tmp_path, capsys):
     with FakeLlm(good) as server:
         dry = arguments(tmp_path, server.url, "--dry_run", "--price", "1", "2", source="joint_v2")
         assert main(dry) == 0
@@ -300,7 +319,7 @@ def test_dry_run_asks_nothing(tmp_path, capsys):
         assert main([flag for flag in dry if flag != "--dry_run"]) == 0
         capsys.readouterr()
         assert main(dry) == 0
-        assert "0 requests to ask, 80 are kept already" in capsys.readouterr().out
+        assert "0 requests to send, 80 replies already stored" in capsys.readouterr().out
 
 
 def test_sources(tmp_path):
@@ -316,8 +335,9 @@ def test_sources(tmp_path):
         "Sound Events: Dog (sharp): [0.0s-1.2s, 2.0s-3.0s]; Car: [0.0s-9.0s]; Description: A dog."
     )
     assert texts["mosei"] == (
-        'Spoken words: "the rain has begun again"; Gender: male; Fundamental frequency: 130 Hz, low among all '
-        "speakers, medium (120-135 Hz) among male speakers; Volume: high; Speed: slow; Emotion: sad; "
+        'Spoken words: "the rain has begun again"; Gender: male; '
+        "Fundamental frequency: 130 Hz, low among all speakers, "
+        "medium (120-135 Hz) among male speakers; Volume: high; Speed: slow; Emotion: sad; "
         "Sentiment: -2 (negative); Estimated age: 31 years"
     )
     of_closed_qa = {name: value for name, value in row.items() if name != "pitch_detail"} | {
@@ -341,16 +361,19 @@ def test_sources(tmp_path):
 
 
 def test_pitch_ranks_by_gender():
-    """The last bound is the gender's own; the original says ">240 Hz" for both."""
+    """The last bound is that of the gender; the original has ">240 Hz" for both."""
     assert [pitch_rank(hertz, "male") for hertz in (94.9, 95, 120, 135, 180)] == [
-        "very low (<95 Hz)", "relatively low (95-120 Hz)", "medium (120-135 Hz)", "relatively high (135-180 Hz)",
+        "very low (<95 Hz)",
+        "relatively low (95-120 Hz)",
+        "medium (120-135 Hz)",
+        "relatively high (135-180 Hz)",
         "very high (>180 Hz)",
-    ]  # fmt: skip
+    ]
     assert pitch_rank(300, "female") == "very high (>270 Hz)"
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source_from_metadata_to_rows(tmp_path, source, capsys):
+def test_every_source_from_metadata_to_examples(tmp_path, source, capsys):
     bodies = []
 
     def answer(body: dict) -> dict:
@@ -373,11 +396,13 @@ def test_every_source_from_metadata_to_rows(tmp_path, source, capsys):
     assert len(rows) == (8 if source == "joint_v2" else 6)
     if source == "joint_v2":
         assert rows[0]["output"].startswith("Somebody sings") and len(bodies) == 4
-        # Which clip's questions are asked first is not fixed: two clips are on their way at once.
+        # The order of the clips is not fixed, because two clips are in flight at once.
         later = [
             body["messages"] for body in bodies if "paragraph" not in body["messages"][0]["content"]
         ]
-        assert len(later) == 2 and all(rows[0]["output"] in said[1]["content"] for said in later)
+        assert len(later) == 2 and all(
+            rows[0]["output"] in messages[1]["content"] for messages in later
+        )
         bodies = [body for body in bodies if body["messages"] in later]
     assert str(SOURCES[source].count) in bodies[-1]["messages"][0]["content"]
 
@@ -435,13 +460,12 @@ def test_malformed_json(text, expected):
     assert len(rejects) == (0 if expected else 1)
     whole = '{"q": "one", "a": "two"}'
     pairs, _ = parse_pairs(f"{whole}\n{text}\n{whole}")
-    assert (
-        sum((pair.question, pair.answer) == ("one", "two") for pair in pairs) == 2
-    )  # Neighbours are not hurt.
+    # The pairs before and after it are parsed.
+    assert sum((pair.question, pair.answer) == ("one", "two") for pair in pairs) == 2
 
 
 def test_random_damage_never_makes_up_a_pair():
-    """Pairs from a reply with characters lost anywhere: their texts are made of the texts sent, in their order."""
+    """The pairs of a reply with lost characters consist of the texts sent, in their order."""
     rng = random.Random(1)
     sent = [
         {"q": f"Why {i} is it?", "a": f"Since {i} it \"barks\", 'runs' {{and}} jumps"}
@@ -453,7 +477,7 @@ def test_random_damage_never_makes_up_a_pair():
             cut = rng.randrange(len(text))
             text = text[:cut] + text[cut + 1 :]
         pairs, rejects = parse_pairs(text)
-        assert len(pairs) == 5 or rejects  # Nothing is lost unseen.
+        assert len(pairs) == 5 or rejects  # Nothing is lost silently.
         for pair in pairs:
             whole = iter(" ".join(part for item in sent for part in (item["q"], item["a"])))
             assert all(
@@ -467,7 +491,7 @@ def test_filters():
         ("What barks here?", "A dog barks near the road.", None),
         ("what barks here", "Another answer that is long enough.", "duplicate"),
         ("Who barks here?", "A dog barks, near the road!", "duplicate"),
-        ("What is loud?", "The horn is loud enough to be heard far away.", None),
+        ("What is loud?", "The horn is loud enough to be noticed far away.", None),
         ("Is it rare?", "One cannot miss it, and it is possible to sleep.", None),
         ("Who owns the dog?", "It cannot be determined who owns it.", "unanswerable"),
         ("Who is the driver?", "There is no information on who drives.", "unanswerable"),
@@ -483,26 +507,31 @@ def test_filters():
 
 
 def test_local_model(tmp_path):
-    """A tiny random model in the place of an endpoint: batched, stored, greedy answers not those of the batch."""
+    """A tiny random model replaces an endpoint.
+
+    Its replies are batched and stored, and greedy replies do not depend on the batch.
+    """
     from tiny import write_llm
 
     write_llm(tmp_path / "llm")
-    asked = [[{"role": "user", "content": "dog " * (i + 1)}] for i in range(3)]
+    prompts = [[{"role": "user", "content": "dog " * (i + 1)}] for i in range(3)]
     settings = {"is_local": True, "temperature": 0.0, "max_tokens": 6}
     with ReplyStore(tmp_path / "s") as store:
         llm = Llm(LlmSettings(str(tmp_path / "llm"), **settings), store)
-        replies = llm.complete_all(asked)
-        assert len(store.places) == 3 and all(0 < reply.completion_tokens <= 6 for reply in replies)
-        assert llm.complete_all(asked) == replies and llm.counts["asked"] == 3
+        replies = llm.complete_all(prompts)
+        assert len(store.offsets) == 3 and all(
+            0 < reply.completion_tokens <= 6 for reply in replies
+        )
+        assert llm.complete_all(prompts) == replies and llm.counts["answered"] == 3
     with ReplyStore(tmp_path / "t") as store:
         llm = Llm(LlmSettings(str(tmp_path / "llm"), concurrency=1, **settings), store)
-        assert [reply.text for reply in llm.complete_all(asked)] == [
+        assert [reply.text for reply in llm.complete_all(prompts)] == [
             reply.text for reply in replies
         ]
 
 
 def test_another_file_is_no_store_of_replies(tmp_path):
-    """A file of one line without an end is not half a reply of ours: it stays as it is."""
+    """A file with one line without an end is not half a reply, and stays as it is."""
     foreign, half = tmp_path / "rows.json", tmp_path / "half.jsonl"
     foreign.write_text('[{"audio_id": "a.wav"}]')
     with pytest.raises(ValueError, match="rows.json, byte 0"):
@@ -510,5 +539,5 @@ def test_another_file_is_no_store_of_replies(tmp_path):
     assert foreign.read_text() == '[{"audio_id": "a.wav"}]'
     half.write_text('{"key": "0a')
     with ReplyStore(half) as store:
-        assert not store.places
+        assert not store.offsets
     assert half.read_bytes() == b""

@@ -1,4 +1,4 @@
-"""What stays when a run comes to nothing, and what a waiting or forbidding endpoint makes of it."""
+"""Tests runs without any reply, and endpoints that delay or forbid requests."""
 
 import json
 import tracemalloc
@@ -23,28 +23,18 @@ def files(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    "source, script, more, said",
+    "source, script, more, message",
     [
         ("audioset_strong", ["401"] * 3, ["--model", "typo"], "no clip was answered"),
         ("audioset_strong", [], ["--model", "n", "--token_budget", "500"], "no clip was answered"),
-        (
-            "audioset_strong",
-            ["400"] * 3,
-            ["--model", "typo"],
-            "no clip was answered",
-        ),  # too few to stop the run
+        # Three failures are too few to stop the run.
+        ("audioset_strong", ["400"] * 3, ["--model", "typo"], "no clip was answered"),
         ("fma", [], [], "no genre"),
-        (
-            "joint_v2",
-            ["", "401"],
-            ["--concurrency", "1"],
-            "no clip was answered",
-        ),  # a paragraph alone makes no row
+        # A paragraph alone makes no example.
+        ("joint_v2", ["", "401"], ["--concurrency", "1"], "no clip was answered"),
     ],
 )
-def test_a_run_that_was_answered_nothing_leaves_the_rows(
-    tmp_path, capsys, source, script, more, said
-):
+def test_a_run_without_replies_leaves_the_examples(tmp_path, capsys, source, script, more, message):
     with FakeLlm(good) as server:
         assert main(arguments(tmp_path, server.url, count=3)) == 0
         before = files(tmp_path)
@@ -56,17 +46,16 @@ def test_a_run_that_was_answered_nothing_leaves_the_rows(
         server.script = script
         assert main(given) == 1
         printed = capsys.readouterr()
-        assert said in printed.err and f"{tmp_path / 'rows.json'} is as it was" in printed.err
+        assert message in printed.err and f"{tmp_path / 'rows.json'} is as it was" in printed.err
         assert files(tmp_path) == before and not list(tmp_path.glob("*.tmp"))
-        assert "tokens: " in printed.out  # What it has cost is said all the same.
+        assert "tokens: " in printed.out  # The cost is printed all the same.
         (tmp_path / "meta.json").write_text("[]")
-        assert (
-            main(given) == 0 and (tmp_path / "rows.json").read_text() == "[\n]\n"
-        )  # Nothing to ask: that is all.
+        # Without metadata the dataset file is empty.
+        assert main(given) == 0 and (tmp_path / "rows.json").read_text() == "[\n]\n"
 
 
 @pytest.mark.parametrize("wait", ["0", "-5", "Mon, 01 Jan 2024 00:00:00 GMT", "nan"])
-def test_a_wait_of_nothing_is_no_wish(tmp_path, monkeypatch, wait):
+def test_a_retry_after_of_zero_is_ignored(tmp_path, monkeypatch, wait):
     monkeypatch.setattr(qa_generation.llm, "LONGEST_WAIT", 0.2)
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
         server.script = [f"429 {wait}"] * 2
@@ -82,14 +71,15 @@ def test_403_concerns_one_clip_where_others_were_answered(tmp_path, capsys):
     with FakeLlm(good) as server:
         server.script = ["403"] * 9
         given = arguments(tmp_path, server.url, "--concurrency", "1", count=6)
-        assert main(given) == 1 and len(server.times) == 1  # Nobody was answered: no right at all.
+        # No request was answered, so 403 concerns all.
+        assert main(given) == 1 and len(server.times) == 1
         assert "stopped: 403" in capsys.readouterr().err and not (tmp_path / "rows.json").exists()
         server.script = ["", "403", "", "403"]
         assert (
             main(given) == 1 and len(server.times) == 7 and "stopped" not in capsys.readouterr().err
         )
         assert len(json.loads((tmp_path / "rows.json").read_text())) == 4 * 3
-        assert main(given) == 0 and server.paid.total() == 6  # Asked again by the next run.
+        assert main(given) == 0 and server.paid.total() == 6  # The next run sends them again.
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.ndjson", "rows.jsonl.gz", "rows"])
@@ -100,7 +90,7 @@ def test_an_output_of_another_form_is_refused(tmp_path, name):
 
 
 def test_json_lines_are_streamed(tmp_path):
-    """One clip against 5,000 rows of 1 kB after blank lines; then a line that is no row."""
+    """One clip and 5,000 examples of 1 kB after blank lines; then a line that is no example."""
     path = tmp_path / "v1.jsonl"
     line = json.dumps({"audio_id": "b", "instruction": "Why is it so?", "output": "x" * 1000})
     own = json.dumps({"audio_id": "a", "instruction": "What barks?", "output": "A dog."})

@@ -1,4 +1,4 @@
-"""What a run pays for and keeps: clips that come again, the budget, lost tries, full disks."""
+"""Tests costs and stored replies: repeated clips, the budget, lost tries, full disks."""
 
 import errno
 import json
@@ -14,16 +14,18 @@ from test_qa_generation import LONG, META, ROOT, arguments, good, pairs_of, surr
 
 from qa_generation.generate import main
 from qa_generation.llm import (
+    GenerationStopped,
     Llm,
     LlmSettings,
     ReplyStore,
     RequestFailed,
-    StopAsking,
     estimate_tokens,
 )
 from tests.machine import start_python, wait_until
 
-HELLO = [{"role": "user", "content": "hello"}]  # reserved: 9 for it, and the longest reply
+HELLO = [
+    {"role": "user", "content": "hello"}
+]  # 9 tokens, and those of the longest reply, are reserved
 REPLY = {"text": "é", "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
 
 
@@ -38,22 +40,20 @@ def read_rejects(folder: Path) -> list[tuple[str, str]]:
 
 
 def same_and_own(body: dict) -> dict:
-    """Two pairs that every reply has, and one of the request's own."""
+    """Return two pairs that every reply has, and one that depends on the request."""
     if "paragraph" in body["messages"][0]["content"]:
         return completion(f"Somebody sings in the rain, {LONG}.")
     same = [
-        {"q": f"What is heard in place {i}?", "a": f"Number {i} is heard there {LONG}"}
+        {"q": f"What is noted in place {i}?", "a": f"Number {i} is noted there {LONG}"}
         for i in range(2)
     ]
     return completion("\n".join([*map(json.dumps, same), pairs_of(body).split("\n")[0]]))
 
 
-def test_a_clip_that_comes_again(tmp_path, capsys):
-    """Same facts: asked and written once. Other facts: asked, without the pairs that the clip has already."""
-    first, other = (
-        {"audio_id": "a", "caption": "rain"} | META,
-        {"audio_id": "b", "caption": "rain"} | META,
-    )
+def test_a_repeated_clip(tmp_path, capsys):
+    """The same facts are used once. Other facts give only pairs that the clip does not have."""
+    first = {"audio_id": "a", "caption": "rain"} | META
+    other = {"audio_id": "b", "caption": "rain"} | META
     meta = write_rows(
         tmp_path / "m.json",
         first,
@@ -65,9 +65,8 @@ def test_a_clip_that_comes_again(tmp_path, capsys):
     with FakeLlm(same_and_own) as server:
         given = arguments(tmp_path, server.url, "--input", str(meta))
         assert main(given) == 0
-        assert (
-            server.paid.total() == 3 and len({row for row in server.paid}) == 2
-        )  # a and b: equal bodies, two clips
+        # The bodies of a and b are equal, but they are two clips.
+        assert server.paid.total() == 3 and len({row for row in server.paid}) == 2
         rows = json.loads((tmp_path / "rows.json").read_text())
         assert [row["audio_id"] for row in rows] == ["a"] * 4 + ["b"] * 3
         assert len({(row["audio_id"], row["instruction"]) for row in rows}) == 7
@@ -82,7 +81,7 @@ def test_a_clip_that_comes_again(tmp_path, capsys):
         assert len(json.loads((tmp_path / "rows.json").read_text())) == 9
 
 
-def test_a_clip_that_another_source_had(tmp_path):
+def test_a_clip_of_another_source(tmp_path):
     """joint_v2 after joint_v1: the pairs of the first are duplicates in the second."""
     with FakeLlm(same_and_own) as server:
         assert main(arguments(tmp_path, server.url, source="joint_v1", count=2)) == 0
@@ -104,14 +103,16 @@ def test_a_clip_that_another_source_had(tmp_path):
 @pytest.mark.parametrize(
     "extra, tokens",
     [
-        ({}, 1024), ({"max_tokens": 50}, 50), ({"max_tokens": None, "max_completion_tokens": 4000}, 4000),
+        ({}, 1024),
+        ({"max_tokens": 50}, 50),
+        ({"max_tokens": None, "max_completion_tokens": 4000}, 4000),
         ({"max_completion_tokens": 70}, 1024),
     ],
-)  # fmt: skip
-def test_what_a_request_may_cost_is_reserved(tmp_path, extra, tokens):
+)
+def test_the_maximum_cost_of_a_request_is_reserved(tmp_path, extra, tokens):
     need = estimate_tokens(HELLO) + tokens
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
-        with pytest.raises(StopAsking, match="token budget"):
+        with pytest.raises(GenerationStopped, match="token budget"):
             Llm(
                 LlmSettings("m", base_url=server.url, extra=extra, token_budget=need - 1), store
             ).complete_all([HELLO])
@@ -146,14 +147,17 @@ def test_a_budget_needs_a_longest_reply():
     "fault, tries", [("time-out", 4), ("drop", 4), ("half a body", 4), ("504", 4), ("HTML", 3)]
 )
 def test_lost_tries_count_as_reserved(tmp_path, capsys, fault, tries):
-    """4 tries of 991 + 9 tokens fit; whatever became of them, no fifth is sent, in this run or the next."""
+    """Four tries of 991 + 9 tokens fit the budget.
+
+    After they are lost, no fifth is sent, in this run or the next.
+    """
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
         server.script = [fault] * 20
         limits = {"timeout": 0.3, "token_budget": 4000 if tries == 4 else 3999}
         settings = LlmSettings("m", base_url=server.url, max_tokens=991, concurrency=2, **limits)
         for _ in range(2):
             with pytest.raises(
-                StopAsking, match=f"{1000 * tries} reserved for tries without a reply"
+                GenerationStopped, match=f"{1000 * tries} reserved for tries without a reply"
             ):
                 Llm(settings, store).complete_all([HELLO, [{"role": "user", "content": "other"}]])
         assert len(server.times) == tries and (store.tokens, store.lost) == (0, 1000 * tries)
@@ -172,12 +176,12 @@ def test_tries_that_nobody_bills_cost_nothing(tmp_path, fault):
         assert isinstance(
             Llm(gone, store).complete_all([[{"role": "user", "content": "x"}]])[0], RequestFailed
         )
-        assert store.lost == 0  # Nobody was there to bill it.
+        assert store.lost == 0  # No endpoint was there to bill it.
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_no_budget_is_exceeded_whatever_is_billed(tmp_path, seed):
-    """Random faults; each try whose end the client cannot know is billed in full by this server.
+    """The faults are random. This server bills each try whose outcome the client cannot know.
 
     Replies to all 100 clips cost 15,000 tokens: more than any of the budgets, whatever fails.
     """
@@ -191,7 +195,7 @@ def test_no_budget_is_exceeded_whatever_is_billed(tmp_path, seed):
                 assert 0 < cost <= store.tokens + store.lost <= budget
 
 
-def test_local_model_takes_the_length_that_is_asked(tmp_path):
+def test_local_model_uses_max_new_tokens(tmp_path):
     from tiny import write_llm
 
     write_llm(tmp_path / "llm")
@@ -209,8 +213,8 @@ def test_local_model_takes_the_length_that_is_asked(tmp_path):
         )
 
 
-def test_kill_9_leaves_what_was_sent_in_the_accounts(tmp_path, capsys):
-    """It is killed when 8 replies are kept and 8 further tries are on their way."""
+def test_kill_9_leaves_sent_tries_in_the_accounts(tmp_path, capsys):
+    """The run is killed when 8 replies are stored and 8 further tries are in flight."""
     with FakeLlm(good, hold_after=8) as server:
         given = arguments(tmp_path, server.url)
         command = ["-m", "qa_generation.generate", *given]
@@ -218,8 +222,9 @@ def test_kill_9_leaves_what_was_sent_in_the_accounts(tmp_path, capsys):
         wait_until(lambda: server.held == 8, process)
         process.kill(), process.wait()
         with ReplyStore(tmp_path / "rows.json.replies.jsonl") as store:
-            kept, lost = len(store.places), store.lost
-        assert kept == 8 and 1200 < lost / 8 < 1800  # about 420 of the prompt, 1024 of the reply
+            stored = len(store.offsets)
+            lost = store.lost
+        assert stored == 8 and 1200 < lost / 8 < 1800  # about 420 of the prompt, 1024 of the reply
         server.release()
         assert main([*given, "--token_budget", "900000"]) == 0
         assert (
@@ -229,7 +234,7 @@ def test_kill_9_leaves_what_was_sent_in_the_accounts(tmp_path, capsys):
 
 
 class FullDisk:
-    """Takes `room` bytes more, the last write in part, then none; everything else is the file's."""
+    """A file that takes `room` more bytes, the last write in part, and then none."""
 
     def __init__(self, file, room: int):
         self.file, self.room = file, room
@@ -249,7 +254,7 @@ class FullDisk:
 
 
 def test_store_on_a_full_disk(tmp_path):
-    """Half a line goes again; replies before and after it are there, at their places."""
+    """Half a line is removed; replies before and after it stay at their offsets."""
     path = tmp_path / "s"
     with ReplyStore(path) as store:
         store.put("aa", REPLY)
@@ -258,10 +263,9 @@ def test_store_on_a_full_disk(tmp_path):
         with pytest.raises(OSError, match=f"{path}.*No space left|No space left.*{path}"):
             store.put("bb", REPLY)
         assert store.get("bb") is None and store.get("aa") == REPLY and path.read_bytes() == whole
-        store.file.room, store.file.truncate = (
-            20,
-            store.file.refuse,
-        )  # Nor cut off now: then before the next line.
+        # If half a line cannot be cut off now, it is cut off before the next line.
+        store.file.room = 20
+        store.file.truncate = store.file.refuse
         with pytest.raises(OSError):
             store.put("bb", REPLY)
         store.file = real
@@ -269,14 +273,17 @@ def test_store_on_a_full_disk(tmp_path):
         assert store.get("cc")["text"] == "later" and store.get("aa") == REPLY and store.tokens == 6
     assert path.read_bytes().startswith(whole) and path.read_bytes().count(b"\n") == 2
     with ReplyStore(path) as store:
-        assert len(store.places) == 2 and store.get("cc")["text"] == "later"
+        assert len(store.offsets) == 2 and store.get("cc")["text"] == "later"
         os.truncate(path, len(whole) + 9)
         with pytest.raises(ValueError, match=f"byte {len(whole)}: a reply is gone"):
             store.get("cc")
 
 
-def test_a_run_on_a_full_disk_stops_and_goes_on(tmp_path):
-    """Files of 20 kB at most: what was kept stays, the reason is said, and the next run asks for the rest only."""
+def test_a_run_on_a_full_disk_stops_and_resumes(tmp_path):
+    """With files of 20 kB at most, the stored replies stay and the reason is printed.
+
+    The next run sends only the remaining requests.
+    """
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
@@ -290,10 +297,11 @@ def test_a_run_on_a_full_disk_stops_and_goes_on(tmp_path):
             done.stderr
         )
         assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.tmp"))
-        kept, paid = store.read_bytes(), server.paid.total()
-        assert kept.endswith(b"\n") and len(kept) <= 20000
-        answered = [entry for entry in map(json.loads, kept.splitlines()) if "reply" in entry]
+        stored = store.read_bytes()
+        paid = server.paid.total()
+        assert stored.endswith(b"\n") and len(stored) <= 20000
+        answered = [entry for entry in map(json.loads, stored.splitlines()) if "reply" in entry]
         assert paid - 4 <= len(answered) <= paid < 60
         assert main(given) == 0 and server.paid.total() - paid == 60 - len(answered)
-        assert store.read_bytes().startswith(kept)
+        assert store.read_bytes().startswith(stored)
         assert len(json.loads((tmp_path / "rows.json").read_text())) == 180

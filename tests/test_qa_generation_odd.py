@@ -1,4 +1,4 @@
-"""What comes in otherwise than expected: metadata of wrong types, odd endpoints, other settings, interrupts."""
+"""Tests unexpected input: metadata of wrong types, odd endpoints, other settings, interrupts."""
 
 import json
 import random
@@ -14,18 +14,20 @@ from test_qa_generation_costs import read_rejects, write_rows
 
 from qa_generation.generate import main
 from qa_generation.llm import (
+    GenerationStopped,
     Llm,
     LlmSettings,
     ReplyStore,
     RequestFailed,
-    StopAsking,
     estimate_tokens,
 )
 from qa_generation.qa_json import Reject, parse_pairs
 from qa_generation.sources import FORMS, SOURCES, message
 from tests.machine import PATIENCE, start_python, wait_until
 
-HELLO = [{"role": "user", "content": "hello"}]  # reserved: 9 for it, and the longest reply
+HELLO = [
+    {"role": "user", "content": "hello"}
+]  # 9 tokens, and those of the longest reply, are reserved
 
 
 NOT_TEXT = [
@@ -62,8 +64,8 @@ NOT_TEXT = [
 ]
 
 
-@pytest.mark.parametrize("source, change, said", NOT_TEXT)
-def test_wrong_types_are_named_before_anything_is_asked(tmp_path, capsys, source, change, said):
+@pytest.mark.parametrize("source, change, complaint", NOT_TEXT)
+def test_wrong_types_are_named_before_anything_is_sent(tmp_path, capsys, source, change, complaint):
     seen = []
 
     def answer(body: dict) -> dict:
@@ -75,7 +77,7 @@ def test_wrong_types_are_named_before_anything_is_asked(tmp_path, capsys, source
         whole = {"audio_id": "a", "caption": "rain"} | META
         write_rows(tmp_path / "meta.json", whole, {"audio_id": "b"} | whole | change)
         assert main(given) == 1
-    assert f"meta.json, row 1: {said}" in seen[0] and not any("row 0" in text for text in seen)
+    assert f"meta.json, row 1: {complaint}" in seen[0] and not any("row 0" in text for text in seen)
     assert {row["audio_id"] for row in json.loads((tmp_path / "rows.json").read_text())} == {"a"}
 
 
@@ -109,7 +111,7 @@ def test_metadata_of_any_kind_is_a_message_or_named():
         for source in SOURCES.values():
             try:
                 outcomes["text"] += bool(message(source, row).encode())
-            except ValueError as error:  # Anything else would end a run with a traceback.
+            except ValueError as error:  # Any other error would end a run with a traceback.
                 outcomes["named"] += bool(str(error))
     assert min(outcomes.values()) > 5000
 
@@ -122,7 +124,7 @@ def test_fields_of_other_sources_may_be_anything():
     )
 
 
-def test_an_output_that_cannot_be_written_is_said_first(tmp_path):
+def test_an_invalid_output_is_reported_first(tmp_path):
     with FakeLlm(good) as server:
         (tmp_path / "folder").mkdir()
         for given in (
@@ -139,15 +141,21 @@ def with_choice(change: dict) -> dict:
     return body | {"choices": [body["choices"][0] | change]}
 
 
-PAID = [  # a body -> text, finish_reason, prompt and completion tokens as they are stored; None: 3 tries, no reply
+# A body, and the text, finish_reason, prompt tokens and completion tokens that are stored. None
+# means that there is no reply after 3 tries.
+PAID = [
     (with_choice({"message": {"content": None}}), ("", "stop", 100, 50)),
-    (with_choice({"message": {"content": None, "refusal": "no"}, "finish_reason": None}), ("", "stop", 100, 50)),
-    (with_choice({"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}, 5]}}), ("ab", "stop", 100, 50)),
-    (with_choice({"message": {"content": "a"}, "finish_reason": 5}) | {"model": 7}, ("a", "stop", 100, 50)),
-    (with_choice({"message": {"content": "a"}}) | {"usage": {"prompt_tokens": -9, "completion_tokens": True}},
-     ("a", "stop", 9, 9)),
+    (with_choice({"message": {"content": None, "refusal": "no"}, "finish_reason": None}),
+     ("", "stop", 100, 50)),
+    (with_choice({"message": {"content": [{"type": "text", "text": "a"}, {"text": "b"}, 5]}}),
+     ("ab", "stop", 100, 50)),
+    (with_choice({"message": {"content": "a"}, "finish_reason": 5}) | {"model": 7},
+     ("a", "stop", 100, 50)),
+    (with_choice({"message": {"content": "a"}})
+     | {"usage": {"prompt_tokens": -9, "completion_tokens": True}}, ("a", "stop", 9, 9)),
     (with_choice({"message": {"content": "hello"}}) | {"usage": [1]}, ("hello", "stop", 9, 9)),
-    (with_choice({"message": {"content": "a"}, "finish_reason": "length"}), ("a", "length", 100, 50)),
+    (with_choice({"message": {"content": "a"}, "finish_reason": "length"}),
+     ("a", "length", 100, 50)),
     (completion("") | {"choices": []}, None),
     (completion("") | {"choices": None}, None),
     ({"choices": [{"message": {"content": 5}}]}, None),
@@ -160,26 +168,31 @@ def test_odd_bodies(tmp_path, body, stored):
     with FakeLlm(lambda _: body) as server, ReplyStore(tmp_path / "s") as store:
         reply = Llm(LlmSettings("m", base_url=server.url), store).complete_all([HELLO])[0]
         if stored is None:
-            assert (
-                isinstance(reply, RequestFailed) and len(server.times) == 3
-            )  # Each may have been billed.
+            # Each of the tries may have been billed.
+            assert isinstance(reply, RequestFailed) and len(server.times) == 3
         else:
             found = (reply.text, reply.finish_reason, reply.prompt_tokens, reply.completion_tokens)
             assert found == stored and len(server.times) == 1
 
 
-def test_what_was_cut_off_is_never_completed(tmp_path):
-    """A content filter cuts as max_tokens does."""
+def test_a_truncated_reply_is_never_completed(tmp_path):
+    """A content filter truncates as max_tokens does."""
     for reason in ("length", "content_filter"):
         text = '{"q": "What is it then?", "a": "It is a dog near the road"'
         with FakeLlm(lambda _, text=text, reason=reason: completion(text, reason)) as server:
             given = arguments(
-                tmp_path, server.url, "--replies", str(tmp_path / reason), "--asks", "1", count=1
+                tmp_path,
+                server.url,
+                "--replies",
+                str(tmp_path / reason),
+                "--max_attempts",
+                "1",
+                count=1,
             )
             assert main(given) == 0 and read_rejects(tmp_path) == [("clip0.wav", "cut off")]
 
 
-def test_a_reply_without_end_is_read_in_time():
+def test_an_endless_reply_is_parsed_in_time():
     endless = '{"q": ' * 10**6
     start = time.process_time()
     for text in ("{" * 100_000, endless[:30_000]):
@@ -194,14 +207,14 @@ def test_huge_retry_after_is_not_waited_for(tmp_path, wait):
     with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
         server.script = [f"429 {wait}"] * 100
         start = time.monotonic()
-        with pytest.raises(StopAsking, match="20 requests failed one after the other"):
-            asked = [[{"role": "user", "content": str(i)}] for i in range(60)]
-            Llm(LlmSettings("m", base_url=server.url, concurrency=4), store).complete_all(asked)
+        with pytest.raises(GenerationStopped, match="20 requests failed one after the other"):
+            prompts = [[{"role": "user", "content": str(i)}] for i in range(60)]
+            Llm(LlmSettings("m", base_url=server.url, concurrency=4), store).complete_all(prompts)
         assert time.monotonic() - start < 60 and len(server.times) <= 24
 
 
 def test_a_page_in_the_place_of_an_endpoint_stops_early(tmp_path, capsys):
-    """HTML with 200: three tries of 20 requests, then the run stops and says what came."""
+    """After three tries of 20 requests with HTML in a 200 the run stops and prints the body."""
     with FakeLlm(good) as server:
         server.script = ["HTML"] * 1000
         assert main(arguments(tmp_path, server.url)) == 1
@@ -209,7 +222,7 @@ def test_a_page_in_the_place_of_an_endpoint_stops_early(tmp_path, capsys):
     assert "no chat completion: '<html>busy'" in capsys.readouterr().err
 
 
-def test_other_settings_than_those_of_the_kept_replies_are_said(tmp_path, capsys):
+def test_other_settings_than_those_of_the_stored_replies_are_reported(tmp_path, capsys):
     with FakeLlm(good) as server:
         given = arguments(tmp_path, server.url, count=3)
         assert main(given) == 0 and "none of the" not in capsys.readouterr().err
@@ -221,13 +234,11 @@ def test_other_settings_than_those_of_the_kept_replies_are_said(tmp_path, capsys
         ):
             assert main([*given, *more]) == 0 and server.paid.total() == 3 * count
             assert f"none of the {3 * count - 3} replies in" in capsys.readouterr().err
-        assert (
-            main(given) == 0 and server.paid.total() == 12
-        )  # The first settings again: nothing is asked.
-        recipe = json.loads((tmp_path / "rows.json.provenance.json").read_text())
-        assert (
-            recipe["counts"]["prompt_tokens"] == 300
-        )  # of these rows, not of all that the file keeps
+        # With the first settings nothing is sent.
+        assert main(given) == 0 and server.paid.total() == 12
+        provenance = json.loads((tmp_path / "rows.json.provenance.json").read_text())
+        # The tokens are those of these examples, not of all stored replies.
+        assert provenance["counts"]["prompt_tokens"] == 300
 
 
 def test_metadata_that_changes_during_the_run(tmp_path):
@@ -260,16 +271,15 @@ def test_second_ctrl_c_ends_at_once_with_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "ready for the next\n"
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=PATIENCE)[1]
-        assert (
-            process.returncode == 130 and "Traceback" not in said and "run it again" in said.lower()
-        )
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 130 and "Traceback" not in errors
+        assert "run it again" in errors.lower()
         with ReplyStore(tmp_path / "rows.json.replies.jsonl") as store:
-            assert store.lost > 8 * 1024  # What was on its way may be billed.
+            assert store.lost > 8 * 1024  # Requests in flight may be billed.
         assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "rows.json").exists()
 
 
-def test_a_key_that_no_header_takes_is_not_printed(tmp_path, monkeypatch):
+def test_an_invalid_key_is_not_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-one\nsk-two")
     with (
         pytest.raises(ValueError, match="OPENAI_API_KEY") as caught,
@@ -301,7 +311,10 @@ def test_flags_that_make_no_sense(tmp_path, flag):
 
 
 def test_prompts_are_not_estimated_too_low():
-    """Against tokens that a real tokenizer counted (SmolLM2's, one a digit): times of events, English, Chinese."""
+    """The estimates are compared with the counts of a real tokenizer (SmolLM2's, one per digit).
+
+    The texts are times of events, English and Chinese.
+    """
     events = (
         f"Sound Events: Dog: [{', '.join(f'{i / 3:.1f}s-{i / 3 + 0.2:.1f}s' for i in range(25))}]"
     )

@@ -1,4 +1,7 @@
-"""Shell scripts and README commands: they parse, they show the paper's numbers, finished work is skipped."""
+"""Tests shell scripts and README commands.
+
+They parse, the scripts pass the papers' hyper-parameters, and finished stages are skipped.
+"""
 
 import argparse
 import importlib
@@ -29,22 +32,31 @@ TINY = [
 def run_script(
     name: str, tmp_path: Path, *flags: str, exit_code: int = 0, **environment: str
 ) -> tuple[int, list[str]]:
-    """Run a stage script (of ltu, or `ltu_as/NAME`) with a stand-in for Python: its exit status, what Python got."""
+    """Run a stage script with a stub that replaces Python.
+
+    Args:
+        name: a script of `train_scripts/ltu`, or `ltu_as/NAME`.
+        exit_code: exit status of the stub.
+        environment: variables on top of those of the tests.
+
+    Returns:
+        The exit status of the script and the arguments of the stub, [] if it was not called.
+    """
     name = name if "/" in name else f"ltu/{name}"
-    stub, seen = tmp_path / "python", tmp_path / "argv"
-    stub.write_text(
-        f'#!/bin/sh\nprintf "%s\\0" "$@" > {shlex.quote(str(seen))}\nexit {exit_code}\n'
-    )
+    stub = tmp_path / "python"
+    received = tmp_path / "argv"
+    received.unlink(missing_ok=True)
+    write_arguments = f'printf "%s\\0" "$@" > {shlex.quote(str(received))}'
+    stub.write_text(f"#!/bin/sh\n{write_arguments}\nexit {exit_code}\n")
     stub.chmod(0o755)
-    seen.unlink(missing_ok=True)
-    variables = {
-        key: value for key, value in os.environ.items() if key not in ("BASE", "DATA", "EXP")
-    }
+    variables = dict(os.environ)
+    for variable in ("BASE", "DATA", "EXP"):
+        variables.pop(variable, None)
     variables |= {"PYTHON": str(stub), "NPROC": "1", **environment}
-    done = subprocess.run(
-        ["bash", f"train_scripts/{name}.sh", *flags], cwd=ROOT, env=variables, timeout=30
-    )
-    return done.returncode, seen.read_text().split("\0")[:-1] if seen.is_file() else []
+    command = ["bash", f"train_scripts/{name}.sh", *flags]
+    result = subprocess.run(command, cwd=ROOT, env=variables, timeout=30)
+    argv = received.read_text().split("\0")[:-1] if received.is_file() else []
+    return result.returncode, argv
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -62,7 +74,8 @@ def test_stage_scripts_are_short(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 25
 
 
-# The papers' tables and the original's scripts: plan, rows per pass, epochs, learning rate, text ids.
+# From the papers' tables and the original's scripts: trainable parameters, micro-batch size,
+# epochs, learning rate, and the maximum number of text tokens.
 @pytest.mark.parametrize(
     ("name", "plan", "micro", "epochs", "rate", "cutoff"),
     [
@@ -80,21 +93,21 @@ def test_stage_scripts_are_short(script: Path) -> None:
 )
 def test_hyper_parameters(name, plan, micro, epochs, rate, cutoff, tmp_path: Path) -> None:
     status, argv = run_script(name, tmp_path)
-    assert status == 0 and argv[:2] == [
-        "-m",
-        f"{name.split('/')[0] if '/' in name else 'ltu'}.finetune",
-    ]
+    assert status == 0
+    package = name.split("/")[0] if "/" in name else "ltu"
+    assert argv[:2] == ["-m", f"{package}.finetune"]
     model, data, run = parse_args(argv[2:])
     assert model.trainable_params == plan
     assert model.lora_target_modules == ('["dummy"]' if plan == "proj" else "[q_proj,v_proj]")
-    assert (run.batch_size, run.micro_batch_size, run.num_epochs, run.learning_rate) == (
-        256,
-        micro,
-        epochs,
-        rate,
-    )
-    assert (data.cutoff_len, run.warmup_steps) == (cutoff, 100)
-    assert data.train_on_inputs and data.original_positions and run.group_by_length
+    assert run.batch_size == 256
+    assert run.micro_batch_size == micro
+    assert run.num_epochs == epochs
+    assert run.learning_rate == rate
+    assert run.warmup_steps == 100
+    assert data.cutoff_len == cutoff
+    assert data.train_on_inputs
+    assert data.original_positions
+    assert run.group_by_length
 
 
 def test_each_stage_starts_where_the_one_before_ended(tmp_path: Path) -> None:
@@ -102,41 +115,43 @@ def test_each_stage_starts_where_the_one_before_ended(tmp_path: Path) -> None:
     for name in STAGES:
         _, argv = run_script(name, tmp_path, BASE="my_init", DATA="rows", EXP="out dir")
         model, data, run = parse_args(argv[2:])
-        assert model.base_model == before and run.output_dir == f"out dir/{name}"
+        assert model.base_model == before
+        assert run.output_dir == f"out dir/{name}"
         assert data.data_path == f"rows/{name.split('_')[0]}.json"
         before = run.output_dir
 
 
 def test_stages_of_ltu_as(tmp_path: Path) -> None:
-    """Both kinds of stage 3 start from stage 2; features come from a folder if one is named."""
-    found = {}
+    """Both kinds of stage 3 start from stage 2; FEATURES is the folder of stored features."""
+    environment = {"BASE": "my_init", "EXP": "out dir", "FEATURES": "my features"}
+    base_models = []
     for name in ("stage1_proj_cla", "stage2_all_cla", "stage3_all_mix_v1", "stage3_all_mix_v2"):
-        _, argv = run_script(
-            f"ltu_as/{name}", tmp_path, BASE="my_init", EXP="out dir", FEATURES="my features"
-        )
-        found[name], data, run = parse_args(argv[2:])
-        assert run.output_dir == f"out dir/{name}" and data.feature_root == "my features"
-    starts = [Path(model.base_model).name for model in found.values()]
-    assert starts == ["my_init", "stage1_proj_cla", "stage2_all_cla", "stage2_all_cla"]
-    assert parse_args(run_script("ltu_as/stage1_proj_cla", tmp_path)[1][2:])[1].feature_root is None
+        _, argv = run_script(f"ltu_as/{name}", tmp_path, **environment)
+        model, data, run = parse_args(argv[2:])
+        assert run.output_dir == f"out dir/{name}"
+        assert data.feature_root == "my features"
+        base_models.append(Path(model.base_model).name)
+    assert base_models == ["my_init", "stage1_proj_cla", "stage2_all_cla", "stage2_all_cla"]
+
+    _, argv = run_script("ltu_as/stage1_proj_cla", tmp_path)
+    _, data, _ = parse_args(argv[2:])
+    assert data.feature_root is None
 
 
 @pytest.mark.parametrize("name", [*STAGES, "finetune_toy"])
 def test_later_flags_override(name: str, tmp_path: Path) -> None:
-    wanted = dict(line.lstrip("-").split(" ", 1) for line in TINY if " " in line)
+    expected = dict(line.lstrip("-").split(" ", 1) for line in TINY if " " in line)
     _, argv = run_script(name, tmp_path, *" ".join(TINY).split(), "--seed", "7")
-    run = parse_args(argv[2:])[2]
-    assert run.batch_size == int(wanted["batch_size"]) and run.seed == 7
+    _, _, run = parse_args(argv[2:])
+    assert run.batch_size == int(expected["batch_size"])
+    assert run.seed == 7
 
 
 def test_processes_and_exit_status(tmp_path: Path) -> None:
     status, argv = run_script("stage1_proj_cla", tmp_path, NPROC="4", exit_code=3)
     assert status == 3
-    launcher = argv[: argv.index("ltu.finetune") + 1]
-    assert (
-        launcher
-        == "-m torch.distributed.run --standalone --nproc_per_node 4 -m ltu.finetune".split()
-    )
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 4 -m ltu.finetune"
+    assert argv[: argv.index("ltu.finetune") + 1] == launcher.split()
 
 
 @pytest.mark.parametrize("flags", [(), ("--output_dir", "{}"), ("--output_dir={}",)])
@@ -146,11 +161,11 @@ def test_finished_stage_is_skipped(flags: tuple[str, ...], tmp_path: Path) -> No
     arguments = [flag.format(folder) for flag in flags]
     exp = str(tmp_path / "elsewhere" if flags else tmp_path / "exp")
     for finished in (False, True):
-        (folder / "ltu_state.json").write_text(
-            json.dumps({"step": 5, "finished": finished}, indent=1)
-        )
+        state = {"step": 5, "finished": finished}
+        (folder / "ltu_state.json").write_text(json.dumps(state, indent=1))
         status, argv = run_script("stage1_proj_cla", tmp_path, *arguments, EXP=exp)
-        assert status == 0 and bool(argv) is not finished
+        assert status == 0
+        assert bool(argv) is not finished
 
 
 def test_paths_are_relative_to_the_repository(tmp_path: Path) -> None:
@@ -166,45 +181,54 @@ def test_paths_are_relative_to_the_repository(tmp_path: Path) -> None:
 
 
 def readme_commands() -> list[str]:
-    """Every command of the README's ```bash blocks, continued lines joined, without comments and prompts."""
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.is_file() else ""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    """Return the commands of the ```bash blocks of README.md and docs/*.md, each once.
+
+    Comments are left out. Lines that end with a backslash are joined with the next one.
+    """
+    lines = []
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            lines += block.replace("\\\n", " ").splitlines()
+    commands = dict.fromkeys(line.strip() for line in lines)
+    return [command for command in commands if command and not command.startswith("#")]
 
 
 class Parsed(Exception):
-    """The command's flags were understood."""
+    """The flags of the command were parsed."""
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in readme_commands() if re.search(r"(^|\s)(bash|python) ", c)]
-)
+CHECKED_COMMANDS = [
+    command for command in readme_commands() if re.search(r"(^|\s)(bash|python) ", command)
+]
+
+
+@pytest.mark.parametrize("command", CHECKED_COMMANDS)
 def test_readme_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = shlex.split(re.sub(r"\$\(.*?\)", "", command), comments=True)
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words.pop(0)
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file(), f"README: no {words[1]}"
+    argv = shlex.split(re.sub(r"\$\(.*?\)", "", command), comments=True)
+    while argv and re.fullmatch(r"[A-Z_]+=.*", argv[0]):
+        argv.pop(0)
+    if argv[0] == "bash":
+        assert (ROOT / argv[1]).is_file(), f"README: no {argv[1]}"
         return
-    if words[1] != "-m" or words[2].split(".")[0] not in PACKAGES:
+    if argv[1] != "-m" or argv[2].split(".")[0] not in PACKAGES:
         return
-    assert importlib.util.find_spec(words[2]) is not None, f"README: no module {words[2]}"
-    understand = argparse.ArgumentParser.parse_known_args
+    assert importlib.util.find_spec(argv[2]) is not None, f"README: no module {argv[2]}"
+    parse_known_args = argparse.ArgumentParser.parse_known_args
 
     def stop_after_parsing(
         parser: argparse.ArgumentParser, args: list[str] | None = None, namespace=None
     ):
-        _, unknown = understand(parser, args, namespace)
-        raise Parsed if not unknown else AssertionError(f"README: {words[2]} knows no {unknown}")
+        _, unknown = parse_known_args(parser, args, namespace)
+        if unknown:
+            raise AssertionError(f"README: {argv[2]} has no flags {unknown}")
+        raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop_after_parsing)
-    monkeypatch.setattr(sys, "argv", words[2:])
-    module = importlib.import_module(words[2])
+    monkeypatch.setattr(sys, "argv", argv[2:])
+    module = importlib.import_module(argv[2])
     if hasattr(module, "main"):
         with pytest.raises((Parsed, SystemExit)) as end:
             module.main()
-        assert end.type is Parsed or (end.value.code == 0 and "--help" in words), (
-            f"README: {command}"
-        )
+        printed_help = end.type is SystemExit and end.value.code == 0 and "--help" in argv
+        assert end.type is Parsed or printed_help, f"README: {command}"

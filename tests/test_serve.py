@@ -1,4 +1,4 @@
-"""The server under OpenAI's own client, unmodified, over loopback: its answers are the engine's."""
+"""Tests that the server gives the engine's answers to OpenAI's unmodified client over loopback."""
 
 import asyncio
 import base64
@@ -37,29 +37,39 @@ from tests.whisper_tiny import save_whisper
 TOY = sorted((Path(__file__).parents[1] / "data" / "toy" / "audio").glob("*.flac"))[:3]
 SPEECH = sorted((Path(__file__).parents[1] / "data" / "toy" / "speech").glob("*.flac"))[:1]
 QUESTION = "What can be inferred from the audio?"
+# The beginning of a request that a test writes to a socket.
+REQUEST_HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+)
 
 
 class Served:
-    """A server in a thread of this process, its engine, and clients of it."""
+    """A server in a thread of this process, its engine and a client."""
 
     def __init__(self, engine: LtuEngine, port: int):
-        self.engine, self.port, self.url = engine, port, f"http://127.0.0.1:{port}"
-        settings = {"max_retries": 0, "timeout": PATIENCE}
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", **settings)
+        self.engine = engine
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE
+        )
 
     def ask(self, *parts: dict, **settings):
-        said = {
-            "messages": [{"role": "user", "content": list(parts)}],
+        """Send the parts of a message by the client; return the reply or the stream."""
+        defaults = {
+            "messages": user(list(parts)),
             "model": "tiny",
             "max_tokens": 12,
-        } | settings
-        return self.client.chat.completions.create(**said)
+        }
+        return self.client.chat.completions.create(**(defaults | settings))
 
     def answer_alone(self, question: str, audio=None, **settings) -> str:
+        """Return the text of the engine's answer, without the server."""
         decoding = {"max_new_tokens": 12} | settings.pop("decoding", {})
         return self.engine([Request(question, audio, decoding=decoding, **settings)])[0].text
 
-    def meter(self, name: str) -> float:
+    def metric(self, name: str) -> float:
+        """Return the value of a metric, 0 if it was never set."""
         with urllib.request.urlopen(f"{self.url}/metrics") as reply:
             found = re.search(rf"^{re.escape(name)} (\S+)$", reply.read().decode(), re.M)
         return float(found[1]) if found else 0.0
@@ -67,11 +77,16 @@ class Served:
     def send(
         self, body: bytes, length: int | None = -1, **headers: str
     ) -> http.client.HTTPConnection:
-        """Send a request below the client; without length it is chunked."""
+        """Send a request without the client.
+
+        Args:
+            body: its body.
+            length: the Content-Length; -1 for the real one, None for a chunked transfer.
+            headers: further headers; an underscore in a name stands for a hyphen.
+        """
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        headers = {"Content-Type": "application/json"} | {
-            k.replace("_", "-"): v for k, v in headers.items()
-        }
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        headers = {"Content-Type": "application/json"} | given
         if length is None:
             parts = [body[start : start + 65536] for start in range(0, len(body), 65536)]
             connection.request(
@@ -91,6 +106,7 @@ class Served:
 
 @contextmanager
 def serve(engine: LtuEngine, *flags: str) -> Iterator[Served]:
+    """Run a server with flags; at the end its thread must end."""
     args = read_flags(["--model", "tiny", "--port", "0", *flags])
     server = make_server(engine, args)
     thread = threading.Thread(target=server.run)
@@ -122,55 +138,63 @@ def engine(folder: Path) -> LtuEngine:
 
 @pytest.fixture(scope="module")
 def served(engine: LtuEngine) -> Iterator[Served]:
-    with serve(engine, "--max_seconds", "20", "--max_tokens", "600", "--max_body_mb", "2") as found:
-        yield found
+    with serve(
+        engine, "--max_seconds", "20", "--max_tokens", "600", "--max_body_mb", "2"
+    ) as running:
+        yield running
 
 
 @pytest.fixture
 def gate(engine: LtuEngine) -> Iterator[tiny.Gate]:
-    """A closed gate in the engine of `served` and of every server of `engine`."""
+    """Close a gate in the engine, that of `served` and of every other server of `engine`."""
     with tiny.closed_gate(engine) as gate:
         yield gate
 
 
-def words(text: str = QUESTION) -> dict:
+def user(content: str | list[dict] | None) -> list[dict]:
+    """Return the messages of a request that has only one, the user's."""
+    return [{"role": "user", "content": content}]
+
+
+def text_part(text: str = QUESTION) -> dict:
+    """Return a part of a message that is text."""
     return {"type": "text", "text": text}
 
 
-def sound(data: bytes, kind: str = "wav") -> dict:
+def audio_part(data: bytes, kind: str = "wav") -> dict:
+    """Return a part of a message that is a clip, the bytes of a file."""
     return {
         "type": "input_audio",
         "input_audio": {"data": base64.b64encode(data).decode(), "format": kind},
     }
 
 
-def encoded(waveform: np.ndarray, kind: str = "wav", rate: int = 16_000) -> bytes:
+def encode_clip(waveform: np.ndarray, kind: str = "wav", rate: int = 16_000) -> bytes:
+    """Return the bytes of an audio file."""
     file = io.BytesIO()
     soundfile.write(file, waveform, rate, format=kind)
     return file.getvalue()
 
 
-# --- answers
+# --- requests that are answered
 
 
 @pytest.mark.parametrize("kind", ["flac", "wav", "mp3"])
 def test_answers_are_the_engines(served: Served, kind: str) -> None:
     for path in TOY:
-        data = path.read_bytes() if kind == "flac" else encoded(load_audio(path), kind)
-        reply = served.ask(words(), sound(data, kind))
+        data = path.read_bytes() if kind == "flac" else encode_clip(load_audio(path), kind)
+        reply = served.ask(text_part(), audio_part(data, kind))
         answer = served.engine([Request(QUESTION, data)], max_new_tokens=12)[0]
-        assert answer.text and reply.choices[0].message.content == answer.text
+        assert answer.text
+        assert reply.choices[0].message.content == answer.text
         assert reply.choices[0].finish_reason == answer.finish_reason
-        assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (
-            answer.prompt_tokens,
-            answer.new_tokens,
-        )
-        for name, value in reply.model_extra["ltu"].items():
+        assert reply.usage.prompt_tokens == answer.prompt_tokens
+        assert reply.usage.completion_tokens == answer.new_tokens
+        extras = reply.model_extra["ltu"]
+        for name, value in extras.items():
             assert name == "seed" or value == getattr(answer, name), name
-        assert (
-            reply.model_extra["ltu"]["status"] == "truncated"
-            and reply.model_extra["ltu"]["sampling_rate"] == 16_000
-        )
+        assert extras["status"] == "truncated"
+        assert extras["sampling_rate"] == 16_000
 
 
 @pytest.mark.parametrize(
@@ -178,34 +202,26 @@ def test_answers_are_the_engines(served: Served, kind: str) -> None:
 )
 def test_a_stream_is_the_answer_piece_by_piece(served: Served, settings: dict) -> None:
     data = TOY[0].read_bytes()
-    whole = served.ask(words(), sound(data, "flac"), max_tokens=60, **settings)
-    usage = {"include_usage": True}
-    parts = list(
-        served.ask(
-            words(),
-            sound(data, "flac"),
-            max_tokens=60,
-            stream=True,
-            stream_options=usage,
-            **settings,
-        )
+    whole = served.ask(text_part(), audio_part(data, "flac"), max_tokens=60, **settings)
+    stream = served.ask(
+        text_part(),
+        audio_part(data, "flac"),
+        max_tokens=60,
+        stream=True,
+        stream_options={"include_usage": True},
+        **settings,
     )
-    texts = [
-        part.choices[0].delta.content
-        for part in parts
-        if part.choices and part.choices[0].delta.content
-    ]
-    assert len(texts) > 1 and "".join(texts) == whole.choices[0].message.content
-    assert [part.choices[0].finish_reason for part in parts if part.choices][-1] == whole.choices[
-        0
-    ].finish_reason
-    assert parts[-1].usage == whole.usage and not parts[-1].choices
-    extras = [part.model_extra.get("ltu") for part in parts]
-    assert (
-        extras[-1] == extras[-2]
-        and extras[-1]["seconds_heard"] == whole.model_extra["ltu"]["seconds_heard"]
-    )
-    assert {part.id for part in parts} == {parts[0].id}
+    *parts, last = list(stream)
+    choices = [part.choices[0] for part in parts]
+    texts = [choice.delta.content for choice in choices if choice.delta.content]
+    assert len(texts) > 1
+    assert "".join(texts) == whole.choices[0].message.content
+    assert choices[-1].finish_reason == whole.choices[0].finish_reason
+    assert last.usage == whole.usage and not last.choices
+    extras = last.model_extra["ltu"]
+    assert extras == parts[-1].model_extra["ltu"]
+    assert extras["seconds_heard"] == whole.model_extra["ltu"]["seconds_heard"]
+    assert {part.id for part in parts} == {last.id}
     if "stop" not in settings:
         sampling = {"do_sample": True, "temperature": 1.5} if settings else {}
         expected = served.answer_alone(
@@ -217,66 +233,56 @@ def test_a_stream_is_the_answer_piece_by_piece(served: Served, settings: dict) -
 def test_stop_sequences_end_an_answer(served: Served) -> None:
     whole = served.answer_alone(QUESTION, decoding={"max_new_tokens": 60})
     stop = whole[len(whole) // 2 :][:3]
-    reply = served.ask(words(), max_tokens=60, stop=stop)
-    assert (
-        reply.choices[0].message.content == whole.split(stop)[0]
-        and reply.choices[0].finish_reason == "stop"
-    )
+    until_stop = whole.split(stop)[0]
+    reply = served.ask(text_part(), max_tokens=60, stop=stop)
+    assert reply.choices[0].message.content == until_stop
+    assert reply.choices[0].finish_reason == "stop"
     assert reply.usage.completion_tokens < 60
-    parts = served.ask(words(), max_tokens=60, stop=stop, stream=True)
+    # A stream holds back the text that may become the stop sequence.
+    parts = served.ask(text_part(), max_tokens=60, stop=stop, stream=True)
     pieces = [part.choices[0].delta.content or "" for part in parts]
-    assert (
-        "".join(pieces) == whole.split(stop)[0]
-    )  # What might have become the stop sequence was held back.
-    assert (
-        served.ask(words(), max_tokens=60, stop=["\ud7ff never"]).choices[0].message.content
-        == whole
-    )
+    assert "".join(pieces) == until_stop
+    reply = served.ask(text_part(), max_tokens=60, stop=["\ud7ff never"])
+    assert reply.choices[0].message.content == whole
 
 
 def test_sampling(served: Served) -> None:
     greedy = served.answer_alone(QUESTION)
-    assert served.ask(words()).choices[0].message.content == greedy
-    assert served.ask(words(), temperature=0, top_p=0.5).choices[0].message.content == greedy
-    replies = [served.ask(words(), temperature=2, extra_body={"top_k": 50}) for _ in range(3)]
-    assert (
-        len({reply.choices[0].message.content for reply in replies}) > 1
-    )  # Each draws a seed, and says which.
+    assert served.ask(text_part()).choices[0].message.content == greedy
+    assert served.ask(text_part(), temperature=0, top_p=0.5).choices[0].message.content == greedy
+    replies = [served.ask(text_part(), temperature=2, extra_body={"top_k": 50}) for _ in range(3)]
+    # Each request gets another seed, which its reply contains.
+    assert len({reply.choices[0].message.content for reply in replies}) > 1
+    sampling = {"do_sample": True, "temperature": 2.0, "top_k": 50}
     for reply in replies:
-        sampling = {"do_sample": True, "temperature": 2.0, "top_k": 50}
         seed = reply.model_extra["ltu"]["seed"]
-        assert (
-            served.answer_alone(QUESTION, decoding=sampling, seed=seed)
-            == reply.choices[0].message.content
-        )
+        expected = served.answer_alone(QUESTION, decoding=sampling, seed=seed)
+        assert reply.choices[0].message.content == expected
 
 
-def test_fields_of_ours(served: Served) -> None:
-    data = encoded(tiny.clip(1, 2.0))
-    for ours in (
-        {"num_chunks": 2},
-        {"num_chunks": "all"},
-        {"transcript": "good morning"},
-        {"mode": "asr_only"},
+def test_fields_that_openai_does_not_have(served: Served) -> None:
+    data = encode_clip(tiny.clip(1, 2.0))
+    # Fields of a request, the same for the engine, and the number of chunks that are used.
+    for fields, settings, num_chunks in (
+        ({"num_chunks": 2}, {"num_chunks": 2}, 2),
+        ({"num_chunks": "all"}, {"num_chunks": 0}, 4),
+        ({"transcript": "good morning"}, {"transcript": "good morning"}, 1),
+        ({"mode": "asr_only"}, {"mode": "asr_only"}, 0),
     ):
-        reply = served.ask(words(), sound(data), extra_body=ours)
-        theirs = {name: 0 if value == "all" else value for name, value in ours.items()}
-        assert reply.choices[0].message.content == served.answer_alone(QUESTION, data, **theirs)
-        assert reply.model_extra["ltu"]["num_chunks"] == {2: 2, 0: 4}.get(
-            theirs.get("num_chunks"), int("mode" not in ours)
-        )
-        assert reply.model_extra["ltu"]["transcript"] == ours.get("transcript", "")
+        reply = served.ask(text_part(), audio_part(data), extra_body=fields)
+        expected = served.answer_alone(QUESTION, data, **settings)
+        assert reply.choices[0].message.content == expected
+        assert reply.model_extra["ltu"]["num_chunks"] == num_chunks
+        assert reply.model_extra["ltu"]["transcript"] == fields.get("transcript", "")
     penalty = {"repetition_penalty": 9.0}
-    reply = served.ask(words(), max_tokens=60, extra_body=penalty).choices[0].message.content
-    plain = {"max_new_tokens": 60}
-    assert (
-        reply
-        == served.answer_alone(QUESTION, decoding=plain | penalty)
-        != served.answer_alone(QUESTION, decoding=plain)
-    )
+    length = {"max_new_tokens": 60}
+    reply = served.ask(text_part(), max_tokens=60, extra_body=penalty)
+    answer = reply.choices[0].message.content
+    assert answer == served.answer_alone(QUESTION, decoding=length | penalty)
+    assert answer != served.answer_alone(QUESTION, decoding=length)
 
 
-def test_what_changes_nothing_is_ignored(served: Served) -> None:
+def test_fields_that_change_nothing_are_ignored(served: Served) -> None:
     harmless = {
         "n": 1,
         "user": "u",
@@ -284,23 +290,18 @@ def test_what_changes_nothing_is_ignored(served: Served) -> None:
         "metadata": {},
         "frequency_penalty": 0.0,
         "logprobs": False,
-    }
-    harmless |= {
         "response_format": {"type": "text"},
         "tools": [],
         "presence_penalty": None,
         "reasoning_effort": "low",
     }
-    assert served.ask(words(), **harmless).choices[0].message.content == served.answer_alone(
-        QUESTION
+    expected = served.answer_alone(QUESTION)
+    assert served.ask(text_part(), **harmless).choices[0].message.content == expected
+    reply = served.client.chat.completions.create(
+        model="tiny", messages=user(QUESTION), max_completion_tokens=12
     )
-    said = served.client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": QUESTION}], max_completion_tokens=12
-    )
-    assert (
-        said.choices[0].message.content == served.answer_alone(QUESTION)
-        and said.model_extra["ltu"]["num_chunks"] == 0
-    )
+    assert reply.choices[0].message.content == expected
+    assert reply.model_extra["ltu"]["num_chunks"] == 0
 
 
 def test_models_and_health(served: Served) -> None:
@@ -318,11 +319,11 @@ def test_turns_need_a_chat_template(served: Served, tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
     turns += [
         {"role": "assistant", "content": "A dog."},
-        {"role": "user", "content": [words("Loud?")]},
+        {"role": "user", "content": [text_part("Loud?")]},
     ]
-    for few in (turns, turns[:2], turns[1:]):
+    for messages in (turns, turns[:2], turns[1:]):
         with pytest.raises(openai.BadRequestError, match="cannot express the turns"):
-            served.ask(messages=few)
+            served.ask(messages=messages)
     llm = tiny.write_llm(
         tmp_path / "llm", tokenizer=byte_tokenizer(), bos_token_id=None, eos_token_id=0
     )
@@ -330,42 +331,42 @@ def test_turns_need_a_chat_template(served: Served, tmp_path: Path) -> None:
         tmp_path / "c", llm, prompt_template=load_prompt_template("chat", llm)
     )
     with serve(LtuEngine.from_pretrained(folder)) as chatting:
-        data = encoded(tiny.clip(3))
-        turns[1]["content"] = [sound(data), words("What is it?")]
+        data = encode_clip(tiny.clip(3))
+        turns[1]["content"] = [audio_part(data), text_part("What is it?")]
         history = [*turns[:1], {"role": "user", "content": "What is it?"}, turns[2]]
         expected = chatting.answer_alone("Loud?", data, history=history)
-        assert (
-            chatting.ask(messages=turns).choices[0].message.content
-            == expected
-            != chatting.answer_alone("Loud?", data)
-        )
+        assert chatting.ask(messages=turns).choices[0].message.content == expected
+        assert expected != chatting.answer_alone("Loud?", data)
         with pytest.raises(openai.BadRequestError, match="the last must be the user's"):
             chatting.ask(messages=turns[:3])
 
 
-def test_ltu_as_hears_words(tmp_path: Path) -> None:
+def test_ltu_as_uses_a_transcript(tmp_path: Path) -> None:
     save_whisper(tmp_path / "whisper.pt")
     tiny.write_llm(tmp_path / "llm")
-    flags = f"--init --llm {tmp_path}/llm --whisper {tmp_path}/whisper.pt --feature_precision fp32 --num_layer_heads 2"
-    convert(f"{flags} --output_dir {tmp_path}/init".split())
+    flags = (
+        f"--init --llm {tmp_path}/llm --whisper {tmp_path}/whisper.pt --feature_precision fp32 "
+        f"--num_layer_heads 2 --output_dir {tmp_path}/init"
+    )
+    convert(flags.split())
     data = SPEECH[0].read_bytes()
     with serve(LtuEngine.from_pretrained(tmp_path / "init")) as served:
-        for ours in (
+        for fields in (
             {},
             {"transcript": "good morning"},
             {"mode": "audio_only"},
             {"mode": "asr_only"},
         ):
-            reply = served.ask(words(), sound(data, "flac"), extra_body=ours)
-            answer = served.engine([Request(QUESTION, data, **ours)], max_new_tokens=12)[0]
+            reply = served.ask(text_part(), audio_part(data, "flac"), extra_body=fields)
+            answer = served.engine([Request(QUESTION, data, **fields)], max_new_tokens=12)[0]
             assert reply.choices[0].message.content == answer.text
             assert reply.model_extra["ltu"]["transcript"] == answer.transcript
-            assert bool(answer.transcript) == (ours.get("mode") != "audio_only")
+            assert bool(answer.transcript) == (fields.get("mode") != "audio_only")
 
 
-# --- what gets no answer
+# --- requests that are refused
 
-SOUND = sound(encoded(tiny.clip(1)))
+CLIP_PART = audio_part(encode_clip(tiny.clip(1)))
 REFUSED = [
     ({"n": 2}, "n"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
@@ -391,44 +392,49 @@ REFUSED = [
     ({"messages": []}, "the last must be the user's"),
     ({"messages": "What is it?"}, "messages"),
     ({"messages": [{"role": "user"}]}, "content"),
-    ({"messages": [{"role": "user", "content": None}]}, "A message is"),
+    ({"messages": user(None)}, "A message is"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "role"),
-    ({"messages": [{"role": "user", "content": [SOUND, words(), SOUND]}]}, "hears one clip"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": "file:///x"}]}]}, "audio_url"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "/etc/passwd"}]}]}, "audio"),
-    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": "/etc/passwd"}]}]}, "A message"),
-    ({"messages": [{"role": "user", "content": [sound(b"x", "ogg")]}]}, "format"),
-    ({"messages": [{"role": "user", "content": "a" * 100_001}]}, "too long"),
-    ({"messages": [{"role": "user", "content": "long " * 3000}]}, "tokens"),
-]  # fmt: skip
+    ({"messages": user([CLIP_PART, text_part(), CLIP_PART])}, "takes one clip"),
+    ({"messages": user([{"type": "image_url", "image_url": {"url": "x"}}])}, "image_url"),
+    ({"messages": user([{"type": "audio_url", "audio_url": "file:///x"}])}, "audio_url"),
+    ({"messages": user([{"type": "audio", "audio": "/etc/passwd"}])}, "audio"),
+    ({"messages": user([{"type": "input_audio", "input_audio": "/etc/passwd"}])}, "A message"),
+    ({"messages": user([audio_part(b"x", "ogg")])}, "format"),
+    ({"messages": user("a" * 100_001)}, "too long"),
+    ({"messages": user("long " * 3000)}, "tokens"),
+]
 
 
-@pytest.mark.parametrize("settings, says", REFUSED, ids=lambda value: str(value)[:60])
-def test_refused(served: Served, settings: dict, says: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=says) as found:
-        served.ask(words(), **settings)
-    assert set(found.value.body) == {"message", "type", "param", "code"}
-    assert found.value.type == "invalid_request_error" and len(found.value.body["message"]) < 1000
+@pytest.mark.parametrize("settings, message", REFUSED, ids=lambda value: str(value)[:60])
+def test_refused(served: Served, settings: dict, message: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=message) as error:
+        served.ask(text_part(), **settings)
+    assert set(error.value.body) == {"message", "type", "param", "code"}
+    assert error.value.type == "invalid_request_error"
+    assert len(error.value.body["message"]) < 1000
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_clips_that_cannot_be_heard(served: Served, is_streamed: bool) -> None:
-    clips = {"unreadable": b"no sound at all", "too_short": encoded(tiny.clip(1, 0.01))}
-    clips |= {"silent": encoded(np.zeros(16_000)), "too_long": encoded(tiny.clip(1, 21.0), "flac")}
+def test_clips_that_cannot_be_decoded(served: Served, is_streamed: bool) -> None:
+    clips = {
+        "unreadable": b"no sound at all",
+        "too_short": encode_clip(tiny.clip(1, 0.01)),
+        "silent": encode_clip(np.zeros(16_000)),
+        "too_long": encode_clip(tiny.clip(1, 21.0), "flac"),
+    }
     for status, data in clips.items():
-        before = served.meter(f'ltu_answers_total{{status="{status}"}}')
-        with pytest.raises(openai.BadRequestError) as found:
-            served.ask(words(), sound(data), stream=is_streamed)
-        assert found.value.code == status and found.value.param == "messages"
-        assert served.meter(f'ltu_answers_total{{status="{status}"}}') == before + 1
+        metric = f'ltu_answers_total{{status="{status}"}}'
+        before = served.metric(metric)
+        with pytest.raises(openai.BadRequestError) as error:
+            served.ask(text_part(), audio_part(data), stream=is_streamed)
+        assert error.value.code == status and error.value.param == "messages"
+        assert served.metric(metric) == before + 1
+    not_base64 = {"data": "?not base64?", "format": "wav"}
     with pytest.raises(openai.BadRequestError, match="base64|padding"):
-        served.ask(
-            {"type": "input_audio", "input_audio": {"data": "?not base64?", "format": "wav"}}
-        )
+        served.ask({"type": "input_audio", "input_audio": not_base64})
 
 
-def test_bodies_that_are_none(served: Served) -> None:
+def test_malformed_bodies(served: Served) -> None:
     start = b'{"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "'
     assert served.post(start + b'What?"}]}')[0] == 200
     for body in (
@@ -441,113 +447,110 @@ def test_bodies_that_are_none(served: Served) -> None:
         b'{"seed": ' + b"9" * 5000 + b"}",
     ):
         assert served.post(body)[0] == 400
-    for end in (
-        b'\\ud800"}]}',
-        b'x"}], "temperature": NaN}',
-        b'x"}], "top_p": 1e999}',
-        b'x"}], "temperature": 1e999}',
+    for end, expected in (
+        (b'\\ud800"}]}', 400),
+        (b'x"}], "temperature": NaN}', 400),
+        (b'x"}], "top_p": 1e999}', 200),  # Greedy decoding does not use it.
+        (b'x"}], "temperature": 1e999}', 400),
     ):
-        status, said = served.post(start + end)
-        assert status == (200 if b"top_p" in end else 400), said
+        status, reply = served.post(start + end)
+        assert status == expected, reply
     assert served.post(start + b'x"}], "\\ud800": 1}')[0] == 400
     assert served.post(start + b'x"}]}', Content_Type="text/plain")[0] == 415
-    assert served.ask(words()).choices[0].message.content == served.answer_alone(QUESTION)
+    assert served.ask(text_part()).choices[0].message.content == served.answer_alone(QUESTION)
 
 
 def test_bodies_that_are_too_large(served: Served) -> None:
     large = b'{"model": "' + b"x" * 2**21 + b'"}'
-    assert served.post(large)[0] == served.post(large, length=None)[0] == 413
-    with socket.create_connection(
-        ("127.0.0.1", served.port)
-    ) as plain:  # It says that it is large, and never comes.
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        plain.sendall(f"{head}Content-Length: {2**40}\r\n\r\n".encode())
-        assert plain.recv(100).startswith(b"HTTP/1.1 413")
-    with pytest.raises(openai.APIStatusError) as found:
-        served.ask(sound(encoded(tiny.clip(1, 60.0))))
-    assert found.value.status_code == 413 and found.value.code == "body_too_large"
+    assert served.post(large)[0] == 413
+    assert served.post(large, length=None)[0] == 413
+    # A body whose length is in the header, and which is not sent.
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(REQUEST_HEAD + b"Content-Length: 1099511627776\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    with pytest.raises(openai.APIStatusError) as error:
+        served.ask(audio_part(encode_clip(tiny.clip(1, 60.0))))
+    assert error.value.status_code == 413 and error.value.code == "body_too_large"
 
 
-def test_what_takes_too_long(engine: LtuEngine, gate: tiny.Gate) -> None:
-    """A stream that has begun, an answer behind it and a body that does not arrive."""
+def test_timeouts(engine: LtuEngine, gate: tiny.Gate) -> None:
+    """Of a stream that has begun, of a request in the queue and of a body that does not arrive."""
     with serve(engine, "--timeout", "1") as served, ThreadPoolExecutor() as pool:
-        stream = pool.submit(lambda: list(served.ask(words(), max_tokens=1000, stream=True)))
+        stream = pool.submit(lambda: list(served.ask(text_part(), max_tokens=1000, stream=True)))
         assert gate.is_reached.wait(PATIENCE)
-        answer = pool.submit(served.ask, words(), max_tokens=1000)
+        answer = pool.submit(served.ask, text_part(), max_tokens=1000)
         body = pool.submit(served.post, b"{}", length=100)
-        with pytest.raises(openai.APIError, match="too long") as found:
+        with pytest.raises(openai.APIError, match="too long") as error:
             stream.result()
-        assert not isinstance(
-            found.value, openai.APIStatusError
-        )  # The status was sent long before.
-        with pytest.raises(openai.InternalServerError) as found:
+        # The status of the stream was sent long before, so the error has none.
+        assert not isinstance(error.value, openai.APIStatusError)
+        with pytest.raises(openai.InternalServerError) as error:
             answer.result()
-        assert found.value.status_code == 504
-        assert found.value.response.headers["x-should-retry"] == "false"
+        assert error.value.status_code == 504
+        assert error.value.response.headers["x-should-retry"] == "false"
         assert body.result()[0] == 408
-        wait_until(lambda: served.meter('ltu_answers_total{status="cancelled"}') == 2)
+        wait_until(lambda: served.metric('ltu_answers_total{status="cancelled"}') == 2)
 
 
 def test_a_body_that_breaks_off(engine: LtuEngine) -> None:
     with serve(engine) as served:
-        with socket.create_connection(("127.0.0.1", served.port)) as plain:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            plain.sendall(f"{head}Content-Length: 99\r\n\r\nhalf".encode())
-        wait_until(lambda: served.meter('ltu_requests_total{code="408"}') == 1)
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(REQUEST_HEAD + b"Content-Length: 99\r\n\r\nhalf")
+        wait_until(lambda: served.metric('ltu_requests_total{code="408"}') == 1)
 
 
 def test_the_key(engine: LtuEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTU_API_KEY", "käse")
     with serve(engine) as served:
         models = served.client.models
-        for call in (lambda: served.ask(words()), models.list, lambda: models.retrieve("x")):
-            with pytest.raises(openai.AuthenticationError) as found:
+        for call in (lambda: served.ask(text_part()), models.list, lambda: models.retrieve("x")):
+            with pytest.raises(openai.AuthenticationError) as error:
                 call()
-            assert found.value.code == "invalid_api_key"
+            assert error.value.code == "invalid_api_key"
         assert served.post(b"{}")[0] == 401
-        assert served.meter('ltu_requests_total{code="401"}') == 4
+        assert served.metric('ltu_requests_total{code="401"}') == 4
         monkeypatch.setenv("LTU_API_KEY", "changed later")
         assert served.post(b"{}", Authorization="Bearer käse".encode().decode("latin-1"))[0] == 404
 
 
-def test_the_queue_has_an_end(engine: LtuEngine, gate: tiny.Gate) -> None:
+def test_a_full_queue(engine: LtuEngine, gate: tiny.Gate) -> None:
     with serve(engine, "--max_queue", "1") as served:
-        running = served.ask(words(), max_tokens=1000, stream=True)
+        running = served.ask(text_part(), max_tokens=1000, stream=True)
         next(iter(running))
-        with pytest.raises(openai.RateLimitError) as found:
-            served.ask(words())
-        assert found.value.response.headers["retry-after"] == "1"
+        with pytest.raises(openai.RateLimitError) as error:
+            served.ask(text_part())
+        assert error.value.response.headers["retry-after"] == "1"
         running.close()
-        wait_until(lambda: served.meter('ltu_answers_total{status="cancelled"}') == 1)
+        wait_until(lambda: served.metric('ltu_answers_total{status="cancelled"}') == 1)
         gate.is_open.set()
-        patient = served.client.with_options(max_retries=5)
-        assert patient.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=12
-        ).choices[0].message.content == served.answer_alone(QUESTION)  # fmt: skip
+        retrying = served.client.with_options(max_retries=5)
+        reply = retrying.chat.completions.create(
+            model="tiny", messages=user(QUESTION), max_tokens=12
+        )
+        assert reply.choices[0].message.content == served.answer_alone(QUESTION)
 
 
-def test_clients_that_go_away(served: Served, gate: tiny.Gate) -> None:
-    """From a stream, while an answer is computed, and while the request waits for its batch."""
+def test_clients_that_disconnect(served: Served, gate: tiny.Gate) -> None:
+    """During a stream, while an answer is generated, and while the request is in the queue."""
     name = 'ltu_answers_total{status="cancelled"}'
-    before = served.meter(name)
-    with served.ask(words(), max_tokens=600, stream=True) as parts:
+    before = served.metric(name)
+    with served.ask(text_part(), max_tokens=600, stream=True) as parts:
         next(iter(parts))
-    wait_until(lambda: served.meter(name) == before + 1)
+    wait_until(lambda: served.metric(name) == before + 1)
 
-    messages = [{"role": "user", "content": QUESTION}]
-    body = json.dumps({"model": "tiny", "messages": messages}).encode()
+    body = json.dumps({"model": "tiny", "messages": user(QUESTION)}).encode()
     gate.is_reached.clear()
     running = served.send(body)
     assert gate.is_reached.wait(PATIENCE)
     waiting = served.send(body)
-    wait_until(lambda: served.meter("ltu_queue_depth") == 1)
-    ended = served.meter("ltu_request_seconds_count")
+    wait_until(lambda: served.metric("ltu_queue_depth") == 1)
+    ended = served.metric("ltu_request_seconds_count")
     waiting.close()
-    wait_until(lambda: served.meter("ltu_request_seconds_count") == ended + 1)
+    wait_until(lambda: served.metric("ltu_request_seconds_count") == ended + 1)
     running.close()
-    wait_until(lambda: served.meter(name) == before + 3)
+    wait_until(lambda: served.metric(name) == before + 3)
     gate.is_open.set()
-    assert served.ask(words()).choices[0].message.content == served.answer_alone(QUESTION)
+    assert served.ask(text_part()).choices[0].message.content == served.answer_alone(QUESTION)
 
 
 def test_an_engine_that_fails(
@@ -561,56 +564,59 @@ def test_an_engine_that_fails(
     with serve(engine) as served:
         monkeypatch.setattr(type(engine.model), "get_input_embeddings", broken)
         for is_streamed in (False, True):
-            with pytest.raises(openai.InternalServerError) as found:
-                served.ask(words(), stream=is_streamed)
-            assert found.value.code == "engine_error" and "secret" not in str(found.value)
+            with pytest.raises(openai.InternalServerError) as error:
+                served.ask(text_part(), stream=is_streamed)
+            assert error.value.code == "engine_error" and "secret" not in str(error.value)
         monkeypatch.setattr(type(engine.model), "get_input_embeddings", forward)
-        assert served.ask(words()).choices[0].message.content == served.answer_alone(QUESTION)
+        assert served.ask(text_part()).choices[0].message.content == served.answer_alone(QUESTION)
         monkeypatch.setattr(type(engine.processor), "render", broken)
-        with pytest.raises(openai.InternalServerError) as found:
-            served.ask(words())
-        assert found.value.code == "internal_error" and "secret" not in str(found.value)
-    assert (
-        "RuntimeError" in caplog.text
-        and "test_serve.py" in caplog.text
-        and "secret" not in caplog.text
-    )
+        with pytest.raises(openai.InternalServerError) as error:
+            served.ask(text_part())
+        assert error.value.code == "internal_error" and "secret" not in str(error.value)
+    # The log has the type of the error and where it was raised, but not its message.
+    assert "RuntimeError" in caplog.text
+    assert "test_serve.py" in caplog.text
+    assert "secret" not in caplog.text
 
 
-# --- many at once, and the end
+# --- many requests at once, and the end of the server
 
 
 def test_many_at_once(engine: LtuEngine, gate: tiny.Gate) -> None:
-    """Good and bad, plain and streamed, greedy and sampled: each as if alone, in shared batches.
+    """Each request has the answer that it has alone, in batches with others.
 
-    The gate opens when all wait for the first one.
+    Good and bad, plain and streamed, greedy and sampled requests are mixed. The gate opens when all
+    wait for the first batch.
     """
-    clips = [path.read_bytes() for path in TOY]
+    files = [path.read_bytes() for path in TOY]
+    clips: list[bytes | None] = [files[index % 3] if index % 4 else None for index in range(16)]
+    bad = {index for index in range(16) if index % 6 == 1}
+    sampled = {index for index in range(16) if index % 5 == 0}
+    streamed = {index for index in range(16) if index % 2 == 0}
+
     expected = []
-    for index in range(16):
-        sampling = {"do_sample": True, "temperature": 0.9} if index % 5 == 0 else {}
-        request = Request(
-            f"Question {index}?",
-            clips[index % 3] if index % 4 else None,
-            decoding=sampling,
-            seed=index,
-        )
-        is_bad = index % 6 == 1
-        expected.append("unreadable" if is_bad else engine([request], max_new_tokens=10)[0].text)
+    for index, clip in enumerate(clips):
+        decoding = {"do_sample": True, "temperature": 0.9} if index in sampled else {}
+        request = Request(f"Question {index}?", clip, decoding=decoding, seed=index)
+        answer = engine([request], max_new_tokens=10)[0]
+        expected.append("unreadable" if index in bad else answer.text)
 
     async def ask(client: openai.AsyncOpenAI, index: int) -> str:
-        clip = (
-            [sound(b"RIFF" if index % 6 == 1 else clips[index % 3], "flac")]
-            if index % 4 or index % 6 == 1
-            else []
-        )
-        settings = {"temperature": 0.9, "seed": index} if index % 5 == 0 else {}
-        said = [{"role": "user", "content": [*clip, words(f"Question {index}?")]}]
+        parts = [text_part(f"Question {index}?")]
+        if index in bad:
+            parts.insert(0, audio_part(b"RIFF", "flac"))
+        elif clips[index] is not None:
+            parts.insert(0, audio_part(clips[index], "flac"))
+        settings = {"temperature": 0.9, "seed": index} if index in sampled else {}
         try:
             reply = await client.chat.completions.create(
-                model="tiny", messages=said, max_tokens=10, stream=index % 2 == 0, **settings
+                model="tiny",
+                messages=user(parts),
+                max_tokens=10,
+                stream=index in streamed,
+                **settings,
             )
-            if index % 2:
+            if index not in streamed:
                 return reply.choices[0].message.content
             return "".join([part.choices[0].delta.content or "" async for part in reply])
         except openai.BadRequestError as error:
@@ -621,50 +627,49 @@ def test_many_at_once(engine: LtuEngine, gate: tiny.Gate) -> None:
             return await asyncio.gather(*(ask(client, index) for index in range(16)))
 
     def is_full() -> bool:
-        return served.meter("ltu_queue_depth") + served.meter("ltu_batch_size_sum") == 13
+        return served.metric("ltu_queue_depth") + served.metric("ltu_batch_size_sum") == 13
 
     with serve(engine) as served, ThreadPoolExecutor(1) as pool:
         replies = pool.submit(asyncio.run, ask_all(served.url))
         wait_until(is_full)
         gate.is_open.set()
         assert replies.result() == expected
-        assert 1 < served.meter("ltu_batch_size_count") < served.meter("ltu_batch_size_sum") == 13
-        assert served.meter('ltu_requests_total{code="200"}') == 13
-        assert served.meter('ltu_requests_total{code="400"}') == 3
-        assert (
-            served.meter('ltu_tokens_total{kind="new"}') > 13
-            and served.meter("ltu_queue_depth") == 0
-        )
-        wait_until(lambda: served.meter("ltu_request_seconds_count") == 13)
-        assert served.meter("ltu_heard_seconds_total") > 0
+        assert 1 < served.metric("ltu_batch_size_count") < served.metric("ltu_batch_size_sum") == 13
+        assert served.metric('ltu_requests_total{code="200"}') == 13
+        assert served.metric('ltu_requests_total{code="400"}') == 3
+        assert served.metric('ltu_tokens_total{kind="new"}') > 13
+        assert served.metric("ltu_queue_depth") == 0
+        wait_until(lambda: served.metric("ltu_request_seconds_count") == 13)
+        assert served.metric("ltu_heard_seconds_total") > 0
 
 
-def test_what_runs_too_long_is_ended(engine: LtuEngine, gate: tiny.Gate) -> None:
+def test_shutdown_ends_what_runs_too_long(engine: LtuEngine, gate: tiny.Gate) -> None:
     with serve(engine, "--shutdown_seconds", "0") as served:
-        parts = iter(served.ask(words(), max_tokens=1000, stream=True))
+        parts = iter(served.ask(text_part(), max_tokens=1000, stream=True))
         next(parts)
     with pytest.raises(openai.APIConnectionError):
         list(parts)
 
 
-def test_sigterm_lets_answers_end(engine: LtuEngine, folder: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_answers_finish(engine: LtuEngine, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    words = ["--model", str(folder), "--port", "0", "--max_tokens", "200"]
-    process = tiny.start_command("ltu.serve", words, output)
+    flags = ["--model", str(folder), "--port", "0", "--max_tokens", "200"]
+    process = tiny.start_command("ltu.serve", flags, output)
     try:
         while not output.is_file() or "Uvicorn running" not in output.read_text():
             process.join(0.01)
             assert process.exitcode is None, output.read_text()
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", output.read_text())[1])
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
-        parts = iter(client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": QUESTION}], max_tokens=200, stream=True
-        ))  # fmt: skip
-        got = [next(parts), next(parts)]
+        stream = client.chat.completions.create(
+            model="tiny", messages=user(QUESTION), max_tokens=200, stream=True
+        )
+        remaining = iter(stream)
+        parts = [next(remaining), next(remaining)]
         os.kill(process.pid, signal.SIGTERM)
-        got += list(parts)
-        assert got[-1].choices[0].finish_reason in ("stop", "length")
-        text = "".join(part.choices[0].delta.content or "" for part in got)
+        parts += list(remaining)
+        assert parts[-1].choices[0].finish_reason in ("stop", "length")
+        text = "".join(part.choices[0].delta.content or "" for part in parts)
         assert text == engine([Request(QUESTION)], max_new_tokens=200)[0].text
         process.join(PATIENCE)
         assert process.exitcode in (0, -signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The toy data: the committed split, the words, and what the builder makes of them."""
+"""Tests the toy dataset: the committed split, the templates, and the examples that are built."""
 
 import json
 import re
@@ -65,16 +65,17 @@ def normalised(question: str) -> str:
 
 
 def test_manifest_and_audio_agree():
-    assert (
-        sorted(BY_FILE) == sorted(path.name for path in AUDIO.glob("*.flac")) and len(SOUNDS) == 246
-    )
+    assert sorted(BY_FILE) == sorted(path.name for path in AUDIO.glob("*.flac"))
+    assert len(SOUNDS) == 246
     for sound in SOUNDS:
         info = soundfile.info(AUDIO / sound["file"])
         assert (info.samplerate, info.channels) == (16_000, 1), sound["file"]
-        assert abs(info.duration - sound["seconds"]) < 0.01 and info.frames <= WINDOW, sound["file"]
-        assert sound["licence"] and sound["author"] and sound["package"] and sound["source_file"], (
-            sound["file"]
-        )
+        assert abs(info.duration - sound["seconds"]) < 0.01, sound["file"]
+        assert info.frames <= WINDOW, sound["file"]
+        assert sound["licence"], sound["file"]
+        assert sound["author"], sound["file"]
+        assert sound["package"], sound["file"]
+        assert sound["source_file"], sound["file"]
     assert not re.search(
         r"/(work|home|tmp|root)/", (HERE / "manifest.jsonl").read_text(encoding="utf-8")
     )
@@ -93,7 +94,8 @@ def test_split_is_what_the_rule_says():
 
 
 def test_split_holds_out_what_may_be_held_out():
-    assert len(SPLIT["folds"]) == 5 and len(HELDOUT) == len(set(HELDOUT)) >= 120
+    assert len(SPLIT["folds"]) == 5
+    assert len(HELDOUT) == len(set(HELDOUT)) >= 120
     assert sorted(HELDOUT + SPLIT["training_only"]) == sorted(BY_FILE)
     labels = Counter(sound["label"] for sound in SOUNDS)
     assert not [file for file in HELDOUT if labels[BY_FILE[file]["label"]] < 2]
@@ -120,25 +122,26 @@ def test_folds_are_alike():
         assert max(counts) - min(counts) <= 3, (category, counts)
 
 
-def test_a_fold_that_is_not_there_is_an_error():
+def test_an_unknown_fold_is_an_error():
     with pytest.raises(ValueError, match="no fold 5"):
         read_fold(5)
 
 
-# The words
+# The templates
 
 
-def test_every_label_and_category_has_words():
-    labels, categories = rows.WORDS["labels"], rows.WORDS["categories"]
-    assert set(labels) == {sound["label"] for sound in SOUNDS} and len(labels) == 95
+def test_every_label_and_category_has_texts():
+    labels = rows.VOCABULARY["labels"]
+    categories = rows.VOCABULARY["categories"]
+    assert set(labels) == {sound["label"] for sound in SOUNDS}
+    assert len(labels) == 95
     assert set(categories) == {sound["category"] for sound in SOUNDS}
     assert not set(labels) & set(categories), (
         "a label that is a category's name could not be scored"
     )
     for name, words in labels.items():
-        assert (
-            words["phrase"] and len(words["descriptions"]) == len(set(words["descriptions"])) >= 2
-        ), name
+        assert words["phrase"], name
+        assert len(words["descriptions"]) == len(set(words["descriptions"])) >= 2, name
         for description in words["descriptions"]:
             assert not re.search(r"->|[.:;\n]", description), (name, description)
             assert not set(categories) & set(re.findall(r"\w+", description)), (name, description)
@@ -156,7 +159,7 @@ def test_test_questions_are_never_training_questions():
     assert not train & {normalised(question) for texts in tasks for question in texts["test"]}
 
 
-# The built rows
+# The built examples
 
 
 def test_same_seed_same_bytes(built, tmp_path):
@@ -166,12 +169,15 @@ def test_same_seed_same_bytes(built, tmp_path):
         path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*")
     )
     for path in made:
-        first, second = built / path, tmp_path / "fold0" / path
+        first = built / path
+        second = tmp_path / "fold0" / path
         if path.suffix == ".flac":
             assert first.read_bytes() == second.read_bytes(), path
-        else:  # the way to the committed clips depends on where the output folder lies
-            way = r'"[./\w-]*data/toy/audio/'
-            assert re.sub(way, '"', first.read_text()) == re.sub(way, '"', second.read_text()), path
+        else:  # The relative path of the committed clips depends on the output folder.
+            path_start = r'"[./\w-]*data/toy/audio/'
+            assert re.sub(path_start, '"', first.read_text()) == re.sub(
+                path_start, '"', second.read_text()
+            ), path
 
 
 def test_another_seed_gives_other_rows(built, tmp_path):
@@ -179,7 +185,7 @@ def test_another_seed_gives_other_rows(built, tmp_path):
     assert load(built, "stage1") != load(tmp_path, "stage1")
 
 
-def test_stages_hold_the_rows_asked_for(built):
+def test_stages_have_the_requested_examples(built):
     for stage, count in zip(STAGES, [230, 60, 120, 160], strict=True):
         made = load(built, stage)
         assert len(made) == count
@@ -194,20 +200,20 @@ def test_stages_hold_the_rows_asked_for(built):
         assert sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_rows_are_read_and_heard_by_the_trainer(built):
+def test_examples_are_read_by_the_trainer(built):
     for name in (*STAGES, "heldout_right", "heldout_wrong", "heldout_none", "heldout_show"):
         for row in read_rows(built / f"{name}.json"):
             assert row["audio"] is None if name == "heldout_none" else Path(row["audio"]).is_file()
 
 
 def test_training_has_no_test_question_and_test_no_training_question(built):
-    asked = {normalised(row["instruction"]) for stage in STAGES for row in load(built, stage)}
+    trained = {normalised(row["instruction"]) for stage in STAGES for row in load(built, stage)}
     tested = {
         normalised(row["instruction"])
         for name in ("right", "show")
         for row in load(built, f"heldout_{name}")
     }
-    assert not asked & tested
+    assert not trained & tested
 
 
 def test_half_of_the_closed_questions_have_the_prefix(built):
@@ -219,24 +225,26 @@ def test_half_of_the_closed_questions_have_the_prefix(built):
     ]
     assert 0.4 < np.mean(prefixed) < 0.6
     open_rows = [row for row in made if row["task"] not in build.CLOSED]
-    assert open_rows and not any(row["instruction"].startswith("Closed") for row in open_rows)
+    assert open_rows
+    assert not any(row["instruction"].startswith("Closed") for row in open_rows)
 
 
-def test_draws_favour_rare_categories_and_forget_no_clip():
+def test_sampling_favours_rare_categories_and_includes_every_clip():
     training, _ = read_fold(0)
-    drawn = Counter(sound["file"] for sound in build.draw(training, 1200, Random(0)))
-    assert sum(drawn.values()) == 1200 and set(drawn) == {sound["file"] for sound in training}
+    sampled = Counter(sound["file"] for sound in build.sample_sounds(training, 1200, Random(0)))
+    assert sum(sampled.values()) == 1200
+    assert set(sampled) == {sound["file"] for sound in training}
     of = {
         category: [s["file"] for s in training if s["category"] == category]
         for category in ("drums", "instruments")
     }
     drums, instruments = (
-        np.mean([drawn[file] for file in of[category]]) for category in ("drums", "instruments")
+        np.mean([sampled[file] for file in of[category]]) for category in ("drums", "instruments")
     )
-    assert instruments > 1.5 * drums  # A quarter of the draws is balanced (build.BALANCE).
+    assert instruments > 1.5 * drums  # A quarter of the draws is balanced.
 
 
-# Leakage: from the sources that the builder names, and from the sound itself
+# Leakage, by the sources that the builder names and by the audio itself
 
 
 def test_no_held_out_clip_or_recording_in_training_audio(built):
@@ -255,22 +263,27 @@ def test_no_held_out_clip_or_recording_in_training_audio(built):
     }
 
 
-def test_training_audio_is_what_its_recipe_says(built):
-    for audio_id, recipe in load(built, "sources").items():
+def test_training_audio_is_what_its_provenance_says(built):
+    for audio_id, provenance in load(built, "sources").items():
         waveform, rate = soundfile.read(built / audio_id, dtype="float32")
-        assert rate == 16_000 and len(waveform) == round(recipe["seconds"] * rate) <= WINDOW
+        assert rate == 16_000
+        assert len(waveform) == round(provenance["seconds"] * rate) <= WINDOW
         assert 0.01 < np.abs(waveform).max() < 1.0, audio_id
         expected = np.zeros_like(waveform)
-        half = (WINDOW - recipe["parts"][-1]["at"]) if recipe["kind"] == "pair" else len(waveform)
-        for part in recipe["parts"]:
+        half = (
+            (WINDOW - provenance["parts"][-1]["at"])
+            if provenance["kind"] == "pair"
+            else len(waveform)
+        )
+        for part in provenance["parts"]:
             clip = (
                 centred(part["clip"])[part["start"] : part["start"] + part["samples"]]
                 * part["gain"]
             )
-            length = len(clip) if recipe["kind"] == "crop" else half
+            length = len(clip) if provenance["kind"] == "crop" else half
             expected[part["at"] : part["at"] + length] += np.resize(clip, length)
         error = np.abs(waveform - expected)
-        if recipe["kind"] == "pair":  # faded over 10 ms at the ends of both halves
+        if provenance["kind"] == "pair":  # Faded over 10 ms at the ends of both halves.
             for edge in (0, half, WINDOW - half, WINDOW):
                 error[max(0, edge - 160) : edge + 160] = 0.0
         assert error.max() < 1e-4, audio_id
@@ -279,8 +292,8 @@ def test_training_audio_is_what_its_recipe_says(built):
 def test_answers_say_what_the_sources_are(built):
     sources = load(built, "sources")
     for row in [row for stage in STAGES for row in load(built, stage)]:
-        recipe = sources.get(row["audio_id"], {"parts": [{"clip": Path(row["audio_id"]).name}]})
-        sounds = [BY_FILE[part["clip"]] for part in recipe["parts"]]
+        provenance = sources.get(row["audio_id"], {"parts": [{"clip": Path(row["audio_id"]).name}]})
+        sounds = [BY_FILE[part["clip"]] for part in provenance["parts"]]
         assert len(sounds) == (2 if row["task"] in rows.MIXTURE_TASKS + rows.PAIR_TASKS else 1), row
         if row["task"].startswith(("cla_label", "temporal")):
             found = [row["output"].index(sound["label"]) for sound in sounds]
@@ -308,15 +321,12 @@ def test_heldout_questions(built):
             == with_wrong | {"audio_id": None}
             == without | {"audio_id": None}
         )
-        sound, other = (
-            BY_FILE[Path(row["audio_id"]).name],
-            BY_FILE[Path(with_wrong["audio_id"]).name],
-        )
-        assert other["file"] in heldout and other["category"] != sound["category"]
-        assert (
-            row["output"] == f"Labels: {sound['label']}; {sound['category']}."
-            and without["audio_id"] == "empty"
-        )
+        sound = BY_FILE[Path(row["audio_id"]).name]
+        other = BY_FILE[Path(with_wrong["audio_id"]).name]
+        assert other["file"] in heldout
+        assert other["category"] != sound["category"]
+        assert row["output"] == f"Labels: {sound['label']}; {sound['category']}."
+        assert without["audio_id"] == "empty"
     show = load(built, "heldout_show")
     assert [row["task"] for row in show] == list(build.SHOWN)
     assert len({BY_FILE[Path(row["audio_id"]).name]["category"] for row in show}) == 5

@@ -1,4 +1,4 @@
-"""Scores of the toy test on predictions made by hand."""
+"""Tests the scores of the toy test on predictions made by hand."""
 
 import json
 from pathlib import Path
@@ -42,18 +42,18 @@ def perfect(fold: int) -> list[dict]:
 
 def write_fold(folder: Path, fold: int, stages: int = 2, below: str = "") -> Path:
     for stage in range(1, stages + 1):
-        place = folder / f"stage{stage}_name" / below
-        place.mkdir(parents=True)
+        directory = folder / f"stage{stage}_name" / below
+        directory.mkdir(parents=True)
         right = perfect(fold)
         guessed = [
             row | {"pred": "Labels: bass drum; drums.", "audio_id": "empty"} for row in right
         ]
         for name, rows in (("right", right), ("wrong", guessed), ("none", guessed)):
-            (place / f"{name}.json").write_text(json.dumps(rows))
+            (directory / f"{name}.json").write_text(json.dumps(rows))
     return folder
 
 
-# Reading an answer
+# Parsing an answer
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,8 @@ def write_fold(folder: Path, fold: int, stages: int = 2, below: str = "") -> Pat
         "Labels: snare drum; drums",
         "  labels:  Snare Drum ;  Drums .\n",
         "Labels: short, bright and snappy -> snare drum; drums.",
-        "Labels: like human speech and music -> snare drum; drums.",  # words of a description are no categories
+        # Words of a description are no categories.
+        "Labels: like human speech and music -> snare drum; drums.",
     ],
 )
 def test_right_answers(answer):
@@ -133,7 +134,7 @@ def test_answering_with_everything_scores_nothing():
     assert not any(hits["category"]) and not any(hits["label"])
 
 
-def test_every_reference_of_the_data_can_be_read():
+def test_every_reference_of_the_data_can_be_parsed():
     for fold in range(5):
         hits = score(perfect(fold), READER)
         assert all(hits["category"]) and all(hits["label"]) and all(hits["in_form"])
@@ -187,7 +188,7 @@ def clips_of(*lines: tuple[str, str, str]) -> dict[str, dict]:
     }
 
 
-def test_majority_and_package_know_the_training_clips_only():
+def test_majority_and_package_use_the_training_clips_only():
     clips = clips_of(
         ("a", "x", "P"),
         ("a", "x", "P"),
@@ -199,10 +200,11 @@ def test_majority_and_package_know_the_training_clips_only():
     training, heldout = ["0", "1", "2", "3"], ["4", "5"]
     assert toy_baselines.majority(clips, training, heldout, "category") == ["a", "a"]
     assert toy_baselines.package(clips, training, heldout, "category") == ["b", "b"]
+    # In a tie, the first in the alphabet is chosen.
     assert toy_baselines.package(clips, training, heldout, "label") == [
         "y",
         "y",
-    ]  # a tie: the first of the alphabet
+    ]
 
 
 def test_baselines_of_all_folds():
@@ -235,7 +237,7 @@ def test_ridge_classify_equals_the_primal_solution():
     ]
 
 
-def test_probe_separates_what_is_separable():
+def test_probe_separates_separable_classes():
     clips = clips_of(*[("ab"[index % 2], "x", "P") for index in range(20)])
     means = {
         file: np.array([1.0 if clip["category"] == "a" else -1.0, 0.0])
@@ -297,4 +299,4 @@ def test_predictions_that_cannot_be_scored(tmp_path, capsys):
     (folder / "stage1_name" / "wrong.json").write_text(json.dumps(perfect(0)[::-1]))
     with pytest.raises(SystemExit):
         main(["--folds", str(folder)])
-    assert "does not ask the questions of right.json" in capsys.readouterr().err
+    assert "does not have the questions of right.json" in capsys.readouterr().err

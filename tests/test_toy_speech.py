@@ -1,4 +1,4 @@
-"""The spoken clips of the toy data, and their rows for LTU-AS."""
+"""Tests the spoken clips of the toy dataset, and their examples for LTU-AS."""
 
 import json
 import re
@@ -88,20 +88,18 @@ def spoken_rows(folder: Path, *stages: int) -> list[dict]:
 
 
 def test_manifest_and_files_agree():
-    assert (
-        sorted(BY_FILE) == sorted(path.name for path in SPEECH.glob("*.flac")) and len(CLIPS) == 193
-    )
+    assert sorted(BY_FILE) == sorted(path.name for path in SPEECH.glob("*.flac"))
+    assert len(CLIPS) == 193
     assert sum(path.stat().st_size for path in SPEECH.glob("*.flac")) < 6e6
     for clip in CLIPS:
         info = soundfile.info(SPEECH / clip["file"])
         assert (info.samplerate, info.channels, info.subtype) == (RATE, 1, "PCM_16"), clip["file"]
-        assert abs(info.duration - clip["seconds"]) < 0.01 and 1.4 < info.duration < 10, clip[
-            "file"
-        ]
-        assert set(clip) - {"source_file", "command"} == FIELDS and all(
-            clip[key] for key in FIELDS
-        ), clip["file"]
-        assert ("source_file" in clip) != ("command" in clip) and len(clip["text"].split()) >= 4
+        assert abs(info.duration - clip["seconds"]) < 0.01, clip["file"]
+        assert 1.4 < info.duration < 10, clip["file"]
+        assert set(clip) - {"source_file", "command"} == FIELDS, clip["file"]
+        assert all(clip[key] for key in FIELDS), clip["file"]
+        assert ("source_file" in clip) != ("command" in clip)
+        assert len(clip["text"].split()) >= 4
     assert not re.search(
         r"/(work|home|tmp|root)/", (SPEECH / "manifest.jsonl").read_text(encoding="utf-8")
     )
@@ -128,9 +126,9 @@ def test_pitch_and_speed_are_what_the_rule_says():
             clip["syllables_per_second"], abs=0.01
         )
         assert (clip["pitch"], clip["speed"]) == pitch_and_speed(clip, 1.0, cuts)
-    for key in ("pitch", "speed"):  # thirds, so that no answer is right by its frequency
+    for key in ("pitch", "speed"):  # Thirds: no answer is frequent.
         assert max(Counter(clip[key] for clip in TRAIN).values()) < 0.4 * len(TRAIN)
-    for voice in {clip["voice"] for clip in TRAIN}:  # the voice alone gives away neither
+    for voice in {clip["voice"] for clip in TRAIN}:  # The voice alone reveals neither.
         assert len({clip["pitch"] for clip in TRAIN if clip["voice"] == voice}) >= 2, voice
         assert len({clip["speed"] for clip in TRAIN if clip["voice"] == voice}) == 3, voice
 
@@ -149,10 +147,8 @@ def test_noise_has_no_pitch():
 
 
 def test_syllables_and_names():
-    assert (
-        syllables("The children walked to the park.") == 7
-        and syllables("Press 9 for more entries.") == 6
-    )
+    assert syllables("The children walked to the park.") == 7
+    assert syllables("Press 9 for more entries.") == 6
     assert [name_of(value, (1, 2), ("low", "medium", "high")) for value in (0, 1, 2)] == [
         "low",
         "medium",
@@ -192,7 +188,9 @@ def test_no_prompt_is_among_the_sounds():
         if "asterisk" in sound["package"]
     }
     prompts = {Path(clip["source_file"]).name for clip in CLIPS if "source_file" in clip}
-    assert len(sounds) == 24 and len(prompts) == 61 and not sounds & prompts
+    assert len(sounds) == 24
+    assert len(prompts) == 61
+    assert not sounds & prompts
     assert not set(BY_FILE) & {sound["file"] for sound in read_manifest()}
 
 
@@ -209,7 +207,7 @@ def test_attribution_names_every_licence_and_source(tmp_path):
     )
 
 
-# The built rows
+# The built examples
 
 
 def test_same_seed_same_bytes(built, tmp_path):
@@ -222,15 +220,18 @@ def test_same_seed_same_bytes(built, tmp_path):
         first, second = (folder / path for folder in (built, tmp_path / "fold0"))
         if path.suffix == ".flac":
             assert first.read_bytes() == second.read_bytes(), path
-        else:  # the way to the committed clips depends on where the output folder lies
-            way = r'"[./\w-]*data/toy/(audio|speech)/'
-            assert re.sub(way, '"', first.read_text()) == re.sub(way, '"', second.read_text()), path
+        else:  # The relative path of the committed clips depends on the output folder.
+            path_start = r'"[./\w-]*data/toy/(audio|speech)/'
+            assert re.sub(path_start, '"', first.read_text()) == re.sub(
+                path_start, '"', second.read_text()
+            ), path
 
 
-def test_stages_hold_the_rows_asked_for(built):
+def test_stages_have_the_requested_examples(built):
     for stage, count in zip((1, 2, 3), (100, 150, 200), strict=True):
         rows = load(built, f"stage{stage}")
-        assert len(rows) == count and len(spoken_rows(built, stage)) == round(0.4 * count)
+        assert len(rows) == count
+        assert len(spoken_rows(built, stage)) == round(0.4 * count)
         assert all(
             list(row)[0] == "instruction" and row["output"] and "{" not in row["output"]
             for row in rows
@@ -249,7 +250,7 @@ def test_stages_hold_the_rows_asked_for(built):
 
 
 def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
-    """Whisper is asked about committed clips only; what is rendered for training has its words, or none."""
+    """Only committed clips are transcribed by Whisper; rendered audio has an `input`."""
     for stage in (1, 2, 3):
         for row in load(built, f"stage{stage}"):
             rendered = row["audio_id"].startswith("audio/")
@@ -257,16 +258,18 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
             assert "input" in row or not rendered
         rows = spoken_rows(built, stage)
         assert np.mean([row.get("input") == "" for row in rows]) == pytest.approx(0.3, abs=0.02)
-        assert sum("input" not in row for row in rows) and sum(
-            bool(row.get("input")) for row in rows
-        )
+        assert sum("input" not in row for row in rows)
+        assert sum(bool(row.get("input")) for row in rows)
         assert not [
-            row for row in rows if row["task"] in speech_rows.WORD_TASKS and row.get("input") == ""
+            row
+            for row in rows
+            if row["task"] in speech_rows.TRANSCRIPT_TASKS and row.get("input") == ""
         ]
     for right, wrong in zip(
         load(built, "heldout_right"), load(built, "heldout_wrong"), strict=True
     ):
-        assert right["output"] == wrong["output"] and right["audio_id"] != wrong["audio_id"]
+        assert right["output"] == wrong["output"]
+        assert right["audio_id"] != wrong["audio_id"]
     for name in ("heldout_right", "heldout_wrong", "heldout_none"):
         assert not [row for row in load(built, name) if "input" in row]
 
@@ -274,17 +277,15 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
 def test_training_rows_say_what_the_manifest_says(built):
     cuts, sources = cut_offs(CLIPS), load(built, "sources")
     for row in spoken_rows(built):
-        recipe = sources.get(
+        provenance = sources.get(
             row["audio_id"], {"factor": 1.0, "parts": [{"clip": Path(row["audio_id"]).name}]}
         )
-        clip = BY_FILE[recipe["parts"][0]["clip"]]
-        assert (
-            clip["split"] == "train"
-            and row["voice"] == clip["voice"]
-            and row["voice"] not in TEST_VOICES
-        )
+        clip = BY_FILE[provenance["parts"][0]["clip"]]
+        assert clip["split"] == "train"
+        assert row["voice"] == clip["voice"]
+        assert row["voice"] not in TEST_VOICES
         assert row.get("input") in (None, "", clip["text"])
-        pitch, speed = pitch_and_speed(clip, recipe["factor"], cuts)
+        pitch, speed = pitch_and_speed(clip, provenance["factor"], cuts)
         outputs = {"speech_gender": clip["gender"].capitalize() + "."}
         outputs |= {
             "speech_pitch": f"The pitch is {pitch}.",
@@ -295,23 +296,23 @@ def test_training_rows_say_what_the_manifest_says(built):
             assert all(part in row["output"] for part in (clip["text"], pitch, speed)), row
         else:
             assert row["output"] == outputs[row["task"]], row
-        assert row["task"] not in speech_rows.WORD_TASKS or recipe["factor"] == 1.0
+        assert row["task"] not in speech_rows.TRANSCRIPT_TASKS or provenance["factor"] == 1.0
 
 
 def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
-    recipes = {
-        file: recipe
-        for file, recipe in load(built, "sources").items()
-        if recipe["kind"] == "speech"
+    sources = {
+        file: source
+        for file, source in load(built, "sources").items()
+        if source["kind"] == "speech"
     }
-    assert len(recipes) == len(TRAIN)
-    for file, recipe in recipes.items():
-        own, made = load_audio(SPEECH / recipe["parts"][0]["clip"]), load_audio(built / file)
-        assert 0.879 < recipe["factor"] < 1.121 and recipe["factor"] != 1.0
-        assert (
-            len(own) / len(made) == pytest.approx(recipe["factor"], rel=1e-3)
-            and 0.05 < np.abs(made).max() < 1.0
-        )
+    assert len(sources) == len(TRAIN)
+    for file, provenance in sources.items():
+        own = load_audio(SPEECH / provenance["parts"][0]["clip"])
+        made = load_audio(built / file)
+        assert 0.879 < provenance["factor"] < 1.121
+        assert provenance["factor"] != 1.0
+        assert len(own) / len(made) == pytest.approx(provenance["factor"], rel=1e-3)
+        assert 0.05 < np.abs(made).max() < 1.0
 
 
 def test_rows_are_read_by_the_trainer(built):
@@ -334,12 +335,12 @@ def test_heldout_speech(built):
     texts = {file: clip["text"] for file, clip in BY_FILE.items()}
     for name, rows in files.items():
         clips = [BY_FILE[Path(row["audio_id"]).name] for row in rows]
-        asked = (
+        expected_clips = (
             [clip for clip in TEST if clip["voice"] in TEST_VOICES]
             if name.startswith("gender")
             else TEST
         )
-        assert clips == asked, name
+        assert clips == expected_clips, name
         assert [row["output"] for row in rows] == [
             toy_speech.reference(f"speech_{name}", clip) for clip in clips
         ]
@@ -348,7 +349,8 @@ def test_heldout_speech(built):
                 name, clip["text"]
             )
             if name == "words_wrong":
-                assert row["input"] != clip["text"] and row["input"] in texts.values()
+                assert row["input"] != clip["text"]
+                assert row["input"] in texts.values()
             else:
                 assert row.get("input") == expected
     show = load(built, "show")

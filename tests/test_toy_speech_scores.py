@@ -1,4 +1,4 @@
-"""Scores of answers about speech, on predictions made by hand."""
+"""Tests the scores of answers about speech on predictions made by hand."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,11 @@ UNKNOWN = [clip for clip in TEST if clip["voice"] != "allison"]
 
 
 def predictions(file: str, answer, clips: list[dict] = TEST, **more) -> list[dict]:
-    """Rows as inference writes them; `answer` makes `pred` from a clip."""
+    """Return predictions as inference writes them.
+
+    Args:
+        answer: Maps a clip to `pred`.
+    """
     rows = []
     for clip in clips:
         row = {
@@ -63,11 +67,11 @@ def means(result: dict) -> dict[str, float]:
         ("speech_speed", "The speed is quick.", None),
     ],
 )
-def test_an_answer_counts_only_in_the_form_taught(file, answer, choice):
+def test_an_answer_counts_only_if_well_formed(file, answer, choice):
     assert read_choice(file, answer) == choice
 
 
-def test_the_prefix_is_taken_off_only_where_it_is():
+def test_the_prefix_is_removed_only_at_the_beginning():
     assert (
         spoken("Spoken text: A dog.")
         == "A dog."
@@ -80,7 +84,7 @@ def test_the_prefix_is_taken_off_only_where_it_is():
     )
 
 
-def test_word_error_rate_ignores_case_points_and_figures():
+def test_word_error_rate_ignores_case_punctuation_and_digits():
     assert word_error_rate(["Press 9 for more entries."], ["press nine for more entries"]) == 0
     assert word_error_rate(["a dog ran home"], ["A dog home."]) == 0.25
     assert word_error_rate(["The dog ran."], [""]) == 1
@@ -88,13 +92,9 @@ def test_word_error_rate_ignores_case_points_and_figures():
 
 def test_gender_by_voice_with_and_without_words(tmp_path):
     def women_and_kal(clip):
-        return (
-            "Female."
-            if clip["gender"] == "female"
-            else "Male."
-            if clip["voice"] == "kal"
-            else "A man."
-        )
+        if clip["gender"] == "female":
+            return "Female."
+        return "Male." if clip["voice"] == "kal" else "A man."
 
     folder = write(
         tmp_path,
@@ -141,7 +141,7 @@ def test_pitch_and_speed(tmp_path):
     assert 1 / 3 < scores["speed: if always the most frequent"] < 0.6
 
 
-def test_words_in_four_conditions(tmp_path):
+def test_transcripts_in_four_conditions(tmp_path):
     def next_text(clip):
         texts = [clip["text"] for clip in TEST]
         return f"Spoken text: {texts[(texts.index(clip['text']) + 7) % len(texts)]}"

@@ -1,4 +1,4 @@
-"""What the trainer promises: the original's steps, rates and means, ranks that agree, rows that are checked."""
+"""Tests training: the original's steps, learning rates and losses, ranks, and invalid examples."""
 
 import json
 import os
@@ -27,37 +27,52 @@ from tests.tiny import LORA, start_ranks, write_checkpoint, write_llm, write_row
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     return write_checkpoint(root / "checkpoint", write_llm(root / "llm"), LORA)
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def data_path(tmp_path_factory):
+    """A dataset file of 11 examples."""
     return write_rows(tmp_path_factory.mktemp("rows"), 11, without_audio=3)
 
 
-def flags(start, rows, output, **more):
-    defaults = {
+def flags(checkpoint, data_path, output, **more):
+    """Return the arguments of `ltu.finetune` for a small run."""
+    settings = {
         "batch_size": 4,
         "micro_batch_size": 2,
         "warmup_steps": 2,
         "logging_steps": 1,
         "learning_rate": 1e-2,
+        "bf16": False,
+        "num_workers": 0,
+        "save_steps": 100,
     }
-    settings = defaults | {"bf16": False, "num_workers": 0, "save_steps": 100} | more
-    argv = ["--base_model", str(start), "--data_path", str(rows), "--output_dir", str(output)]
-    return argv + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    settings |= more
+    argv = ["--base_model", str(checkpoint)]
+    argv += ["--data_path", str(data_path)]
+    argv += ["--output_dir", str(output)]
+    for name, value in settings.items():
+        argv += [f"--{name}", str(value)]
+    return argv
 
 
 def losses(output):
+    """Return the entries of a run's log that have a training loss."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "loss" in entry]
 
 
-# --- steps, rates, losses
+def values(entries, key):
+    return [entry[key] for entry in entries]
 
-# (rows, micro batch, accumulation, ranks, epochs, steps) of the released logs and the original README's toy runs.
+
+# --- steps, learning rates, losses
+
+# (examples, micro-batch size, accumulation, ranks, epochs, steps) of the released logs and of the
+# toy runs in the original's README.
 RELEASED_RUNS = [
     (2_072_481, 8, 8, 4, 2, 16_190),
     (2_072_481, 6, 10, 4, 2, 17_270),
@@ -68,144 +83,161 @@ RELEASED_RUNS = [
 ]
 
 
-@pytest.mark.parametrize("rows_, micro, accumulation, ranks, epochs, steps", RELEASED_RUNS)
-def test_steps_of_the_released_runs(rows_, micro, accumulation, ranks, epochs, steps):
-    assert total_steps(rows_, micro, accumulation, ranks, epochs) == steps
+@pytest.mark.parametrize(
+    "count, micro_batch_size, accumulation, ranks, epochs, steps", RELEASED_RUNS
+)
+def test_steps_of_the_released_runs(count, micro_batch_size, accumulation, ranks, epochs, steps):
+    assert total_steps(count, micro_batch_size, accumulation, ranks, epochs) == steps
 
 
 def test_logged_epoch_of_the_released_runs():
     assert 16_000 * 8 / batches_per_rank(2_072_481, 8, 4) == 1.9763456134391502
 
 
-def test_leftover_micro_batches_join_the_next_epoch(start, rows, tmp_path):
-    """11 rows are 6 micro-batches (the last has 1 row) in each of 2 epochs; 4 a step make 2 * (6 // 4) = 2 steps."""
-    main(flags(start, rows, tmp_path / "run", batch_size=8, num_epochs=2))
+def test_leftover_micro_batches_join_the_next_epoch(checkpoint, data_path, tmp_path):
+    """Each of 2 epochs has 6 micro-batches, the last with 1 example: 2 * (6 // 4) = 2 steps."""
+    main(flags(checkpoint, data_path, tmp_path / "run", batch_size=8, num_epochs=2))
     history = losses(tmp_path / "run")
-    assert [entry["step"] for entry in history] == [1, 2]
-    assert [entry["learning_rate"] for entry in history] == [5e-3, 0.0]
-    assert [entry["epoch"] for entry in history] == [4 / 6, 8 / 6]
+    assert values(history, "step") == [1, 2]
+    assert values(history, "learning_rate") == [5e-3, 0.0]
+    assert values(history, "epoch") == [4 / 6, 8 / 6]
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_loss_is_a_mean_of_micro_batch_means(start, rows, tmp_path, group):
-    """Also across epochs: step 2 has micro-batches 5 and 6 of the first and 1 and 2 of the second."""
+def test_loss_is_a_mean_of_micro_batch_means(checkpoint, data_path, tmp_path, group):
+    """Step 2 has micro-batches 5 and 6 of the first epoch, and 1 and 2 of the second."""
     arguments = flags(
-        start, rows, tmp_path / "run", batch_size=8, num_epochs=2, group_by_length=group
+        checkpoint,
+        data_path,
+        tmp_path / "run",
+        batch_size=8,
+        num_epochs=2,
+        group_by_length=group,
     )
     trainer = make_trainer(*parse_args(arguments))
-    micro = list(trainer.micro_batches)
-    assert len(micro) == 12 and len(micro[5]) == 1 and sorted(sum(micro[6:], [])) == list(range(11))
+    micro_batches = list(trainer.micro_batches)
+    assert len(micro_batches) == 12
+    assert len(micro_batches[5]) == 1
+    assert sorted(sum(micro_batches[6:], [])) == list(range(11))
     means = []
     with torch.no_grad():
-        for indices in micro[:8]:
+        for indices in micro_batches[:8]:
             batch = trainer.data_collator([trainer.train_dataset[index] for index in indices])
             means.append(float(trainer.model(**batch).loss))
     trainer.train()
     found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    # The first step runs at rate 0, so the second still sees the weights that the means were taken with.
+    # The first step has a learning rate of 0, so the second step still has the initial weights.
     assert found == pytest.approx([sum(means[:4]) / 4, sum(means[4:]) / 4], abs=1e-5)
 
 
-def test_rate_follows_the_original_schedule(start, rows, tmp_path):
-    main(
-        flags(
-            start,
-            rows,
-            tmp_path / "run",
-            batch_size=2,
-            num_epochs=2,
-            learning_rate=2e-4,
-            warmup_steps=3,
-        )
-    )
+def test_learning_rate_follows_the_original_schedule(checkpoint, data_path, tmp_path):
+    rate = 2e-4
+    warmup = 3
     total = 12
-    expected = [
-        2e-4 * s / 3 if s < 3 else 2e-4 * (total - s) / (total - 3) for s in range(1, total + 1)
-    ]
-    found = [entry["learning_rate"] for entry in losses(tmp_path / "run")]
-    assert found == pytest.approx(expected, rel=1e-12, abs=1e-20)
+    arguments = flags(
+        checkpoint,
+        data_path,
+        tmp_path / "run",
+        batch_size=2,
+        num_epochs=2,
+        learning_rate=rate,
+        warmup_steps=warmup,
+    )
+    main(arguments)
+    rising = [rate * step / warmup for step in range(1, warmup)]
+    falling = [rate * (total - step) / (total - warmup) for step in range(warmup, total + 1)]
+    found = values(losses(tmp_path / "run"), "learning_rate")
+    assert found == pytest.approx(rising + falling, rel=1e-12, abs=1e-20)
 
 
-def test_resume_equals_an_uninterrupted_run(start, rows, tmp_path):
+def test_resume_equals_an_uninterrupted_run(checkpoint, data_path, tmp_path):
     common = {"num_epochs": 2, "save_steps": 3}
-    main(flags(start, rows, tmp_path / "whole", **common))
+    main(flags(checkpoint, data_path, tmp_path / "whole", **common))
+    resumed_from = tmp_path / "whole" / "checkpoint-3"
     main(
         flags(
-            start,
-            rows,
-            tmp_path / "again",
+            checkpoint,
+            data_path,
+            tmp_path / "resumed",
             **common,
-            resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3",
+            resume_from_checkpoint=resumed_from,
         )
     )
-    whole, again = losses(tmp_path / "whole"), losses(tmp_path / "again")
-    assert [e["loss"] for e in again][-3:] == pytest.approx(
-        [e["loss"] for e in whole][-3:], abs=1e-6
-    )
+    whole = values(losses(tmp_path / "whole"), "loss")
+    resumed = values(losses(tmp_path / "resumed"), "loss")
+    assert resumed[-3:] == pytest.approx(whole[-3:], abs=1e-6)
     assert len(whole) == 6
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_every_row_once_an_epoch_on_any_number_of_ranks(group):
+def test_every_example_once_an_epoch_on_any_number_of_ranks(group):
     lengths = torch.tensor([5 + index % 17 for index in range(23)]) if group else None
     one = list(MicroBatchSampler(23, 3, accumulation=4, epochs=2, lengths=lengths))
-    assert sorted(index for batch in one[:8] for index in batch) == list(range(23))
-    ranks = [
-        list(
-            MicroBatchSampler(
-                23, 3, accumulation=2, epochs=2, lengths=lengths, rank=rank, world_size=2
-            )
+    assert sorted(sum(one[:8], [])) == list(range(23))
+
+    ranks = []
+    for rank in range(2):
+        sampler = MicroBatchSampler(
+            23, 3, accumulation=2, epochs=2, lengths=lengths, rank=rank, world_size=2
         )
-        for rank in range(2)
-    ]
+        ranks.append(list(sampler))
     assert len(ranks[0]) == len(ranks[1]) == 2 * batches_per_rank(23, 3, 2)
-    seen = [index for rank in ranks for batch in rank[:4] for index in batch]
-    assert set(seen) == set(range(23)) and len(seen) == 24
-    assert [
-        batch for pair in zip(*(rank[:3] for rank in ranks), strict=True) for batch in pair
-    ] == one[:6]
+    first_epoch = sum(ranks[0][:4] + ranks[1][:4], [])
+    assert set(first_epoch) == set(range(23))
+    assert len(first_epoch) == 24
+
+    # The ranks take turns in the order of the micro-batches of one process.
+    alternating = []
+    for pair in zip(ranks[0][:3], ranks[1][:3], strict=True):
+        alternating += pair
+    assert alternating == one[:6]
 
 
-@pytest.mark.parametrize("rows_", [1, 3, 40, 999, 12_345])
+@pytest.mark.parametrize("count", [1, 3, 40, 999, 12_345])
 @pytest.mark.parametrize("accumulation", [1, 16])
-def test_length_grouping_is_that_of_transformers(rows_, accumulation):
-    lengths = torch.randint(1, 40, (rows_,), generator=torch.Generator().manual_seed(rows_))
-    ours = MicroBatchSampler(rows_, 4, accumulation, lengths=lengths, seed=7).order(2).tolist()
-    generator = torch.Generator().manual_seed(9)
-    assert ours == get_length_grouped_indices(
-        lengths.tolist(), max(1, 4 * accumulation // 4), generator=generator
+def test_length_grouping_is_that_of_transformers(count, accumulation):
+    lengths = torch.randint(1, 40, (count,), generator=torch.Generator().manual_seed(count))
+    sampler = MicroBatchSampler(count, 4, accumulation, lengths=lengths, seed=7)
+    expected = get_length_grouped_indices(
+        lengths.tolist(),
+        max(1, 4 * accumulation // 4),
+        generator=torch.Generator().manual_seed(9),
     )
+    assert sampler.order(2).tolist() == expected
 
 
-def test_two_processes_equal_one(start, tmp_path):
-    """Two ranks on gloo reach the losses of one process with the same micro-batch size and doubled accumulation."""
-    rows = write_rows(tmp_path / "rows", 16, without_audio=3)
-    main(flags(start, rows, tmp_path / "one", batch_size=8, num_epochs=2, group_by_length=True))
-    words = flags(start, rows, tmp_path / "two", batch_size=8, num_epochs=2, group_by_length=True)
-    for rank in start_ranks(2, "ltu.finetune", words, tmp_path / "output"):
+def test_two_processes_equal_one(checkpoint, tmp_path):
+    """Two ranks on gloo have the losses of one process with doubled accumulation."""
+    data_path = write_rows(tmp_path / "rows", 16, without_audio=3)
+    common = {"batch_size": 8, "num_epochs": 2, "group_by_length": True}
+    main(flags(checkpoint, data_path, tmp_path / "one", **common))
+    arguments = flags(checkpoint, data_path, tmp_path / "two", **common)
+    for rank in start_ranks(2, "ltu.finetune", arguments, tmp_path / "output"):
         rank.join(PATIENCE)
         assert rank.exitcode == 0, (tmp_path / "output.0").read_text()[-3000:]
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    one = losses(tmp_path / "one")
+    two = losses(tmp_path / "two")
     assert len(one) == len(two) == 4
-    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], abs=2e-5)
-    assert [e["grad_norm"] for e in two] == pytest.approx([e["grad_norm"] for e in one], rel=1e-3)
+    assert values(two, "loss") == pytest.approx(values(one, "loss"), abs=2e-5)
+    assert values(two, "grad_norm") == pytest.approx(values(one, "grad_norm"), rel=1e-3)
 
 
 def test_command_of_two_machines(tmp_path):
-    """What a stage script starts on each of them; `test_two_machines_meet` runs it."""
+    """A stage script starts this on each machine; `test_two_machines_meet` runs it."""
     environment = {"NNODES": "2", "RDZV_ENDPOINT": "host:29500", "EXP": str(tmp_path)}
-    status, words = run_script("stage2_all_cla", tmp_path, **environment)
+    status, argv = run_script("stage2_all_cla", tmp_path, **environment)
     launcher = "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_id ltu"
     launcher += " --rdzv_backend c10d --rdzv_endpoint host:29500 -m ltu.finetune"
     assert status == 0
-    assert words[: words.index("ltu.finetune") + 1] == launcher.split()
+    assert argv[: argv.index("ltu.finetune") + 1] == launcher.split()
 
 
 @pytest.mark.slow  # Starts four interpreters.
-def test_two_machines_meet(start, tmp_path):
-    """A stage script that runs on two machines at once, as `slurm.sh` starts it, ends well on both."""
-    (tmp_path / "stage1_proj_cla").symlink_to(start)
-    write_rows(tmp_path / "data", 16, without_audio=4).rename(tmp_path / "data" / "stage2.json")
+def test_two_machines_meet(checkpoint, tmp_path):
+    """A stage script that runs on two machines at once, as `slurm.sh` does, succeeds on both."""
+    (tmp_path / "stage1_proj_cla").symlink_to(checkpoint)
+    data_path = write_rows(tmp_path / "data", 16, without_audio=4)
+    data_path.rename(tmp_path / "data" / "stage2.json")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -214,67 +246,63 @@ def test_two_machines_meet(start, tmp_path):
         "NPROC": "1",
         "RDZV_ENDPOINT": endpoint,
         "PYTHON": sys.executable,
+        "DATA": str(tmp_path / "data"),
+        "EXP": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
     }
-    environment |= {"DATA": str(tmp_path / "data"), "EXP": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    flags = "--batch_size 8 --micro_batch_size 2 --num_epochs 1 --logging_steps 1 --bf16 False --num_workers 0"
-    command = [
-        "bash",
-        "train_scripts/ltu/stage2_all_cla.sh",
-        *flags.split(),
-        "--lora_r",
-        "4",
-        "--lora_alpha",
-        "8",
-    ]
-    command += ["--lora_dropout", "0"]
-    machines = [
-        subprocess.Popen(
+    command = ["bash", "train_scripts/ltu/stage2_all_cla.sh"]
+    command += "--batch_size 8 --micro_batch_size 2 --num_epochs 1 --logging_steps 1".split()
+    command += "--bf16 False --num_workers 0 --lora_r 4 --lora_alpha 8 --lora_dropout 0".split()
+    machines = []
+    for _ in range(2):
+        machine = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        for _ in range(2)
-    ]
-    said = [machine.communicate(timeout=PATIENCE)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said[0][-2000:] + said[1][-2000:]
+        machines.append(machine)
+    outputs = [machine.communicate(timeout=PATIENCE)[0] for machine in machines]
+    statuses = [machine.returncode for machine in machines]
+    assert statuses == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
     state = json.loads((tmp_path / "stage2_all_cla" / "ltu_state.json").read_text())
-    assert state["finished"] and state["total_steps"] == 2
-    rates = [entry["learning_rate"] for entry in losses(tmp_path / "stage2_all_cla")]
+    assert state["finished"]
+    assert state["total_steps"] == 2
+    rates = values(losses(tmp_path / "stage2_all_cla"), "learning_rate")
     assert rates == pytest.approx([1e-6, 2e-6], rel=1e-12)
 
 
 # --- stages
 
 
-def test_stage_one_then_stage_two(tmp_path, rows):
-    first = write_checkpoint(tmp_path / "init", write_llm(tmp_path / "llm"))
+def test_stage_one_then_stage_two(tmp_path, data_path):
+    initial = write_checkpoint(tmp_path / "init", write_llm(tmp_path / "llm"))
     main(
         flags(
-            first,
-            rows,
+            initial,
+            data_path,
             tmp_path / "stage1",
             trainable_params="proj",
             lora_target_modules='["dummy"]',
         )
     )
     state = json.loads((tmp_path / "stage1" / "ltu_state.json").read_text())
-    assert (
-        state["finished"]
-        and state["parent"]["name"] == "init"
-        and state["parameters"]["trainable"] == 32 * 64 + 64
-    )
-    before, after = (
-        LtuForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("init", "stage1")
-    )
-    changed = {
-        name.split(".")[0]
-        for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True)
-        if not torch.equal(a, b)
-    }
-    assert changed == {"multi_modal_projector"} and after.config.lora is None
+    assert state["finished"]
+    assert state["parent"]["name"] == "init"
+    assert state["parameters"]["trainable"] == 32 * 64 + 64
+
+    before = LtuForConditionalGeneration.from_pretrained(tmp_path / "init")
+    after = LtuForConditionalGeneration.from_pretrained(tmp_path / "stage1")
+    assert after.config.lora is None
+    changed = set()
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        if not torch.equal(old, new):
+            changed.add(name.split(".")[0])
+    assert changed == {"multi_modal_projector"}
+
     main(
         flags(
             tmp_path / "stage1",
-            rows,
+            data_path,
             tmp_path / "stage2",
             lora_target_modules="[q_proj,v_proj]",
             lora_r=4,
@@ -287,35 +315,36 @@ def test_stage_one_then_stage_two(tmp_path, rows):
         "dropout": 0.05,
         "target_modules": ["q_proj", "v_proj"],
     }
-    assert any(
-        parameter.abs().max() > 0
-        for name, parameter in trained.named_parameters()
-        if "lora_B" in name
-    )
+    largest = [
+        parameter.abs().max() for name, parameter in trained.named_parameters() if "lora_B" in name
+    ]
+    assert any(value > 0 for value in largest)
 
 
-def test_what_the_folder_says_is_not_contradicted(start, rows, tmp_path):
+def test_flags_that_contradict_the_checkpoint_are_refused(checkpoint, data_path, tmp_path):
     with pytest.raises(ValueError, match="already has LoRA"):
-        main(flags(start, rows, tmp_path / "run", lora_r=16))
+        main(flags(checkpoint, data_path, tmp_path / "run", lora_r=16))
     with pytest.raises(ValueError, match="template"):
-        main(flags(start, rows, tmp_path / "run", prompt_template_name="vicuna"))
+        main(flags(checkpoint, data_path, tmp_path / "run", prompt_template_name="vicuna"))
 
 
-def test_held_out_loss_at_each_save(start, rows, tmp_path):
-    main(flags(start, rows, tmp_path / "run", val_set_size=3, save_steps=1))
+def test_held_out_loss_at_each_save(checkpoint, data_path, tmp_path):
+    main(flags(checkpoint, data_path, tmp_path / "run", val_set_size=3, save_steps=1))
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert len([entry for entry in history if "eval_loss" in entry]) == 2
 
 
-def test_plan_and_show_batch(start, rows, tmp_path, capsys):
-    main([*flags(start, rows, tmp_path / "run"), "--plan"])
-    assert "11 rows, 3 steps of 4" in capsys.readouterr().out
-    main([*flags(start, rows, tmp_path / "run", train_on_inputs=False), "--show_batch"])
+def test_plan_and_show_batch(checkpoint, data_path, tmp_path, capsys):
+    main([*flags(checkpoint, data_path, tmp_path / "run"), "--plan"])
+    assert "11 examples, 3 steps of 4" in capsys.readouterr().out
+    arguments = flags(checkpoint, data_path, tmp_path / "run", train_on_inputs=False)
+    main([*arguments, "--show_batch"])
     shown = capsys.readouterr().out
     for kind in ("audio", "pad", "prompt", "answer"):
         assert f" {kind} " in shown
     lines = [line for line in shown.splitlines() if " prompt " in line]
-    assert lines and all("loss no" in line for line in lines)
+    assert lines
+    assert all("loss no" in line for line in lines)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -325,90 +354,93 @@ def test_plan_and_show_batch(start, rows, tmp_path, capsys):
 @pytest.mark.parametrize(
     "wrong", [["--learning_rat", "1"], ["--no_such_flag"], ["--trainable_params", "everything"]]
 )
-def test_a_typo_stops_the_run(start, rows, tmp_path, wrong, capsys):
+def test_a_typo_stops_the_run(checkpoint, data_path, tmp_path, wrong, capsys):
     with pytest.raises((SystemExit, ValueError)):
-        parse_args([*flags(start, rows, tmp_path), *wrong])
+        parse_args([*flags(checkpoint, data_path, tmp_path), *wrong])
 
 
 def test_lists_parse_as_in_the_original():
-    assert (
-        parse_list("[q_proj,v_proj]") == parse_list('["q_proj", "v_proj"]') == ["q_proj", "v_proj"]
-    )
+    expected = ["q_proj", "v_proj"]
+    assert parse_list("[q_proj,v_proj]") == parse_list('["q_proj", "v_proj"]') == expected
     assert parse_list('["dummy"]') == parse_list("['dummy']") == ["dummy"]
 
 
-# --- rows
+# --- examples
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: no 'output'"),
-        ('[{"instruction": 1, "output": "b"}]', "row 1: 'instruction' is a int"),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": \n', "row 2, byte 52"),
-        ('[{"instruction": "a" "output"}]', "row 1, byte 21"),
-        ("[]", "no rows"),
-        ('[["a"]]', "row 1, byte 1: a list"),
-        ('[{"instruction": "a", "output": "b", "audio_id": 3}]', "row 1: 'audio_id' is a int"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "example 2: no 'output'"),
+        ('[{"instruction": 1, "output": "b"}]', "example 1: 'instruction' is a int"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": \n', "example 2, byte 52"),
+        ('[{"instruction": "a" "output"}]', "example 1, byte 21"),
+        ("[]", "contains no examples"),
+        ('[["a"]]', "example 1, byte 1: a list"),
+        ('[{"instruction": "a", "output": "b", "audio_id": 3}]', "example 1: 'audio_id' is a int"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, content, message):
+def test_an_invalid_example_is_named(tmp_path, content, message):
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(RowError) as error:
         read_rows(tmp_path / "rows.json")
-    assert message in str(error.value) and "rows.json" in str(error.value)
+    assert message in str(error.value)
+    assert "rows.json" in str(error.value)
 
 
-def test_lists_and_lines_are_the_same(tmp_path, rows):
-    parsed = json.loads(rows.read_text())
-    (rows.parent / "rows.jsonl").write_text("\n".join(map(json.dumps, parsed)))
-    assert read_rows(rows) == read_rows(rows.parent / "rows.jsonl")
-    assert read_rows(rows)[0]["audio"] is None and read_rows(rows)[5]["audio"] == str(
-        rows.parent / "5.wav"
-    )
+def test_a_list_and_lines_give_the_same_examples(tmp_path, data_path):
+    examples = json.loads(data_path.read_text())
+    lines_path = data_path.parent / "rows.jsonl"
+    lines_path.write_text("\n".join(json.dumps(example) for example in examples))
+    found = read_rows(data_path)
+    assert found == read_rows(lines_path)
+    assert found[0]["audio"] is None
+    assert found[5]["audio"] == str(data_path.parent / "5.wav")
 
 
-def broken_rows(tmp_path):
-    rows = write_rows(tmp_path, 8)
+def write_broken_rows(tmp_path):
+    """Write a dataset file of 8 examples, of which two have a clip that cannot be decoded."""
+    data_path = write_rows(tmp_path, 8)
     (tmp_path / "1.wav").write_bytes(b"not audio")
     (tmp_path / "2.wav").unlink()
-    return rows
+    return data_path
 
 
-def test_unheard_clips_are_found_at_start(start, tmp_path):
-    rows = broken_rows(tmp_path)
-    assert {error.reason for error in check_audio(read_rows(rows)).values()} == {
-        "unreadable",
-        "missing",
-    }
-    with pytest.raises(ValueError, match="2 clips of .* cannot be heard"):
-        main([*flags(start, rows, tmp_path / "run"), "--check_audio"])
+def test_undecodable_clips_are_found_at_the_start(checkpoint, tmp_path):
+    data_path = write_broken_rows(tmp_path)
+    errors = check_audio(read_rows(data_path)).values()
+    assert {error.reason for error in errors} == {"unreadable", "missing"}
+    with pytest.raises(ValueError, match="2 clips of .* cannot be decoded"):
+        main([*flags(checkpoint, data_path, tmp_path / "run"), "--check_audio"])
 
 
-def test_unheard_clips_are_skipped_counted_and_named(start, tmp_path):
-    rows = broken_rows(tmp_path)
-    main(flags(start, rows, tmp_path / "run", max_bad=2, num_workers=1, num_epochs=2))
+def test_undecodable_clips_are_skipped_counted_and_named(checkpoint, tmp_path):
+    data_path = write_broken_rows(tmp_path)
+    main(flags(checkpoint, data_path, tmp_path / "run", max_bad=2, num_workers=1, num_epochs=2))
     state = json.loads((tmp_path / "run" / "ltu_state.json").read_text())
-    assert sorted(state["skipped"]) == ["1.wav", "2.wav"] and state["finished"]
+    assert sorted(state["skipped"]) == ["1.wav", "2.wav"]
+    assert state["finished"]
     with pytest.raises(RowError, match="more than --max_bad 1"):
-        main(flags(start, rows, tmp_path / "run2", max_bad=1))
+        main(flags(checkpoint, data_path, tmp_path / "run2", max_bad=1))
 
 
-def test_a_question_that_fills_the_cutoff_is_refused(start, rows, tmp_path):
-    with pytest.raises(RowError, match="Row 1: no answer is left"):
-        main(flags(start, rows, tmp_path / "run", train_on_inputs=False, cutoff_len=10))
+def test_a_question_that_fills_the_cutoff_is_refused(checkpoint, data_path, tmp_path):
+    with pytest.raises(RowError, match="Example 1: no answer is left"):
+        main(flags(checkpoint, data_path, tmp_path / "run", train_on_inputs=False, cutoff_len=10))
 
 
-def test_workers_can_be_spawned(start, rows, tmp_path):
-    trainer = make_trainer(*parse_args(flags(start, rows, tmp_path / "run")))
+def test_workers_can_be_spawned(checkpoint, data_path, tmp_path):
+    trainer = make_trainer(*parse_args(flags(checkpoint, data_path, tmp_path / "run")))
     copy = pickle.loads(pickle.dumps(trainer.train_dataset))
     assert copy[5]["input_ids"] == trainer.train_dataset[5]["input_ids"]
 
 
-def test_a_skipped_row_is_replaced_not_invented(tmp_path):
-    rows = read_rows(broken_rows(tmp_path))
+def test_a_skipped_example_is_replaced_not_invented(tmp_path):
     dataset = QaDataset(
-        rows, lambda row: ([1], [1]), lambda row: torch.tensor(load_audio(row["audio"])), max_bad=2
+        read_rows(write_broken_rows(tmp_path)),
+        encode=lambda example: ([1], [1]),
+        load_features=lambda example: torch.tensor(load_audio(example["audio"])),
+        max_bad=2,
     )
     assert torch.equal(dataset[1]["input_features"], dataset[3]["input_features"])
     assert dataset.skipped == ["1.wav", "2.wav"]

@@ -1,4 +1,4 @@
-"""What depends on the versions of the libraries: the cache of generation, its check, private names."""
+"""Tests what depends on the versions of libraries: the cache of generation and its check."""
 
 import functools
 import threading
@@ -45,7 +45,7 @@ def generate(model, batch, **settings):
 
 
 class ForgetfulLtu(LtuForConditionalGeneration):
-    """Loses its cache, as a release of transformers that renames it once made ours do."""
+    """A model that loses its cache, as ours did when a release of transformers renamed it."""
 
     forgetful_batch_sizes = (1, 2)
 
@@ -59,7 +59,7 @@ class ForgetfulLtu(LtuForConditionalGeneration):
 
 @pytest.fixture
 def untested(monkeypatch):
-    """Pretends that the installed transformers is newer than the tested range."""
+    """Replace the tested range by one that the installed transformers is newer than."""
 
     def forget_results():
         version_check.untested_versions.cache_clear()
@@ -74,8 +74,8 @@ def untested(monkeypatch):
 # --- the cache
 
 
-def test_the_cache_goes_through_under_any_name(model, batch, monkeypatch):
-    """`forward` names no argument of the cache, so a release may call it anything."""
+def test_the_cache_is_passed_on_under_any_name(model, batch, monkeypatch):
+    """`forward` passes on unknown arguments, so that a release may rename the cache."""
     received = {}
 
     def forward(**kwargs):
@@ -86,48 +86,50 @@ def test_the_cache_goes_through_under_any_name(model, batch, monkeypatch):
     assert received["state_of_the_next_release"] == "a cache"
 
 
-@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 2)], ids=["unpadded", "padded"])
-def test_cache_kinds_generate_the_same(model, folder, rows):
-    questions, clips = QUESTIONS[rows], CLIPS[rows]
-    batch = LtuProcessor.from_pretrained(folder)(text=questions, audio=clips)
+@pytest.mark.parametrize("count", [1, 2], ids=["unpadded", "padded"])
+def test_cache_kinds_generate_the_same(model, folder, count):
+    batch = LtuProcessor.from_pretrained(folder)(text=QUESTIONS[:count], audio=CLIPS[:count])
     expected = generate(model, batch, use_cache=False)
     assert generate(model, batch) == expected
     assert generate(model, batch, cache_implementation="static") == expected
 
 
 def test_a_static_cache_around_a_loaded_language_model(folder, batch):
-    """Built from the parts, the model knows the attention implementation of its language model."""
+    """A model built around a language model knows the attention implementation of that one."""
     language_model = AutoModelForCausalLM.from_pretrained(folder.parent / "llm")
-    parts = LtuConfig.from_pretrained(folder)
-    config = LtuConfig(audio_config=parts.audio_config, text_config=language_model.config)
+    stored = LtuConfig.from_pretrained(folder)
+    config = LtuConfig(audio_config=stored.audio_config, text_config=language_model.config)
     model = LtuForConditionalGeneration(config, language_model=language_model).eval()
     assert generate(model, batch, cache_implementation="static") == generate(model, batch)
 
 
 def test_tokens_after_a_cached_prompt(model, folder):
-    """New tokens with the mask of the whole sequence, the audio and its clip in the cache already."""
+    """Generation continues a cached prompt, given the whole prompt or only its last token."""
     batch = LtuProcessor.from_pretrained(folder)(text=QUESTIONS[:1], audio=CLIPS[:1])
+    tokens = batch["input_ids"]
+    mask = batch["attention_mask"]
+    features = batch["input_features"]
+
+    def cache_prompt():
+        """Return the name and the cache of the prompt without its last token."""
+        with torch.no_grad():
+            outputs = model(tokens[:, :-1], mask[:, :-1], input_features=features, use_cache=True)
+        return find_cache(outputs)
+
     settings = {"repetition_penalty": 1.3, "num_beams": 1}
     expected = generate(model, batch, **settings)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    features = batch["input_features"]
-    with torch.no_grad():
-        prefix = model(ids[:, :-1], mask[:, :-1], input_features=features, use_cache=True)
-    cache_name, cache = find_cache(prefix)
-    cached = {"input_features": features, cache_name: cache}
-    assert (
-        generate(model, {"input_ids": ids, "attention_mask": mask} | cached, **settings) == expected
-    )
+    cache_name, cache = cache_prompt()
+    inputs = {"input_ids": tokens, "attention_mask": mask, "input_features": features}
+    assert generate(model, inputs | {cache_name: cache}, **settings) == expected
 
-    with torch.no_grad():
-        prefix = model(ids[:, :-1], mask[:, :-1], input_features=features, use_cache=True)
-    cached[cache_name] = find_cache(prefix)[1]
-    found = model.generate(ids[:, -1:], mask, **cached, **GREEDY)
+    _, cache = cache_prompt()
+    cached = {"input_features": features, cache_name: cache}
+    found = model.generate(tokens[:, -1:], mask, **cached, **GREEDY)
     assert found[0, 1:].tolist() == generate(model, batch)[0]
 
 
 def test_repetition_penalty_of_a_generation_config(model, batch):
-    """A config of the caller's without a penalty leaves the penalty of the model's own."""
+    """The penalty of the model's own config applies if the caller's config has none."""
     given = GenerationConfig(**GREEDY)
     plain = generate(model, batch)
     model.generation_config.repetition_penalty = 2.0
@@ -139,7 +141,7 @@ def test_repetition_penalty_of_a_generation_config(model, batch):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_inputs_embeds_of_the_caller(model, batch, num_beams):
+def test_inputs_embeds_as_the_prompt(model, batch, num_beams):
     expected = generate(model, batch, num_beams=num_beams)
     mask = batch["attention_mask"]
     embeds = model._embed(batch["input_ids"], batch["input_features"]).detach()
@@ -149,13 +151,16 @@ def test_inputs_embeds_of_the_caller(model, batch, num_beams):
 
 @pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"num_beams": 3}])
 def test_a_clip_is_encoded_once(model, batch, monkeypatch, settings):
-    encoded = []
-    encode = model.get_audio_features
-    monkeypatch.setattr(
-        model, "get_audio_features", lambda clips: encoded.append(len(clips)) or encode(clips)
-    )
+    num_clips = []
+    get_audio_features = model.get_audio_features
+
+    def count_clips(clips):
+        num_clips.append(len(clips))
+        return get_audio_features(clips)
+
+    monkeypatch.setattr(model, "get_audio_features", count_clips)
     generate(model, batch, **settings)
-    assert encoded == [2]
+    assert num_clips == [2]
 
 
 def test_clips_without_placeholders_are_refused(model, batch):
@@ -163,8 +168,8 @@ def test_clips_without_placeholders_are_refused(model, batch):
         model.generate(inputs_embeds=torch.zeros(1, 3, 64), input_features=batch["input_features"])
 
 
-def test_weights_of_the_language_model_are_kept(model, folder):
-    """Building LTU around a loaded language model does not initialise its weights again."""
+def test_weights_of_the_language_model_do_not_change(model, folder):
+    """A model built around a loaded language model does not initialize its weights again."""
     from safetensors.torch import load_file
 
     stored = load_file(folder.parent / "llm" / "model.safetensors")
@@ -174,16 +179,16 @@ def test_weights_of_the_language_model_are_kept(model, folder):
         torch.testing.assert_close(loaded, value, atol=0, rtol=0)
 
 
-# --- versions that were not tested
+# --- untested versions
 
 
 def test_installed_versions_are_tested():
-    """The environment of the tests is inside the ranges of requirements.txt."""
+    """The environment of the tests is within the ranges of requirements.txt."""
     assert set(version_check.tested_ranges()) == set(version_check.CHECKED_LIBRARIES)
     assert version_check.untested_versions() == ()
 
 
-def test_nothing_is_checked_inside_the_ranges(model, batch, monkeypatch):
+def test_tested_versions_are_not_checked(model, batch, monkeypatch):
     monkeypatch.setattr(
         version_check, "compare_cached_logits", lambda model: pytest.fail("checked")
     )
@@ -196,12 +201,13 @@ def test_an_untested_version_is_one_warning(folder, batch, untested):
     with pytest.warns(UserWarning, match=r"transformers [\d.]+ \(tested: >=5.0,<5.1\)") as caught:
         for _ in range(2):
             generate(LtuForConditionalGeneration.from_pretrained(folder), batch)
-    assert len([warning for warning in caught if "Not tested" in str(warning.message)]) == 1
+    messages = [str(warning.message) for warning in caught]
+    assert len([message for message in messages if "Not tested" in message]) == 1
 
 
 def test_a_lost_cache_is_an_error(folder, batch, untested):
     forgetful = ForgetfulLtu.from_pretrained(folder)
-    for _ in range(2):  # The first refusal does not let the second call pass.
+    for _ in range(2):  # The second call fails too.
         with pytest.warns(UserWarning), pytest.raises(ValueError, match="would be wrong.*<5.1"):
             version_check.warn_about_untested_versions.cache_clear()
             generate(forgetful, batch)
@@ -215,15 +221,17 @@ def test_a_lost_cache_is_an_error(folder, batch, untested):
 def test_the_check_has_settings_of_its_own(folder, batch, untested, setting):
     forgetful = ForgetfulLtu.from_pretrained(folder)
     model = LtuForConditionalGeneration.from_pretrained(folder)
-    for own in (forgetful, model):
-        own.generation_config.update(**setting)
-        own.train()
+    for changed in (forgetful, model):
+        changed.generation_config.update(**setting)
+        changed.train()
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="would be wrong"):
         version_check.warn_about_untested_versions.cache_clear()
         version_check.check_generation(forgetful)
     version_check.check_generation(model)
-    assert model.training and model.audio_tower.training
-    assert all(getattr(model.generation_config, name) == setting[name] for name in setting)
+    assert model.training
+    assert model.audio_tower.training
+    for name, value in setting.items():
+        assert getattr(model.generation_config, name) == value
 
 
 @pytest.mark.filterwarnings("ignore:Not tested")
@@ -243,12 +251,13 @@ def test_a_check_that_fails_is_repeated(folder, batch, untested, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Not tested")
-def test_no_thread_passes_while_another_checks(folder, untested, monkeypatch):
+def test_threads_wait_for_the_check_of_another_thread(folder, untested, monkeypatch):
     model = LtuForConditionalGeneration.from_pretrained(folder)
-    is_running, may_end = threading.Event(), threading.Event()
+    is_running = threading.Event()
+    may_end = threading.Event()
 
     def compare(model):
-        version_check.check_generation(model)  # As its calls of `generate` do.
+        version_check.check_generation(model)  # The calls of `generate` in the check do the same.
         is_running.set()
         assert may_end.wait(60)
         return 0.5
@@ -264,7 +273,7 @@ def test_no_thread_passes_while_another_checks(folder, untested, monkeypatch):
 
 
 def test_ranges_of_other_projects_are_not_read(tmp_path, monkeypatch):
-    """Next to the installed package lies a pyproject.toml of another project, or none."""
+    """The folder of an installed package may have another project's pyproject.toml, or none."""
     monkeypatch.setattr(version_check, "__file__", str(tmp_path / "ltu" / "version_check.py"))
     installed = ["torch>=2.11,<2.15", "peft>=0.19", "accelerate", "transformers<6", "numpy"]
     monkeypatch.setattr(version_check, "requires", {"ltu": installed}.get)
@@ -279,14 +288,14 @@ def test_unknown_ranges_are_untested(monkeypatch, untested):
     assert len(version_check.untested_versions()) == len(version_check.CHECKED_LIBRARIES)
 
 
-def test_opening_for_inference_checks_at_once(folder, monkeypatch, untested):
+def test_opening_for_inference_runs_the_check(folder, monkeypatch, untested):
     monkeypatch.setattr(version_check, "compare_cached_logits", lambda model: 0.5)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="difference 0.5 "):
         LtuEngine.from_pretrained(folder, device="cpu")
 
 
-def test_the_check_sees_what_generation_does(folder, model, batch):
-    """The forgetful model does generate other tokens; the check finds the difference."""
+def test_the_check_finds_wrong_generation(folder, model, batch):
+    """The forgetful model generates other tokens, and the check finds the difference."""
     forgetful = ForgetfulLtu.from_pretrained(folder)
     assert generate(forgetful, batch) != generate(model, batch)
     for batch_sizes in [(1, 2), (1,), (2,)]:
@@ -295,21 +304,28 @@ def test_the_check_sees_what_generation_does(folder, model, batch):
     assert version_check.compare_cached_logits(model) < 1e-5
 
 
-def test_a_pipeline_answers_on_an_untested_version(folder, untested):
+def test_an_engine_answers_on_an_untested_version(folder, untested):
     with pytest.warns(UserWarning, match="Not tested"):
         engine = LtuEngine.from_pretrained(folder, device="cpu")
     answers = engine([Request(QUESTIONS[0], CLIPS[0])], max_new_tokens=4)
     assert answers[0].answered
 
 
-# --- language models that were not tested
+# --- language models
 
 
 @pytest.mark.parametrize("model_type", version_check.TESTED_LANGUAGE_MODELS)
 def test_tested_language_models(tmp_path, model_type):
-    sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2} | SPECIAL
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
-    config = LtuConfig(audio_config=audio_config(), text_config={"model_type": model_type} | sizes)
+    text_config = {
+        "model_type": model_type,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+    }
+    config = LtuConfig(audio_config=audio_config(), text_config=text_config | SPECIAL)
     torch.manual_seed(0)
     model = LtuForConditionalGeneration(config).eval()
     for parameter in model.language_model.parameters():
@@ -319,9 +335,14 @@ def test_tested_language_models(tmp_path, model_type):
 
 
 def test_a_language_model_that_needs_more_than_the_cache_is_refused():
-    """RWKV keeps a state instead, which padding changes and which the wrapper does not carry."""
-    sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2}
-    config = LtuConfig(audio_config=audio_config(), text_config={"model_type": "rwkv"} | sizes)
+    """RWKV has a state instead, which padding changes and which the wrapper does not pass on."""
+    text_config = {
+        "model_type": "rwkv",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+    }
+    config = LtuConfig(audio_config=audio_config(), text_config=text_config)
     model = LtuForConditionalGeneration(config).eval()
     with pytest.raises(ValueError, match="'rwkv' .* does not work with audio in padded batches"):
         model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2)

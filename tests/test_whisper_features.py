@@ -1,4 +1,4 @@
-"""Whisper's features against golden numbers and stock functions, its transcripts against stock `transcribe`."""
+"""Compares Whisper features and transcripts with golden numbers and stock Whisper."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from ltu_as import LtuAsFeatureExtractor
 from ltu_as.feature_extraction_ltu_as import clean_transcript, load_whisper
 from tests.whisper_tiny import save_whisper
 
-RATE = 16_000  # Hz
+RATE = 16_000  # In Hz.
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,12 @@ def test_every_frame_of_the_mel(full_golden: Path, golden_report, extractor, cli
 
 
 def test_loudest_part_after_ten_seconds_sets_the_floor(golden_report, extractor) -> None:
-    """The log-mel is that of the whole clip: a clip that is cut first has another one."""
+    """The log-mel of the whole clip differs from that of a clip that is cut first."""
     waveform = np.concatenate([noise(10, seed=0, loudness=1e-4), noise(5, seed=1, loudness=0.5)])
-    heard = torch.from_numpy(waveform)
-    stock = pad_or_trim(log_mel_spectrogram(heard), 1000)
-    cut_first = log_mel_spectrogram(heard[: 10 * RATE])
-    mel = extractor.extract_features(heard)
+    whole = torch.from_numpy(waveform)
+    stock = pad_or_trim(log_mel_spectrogram(whole), 1000)
+    cut_first = log_mel_spectrogram(whole[: 10 * RATE])
+    mel = extractor.extract_features(whole)
     golden_report("Whisper, stock", "late loud part, mel", (mel - stock).abs().max(), 1e-6)
     assert (mel - cut_first).abs().max() > 0.5
     expected = stock_features(extractor, stock)
@@ -83,7 +83,7 @@ def test_loudest_part_after_ten_seconds_sets_the_floor(golden_report, extractor)
 
 
 def stock_features(extractor: LtuAsFeatureExtractor, mel: torch.Tensor) -> torch.Tensor:
-    """What hooks on the stock encoder see, pooled on the host: the original's way."""
+    """Return the features by hooks on the stock encoder, pooled on the CPU, as in the original."""
     encoder = copy.deepcopy(load_whisper(extractor.whisper_model, "cpu", False)[0].encoder)
     encoder.positional_embedding = encoder.positional_embedding[:500]
     layers: list[np.ndarray] = []
@@ -92,9 +92,8 @@ def stock_features(extractor: LtuAsFeatureExtractor, mel: torch.Tensor) -> torch
             lambda module, inputs, output: layers.append(output[0].detach().numpy())
         )
     encoder(mel[None])
-    return torch.from_numpy(
-        np.stack(layers).reshape(len(layers), 25, 20, -1).mean(2)
-    )  # (layers, 25, width)
+    pooled = np.stack(layers).reshape(len(layers), 25, 20, -1).mean(2)  # (layers, 25, width)
+    return torch.from_numpy(pooled)
 
 
 def test_batch_equals_single(extractor) -> None:
@@ -105,7 +104,7 @@ def test_batch_equals_single(extractor) -> None:
     assert extractor(clips, return_tensors="np").input_features.dtype == np.float32
 
 
-def test_half_precision_on_a_cpu_is_rounded_and_says_so(tiny_whisper: str, extractor) -> None:
+def test_half_precision_on_a_cpu_is_rounded_and_described(tiny_whisper: str, extractor) -> None:
     half = LtuAsFeatureExtractor(4, 64, tiny_whisper, None, "fp16")
     half.device = "cpu"
     features = half(noise(10, 0)).input_features
@@ -132,24 +131,24 @@ def test_saved_and_opened_again_without_weights(extractor, tmp_path: Path) -> No
     assert opened.to_dict() == extractor.to_dict()
     assert (opened.chunk_seconds, opened.num_tokens) == (10.0, 25)
     opened.whisper_model = "/nowhere.pt"
-    assert (
-        opened.to_dict()["whisper_model"] == "/nowhere.pt"
-    )  # Nothing was loaded, so nothing is missed.
+    # Whisper is not loaded, so a missing file is no error.
+    assert opened.to_dict()["whisper_model"] == "/nowhere.pt"
     assert LtuAsFeatureExtractor.shape_of(extractor.whisper_model) == (4, 64)
 
 
 @dataclass
 class Transcribed:
-    """A Whisper and what stock `transcribe` makes of clips with it."""
+    """A Whisper, and clips with their transcripts by stock `transcribe`."""
 
     path: str
     clips: list[np.ndarray]
     texts: list[str]
 
 
-# A vocabulary with languages, and one of English only. Where greedy decoding is not sure, Whisper
-# falls back to sampling, which takes six times as long.
-MULTILINGUAL, ENGLISH = 51865, 51864
+# Sizes of a vocabulary with languages, and of one for English only. If greedy decoding is not sure,
+# Whisper uses sampling, which takes six times as long.
+MULTILINGUAL = 51865
+ENGLISH = 51864
 WHISPERS = [
     pytest.param((MULTILINGUAL, True), id="multilingual-sure"),
     pytest.param((MULTILINGUAL, False), id="multilingual-unsure", marks=pytest.mark.slow),
@@ -164,7 +163,7 @@ def stock(request: pytest.FixtureRequest, tmp_path_factory) -> Transcribed:
     file = tmp_path_factory.mktemp("stock") / "w.pt"
     path = save_whisper(file, is_sure=is_sure, n_vocab=n_vocab, n_audio_layer=1)
     model = load_whisper(path, "cpu", False)[0]
-    clips = [noise(40, 1), noise(0.5, 2)]  # Two of Whisper's windows of 30 s, and one.
+    clips = [noise(40, 1), noise(0.5, 2)]  # Two of Whisper's chunks of 30 s, and one.
     texts = []
     for clip in clips:
         torch.manual_seed(0)
@@ -180,14 +179,23 @@ def test_transcripts_are_those_of_stock_whisper(stock: Transcribed, batched: boo
     state = torch.random.get_rng_state()
     expected = [clean_transcript(text) for text in stock.texts]
     assert extractor.transcribe(stock.clips, batched) == expected
-    assert torch.equal(torch.random.get_rng_state(), state)  # Training's own random numbers stay.
+    # The random numbers of a training run do not change.
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert extractor.transcribe([]) == []
 
 
 def test_silence_has_no_transcript(extractor, monkeypatch) -> None:
-    quiet = whisper.DecodingResult(torch.zeros(1), "en", tokens=[50257], text="hm", avg_logprob=-2, no_speech_prob=0.9,
-                                   temperature=0.0, compression_ratio=0.5)  # fmt: skip
-    monkeypatch.setattr(LtuAsFeatureExtractor, "_first_chunks", lambda *args: [quiet])
+    silence = whisper.DecodingResult(
+        torch.zeros(1),
+        "en",
+        tokens=[50257],
+        text="hm",
+        avg_logprob=-2,
+        no_speech_prob=0.9,
+        temperature=0.0,
+        compression_ratio=0.5,
+    )
+    monkeypatch.setattr(LtuAsFeatureExtractor, "_first_chunks", lambda *args: [silence])
     assert extractor.transcribe([noise(2, 0)], batched=True) == [""]
 
 
@@ -202,7 +210,7 @@ def test_missing_weights(tmp_path: Path) -> None:
         LtuAsFeatureExtractor(whisper_model=str(tmp_path / "other.pt"))(noise(1, 0))
 
 
-def test_no_network_says_so(monkeypatch) -> None:
+def test_without_network_the_error_has_a_hint(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise OSError("no route")
 
@@ -217,11 +225,10 @@ def test_another_whisper_is_refused(tiny_whisper: str, tmp_path: Path) -> None:
     ):
         LtuAsFeatureExtractor(whisper_model=tiny_whisper).describe()
     other = save_whisper(tmp_path / "other.pt", suffix=".b")
-    theirs = LtuAsFeatureExtractor(4, 64, other, None, "fp32").describe()["fingerprint"]
-    with pytest.raises(ValueError, match=f"has fingerprint .*trained with {theirs[:12]}"):
-        LtuAsFeatureExtractor(
-            4, 64, tiny_whisper, None, "fp32", whisper_fingerprint=theirs
-        ).describe()
+    fingerprint = LtuAsFeatureExtractor(4, 64, other, None, "fp32").describe()["fingerprint"]
+    settings = {"feature_precision": "fp32", "whisper_fingerprint": fingerprint}
+    with pytest.raises(ValueError, match=f"has fingerprint .*trained with {fingerprint[:12]}"):
+        LtuAsFeatureExtractor(4, 64, tiny_whisper, None, **settings).describe()
 
 
 def test_what_is_no_waveform_is_refused(extractor) -> None:

@@ -63,7 +63,7 @@ def write_llm(
     tokenizer: Any = None,
     **settings: Any,
 ) -> Path:
-    """A language model with random weights and a tokenizer (the golden one), as Hugging Face folders are."""
+    """Write a language model with random weights and the golden tokenizer as a folder."""
     config = AutoConfig.for_model(
         model_type, **(LLM | SPECIAL | settings), max_position_embeddings=2048
     )

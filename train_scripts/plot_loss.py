@@ -1,6 +1,6 @@
-"""Draw the training loss of several stages, one after the other, into one PNG.
+"""Plots the training loss of several stages, one after the other, into one PNG.
 
-python -m train_scripts.plot_loss --output_path exp/ltu/loss.png exp/ltu/stage1_proj_cla exp/ltu/stage2_all_cla
+python -m train_scripts.plot_loss --output_path loss.png exp/ltu/stage1_proj_cla ...
 """
 
 import argparse
@@ -10,7 +10,14 @@ from ltu.training.loss_log import read_log, with_loss
 
 
 def plot(folders: list[Path], output_path: Path) -> None:
-    """Write the PNG: loss over steps, the stages side by side, held-out loss as dots where there is one."""
+    """Write a PNG of losses over steps, stage after stage. Held-out losses are dots.
+
+    Args:
+        folders: the runs, in the order of the stages.
+
+    Raises:
+        FileNotFoundError: a run has no log.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -18,14 +25,18 @@ def plot(folders: list[Path], output_path: Path) -> None:
     start = 0
     for folder in folders:
         log = read_log(folder)
-        train = [(start + entry["step"], entry["loss"]) for entry in with_loss(log)]
-        held_out = [
-            (start + entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry
-        ]
-        if train:
-            axes.plot(*zip(*train, strict=True), label=folder.name)
+        entries = with_loss(log)
+        if entries:
+            steps = [start + entry["step"] for entry in entries]
+            losses = [entry["loss"] for entry in entries]
+            axes.plot(steps, losses, label=folder.name)
+
+        held_out = [entry for entry in log if "eval_loss" in entry]
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o", label=f"{folder.name}, held out")
+            steps = [start + entry["step"] for entry in held_out]
+            losses = [entry["eval_loss"] for entry in held_out]
+            axes.plot(steps, losses, "o", label=f"{folder.name}, held out")
+
         start += max((entry["step"] for entry in log), default=0)
         axes.axvline(start, color="0.8", linewidth=0.8)
     axes.set(
@@ -42,9 +53,9 @@ def plot(folders: list[Path], output_path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
-        "folders", type=Path, nargs="+", help="the --output_dir of each stage, in order"
+        "folders", type=Path, nargs="+", help="The --output_dir of each stage, in order."
     )
-    parser.add_argument("--output_path", type=Path, required=True)
+    parser.add_argument("--output_path", type=Path, required=True, help="The PNG that is written.")
     args = parser.parse_args(argv)
     try:
         plot(args.folders, args.output_path)

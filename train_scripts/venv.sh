@@ -1,6 +1,7 @@
-# Sourced by quickstart.sh and run_tests.sh, from the repository root.
-# setup_venv EXTRA creates .venv and installs there, in the exact versions of constraints.txt, what
-# requirements.txt and EXTRA of pyproject.toml name. It does nothing if that is installed already.
+# Functions of quickstart.sh and run_tests.sh, which source this file from the repository root.
+#
+# setup_venv EXTRA creates .venv and installs requirements.txt and the extra EXTRA of pyproject.toml
+# there, in the exact versions of constraints.txt. If they are already installed, it does nothing.
 
 find_python() {
     local candidate
@@ -32,8 +33,8 @@ setup_venv() {
         return 1
     fi
 
-    # .venv/installed holds the extra that was installed last and the stamp of the files it came
-    # from. The extra dev includes every other extra that is asked for here.
+    # .venv/installed has the extra that was installed last and the stamp of the files it was
+    # installed from. The extra dev includes every other extra that the two commands install.
     installed=$(cat .venv/installed 2> /dev/null || true)
     if [ "$installed" = "$extra $stamp" ] || [ "$installed" = "dev $stamp" ]; then
         return
@@ -54,14 +55,14 @@ setup_venv() {
     install+=(--constraint constraints.txt)
     if wants_cpu_torch && ! .venv/bin/python -m pip show --quiet torch 2> /dev/null; then
         # Without dependencies: the CPU index does not have all the versions of constraints.txt.
-        echo "No NVIDIA GPU here: trying torch's CPU build (460 MB of packages instead of 3,300 MB)"
+        echo "No NVIDIA GPU: trying torch's CPU build (460 MB of packages instead of 3,300 MB)"
         "${install[@]}" --retries 0 --timeout 10 --quiet --no-deps \
             --index-url https://download.pytorch.org/whl/cpu torch torchaudio 2> /dev/null \
-            || echo "torch's CPU build cannot be downloaded here: installing PyPI's"
+            || echo "torch's CPU build cannot be downloaded: installing PyPI's"
     fi
     if ! "${install[@]}" --editable ".[$extra]"; then
         echo "error: pip could not install the packages; its message is above." >&2
-        echo "If it is about the network, run bash $0 again. If it finds no version of a package," \
+        echo "If the network failed, run bash $0 again. If pip finds no version of a package," \
             "use Python 3.10 to 3.13 on Linux (glibc 2.28) or macOS (14, Apple silicon):" \
             "rm -r .venv; PYTHON=/path/to/python3.12 bash $0" >&2
         return 1

@@ -1,1 +1,4 @@
-"""The embedded toy data set: 246 freely licensed sounds, five folds, and `python -m data.toy.build` for rows."""
+"""Contains the embedded toy dataset: 246 freely licensed sounds, five folds, and spoken clips.
+
+`python -m data.toy.build` and `python -m data.toy.build_as` generate the training examples.
+"""

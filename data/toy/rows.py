@@ -1,10 +1,9 @@
-"""Questions and answers about the toy sounds, in the OpenAQA row format.
+"""Generates questions and answers about the toy sounds, in the format of OpenAQA.
 
-Notable:
-- Rows are made by `data.closed_qa`, of words that are this set's own: `questions.json` (questions, answer formats) and
-  `labels.json` (labels and categories in words).
-- An answer says what the manifest says of the clip or what holds for every sound of its category; nothing is made up.
-- Questions come in two lists, for training and for test, which have no question in common.
+`data.closed_qa` fills the templates of this dataset: `questions.json` (questions and answers) and
+`labels.json` (texts for each label and category). An answer says what the manifest says about the
+clip or what is true for every sound of its category; nothing is made up. The questions for training
+and those for the test have no question in common.
 """
 
 from random import Random
@@ -13,9 +12,9 @@ from data import closed_qa
 from data.toy.sounds import Sound, read_json
 
 QUESTIONS = read_json("questions.json")
-WORDS = read_json("labels.json")
+VOCABULARY = read_json("labels.json")
 DATASET = "toy_sounds"
-PREFIX_SHARE = 0.5  # half of the closed-ended questions carry the prefix, as in OpenAQA
+PREFIX_FRACTION = 0.5  # Half of the closed-ended questions have the prefix, as in OpenAQA.
 MIXTURE_TASKS = ("caption_mixture", "how_many")
 PAIR_TASKS = ("temporal_first", "temporal_order")
 OPEN_TASKS = tuple(task for task in QUESTIONS["open"] if task not in MIXTURE_TASKS)
@@ -24,50 +23,59 @@ OPEN_TASKS = tuple(task for task in QUESTIONS["open"] if task not in MIXTURE_TAS
 def make_row(
     task: str, sounds: list[Sound], audio_id: str, rng: Random, phrasing: str = "train"
 ) -> dict[str, str]:
-    """A row about a clip of one sound, or of two for the tasks on mixtures and pairs.
+    """Return an example about a clip of one sound, or of two for the tasks on mixtures and pairs.
 
     Args:
-        task: a closed-ended one ("cla_label", "cla_label_des", "caption", "caption_mixture", "temporal_first",
-            "temporal_order") or an open one (a key of "open" in questions.json).
+        task: a closed-ended one ("cla_label", "cla_label_des", "caption", "caption_mixture",
+            "temporal_first", "temporal_order") or an open one (a key of "open" in questions.json).
         sounds: the sounds of the clip, in the order of time for a pair.
-        phrasing: "train" or "test": which list the question is drawn from.
+        audio_id: of the clip.
+        rng: draws the question and the answer.
+        phrasing: "train" or "test", the list that the question is drawn from.
     """
-    words = _words(sounds, rng)
+    fields = _fields(sounds, rng)
     if task in QUESTIONS["open"]:
-        asked = _open(task, sounds[0], words, rng, phrasing)
+        question, answer = _open_question(task, sounds[0], fields, rng, phrasing)
     else:
-        questions = QUESTIONS["closed"]["caption" if task == "caption_mixture" else task][phrasing]
-        asked = closed_qa.ask(questions, QUESTIONS["answers"][task], words, rng, PREFIX_SHARE)
-    return closed_qa.make_row(asked, audio_id, DATASET, task)
+        kind = "caption" if task == "caption_mixture" else task
+        question, answer = closed_qa.make_question(
+            QUESTIONS["closed"][kind][phrasing],
+            QUESTIONS["answers"][task],
+            fields,
+            rng,
+            PREFIX_FRACTION,
+        )
+    return closed_qa.make_row(question, answer, audio_id, DATASET, task)
 
 
-def _words(sounds: list[Sound], rng: Random) -> dict[str, str]:
-    """Everything that an answer may say; the second sound's words begin with `other_`."""
-    words = {}
+def _fields(sounds: list[Sound], rng: Random) -> dict[str, str]:
+    """Return all fields of an answer; those of the second sound begin with `other_`."""
+    fields = {}
     for prefix, sound in zip(("", "other_"), sounds, strict=False):
-        label, category = WORDS["labels"][sound["label"]], WORDS["categories"][sound["category"]]
-        about = {key: sound[key] for key in ("label", "category", "caption")}
-        about |= {key: category[key] for key in ("kind", "reason", "place", "meaning")}
-        about |= {"phrase": label["phrase"], "description": rng.choice(label["descriptions"])}
-        words |= {prefix + key: value for key, value in about.items()}
-    return words
+        label = VOCABULARY["labels"][sound["label"]]
+        category = VOCABULARY["categories"][sound["category"]]
+        for key in ("label", "category", "caption"):
+            fields[prefix + key] = sound[key]
+        for key in ("kind", "reason", "place", "meaning"):
+            fields[prefix + key] = category[key]
+        fields[prefix + "phrase"] = label["phrase"]
+        fields[prefix + "description"] = rng.choice(label["descriptions"])
+    return fields
 
 
-def _open(
-    task: str, sound: Sound, words: dict[str, str], rng: Random, phrasing: str
+def _open_question(
+    task: str, sound: Sound, fields: dict[str, str], rng: Random, phrasing: str
 ) -> tuple[str, str]:
+    """Return an open question and its answer."""
     texts = QUESTIONS["open"][task]
     question = rng.choice(texts[phrasing])
     if task != "yes_no":
-        return question, rng.choice(texts["answers"]).format(**words)
+        return question, rng.choice(texts["answers"]).format(**fields)
     is_yes = rng.random() < 0.5
-    # "No" is due only to categories that the sound certainly does not belong to: a ship's horn is an alert of a kind.
-    asked = (
-        sound["category"]
-        if is_yes
-        else rng.choice(WORDS["categories"][sound["category"]]["certainly_not"])
-    )
+    category = sound["category"]
+    if not is_yes:
+        # Only for some categories is "no" certain: a ship's horn is an alert of a kind.
+        category = rng.choice(VOCABULARY["categories"][category]["certainly_not"])
     answers = texts["answers_yes" if is_yes else "answers_no"]
-    return question.format(question=WORDS["categories"][asked]["question"]), rng.choice(
-        answers
-    ).format(**words)
+    question = question.format(question=VOCABULARY["categories"][category]["question"])
+    return question, rng.choice(answers).format(**fields)

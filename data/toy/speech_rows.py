@@ -1,12 +1,14 @@
-"""Questions and answers about the spoken clips, in the OpenASQA row format, and their training audio.
+"""Generates questions and answers about the spoken clips, in the format of OpenASQA, and audio.
 
-Notable:
-- `input` holds the words that the model reads beside the sound: the reference text, "" for none, or, where the key is
-  absent, what Whisper makes of the clip.
-- A changed version of a clip is played up to 6 % faster or slower, which moves pitch, speed and the resonances of the
-  voice together, at another level. Its pitch and speed are named anew. Questions about the words keep to the clip.
+`input` is the transcript that the model reads next to the audio: the reference text, "" for none,
+or, if the key is absent, the transcript by Whisper.
+
+A changed version of a clip is played up to 12 % faster or slower, at another level. This moves the
+pitch, the speed and the resonances of the voice together, so pitch and speed are named again.
+Questions about the transcript use the unchanged clip only.
 """
 
+from collections.abc import Callable
 from random import Random
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 import torchaudio.functional
 
 from data import closed_qa
-from data.toy.rows import PREFIX_SHARE
+from data.toy.rows import PREFIX_FRACTION
 from data.toy.sounds import read_json
 from data.toy.speech import SPEECH, Clip, pitch_and_speed
 from ltu.data.audio import SAMPLING_RATE, load_audio
@@ -22,28 +24,25 @@ from ltu.data.audio import SAMPLING_RATE, load_audio
 QUESTIONS = read_json("speech/questions.json")
 DATASET = "toy_speech"
 TASKS = ("speech_gender", "speech_pitch", "speech_speed", "spoken_text", "speech_joint")
-WORD_TASKS = (
-    "spoken_text",
-    "speech_joint",
-)  # Their answers repeat the words, so that `input` is never empty.
-EMPTY_SHARE = 0.3  # of the speech rows of a stage; others have the clip's text; of committed clips half have no key
-PERCENT = (
-    88,
-    91,
-    94,
-    97,
-    103,
-    106,
-    109,
-    112,
-)  # of the speed; four voices alone would be learned by heart
+# Tasks whose answer repeats the transcript, so that `input` is never empty.
+TRANSCRIPT_TASKS = ("spoken_text", "speech_joint")
+# Fraction of the speech examples of a stage with an empty `input`. Half of the others contain the
+# text of the clip; the rest have no `input`, unless their audio was rendered for training.
+EMPTY_FRACTION = 0.3
+# Speeds of the changed versions. Without them, the model would memorise the four voices.
+PERCENT = (88, 91, 94, 97, 103, 106, 109, 112)
 LOUDEST = 0.98
 
-Version = dict  # {"audio_id", "factor"}: a file, and how many times as fast as the committed clip it is played
+# {"audio_id", "factor"}: a file, and how many times as fast as the committed clip it is played.
+Version = dict
 
 
 def change(clip: Clip, rng: Random) -> tuple[np.ndarray, dict]:
-    """A version of a clip at another speed and level, (samples at 16 kHz,), and its recipe."""
+    """Render a version of a clip at another speed and level.
+
+    Returns:
+        waveform at 16 kHz, (samples,), and its provenance.
+    """
     percent = rng.choice(PERCENT)
     waveform = torch.from_numpy(load_audio(SPEECH / clip["file"]))
     waveform = torchaudio.functional.resample(
@@ -57,136 +56,171 @@ def change(clip: Clip, rng: Random) -> tuple[np.ndarray, dict]:
 def make_row(
     task: str, clip: Clip, version: Version, cuts: dict, rng: Random, phrasing: str = "train"
 ) -> dict:
-    """A row without `input`; `with_words` decides on that.
+    """Return an example without `input`, which `with_transcript` adds.
 
     Args:
         task: one of TASKS.
+        clip: the committed clip.
         version: the clip itself (factor 1) or a changed version of it.
         cuts: of `speech.cut_offs`.
-        phrasing: "train" or "test": which list the question is drawn from.
+        rng: draws the question and the answer.
+        phrasing: "train" or "test", the list that the question is drawn from.
     """
     pitch, speed = pitch_and_speed(clip, version["factor"], cuts)
-    words = {
+    fields = {
         "text": clip["text"],
         "pitch": pitch,
         "speed": speed,
         "Gender": clip["gender"].capitalize(),
+        "person": {"female": "woman", "male": "man"}[clip["gender"]],
     }
-    words["person"] = {"female": "woman", "male": "man"}[clip["gender"]]
     if task in QUESTIONS["open"]:
         texts = QUESTIONS["open"][task]
-        asked = rng.choice(texts[phrasing]), rng.choice(texts["answers"]).format(**words)
+        question = rng.choice(texts[phrasing])
+        answer = rng.choice(texts["answers"]).format(**fields)
     else:
-        questions, answer = QUESTIONS["closed"][task][phrasing], QUESTIONS["answers"][task]
-        asked = closed_qa.ask(questions, answer, words, rng, PREFIX_SHARE)
-    return closed_qa.make_row(asked, version["audio_id"], DATASET, task, None) | {
-        "voice": clip["voice"]
-    }
+        question, answer = closed_qa.make_question(
+            QUESTIONS["closed"][task][phrasing],
+            QUESTIONS["answers"][task],
+            fields,
+            rng,
+            PREFIX_FRACTION,
+        )
+    row = closed_qa.make_row(question, answer, version["audio_id"], DATASET, task, None)
+    return row | {"voice": clip["voice"]}
 
 
 def is_rendered(row: dict) -> bool:
+    """Return whether the audio of an example was rendered for training."""
     return row["audio_id"].startswith("audio/")
 
 
-def with_words(row: dict, text: str | None) -> dict:
-    """The row with this `input`, in the place where other rows have it; None leaves the key out."""
-    given = {} if text is None else {"input": text}
-    return {
-        "instruction": row["instruction"],
-        **given,
-        **{key: row[key] for key in row if key != "instruction"},
-    }
+def with_transcript(row: dict, text: str | None) -> dict:
+    """Return the example with this `input` as its second key; None leaves the key out."""
+    first = {"instruction": row["instruction"]}
+    if text is not None:
+        first["input"] = text
+    rest = {key: value for key, value in row.items() if key != "instruction"}
+    return first | rest
 
 
-def spread(clips: list[Clip], count: int, key, rng: Random) -> list[Clip]:
-    """`count` clips in random order: every value of `key(clip)` as often as the others, then every clip of a value."""
+def spread(clips: list[Clip], count: int, key: Callable, rng: Random) -> list[Clip]:
+    """Return `count` clips in random order.
+
+    Every value of `key(clip)` is as frequent as the others, and so is every clip of a value.
+    """
     groups: dict = {}
     for clip in clips:
         groups.setdefault(key(clip), []).append(clip)
     queues = []
     for name in sorted(groups):
-        rounds = -(-count // (len(groups) * len(groups[name])))
-        queues.append(
-            [clip for _ in range(rounds) for clip in rng.sample(groups[name], len(groups[name]))]
-        )
-    rng.shuffle(queues)  # Where the values do not divide `count`, no value is first each time.
-    drawn = [queues[number % len(queues)][number // len(queues)] for number in range(count)]
-    rng.shuffle(drawn)
-    return drawn
+        group = groups[name]
+        rounds = -(-count // (len(groups) * len(group)))
+        queue = []
+        for _ in range(rounds):
+            queue += rng.sample(group, len(group))
+        queues.append(queue)
+    # If the number of values does not divide `count`, another value is first each time.
+    rng.shuffle(queues)
+    chosen = []
+    for number in range(count):
+        queue = queues[number % len(queues)]
+        chosen.append(queue[number // len(queues)])
+    rng.shuffle(chosen)
+    return chosen
 
 
 def stage_rows(
-    shares: dict[str, float],
+    fractions: dict[str, float],
     count: int,
     clips: list[Clip],
     versions: dict[str, list[Version]],
     cuts: dict,
     rng: Random,
 ) -> list[dict]:
-    """`count` speech rows, shuffled.
+    """Return `count` examples about speech, shuffled.
 
     Args:
-        shares: task -> share of the rows.
+        fractions: task -> fraction of the examples.
+        count: number of examples.
         clips: training clips.
         versions: file -> the committed clip first, then its changed versions.
+        cuts: of `speech.cut_offs`.
+        rng: draws everything.
     """
-    tasks = [task for task, share in shares.items() for _ in range(round(share * count))][:count]
-    tasks += [next(iter(shares))] * (count - len(tasks))
-    rows, texts = [], []
-    for task in shares:
-        # Balanced over what is asked for; the training voices are two women and two men.
-        keys = {
-            "speech_pitch": lambda clip: clip["pitch"],
-            "speech_speed": lambda clip: clip["speed"],
-        }
-        for clip in spread(
-            clips, tasks.count(task), keys.get(task, lambda clip: clip["voice"]), rng
-        ):
+    tasks = []
+    for task, fraction in fractions.items():
+        tasks += [task] * round(fraction * count)
+    tasks = tasks[:count]
+    tasks += [next(iter(fractions))] * (count - len(tasks))
+
+    rows = []
+    texts = []
+    for task in fractions:
+        # Balance the answers of a task. Its training voices are two women and two men.
+        balanced = {"speech_pitch": "pitch", "speech_speed": "speed"}.get(task, "voice")
+        chosen = spread(clips, tasks.count(task), lambda clip, key=balanced: clip[key], rng)
+        for clip in chosen:
             own = versions[clip["file"]]
-            rows.append(
-                make_row(task, clip, own[0] if task in WORD_TASKS else rng.choice(own), cuts, rng)
-            )
+            version = own[0] if task in TRANSCRIPT_TASKS else rng.choice(own)
+            rows.append(make_row(task, clip, version, cuts, rng))
             texts.append(clip["text"])
-    free = [number for number, row in enumerate(rows) if row["task"] not in WORD_TASKS]
-    empty = set(rng.sample(free, min(len(free), round(EMPTY_SHARE * count))))
-    rest = [number for number in range(count) if number not in empty]
-    given = set(rng.sample(rest, len(rest) // 2))
-    rows = [
-        # A version rendered for training is not transcribed: its words are the clip's.
-        with_words(
-            row, "" if number in empty else text if number in given or is_rendered(row) else None
-        )
-        for number, (row, text) in enumerate(zip(rows, texts, strict=True))
-    ]
-    rng.shuffle(rows)
-    return rows
+
+    # Draw which examples have an empty `input`, and which of the others contain the text.
+    can_be_empty = [i for i, row in enumerate(rows) if row["task"] not in TRANSCRIPT_TASKS]
+    num_empty = min(len(can_be_empty), round(EMPTY_FRACTION * count))
+    empty = set(rng.sample(can_be_empty, num_empty))
+    rest = [i for i in range(count) if i not in empty]
+    with_text = set(rng.sample(rest, len(rest) // 2))
+    complete = []
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        transcript = None
+        if i in empty:
+            transcript = ""
+        # Whisper does not transcribe what was rendered for training: it gets the text of the clip.
+        elif i in with_text or is_rendered(row):
+            transcript = text
+        complete.append(with_transcript(row, transcript))
+    rng.shuffle(complete)
+    return complete
 
 
 def heldout_rows(
-    clips: list[Clip], known: set[str], audio_id, cuts: dict, name: str
+    clips: list[Clip], known: set[str], audio_id: Callable[[Clip], str], cuts: dict, name: str
 ) -> dict[str, list[dict]]:
-    """The questions of the test: file name (without .json) -> rows.
+    """Return the test questions: file name (without .json) -> examples.
 
     Args:
         clips: held-out clips.
-        known: voices of the training clips; about their gender nothing is asked.
+        known: voices of the training clips. There are no questions about their gender.
         audio_id: clip -> its `audio_id`.
+        cuts: of `speech.cut_offs`.
         name: of the random streams.
     """
-    files: dict[str, list[dict]] = {file: [] for file in ("speech_gender", "speech_gender_empty")}
-    files |= {f"speech_words_{words}": [] for words in ("right", "whisper", "wrong", "none")}
-    files |= {"speech_pitch": [], "speech_speed": []}
+    names = (
+        "speech_gender",
+        "speech_gender_empty",
+        "speech_words_right",
+        "speech_words_whisper",
+        "speech_words_wrong",
+        "speech_words_none",
+        "speech_pitch",
+        "speech_speed",
+    )
+    files: dict[str, list[dict]] = {file: [] for file in names}
     for clip in clips:
         rng = Random(f"{name}/heldout/{clip['file']}")
-        own = {"audio_id": audio_id(clip), "factor": 1.0}
-        row = {task: make_row(task, clip, own, cuts, rng, "test") for task in TASKS}
-        other = rng.choice([other["text"] for other in clips if other["text"] != clip["text"]])
-        inputs = {"right": clip["text"], "whisper": None, "wrong": other, "none": ""}
-        for words, text in inputs.items():
-            files[f"speech_words_{words}"].append(with_words(row["spoken_text"], text))
+        version = {"audio_id": audio_id(clip), "factor": 1.0}
+        rows = {task: make_row(task, clip, version, cuts, rng, "test") for task in TASKS}
+        text = clip["text"]
+        wrong = rng.choice([other["text"] for other in clips if other["text"] != text])
+        transcripts = {"right": text, "whisper": None, "wrong": wrong, "none": ""}
+        for kind, transcript in transcripts.items():
+            row = with_transcript(rows["spoken_text"], transcript)
+            files[f"speech_words_{kind}"].append(row)
         for task in ("speech_pitch", "speech_speed"):
-            files[task].append(with_words(row[task], clip["text"]))
+            files[task].append(with_transcript(rows[task], text))
         if clip["voice"] not in known:
-            files["speech_gender"].append(with_words(row["speech_gender"], clip["text"]))
-            files["speech_gender_empty"].append(with_words(row["speech_gender"], ""))
+            files["speech_gender"].append(with_transcript(rows["speech_gender"], text))
+            files["speech_gender_empty"].append(with_transcript(rows["speech_gender"], ""))
     return files

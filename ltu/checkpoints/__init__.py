@@ -1,1 +1,1 @@
-"""Checkpoint folders: opened, converted from and to the original's files, merged, downloaded."""
+"""Opens checkpoint folders, converts them from and to original files, merges and downloads them."""

@@ -1,10 +1,12 @@
-"""A file from an address to this disk: whole, checked, and once.
+"""Downloads a file completely, checks it, and does not download it twice.
 
-Notable:
-- A file has its name when it is whole and checked; before that it is NAME.part. NAME.received.json says what came
-  (link, bytes, sha256), so that a second call transfers nothing.
-- A broken transfer goes on where it stopped if the server names a version (ETag, Last-Modified) and still has it; else
-  it begins again. A folder on Dropbox comes as a zip that is packed anew each time.
+A file gets its name when it is complete and checked; before that it is NAME.part.
+NAME.received.json records the link, the number of bytes and the sha256, so that a second call
+transfers nothing.
+
+A broken transfer is resumed if the server names a version of the file (ETag, Last-Modified) and
+still has that version; else it begins again. Dropbox sends a folder as a zip, which it packs again
+for each request.
 """
 
 import errno
@@ -26,12 +28,11 @@ from tqdm import tqdm
 
 from ltu.files import replace_file, sha256_of
 
-TIMEOUT, RETRIES, WAIT = (
-    60,
-    6,
-    1.0,
-)  # seconds of silence; tries without one byte more; seconds before the first of them
-SMALL_JSON = 1 << 28  # bytes; a larger file is not parsed, only its two ends are looked at
+TIMEOUT = 60  # seconds without a byte until a connection is given up
+RETRIES = 6  # tries in a row that bring no further byte
+WAIT = 1.0  # seconds before the first retry; the next waits are twice as long each
+MAX_WAIT = 30  # seconds
+SMALL_JSON = 1 << 28  # bytes; of a larger file only both ends are checked, and it is not parsed
 HINT = "Other way: --from DIR_OR_URL, a folder or mirror with files of the table's names."
 
 
@@ -43,7 +44,7 @@ class DownloadError(ValueError):
 class RemoteFile:
     """A file to download.
 
-    Args:
+    Attributes:
         name: of the file in messages, and of the folder that a zip is unpacked into.
         file: its name on this disk.
         size: in bytes; None, or a text, if only a rounded size is known.
@@ -57,82 +58,116 @@ class RemoteFile:
 
 
 def fetch(row: RemoteFile, url: str, folder: Path) -> Path:
-    """Download a file into a folder, once, from `url` or from that path.
+    """Download a file into a folder, unless it is there already.
+
+    Args:
+        row: the file.
+        url: its address, or a path.
+        folder: is created.
 
     Returns:
-        the file; for a zip, a folder with its name that holds what was in it.
+        the path of the file; for a zip, the folder with its content.
 
     Raises:
-        DownloadError: it cannot be had, or is not what it should be.
+        DownloadError: the file cannot be downloaded, or its content is not what is expected.
     """
     target = folder / row.file
-    place = folder / row.name if row.file.endswith(".zip") else target
-    part, receipt = (target.with_name(target.name + end) for end in (".part", ".received.json"))
+    is_zip = row.file.endswith(".zip")
+    result = folder / row.name if is_zip else target
+    part = target.with_name(f"{target.name}.part")
+    receipt = target.with_name(f"{target.name}.received.json")
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # The ranks of a run may all ask for one file.
-        came = json.loads(receipt.read_text()) if receipt.is_file() else None
-        # A folder appears when it is whole, so one without a receipt was unpacked by hand.
-        if place.is_dir() or (came and place.is_file() and place.stat().st_size == came["bytes"]):
-            return place
-        by_hand = target.is_file()  # Or left by a call that was stopped just here.
-        if not by_hand:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # The ranks of a run may all request the same file.
+        # A folder appears when it is complete: a folder without a receipt was unpacked by hand.
+        if result.is_dir() or _is_received(result, receipt):
+            return result
+        # A file without a receipt was put there by hand, or by a call that was stopped just here.
+        is_by_hand = target.is_file()
+        if not is_by_hand:
             transfer(row, url, part)
+        received = target if is_by_hand else part
         try:
-            came = check(row, target if by_hand else part, str(target) if by_hand else url)
-            if place != target:
-                unpack(target if by_hand else part, place)
-            elif not by_hand:
+            content = check(row, received, str(target) if is_by_hand else url)
+            if is_zip:
+                unpack(received, result)
+            elif not is_by_hand:
                 os.replace(part, target)
         except DownloadError:
-            part.unlink(missing_ok=True)  # Going on with a wrong file would never make it right.
+            part.unlink(missing_ok=True)  # Resuming the transfer of a wrong file cannot help.
             raise
-        content = json.dumps({"url": None if by_hand else url} | came) + "\n"
-        replace_file(receipt, content.encode())
-        for left in (part, Path(f"{part}.json")):
-            left.unlink(missing_ok=True)
-    return place
+        record = {"url": None if is_by_hand else url} | content
+        replace_file(receipt, (json.dumps(record) + "\n").encode())
+        part.unlink(missing_ok=True)
+        _notes_of(part).unlink(missing_ok=True)
+    return result
+
+
+def _is_received(path: Path, receipt: Path) -> bool:
+    """Return whether a file is there with the size that its receipt records."""
+    if not (receipt.is_file() and path.is_file()):
+        return False
+    return path.stat().st_size == json.loads(receipt.read_text())["bytes"]
 
 
 def check(row: RemoteFile, path: Path, origin: str) -> dict:
-    """Bytes and sha256 of a received file. Raises DownloadError if it is not what the row says."""
-    size, digest, wrong = path.stat().st_size, sha256_of(path), None
-    with path.open("rb") as file:
-        head = file.read(512).lstrip().lower()
-        file.seek(max(0, size - 512))
-        ends = head[:1] + file.read().rstrip()[-1:]
-    if head.startswith((b"<!doctype html", b"<html")):
-        wrong = "a web page, not the file; the link may have died"
-    elif isinstance(row.size, int) and row.size != size:
-        wrong = f"{size:,} bytes instead of {row.size:,}"
-    elif row.sha256 not in (None, digest):
-        wrong = f"another file: sha256 {digest} instead of {row.sha256}"
-    elif row.file.endswith((".zip", ".bin")) and not zipfile.is_zipfile(path):
-        wrong = f"no whole {'zip' if row.file.endswith('.zip') else 'file of torch.save'} ({size:,} bytes)"
-    elif row.file.endswith(".bin") and not any(
-        n.endswith("data.pkl") for n in zipfile.ZipFile(path).namelist()
-    ):
-        wrong = "a zip, but not of torch.save (no data.pkl in it)"
-    elif row.file.endswith(".json") and size > SMALL_JSON and ends not in (b"[]", b"{}"):
-        wrong = "not JSON, or cut off"
-    elif row.file.endswith(".json") and size <= SMALL_JSON:
-        try:
-            json.loads(path.read_bytes())
-        except ValueError as error:
-            wrong = f"not JSON ({error})"
+    """Return the bytes and sha256 of a received file.
+
+    Raises:
+        DownloadError: the file is not what `row` describes.
+    """
+    size = path.stat().st_size
+    digest = sha256_of(path)
+    wrong = _what_is_wrong(row, path, size, digest)
     if wrong:
         raise DownloadError(f"{row.name}: {origin} is {wrong}. {HINT}")
     return {"bytes": size, "sha256": digest}
 
 
+def _what_is_wrong(row: RemoteFile, path: Path, size: int, digest: str) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(512).lstrip().lower()
+        file.seek(max(0, size - 512))
+        tail = file.read().rstrip()
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page, not the file; the link may have died"
+    if isinstance(row.size, int) and row.size != size:
+        return f"{size:,} bytes instead of {row.size:,}"
+    if row.sha256 not in (None, digest):
+        return f"another file: sha256 {digest} instead of {row.sha256}"
+    if row.file.endswith(".zip") and not zipfile.is_zipfile(path):
+        return f"not a complete zip ({size:,} bytes)"
+    if row.file.endswith(".bin"):
+        if not zipfile.is_zipfile(path):
+            return f"not a complete file of torch.save ({size:,} bytes)"
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in members):
+            return "a zip, but not of torch.save (no data.pkl in it)"
+    if row.file.endswith(".json"):
+        if size > SMALL_JSON:
+            ends = head[:1] + tail[-1:]
+            return None if ends in (b"[]", b"{}") else "not JSON, or cut off"
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            return f"not JSON ({error})"
+    return None
+
+
 def transfer(row: RemoteFile, url: str, part: Path) -> None:
-    """Receive a file into `part`, going on from what is there; patient as long as bytes come. Raises DownloadError."""
+    """Download a file into `part`, resuming what is there, until no more bytes can be had.
+
+    Raises:
+        DownloadError: the file cannot be downloaded.
+    """
     if "://" not in url:
         if not Path(url).is_file():
             raise DownloadError(f"{row.name}: {url} is not there. {HINT}")
         shutil.copyfile(url, part)
         return
-    most, failures = 0, 0
+    most_received = 0
+    failures = 0  # In a row, without a further byte.
     while True:
         try:
             return receive(row, url, part)
@@ -146,36 +181,49 @@ def transfer(row: RemoteFile, url: str, part: Path) -> None:
                 raise DownloadError(
                     f"{part}: the disk is full. Make room and run it again; it goes on."
                 ) from error
-            kept = part.stat().st_size if part.is_file() else 0
-            most, failures = max(most, kept), 1 if kept > most else failures + 1
+            received = part.stat().st_size if part.is_file() else 0
+            failures = 1 if received > most_received else failures + 1
+            most_received = max(most_received, received)
             if failures > RETRIES:
                 raise DownloadError(
-                    f"{row.name}: {url}: {error!r}, {failures} times. {kept:,} bytes are kept in {part}; run it again "
-                    f"to go on. {HINT}"
+                    f"{row.name}: {url}: {error!r}, {failures} times. {received:,} bytes are "
+                    f"stored in {part}; run it again to go on. {HINT}"
                 ) from error
-            time.sleep(min(WAIT * 2 ** (failures - 1), 30))
+            time.sleep(min(WAIT * 2 ** (failures - 1), MAX_WAIT))
+
+
+def _notes_of(part: Path) -> Path:
+    """Return the file that records of which version of the file a part is."""
+    return Path(f"{part}.json")
 
 
 def receive(row: RemoteFile, url: str, part: Path) -> None:
-    """One request for what is missing. Raises OSError or HTTPException where another may do better."""
-    notes = Path(f"{part}.json")  # Of which version the part is.
+    """Request what is missing in `part`, once, and append it.
+
+    Raises:
+        OSError, HTTPException: another try may succeed.
+        DownloadError: the link has died.
+    """
+    # Resume only if the part is of a known version.
+    notes = _notes_of(part)
     known = json.loads(notes.read_text()) if notes.is_file() and part.is_file() else {}
     start = part.stat().st_size if known.get("version") and known["url"] == url else 0
-    if start and known["total"] == str(
-        start
-    ):  # A call was stopped between the last byte and the check.
-        return
-    headers = {"Range": f"bytes={start}-", "If-Range": known["version"]} if start else {}
-    request = urllib.request.Request(url, headers={"User-Agent": "ltu"} | headers)
+    if start and known["total"] == str(start):
+        return  # A call was stopped between the last byte and the check.
+    headers = {"User-Agent": "ltu"}
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": known["version"]}
+    request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.headers.get_content_type() == "text/html":
             raise DownloadError(
                 f"{row.name}: {url} gives a web page; the link may have died. {HINT}"
             )
-        tag, total = response.headers.get("ETag", "W/"), response.headers.get("Content-Length")
+        tag = response.headers.get("ETag", "W/")
+        total = response.headers.get("Content-Length")
         # A weak tag ("W/") does not promise equal bytes.
         version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
-        if response.status == 206:
+        if response.status == 206:  # The rest of a file: it must continue the part.
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
             found = span and (int(span[1]), version or known.get("version"), span[2])
             if found != (start, known.get("version"), known.get("total")):
@@ -184,24 +232,26 @@ def receive(row: RemoteFile, url: str, part: Path) -> None:
             total = span[2]
         else:
             start = 0
-        with part.open(
-            "ab" if start else "wb"
-        ) as file:  # Emptied before the notes say of what it is a part.
+        size = int(total) if total else None
+        # A new part is emptied before the notes are written: they must never describe old bytes.
+        with part.open("ab" if start else "wb") as file:
             notes.write_text(json.dumps({"url": url, "version": version, "total": total}))
-            size = int(total) if total else None
             with tqdm(desc=row.file, total=size, initial=start, unit="B", unit_scale=True) as bar:
                 while block := response.read1(1 << 16):
                     bar.update(file.write(block))
-    if size is not None and part.stat().st_size != size:
-        raise ConnectionError(
-            f"the connection ended after {part.stat().st_size:,} of {size:,} bytes"
-        )
+    received = part.stat().st_size
+    if size is not None and received != size:
+        raise ConnectionError(f"the connection ended after {received:,} of {size:,} bytes")
 
 
-def unpack(archive: Path, place: Path) -> None:
-    """Unzip into the folder `place`, which appears when it is whole. Raises DownloadError: links, or ways out of it."""
-    scratch = place.with_name(f".{place.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
+def unpack(archive: Path, folder: Path) -> None:
+    """Unzip into a folder, which appears when it is complete.
+
+    Raises:
+        DownloadError: the zip is damaged, contains a link, or has a path that leads out.
+    """
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
     with zipfile.ZipFile(archive) as opened:
         # Dropbox puts the folder itself into its zips, as "/".
         members = [info for info in opened.infolist() if info.filename.strip("/")]
@@ -212,9 +262,9 @@ def unpack(archive: Path, place: Path) -> None:
                     f"{archive}: {info.filename!r} leads out or is a link. Not unpacked. {HINT}"
                 )
         try:
-            scratch.mkdir(parents=True)
-            opened.extractall(scratch, members)
+            unfinished.mkdir(parents=True)
+            opened.extractall(unfinished, members)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            shutil.rmtree(scratch)
+            shutil.rmtree(unfinished)
             raise DownloadError(f"{archive} is damaged ({error}). Run the same again.") from error
-    os.replace(scratch, place)
+    os.replace(unfinished, folder)

@@ -1,9 +1,11 @@
-"""Tensors -> files: a checkpoint folder, one with the language model merged in, or the original's trainable-only file.
+"""Writes checkpoint folders, merges the language model into one, and writes files of the original.
 
-Notable:
-- Every key and shape is held against the model that the config describes, on the meta device, before a byte is written.
-- Weights are mapped and written shard by shard, so memory holds a shard at most, however large the language model is.
-- Merging is peft's own arithmetic, in fp32; the result has the dtype that the language model is stored in.
+Every key and shape is compared with the model that the config describes, on the meta device, before
+a byte is written. Weights are mapped and written shard by shard, so memory holds at most one shard,
+however large the language model is.
+
+Merging uses peft's own arithmetic in fp32. The result has the dtype in which the language model is
+stored.
 """
 
 import json
@@ -24,26 +26,27 @@ from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
 from ltu.models.processing_ltu import LtuProcessor
 
-SHARD = "1GB"  # What a conversion has in memory at once.
-CONVERTED = ("init", "converted", "merged")  # Stages that a conversion may replace: it made them.
+SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
+CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.
 
 
 def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:
-    """The model that a config describes, without memory for its weights."""
+    """Return the model that a config describes, without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def is_llm(key: str) -> bool:
-    """Whether a key of ours is the language model's own, not its LoRA's."""
+    """Return whether a key belongs to the language model itself, and not to its LoRA."""
     return key.startswith("language_model.") and ".lora_" not in key
 
 
 def find_weights(name: str | Path) -> Path:
-    """The folder of a language model: `name` itself, or where the hub's copy of it was put."""
+    """Return the folder of a language model; a hub id is downloaded if need be."""
     if Path(name).is_dir():
         return Path(name)
-    for weights in ("model*.safetensors", "pytorch_model*.bin"):  # Not both: many have both.
+    # Download one of the two formats only: many models have both.
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
         folder = Path(snapshot_download(str(name), allow_patterns=["*.json", weights]))
         if any(folder.glob(weights)):
             break
@@ -59,31 +62,42 @@ def write_folder(
     llm_dtype: str | None = None,
     finish: Callable[[str, Tensor], Tensor] = lambda key, tensor: tensor,
 ) -> int:
-    """Write a checkpoint folder after holding every key and shape against the model that the config describes.
+    """Write a checkpoint folder, if every key and shape fits the model that the config describes.
 
     Args:
-        llm_dtype: of a language model among `state`; by default each tensor keeps its own. The rest is fp32.
-        finish: called with each tensor when its shard is written.
+        output_dir: the folder. A folder that a conversion made is replaced.
+        config: of the model.
+        state: the tensors by key. Some keys are renamed in place.
+        processor: is saved in the folder.
+        record: the content of ltu_state.json; the parameters are added.
+        llm_dtype: dtype of a language model among `state`; by default each of its tensors keeps its
+            own. All other tensors become fp32.
+        finish: called with key and tensor when the shard of the tensor is written; its result is
+            stored.
 
     Returns:
         how many tensors were written.
 
     Raises:
         KeyError: a key is missing or left over, or has another shape.
-        ValueError: something else lies in `output_dir`.
+        ValueError: `output_dir` contains something that no conversion made.
     """
-    output_dir, model = Path(output_dir), build_on_meta(config)
+    output_dir = Path(output_dir)
+    model = build_on_meta(config)
     check_replaceable(output_dir)
-    plan = {}  # On the meta device: what the files will hold.
-    for key in match_keys(state, model, (record["parent"] or {}).get("name", "what was read")):
+
+    # Plan what the files will contain, on the meta device.
+    plan = {}
+    source = (record["parent"] or {}).get("name", "what was read")
+    for key in match_keys(state, model, source):
         dtype = torch.float32
         if is_llm(key):
-            dtype = config.text_config.dtype = (
-                getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
-            )
+            dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
+            config.text_config.dtype = dtype
         plan[key] = torch.empty_like(state[key], dtype=dtype, device="meta")
-    # Beside its place, where a relative path of the language model is the same; what is there is replaced when all is
-    # written.
+
+    # Write next to the final folder, where a relative path of the language model is the same. The
+    # folder itself is replaced when everything is written.
     part = output_dir.absolute().with_name(f".{output_dir.absolute().name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -106,29 +120,36 @@ def write_folder(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise ValueError if a folder holds what a conversion did not make."""
+    """Raise ValueError if a folder contains something that no conversion made."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     record = folder / "ltu_state.json"
     stage = json.loads(record.read_text()).get("stage") if record.is_file() else None
     if stage not in CONVERTED:
-        what = f"a trained checkpoint ({stage})" if stage else "files that are not ours"
-        raise ValueError(f"{folder} holds {what}, which would be lost. Name another --output_dir.")
+        content = f"a trained checkpoint ({stage})" if stage else "files that are not ours"
+        raise ValueError(
+            f"{folder} contains {content}, which would be lost. Name another --output_dir."
+        )
 
 
 def write_shards(folder: Path, plan: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:
-    """Write the tensors that `plan` holds on the meta device; `get` gives each when its shard is written."""
+    """Write tensors as safetensors, in shards of at most SHARD.
+
+    Args:
+        folder: where the files are written.
+        plan: tensors on the meta device, which have the final shapes and dtypes.
+        get: returns the tensor of a key; called when its shard is written.
+    """
     shards = split_torch_state_dict_into_shards(plan, max_shard_size=SHARD)
     for file, keys in shards.filename_to_tensors.items():
         tensors = {key: get(key).to(plan[key].dtype).contiguous() for key in keys}
-        first = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
-        for (
-            key,
-            tensor,
-        ) in tensors.items():  # Two names of one storage, which safetensors does not write.
-            tensors[key] = tensor if first[tensor.data_ptr()] == key else tensor.clone()
+        # safetensors refuses two names of one storage: copy all tensors of a storage but the first.
+        first_key = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
+        for key, tensor in tensors.items():
+            if first_key[tensor.data_ptr()] != key:
+                tensors[key] = tensor.clone()
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        del tensors  # Before the next shard's are made.
+        del tensors  # Free the memory before the next shard is loaded.
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
@@ -137,19 +158,23 @@ def write_shards(folder: Path, plan: dict[str, Tensor], get: Callable[[str], Ten
 def match_keys(
     state: dict[str, Tensor], model: LtuForConditionalGeneration, source: str | Path
 ) -> list[str]:
-    """The keys of `state` in the model's order; those of a layer with LoRA take the name that it has inside peft's."""
+    """Compare the keys and shapes of `state` with those of a model.
+
+    `state` is changed: keys of a layer with LoRA get the name that they have inside peft's layer,
+    and of two tied weights that are equal one is removed.
+
+    Returns:
+        the keys of `state` in the model's order.
+
+    Raises:
+        KeyError: a key is missing or left over, or has another shape.
+    """
     own = {key: value.shape for key, value in model.state_dict().items() if model.is_own(key)}
     for key in own:
-        if (
-            ".base_layer." in key
-            and key not in state
-            and (bare := key.replace(".base_layer.", ".")) in state
-        ):
-            state[key] = state.pop(bare)
-    for (
-        key,
-        twin,
-    ) in model.all_tied_weights_keys.items():  # One tensor under two names is stored once.
+        bare_key = key.replace(".base_layer.", ".")
+        if bare_key != key and key not in state and bare_key in state:
+            state[key] = state.pop(bare_key)
+    for key, twin in model.all_tied_weights_keys.items():
         if key in state and twin in state and torch.equal(state[key], state[twin]):
             del state[key]
     wanted = [key for key in own if key in state]
@@ -157,33 +182,39 @@ def match_keys(
         "missing": sorted(set(own) - set(state) - set(model.all_tied_weights_keys)),
         "left over": sorted(set(state) - set(own)),
         "of another shape": [
-            f"{k}: {[*state[k].shape]} for {[*own[k]]}" for k in wanted if state[k].shape != own[k]
+            f"{key}: {[*state[key].shape]} for {[*own[key]]}"
+            for key in wanted
+            if state[key].shape != own[key]
         ],
     }
     if any(found.values()):
         counts = ", ".join(f"{len(keys)} keys {what} {keys[:3]}" for what, keys in found.items())
         raise KeyError(
-            f"{source} does not fill the model: {counts}. Is it the right --llm, the right kind of file?"
+            f"{source} does not fit the model: {counts}. Check --llm and the kind of the file."
         )
     return wanted
 
 
 def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[str, str]]:
-    """Write a checkpoint folder as the original's Trainer would have: its keys, in its order, with its prefix.
+    """Write a checkpoint folder as a file of the original's Trainer: its keys, order and prefix.
 
     Returns:
-        how many tensors were written; which keys of the file that the folder was made of are not restored, and why.
+        how many tensors were written; and the keys of the file that the folder was made of which
+        are not restored, each with the reason.
 
     Raises:
-        ValueError: the original has no such ear or language model.
+        ValueError: the original has no such audio encoder or language model.
     """
-    parts = config.audio_config.model_type, config.text_config.model_type
-    if parts[0] not in ("cavmae", "tltr") or parts[1] != "llama":
+    audio_encoder = config.audio_config.model_type
+    llm = config.text_config.model_type
+    if audio_encoder not in ("cavmae", "tltr") or llm != "llama":
         raise ValueError(
-            f"{folder} has {parts[0]} and {parts[1]}; the original opens CAV-MAE or TLTR with Llama only."
+            f"{folder} has {audio_encoder} and {llm}; "
+            "the original opens CAV-MAE or TLTR with Llama only."
         )
     state = load_state(folder)
-    # The original's order: ear and projection are inside the language model, between its layers and lm_head.
+    # In the original, the audio encoder and the projection are inside the language model, between
+    # its layers and lm_head.
     keys = match_keys(state, build_on_meta(config), folder)
     keys.sort(key=lambda key: ("lm_head" in key, not key.startswith("language_model.")))
     placed, _ = rename_keys({key: state[key] for key in keys}, TO_ORIGINAL, (), folder)
@@ -191,12 +222,14 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
     torch.save(placed, file)
     if config.lora:
         print(
-            f"LoRA has r {config.lora['r']} and alpha {config.lora['alpha']}; the file cannot say so (original: 16)."
+            f"LoRA has r {config.lora['r']} and alpha {config.lora['alpha']}; "
+            "the file cannot store alpha (original: 16)."
         )
+    dropped = {}
     record = folder / "ltu_state.json"
-    return len(placed), json.loads(record.read_text()).get(
-        "dropped_keys", {}
-    ) if record.is_file() else {}
+    if record.is_file():
+        dropped = json.loads(record.read_text()).get("dropped_keys", {})
+    return len(placed), dropped
 
 
 def merge(
@@ -207,65 +240,77 @@ def merge(
     llm: str | None,
     llm_dtype: str | None,
 ) -> tuple[int, dict[str, str]]:
-    """Write a folder that needs no other: ear, projection and language model, LoRA merged into its weights.
+    """Write a self-contained folder: audio encoder, projection and language model, LoRA merged in.
 
     Args:
-        llm: another place of the same language model, instead of the one that the folder names.
-        llm_dtype: of the language model's weights; None: as stored.
+        config: of the checkpoint folder. It is changed to that of the new folder.
+        folder: the checkpoint folder.
+        output_dir: the new folder.
+        processor: is saved in the new folder.
+        llm: another path or hub id of the same language model, instead of the one in the config.
+        llm_dtype: dtype of the language model's weights; None: as stored.
 
     Returns:
-        how many tensors were written; which keys were dropped, and why.
+        how many tensors were written; and the keys that were dropped, each with the reason.
 
     Raises:
-        ValueError: nothing is to merge, the language model is another one, or LoRA is on a tied weight.
+        ValueError: there is nothing to merge, the language model is another one, or LoRA is on a
+            tied weight.
     """
     if config.language_model is None and config.lora is None:
         raise ValueError(
-            f"{folder} holds its language model, and has no LoRA: there is nothing to merge."
+            f"{folder} contains its language model, and has no LoRA: there is nothing to merge."
         )
-    with_lora, own = build_on_meta(config), load_state(folder)
+    with_lora = build_on_meta(config)
+    own = load_state(folder)
     match_keys(own, with_lora, folder)
-    state = {
-        key.replace(".base_layer.", "."): value for key, value in own.items() if ".lora_" not in key
-    }
-    dropped = {key: "merged" for key in own if ".lora_" in key}
+    state = {}
+    dropped = {}
+    for key, value in own.items():
+        if ".lora_" in key:
+            dropped[key] = "merged"
+        else:
+            state[key.replace(".base_layer.", ".")] = value
     with_lora.load_state_dict({key: own[key] for key in dropped}, strict=False, assign=True)
+
+    # Add the weights of a language model that is stored elsewhere.
     if config.language_model is not None:
         config.language_model = llm or config.find_language_model(folder)
         check_language_model(config, folder)
-        place = config.language_model
-        stored = load_state(find_weights(place))
+        stored = load_state(find_weights(config.language_model))
         names = {key.replace(".base_layer.", ".") for key in with_lora.state_dict()} - set(own)
-        if (
-            names
-            - {f"language_model.{key}" for key in stored}
-            - set(with_lora.all_tied_weights_keys)
-        ):
-            # Some kinds are stored under other names than they have in memory. transformers knows them; it reads all.
-            stored = AutoModelForCausalLM.from_pretrained(place, dtype="auto").state_dict()
-        state |= {
-            f"language_model.{key}": value
-            for key, value in stored.items()
-            if f"language_model.{key}" in names
-        }
-        dropped |= {
-            key: "no weight of the model" for key in stored if f"language_model.{key}" not in names
-        }
-    layers = {
-        f"{name}.weight": part
-        for name, part in with_lora.named_modules()
-        if hasattr(part, "get_delta_weight")
-    }
-    config.lora = config.language_model = config.language_model_sha256 = None
+        stored_names = {f"language_model.{key}" for key in stored}
+        if names - stored_names - set(with_lora.all_tied_weights_keys):
+            # Some models are stored under other names than they have in memory. transformers knows
+            # these names, but reads the whole model into memory.
+            llm_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype="auto")
+            stored = llm_model.state_dict()
+        for key, value in stored.items():
+            if f"language_model.{key}" in names:
+                state[f"language_model.{key}"] = value
+            else:
+                dropped[key] = "no weight of the model"
+
+    # Find the layers with LoRA, by the key of the weight that it changes.
+    lora_layers = {}
+    for name, module in with_lora.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            lora_layers[f"{name}.weight"] = module
+    config.lora = None
+    config.language_model = None
+    config.language_model_sha256 = None
     for pair in build_on_meta(config).all_tied_weights_keys.items():
-        if layers.keys() & set(pair):
+        if lora_layers.keys() & set(pair):
             raise ValueError(
                 f"{folder} has LoRA on one of {pair}, which are one tensor: it cannot be merged."
             )
 
     def finish(key: str, tensor: Tensor) -> Tensor:
-        return tensor.float() + layers[key].get_delta_weight("default") if key in layers else tensor
+        if key not in lora_layers:
+            return tensor
+        return tensor.float() + lora_layers[key].get_delta_weight("default")
 
     parent = {"name": folder.resolve().name, "sha256": sha256_of_weights(folder)}
     record = {"stage": "merged", "parent": parent, "dropped_keys": dropped}
-    return write_folder(output_dir, config, state, processor, record, llm_dtype, finish), dropped
+    count = write_folder(output_dir, config, state, processor, record, llm_dtype, finish)
+    return count, dropped

@@ -1,4 +1,4 @@
-"""A checkpoint folder of whichever kind -> its model, with the language model as the device can hold it."""
+"""Opens a checkpoint folder of any kind; the language model can be quantized to fit the device."""
 
 from pathlib import Path
 from typing import Any
@@ -17,38 +17,37 @@ def open_model(
     quantization: str | None = None,
     attention: str | None = None,
 ) -> Any:
-    """The model of a checkpoint folder.
+    """Return the model of a checkpoint folder.
 
     Args:
-        folder, dtype, language_model, device_map: as of `LtuForConditionalGeneration.from_pretrained`.
-        quantization: "8bit" or "4bit" weights of the language model, by bitsandbytes.
-        attention: "sdpa", "flash_attention_2" or "eager", of the language model.
+        folder, dtype, language_model, device_map: see
+            `LtuForConditionalGeneration.from_pretrained`.
+        quantization: "8bit" or "4bit": weights of the language model, by bitsandbytes.
+        attention: "sdpa", "flash_attention_2" or "eager": attention of the language model.
 
     Raises:
         ValueError: a setting is impossible, or its package is not installed.
     """
     warn_about_untested_versions()
-    given = {"device_map": device_map, "attn_implementation": attention}
-    if language_model is not None:
-        # Absolute, because a relative place in a config is meant from its folder.
-        is_folder = Path(language_model).is_dir()
-        given["language_model"] = (
-            str(Path(language_model).resolve()) if is_folder else language_model
-        )
     if quantization not in (None, "4bit", "8bit"):
         raise ValueError(f"quantization is '4bit' or '8bit', not {quantization!r}.")
+    settings = {"device_map": device_map, "attn_implementation": attention}
+    if language_model is not None:
+        # Make a folder absolute: a relative path in a config is relative to the checkpoint folder.
+        if Path(language_model).is_dir():
+            language_model = str(Path(language_model).resolve())
+        settings["language_model"] = language_model
     try:
         if quantization is not None:
             from transformers import BitsAndBytesConfig
 
-            compute = torch.bfloat16 if dtype == "auto" else dtype
-            bits = BitsAndBytesConfig(
-                **{f"load_in_{quantization}": True}, bnb_4bit_compute_dtype=compute
+            settings["quantization_config"] = BitsAndBytesConfig(
+                **{f"load_in_{quantization}": True},
+                bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
             )
-            given["quantization_config"] = bits
-        given = {name: value for name, value in given.items() if value is not None}
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given)
-    except ImportError as error:  # Among them: a package without metadata, and FlashAttention2.
+        settings = {name: value for name, value in settings.items() if value is not None}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)
+    except ImportError as error:  # Also of a package without metadata, and of FlashAttention2.
         raise ValueError(
             f"{error} (4 and 8 bit need pip install -e '.[4bit]'; sdpa needs no package)"
         ) from error

@@ -1,8 +1,8 @@
-"""Files that others wrote: opened without running their code; a rule places, renames, drops or refuses each key.
+"""Opens files that others wrote and renames their keys, without running code from the files.
 
-Notable:
-- Tensors are mapped from the file, not read: a file larger than memory costs what is used of it.
-- What a file is, its first bytes tell, not its name.
+A rule places, renames, drops or refuses each key. Tensors are mapped from the file, not read, so a
+file larger than memory costs only the part of it that is used. The first bytes of a file decide
+which format it has, not its name.
 """
 
 import mmap
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ltu.models.checkpoint_folder import weight_files
 
-# (pattern, replacement, None) places or renames a key; (pattern, None, reason) drops it; a reason that begins with
-# REFUSED refuses the file. The first match decides.
+# (pattern, replacement, None) places or renames a key; (pattern, None, reason) drops it; a reason
+# that begins with REFUSED refuses the file. The first rule that matches applies.
+REFUSED = "refused: "
 ORIGINAL_KEYS = [
     (r"model\.audio_encoder\.(.+)", r"audio_tower.\1", None),
     (r"model\.audio_proj\.1\.(weight|bias)", r"multi_modal_projector.linear.\1", None),
@@ -43,19 +44,19 @@ CAV_MAE_KEYS = [
     (
         r"(patch_embed_v|pos_embed_v|modality_v|blocks_v|norm_v)(\..+)?",
         None,
-        "the branch that sees",
+        "the visual branch",
     ),
     (r"(norm|mlp_head\w*)(\..+)?", None, "the classifier of fine-tuning"),
     (r"(decoder_\w+|mask_token)(\..+)?", None, "the decoder of pre-training"),
 ]
 
-# A folder of the original that holds its language model too (vicuna_ltu, vicuna_ltuas): ear and projection are taken.
-REFUSED = "refused: "
+# For a folder of the original that also contains the language model (vicuna_ltu, vicuna_ltuas):
+# the audio encoder and the projection are taken from it.
 FOLDER_KEYS = [
     *ORIGINAL_KEYS[:2],
     (r"(model|lm_head)\..+", None, "the language model's own, which --llm names"),
 ]
-# Our names as the original's Trainer writes them.
+# Our names -> the names that the original's Trainer writes.
 PREFIX = "base_model.model."
 TO_ORIGINAL = [
     (
@@ -67,56 +68,65 @@ TO_ORIGINAL = [
     (r"multi_modal_projector\.linear\.(.+)", rf"{PREFIX}model.audio_proj.1.\1", None),
     (r"language_model\.(.+?)(?:\.base_layer)?(\.\w+)", rf"{PREFIX}\1\2", None),
 ]
-# The package whose model has an ear, its name, and a tensor that it alone has.
+# Package -> the name of its audio encoder, and a tensor that only this audio encoder has.
 AUDIO_ENCODER_MARKS = {
     "ltu": ("CAV-MAE", "audio_tower.pos_embed_a"),
     "ltu_as": ("TLTR", "audio_tower.time_tr.attn.query.weight"),
 }
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"  # How torch.save began a file before it wrote zip files.
+# How torch.save began a file before it wrote zip files.
+LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a file, or of all weight files of a folder, mapped; never runs code from it.
+    """Return the state dict of a file, or of all weight files of a folder, mapped from disk.
+
+    No code from the file is run.
 
     Raises:
-        FileNotFoundError: there is no such file, or the folder holds no weights.
-        ValueError: the file is damaged or of another kind, or holds more than tensors.
+        FileNotFoundError: there is no such file, or the folder has no weights.
+        ValueError: the file is damaged or of another kind, or contains more than tensors.
     """
     path = Path(path)
     if path.is_dir():
-        return {
-            key: value for file in weight_files(path) for key, value in load_state(file).items()
-        }
+        state = {}
+        for file in weight_files(path):
+            state.update(load_state(file))
+        return state
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there. --checkpoint and --audio_encoder take a file on this disk."
         )
+    # Find out the format.
     with open(path, "rb") as stream:
         head = stream.read(len(LEGACY))
+    if not head:
+        raise ValueError(f"{path} is empty. Download it again.")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError(f"{path} is a web page, not the file of the link. Download it again.")
     is_torch = head.startswith((b"PK", LEGACY))
-    if not head or head.lstrip().startswith(b"<"):
-        raise ValueError(
-            f"{path} is {'a web page, not the file of the link' if head else 'empty'}. Download it again."
-        )
     if not is_torch and head[8:9] != b"{":
         raise ValueError(
             f"{path} is neither a torch file nor safetensors (it begins with {head[:8]!r})."
         )
+    # Map the tensors.
     try:
         state = _load_torch(path, head.startswith(b"PK")) if is_torch else load_file(path)
     except UnpicklingError as error:
         name = "".join(re.findall(r"GLOBAL (\S+)", str(error))[:1])
         raise ValueError(
-            f"{path} holds more than tensors ({name}): opening it could run code, so it is refused. Ask whoever made "
-            "it for a plain state dict, or for safetensors."
+            f"{path} contains more than tensors ({name}): opening it could run code, so it is "
+            "refused. Ask its authors for a plain state dict, or for safetensors."
         ) from error
     except (RuntimeError, EOFError, SafetensorError) as error:
         reason = re.split(r"\. |\n", str(error).strip())[0]
-        what = f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}"
-        raise ValueError(f"{what}. If it is damaged or cut short, download it again.") from error
-    if not isinstance(state, dict) or not all(
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}. "
+            "If it is damaged or cut short, download it again."
+        ) from error
+    is_state_dict = isinstance(state, dict) and all(
         isinstance(value, Tensor) for value in state.values()
-    ):
+    )
+    if not is_state_dict:
         raise ValueError(f"{path} is not a state dict (name -> tensor).")
     return state
 
@@ -127,43 +137,60 @@ def _load_torch(path: Path, is_zip: bool) -> dict:
     except RuntimeError as error:
         if "unable to mmap" not in str(error):
             raise
-    # Linux refuses a private map of a file larger than its memory, but not a shared one. Nothing here writes to it.
+    # Linux refuses a private map of a file larger than its memory, but not a shared map. The map
+    # is never written to.
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def check_audio_encoder(state: dict[str, Tensor], package: str, path: str | Path) -> None:
-    """Refuse a file without an ear, or with the ear of the other model of the family."""
-    for theirs, (audio_encoder, mark) in AUDIO_ENCODER_MARKS.items():
-        if mark in state and theirs != package:
+    """Check that a file contains the audio encoder of a package.
+
+    Raises:
+        KeyError: it contains no audio encoder.
+        ValueError: it contains the audio encoder of the other model of the family.
+    """
+    for other_package, (audio_encoder, mark) in AUDIO_ENCODER_MARKS.items():
+        if mark in state and other_package != package:
             raise ValueError(
-                f"{path} holds {audio_encoder}, {state[mark].shape[-1]} wide, which is not the ear of {package}. "
-                f"Convert it with: python -m {theirs}.convert_checkpoint"
+                f"{path} contains {audio_encoder}, {state[mark].shape[-1]} wide, which is not the "
+                f"audio encoder of {package}. "
+                f"Convert it with: python -m {other_package}.convert_checkpoint"
             )
-    if (mark := AUDIO_ENCODER_MARKS[package][1]) not in state:
+    _, mark = AUDIO_ENCODER_MARKS[package]
+    if mark not in state:
         raise KeyError(
-            f"{path} holds no audio encoder ({mark}): not a whole checkpoint of {package}."
+            f"{path} contains no audio encoder ({mark}): not a whole checkpoint of {package}."
         )
 
 
 def rename_keys(
     state: dict[str, Tensor], rules: list[tuple], prefixes: tuple[str, ...], path: str | Path
 ) -> tuple[dict, dict]:
-    """Apply `rules` to every key of a file.
+    """Apply rules to every key of a file.
+
+    Args:
+        state: the tensors of the file by key.
+        rules: see ORIGINAL_KEYS.
+        prefixes: what is removed from the start of a key before the rules apply.
+        path: the file, for messages.
 
     Returns:
-        the tensors under our names, and why each of the others was dropped.
+        the tensors under our names; and the keys that were dropped, each with the reason.
 
     Raises:
-        KeyError: a key that no rule knows, or two that land on one name.
+        KeyError: no rule matches a key, or two keys get the same name.
+        ValueError: a rule refuses the file.
     """
-    placed, dropped, unknown = {}, {}, []
+    placed = {}
+    dropped = {}
+    unknown = []
     for key, tensor in state.items():
-        bare = key
+        bare_key = key
         for prefix in prefixes:
-            bare = bare.removeprefix(prefix)
+            bare_key = bare_key.removeprefix(prefix)
         for pattern, replacement, reason in rules:
-            match = re.fullmatch(pattern, bare)
+            match = re.fullmatch(pattern, bare_key)
             if match is None:
                 continue
             if replacement is None and reason.startswith(REFUSED):
@@ -180,6 +207,7 @@ def rename_keys(
             unknown.append(key)
     if unknown:
         raise KeyError(
-            f"{path}: {len(unknown)} keys that no rule knows: {unknown[:5]}. It is not a file of the kind asked for."
+            f"{path}: no rule matches {len(unknown)} keys: {unknown[:5]}. The file is not of the "
+            "kind that is expected here."
         )
     return placed, dropped

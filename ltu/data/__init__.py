@@ -1,1 +1,1 @@
-"""Audio and dataset files: what the curation commands need too, so it imports no transformers."""
+"""Loads audio and reads dataset files. The curation commands use it: it imports no transformers."""

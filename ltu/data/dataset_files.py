@@ -1,10 +1,13 @@
-"""Files of rows, read and written one row at a time: JSON list, JSON lines (`.jsonl`), Parquet; also `.gz` and `.zst`.
+"""Reads and writes dataset files, one example at a time.
 
-Notable:
-- A file is known by its first bytes when it is read, by its name when it is written.
-- A row keeps its keys and their order. Parquet has a column for each key: a null in it means that the row lacks the
-  key, and no key may be in a later row only. Keys within a value make it no table.
-- A file has its name only when it is whole and on the disk.
+The formats are a JSON list, JSON lines (`.jsonl`) and Parquet; JSON also compressed (`.gz`,
+`.zst`). A reader goes by the first bytes of a file, a writer by its name.
+
+An example keeps its keys and their order. Parquet has a column for each key: a null in it means
+that the example lacks the key, and a key that only later examples have is an error. An example with
+keys within a value cannot be stored in Parquet.
+
+A file gets its name only when it is complete and on the disk.
 """
 
 import json
@@ -18,7 +21,7 @@ from ltu.data.dataset_parser import LineSplitter, ListSplitter, RowError
 from ltu.files import lock_file, sync_and_rename
 
 BLOCK = 2**20  # bytes
-ROWS_AT_ONCE = 8192  # written at once; of one row group in Parquet
+ROWS_AT_ONCE = 8192  # examples that are written at once; in Parquet, a row group
 KEYS = ("instruction", "input", "audio_id", "dataset", "task", "output")
 KINDS = {".json": "list", ".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet"}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -29,10 +32,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 def stream_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, in constant memory.
+    """Yield the examples of a dataset file, in constant memory.
 
     Raises:
-        RowError: it is malformed, cut off or missing.
+        RowError: the file is malformed, cut off or missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,15 +49,19 @@ def stream_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         return
     with _open_to_read(path, magic) as file:
         first = _read(file, path)
+        # Skip the byte order mark and white space; then `[` begins a list.
         begin = len(BYTE_ORDER_MARK) if first.startswith(BYTE_ORDER_MARK) else 0
         begin += len(first[begin:]) - len(first[begin:].lstrip())
-        is_list = first[begin : begin + 1] == b"["
-        split = ListSplitter(path, begin + 1) if is_list else LineSplitter(path, begin)
-        data = first[begin + is_list :]
+        if first[begin : begin + 1] == b"[":
+            begin += 1
+            split = ListSplitter(path, begin)
+        else:
+            split = LineSplitter(path, begin)
+        data = first[begin:]
         while True:
             block = _read(file, path)
-            rows, used = split(data, at_end=not block)
-            yield from rows
+            examples, used = split(data, at_end=not block)
+            yield from examples
             if not block:
                 return
             data = data[used:] + block
@@ -74,7 +81,7 @@ def _read(file: IO[bytes], path: Path) -> bytes:
         return file.read(BLOCK)
     except OSError as error:
         raise RowError(
-            f"{path}: cannot be decompressed ({error}). Fetch or write it again."
+            f"{path}: cannot be decompressed ({error}). Download or write it again."
         ) from error
 
 
@@ -88,21 +95,21 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
                 for row in batch.to_pylist():
                     yield {key: value for key, value in row.items() if value is not None}
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise RowError(f"{path}: not a whole Parquet file ({error}). Write it again.") from error
+        message = f"{path}: not a complete Parquet file ({error}). Write it again."
+        raise RowError(message) from error
 
 
 def encode_row(row: dict[str, Any]) -> bytes:
-    """One line of JSON, without its end."""
+    """Return an example as one line of JSON, without the line end."""
     try:
         return _encode(row)
-    except (
-        UnicodeEncodeError
-    ):  # Half of a surrogate pair is no UTF-8, but `\\ud83d` can be written and read.
+    except UnicodeEncodeError:
+        # Half of a surrogate pair cannot be encoded as UTF-8, but an escape such as `\\ud83d` can.
         return json.dumps(row, separators=(",", ":")).encode()
 
 
-def _ending(path: Path) -> tuple[str, str | None]:
-    """Kind and codec of a name."""
+def _format_of(path: Path) -> tuple[str, str | None]:
+    """Return the kind of file and the codec that a name stands for."""
     codec = CODECS.get(path.suffix)
     kind = KINDS.get(Path(path.stem).suffix if codec else path.suffix)
     if not kind or (kind == "parquet" and codec):
@@ -111,26 +118,29 @@ def _ending(path: Path) -> tuple[str, str | None]:
 
 
 class RowWriter:
-    """Writes rows; the file appears, whole, when the `with` block ends without an error. `count` is what it has.
+    """Writes examples. The file appears, complete, when the `with` block ends without an error.
 
     Args:
-        path: its ending says the format.
-        inputs: what is read meanwhile, and so may not be that path.
+        path: the file; its suffixes decide the format.
+        inputs: files that are read at the same time, and so must not be `path`.
+
+    Attributes:
+        count: how many examples were written.
 
     Raises:
-        ValueError: another name is needed; another run writes that file; the rows do not fit its format.
+        ValueError: another name is needed, another run writes the same file, or the examples do not
+            fit the format.
     """
 
     def __init__(self, path: str | Path, inputs: Iterable[str | Path] = ()):
         self.path = Path(path)
         self.unfinished = self.path.with_name(f"{self.path.name}.tmp")
-        if {self.path.resolve(), self.unfinished.resolve()} & {
-            Path(other).resolve() for other in inputs
-        }:
+        outputs = {self.path.resolve(), self.unfinished.resolve()}
+        if any(Path(other).resolve() in outputs for other in inputs):
             raise ValueError(
-                f"{path} is read, or {self.unfinished.name} is; give the new rows another name."
+                f"{path} or {self.unfinished.name} is an input. Give the output another name."
             )
-        self.kind, self.codec = _ending(self.path)
+        self.kind, self.codec = _format_of(self.path)
         self.count = 0
         self.lines: list[bytes] = []
         self.table: Any = None  # pyarrow's writer, once the columns are known
@@ -149,7 +159,7 @@ class RowWriter:
         return self
 
     def write(self, row: dict[str, Any] | bytes) -> None:
-        """Add a row, or the line that `encode_row` made of it."""
+        """Add an example, or the line that `encode_row` made of it."""
         self.lines.append(row if isinstance(row, bytes) else encode_row(row))
         self.count += 1
         if len(self.lines) == ROWS_AT_ONCE:
@@ -162,10 +172,12 @@ class RowWriter:
             self.file.write(b"\n".join(self.lines) + b"\n")
         elif self.lines:
             is_first = self.count == len(self.lines)
-            self.file.write((b"\n" if is_first else b",\n") + b",\n".join(self.lines))
+            self.file.write(b"\n" if is_first else b",\n")
+            self.file.write(b",\n".join(self.lines))
         self.lines = []
 
     def _write_table(self, rows: list[dict]) -> None:
+        """Write examples as a row group of Parquet; raise ValueError if they do not fit it."""
         import pyarrow
         import pyarrow.parquet
 
@@ -175,49 +187,62 @@ class RowWriter:
                 schema = pyarrow.schema(_columns(rows))
                 self.table = pyarrow.parquet.ParquetWriter(self.file, schema, compression="zstd")
             for number, row in enumerate(rows, start=first):
-                if unknown := row.keys() - set(self.table.schema.names):
+                unknown = row.keys() - set(self.table.schema.names)
+                if unknown:
                     raise ValueError(
                         f"row {number} has {min(unknown)!r}, which the first rows lack"
                     )
             self.table.write_table(pyarrow.Table.from_pylist(rows, self.table.schema))
         except (pyarrow.ArrowException, UnicodeEncodeError, TypeError, ValueError) as error:
-            reason = (
+            raise ValueError(
                 f"{self.path}: rows {first} to {self.count} fit no table: {error}. Write .jsonl."
-            )
-            raise ValueError(reason) from error
+            ) from error
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
-                if self.lines or self.table is None:
-                    self._flush()
-                if self.kind == "list":
-                    self.file.write(b"\n]\n" if self.count else b"]\n")
-                if self.table is not None:
-                    self.table.close()
-                self.file.close()
-                sync_and_rename(self.unfinished, self.path)
-                self.unfinished = None  # From now on another run's.
+                self._finish()
         finally:
             if self.table is not None:
-                self.table.close()  # Or it would, when it is forgotten, write to a closed file.
+                # A writer that is not closed here would write to a closed file later.
+                self.table.close()
             self.file.close()
             if self.unfinished:
                 self.unfinished.unlink(missing_ok=True)
             self.lock.close()
 
+    def _finish(self) -> None:
+        """Write what is left and give the file its name."""
+        if self.lines or self.table is None:
+            self._flush()
+        if self.kind == "list":
+            self.file.write(b"\n]\n" if self.count else b"]\n")
+        if self.table is not None:
+            self.table.close()
+        self.file.close()
+        sync_and_rename(self.unfinished, self.path)
+        self.unfinished = None  # The name may belong to another run from now on.
+
 
 def _columns(rows: list[dict]) -> list[tuple[str, Any]]:
-    """Name and type of every column: text, unless these rows have something else. Their own order, then usual keys."""
+    """Return name and type of every column of a table.
+
+    The keys of the examples are first, in their order, then the usual keys. A column is of text
+    unless these examples have other values.
+    """
     import pyarrow
 
-    found = []
-    for key in dict.fromkeys([key for row in rows for key in row] + list(KEYS)):
-        values = [row[key] for row in rows if row.get(key) is not None]
+    names: dict[str, None] = {}  # An ordered set.
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    names.update(dict.fromkeys(KEYS))
+    columns = []
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
         is_text = all(isinstance(value, str) for value in values)
-        found.append((key, pyarrow.string() if is_text else pyarrow.array(values).type))
-        if "struct<" in str(
-            found[-1][1]
-        ):  # Of these, pyarrow drops keys that later rows add, without an error.
-            raise ValueError(f"{key!r} has keys of its own")
-    return found
+        column_type = pyarrow.string() if is_text else pyarrow.array(values).type
+        if "struct<" in str(column_type):
+            # pyarrow would drop keys of such a value that only later rows have, without an error.
+            raise ValueError(f"{name!r} has keys of its own")
+        columns.append((name, column_type))
+    return columns

@@ -1,15 +1,16 @@
-"""Rows of questions and answers: read, checked, and made into what the collator pads.
+"""Reads the examples of a dataset file and checks them.
 
-    python -m ltu.index_dataset all.json --base_model DIR        for millions of rows; see ltu.training.dataset_index
+    python -m ltu.index_dataset all.json --base_model DIR        for millions of examples
 
-Notable:
-- Everything that can be wrong with a row is found before training, in seconds, and said with file and row number. (Of
-  more than 100,000 rows without an index, a question that fills the cutoff is found when its turn comes.)
-- A clip that cannot be heard is skipped, counted and named; its row's place is taken by the next one, so steps and
-  batch sizes stay. Features are never made up. More than `max_bad` such rows stop the run.
+Everything that can be wrong with an example is found before training, in seconds, and reported with
+the file and the number of the example. The exception: in a dataset file of more than 100,000
+examples without an index, a question that fills the cutoff is found when the example is used.
+
+In training, a clip that cannot be decoded is skipped, counted and named, and the next example takes
+its position, so the number of steps and the batch sizes stay the same. Features are never made up.
+More than `max_bad` such examples stop the run.
 """
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,17 +20,16 @@ from ltu.data.audio import AudioError, load_audio
 from ltu.data.dataset_files import stream_rows
 from ltu.data.dataset_parser import RowError
 
-logger = logging.getLogger(__name__)
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
 
 
 def read_rows(
     path: str | Path, audio_root: str | Path | None = None, need_output: bool = True
 ) -> list[dict]:
-    """All rows of `checked_rows`.
+    """Return all examples of `checked_rows`.
 
     Raises:
-        RowError: as there.
+        RowError: as `checked_rows`.
     """
     return list(checked_rows(path, audio_root, need_output))
 
@@ -40,69 +40,82 @@ def checked_rows(
     need_output: bool = True,
     max_errors: int = 10,
 ) -> Iterator[dict]:
-    """The rows `{"instruction", "input", "audio_id", "output", "dataset"?, "task"?}` of a file, one after another.
+    """Yield the examples `{"instruction", "input", "audio_id", "output", "dataset"?, "task"?}`.
 
     Args:
-        path: the file, in any format of `ltu.data.dataset_files`.
+        path: the dataset file, in any format of `ltu.data.dataset_files`.
         audio_root: folder of relative `audio_id`s; by default the folder of the file.
-        need_output: whether every row must have an answer (training) or may lack one (questions).
+        need_output: whether every example must have an answer (training) or may lack one
+            (questions).
+        max_errors: after so many invalid examples, reading stops.
 
     Yields:
-        the rows, each with `audio`: the path of its clip, or None.
+        the examples, each with `audio`: the path of its clip, or None.
 
     Raises:
-        RowError: there is none; or, at the end, what is wrong with the first `max_errors` bad rows, by number (from 1).
+        RowError: the file has no examples; or, at the end, examples are invalid. The message lists
+            the first `max_errors` of them by number (from 1).
     """
     path = Path(path)
-    root, errors, number = Path(audio_root or path.parent), [], 0
-    for number, row in enumerate(stream_rows(path), start=1):
-        if reason := what_is_wrong(row, need_output):
-            errors.append(f"{path}, row {number}: {reason}")
+    root = Path(audio_root or path.parent)
+    errors = []
+    number = 0
+    for number, example in enumerate(stream_rows(path), start=1):
+        reason = what_is_wrong(example, need_output)
+        if reason:
+            errors.append(f"{path}, example {number}: {reason}")
             if len(errors) == max_errors:
                 break
         elif not errors:
-            yield with_audio(row, root)
+            yield with_audio(example, root)
     if errors:
         raise RowError("\n".join(errors))
     if not number:
-        raise RowError(f"{path} holds no rows.")
+        raise RowError(f"{path} contains no examples.")
 
 
 def with_audio(row: dict, root: Path) -> dict:
-    """A row and `audio`: the path of its clip, or None."""
+    """Return an example with `audio`: the path of its clip, or None."""
     audio_id = row.get("audio_id")
     return row | {"audio": None if audio_id in NO_AUDIO else str(root / audio_id)}
 
 
 def no_answer_left(index: int, row: dict) -> RowError:
+    """Return the error of an example (`index` from 0) whose question alone fills the cutoff."""
     return RowError(
-        f"Row {index + 1}: no answer is left within --cutoff_len: the question alone fills it. Raise --cutoff_len or "
-        f"shorten the question: {row['instruction'][:80]!r}"
+        f"Example {index + 1}: no answer is left within --cutoff_len: the question alone fills it. "
+        f"Raise --cutoff_len or shorten the question: {row['instruction'][:80]!r}"
     )
 
 
 def what_is_wrong(row: dict, need_output: bool) -> str | None:
-    for key in ("instruction", "output") if need_output else ("instruction",):
+    """Return why an example is invalid, or None."""
+    required = ("instruction", "output") if need_output else ("instruction",)
+    for key in required:
         if key not in row:
             return f"no {key!r}; it has {sorted(row)}"
     for key in ("instruction", "input", "output"):
-        if row.get(key) is not None and not isinstance(row[key], str):
-            return f"{key!r} is a {type(row[key]).__name__}, not text"
+        value = row.get(key)
+        if value is not None and not isinstance(value, str):
+            return f"{key!r} is a {type(value).__name__}, not text"
     if row["instruction"] is None or (need_output and row["output"] is None):
         return "'instruction' or 'output' is null"
-    if not isinstance(row.get("audio_id"), str | None):
-        return f"'audio_id' is a {type(row['audio_id']).__name__}; give a path, or \"empty\" for a question without audio"
+    audio_id = row.get("audio_id")
+    if not isinstance(audio_id, str | None):
+        return (
+            f"'audio_id' is a {type(audio_id).__name__}; "
+            'give a path, or "empty" for a question without audio'
+        )
     return None
 
 
 def check_audio(rows: list[dict]) -> dict[str, AudioError]:
-    """Load every clip once; what cannot be heard, by path."""
-    bad = {}
-    for audio in tqdm(
-        sorted({row["audio"] for row in rows if row["audio"]}), desc="checking audio", unit="clip"
-    ):
+    """Decode every clip once and return the errors of those that cannot be decoded, by path."""
+    errors = {}
+    paths = sorted({row["audio"] for row in rows if row["audio"]})
+    for path in tqdm(paths, desc="checking audio", unit="clip"):
         try:
-            load_audio(audio)
+            load_audio(path)
         except AudioError as error:
-            bad[audio] = error
-    return bad
+            errors[path] = error
+    return errors

@@ -1,1 +1,1 @@
-"""Inference: the engine, its requests, the cache of audio embeddings, sampling, predictions files."""
+"""Generates answers: engine, requests, cache of audio embeddings, sampling, predictions files."""

@@ -1,4 +1,4 @@
-"""Answers the questions of dataset files, by one process or by several, and goes on where a run was stopped."""
+"""Answers the questions of dataset files in one process or several, and resumes stopped runs."""
 
 import argparse
 import hashlib
@@ -20,17 +20,20 @@ from ltu.inference.predictions_file import AnswerFile, Key
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
 
+MAX_ERRORS_SHOWN = 20
+
 
 class Ranks:
     """The processes of a torchrun, or this one alone."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1:  # One rank may wait for another as long as a run lasts.
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
 
     def gather(self, value: Any = None) -> list:
-        """The value of every rank, in each of them. Nobody goes on before all are here."""
+        """Return the values of all ranks, in each rank. A rank waits here for all others."""
         values = [value] * self.size
         if self.size > 1:
             torch.distributed.all_gather_object(values, value)
@@ -41,108 +44,141 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
 
-def prediction(row: dict, answer: Answer) -> dict:
-    """One entry of P.json."""
-    entry = asdict(answer) | {
-        name: round(getattr(answer, name), 3) for name in ("seconds_heard", "seconds_total")
+def make_prediction(example: dict, answer: Answer) -> dict:
+    """Make one entry of a predictions file."""
+    fields = asdict(answer)
+    for name in ("seconds_heard", "seconds_total"):
+        fields[name] = round(fields[name], 3)
+    prediction = {
+        "prompt": example["instruction"],
+        "pred": fields.pop("text"),
+        "ref": example.get("output"),
+        "audio_id": example.get("audio_id"),
     }
-    entry = {
-        "pred": entry.pop("text"),
-        "ref": row.get("output"),
-        "audio_id": row.get("audio_id"),
-    } | entry
-    return {"prompt": row["instruction"]} | entry
+    return prediction | fields
 
 
-def make_requests(rows: list[dict], args: argparse.Namespace) -> list[Request]:
-    given = {"mode": args.mode, "num_chunks": args.num_chunks}
+def make_requests(examples: list[dict], args: argparse.Namespace) -> list[Request]:
     return [
-        Request(r["instruction"], r["audio"], r.get("input"), r.get("audio_id"), **given)
-        for r in rows
+        Request(
+            example["instruction"],
+            example["audio"],
+            example.get("input"),
+            example.get("audio_id"),
+            mode=args.mode,
+            num_chunks=args.num_chunks,
+        )
+        for example in examples
     ]
 
 
 def make_keys(
     requests: list[Request], engine: LtuEngine, args: argparse.Namespace, ranks: Ranks
 ) -> list[Key]:
-    """What each answer depends on. Each rank reads its share of the clips."""
-    config, dtype = engine.model.config, engine.model.get_input_embeddings().weight.dtype
+    """Make a key for each request of everything that its answer depends on.
+
+    Each rank hashes a part of the clips.
+    """
     settings = [
         engine.kind,
         engine.checkpoint,
-        config.language_model_sha256,
-        str(dtype),
+        engine.model.config.language_model_sha256,
+        str(engine.model.get_input_embeddings().weight.dtype),
         args.quantization,
-    ]
-    settings += [
-        engine.processor.to_dict(),
+        engine.processor.to_dict(),  # With the prompt template and the audio encoder's input.
         engine.processor.tokenizer.get_vocab(),
-    ]  # Prompt and ear among them.
-    settings += [engine.processor.audio_settings, check_decoding(args.decoding), args.seed]
+        engine.processor.audio_settings,
+        check_decoding(args.decoding),
+        args.seed,
+    ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     clips = {(request.audio, request.audio_id): request for request in requests if request.audio}
-    mine = list(clips)[ranks.rank :: ranks.size]
+    own_clips = list(clips)[ranks.rank :: ranks.size]
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda clip: engine.clip_hash(clips[clip]) or f"unread: {clip}", mine)
-        parts = ranks.gather(dict(zip(mine, hashes, strict=True)))
-    found = {clip: content for part in parts for clip, content in part.items()} | {
-        (None, None): None
-    }
-    contents = [found.get((request.audio, request.audio_id)) for request in requests]
-    return [
-        (c, r.question, r.transcript, r.mode, r.num_chunks, digest)
-        for c, r in zip(contents, requests, strict=True)
-    ]
+        hashes = pool.map(
+            lambda clip: engine.clip_hash(clips[clip]) or f"unread: {clip}", own_clips
+        )
+        parts = ranks.gather(dict(zip(own_clips, hashes, strict=True)))
+    hash_of_clip: dict[tuple, str | None] = {}
+    for part in parts:
+        hash_of_clip |= part
+    keys = []
+    for request in requests:
+        clip = hash_of_clip.get((request.audio, request.audio_id))
+        keys.append(
+            (clip, request.question, request.transcript, request.mode, request.num_chunks, digest)
+        )
+    return keys
 
 
 def answer_file(
-    file: AnswerFile, rows: list[dict], engine: LtuEngine, args: argparse.Namespace, ranks: Ranks
+    file: AnswerFile,
+    examples: list[dict],
+    engine: LtuEngine,
+    args: argparse.Namespace,
+    ranks: Ranks,
 ) -> list[Answer]:
-    """Ask what is not answered yet, and write the whole file. Returns the answers of all rows; on rank 0 only."""
-    requests = make_requests(rows, args)
+    """Answer the questions that have no answer yet, and write the whole predictions file.
+
+    Returns:
+        the answers of all examples on rank 0; nothing on other ranks.
+    """
+    requests = make_requests(examples, args)
     keys = make_keys(requests, engine, args, ranks)
-    # Read by rank 0 alone: by the time that others did, it might have added to it.
-    kept = (
-        {key for key, answer in file.merge().items() if answer.answered}
-        if ranks.rank == 0
-        else None
-    )
-    kept = ranks.gather(kept)[0]
-    todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in kept}
-    clips = list(
-        dict.fromkeys(key[0] or key[1] for key in todo)
-    )  # Questions without a clip are spread as if each had.
-    own = set(clips[ranks.rank :: ranks.size])
-    mine = [key for key in todo if (key[0] or key[1]) in own]
+    # Only rank 0 reads the partial file: it might have changed by the time that others read it.
+    answered = None
+    if ranks.rank == 0:
+        answered = {key for key, answer in file.merge().items() if answer.answered}
+    answered = ranks.gather(answered)[0]
+    todo = {
+        key: request for key, request in zip(keys, requests, strict=True) if key not in answered
+    }
+    # Questions about one clip go to one rank. Those without a clip are spread by their text.
+    clips = list(dict.fromkeys(key[0] or key[1] for key in todo))
+    own_clips = set(clips[ranks.rank :: ranks.size])
+    own_keys = [key for key in todo if (key[0] or key[1]) in own_clips]
     start = time.perf_counter()
-    answering = engine.run([todo[key] for key in mine], args.batch_size, args.seed, **args.decoding)
-    is_quiet = ranks.rank > 0 or not mine
-    for index, answer in tqdm(answering, "answering", len(mine), unit="question", disable=is_quiet):
-        file.append(mine[index], answer)
+    own_requests = [todo[key] for key in own_keys]
+    answers_of_run = engine.run(own_requests, args.batch_size, args.seed, **args.decoding)
+    progress = tqdm(
+        answers_of_run,
+        "answering",
+        len(own_keys),
+        unit="question",
+        disable=ranks.rank > 0 or not own_keys,
+    )
+    for index, answer in progress:
+        file.append(own_keys[index], answer)
     ranks.gather()
     if ranks.rank > 0:
         return []
     seconds = time.perf_counter() - start
     found = file.merge()
     answers = [found[key] for key in keys]
-    file.write([prediction(row, answer) for row, answer in zip(rows, answers, strict=True)])
+    file.write(
+        [
+            make_prediction(example, answer)
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+    )
     print_summary(str(file.path), answers)
     rate = sum(found[key].answered for key in todo) / seconds
-    print(
-        f"  {sum(key in kept for key in keys)} from the partial file; asked {len(todo)}, {rate:.2f} questions/s"
-    )
-    for answer in [answer for answer in answers if not answer.answered][:20]:
+    num_stored = sum(key in answered for key in keys)
+    print(f"  {num_stored} from the partial file; generated {len(todo)}, {rate:.2f} questions/s")
+    failed = [answer for answer in answers if not answer.answered]
+    for answer in failed[:MAX_ERRORS_SHOWN]:
         print(f"  {answer.error}", file=sys.stderr)
     return answers
 
 
 def print_summary(name: str, answers: list[Answer]) -> None:
-    """What became of the questions, and how much of their clips was heard."""
+    """Print the number of answers by status, and how much of their clips was used."""
     counts = Counter(answer.status for answer in answers).most_common()
-    answered = sum(answer.answered for answer in answers)
-    heard, total = (
-        sum(answer.seconds_heard for answer in answers),
-        sum(answer.seconds_total for answer in answers),
-    )
+    num_answered = sum(answer.answered for answer in answers)
+    seconds_used = sum(answer.seconds_heard for answer in answers)
+    seconds_total = sum(answer.seconds_total for answer in answers)
     print(f"{name}: {', '.join(f'{status} {count}' for status, count in counts)}")
-    print(f"  answered {answered} of {len(answers)} questions; heard {heard:.1f} of {total:.1f} s")
+    print(
+        f"  answered {num_answered} of {len(answers)} questions; "
+        f"used {seconds_used:.1f} of {seconds_total:.1f} s of audio"
+    )

@@ -1,4 +1,4 @@
-"""Whether batched answers are those of one question at a time, on a user's own clips, model and hardware."""
+"""Checks that batched answers equal single ones, on a user's own clips, model and hardware."""
 
 import random
 import sys
@@ -13,14 +13,16 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.inference.sampling import check_decoding
 
-NEAR_TIE = 1e-2  # between the two highest logits: bf16 and fp16 may round such a step either way
-# Neighbours in bf16 lie further apart than that, 0.06 for logits from 8 to 16, and the rounding of many layers adds up:
-# SmolLM2 in bf16 gives the two highest logits of one prompt up to three of them apart, alone and in a batch.
+# Difference of the two highest logits below which bf16 and fp16 may round a step either way.
+NEAR_TIE = 1e-2
+# Adjacent numbers in bf16 are further apart than that, 0.06 for logits from 8 to 16, and the
+# rounding of many layers adds up: the two highest logits of one prompt of SmolLM2 in bf16 change
+# by up to three of these steps between single and batched generation.
 BFLOAT16_STEPS = 4
 
 
 class TopTwo(LogitsProcessor):
-    """Keeps the two highest scores of each step."""
+    """Stores the two highest scores of each step."""
 
     def __init__(self):
         self.values: list[torch.Tensor] = []
@@ -33,9 +35,14 @@ class TopTwo(LogitsProcessor):
 def generate(
     engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]
 ) -> tuple[list, list]:
-    """Greedy ids of one batch, end token included; and by how much each step's token led, and what may decide it the
-    other way. Both a list a request."""
-    settings, lead = check_decoding(decoding), TopTwo()
+    """Generate greedily for one batch.
+
+    Returns:
+        for each request its new tokens, end token included; and for each of its steps the lead of
+        the token in logits, and the lead below which rounding may decide otherwise.
+    """
+    settings = check_decoding(decoding)
+    lead = TopTwo()
     batch = engine.inputs(requests, settings["max_new_tokens"])
     room = engine.model.config.num_positions - int(batch["attention_mask"].sum(1).max())
     settings |= {
@@ -62,11 +69,17 @@ def generate(
 def differences(
     engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]
 ) -> list[tuple]:
-    """Ask one by one, all at once, and shuffled in smaller batches. Where the latter two part from the first: which
-    batches, number of the request, step, by how much the single answer's token led there, and what may be rounding."""
+    """Compare generation one by one with all at once, and with shuffled smaller batches.
+
+    Returns:
+        for each answer that differs: a name of the batches, the number of the request, the first
+            step that differs, the lead of the single answer's token there, and the lead that
+            rounding may cause.
+    """
     alone = [generate(engine, [request], decoding) for request in requests]
     count = len(requests)
-    order, size = random.Random(0).sample(range(count), count), max(2, count // 3)
+    order = random.Random(0).sample(range(count), count)
+    size = max(2, count // 3)
     parts = [order[start : start + size] for start in range(0, count, size)]
     found = []
     for name, batches in (
@@ -86,30 +99,34 @@ def differences(
 
 
 def check_batch(engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]) -> int:
-    """Print a row for each difference. Returns 1 if one of them is more than rounding, else 0."""
+    """Print a line for each difference. Return 1 if one of them is more than rounding, else 0."""
     if decoding.get("do_sample") or decoding.get("num_beams", 1) > 1:
         raise ValueError(
             "--check_batch compares greedy answers: leave the flags of sampling and beams out."
         )
-    heard = engine.cache.encode(requests)
-    for clip in heard:
+    clips = engine.cache.encode(requests)
+    for clip in clips:
         if isinstance(clip, AudioError):
             print(f"left out: {clip}", file=sys.stderr)
-    numbers = [index for index, clip in enumerate(heard) if not isinstance(clip, AudioError)]
+    numbers = [index for index, clip in enumerate(clips) if not isinstance(clip, AudioError)]
     if len(numbers) < 2:
-        raise ValueError("--check_batch needs two questions or more whose clips can be heard.")
+        raise ValueError("--check_batch needs two questions or more whose clips can be decoded.")
     dtypes = {parameter.dtype for parameter in engine.model.language_model.parameters()}
     # Whisper computes in half precision on a GPU only.
-    is_part_of_audio_encoder = (
+    has_fp16_whisper = (
         engine.model.device.type == "cuda" and "fp16" in engine.processor.audio_settings
     )
-    is_exact = dtypes == {torch.float32} and not is_part_of_audio_encoder
+    is_exact = dtypes == {torch.float32} and not has_fp16_whisper
     found = differences(engine, [requests[index] for index in numbers], decoding)
-    rounded = f"where a token leads by {NEAR_TIE} or less (bf16: {BFLOAT16_STEPS} of its steps), another may win"
-    rule = "fp32, so every token must be equal" if is_exact else rounded
-    print(
-        f"{len(numbers)} questions one by one and batched: {rule}\n{'question':>8} {'step':>5} {'lead':>9}  batches"
-    )
+    if is_exact:
+        rule = "fp32, so every token must be equal"
+    else:
+        rule = (
+            f"where a token leads by {NEAR_TIE} or less (bf16: {BFLOAT16_STEPS} of its steps), "
+            "another may win"
+        )
+    print(f"{len(numbers)} questions one by one and batched: {rule}")
+    print(f"{'question':>8} {'step':>5} {'lead':>9}  batches")
     failures = [is_exact or lead > near for *_, lead, near in found]
     for (name, index, step, lead, near), has_failed in zip(found, failures, strict=True):
         verdict = "DIFFERS" if has_failed else f"near tie, up to {near:.2g}"

@@ -1,9 +1,8 @@
-"""Clips -> what the language model hears of them, each content once.
+"""Computes the audio embeddings of clips and caches them by content.
 
-Notable:
-- What the ear made of a clip is kept by a hash of the clip's content, never by its name, up to a size limit; what was
-  asked for least recently goes first.
-- A clip's waveform is dropped as soon as it is encoded, and clips are encoded before too much sound has gathered.
+The embeddings and the transcript of a clip are cached under a hash of the clip's content, never
+under its name. If the cache is full, the entry that was not used for the longest time goes first.
+A waveform is dropped as soon as it is encoded, and clips are encoded before too many wait.
 """
 
 import hashlib
@@ -12,6 +11,7 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,163 +21,200 @@ import torch
 from ltu.data.audio import AudioClip, AudioError, AudioSource, Waveform, load_audio
 from ltu.files import sha256_of
 
-MAX_WAITING_SECONDS = 600  # of sound, at most, between hearing and encoding: 40 MB at 16 kHz
-CHUNKS_PER_PASS = 16  # through the ear
+# Seconds of audio that are decoded and not yet encoded, at most: 40 MB at 16 kHz.
+MAX_WAITING_SECONDS = 600
+# Chunks in one forward pass of the audio encoder.
+CHUNKS_PER_PASS = 16
+# Bytes of a cache entry besides embeddings and transcript, about.
+ENTRY_BYTES = 1000
 
 
 def hash_content(audio: AudioSource) -> str | None:
-    """sha256 of a file's bytes, or of an array with its shape, type and rate; None if there is nothing to read."""
+    """Return the sha256 of a file's bytes, or of an array with its shape, type and rate.
+
+    Returns None if there is nothing to read.
+    """
     if isinstance(audio, str | Path):
         try:
-            found = os.stat(audio)
+            status = os.stat(audio)
             # A pipe, or a file of the kernel's, which has no size, could be read for ever.
-            return sha256_of(audio) if stat.S_ISREG(found.st_mode) and found.st_size else None
+            is_readable = stat.S_ISREG(status.st_mode) and status.st_size
+            return sha256_of(audio) if is_readable else None
         except (OSError, ValueError):
             return None
     if isinstance(audio, bytes):
         return hashlib.sha256(audio).hexdigest()
     if isinstance(audio, Waveform):
         audio = audio.waveform, audio.sampling_rate
-    array, rate = audio if isinstance(audio, tuple) and len(audio) == 2 else (audio, None)
-    if not isinstance(array, np.ndarray):  # None; of what is no clip, hearing says what it is.
+    has_rate = isinstance(audio, tuple) and len(audio) == 2
+    array, rate = audio if has_rate else (audio, None)
+    if not isinstance(array, np.ndarray):  # None, or a type that decoding refuses.
         return None
-    described = f"{array.shape} {array.dtype} {rate}".encode()
-    return hashlib.sha256(described + np.ascontiguousarray(array).tobytes()).hexdigest()
+    description = f"{array.shape} {array.dtype} {rate}".encode()
+    return hashlib.sha256(description + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@dataclass
+class PendingClip:
+    """A clip that is loaded, and what is still missing for its requests."""
+
+    key: tuple
+    clip: AudioClip
+    needs_embeds: bool
+    needs_transcript: bool
 
 
 class EmbeddingCache:
-    """The ear of a engine.
+    """Encodes the clips of requests, each content once.
 
     Args:
         model, processor: of one checkpoint folder.
-        megabytes: what is kept at most, on the device of the model. 0: nothing, beyond one call of `encode`.
+        megabytes: size of the cache, at most, on the device of the model. 0: nothing is cached
+            beyond one call of `encode`.
     """
 
     def __init__(self, model: Any, processor: Any, megabytes: float = 256):
         if not megabytes >= 0:
-            raise ValueError(f"{megabytes} MB cannot be kept of clips; give a number from 0.")
-        self.model, self.processor = model, processor
+            raise ValueError(f"A cache of {megabytes} MB is not possible; give a number from 0.")
+        self.model = model
+        self.processor = processor
         self.limit = int(megabytes * 2**20)
         self.entries: OrderedDict[tuple, AudioClip] = OrderedDict()
         self.size = 0
-        self.encoded = 0  # clips that went through the ear, ever
+        self.encoded = 0  # Clips that the audio encoder has encoded, ever.
         self.lock = threading.Lock()
 
     def hash_of(self, request: Any) -> str | None:
-        """Hash of a request's clip: of what the feature folder holds, else of its content."""
-        try:
-            stored = (
-                self.processor.stored(request.audio, request.audio_id)
-                if request.num_chunks == 1
-                else None
-            )
-        except AudioError:
-            return None
+        """Return a hash of a clip: of its stored features if there are any, else of its content."""
+        stored = None
+        if request.num_chunks == 1:
+            try:
+                stored = self.processor.find_stored_features(request.audio, request.audio_id)
+            except AudioError:
+                return None
         if stored is None:
             return hash_content(request.audio)
-        speech = (stored.transcript or "").encode("utf-8", "surrogatepass")
-        return hashlib.sha256(stored.features.contiguous().numpy().tobytes() + speech).hexdigest()
+        transcript = (stored.transcript or "").encode("utf-8", "surrogatepass")
+        features = stored.features.contiguous().numpy().tobytes()
+        return hashlib.sha256(features + transcript).hexdigest()
 
     def encode(self, requests: Sequence[Any]) -> list[AudioClip | AudioError | None]:
-        """What is heard of each request's clip: encoded, transcribed where that is wanted; or why it cannot be."""
+        """Return each request's clip with embeddings and transcript, as far as the request needs
+        them.
+
+        A clip that cannot be decoded is an AudioError in its place, a request without audio is
+        None.
+        """
+        # Hashing needs no shared state, so it does not make other threads wait.
+        keys = [None if request.audio is None else self._key(request) for request in requests]
+        requests_by_key: dict[tuple, list[Any]] = {}
+        for key, request in zip(keys, requests, strict=True):
+            if key is not None:
+                requests_by_key.setdefault(key, []).append(request)
         with self.lock:
-            keys = [None if request.audio is None else self._key(request) for request in requests]
-            found: dict[tuple, AudioClip | AudioError] = {}
-            waiting: list[tuple[tuple, AudioClip, bool, bool]] = []
-            for key in dict.fromkeys(key for key in keys if key is not None):
-                asking = [
-                    request for request, own in zip(requests, keys, strict=True) if own == key
-                ]
-                needs_sound = any(request.mode != "asr_only" for request in asking)
-                needs_words = self.processor.transcribes and any(
-                    request.transcript is None and request.mode != "audio_only"
-                    for request in asking
-                )
-                known = self.entries.get(key, AudioClip(None, 0.0))
-                needs_sound = needs_sound and known.embeds is None
-                needs_words = needs_words and known.transcript is None
-                if key in self.entries and not needs_sound and not needs_words:
-                    self.entries.move_to_end(key)
-                    found[key] = known
-                    continue
+            results: dict[tuple, AudioClip | AudioError] = {}
+            pending: list[PendingClip] = []
+            for key, same_clip in requests_by_key.items():
                 try:
-                    clip = self._load(asking[0], needs_words)
+                    found = self._find_or_load(key, same_clip)
                 except AudioError as error:
-                    found[key] = error
+                    results[key] = error
                     continue
-                clip.embeds, clip.transcript = known.embeds, known.transcript or clip.transcript
-                found[key] = clip
-                waiting.append((key, clip, needs_sound, needs_words))
-                if sum(clip.seconds for _, clip, _, _ in waiting) > MAX_WAITING_SECONDS:
-                    found |= self._encode_waiting(waiting)
-                    waiting = []
-            found |= self._encode_waiting(waiting)
-            return [None if key is None else found[key] for key in keys]
+                results[key] = found.clip
+                if not found.needs_embeds and not found.needs_transcript and key in self.entries:
+                    continue
+                pending.append(found)
+                if sum(waiting.clip.seconds for waiting in pending) > MAX_WAITING_SECONDS:
+                    results |= self._encode_pending(pending)
+                    pending = []
+            results |= self._encode_pending(pending)
+        return [None if key is None else results[key] for key in keys]
 
     def _key(self, request: Any) -> tuple:
         digest = self.hash_of(request)
-        # Without content there is nothing to keep, but two requests of one call may mean the same.
-        named = None if digest else (str(request.audio), request.audio_id)
-        return digest, named, request.num_chunks, self.processor.audio_settings
+        # Without content nothing can be cached, but two requests of one call may mean the same.
+        name = None if digest else (str(request.audio), request.audio_id)
+        return digest, name, request.num_chunks, self.processor.audio_settings
 
-    def _load(self, request: Any, needs_words: bool) -> AudioClip:
+    def _find_or_load(self, key: tuple, requests: list[Any]) -> PendingClip:
+        """Take a clip from the cache, or load it if the requests need more than the cache has."""
+        needs_embeds = any(request.mode != "asr_only" for request in requests)
+        needs_transcript = self.processor.transcribes and any(
+            request.transcript is None and request.mode != "audio_only" for request in requests
+        )
+        known = self.entries.get(key, AudioClip(None, 0.0))
+        needs_embeds = needs_embeds and known.embeds is None
+        needs_transcript = needs_transcript and known.transcript is None
+        if key in self.entries and not needs_embeds and not needs_transcript:
+            self.entries.move_to_end(key)
+            return PendingClip(key, known, False, False)
+        clip = self._load(requests[0], needs_transcript)
+        clip.embeds = known.embeds
+        clip.transcript = known.transcript or clip.transcript
+        return PendingClip(key, clip, needs_embeds, needs_transcript)
+
+    def _load(self, request: Any, needs_transcript: bool) -> AudioClip:
         clip = self.processor.load_clip(request.audio, request.audio_id, request.num_chunks)
         config = self.model.config
-        clip.num_chunks = min(
-            clip.num_chunks, max(1, config.num_positions // config.num_audio_tokens)
-        )
-        if needs_words and clip.transcript is None and clip.waveform is None:
-            clip.waveform = load_audio(clip.source)  # The feature folder has no words of it.
+        max_chunks = max(1, config.num_positions // config.num_audio_tokens)
+        clip.num_chunks = min(clip.num_chunks, max_chunks)
+        if needs_transcript and clip.transcript is None and clip.waveform is None:
+            clip.waveform = load_audio(clip.source)  # The feature folder has no transcript of it.
         return clip
 
     @torch.no_grad()
-    def _encode_waiting(
-        self, waiting: list[tuple[tuple, AudioClip, bool, bool]]
-    ) -> dict[tuple, AudioError]:
-        """Transcripts and vectors of clips; then they are kept, without their waveforms. Returns what failed."""
-        speech = [
-            clip for _, clip, _, needs_words in waiting if needs_words and clip.transcript is None
+    def _encode_pending(self, pending: list[PendingClip]) -> dict[tuple, AudioError]:
+        """Transcribe, encode and cache clips, and drop their waveforms. Return what failed."""
+        without_transcript = [
+            waiting.clip
+            for waiting in pending
+            if waiting.needs_transcript and waiting.clip.transcript is None
         ]
-        if speech:
-            self.processor.complete_transcripts(speech, [None] * len(speech))
-        passes: list[list[AudioClip]] = []  # As many clips as fill a pass; a long clip goes alone.
-        for clip in (clip for _, clip, needs_sound, _ in waiting if needs_sound):
-            if (
-                not passes
-                or sum(own.num_chunks for own in passes[-1]) + clip.num_chunks > CHUNKS_PER_PASS
-            ):
-                passes.append([])
-            passes[-1].append(clip)
+        if without_transcript:
+            self.processor.complete_transcripts(
+                without_transcript, [None] * len(without_transcript)
+            )
+        batches = _make_batches([waiting.clip for waiting in pending if waiting.needs_embeds])
         failed: dict[int, AudioError] = {}
-        while passes:
-            clips = passes.pop()
+        while batches:
+            clips = batches.pop()
             try:
                 self._embed(clips)
-            except AudioError as error:  # One clip's; the others of its pass must not suffer.
-                passes += [[clip] for clip in clips] if len(clips) > 1 else []
-                failed |= {id(clips[0]): error} if len(clips) == 1 else {}
-        for key, clip, _, _ in waiting:
-            clip.waveform = clip.features = None
-            if id(clip) not in failed:
-                self._store(key, clip)
-        return {key: failed[id(clip)] for key, clip, _, _ in waiting if id(clip) in failed}
+            except AudioError as error:
+                if len(clips) == 1:
+                    failed[id(clips[0])] = error
+                else:  # The error is that of one clip, so each is tried alone.
+                    batches += [[clip] for clip in clips]
+        errors = {}
+        for waiting in pending:
+            clip = waiting.clip
+            clip.waveform = None
+            clip.features = None
+            if id(clip) in failed:
+                errors[waiting.key] = failed[id(clip)]
+            else:
+                self._store(waiting.key, clip)
+        return errors
 
     def _embed(self, clips: list[AudioClip]) -> None:
         features = self.processor.extract_features(clips)  # (chunks, ...)
-        # On a new GPU convolutions would be rounded to 10 bits, and differ with what else is in the pass.
+        # TF32 would round convolutions to 10 bits, and make embeddings depend on the batch.
         with torch.backends.cudnn.flags(allow_tf32=False):
-            embeds = torch.cat(
-                [self.model.get_audio_features(part) for part in features.split(CHUNKS_PER_PASS)]
-            )
-        for clip, own in zip(clips, embeds.split([clip.num_chunks for clip in clips]), strict=True):
-            clip.embeds = own.clone()  # A view would hold the whole pass in memory.
+            parts = [
+                self.model.get_audio_features(part) for part in features.split(CHUNKS_PER_PASS)
+            ]
+        embeds = torch.cat(parts)  # (chunks, audio tokens, hidden)
+        embeds_of_clips = embeds.split([clip.num_chunks for clip in clips])
+        for clip, own_embeds in zip(clips, embeds_of_clips, strict=True):
+            clip.embeds = own_embeds.clone()  # A view would hold the whole batch in memory.
         self.encoded += len(clips)
 
     def _store(self, key: tuple, clip: AudioClip) -> None:
-        if key[0] is None or self.limit == 0:
+        digest = key[0]
+        if digest is None or self.limit == 0:
             return
         if not isinstance(clip.source, str | Path):
-            clip.source = None  # The sound itself is not to be kept.
+            clip.source = None  # The audio itself is not cached.
         self._drop(key)
         self.entries[key] = clip
         self.size += _size_of(clip)
@@ -189,6 +226,23 @@ class EmbeddingCache:
             self.size -= _size_of(self.entries.pop(key))
 
 
+def _make_batches(clips: list[AudioClip]) -> list[list[AudioClip]]:
+    """Group clips, in their order, into batches of at most `CHUNKS_PER_PASS` chunks.
+
+    A clip with more chunks is a batch of its own.
+    """
+    batches: list[list[AudioClip]] = []
+    num_chunks = 0  # Of the last batch.
+    for clip in clips:
+        if not batches or num_chunks + clip.num_chunks > CHUNKS_PER_PASS:
+            batches.append([])
+            num_chunks = 0
+        batches[-1].append(clip)
+        num_chunks += clip.num_chunks
+    return batches
+
+
 def _size_of(clip: AudioClip) -> int:
-    vectors = 0 if clip.embeds is None else clip.embeds.nbytes
-    return vectors + len(clip.transcript or "") + 1000  # of the entry itself, about
+    """Return the bytes of a cache entry, about."""
+    embeds = 0 if clip.embeds is None else clip.embeds.nbytes
+    return embeds + len(clip.transcript or "") + ENTRY_BYTES

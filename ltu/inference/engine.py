@@ -1,16 +1,16 @@
-"""Clips and questions -> answers: in batches, streamed, scored; one encoding for many questions.
+"""Generates answers to requests: in batches, streamed, or as scores of given answers.
 
-Notable:
-- Requests are batched by clip and by length and answered in input order; a batch gives each the answer that it gets
-  alone (fp32: token by token).
-- A clip is encoded once however many questions ask about it (`ltu.inference.embedding_cache`).
-- A clip that cannot be heard gives an answer that says so; features are never made up.
+Requests are batched by clip and by length, and answered in the order of the input. Generation is
+batch-invariant: in fp32 a request gets the same tokens alone and in any batch. A clip is encoded
+once, however many requests are about it (`ltu.inference.embedding_cache`). A clip that cannot be
+decoded gives an answer with the reason; features are never made up.
 """
 
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,6 +23,7 @@ from transformers import AutoProcessor, BatchFeature, LogitsProcessorList, Stopp
 from ltu.checkpoints.open_checkpoint import open_model
 from ltu.data.audio import AudioClip, AudioError
 from ltu.inference.embedding_cache import EmbeddingCache
+from ltu.inference.label_scoring import score_labels
 from ltu.inference.requests import ROW_SETTINGS, Answer, OnText, Request, batches
 from ltu.inference.sampling import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
 from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
@@ -30,12 +31,27 @@ from ltu.models.prompt_template import RenderedPrompt
 from ltu.models.version_check import check_generation
 
 
+@dataclass
+class Prompt:
+    """A request of a batch on its way through the model."""
+
+    index: int  # In the batch.
+    answer: Answer
+    settings: dict[str, Any]
+    seed: str
+    tokens: list[int]
+    embeds: torch.Tensor | None  # (chunks, audio tokens, hidden)
+    max_new_tokens: int
+
+
 class LtuEngine:
-    """A model and its processor, ready to be asked. Threads may share it; batches are computed one at a time.
+    """A model and its processor, ready to generate.
+
+    Threads may share an engine; it computes one batch at a time.
 
     Args:
         model, processor: of one checkpoint folder.
-        cache_mb: what is kept of clips for further questions, at most.
+        cache_mb: size of the cache of audio embeddings, at most.
         folder: that checkpoint folder, for the hash in answers.
     """
 
@@ -66,26 +82,26 @@ class LtuEngine:
         Args:
             device: "cuda", "mps" or "cpu"; by default the best of them.
             dtype: of the language model.
-            language_model: another place of the folder's language model.
-            device_map: spreads the language model over GPUs ("auto"); then `device` is Whisper's only.
+            language_model: another folder or hub id of the same language model.
+            device_map: spreads the language model over GPUs ("auto"); then `device` is Whisper's
+                only.
             quantization: "8bit" or "4bit" weights of the language model, by bitsandbytes.
             attention: "sdpa", "flash_attention_2" or "eager", of the language model.
             compile: run the language model through torch.compile.
 
         Raises:
-            ValueError: a setting is impossible, or a library is of a version that was not tested and
-                generation is wrong on it.
+            ValueError: a setting is impossible, or a library is of a version that was not tested
+                and generation is wrong on it.
         """
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
-        best = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-        device = device or best
-        device_map = {"": device} if quantization and not device_map else device_map
+        if device is None:
+            device = "cpu"
+            if torch.cuda.is_available():
+                device = "cuda"
+            elif torch.backends.mps.is_available():
+                device = "mps"
+        if quantization and not device_map:
+            device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
         processor = AutoProcessor.from_pretrained(folder)
         if hasattr(processor.feature_extractor, "device"):  # LTU-AS's is a Whisper.
@@ -109,11 +125,11 @@ class LtuEngine:
 
     @cached_property
     def checkpoint(self) -> str:
-        """sha256 of the folder's weights; "" for a model that came from none."""
+        """sha256 of the folder's weights; "" for a model that was not opened from a folder."""
         return sha256_of_weights(self.folder) if self.folder else ""
 
     def clip_hash(self, request: Request) -> str | None:
-        """sha256 of a clip's content; None without a clip, or where it cannot be read."""
+        """Return the sha256 of a clip's content; None without a clip, or if it cannot be read."""
         return self.cache.hash_of(request)
 
     def __call__(
@@ -124,7 +140,11 @@ class LtuEngine:
         progress: bool = False,
         **decoding: Any,
     ) -> list[Answer]:
-        """Answer requests, in their order. `decoding` as of `check_decoding`; by default greedy, at most 400 tokens."""
+        """Answer requests, in their order.
+
+        Args:
+            decoding: settings as of `check_decoding`; by default greedy, at most 400 tokens.
+        """
         answers: list[Answer | None] = [None] * len(requests)
         with tqdm(
             total=len(requests), desc="answering", unit="question", disable=not progress
@@ -142,14 +162,19 @@ class LtuEngine:
         on_text: OnText | None = None,
         **decoding: Any,
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers with the number of their request, as batches are done.
+        """Answer requests, batch by batch.
 
         Args:
-            on_text: called with a request's number and its text so far, which only grows; False cancels that request.
+            on_text: called with the number of a request and its text so far, which only grows;
+                False
+                cancels that request.
+
+        Yields:
+            the number of a request and its answer.
 
         Raises:
-            ValueError: a decoding setting is impossible, or the prompt template cannot express a history; before
-                anything is asked.
+            ValueError: a decoding setting is impossible, or the prompt template cannot express a
+                history; before anything is generated.
         """
         settings = [check_decoding(decoding | request.decoding) for request in requests]
         if batch_size < 1:
@@ -159,32 +184,28 @@ class LtuEngine:
             self.render(request, "")
         seeds = [seed if request.seed is None else request.seed for request in requests]
         for batch in batches(requests, settings, batch_size):
-            for index in [
-                index for index in batch if on_text is not None and on_text(index, "") is False
-            ]:
-                batch.remove(index)  # Nobody waits for it any more.
-                yield (
-                    index,
-                    Answer(
-                        "", model=self.kind, checkpoint=self.checkpoint, finish_reason="cancelled"
-                    ),
-                )
+            if on_text is not None:
+                cancelled = [index for index in batch if on_text(index, "") is False]
+                batch = [index for index in batch if index not in cancelled]
+                for index in cancelled:
+                    answer = self._empty_answer()
+                    answer.finish_reason = "cancelled"
+                    yield index, answer
             if not batch:
                 continue
-            inner = (
-                None
-                if on_text is None
-                else (lambda row, text, batch=batch: on_text(batch[row], text))
-            )
-            asked = [requests[index] for index in batch]
             with self._generating:
                 answers = self._answer(
-                    asked, [settings[i] for i in batch], [seeds[i] for i in batch], inner
+                    [requests[index] for index in batch],
+                    [settings[index] for index in batch],
+                    [seeds[index] for index in batch],
+                    _renumber(on_text, batch),
                 )
             yield from zip(batch, answers, strict=True)
 
     def stream(self, request: Request, seed: int = 42, **decoding: Any) -> Iterator[str | Answer]:
-        """The text so far, whenever it has grown, at last the answer. Who stops reading cancels it.
+        """Yield the text so far, whenever it has grown, and at last the answer.
+
+        A caller that stops reading cancels the request.
 
         Raises:
             ValueError: as of `run`.
@@ -202,41 +223,47 @@ class LtuEngine:
             finally:
                 queue.put(None)
 
-        shown, pool = "", ThreadPoolExecutor(1, "stream")
+        shown = ""
+        pool = ThreadPoolExecutor(1, "stream")
         try:
             answer = pool.submit(work)
             while (text := queue.get()) is not None:
                 if text != shown:
-                    yield (shown := text)
+                    shown = text
+                    yield text
             yield answer.result()  # Or what was raised there.
         finally:
             is_left.set()
             pool.shutdown(wait=False)
 
     def score(self, request: Request, candidates: list[str], **settings: Any) -> list[Any]:
-        """Log-likelihood of each candidate as the answer; see `ltu.inference.label_scoring.score_labels`."""
-        from ltu.inference.label_scoring import score_labels
+        """Compute the log-likelihood of each candidate as the answer.
 
+        `ltu.inference.label_scoring.score_labels` describes settings and results.
+        """
         with self._generating:
             return score_labels(self, request, candidates, **settings)
 
     def inputs(self, requests: list[Request], new_tokens: int = 0) -> BatchFeature:
-        """What `generate` takes for requests whose clips can be heard, with room for `new_tokens` behind them.
+        """Make the arguments of `generate` for requests, with positions for `new_tokens` after
+        them.
 
         Raises:
-            ltu.data.audio.AudioError: one cannot.
+            ltu.data.audio.AudioError: a clip cannot be decoded.
         """
         clips = self.cache.encode(requests)
-        if errors := [clip for clip in clips if isinstance(clip, AudioError)]:
-            raise errors[0]
-        rows = [
-            self.encode(request, clip, new_tokens)
-            for request, clip in zip(requests, clips, strict=True)
-        ]
-        return self.pad_batch([row[0] for row in rows], [row[1] for row in rows])
+        for clip in clips:
+            if isinstance(clip, AudioError):
+                raise clip
+        tokens, embeds = [], []
+        for request, clip in zip(requests, clips, strict=True):
+            own_tokens, own_embeds, _ = self.encode(request, clip, new_tokens)
+            tokens.append(own_tokens)
+            embeds.append(own_embeds)
+        return self.pad_batch(tokens, embeds)
 
     def render(self, request: Request, transcript: str | None) -> RenderedPrompt:
-        """What stands around the answer. The transcript is in the message that has the clip.
+        """Render the prompt of a request. The transcript is in the message that has the clip.
 
         Raises:
             ValueError: the prompt template cannot express a history.
@@ -247,35 +274,50 @@ class LtuEngine:
                 f"The template {name!r} of this checkpoint knows single questions only, no history."
             )
         messages = [*request.history, {"role": "user", "content": request.question}]
-        place = next(
-            (i for i, message in enumerate(messages) if message.get("audio") is not None), -1
-        )
-        messages[place] = messages[place] | {"transcript": transcript}
+        has_audio = [message.get("audio") is not None for message in messages]
+        position = has_audio.index(True) if True in has_audio else -1
+        messages[position] = messages[position] | {"transcript": transcript}
         return self.processor.render(messages)
 
     def encode(
         self, request: Request, clip: AudioClip | None, new_tokens: int
     ) -> tuple[list[int], torch.Tensor | None, str]:
-        """Ids of the text, vectors (chunks, tokens, hidden) of as much audio as leaves room, and the transcript."""
-        transcript = (
-            (clip and clip.transcript) or "" if request.transcript is None else request.transcript
-        )
-        transcript = "" if request.mode == "audio_only" else transcript
-        ids = self.processor.encode(self.render(request, transcript).prompt)
-        if clip is None or request.mode == "asr_only":
-            return ids, None, transcript
-        room = (
-            self.model.config.num_positions - len(ids) - new_tokens
-        ) // self.model.config.num_audio_tokens
-        return ids, clip.embeds[: max(1, room)], transcript
+        """Tokenize the prompt of a request, and choose as much of its audio as there are positions
+        for.
 
-    def pad_batch(self, ids: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
-        """`[audio][pads][text]` with the clips' vectors, each clip's once, on the device of the language model."""
-        batch = self.processor.pad_batch(ids, [0 if own is None else len(own) for own in embeds])
-        batch = BatchFeature(batch).to(self.model.get_input_embeddings().weight.device)
-        if present := [own for own in embeds if own is not None]:
-            batch["audio_embeds"] = torch.cat(present)  # (runs, tokens, hidden)
+        Returns:
+            the tokens of the text, the audio embeddings (chunks, audio tokens, hidden) or None,
+            and the transcript in the prompt.
+        """
+        transcript = request.transcript
+        if transcript is None:
+            transcript = (clip.transcript if clip else None) or ""
+        if request.mode == "audio_only":
+            transcript = ""
+        tokens = self.processor.encode(self.render(request, transcript).prompt)
+        if clip is None or request.mode == "asr_only":
+            return tokens, None, transcript
+        config = self.model.config
+        max_chunks = (config.num_positions - len(tokens) - new_tokens) // config.num_audio_tokens
+        return tokens, clip.embeds[: max(1, max_chunks)], transcript
+
+    def pad_batch(self, tokens: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
+        """Make a batch `[audio][padding][text]` on the device of the language model.
+
+        Args:
+            tokens: of the text of each row.
+            embeds: audio embeddings of each row, (chunks, audio tokens, hidden), or None.
+        """
+        num_chunks = [0 if own is None else len(own) for own in embeds]
+        batch = BatchFeature(self.processor.pad_batch(tokens, num_chunks))
+        batch = batch.to(self.model.get_input_embeddings().weight.device)
+        present = [own for own in embeds if own is not None]
+        if present:
+            batch["audio_embeds"] = torch.cat(present)  # (runs, audio tokens, hidden)
         return batch
+
+    def _empty_answer(self) -> Answer:
+        return Answer("", model=self.kind, checkpoint=self.checkpoint)
 
     @torch.no_grad()
     def _answer(
@@ -285,81 +327,112 @@ class LtuEngine:
         seeds: list[int],
         on_text: OnText | None,
     ) -> list[Answer]:
-        """One batch, with equal settings but for `ROW_SETTINGS`."""
+        """Answer one batch, with equal settings except for `ROW_SETTINGS`."""
         start = time.perf_counter()
         clips = self.cache.encode(requests)
-        answers = [Answer("", model=self.kind, checkpoint=self.checkpoint) for _ in requests]
-        good, ids, embeds = [], [], []
-        window = self.processor.feature_extractor.chunk_seconds
-        for index, (answer, request, clip) in enumerate(zip(answers, requests, clips, strict=True)):
+        answers = [self._empty_answer() for _ in requests]
+        prompts = []
+        for index, (request, clip) in enumerate(zip(requests, clips, strict=True)):
+            answer = answers[index]
             answer.note_clip(clip)
             if answer.answered:
-                text, own, answer.transcript = self.encode(
-                    request, clip, settings[index]["max_new_tokens"]
+                prompt = self._make_prompt(
+                    index, request, clip, settings[index], seeds[index], answer
                 )
-                answer.note_prompt(
-                    len(text), 0 if own is None else len(own), window, self.model.config
-                )
-            if answer.answered:
-                good.append(index)
-                ids.append(text)
-                embeds.append(own)
-        if good:
-            own_seeds = [f"{seeds[index]} {row}" for index, row in zip(good, ids, strict=True)]
-            inner = None if on_text is None else (lambda row, text: on_text(good[row], text))
-            # Past its last position a language model fails, or talks nonsense.
-            rooms = [
-                self.model.config.num_positions - answers[index].prompt_tokens for index in good
-            ]
-            limits = [
-                min(settings[i]["max_new_tokens"], room)
-                for i, room in zip(good, rooms, strict=True)
-            ]
-            batch, own_answers = self.pad_batch(ids, embeds), [answers[index] for index in good]
-            self._generate(
-                batch, [settings[i] for i in good], limits, own_seeds, own_answers, inner
-            )
+                if answer.answered:
+                    prompts.append(prompt)
+        if prompts:
+            numbers = [prompt.index for prompt in prompts]
+            self._generate(prompts, _renumber(on_text, numbers))
         for answer in answers:
             answer.seconds = time.perf_counter() - start
         return answers
 
-    def _generate(
+    def _make_prompt(
         self,
-        batch: BatchFeature,
-        settings: list[dict],
-        limits: list[int],
-        seeds: list[str],
-        answers: list[Answer],
-        on_text: OnText | None,
-    ) -> None:
-        """Fills in what the model says."""
-        ends = self.end_ids
-        start, stops, watching = batch["input_ids"].shape[1], [], None
-        more: dict[str, Any] = {
-            name: value for name, value in settings[0].items() if name not in ROW_SETTINGS
+        index: int,
+        request: Request,
+        clip: AudioClip | None,
+        settings: dict[str, Any],
+        seed: int,
+        answer: Answer,
+    ) -> Prompt:
+        """Encode a request, and record in its answer what is used of the clip."""
+        max_new_tokens = settings["max_new_tokens"]
+        tokens, embeds, answer.transcript = self.encode(request, clip, max_new_tokens)
+        num_chunks = 0 if embeds is None else len(embeds)
+        chunk_seconds = self.processor.feature_extractor.chunk_seconds
+        answer.note_prompt(len(tokens), num_chunks, chunk_seconds, self.model.config)
+        # Past its last position a language model fails, or generates nonsense.
+        num_positions_left = self.model.config.num_positions - answer.prompt_tokens
+        limit = min(max_new_tokens, num_positions_left)
+        # The prompt is part of the seed, so that equal seeds sample differently for other prompts.
+        return Prompt(index, answer, settings, f"{seed} {tokens}", tokens, embeds, limit)
+
+    def _generate(self, prompts: list[Prompt], on_text: OnText | None) -> None:
+        """Generate for the prompts of a batch, and write text and length into their answers."""
+        batch = self.pad_batch(
+            [prompt.tokens for prompt in prompts], [prompt.embeds for prompt in prompts]
+        )
+        prompt_length = batch["input_ids"].shape[1]
+        limits = [prompt.max_new_tokens for prompt in prompts]
+        common = prompts[0].settings.items()
+        arguments: dict[str, Any] = {
+            name: value for name, value in common if name not in ROW_SETTINGS
         }
-        if min(limits) < (longest := max(limits)):
-            stops.append(RowLimits(limits, start))
-        if any(own["do_sample"] for own in settings):
-            more["logits_processor"] = LogitsProcessorList([RowSampler(seeds, settings)])
-        if on_text is not None and more.get("num_beams", 1) > 1:
-            watching = Cancelling(lambda row: on_text(row, "") is not False, len(settings))
+        criteria = StoppingCriteriaList()
+        if min(limits) < max(limits):
+            criteria.append(RowLimits(limits, prompt_length))
+        if any(prompt.settings["do_sample"] for prompt in prompts):
+            sampler = RowSampler(
+                [prompt.seed for prompt in prompts], [prompt.settings for prompt in prompts]
+            )
+            arguments["logits_processor"] = LogitsProcessorList([sampler])
+
+        # With beams the text is known at the end only; until then a request can just be cancelled.
+        watcher: Cancelling | BatchStreamer | None = None
+        if on_text is not None and arguments.get("num_beams", 1) > 1:
+            watcher = Cancelling(lambda row: on_text(row, "") is not False, len(prompts))
         elif on_text is not None:
-            tokenizer, decode = self.processor.tokenizer, self.processor.decode_answer
-            more["streamer"] = watching = BatchStreamer(on_text, tokenizer, decode, ends, limits)
-        stops += [watching] if watching is not None else []
-        more |= {
+            processor = self.processor
+            watcher = BatchStreamer(
+                on_text, processor.tokenizer, processor.decode_answer, self.end_ids, limits
+            )
+            arguments["streamer"] = watcher
+        if watcher is not None:
+            criteria.append(watcher)
+
+        # Sampling is a logits processor here, so the loop itself is greedy.
+        arguments |= {
             "do_sample": False,
             "pad_token_id": self.processor.pad_token_id,
-            "max_new_tokens": longest,
+            "max_new_tokens": max(limits),
         }
-        output = self.model.generate(**batch, stopping_criteria=StoppingCriteriaList(stops), **more)
-        for row, (ids, answer) in enumerate(zip(output[:, start:].tolist(), answers, strict=True)):
-            ids = ids[: limits[row]]
-            length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-            answer.finish_reason = "stop" if length < len(ids) else "length"
-            if watching is not None and row in watching.cancelled:
-                answer.finish_reason = "cancelled"
-                length = len(watching.ids[row]) if isinstance(watching, BatchStreamer) else length
-            answer.text = self.processor.decode_answer(ids[:length])
-            answer.new_tokens = length
+        output = self.model.generate(**batch, stopping_criteria=criteria, **arguments)
+        for row, new_tokens in enumerate(output[:, prompt_length:].tolist()):
+            self._read_answer(row, new_tokens[: limits[row]], prompts[row].answer, watcher)
+
+    def _read_answer(
+        self,
+        row: int,
+        tokens: list[int],
+        answer: Answer,
+        watcher: Cancelling | BatchStreamer | None,
+    ) -> None:
+        """Write the text of new tokens, up to the first end token, into an answer."""
+        ends = [position for position, token in enumerate(tokens) if token in self.end_ids]
+        length = ends[0] if ends else len(tokens)
+        answer.finish_reason = "stop" if ends else "length"
+        if watcher is not None and row in watcher.cancelled:
+            answer.finish_reason = "cancelled"
+            if isinstance(watcher, BatchStreamer):
+                length = len(watcher.tokens[row])
+        answer.text = self.processor.decode_answer(tokens[:length])
+        answer.new_tokens = length
+
+
+def _renumber(on_text: OnText | None, numbers: list[int]) -> OnText | None:
+    """Wrap `on_text` for a part of the requests; the n-th of the part has the number numbers[n]."""
+    if on_text is None:
+        return None
+    return lambda index, text: on_text(numbers[index], text)

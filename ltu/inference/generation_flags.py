@@ -1,4 +1,4 @@
-"""Flags of the commands that generate: which model, which device, how answers are generated."""
+"""Defines the flags of the commands that generate, and opens the engine that they describe."""
 
 import argparse
 
@@ -18,7 +18,7 @@ DECODING_FLAGS = (
 
 
 def parse_num_chunks(text: str) -> int:
-    """A number of chunks from 1, or 0 for "all"."""
+    """Convert "all" to 0, and other texts to a number of chunks from 1."""
     if text != "all" and not (text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 nor 'all'")
     return 0 if text == "all" else int(text)

@@ -1,9 +1,9 @@
-"""How likely the model finds each of many answers to one question, without writing any.
+"""Scores given answers to a question by their log-likelihood, without generating any.
 
-Notable:
-- Audio and question go through the model once; candidates follow behind copies of their cache, many at a time.
-- A candidate's ids are those of training, where prompt and answer are tokenized in one string; its likelihood counts
-  the tokens from where they leave the prompt's own, so it does not depend on the other candidates.
+Audio and question go through the model once; candidates continue copies of that cache, many at a
+time. The tokens of a candidate are those of training, where prompt and answer are tokenized as one
+string. Its log-likelihood sums the tokens from the first one that differs from the prompt's own,
+so it does not depend on the other candidates.
 """
 
 import copy
@@ -21,7 +21,7 @@ from ltu.models.prompt_template import RenderedPrompt, escape_control_tokens
 
 @dataclass
 class LabelScore:
-    """A candidate, the natural logarithm of its probability as the answer, and of how many tokens that is the sum."""
+    """A candidate and the natural logarithm of its probability, a sum over `num_tokens`."""
 
     text: str
     log_likelihood: float
@@ -36,17 +36,19 @@ def score_labels(
     with_end: bool = True,
     tokens_at_once: int = 8192,
 ) -> list[LabelScore]:
-    """Log-likelihood of each candidate as the whole answer, in the order given.
+    """Compute the log-likelihood of each candidate as the whole answer, in the order given.
 
     Args:
         engine: an `ltu.inference.engine.LtuEngine`.
-        request: clip and question; its decoding settings play no part.
+        request: clip and question; its decoding settings are not used.
         with_end: count the end token too, so that "dog" and "dog bark" compete fairly.
-        tokens_at_once: of a pass, each candidate with its copy of the shared part; bounds the memory.
+        tokens_at_once: of a forward pass, counting the shared part for each candidate; bounds the
+            memory.
 
     Raises:
-        ValueError: there are no candidates, or one has no tokens or does not fit into the language model.
-        ltu.data.audio.AudioError: the clip cannot be heard.
+        ValueError: there are no candidates, or one has no tokens or does not fit into the language
+            model.
+        ltu.data.audio.AudioError: the clip cannot be decoded.
     """
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"Candidates are a list of one or more texts, not {candidates!r}.")
@@ -73,7 +75,8 @@ def score_labels(
     length = max(map(len, ids)) + (0 if embeds is None else len(embeds) * config.num_audio_tokens)
     if length > config.num_positions:
         raise ValueError(
-            f"The longest candidate takes {length} tokens, the language model {config.num_positions}."
+            f"The longest candidate takes {length} tokens, "
+            f"the language model {config.num_positions}."
         )
     shared = min(starts)
     inputs = engine.pad_batch([ids[0][:shared]], [embeds])
@@ -89,23 +92,24 @@ def score_labels(
 
 
 def _encode(processor: Any, rendered: RenderedPrompt, candidate: str, with_end: bool) -> list[int]:
-    """Ids of prompt and candidate, as `LtuProcessor.encode_example` has them."""
-    text = (
-        rendered.prompt
-        + rendered.leading_space
-        + escape_control_tokens(candidate, processor.controls)
-    )
-    ids = processor.encode(text + rendered.end if with_end else text)
-    return [*ids, rendered.end_id] if with_end and ids[-1] != rendered.end_id else ids
+    """Tokenize prompt and candidate as `LtuProcessor.encode_example` does."""
+    text = rendered.prompt + rendered.leading_space
+    text += escape_control_tokens(candidate, processor.controls)
+    if not with_end:
+        return processor.encode(text)
+    tokens = processor.encode(text + rendered.end)
+    if tokens[-1] != rendered.end_id:
+        tokens = [*tokens, rendered.end_id]
+    return tokens
 
 
 def _chunks(lengths: list[int], width: int, tokens_at_once: int) -> list[list[int]]:
-    """Numbers of candidates, as many as the budget allows, whose lengths differ by a quarter at most."""
+    """Group candidates within the budget; their lengths differ by a quarter at most."""
     chunks: list[list[int]] = []
     longest = 0  # of the last chunk
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         is_full = not chunks or (len(chunks[-1]) + 1) * (width + longest) > tokens_at_once
-        if is_full or lengths[index] < 0.75 * longest:  # Pads cost as much as tokens.
+        if is_full or lengths[index] < 0.75 * longest:  # Padding costs as much as tokens.
             chunks.append([])
             longest = lengths[index]
         chunks[-1].append(index)
@@ -115,11 +119,14 @@ def _chunks(lengths: list[int], width: int, tokens_at_once: int) -> list[list[in
 def _log_probabilities(
     engine: Any, prefix: Any, width: int, rests: list[list[int]]
 ) -> list[Tensor]:
-    """Of each token, given all before it: (tokens,) for each of the `rests` behind a prefix of `width` tokens."""
-    model, longest = (
-        engine.model,
-        max(map(len, rests)) - 1,
-    )  # A last token is predicted, but predicts nothing.
+    """Compute the log-probability of each token of `rests`, which continue a prefix of `width`
+    tokens.
+
+    Returns:
+        (tokens,) for each of the rests.
+    """
+    model = engine.model
+    longest = max(map(len, rests)) - 1  # A last token is predicted, but predicts nothing.
     first = prefix.logits[0, -1].float().log_softmax(-1)  # (vocabulary,)
     found = [first[rest[:1]] for rest in rests]
     if longest == 0:

@@ -1,11 +1,11 @@
-"""A file of answers that is written whole or not at all, and what is kept of it meanwhile.
+"""Writes a predictions file whole or not at all, and stores answers in a partial file meanwhile.
 
-Notable:
-- While a run lasts, P.json.partial.jsonl has one line an answer; rank r > 0 of torchrun writes P.json.partial.r.jsonl.
-- A line counts for a question only if all that decides its answer is the same: its key. No file's name is part of it.
-- What a killed run left is brought into one file before anything is added: half a line falls out there, and any number
-  of ranks goes on with what any other number left.
-- The lock ends with the processes that hold it, so there is nothing to clear away after kill -9.
+During a run, P.json.partial.jsonl has one line for each answer; rank r > 0 of torchrun writes
+P.json.partial.r.jsonl. Each line has a key of everything that decides the answer, but of no file
+name. A line is used only for a question with the same key. Partial files of a killed run are merged
+into one before anything is added. An incomplete line is dropped there, and any number of ranks can
+continue the run of any other number. The lock is released with the processes that hold it, so
+nothing is left to clean up after kill -9.
 """
 
 import fcntl
@@ -20,7 +20,8 @@ from typing import IO
 from ltu.files import replace_file
 from ltu.inference.requests import Answer
 
-# Hash of the clip's content (None without audio), question, transcript, mode, chunks; hash of what a run sets for all.
+# Hash of the clip's content (None without audio), question, transcript, mode, number of chunks;
+# and a hash of the settings of the run.
 Key = tuple[str | None, str, str | None, str, int | None, str]
 
 
@@ -33,14 +34,15 @@ class AnswerFile:
     """
 
     def __init__(self, path: str | Path, rank: int = 0):
-        self.path, self.rank = Path(path), rank
+        self.path = Path(path)
+        self.rank = rank
         self.partial = Path(f"{path}.partial.{rank}.jsonl" if rank else f"{path}.partial.jsonl")
         self.lock_path = self.path.with_name(f".{self.path.name}.lock")
         self.locked: IO | None = None
         self.lines: IO | None = None
 
     def lock(self) -> None:
-        """Keep other runs away. Rank 0 goes first and finds out whether there is one; then the others.
+        """Lock the output against other runs. Rank 0 locks first, and then the others.
 
         Raises:
             ValueError: another run writes this output.
@@ -50,75 +52,80 @@ class AnswerFile:
         try:
             if self.rank == 0:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(
-                self.locked, fcntl.LOCK_SH | fcntl.LOCK_NB
-            )  # Ranks share it; that keeps an exclusive one away.
+            # Ranks share the lock, which excludes an exclusive one.
+            fcntl.flock(self.locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"Another run is writing {self.path} now. Wait for it or stop it, or give another --output_path."
+                f"Another run is writing {self.path} now. Wait for it or stop it, or give another "
+                "--output_path."
             ) from None
-        is_there = self.lock_path.exists() and os.path.samestat(
+        is_same_file = self.lock_path.exists() and os.path.samestat(
             self.lock_path.stat(), os.fstat(self.locked.fileno())
         )
-        if (
-            not is_there
-        ):  # A run that ended just now removed the file between its opening and its locking.
+        # A run that ended just now may have removed the file after it was opened here.
+        if not is_same_file:
             self.close()
             self.lock()
 
     def close(self) -> None:
-        """Let go of the lock, and of the partial file."""
+        """Release the lock and close the partial file."""
         for file in (self.lines, self.locked):
             if file is not None:
                 file.close()
 
     def append(self, key: Key, answer: Answer) -> None:
-        """Add an answer; it is on the disk when this returns."""
+        """Append an answer; it is on the disk when this returns."""
         self.lines = self.lines or self.partial.open("ab")
         self.lines.write(_line(key, answer))
         self.lines.flush()
         os.fsync(self.lines.fileno())
 
     def merge(self) -> dict[Key, Answer]:
-        """All answers so far. What was answered is brought into rank 0's partial file; what failed is not kept, so that
-        the next run tries it again. Rank 0 calls this, when no rank is adding."""
-        places = [
-            Path(place) for place in glob.glob(f"{glob.escape(str(self.path))}.partial*.jsonl")
-        ]
+        """Return all answers so far, and merge the partial files into that of rank 0.
+
+        Questions that failed are not stored, so that the next run tries them again. Rank 0 calls
+        this while no rank appends.
+        """
+        names = glob.glob(f"{glob.escape(str(self.path))}.partial*.jsonl")
+        paths = [Path(name) for name in names]
         found: dict[Key, Answer] = {}
-        for key, answer in (pair for place in places for pair in _read(place)):
-            if key not in found or not found[key].answered:
-                found[key] = answer
-        if places:
-            self.lines = self.lines.close() if self.lines else None
+        for path in paths:
+            for key, answer in _read(path):
+                if key not in found or not found[key].answered:
+                    found[key] = answer
+        if paths:
+            if self.lines:
+                self.lines.close()
+            self.lines = None
             lines = (_line(key, answer) for key, answer in found.items() if answer.answered)
             replace_file(self.partial, lines, is_synced=True)
-        for place in set(places) - {self.partial}:
-            place.unlink()
+        for path in set(paths) - {self.partial}:
+            path.unlink()
         return found
 
     def write(self, entries: list[dict]) -> None:
-        """The whole file."""
+        """Write the whole file."""
         text = json.dumps(entries, indent=1, ensure_ascii=False)
         content = text.encode("utf-8", "backslashreplace")  # Names of files may be no UTF-8.
         replace_file(self.path, content + b"\n", is_synced=True)
 
     def finish(self, keep_partial: bool) -> None:
-        """Leave nothing but the whole file, and what failed questions want to go on from. Rank 0 only."""
-        for place in [self.lock_path] if keep_partial else [self.partial, self.lock_path]:
-            place.unlink(missing_ok=True)
+        """Remove the lock, and the partial file unless it is needed. Only rank 0 calls this."""
+        self.lock_path.unlink(missing_ok=True)
+        if not keep_partial:
+            self.partial.unlink(missing_ok=True)
 
 
 def _line(key: Key, answer: Answer) -> bytes:
     return json.dumps({"key": key, "answer": asdict(answer)}).encode() + b"\n"
 
 
-def _read(place: Path) -> Iterable[tuple[Key, Answer]]:
-    with place.open("rb") as lines:
+def _read(path: Path) -> Iterable[tuple[Key, Answer]]:
+    with path.open("rb") as lines:
         for line in lines:
             try:
                 content = json.loads(line)
                 pair = tuple(content["key"]), Answer(**content["answer"])
             except (ValueError, TypeError, KeyError):
-                continue  # Half a line, or one of another version: its question is asked again.
+                continue  # An incomplete line, or one of another version: its question runs again.
             yield pair

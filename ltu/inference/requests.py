@@ -1,4 +1,4 @@
-"""What is asked, what is answered, and which requests are answered together."""
+"""Defines requests and answers, and groups requests into batches."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,31 +9,32 @@ from typing import Any
 from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioClip, AudioError, AudioSource
 from ltu.models.configuration_ltu import LtuConfig
 
-ROW_SETTINGS = (
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-)  # that rows of a batch may differ in
-UNUSED_SECONDS = (
-    MIN_SAMPLES / SAMPLING_RATE
-)  # seconds: what is left under them is no chunk, and counts as heard
+# Settings that may differ between the rows of a batch.
+ROW_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+# A shorter rest of a clip, in seconds, is no chunk and counts as used.
+UNUSED_SECONDS = MIN_SAMPLES / SAMPLING_RATE
 MODES = ("joint", "audio_only", "asr_only")
-OnText = Callable[
-    [int, str], bool | None
-]  # number of a request, its text so far -> False cancels it
-GATHERED_BATCHES = 8  # that are sorted by length together
+# Takes the number of a request and its text so far; False cancels the request.
+OnText = Callable[[int, str], bool | None]
+# Batches whose requests are sorted by length together.
+BATCHES_SORTED_TOGETHER = 8
 
 
 @dataclass
 class Request:
-    """A question about a clip (path, bytes of a file, 16 kHz mono waveform, or waveform and rate), or about none.
+    """A question about a clip, or about none.
 
-    Without a `transcript` LTU-AS transcribes the clip; "" says that it has none. `audio_id` is the clip's name in a
-    feature folder. `mode` is "joint", "audio_only" (the transcript is left out) or "asr_only" (the sound is).
-    `decoding` changes that of the call, `seed` is of sampling. `num_chunks` are heard, one after the other, 0 for all.
-    `history` are messages before the question, {"role", "content"}, where the prompt template is the model's own.
+    Args:
+        question: the text of the user.
+        audio: path, bytes of a file, 16 kHz mono waveform, or (waveform, rate in Hz).
+        transcript: of the clip. Without one LTU-AS transcribes the clip; "" says that it has none.
+        audio_id: the clip's name in a feature folder.
+        mode: "joint", "audio_only" (without the transcript) or "asr_only" (without the audio).
+        decoding: settings that change those of the call.
+        seed: of sampling.
+        num_chunks: how many chunks of the clip are used, one after the other; 0 for all.
+        history: messages before the question, {"role", "content"}, where the prompt template is the
+            language model's own.
     """
 
     question: str
@@ -47,26 +48,32 @@ class Request:
     history: list[dict] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises ValueError for a mode that there is not, or an impossible number of chunks."""
+        """Check mode and number of chunks.
+
+        Raises:
+            ValueError: there is no such mode, or the number is impossible.
+        """
         if self.mode not in MODES:
             raise ValueError(
                 f"The mode of a request is {self.mode!r}; there are {', '.join(MODES)}."
             )
         if not isinstance(self.num_chunks, int) or self.num_chunks < 0:
             raise ValueError(
-                f"num_chunks of a request is {self.num_chunks!r}; give a number from 1, or 0 for all."
+                f"num_chunks of a request is {self.num_chunks!r}; "
+                "give a number from 1, or 0 for all."
             )
 
 
 @dataclass
 class Answer:
-    """What the model says, and what it heard.
+    """The generated text, and what is known about its clip.
 
-    `status` is "ok", "truncated" (answered, but only `seconds_heard` of the clip were heard), or why there is no
-    answer: "missing", "unreadable", "too_short", "too_long", "silent", "damaged"; then `text` is empty and `error`
-    says more. Seconds are 0 for a question without audio. `sampling_rate` and `channels` are those of the clip.
-    `transcript` is what was in the prompt, whose tokens include those of the audio. `finish_reason` is "stop",
-    "length" or "cancelled". `seconds` is the wall time of the batch.
+    `status` is "ok", "truncated" (answered, but only `seconds_heard` of the clip were used), or why
+    there is no answer: "missing", "unreadable", "too_short", "too_long", "silent", "damaged"; then
+    `text` is empty and `error` has the message. Seconds are 0 for a question without audio.
+    `sampling_rate` and `channels` are those of the clip. `transcript` is that of the prompt.
+    `prompt_tokens` include audio tokens. `finish_reason` is "stop", "length" or "cancelled".
+    `seconds` is the wall time of the batch.
     """
 
     text: str
@@ -90,48 +97,58 @@ class Answer:
         return self.status in ("ok", "truncated")
 
     def note_clip(self, clip: AudioClip | AudioError | None) -> None:
-        """What was found, or why nothing can be heard."""
+        """Record what is known about the clip, or why it cannot be decoded."""
         if isinstance(clip, AudioError):
-            self.status, self.error = clip.reason, str(clip)
+            self.status = clip.reason
+            self.error = str(clip)
         elif clip is not None:
-            self.seconds_total, self.sampling_rate, self.channels = (
-                clip.seconds,
-                clip.sampling_rate,
-                clip.channels,
-            )
+            self.seconds_total = clip.seconds
+            self.sampling_rate = clip.sampling_rate
+            self.channels = clip.channels
 
     def note_prompt(
         self, text_tokens: int, num_chunks: int, chunk_seconds: float, config: LtuConfig
     ) -> None:
-        """How much of the clip is heard in front of the text, and whether the language model has positions for both."""
-        self.num_chunks, self.prompt_tokens = (
-            num_chunks,
-            text_tokens + num_chunks * config.num_audio_tokens,
-        )
+        """Record how much of the clip is used, and whether there are enough positions."""
+        self.num_chunks = num_chunks
+        self.prompt_tokens = text_tokens + num_chunks * config.num_audio_tokens
         self.seconds_heard = min(self.seconds_total, num_chunks * chunk_seconds)
         if self.prompt_tokens >= config.num_positions:
-            self.status, self.num_chunks, self.seconds_heard = "too_long", 0, 0.0
+            self.status = "too_long"
+            self.num_chunks = 0
+            self.seconds_heard = 0.0
             self.error = (
-                f"The prompt has {self.prompt_tokens} tokens, the language model takes {config.num_positions}: ask "
-                "less, or give a shorter clip or transcript."
+                f"The prompt has {self.prompt_tokens} tokens, the language model takes "
+                f"{config.num_positions}: ask less, or give a shorter clip or transcript."
             )
         elif num_chunks and self.seconds_heard < self.seconds_total - UNUSED_SECONDS:
             self.status = "truncated"
 
 
 def batches(requests: list[Request], settings: list[dict], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of requests: with equal settings, those about a clip near each other, and of like length."""
+    """Group requests into batches.
+
+    Requests of a batch have equal settings, except for `ROW_SETTINGS` without beams. Requests about
+    the same clip are near each other, and requests of similar length share a batch.
+
+    Yields:
+        the numbers of the requests of a batch.
+    """
     groups: dict[str, list[int]] = {}
-    clips: dict[Any, int] = {}
+    clip_numbers: dict[Any, int] = {}
     for index, request in enumerate(requests):
-        own = ROW_SETTINGS if settings[index].get("num_beams", 1) == 1 else ()
-        common = {name: value for name, value in settings[index].items() if name not in own}
+        has_beams = settings[index].get("num_beams", 1) > 1
+        row_settings = () if has_beams else ROW_SETTINGS
+        common = {
+            name: value for name, value in settings[index].items() if name not in row_settings
+        }
         groups.setdefault(json.dumps(common, sort_keys=True), []).append(index)
-        clips.setdefault(_name(request.audio), len(clips))
+        clip_numbers.setdefault(_clip_name(request.audio), len(clip_numbers))
     for group in groups.values():
-        group.sort(key=lambda index: clips[_name(requests[index].audio)])
-        for start in range(0, len(group), batch_size * GATHERED_BATCHES):
-            near = group[start : start + batch_size * GATHERED_BATCHES]
+        group.sort(key=lambda index: clip_numbers[_clip_name(requests[index].audio)])
+        size = batch_size * BATCHES_SORTED_TOGETHER
+        for start in range(0, len(group), size):
+            near = group[start : start + size]
             near.sort(key=lambda index: _length(requests[index]))
             for first in range(0, len(near), batch_size):
                 yield near[first : first + batch_size]
@@ -141,11 +158,7 @@ def _length(request: Request) -> tuple[bool, int]:
     return request.audio is None, len(request.question) + len(request.transcript or "")
 
 
-def _name(audio: AudioSource) -> Any:
-    return (
-        str(audio)
-        if isinstance(audio, str | Path)
-        else audio
-        if isinstance(audio, bytes)
-        else id(audio)
-    )
+def _clip_name(audio: AudioSource) -> Any:
+    if isinstance(audio, str | Path):
+        return str(audio)
+    return audio if isinstance(audio, bytes) else id(audio)

@@ -1,9 +1,9 @@
-"""How an answer is drawn: settings of stock `generate`, checked, and what the engine adds to its loop.
+"""Checks the settings of generation, and adds per-row sampling, streaming and limits to stock
+`generate`.
 
-Notable:
-- Greedy by default. Sampling draws each row's numbers from a seed of its own, so a sampled answer does not depend on
-  the batch, its order, or on whether a run was interrupted.
-- While text grows it is handed out row by row, and a row can be cancelled without the others.
+Answers are greedy by default. Sampling takes the random numbers of each row from a seed of its
+own, so a sampled answer does not depend on the batch, its order, or whether a run was interrupted.
+The text of each row can be streamed while it grows, and a row can be cancelled without the others.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-# How the papers' numbers were produced.
+# The settings with which the papers' numbers were produced.
 ORIGINAL_DECODING = {
     "do_sample": True,
     "temperature": 0.1,
@@ -31,9 +31,10 @@ ORIGINAL_DECODING = {
     "repetition_penalty": 1.1,
     "max_new_tokens": 400,
 }
-BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of tokenizers that spell rare characters in bytes
+# A token of tokenizers that spell rare characters in bytes.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
-# Each setting: its types, whether a value is possible, and what is possible in words.
+# Each setting: its types, whether a value is possible, and a description of possible values.
 SETTINGS: dict[str, tuple[tuple, Callable[[Any], bool], str]] = {
     "do_sample": ((bool,), lambda value: True, "true or false"),
     "temperature": (
@@ -52,20 +53,20 @@ SETTINGS: dict[str, tuple[tuple, Callable[[Any], bool], str]] = {
 
 
 def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they will be used: greedy ones, changed by those given.
+    """Return the settings that will be used: greedy ones, changed by those given.
 
     Raises:
         ValueError: a setting is unknown, or its value impossible.
     """
-    if unknown := sorted(set(decoding) - set(SETTINGS)):
+    unknown = sorted(set(decoding) - set(SETTINGS))
+    if unknown:
         raise ValueError(f"Unknown decoding settings {unknown}; there are {', '.join(SETTINGS)}.")
     for name, value in decoding.items():
         types, is_possible, possible = SETTINGS[name]
-        if (
-            not isinstance(value, types)
-            or (isinstance(value, bool) and bool not in types)
-            or not is_possible(value)
-        ):
+        is_of_type = isinstance(value, types)
+        if isinstance(value, bool) and bool not in types:  # A bool is an int for Python.
+            is_of_type = False
+        if not is_of_type or not is_possible(value):
             raise ValueError(f"{name} is {value!r}; possible: {possible}.")
     settings = GREEDY_DECODING | decoding
     if settings["do_sample"] and settings.get("num_beams", 1) > 1:
@@ -74,16 +75,17 @@ def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
 
 
 class RowSampler(LogitsProcessor):
-    """Samples within greedy decoding: all tokens but the drawn one become impossible.
+    """Samples within greedy decoding: all tokens but the sampled one become impossible.
 
     Args:
-        seeds: one a row, any text.
-        settings: one a row: `temperature`, `top_k` and `top_p` as of stock sampling, but none where it is not given.
-            A row that does not `do_sample` stays greedy.
+        seeds: one for each row, any text.
+        settings: for each row `temperature`, `top_k` and `top_p` as in stock sampling; a setting
+            that is
+            absent is not applied. A row that does not `do_sample` stays greedy.
     """
 
     def __init__(self, seeds: list[str], settings: list[dict[str, Any]]):
-        # random.Random(text) would do, but hashes of texts are ours to keep stable.
+        # Not random.Random(text): how Python turns a text into a seed may change.
         digests = [hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest() for seed in seeds]
         self.rows = [random.Random(int.from_bytes(digest, "big")) for digest in digests]
         self.alike: dict[tuple, list[int]] = {}  # temperature, top_k, top_p -> rows
@@ -98,17 +100,16 @@ class RowSampler(LogitsProcessor):
             warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
             warpers += [TopKLogitsWarper(top_k)] if top_k else []
             warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-            warped = LogitsProcessorList(warpers)(
-                input_ids[rows], scores[rows]
-            )  # (rows, vocabulary)
-            scores[rows] = self._draw(warped, [self.rows[row] for row in rows])
+            warp = LogitsProcessorList(warpers)
+            warped = warp(input_ids[rows], scores[rows])  # (rows, vocabulary)
+            scores[rows] = self._sample(warped, [self.rows[row] for row in rows])
         return scores
 
-    def _draw(self, scores: Tensor, rows: list[random.Random]) -> Tensor:
+    def _sample(self, scores: Tensor, rows: list[random.Random]) -> Tensor:
         probabilities = scores.float().softmax(-1)  # (rows, vocabulary)
-        draws = torch.tensor([[row.random()] for row in rows], device=scores.device)
-        is_reached = (probabilities.cumsum(-1) > draws) & (probabilities > 0)
-        # Rounding may leave the sum just below a draw near 1: then the likeliest token.
+        thresholds = torch.tensor([[row.random()] for row in rows], device=scores.device)
+        is_reached = (probabilities.cumsum(-1) > thresholds) & (probabilities > 0)
+        # Rounding may leave the sum just below a threshold near 1: then take the likeliest token.
         chosen = torch.where(
             is_reached.any(-1), is_reached.int().argmax(-1), probabilities.argmax(-1)
         )
@@ -116,10 +117,15 @@ class RowSampler(LogitsProcessor):
 
 
 class Cancelling(StoppingCriteria):
-    """Stops the rows of a beam search that nobody waits for: `is_wanted` is called with each row at each step."""
+    """Stops the rows of a beam search that nobody waits for.
+
+    `is_wanted` is called with each row at each step.
+    """
 
     def __init__(self, is_wanted: Callable[[int], bool], rows: int):
-        self.is_wanted, self.rows, self.cancelled = is_wanted, rows, set[int]()
+        self.is_wanted = is_wanted
+        self.rows = rows
+        self.cancelled: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.cancelled |= {
@@ -132,27 +138,27 @@ class Cancelling(StoppingCriteria):
 
 
 class RowLimits(StoppingCriteria):
-    """Stops each row at its own number of new tokens, behind a prompt of `start` tokens."""
+    """Stops each row at its own number of new tokens, after a prompt of `start` tokens."""
 
     def __init__(self, limits: list[int], start: int):
-        self.limits, self.start = torch.tensor(limits), start
+        self.limits = torch.tensor(limits)
+        self.start = start
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        limits = self.limits.repeat_interleave(
-            len(input_ids) // len(self.limits)
-        )  # Beams of a row have its limit.
+        num_beams = len(input_ids) // len(self.limits)
+        limits = self.limits.repeat_interleave(num_beams)  # Beams of a row have its limit.
         return (input_ids.shape[1] - self.start >= limits).to(input_ids.device)
 
 
 class BatchStreamer(BaseStreamer, StoppingCriteria):
-    """Hands out the growing text of each row, and stops the rows that nobody waits for.
+    """Streams the growing text of each row, and stops the rows that nobody waits for.
 
     Args:
         on_text: called with row and whole text so far; False cancels the row.
         tokenizer: of the language model.
-        decode: ids -> text.
+        decode: converts tokens to text.
         ends: end tokens.
-        limits: new tokens of each row, at most.
+        limits: number of new tokens of each row, at most.
     """
 
     def __init__(
@@ -163,22 +169,21 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         ends: set[int],
         limits: list[int],
     ):
-        self.on_text, self.tokenizer, self.decode, self.ends, self.limits = (
-            on_text,
-            tokenizer,
-            decode,
-            ends,
-            limits,
-        )
-        self.ids: list[list[int]] = []
+        self.on_text = on_text
+        self.tokenizer = tokenizer
+        self.decode = decode
+        self.ends = ends
+        self.limits = limits
+        self.tokens: list[list[int]] = []
         self.shown: list[str] = []
         self.is_done: list[bool] = []
         self.cancelled: set[int] = set()
 
     def put(self, value: Tensor) -> None:
-        """The prompts first (rows, length), then one new id a row (rows,)."""
-        if not self.ids:
-            self.ids, self.shown = [[] for _ in value], [""] * len(value)
+        """Take the prompts first, (rows, length), then one new token of each row, (rows,)."""
+        if not self.tokens:
+            self.tokens = [[] for _ in value]
+            self.shown = [""] * len(value)
             self.is_done = [False] * len(value)
             return
         for row, token in enumerate(value.tolist()):
@@ -187,13 +192,13 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
             self.is_done[row] = token in self.ends
             if self.is_done[row]:
                 continue
-            self.ids[row].append(token)
-            self.is_done[row] = len(self.ids[row]) == self.limits[row]
-            text = self.decode(self.ids[row])
-            # What is shown must stay: half a character shows as U+FFFD, and so do all bytes of a run with a wrong one.
-            is_open = text.endswith("\ufffd") or BYTE.fullmatch(
-                self.tokenizer.convert_ids_to_tokens(token) or ""
-            )
+            self.tokens[row].append(token)
+            self.is_done[row] = len(self.tokens[row]) == self.limits[row]
+            text = self.decode(self.tokens[row])
+            # Text that was streamed must not change. An incomplete character decodes as U+FFFD, and
+            # so do all bytes of a run with a wrong one.
+            piece = self.tokenizer.convert_ids_to_tokens(token) or ""
+            is_open = text.endswith("\ufffd") or BYTE.fullmatch(piece)
             if not is_open and text.startswith(self.shown[row]):
                 self.shown[row] = text
             if self.on_text(row, self.shown[row]) is False:
@@ -201,7 +206,7 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
                 self.cancelled.add(row)
 
     def end(self) -> None:
-        """Nothing is held back: the whole text is in the answer."""
+        """Do nothing: the whole text is in the answer."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.tensor(

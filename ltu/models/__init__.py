@@ -1,1 +1,4 @@
-"""The model as Hugging Face classes: configuration, feature extraction, processor, model, generation."""
+"""Defines the model as Hugging Face classes.
+
+They are: configs, feature extractors, processor, model with its generation, and audio encoders.
+"""

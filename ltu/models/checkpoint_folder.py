@@ -1,4 +1,4 @@
-"""Finds checkpoint folders and hashes what they hold."""
+"""Finds checkpoint folders and hashes their weights."""
 
 import hashlib
 import json
@@ -16,54 +16,63 @@ from ltu.files import sha256_of
 CHECKPOINT_FILES = ("config.json", "processor_config.json")
 
 
-def relative_path_of(place: str | os.PathLike, folder: str | os.PathLike) -> str:
-    """Where a file or folder lies, seen from a checkpoint folder; begins with a dot, which no hub id does."""
-    relative = os.path.relpath(Path(place).resolve(), Path(folder).resolve())
+def relative_path_of(path: str | os.PathLike, folder: str | os.PathLike) -> str:
+    """Return the path of a file or folder relative to a checkpoint folder.
+
+    It begins with a dot, which no hub id does.
+    """
+    relative = os.path.relpath(Path(path).resolve(), Path(folder).resolve())
     return relative if relative.startswith(".") else f"./{relative}"
 
 
 def find_checkpoint(
     name: str | os.PathLike, needed: tuple[str, ...] = ("config.json",), **hub_kwargs: Any
 ) -> Path:
-    """The folder of a checkpoint: `name` itself, or where the hub's copy of it was put.
+    """Return the folder of a checkpoint, which is downloaded if need be.
 
     Args:
+        name: a folder, the name of a folder in pretrained_mdls, or a hub id.
         needed: files that the folder must hold.
+        hub_kwargs: arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: it is neither a folder nor a hub id, or the folder holds no checkpoint.
+        FileNotFoundError: there is no such folder and it is no hub id, or the folder holds no
+            checkpoint.
     """
-    folder = (
-        Path(name) if Path(name).is_dir() or "/" in str(name) else Path("pretrained_mdls", name)
-    )
+    if Path(name).is_dir() or "/" in str(name):
+        folder = Path(name)
+    else:
+        folder = Path("pretrained_mdls", name)
     if not folder.is_dir():
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
             raise FileNotFoundError(
-                f"The checkpoint {name} is not there. Give a folder of a finished stage, or the name of one in "
-                "pretrained_mdls, where train_scripts/*/prep_train.sh puts released ones (python -m ltu.released lists "
-                "them). Write one with: python -m ltu.convert_checkpoint"
+                f"The checkpoint {name} is not there. Give a folder of a finished stage, or the "
+                "name of one in pretrained_mdls, where train_scripts/*/prep_train.sh puts released "
+                "ones (python -m ltu.released lists them). Write one with: "
+                "python -m ltu.convert_checkpoint"
             )
         folder = Path(snapshot_download(str(name), **hub_kwargs))
     missing = [file for file in needed if not (folder / file).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} is not a checkpoint of ours: it has no {' and no '.join(missing)}. "
+            f"{folder} is no checkpoint folder: it has no {' and no '.join(missing)}. "
             "Write one with: python -m ltu.convert_checkpoint"
         )
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in CONFIG_MAPPING:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
         raise FileNotFoundError(
-            f"{folder} holds a model of kind {kind!r}, which is not known here. For 'ltu_as' use the commands of "
-            "ltu_as (python -m ltu_as.ask ...; in Python: import ltu_as)."
+            f"{folder} holds a model of type {model_type!r}, which is not known here. For 'ltu_as' "
+            "use the commands of ltu_as (python -m ltu_as.ask ...; in Python: import ltu_as)."
         )
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its weights; of two formats, safetensors.
+    """Return the files that hold the weights of a folder; if it has two formats, safetensors.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: the folder holds no weights.
     """
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
@@ -84,12 +93,13 @@ def sha256_of_weights(path: str | Path) -> str:
 
 
 def find_model_file(name: str | os.PathLike, file: str) -> Path | None:
-    """Return the path of a file of a model in a folder or on the hub, which is downloaded if need be.
+    """Return the path of a file of a model in a folder or on the hub; download it if need be.
 
-    Returns None if the model has no such file, or if it is neither cached nor can the hub be reached.
+    Returns None if the model has no such file, or if the file is not cached and the hub cannot be
+    reached.
 
     Raises:
-        OSError: the hub refuses it.
+        OSError: the hub refuses the file.
     """
     if Path(name).is_dir():
         path = Path(name, file)
@@ -101,19 +111,21 @@ def find_model_file(name: str | os.PathLike, file: str) -> Path | None:
 
 
 def hash_language_model(name: str | os.PathLike) -> str:
-    """sha256 over what identifies a language model without reading its weights: `config.json` and the index of its
-    weight files.
+    """Return a sha256 that identifies a language model without reading its weights.
+
+    It is that of `config.json` and the index of the weight files. A model in one safetensors file
+    has no index, so its header (names, shapes, offsets) is used; of one `.bin` file, its size.
 
     Args:
-        name: a folder, or a hub id. A model in one safetensors file has no index; its header (names, shapes, places)
-            stands for it.
+        name: a folder, or a hub id.
 
     Raises:
         FileNotFoundError: there is no such model, or it has no weights.
     """
     if str(name).startswith((".", "/")) and not Path(name).is_dir():
         raise FileNotFoundError(
-            f"The language model {name} is not there. Name its place: --llm DIR_OR_ID (language_model=... in Python)."
+            f"The language model {name} is not there. Give its folder or hub id: --llm DIR_OR_ID "
+            "(language_model=... in Python)."
         )
     digest = hashlib.sha256(Path(cached_file(name, "config.json")).read_bytes())
     for index in (
@@ -129,9 +141,9 @@ def hash_language_model(name: str | os.PathLike) -> str:
             if index.endswith(".json"):
                 digest.update(stream.read())
             elif index.endswith(".safetensors"):
-                digest.update(
-                    stream.read(int.from_bytes(stream.read(8), "little"))
-                )  # An 8-byte length, then the header.
+                # The file begins with the length of its header, in 8 bytes.
+                header_length = int.from_bytes(stream.read(8), "little")
+                digest.update(stream.read(header_length))
             else:
                 digest.update(str(os.path.getsize(file)).encode())
         return digest.hexdigest()

@@ -1,12 +1,12 @@
-"""Every number of the architecture, once.
+"""Defines the configs of the model and of its audio encoders.
 
-Notable:
-- `LtuConfig` holds two whole configs: the ear (`audio_config`) and the language model (`text_config`); everything else
-  follows from them.
-- The ear is found by `model_type` through the Auto classes, so a new ear (LTU-AS's TLTR) registers itself and needs no
-  change here.
-- `audio_token_id` is the width of the logits: one past the last token that the language model can write, never a token
-  of the tokenizer.
+`LtuConfig` holds two whole configs: that of the audio encoder (`audio_config`) and that of the
+language model (`text_config`). All other sizes follow from these two. The Auto classes find the
+class of the audio encoder by its `model_type`, so a new audio encoder, such as TLTR of LTU-AS,
+registers itself and needs no change here.
+
+`audio_token_id` is the width of the logits: one past the last token that the language model can
+generate, never a token of the tokenizer.
 """
 
 import copy
@@ -28,15 +28,18 @@ ALPACA_SHORT = {
 
 
 class CavMaeConfig(PreTrainedConfig):
-    """The audio branch of a fine-tuned CAV-MAE (an audio spectrogram transformer), LTU's ear.
+    """The audio branch of a fine-tuned CAV-MAE, an audio spectrogram transformer: LTU's encoder.
 
     Args:
-        num_mel_bins, num_frames: size of the filterbank; one frame is 10 ms, so 1024 frames are 10.24 s.
+        num_mel_bins, num_frames: size of the filterbank; one frame is 10 ms, so 1024 frames are
+            10.24 s.
         patch_size: side of a square patch, in bins and frames; patches do not overlap.
-        num_hidden_layers: all transformer blocks; the last is the one that CAV-MAE shares between sound and image.
-        time_pooling: neighbouring time steps averaged into one audio token, after the mean over frequency.
-        feature_divisor: the features are divided by it before a LayerNorm without weights. It matters through that
-            LayerNorm's eps only.
+        num_hidden_layers: all transformer blocks; CAV-MAE shares the last one between audio and
+            image.
+        time_pooling: neighbouring time steps that are averaged into one audio token, after the mean
+            over frequency.
+        feature_divisor: the features are divided by it before a LayerNorm without weights. It has
+            an effect only through the eps of that LayerNorm.
     """
 
     model_type = "cavmae"
@@ -58,11 +61,10 @@ class CavMaeConfig(PreTrainedConfig):
     ):
         if num_mel_bins % patch_size or num_frames % (patch_size * time_pooling):
             raise ValueError(
-                f"A filterbank of {num_frames} frames x {num_mel_bins} bins does not divide into patches of "
-                f"{patch_size} "
-                f"and groups of {time_pooling} time steps. Choose num_frames as a multiple of "
-                f"{patch_size * time_pooling} "
-                f"and num_mel_bins as a multiple of {patch_size}."
+                f"A filterbank of {num_frames} frames x {num_mel_bins} bins does not divide into "
+                f"patches of {patch_size} and groups of {time_pooling} time steps. Choose "
+                f"num_frames as a multiple of {patch_size * time_pooling} and num_mel_bins as a "
+                f"multiple of {patch_size}."
             )
         self.num_mel_bins = num_mel_bins
         self.num_frames = num_frames
@@ -83,12 +85,12 @@ class CavMaeConfig(PreTrainedConfig):
 
 
 class YamnetConfig(PreTrainedConfig):
-    """YAMNet, a MobileNet trained on AudioSet: the small ear that the quickstart uses.
+    """YAMNet, a MobileNet trained on AudioSet: the small audio encoder of the quickstart.
 
     Args:
-        num_mel_bins, num_frames: size of the log-mel picture; one frame is 10 ms.
+        num_mel_bins, num_frames: size of the log-mel spectrogram; one frame is 10 ms.
         hidden_size: channels of the last convolution.
-        time_stride: frames per audio token, the product of the strides of its convolutions.
+        time_stride: frames per audio token, the product of the strides of the convolutions.
         feature_divisor: see `CavMaeConfig`; YAMNet needs none.
     """
 
@@ -120,17 +122,21 @@ class YamnetConfig(PreTrainedConfig):
 
 
 class LtuConfig(PreTrainedConfig):
-    """An ear, a projection and a causal language model.
+    """Config of audio encoder, projector and causal language model.
 
     Args:
-        audio_config: config of the ear, or its dict; `model_type` chooses the class.
-        text_config: config of the language model, or its dict, whole: any Hugging Face causal LM.
-        language_model: where the frozen weights of the language model lie: a hub id, or a folder. On disk the folder is
-            written relative to the checkpoint. None: the checkpoint itself holds the language model.
-        language_model_sha256: hash of that model's `config.json` and weight index; another hash refuses to load.
-        lora: `{"r", "alpha", "dropout", "target_modules"}`, or None where the language model has no adapter (stage 1).
-        prompt_template: `{"name", "prompt_no_input", "prompt_input"}`, and `"chat_template"` where the language model's
-            own is used; the default is what the released checkpoints know.
+        audio_config: config of the audio encoder, or its dict; `model_type` chooses the class.
+        text_config: whole config of the language model, or its dict: any Hugging Face causal LM.
+        language_model: hub id or folder of the frozen weights of the language model. `config.json`
+            names a folder relative to the checkpoint. None if the checkpoint itself holds the
+            language model.
+        language_model_sha256: hash of that model's `config.json` and weight index; a model with
+            another hash is not loaded.
+        lora: `{"r", "alpha", "dropout", "target_modules"}`, or None if the language model has no
+            LoRA (stage 1).
+        prompt_template: `{"name", "prompt_no_input", "prompt_input"}`, and `"chat_template"` if
+            that of the language model is used; by default the template of the released checkpoints.
+        projector_layer_norm_eps: eps of the LayerNorm in front of the projector.
     """
 
     model_type = "ltu"
@@ -152,14 +158,16 @@ class LtuConfig(PreTrainedConfig):
         self.text_config = _as_config(text_config, "llama")
         if not hasattr(self.text_config, "vocab_size"):
             raise ValueError(
-                f"{self.text_config.model_type} is no causal language model; name one that is text alone."
+                f"{self.text_config.model_type} is no causal language model. Give a model of text "
+                "only."
             )
         self.language_model = language_model
         self.language_model_sha256 = language_model_sha256
         self.lora = lora
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
         self.projector_layer_norm_eps = projector_layer_norm_eps
-        # Derived, yet written to config.json for readers. A stored value that contradicts its source is refused.
+        # Both values are derived, and written to config.json for readers. A stored value that
+        # contradicts its source is an error.
         derived = {
             "num_audio_tokens": self.audio_config.num_audio_tokens,
             "audio_token_id": self.text_config.vocab_size,
@@ -168,41 +176,49 @@ class LtuConfig(PreTrainedConfig):
             stored = kwargs.pop(name, value)
             if stored != value:
                 raise ValueError(
-                    f"{name} is {stored} in the config, but {value} follows from its parts. Remove it from the config."
+                    f"{name} is {stored} in the config, but {value} follows from audio_config and "
+                    "text_config. Remove it from the config."
                 )
             setattr(self, name, value)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
-        kwargs["tie_word_embeddings"] = (
-            False  # The language model ties its own; the wrapper owns no embedding.
-        )
+        # The language model ties its own embeddings; the model around it owns none.
+        kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)
 
     @property
     def num_positions(self) -> int:
-        """Tokens that the language model has positions for; a million where its config does not say."""
+        """Tokens that the language model has positions for; 2**20 if its config has no limit."""
         return getattr(self.text_config, "max_position_embeddings", None) or 2**20
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write `config.json`, the folder of the language model relative to it, so that both can move together."""
-        kept = self.language_model
-        if kept is not None and Path(kept).is_dir():
-            self.language_model = relative_path_of(kept, save_directory)
+        """Write `config.json`.
+
+        The path of the language model's folder is written relative to it, so that both folders can
+        be moved together.
+        """
+        language_model = self.language_model
+        if language_model is not None and Path(language_model).is_dir():
+            self.language_model = relative_path_of(language_model, save_directory)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.language_model = kept
+            self.language_model = language_model
 
     def find_language_model(self, folder: str | os.PathLike) -> str:
-        """Where the language model of the checkpoint in `folder` lies: its hub id, or its folder."""
+        """Return the hub id or the absolute folder of the language model.
+
+        Args:
+            folder: of the checkpoint, to which the path of the language model is relative.
+        """
         name = self.language_model
         return str((Path(folder) / name).resolve()) if name.startswith(".") else name
 
 
 def _as_config(config: PreTrainedConfig | dict | None, default_model_type: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
-        # A copy: transformers writes settings such as the attention implementation from the outer
-        # config into the inner one, which may be that of a language model in use.
+        # Copy the config: transformers writes settings such as the attention implementation from
+        # the outer config into the inner one, which may be that of a language model in use.
         return copy.deepcopy(config)
     config = dict(config or {})
     return AutoConfig.for_model(config.pop("model_type", default_model_type), **config)

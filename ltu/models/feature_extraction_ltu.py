@@ -1,10 +1,13 @@
-"""16 kHz waveform to the picture that an ear looks at: 1024 frames of 10 ms.
+"""Converts 16 kHz waveforms into the spectrograms that the audio encoders take.
 
-Notable:
-- LTU: 128 Kaldi filterbank bins, padded with zeros or cut to 1024 frames and only then normalised, so padding becomes
-  1.1329, which is not silence;
-- the mean of the *whole* clip is subtracted, also from a clip that is then cut;
-- YAMNet: 64 log-mel bins; a clip shorter than the chunk is repeated, because silence would dominate its tokens.
+A spectrogram has 1024 frames of 10 ms.
+
+LTU uses a Kaldi filterbank of 128 bins. The filterbank is padded with zeros or cut to 1024 frames,
+and only then normalised, so padding becomes 1.1329, which is not silence. The mean of the whole
+waveform is subtracted first, also if the clip is then cut.
+
+YAMNet uses 64 log-mel bins. A clip shorter than a chunk is repeated, because silence would dominate
+its audio tokens.
 """
 
 from functools import lru_cache
@@ -17,21 +20,23 @@ from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtr
 from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioError
 from ltu.models.configuration_ltu import CavMaeConfig, YamnetConfig
 
-FRAME_LENGTH = 400  # samples, 25 ms: chunk of both front ends
-FRAME_SHIFT = 160  # samples, 10 ms
+FRAME_LENGTH = 400  # Samples of a frame, 25 ms.
+FRAME_SHIFT = 160  # Samples from one frame to the next, 10 ms.
 
 
 class ChunkedFeatureExtractor(SequenceFeatureExtractor):
-    """Waveforms of any length to `(clips, num_frames, num_mel_bins)`; subclasses define `extract_features`."""
+    """Converts waveforms of any length into features of a fixed number of frames.
+
+    Subclasses define `extract_features`.
+    """
 
     model_input_names = ["input_features"]
 
     def __init__(
         self, num_mel_bins: int, num_frames: int, sampling_rate: int, padding_value: float, **kwargs
     ):
-        kwargs.pop(
-            "feature_size", None
-        )  # Written to disk by the base class; num_mel_bins is its one home here.
+        # The base class saves feature_size too, which is num_mel_bins here.
+        kwargs.pop("feature_size", None)
         super().__init__(
             feature_size=num_mel_bins,
             sampling_rate=sampling_rate,
@@ -43,12 +48,12 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
 
     @property
     def chunk_seconds(self) -> float:
-        """Seconds of a clip that the ear hears; what comes later is cut off."""
+        """Seconds of a chunk, the part of a clip that is encoded at once."""
         return self.num_frames * FRAME_SHIFT / self.sampling_rate
 
     @property
     def chunk_samples(self) -> int:
-        """Samples that give exactly `num_frames` frames (the last frame reaches 15 ms over its shift)."""
+        """Samples of `num_frames` frames; the last frame reaches 15 ms into the next chunk."""
         return FRAME_LENGTH + (self.num_frames - 1) * FRAME_SHIFT
 
     def __call__(
@@ -59,57 +64,69 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
         num_chunks: list[int] | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Turn waveforms into features.
+        """Convert waveforms into features.
 
         Args:
-            raw_speech: one waveform `(samples,)`, mono, or a list of them, of any lengths from 25 ms.
+            raw_speech: one mono waveform `(samples,)`, or a list of them, each of at least 25 ms.
             sampling_rate: in Hz; must be the extractor's. `ltu.data.audio.load_audio` resamples.
             return_tensors: "pt" for torch, "np" for numpy.
-            chunks: how many chunks of each clip are heard, by default the first; at most `count_chunks`.
+            num_chunks: the number of chunks of each clip, at most `count_chunks`; by default one.
 
         Returns:
-            `input_features`, float32 `(clips, num_frames, num_mel_bins)`, where each chunk counts as a clip.
+            `input_features`, float32 `(chunks of all clips, num_frames, num_mel_bins)`.
+
+        Raises:
+            ValueError: another sampling rate, or a waveform that is not mono.
+            ltu.data.audio.AudioError: a waveform is shorter than 25 ms.
         """
         if sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"The features are defined at {self.sampling_rate} Hz, got {sampling_rate} Hz. Load the clip with "
-                "ltu.data.audio.load_audio, which resamples."
+                f"The features are defined at {self.sampling_rate} Hz, got {sampling_rate} Hz. "
+                "Load the clip with ltu.data.audio.load_audio, which resamples."
             )
-        is_single = not isinstance(raw_speech, list | tuple)
-        waveforms = [
-            torch.as_tensor(clip, dtype=torch.float32)
-            for clip in ([raw_speech] if is_single else raw_speech)
-        ]
+        if not isinstance(raw_speech, list | tuple):
+            raw_speech = [raw_speech]
+        waveforms = [torch.as_tensor(clip, dtype=torch.float32) for clip in raw_speech]
         for number, waveform in enumerate(waveforms):
             if waveform.ndim != 1:
                 raise ValueError(
-                    f"Clip {number} has shape {tuple(waveform.shape)}; a waveform is (samples,), mono."
+                    f"Clip {number} has shape {tuple(waveform.shape)}; a waveform is (samples,), "
+                    "mono."
                 )
             if len(waveform) < MIN_SAMPLES:
                 milliseconds = 1000 * len(waveform) / self.sampling_rate
                 raise AudioError(
                     f"<waveform {number}>", "too_short", f"{milliseconds:.1f} ms of sound"
                 )
-        heard = zip(waveforms, num_chunks or [1] * len(waveforms), strict=True)
-        features = torch.cat([self.extract_chunks(waveform, count) for waveform, count in heard])
-        return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
+        counts = num_chunks or [1] * len(waveforms)
+        features = [
+            self.extract_chunks(waveform, count)
+            for waveform, count in zip(waveforms, counts, strict=True)
+        ]
+        return BatchFeature(
+            {"input_features": torch.cat(features).numpy()}, tensor_type=return_tensors
+        )
 
     def count_chunks(self, samples: int) -> int:
-        """Windows that a clip fills, the last in part; what is left of it under 25 ms is none."""
+        """Return the number of chunks of a clip, of which the last may be shorter.
+
+        A rest of less than 25 ms is no chunk.
+        """
         return max(1, -(-(samples - MIN_SAMPLES + 1) // (self.num_frames * FRAME_SHIFT)))
 
     def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
-        """`(samples,)` → `(chunks, num_frames, num_mel_bins)`, one chunk after the other."""
-        starts = range(0, num_chunks * self.num_frames * FRAME_SHIFT, self.num_frames * FRAME_SHIFT)
+        """Return features `(chunks, num_frames, num_mel_bins)` of a waveform `(samples,)`."""
+        step = self.num_frames * FRAME_SHIFT  # Samples from one chunk to the next.
+        starts = range(0, num_chunks * step, step)
         return torch.stack([self.extract_features(waveform[start:]) for start in starts])
 
     def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
-        """`(samples,)` → `(num_frames, num_mel_bins)`"""
+        """Return features `(num_frames, num_mel_bins)` of a waveform `(samples,)`."""
         raise NotImplementedError
 
 
 class LtuFeatureExtractor(ChunkedFeatureExtractor):
-    """The filterbank that CAV-MAE reads.
+    """The filterbank that CAV-MAE takes.
 
     Args:
         mean, std: statistics of AudioSet's filterbanks; features are `(filterbank - mean) / std`.
@@ -141,18 +158,20 @@ class LtuFeatureExtractor(ChunkedFeatureExtractor):
             dither=0.0,
             frame_shift=1000 * FRAME_SHIFT / self.sampling_rate,
         )  # (frames, bins)
-        missing = self.num_frames - len(filterbank)
-        padded = torch.nn.functional.pad(
-            filterbank, (0, 0, 0, missing), value=self.padding_value
-        )  # (num_frames, bins)
-        return (padded - self.mean) / self.std
+        num_padding = self.num_frames - len(filterbank)
+        filterbank = torch.nn.functional.pad(
+            filterbank, (0, 0, 0, num_padding), value=self.padding_value
+        )
+        return (filterbank - self.mean) / self.std  # (num_frames, bins)
 
 
 class YamnetFeatureExtractor(ChunkedFeatureExtractor):
-    """The log-mel picture that YAMNet reads (parameters: tensorflow/models, research/audioset/yamnet/params.py).
+    """The log-mel spectrogram that YAMNet takes.
+
+    Its parameters are those of tensorflow/models, research/audioset/yamnet/params.py.
 
     Args:
-        loop_short_clips: repeat a clip that is shorter than the chunk until it fills it; otherwise silence follows.
+        loop_short_clips: repeat a clip that is shorter than a chunk; otherwise pad it with silence.
         log_offset: added before the logarithm.
         mel_min_hz, mel_max_hz: edges of the lowest and highest mel band.
     """
@@ -184,11 +203,10 @@ class YamnetFeatureExtractor(ChunkedFeatureExtractor):
         return self.log_mel(waveform[: self.chunk_samples])
 
     def log_mel(self, waveform: torch.Tensor) -> torch.Tensor:
-        """`(samples,)` → `(frames, num_mel_bins)`, without padding or cutting."""
-        n_fft = 512  # the next power of two over the 400 samples of a frame
-        frames = waveform.unfold(0, FRAME_LENGTH, FRAME_SHIFT) * torch.hann_window(
-            FRAME_LENGTH
-        )  # (frames, 400)
+        """Return the log-mel `(frames, num_mel_bins)` of a waveform `(samples,)` of any length."""
+        n_fft = 512  # The next power of two over the 400 samples of a frame.
+        frames = waveform.unfold(0, FRAME_LENGTH, FRAME_SHIFT)  # (frames, 400)
+        frames = frames * torch.hann_window(FRAME_LENGTH)
         magnitude = torch.fft.rfft(frames, n_fft).abs()  # (frames, 257)
         bands = mel_bands(
             self.sampling_rate, n_fft, self.num_mel_bins, self.mel_min_hz, self.mel_max_hz
@@ -200,18 +218,23 @@ class YamnetFeatureExtractor(ChunkedFeatureExtractor):
 def mel_bands(
     sampling_rate: int, n_fft: int, num_mel_bins: int, min_hz: float, max_hz: float
 ) -> torch.Tensor:
-    """Triangular bands on the HTK mel scale, straight in mel, float32 `(n_fft // 2 + 1, num_mel_bins)`."""
+    """Return triangular mel bands, float32 `(n_fft // 2 + 1, num_mel_bins)`.
+
+    The mel scale is HTK's, and the sides of the triangles are straight on this scale.
+    """
 
     def mel(hertz: np.ndarray | float) -> np.ndarray:
         return 1127.0 * np.log1p(np.asarray(hertz) / 700.0)
 
     bins = mel(np.linspace(0.0, sampling_rate / 2, n_fft // 2 + 1))[:, None]  # (257, 1)
     edges = np.linspace(mel(min_hz), mel(max_hz), num_mel_bins + 2)
-    lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
-    bands = np.minimum((bins - lower) / (centre - lower), (upper - bins) / (upper - centre)).clip(
-        min=0.0
-    )
-    bands[0] = 0.0  # A constant offset of the waveform carries no sound.
+    lower = edges[:-2]
+    centre = edges[1:-1]
+    upper = edges[2:]
+    rising = (bins - lower) / (centre - lower)
+    falling = (upper - bins) / (upper - centre)
+    bands = np.minimum(rising, falling).clip(min=0.0)
+    bands[0] = 0.0  # A constant offset of the waveform is not audible.
     return torch.from_numpy(bands).float()
 
 

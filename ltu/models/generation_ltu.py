@@ -1,9 +1,9 @@
 """Runs stock `generate` over sequences with audio placeholders.
 
-`generate` embeds the whole prompt once, audio included, and hands it to the stock loop as
-`prompt_embeds`, one per row. So the loop may repeat rows for beams and samples, and may run with or
-without a cache, without knowing of audio. Nothing of the loop's own arguments is named here: what
-they are called changes between releases of transformers.
+`generate` embeds the whole prompt once, audio included, and passes it to the stock loop as
+`prompt_embeds`, one per row. So the loop can repeat rows for beams and samples, and can run with or
+without a cache, and needs no code for audio. The loop's own arguments are not named here, because
+their names change between releases of transformers.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from ltu.models.version_check import check_generation
 
 
 class TextRepetitionPenalty(LogitsProcessor):
-    """Repetition penalty over the text that the model has seen, as the original's.
+    """Repetition penalty over the text tokens of a sequence, as in the original.
 
-    The stock processor indexes the vocabulary by every id of the sequence: it dies on audio placeholders and counts
-    pads as text.
+    The stock processor indexes the vocabulary by every token of the sequence. It fails on audio
+    placeholders, and counts padding as text.
 
     Args:
-        penalty: divides positive and multiplies negative scores of ids that have occurred.
-        is_text: (batch, prompt length) bool, False for placeholders and pads.
+        penalty: divides positive and multiplies negative scores of tokens that have occurred.
+        is_text: (batch, prompt length) bool, False for placeholders and padding.
     """
 
     def __init__(self, penalty: float, is_text: Tensor):
@@ -32,17 +32,14 @@ class TextRepetitionPenalty(LogitsProcessor):
         self.is_text = is_text
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        is_text = self.is_text.to(input_ids.device).repeat_interleave(
-            input_ids.shape[0] // self.is_text.shape[0], dim=0
-        )
+        num_rows, vocab_size = scores.shape
+        rows_per_prompt = input_ids.shape[0] // self.is_text.shape[0]  # Beams or samples.
+        is_text = self.is_text.to(input_ids.device).repeat_interleave(rows_per_prompt, dim=0)
         generated = is_text.new_ones(input_ids.shape[0], input_ids.shape[1] - is_text.shape[1])
         is_text = torch.cat([is_text, generated], dim=1)  # (rows, length so far)
-        seen = torch.zeros(
-            scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device
-        )
-        seen.scatter_(
-            1, input_ids.masked_fill(~is_text, scores.shape[1]), True
-        )  # What is not text lands in the extra column.
+        # Mark the tokens that have occurred. An extra column takes those that are not text.
+        seen = torch.zeros(num_rows, vocab_size + 1, dtype=torch.bool, device=scores.device)
+        seen.scatter_(1, input_ids.masked_fill(~is_text, vocab_size), True)
         penalised = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
         return torch.where(seen[:, :-1], penalised, scores)  # (rows, vocabulary)
 
@@ -60,7 +57,7 @@ class LtuGenerationMixin(GenerationMixin):
         audio_index: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run stock `generate`, whose other arguments and results these are.
+        """Run the stock `generate`, which takes the other arguments and returns the result.
 
         Each clip is encoded once, whatever the number of beams or samples, and with or without a
         cache. The repetition penalty counts text only.
@@ -80,7 +77,7 @@ class LtuGenerationMixin(GenerationMixin):
             raise ValueError(
                 "Clips need placeholders in input_ids; inputs_embeds hold the audio already."
             )
-        # A cache of the caller's may hold the audio already; then the clips are not needed.
+        # The clips are not needed if a cache that the caller gives holds the audio already.
         has_cache = any(isinstance(value, Cache) for value in kwargs.values())
         if has_clips and not (has_cache and not (input_ids == self.config.audio_token_id).any()):
             kwargs["prompt_embeds"] = self._embed(
@@ -95,7 +92,7 @@ class LtuGenerationMixin(GenerationMixin):
     def _replace_repetition_penalty(
         self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        """Put `TextRepetitionPenalty` in the place of the stock one, in the arguments."""
+        """Replace the stock repetition penalty in the arguments by `TextRepetitionPenalty`."""
         penalty = kwargs.pop("repetition_penalty", None)
         for config in (kwargs.get("generation_config"), self.generation_config):
             if penalty is None and config is not None:
@@ -103,7 +100,7 @@ class LtuGenerationMixin(GenerationMixin):
         kwargs["repetition_penalty"] = 1.0  # Switches the stock one off, also in generation_config.
         if penalty is None or penalty == 1.0:
             return
-        # The mask is longer than the tokens where a cache holds the tokens before.
+        # The mask is longer than the tokens if a cache holds earlier tokens.
         is_seen = attention_mask[:, -input_ids.shape[1] :].bool()
         is_text = is_seen & (input_ids != self.config.audio_token_id)
         processors = kwargs.get("logits_processor") or []
@@ -113,9 +110,9 @@ class LtuGenerationMixin(GenerationMixin):
 
 
 def find_cache(output: ModelOutput) -> tuple[str, Cache]:
-    """Find the cache in the output of a forward pass, and the name that it has there.
+    """Return the name and the cache itself from the output of a forward pass.
 
-    `forward` takes it under the same name, which depends on the version of transformers.
+    `forward` takes the cache under the same name, which depends on the version of transformers.
 
     Raises:
         ValueError: the output holds no cache.

@@ -1,4 +1,7 @@
-"""Where LoRA goes in a language model, and putting it there with peft. LoRA is fp32, whatever the model is."""
+"""Finds the layers of a language model that take LoRA, and injects it with peft.
+
+LoRA weights are fp32, whatever the dtype of the language model.
+"""
 
 from typing import Any
 
@@ -9,42 +12,57 @@ from transformers import Conv1D
 
 
 def find_targets(language_model: Any, named: list[str] | None = None) -> list[str]:
-    """The named layers; by default q_proj and v_proj, as in the papers, or what peft knows of this kind of model.
+    """Return the names of the layers that take LoRA.
+
+    Args:
+        language_model: a causal LM.
+        named: the layers; by default q_proj and v_proj, as in the papers, or else those that peft
+            knows for this type of model.
 
     Raises:
-        ValueError: a named layer is not there, or no default is.
+        ValueError: a named layer is not in the model, or no default fits it.
     """
-    modules, kind = dict(language_model.named_modules()), language_model.config.model_type
-    for targets in [named] if named else (["q_proj", "v_proj"], PEFT_TARGETS.get(kind)):
-        if isinstance(targets, list) and all(
-            any(f".{n}".endswith(f".{t}") for n in modules) for t in targets
-        ):
+    modules = dict(language_model.named_modules())
+    model_type = language_model.config.model_type
+    candidates = [named] if named else [["q_proj", "v_proj"], PEFT_TARGETS.get(model_type)]
+    for targets in candidates:
+        # For some types of model peft has a regular expression, which is not used here.
+        if isinstance(targets, list) and all(_has_layer(modules, target) for target in targets):
             return list(targets)
-    modules = {n: m for n, m in modules.items() if m is not language_model.get_output_embeddings()}
-    linear = sorted(
-        {n.split(".")[-1] for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
-    )
-    reason = (
-        f"LoRA cannot go into {named}: not all of them are there"
-        if named
-        else "no usual place of LoRA is known"
-    )
+
+    output_layer = language_model.get_output_embeddings()
+    linear = set()
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear | Conv1D) and module is not output_layer:
+            linear.add(name.split(".")[-1])
+    if named:
+        reason = f"LoRA cannot be added to {named}: the model lacks at least one of them"
+    else:
+        reason = "The usual target layers of LoRA are not known"
     raise ValueError(
-        f"{reason}. The linear layers of this {kind} are {', '.join(linear)}. Use --lora_target_modules '[NAME,NAME]'."
+        f"{reason}. The linear layers of this {model_type} are {', '.join(sorted(linear))}. Use "
+        "--lora_target_modules '[NAME,NAME]'."
     )
+
+
+def _has_layer(modules: dict[str, nn.Module], target: str) -> bool:
+    return any(f".{name}".endswith(f".{target}") for name in modules)
 
 
 def inject_lora(language_model: Any, lora: dict) -> None:
-    """Put a fresh LoRA, whose product is zero at first, into the layers that `lora["target_modules"]` names."""
-    names = {
-        "r": "r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "target_modules": "target_modules",
-    }
-    inject_adapter_in_model(
-        LoraConfig(**{theirs: lora[ours] for ours, theirs in names.items()}), language_model
+    """Inject a new LoRA, whose product is zero at first, into the layers of `target_modules`.
+
+    Args:
+        language_model: a causal LM, which is changed.
+        lora: `{"r", "alpha", "dropout", "target_modules"}`.
+    """
+    config = LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["target_modules"],
     )
+    inject_adapter_in_model(config, language_model)
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

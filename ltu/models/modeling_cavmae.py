@@ -1,11 +1,12 @@
-"""LTU's ear: the audio branch of CAV-MAE, from a filterbank to 32 vectors.
+"""Encodes a filterbank to 32 audio tokens with the audio branch of CAV-MAE, LTU's audio encoder.
 
-Notable:
-- a ViT-B on 16 x 16 patches: 8 steps of frequency x 64 of time, flattened frequency first;
-- parameter names are the original's, so its checkpoints need no renaming: `blocks_a` are the audio blocks, `blocks_u`
-  holds the one block that CAV-MAE shares between sound and image;
-- 8 of the 12 norm parameters of every block are never used; see `CavMaeBlock`;
-- the 8 frequency rows of a time step are averaged, then two neighbouring time steps: (batch, 32, hidden_size).
+The encoder is a ViT-B on 16 x 16 patches: 8 steps of frequency and 64 of time, in frequency-major
+order. Its output is averaged over the 8 frequency steps, then over two neighbouring time steps:
+(batch, 32, hidden_size).
+
+The parameters have the original's names, so its checkpoints need no renaming: `blocks_a` are the
+audio blocks, and `blocks_u` holds the one block that CAV-MAE shares between audio and image. Every
+block has 12 norm parameters, of which 8 are never used; see `CavMaeBlock`.
 """
 
 import numpy as np
@@ -26,8 +27,8 @@ class CavMaePatchEmbed(nn.Module):
         )
 
     def forward(self, input_features: torch.Tensor) -> torch.Tensor:
-        picture = input_features.transpose(1, 2).unsqueeze(1)  # (batch, 1, bins, frames)
-        patches = self.proj(picture)  # (batch, hidden, bins / 16, frames / 16)
+        spectrogram = input_features.transpose(1, 2).unsqueeze(1)  # (batch, 1, bins, frames)
+        patches = self.proj(spectrogram)  # (batch, hidden, bins / 16, frames / 16)
         return patches.flatten(2).transpose(1, 2)  # (batch, patches, hidden), frequency-major
 
 
@@ -40,12 +41,10 @@ class CavMaeAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         batch, patches, hidden = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(
-            batch, patches, 3, self.num_heads, hidden // self.num_heads
-        )
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(
-            0
-        )  # each (batch, heads, patches, hidden / heads)
+        head_width = hidden // self.num_heads
+        qkv = self.qkv(hidden_states).view(batch, patches, 3, self.num_heads, head_width)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, patches, head width)
+        query, key, value = qkv.unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, patches, hidden))
 
@@ -63,11 +62,11 @@ class CavMaeMlp(nn.Module):
 class CavMaeBlock(GradientCheckpointingLayer):
     """A pre-norm transformer block with the norms of three modalities.
 
-    CAV-MAE keeps six LayerNorms per block: joint (`norm1`, `norm2`), audio (`_a`) and image (`_v`). LTU calls
-    `blocks_a` with the joint pair and `blocks_u` with the audio pair. The other four stay as parameters because
-    released files hold them and the published counts include them, but the forward pass never touches them. The
-    original adds 0 times the sum of all six instead, so that DDP sees a gradient for each;
-    `CavMaeModel.unused_parameter_names` lists them for DDP.
+    A block of CAV-MAE has six LayerNorms: joint (`norm1`, `norm2`), audio (`_a`) and image (`_v`).
+    LTU uses the joint pair in `blocks_a` and the audio pair in `blocks_u`. The other four stay as
+    parameters, because released files hold them and the published counts include them, but the
+    forward pass does not use them. The original adds 0 times the sum of all six, so that DDP has a
+    gradient for each; here `CavMaeModel.unused_parameter_names` lists them for DDP.
     """
 
     def __init__(self, config: CavMaeConfig, is_shared: bool):
@@ -86,7 +85,8 @@ class CavMaeBlock(GradientCheckpointingLayer):
         return (*other, "norm1_v", "norm2_v")
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        norm1, norm2 = (self.norm1_a, self.norm2_a) if self.is_shared else (self.norm1, self.norm2)
+        norm1 = self.norm1_a if self.is_shared else self.norm1
+        norm2 = self.norm2_a if self.is_shared else self.norm2
         hidden_states = hidden_states + self.attn(norm1(hidden_states))
         return hidden_states + self.mlp(norm2(hidden_states))  # (batch, patches, hidden)
 
@@ -97,8 +97,9 @@ class CavMaePreTrainedModel(PreTrainedModel):
     main_input_name = "input_features"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
-    # It always calls scaled_dot_product_attention, which takes flash kernels by itself where the device has them; a
-    # choice of attention for the whole of LTU is meant for its language model and must not fail here.
+    # The encoder always calls scaled_dot_product_attention, which uses flash kernels by itself if
+    # the device has them. An attention implementation chosen for LTU is meant for its language
+    # model, and must not fail here.
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["CavMaeBlock"]
@@ -121,7 +122,7 @@ class CavMaePreTrainedModel(PreTrainedModel):
 
 
 class CavMaeModel(CavMaePreTrainedModel):
-    """Filterbank to audio vectors (Gong et al., "Contrastive Audio-Visual Masked Autoencoder", ICLR 2023)."""
+    """Audio encoder of Gong et al., "Contrastive Audio-Visual Masked Autoencoder", ICLR 2023."""
 
     def __init__(self, config: CavMaeConfig):
         super().__init__(config)
@@ -140,47 +141,61 @@ class CavMaeModel(CavMaePreTrainedModel):
 
     @property
     def unused_parameter_names(self) -> list[str]:
-        """Parameters that get no gradient, as `state_dict` names them: four norms of every block."""
-        blocks = [
-            (path, module)
-            for path, module in self.named_modules()
-            if isinstance(module, CavMaeBlock)
-        ]
-        return [
-            f"{path}.{norm}.{kind}"
-            for path, b in blocks
-            for norm in b.unused_norms
-            for kind in ("weight", "bias")
-        ]
+        """Parameters without gradient, named as in `state_dict`: four norms of every block."""
+        names = []
+        for path, module in self.named_modules():
+            if isinstance(module, CavMaeBlock):
+                for norm in module.unused_norms:
+                    names += [f"{path}.{norm}.weight", f"{path}.{norm}.bias"]
+        return names
 
     def encode(self, input_features: torch.Tensor) -> torch.Tensor:
-        """`(batch, num_frames, num_mel_bins)` → `(batch, patches, hidden_size)`, normed, frequency-major."""
+        """Return the hidden state of each patch, after the last norm.
+
+        Args:
+            input_features: `(batch, num_frames, num_mel_bins)`
+
+        Returns:
+            `(batch, patches, hidden_size)`, frequency-major.
+
+        Raises:
+            ValueError: the features have another shape.
+        """
         expected = (self.config.num_frames, self.config.num_mel_bins)
         if tuple(input_features.shape[1:]) != expected:
             raise ValueError(
                 f"CAV-MAE takes features of shape (batch, {expected[0]}, {expected[1]}), got "
-                f"{tuple(input_features.shape)}. Make them with the feature extractor that was saved with this model."
+                f"{tuple(input_features.shape)}. Make them with the feature extractor that was "
+                "saved with this model."
             )
-        hidden_states = self.patch_embed_a(
-            input_features.to(self.patch_embed_a.proj.weight.dtype)
-        )  # (batch, 512, 768)
+        input_features = input_features.to(self.patch_embed_a.proj.weight.dtype)
+        hidden_states = self.patch_embed_a(input_features)  # (batch, 512, 768)
         hidden_states = hidden_states + self.pos_embed_a + self.modality_a
         for block in (*self.blocks_a, *self.blocks_u):
             hidden_states = block(hidden_states)
         return self.norm_a(hidden_states)
 
     def forward(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
-        """`(batch, num_frames, num_mel_bins)` → `(batch, num_audio_tokens, hidden_size)`, before `feature_divisor`."""
+        """Return the audio tokens, before the division by `feature_divisor`.
+
+        Args:
+            input_features: `(batch, num_frames, num_mel_bins)`
+
+        Returns:
+            `(batch, num_audio_tokens, hidden_size)`
+        """
         hidden_states = self.encode(input_features)  # (batch, 8 * 64, 768)
         rows = self.config.num_mel_bins // self.config.patch_size
         hidden_states = hidden_states.unflatten(1, (rows, -1)).mean(1)  # (batch, 64, 768)
-        return hidden_states.unflatten(1, (-1, self.config.time_pooling)).mean(
-            2
-        )  # (batch, 32, 768)
+        hidden_states = hidden_states.unflatten(1, (-1, self.config.time_pooling))
+        return hidden_states.mean(2)  # (batch, 32, 768)
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
-    """Two-dimensional sine-cosine table `(rows * columns, width)`; the first half of the width encodes the column."""
+    """Return a two-dimensional sine-cosine table `(rows * columns, width)`.
+
+    The first half of the width encodes the column. The width must be a multiple of 4.
+    """
 
     def one_axis(positions: np.ndarray) -> np.ndarray:
         frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
@@ -188,9 +203,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     row, column = (axis.ravel() for axis in np.mgrid[:rows, :columns].astype(np.float64))
-    table = np.concatenate(
-        [one_axis(column), one_axis(row)], axis=1
-    )  # (rows * columns, width), width a multiple of 4
+    table = np.concatenate([one_axis(column), one_axis(row)], axis=1)  # (rows * columns, width)
     return torch.from_numpy(table).float()
 
 

@@ -1,13 +1,15 @@
-"""LTU: what the ear hears becomes a few vectors of the language model's width, in front of the question.
+"""Puts audio embeddings in front of the prompt of a causal language model.
 
-Notable:
-- The language model is any stock Hugging Face causal LM; peft injects LoRA into it. Nothing is forked or patched.
-- A sequence is `[audio placeholders][pads][text]`. Placeholders carry an id one past the vocabulary; the model goes by
-  id and mask, so pads may stand anywhere and one audio prefix can be shared by many questions.
-- A checkpoint holds what was trained, and the name and hash of its language model, not a copy of it, unless that was
-  trained too.
-- Ear, projection and LoRA stay in fp32, in memory and on disk; a frozen language model may be bf16. Autocast does the
-  rest.
+The language model is any stock Hugging Face causal LM, into which peft injects LoRA. Nothing is
+forked or patched.
+
+A sequence is `[audio placeholders][padding][text]`. A placeholder is the token one past the
+vocabulary. The model finds audio by this token and padding by the mask, so padding may be anywhere,
+and many questions can share one audio prefix.
+
+A checkpoint holds the trained weights, and the name and hash of its language model instead of a
+copy, unless the language model was trained too. Audio encoder, projector and LoRA are fp32, in
+memory and on disk. The frozen language model may be bf16; autocast converts between the two.
 """
 
 from inspect import signature
@@ -25,15 +27,18 @@ from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.lora import find_targets, inject_lora
 
-# What each plan trains: prefixes of parameter names, or the infix of LoRA's. The original's names for the plans.
+# The parameters that each plan trains, as prefixes of their names, or as an infix if it begins with
+# a dot. The plans are named as in the original.
 TRAINABLE_PLANS = {
     "proj": ("multi_modal_projector.",),
     "all": ("audio_tower.", "multi_modal_projector.", ".lora_"),
 }
 
-# What `from_pretrained` hands to the hub, and to the language model.
+# Arguments that `from_pretrained` passes to the hub.
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
-AUTO_ARGUMENTS = ("trust_remote_code", "adapter_kwargs", "code_revision")  # The Auto classes' own.
+# Arguments that the Auto classes pass, and that `from_pretrained` ignores.
+AUTO_ARGUMENTS = ("trust_remote_code", "adapter_kwargs", "code_revision")
+# Arguments that `from_pretrained` passes to the language model.
 LLM_ARGUMENTS = ("attn_implementation", "quantization_config", "max_memory", "offload_folder")
 
 
@@ -53,11 +58,12 @@ class LtuMultiModalProjector(nn.Module):
 
 
 class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
-    """An ear (`audio_tower`), a projection (`multi_modal_projector`) and a causal language model (`language_model`).
+    """Audio encoder (`audio_tower`), `multi_modal_projector` and causal `language_model`.
 
     Args:
         config: sizes of all three.
-        language_model: a loaded causal LM. Without one it is built from `config.text_config` with random weights.
+        language_model: a loaded causal LM. Without one it is built from `config.text_config` with
+            random weights.
     """
 
     config_class = LtuConfig
@@ -65,8 +71,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    # The loss is a mean over each micro-batch, averaged over accumulation steps; the Trainer would divide by all tokens
-    # instead.
+    # The loss is a mean over the tokens of each micro-batch, averaged over accumulation steps. With
+    # True, the Trainer would divide by the tokens of all micro-batches instead.
     accepts_loss_kwargs = False
 
     def __init__(self, config: LtuConfig, language_model: PreTrainedModel | None = None):
@@ -74,7 +80,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.audio_tower = AutoModel.from_config(config.audio_config)
         self.multi_modal_projector = LtuMultiModalProjector(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        # One object, so that both know of the attention implementation and the size of the vocabulary.
+        # Share one object, so that a change of the attention implementation or of the vocabulary
+        # reaches both.
         config.text_config = self.language_model.config
         self.language_model.requires_grad_(False)
         if config.lora:
@@ -82,34 +89,41 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.post_init()
 
     def init_weights(self) -> None:
-        """Nothing: each part has initialised itself, and a loaded language model keeps its weights."""
+        """Do nothing: the parts initialise themselves, and a loaded language model is kept."""
 
     def add_lora(
         self, r: int, alpha: int, dropout: float, target_modules: list[str] | None = None
     ) -> None:
-        """Give the language model a fresh LoRA, whose product is zero at first; `find_targets` says where by default.
+        """Inject a new LoRA into the language model; its product is zero at first.
+
+        Args:
+            r, alpha, dropout: rank, scale and dropout, as in peft's `LoraConfig`.
+            target_modules: names of the layers; by default, those that `find_targets` chooses.
 
         Raises:
-            ValueError: the model has one already, or no such layers.
+            ValueError: the model has LoRA already, or no such layers.
         """
         if self.config.lora:
             raise ValueError(
-                f"The model already has LoRA {self.config.lora}. Continue with it: leave the --lora_* flags out."
+                f"The model already has LoRA {self.config.lora}. Leave the --lora_* flags out to "
+                "continue with it."
             )
         targets = find_targets(self.language_model, target_modules)
         self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets}
         inject_lora(self.language_model, self.config.lora)
 
     def set_trainable(self, plan: str) -> None:
-        """Freeze everything but what `plan` names: "proj", or "all" (ear, projection and LoRA)."""
-        marks = TRAINABLE_PLANS[plan]
+        """Freeze all parameters but those of a plan.
+
+        Args:
+            plan: "proj" (projector), or "all" (audio encoder, projector and LoRA).
+        """
+        patterns = TRAINABLE_PLANS[plan]
+        prefixes = tuple(pattern for pattern in patterns if not pattern.startswith("."))
+        infixes = [pattern for pattern in patterns if pattern.startswith(".")]
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(
-                any(
-                    mark in name if mark.startswith(".") else name.startswith(mark)
-                    for mark in marks
-                )
-            )
+            is_trainable = name.startswith(prefixes) or any(infix in name for infix in infixes)
+            parameter.requires_grad_(is_trainable)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -118,15 +132,16 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def get_audio_features(self, input_features: Tensor) -> Tensor:
-        """(clips, frames, mel bins) spectrograms -> (clips, num_audio_tokens, hidden) vectors for the language
-        model."""
+        """Return the audio embeddings (clips, num_audio_tokens, hidden) of clips.
+
+        Args:
+            input_features: (clips, frames, mel bins) spectrograms.
+        """
         weight = self.multi_modal_projector.linear.weight
-        audio_hidden = self.audio_tower(
-            input_features.to(weight.device, weight.dtype)
-        )  # (clips, tokens, audio hidden)
-        return self.multi_modal_projector(
-            audio_hidden / self.config.audio_config.feature_divisor
-        )  # (clips, tokens, hidden)
+        input_features = input_features.to(weight.device, weight.dtype)
+        audio_hidden = self.audio_tower(input_features)  # (clips, tokens, audio hidden)
+        audio_hidden = audio_hidden / self.config.audio_config.feature_divisor
+        return self.multi_modal_projector(audio_hidden)  # (clips, tokens, hidden)
 
     def _embed(
         self,
@@ -136,26 +151,36 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         audio_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Token embeddings, with audio embeddings at the placeholders: (batch, length, hidden)."""
+        """Return token embeddings, with audio embeddings at the placeholders.
+
+        Arguments as in `forward`.
+
+        Returns:
+            (batch, length, hidden)
+        """
         input_ids = input_ids.to(self.get_input_embeddings().weight.device)
         is_audio = input_ids == self.config.audio_token_id  # (batch, length)
         num_placeholders = int(is_audio.sum())
         prompt_length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        # `generate` has embedded the prompt already. Only the tokens after it are embedded here:
+        # none at the first step, all generated ones at a later step without a cache.
         if num_placeholders and 0 < prompt_length <= input_ids.shape[1]:
             new_embeds = self.get_input_embeddings()(input_ids[:, prompt_length:])
             return torch.cat([prompt_embeds, new_embeds], dim=1)
 
         if audio_embeds is None:
-            clips, tokens_per_clip = input_features, self.config.num_audio_tokens
+            clips = input_features
+            tokens_per_clip = self.config.num_audio_tokens
         else:
-            clips, tokens_per_clip = audio_embeds, audio_embeds.shape[1]
+            clips = audio_embeds
+            tokens_per_clip = audio_embeds.shape[1]
         num_clips = 0 if clips is None else len(clips)
         num_runs = num_clips if audio_index is None else len(audio_index)
         if num_placeholders != num_runs * tokens_per_clip:
             raise ValueError(
                 f"{num_placeholders} audio placeholders in input_ids, but {num_runs} clips x "
-                f"{tokens_per_clip} tokens = {num_runs * tokens_per_clip} audio vectors. Each clip "
-                f"needs one run of {tokens_per_clip} placeholders (id "
+                f"{tokens_per_clip} tokens = {num_runs * tokens_per_clip} audio embeddings. Each "
+                f"clip needs one run of {tokens_per_clip} placeholders (token "
                 f"{self.config.audio_token_id}); LtuProcessor writes them."
             )
         token_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
@@ -165,9 +190,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             audio_embeds = self.get_audio_features(input_features)
         audio_embeds = audio_embeds.to(token_embeds)  # (clips, tokens, hidden)
         if audio_index is not None:
-            audio_embeds = audio_embeds[
-                audio_index.to(audio_embeds.device)
-            ]  # (runs, tokens, hidden)
+            audio_index = audio_index.to(audio_embeds.device)
+            audio_embeds = audio_embeds[audio_index]  # (runs, tokens, hidden)
         return token_embeds.masked_scatter(is_audio[..., None], audio_embeds)
 
     def forward(
@@ -197,8 +221,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 original's training counts padding too.
             inputs_embeds: (batch, length, hidden), in place of `input_ids`.
             audio_index: (runs,) the clip of each run, where several runs share a clip.
-            audio_embeds: (clips, tokens of a clip, hidden), such as those of `get_audio_features`, in
-                place of `input_features`.
+            audio_embeds: (clips, tokens of a clip, hidden), such as those of `get_audio_features`,
+                in place of `input_features`.
             prompt_embeds: (batch, prompt length, hidden) embeddings of the first tokens of
                 `input_ids`, made by `generate`. Not used where a cache holds the audio already.
             logits_to_keep: positions whose logits are computed, the last n or their indices; all if
@@ -232,7 +256,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         )
 
     def is_own(self, key: str) -> bool:
-        """Whether a checkpoint of ours holds this key of the state dict."""
+        """Return whether a checkpoint folder holds this key of the state dict."""
         return (
             self.config.language_model is None
             or ".lora_" in key
@@ -242,17 +266,17 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     def save_pretrained(
         self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """Write `config.json` and `model.safetensors`: ear, projection and LoRA; the language model only if it has no
-        other home."""
+        """Write `config.json` and `model.safetensors`.
+
+        The weights are those of audio encoder, projector and LoRA. Those of the language model are
+        added only if the config names no other folder or hub id that holds them.
+        """
         state_dict = self.state_dict() if state_dict is None else state_dict
-        super().save_pretrained(
-            save_directory,
-            state_dict={k: v for k, v in state_dict.items() if self.is_own(k)},
-            **kwargs,
-        )
+        own_state = {key: value for key, value in state_dict.items() if self.is_own(key)}
+        super().save_pretrained(save_directory, state_dict=own_state, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock `push_to_hub`, once the language model has a name that others can find it by.
+        """Run the stock `push_to_hub`, unless others could not find the language model.
 
         Raises:
             ValueError: the language model is a folder of this machine.
@@ -260,8 +284,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         name = self.config.language_model
         if name is not None and Path(name).is_dir():
             raise ValueError(
-                f"The checkpoint names its language model as {name}, which others do not have. Set "
-                "model.config.language_model to the hub id of the same model first."
+                f"The checkpoint names its language model as {name}, a folder that others do not "
+                "have. Set model.config.language_model to the hub id of the same model first."
             )
         return super().push_to_hub(*args, **kwargs)
 
@@ -279,18 +303,23 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         """Open a checkpoint folder, or a hub id that holds one.
 
         Args:
-            language_model: another place of the same language model, instead of the one that the folder names.
-            dtype: of the frozen language model; "auto" keeps the stored one. What was trained stays fp32.
-            device_map: handed to the language model; ear and projection go where its embeddings are.
+            config: replaces the config of the folder.
+            language_model: another folder or hub id of the same language model, instead of the one
+                that the checkpoint names.
+            dtype: of the frozen language model; "auto" keeps the dtype of its files. Trained
+                weights stay fp32.
+            device_map: passed to the language model. Audio encoder and projector go to the device
+                of its embeddings.
+            kwargs: `HUB_ARGUMENTS` and `LLM_ARGUMENTS`.
 
         Raises:
-            ValueError: the language model is not the one that the folder was trained with.
+            ValueError: the language model is not the one that the checkpoint was trained with.
             KeyError: a key of the checkpoint is missing or left over.
+            TypeError: there is no such argument.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         dtype = kwargs.pop("torch_dtype", dtype)
         llm_kwargs = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs}
-        given = llm_kwargs | {"language_model": language_model, "device_map": device_map}
         left_over = [
             name for name in kwargs if not name.startswith("_") and name not in AUTO_ARGUMENTS
         ]
@@ -300,60 +329,81 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         config = config or cls.config_class.from_pretrained(folder)
         llm = None
         if config.language_model is not None:
-            config.language_model = (
-                str(language_model) if language_model else config.find_language_model(folder)
-            )
+            if language_model:
+                config.language_model = str(language_model)
+            else:
+                config.language_model = config.find_language_model(folder)
             check_language_model(config, folder)
             llm = AutoModelForCausalLM.from_pretrained(
                 config.language_model, dtype=dtype, device_map=device_map, **llm_kwargs
             )
             config.text_config = llm.config
-        elif refused := {name for name, value in given.items() if value is not None}:
-            raise ValueError(
-                f"{folder} holds its language model; these are for one that lies elsewhere: {refused}."
-            )
-        elif dtype not in ("auto", None):  # Of what is built; LoRA is fp32 all the same.
-            config.text_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        else:
+            given = llm_kwargs | {"language_model": language_model, "device_map": device_map}
+            refused = {name for name, value in given.items() if value is not None}
+            if refused:
+                raise ValueError(
+                    f"{folder} holds its language model; {refused} are only for a checkpoint whose "
+                    "language model is elsewhere."
+                )
+            if dtype not in ("auto", None):
+                # The dtype of the language model that is built from the config. LoRA stays fp32.
+                config.text_config.dtype = (
+                    getattr(torch, dtype) if isinstance(dtype, str) else dtype
+                )
         model = cls(config, language_model=llm)
         model._load_own(folder)
         if llm is not None:
             device = llm.get_input_embeddings().weight.device
             model.audio_tower.to(device)
             model.multi_modal_projector.to(device)
-            if hasattr(llm, "hf_device_map"):  # The Trainer must leave the parts where they are.
+            if hasattr(llm, "hf_device_map"):
+                # With a device map, the Trainer leaves the parts on their devices.
                 model.hf_device_map = {
-                    f"language_model.{name}": place for name, place in llm.hf_device_map.items()
+                    f"language_model.{name}": device for name, device in llm.hf_device_map.items()
                 }
         return model.eval()
 
     def _load_own(self, folder: Path) -> None:
+        """Load the weights that a checkpoint folder holds, every key of them.
+
+        Raises:
+            FileNotFoundError: the folder holds no weights.
+            KeyError: a key is missing or left over.
+        """
         files = sorted(folder.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(
-                f"{folder} holds no model.safetensors. Write one with: python -m ltu.convert_checkpoint"
+                f"{folder} holds no model.safetensors. Write one with: "
+                "python -m ltu.convert_checkpoint"
             )
-        state = {key: value for file in files for key, value in load_file(file).items()}
-        wanted = {key for key in self.state_dict() if self.is_own(key)}
-        missing, left_over = (
-            wanted - set(state) - set(self.all_tied_weights_keys),
-            set(state) - wanted,
-        )
+        state: dict[str, Tensor] = {}
+        for file in files:
+            state.update(load_file(file))
+        expected = {key for key in self.state_dict() if self.is_own(key)}
+        missing = expected - set(state) - set(self.all_tied_weights_keys)
+        left_over = set(state) - expected
         if missing or left_over:
             raise KeyError(
-                f"{folder} does not fit its own config: {len(missing)} keys missing {sorted(missing)[:3]}, "
-                f"{len(left_over)} left over "
-                f"{sorted(left_over)[:3]}. Write the folder again with: python -m ltu.convert_checkpoint"
+                f"{folder} does not fit its own config: {len(missing)} keys missing "
+                f"{sorted(missing)[:3]}, {len(left_over)} left over {sorted(left_over)[:3]}. Write "
+                "the folder again with: python -m ltu.convert_checkpoint"
             )
         self.load_state_dict(state, strict=False)
 
 
 def check_language_model(config: LtuConfig, folder: Path) -> None:
+    """Check that the language model is the one that a checkpoint was trained with.
+
+    Raises:
+        ValueError: its hash differs from the one in the config.
+    """
     found = hash_language_model(config.language_model)
     if config.language_model_sha256 not in (None, found):
         raise ValueError(
-            f"{folder} was trained with a language model whose hash is {config.language_model_sha256[:12]}, but "
-            f"{config.language_model} "
-            f"has {found[:12]}. Name the right one: --llm DIR_OR_ID (language_model=... in Python)."
+            f"{folder} was trained with a language model whose hash is "
+            f"{config.language_model_sha256[:12]}, but {config.language_model} has {found[:12]}. "
+            "Name the right one: --llm DIR_OR_ID (language_model=... in Python)."
         )
 
 

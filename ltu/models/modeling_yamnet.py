@@ -1,11 +1,15 @@
-"""The small ear: YAMNet, a MobileNet of 3.7 M parameters trained on AudioSet, from a log-mel picture to 32 vectors.
+"""Encodes a log-mel spectrogram to 32 audio tokens with YAMNet, the small audio encoder.
 
-Notable:
-- architecture and TensorFlow's SAME padding as in tensorflow/models, research/audioset/yamnet; batch norm is folded
-  into the convolutions;
-- it was trained on 0.96 s patches; here the whole 10.24 s goes in at once and the mean is taken over frequency only, so
-  that a 1024 x 64 picture gives a token every 0.32 s, as LTU's ear does;
-- `feature_mean` and `feature_std` (zeros and ones unless filled) make channels comparable: most are near zero mostly.
+YAMNet is a MobileNet of 3.7 M parameters, trained on AudioSet. Architecture and TensorFlow's SAME
+padding are as in tensorflow/models, research/audioset/yamnet; batch norm is folded into the
+convolutions.
+
+YAMNet was trained on patches of 0.96 s. Here it takes a chunk of 10.24 s at once, and the mean is
+taken over frequency only. So a spectrogram of 1024 x 64 becomes one token per 0.32 s, as with
+CAV-MAE.
+
+`feature_mean` and `feature_std` (zeros and ones by default) scale the channels to a common range,
+because most channels are nearly always close to zero.
 """
 
 import torch
@@ -32,7 +36,10 @@ FULL_WIDTH = 1024
 
 
 class SameConv2d(nn.Conv2d):
-    """A 3 x 3 convolution padded as TensorFlow does: with stride 2 an even size gets one row or column, at its end."""
+    """A 3 x 3 convolution with the padding of TensorFlow.
+
+    With stride 2, an even size is padded by one row or column, at its end.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int = 1):
         super().__init__(
@@ -44,17 +51,16 @@ class SameConv2d(nn.Conv2d):
             groups=groups,
         )
 
-    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return (batch, channels, ceil(frames / stride), ceil(bins / stride))."""
         if self.stride == (2, 2):
-            rows, columns = (
-                1 + size % 2 for size in picture.shape[-2:]
-            )  # rows and columns to add in all
-            picture = F.pad(
-                picture, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+            num_frames, num_bins = features.shape[-2:]
+            rows = 1 + num_frames % 2  # To add, half of them at each end.
+            columns = 1 + num_bins % 2
+            features = F.pad(
+                features, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
             )
-        return super().forward(
-            picture
-        )  # (batch, channels, ceil(frames / stride), ceil(bins / stride))
+        return super().forward(features)
 
 
 class YamnetBlock(nn.Module):
@@ -63,22 +69,24 @@ class YamnetBlock(nn.Module):
         self.depthwise = SameConv2d(in_channels, in_channels, stride, groups=in_channels)
         self.pointwise = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, picture: torch.Tensor) -> torch.Tensor:
-        picture = F.relu(self.depthwise(picture), inplace=True)  # (batch, channels, frames, bins)
-        # A 1 x 1 convolution is a matrix product over the last axis of channels_last, several times faster on a CPU.
-        rows = picture.permute(0, 2, 3, 1)  # (batch, frames, bins, channels)
-        mixed = F.linear(rows, self.pointwise.weight.flatten(1), self.pointwise.bias)
-        return F.relu(mixed, inplace=True).permute(0, 3, 1, 2)  # (batch, channels, frames, bins)
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = F.relu(self.depthwise(features), inplace=True)  # (batch, channels, frames, bins)
+        # Compute the 1 x 1 convolution as a matrix product over the last axis of channels_last,
+        # which is several times faster on a CPU.
+        features = features.permute(0, 2, 3, 1)  # (batch, frames, bins, channels)
+        features = F.linear(features, self.pointwise.weight.flatten(1), self.pointwise.bias)
+        return F.relu(features, inplace=True).permute(0, 3, 1, 2)  # (batch, channels, frames, bins)
 
 
 class YamnetModel(PreTrainedModel):
-    """Log-mel picture to audio vectors."""
+    """YAMNet as an audio encoder, with its classifier of AudioSet classes."""
 
     config_class = YamnetConfig
     base_model_prefix = ""
     main_input_name = "input_features"
     input_modalities = ("audio",)
-    _supports_sdpa = True  # It has no attention, so whatever is chosen for the language model fits.
+    # YAMNet has no attention, so any implementation chosen for the language model fits.
+    _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["YamnetBlock"]
 
@@ -86,17 +94,16 @@ class YamnetModel(PreTrainedModel):
         super().__init__(config)
         if config.hidden_size % 32:
             raise ValueError(
-                f"YAMNet's first layer has a 32nd of its hidden_size: use a multiple of 32, not {config.hidden_size}."
+                f"The first layer of YAMNet has hidden_size / 32 channels: use a hidden_size that "
+                f"is a multiple of 32, not {config.hidden_size}."
             )
         widths = [config.hidden_size * channels // FULL_WIDTH for channels, _ in BLOCKS]
-        first = config.hidden_size // 32
-        self.conv1 = SameConv2d(1, first, stride=2)
-        self.blocks = nn.ModuleList(
-            YamnetBlock(before, after, stride)
-            for before, after, (_, stride) in zip(
-                [first, *widths[:-1]], widths, BLOCKS, strict=True
-            )
-        )
+        num_channels = config.hidden_size // 32
+        self.conv1 = SameConv2d(1, num_channels, stride=2)
+        self.blocks = nn.ModuleList()
+        for width, (_, stride) in zip(widths, BLOCKS, strict=True):
+            self.blocks.append(YamnetBlock(num_channels, width, stride))
+            num_channels = width
         self.classifier = nn.Linear(config.hidden_size, config.num_classes)
         self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
         self.register_buffer("feature_std", torch.ones(config.hidden_size))
@@ -104,7 +111,7 @@ class YamnetModel(PreTrainedModel):
 
     @property
     def unused_parameter_names(self) -> list[str]:
-        """Parameters that get no gradient when the model listens: the AudioSet classifier."""
+        """Parameters without gradient when YAMNet is an audio encoder: the classifier."""
         return ["classifier.weight", "classifier.bias"]
 
     @torch.no_grad()
@@ -120,28 +127,52 @@ class YamnetModel(PreTrainedModel):
             init.ones_(module.feature_std)
 
     def encode(self, input_features: torch.Tensor) -> torch.Tensor:
-        """`(batch, frames, num_mel_bins)` → `(batch, hidden_size, ceil(frames / 32), ceil(num_mel_bins / 32))`"""
+        """Return the output of the last convolution.
+
+        Args:
+            input_features: `(batch, frames, num_mel_bins)`
+
+        Returns:
+            `(batch, hidden_size, ceil(frames / 32), ceil(num_mel_bins / 32))`
+
+        Raises:
+            ValueError: the features have another shape.
+        """
         if input_features.ndim != 3 or input_features.shape[2] != self.config.num_mel_bins:
             raise ValueError(
                 f"YAMNet takes features of shape (batch, frames, {self.config.num_mel_bins}), got "
-                f"{tuple(input_features.shape)}. Make them with the feature extractor that was saved with this model."
+                f"{tuple(input_features.shape)}. Make them with the feature extractor that was "
+                "saved with this model."
             )
-        picture = input_features.to(self.conv1.weight.dtype).unsqueeze(
-            1
-        )  # (batch, 1, frames, bins)
-        picture = F.relu(self.conv1(picture), inplace=True)  # (batch, 32, frames / 2, bins / 2)
-        picture = picture.contiguous(memory_format=torch.channels_last)
+        features = input_features.to(self.conv1.weight.dtype)
+        features = features.unsqueeze(1)  # (batch, 1, frames, bins)
+        features = F.relu(self.conv1(features), inplace=True)  # (batch, 32, frames / 2, bins / 2)
+        features = features.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
-            picture = block(picture)
-        return picture
+            features = block(features)
+        return features
 
     def forward(self, input_features: torch.Tensor, **kwargs) -> torch.Tensor:
-        """`(batch, frames, num_mel_bins)` → `(batch, ceil(frames / 32), hidden_size)`"""
-        vectors = self.encode(input_features).mean(3).transpose(1, 2)  # (batch, 32, 1024)
-        return (vectors - self.feature_mean) / self.feature_std
+        """Return the audio tokens, scaled to a common range.
+
+        Args:
+            input_features: `(batch, frames, num_mel_bins)`
+
+        Returns:
+            `(batch, ceil(frames / 32), hidden_size)`
+        """
+        hidden_states = self.encode(input_features).mean(3).transpose(1, 2)  # (batch, 32, 1024)
+        return (hidden_states - self.feature_mean) / self.feature_std
 
     def classify(self, input_features: torch.Tensor) -> torch.Tensor:
-        """`(batch, frames, num_mel_bins)` → AudioSet logits `(batch, num_classes)`; a sigmoid makes scores of them."""
+        """Return the logits of the AudioSet classes; their sigmoid is the score of a class.
+
+        Args:
+            input_features: `(batch, frames, num_mel_bins)`
+
+        Returns:
+            `(batch, num_classes)`
+        """
         return self.classifier(self.encode(input_features).mean((2, 3)))
 
 

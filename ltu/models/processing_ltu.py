@@ -1,13 +1,17 @@
-"""Prompt, question and clip -> tensors.
+"""Converts prompts and audio clips into the tensors that the model takes.
 
-Notable:
-- The wire format is `[audio placeholders][pads][text]`: audio comes before `<s>`; pads take its place if there is none.
-- The beginning-of-sequence token is put in front by hand. Whether a tokenizer adds it depends on its version and its
-  config.
-- What a user types stays text: a literal `</s>` in a question is five characters, not the end of the sequence.
-- A training row is tokenized whole, prompt and answer in one string, as the released checkpoints were.
+The wire format is `[audio placeholders][padding][text]`: audio comes before `<s>`, and in a row
+without audio, padding fills the audio positions.
+
+The processor adds the beginning-of-sequence token itself, because a tokenizer adds it or not
+depending on its version and its config. Text that a user types stays text: a literal `</s>` in a
+question is tokenized as four characters, not as the end of the sequence.
+
+A training example is tokenized whole, with prompt and answer in one string, as the released
+checkpoints were trained.
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +46,21 @@ WHISPER_FLAGS = ("whisper", "transcription_model", "feature_precision", "feature
 
 
 class LtuProcessor(ProcessorMixin):
-    """A feature extractor for the ear, a tokenizer for the language model, and the prompt between them.
+    """The feature extractor of the audio encoder, the tokenizer of the language model, the prompt.
 
     Args:
-        feature_extractor: waveform -> what the ear takes.
-        tokenizer: of the language model.
+        feature_extractor: converts waveforms into the input of the audio encoder.
+        tokenizer: the tokenizer of the language model.
         num_audio_tokens, audio_token_id, prompt_template: as in the model's config.
-        add_bos: whether texts begin with the tokenizer's `<s>`; by default, what its folder says.
+        add_bos: whether texts begin with the tokenizer's `<s>`; by default, the tokenizer's folder
+            decides.
 
     Raises:
-        ValueError: the tokenizer has no end token, so no answer could end.
+        ValueError: the tokenizer has no end token, so generation could not end.
     """
 
-    # What the extractor must know of the ear: its argument -> the field of `audio_config`.
+    # Arguments of the feature extractor that depend on the audio encoder, each with the field of
+    # `audio_config` that holds the value.
     extractor_sizes = {"num_mel_bins": "num_mel_bins", "num_frames": "num_frames"}
     transcribes = False
 
@@ -76,7 +82,8 @@ class LtuProcessor(ProcessorMixin):
         self.add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"The tokenizer of {tokenizer.name_or_path} has no end token; set its eos_token first."
+                f"The tokenizer of {tokenizer.name_or_path} has no end token. Set its eos_token "
+                "first."
             )
         tokenizer.split_special_tokens = True
 
@@ -84,14 +91,20 @@ class LtuProcessor(ProcessorMixin):
     def from_config(
         cls, config: LtuConfig, tokenizer_name: str | Path, **extractor_settings: Any
     ) -> "LtuProcessor":
-        """The processor that fits a model's config, with the tokenizer of its language model (a folder or hub id).
+        """Return the processor that fits a model's config.
 
-        The token that ends its answers joins `config.eos_token_id`, for generation to stop there.
+        The token that ends the answers of the prompt template is added to `config.eos_token_id`, so
+        that generation stops at it.
+
+        Args:
+            config: of the model; its `eos_token_id` may change.
+            tokenizer_name: folder or hub id of the language model, whose tokenizer is used.
+            extractor_settings: further arguments of the feature extractor.
         """
         extractor_class = FEATURE_EXTRACTOR_MAPPING[type(config.audio_config)]
         sizes = {
-            ours: getattr(config.audio_config, audio_encoders)
-            for ours, audio_encoders in cls.extractor_sizes.items()
+            argument: getattr(config.audio_config, field)
+            for argument, field in cls.extractor_sizes.items()
         }
         processor = cls(
             extractor_class(**sizes, **extractor_settings),
@@ -100,18 +113,26 @@ class LtuProcessor(ProcessorMixin):
             audio_token_id=config.audio_token_id,
             prompt_template=config.prompt_template,
         )
-        ends = (
-            config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        )
-        if (end := processor.render([user_message("")]).end_id) not in ends:
-            config.eos_token_id = end if ends == [None] else [*ends, end]
+        end_ids = config.eos_token_id
+        if not isinstance(end_ids, list):
+            end_ids = [end_ids]
+        end_id = processor.render([user_message("")]).end_id
+        if end_id not in end_ids:
+            config.eos_token_id = end_id if end_ids == [None] else [*end_ids, end_id]
         return processor
 
     @property
     def pad_token_id(self) -> int:
-        """The original pads with id 0 (`<unk>`); pads are masked, so any id that the language model has does."""
+        """The padding token, 0 if the tokenizer has none that the language model knows.
+
+        The original pads with token 0 (`<unk>`). Padding is masked, so any token will do.
+        """
         pad = self.tokenizer.pad_token_id
-        return pad if pad is not None and pad < (self.audio_token_id or pad + 1) else 0
+        if pad is None:
+            return 0
+        if self.audio_token_id and pad >= self.audio_token_id:
+            return 0
+        return pad
 
     @property
     def bos_ids(self) -> list[int]:
@@ -120,64 +141,87 @@ class LtuProcessor(ProcessorMixin):
         return [bos] if self.add_bos and bos is not None else []
 
     def render(self, messages: list[dict]) -> RenderedPrompt:
-        """What stands around the answer to messages of `read_conversation`."""
+        """Render the prompt of messages that `read_conversation` returns."""
         return render_prompt(messages, self.prompt_template, self.controls, self.tokenizer)
 
     def prompt(self, question: str, transcript: str | None = None) -> str:
-        """The text in front of the answer."""
+        """Return the prompt of a single question, as text."""
         return self.render([user_message(question, transcript)]).prompt
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, `<s>` first where the language model knows one. A chat template writes its own."""
+        """Tokenize a text, with `<s>` in front if the language model was trained with one.
+
+        A chat template writes its own `<s>`, so none is added to a text rendered with it.
+        """
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; many at once are tokenized in parallel."""
-        texts = [
-            text.encode("utf-8", "replace").decode() for text in texts
-        ]  # JSON can hold halves of characters.
+        """Tokenize each text as `encode` does; many texts at once are tokenized in parallel.
+
+        Raises:
+            ValueError: the tokenizer has tokens that the language model does not know.
+        """
+        # JSON can hold halves of surrogate pairs, which a tokenizer does not take.
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
         if self.controls is None:
-            found = [
-                self.bos_ids + ids
-                for ids in tokenize_texts(self.tokenizer, texts, split_special_tokens=True)
-            ]
+            bos = self.bos_ids
+            found = tokenize_texts(self.tokenizer, texts, split_special_tokens=True)
+            encoded = [bos + tokens for tokens in found]
         else:
-            pieces = [text.split(CUT) for text in texts]
-            parts = iter(
-                tokenize_texts(self.tokenizer, [part for each in pieces for part in each], False)
-            )
-            found = [[token for _ in each for token in next(parts)] for each in pieces]
-        highest = max((max(ids) for ids in found if ids), default=0)
+            encoded = self._encode_pieces([text.split(CUT) for text in texts])
+        highest = max((max(tokens) for tokens in encoded if tokens), default=0)
         if self.audio_token_id is not None and highest >= self.audio_token_id:
             raise ValueError(
-                f"The tokenizer writes id {highest}, but the language model has {self.audio_token_id} tokens. "
-                "It is the tokenizer of another model: convert the checkpoint with the right --llm."
+                f"The tokenizer returns token {highest}, but the language model has "
+                f"{self.audio_token_id} tokens. It is the tokenizer of another model: convert the "
+                "checkpoint with the right --llm."
             )
-        return found
+        return encoded
+
+    def _encode_pieces(self, pieces_of_texts: list[list[str]]) -> list[list[int]]:
+        """Tokenize texts that `escape_control_tokens` has cut into pieces."""
+        all_pieces = list(chain.from_iterable(pieces_of_texts))
+        tokenized = iter(tokenize_texts(self.tokenizer, all_pieces, split_special_tokens=False))
+        encoded = []
+        for pieces in pieces_of_texts:
+            tokens: list[int] = []
+            for _ in pieces:
+                tokens.extend(next(tokenized))
+            encoded.append(tokens)
+        return encoded
 
     def encode_example(
         self, row: dict, cutoff_len: int, train_on_inputs: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Ids and labels of one training row, both (length <= cutoff_len,). Audio does not count.
+        """Tokenize one training example.
 
-        The end token is there only when the text is shorter than the cutoff: a truncated answer has no end.
+        The end token is added only if the text is shorter than the cutoff, because a truncated
+        answer has no end.
+
+        Args:
+            row: an example with `instruction`, `output` and perhaps `input`.
+            cutoff_len: the largest number of text tokens; audio tokens do not count.
+            train_on_inputs: whether the prompt carries a loss too.
+
+        Returns:
+            Tokens and labels, both (length <= cutoff_len,).
         """
-        render, text = self.example(row)
-        ids = self.encode(text)[:cutoff_len]
-        if len(ids) < cutoff_len and ids[-1] != render.end_id:
-            ids.append(render.end_id)
-        labels = list(ids)
+        rendered, text = self.example(row)
+        tokens = self.encode(text)[:cutoff_len]
+        if len(tokens) < cutoff_len and tokens[-1] != rendered.end_id:
+            tokens.append(rendered.end_id)
+        labels = list(tokens)
         if not train_on_inputs:
-            masked = len(self.encode(render.prompt)[:cutoff_len])
-            labels[:masked] = [IGNORED] * min(masked, len(labels))
-        return ids, labels
+            num_masked = len(self.encode(rendered.prompt)[:cutoff_len])
+            labels[:num_masked] = [IGNORED] * min(num_masked, len(labels))
+        return tokens, labels
 
     def example(self, row: dict) -> tuple[RenderedPrompt, str]:
-        """What stands around the answer of a training row, and its whole text."""
-        render = self.render([user_message(row["instruction"], row.get("input"))])
-        return render, render.prompt + render.leading_space + escape_control_tokens(
-            row["output"], self.controls
-        ) + render.end
+        """Return the rendered prompt of a training example, and its whole text with the answer."""
+        rendered = self.render([user_message(row["instruction"], row.get("input"))])
+        answer = escape_control_tokens(row["output"], self.controls)
+        text = rendered.prompt + rendered.leading_space + answer + rendered.end
+        return rendered, text
 
     def __call__(
         self,
@@ -186,32 +230,35 @@ class LtuProcessor(ProcessorMixin):
         transcript: str | list[str | None] | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Questions about clips -> what `LtuForConditionalGeneration.generate` takes.
+        """Convert questions about clips into the input of `LtuForConditionalGeneration.generate`.
 
         Args:
-            text: one question a row.
-            audio: one clip a row: a path, the bytes of a file, a 16 kHz mono waveform (samples,), or None for a
-                question alone.
-            transcript: what is said in the clip, one a row; "" for none. None is none for LTU; LTU-AS transcribes.
+            text: one question, or a list of them.
+            audio: one clip per question: a path, the bytes of a file, a 16 kHz mono waveform
+                (samples,), or None for a question without audio.
+            transcript: the speech of each clip as text; "" for none. If it is None, LTU uses none
+                and LTU-AS transcribes the clip.
 
         Returns:
-            `input_ids` and `attention_mask` (batch, tokens + longest text), and `input_features` (clips, frames, mel
-            bins) if a row has audio.
+            `input_ids` and `attention_mask` (batch, audio tokens + longest text), and
+            `input_features` (clips, frames, mel bins) if there is a clip.
 
         Raises:
-            ltu.data.audio.AudioError: a clip cannot be heard; the message has its path and the reason.
+            ltu.data.audio.AudioError: a clip cannot be decoded; the message has its path and the
+                reason.
             ValueError: the lists have unequal lengths.
         """
         if return_tensors != "pt":
             raise ValueError(
-                f"return_tensors is {return_tensors!r}; only 'pt' (torch tensors) is made here."
+                f"return_tensors is {return_tensors!r}, but only 'pt' (torch tensors) is supported."
             )
         questions = [text] if isinstance(text, str) else list(text)
-        given = [
-            broadcast(transcript, len(questions), "transcript"),
-            broadcast(audio, len(questions), "audio"),
+        transcripts = broadcast(transcript, len(questions), "transcript")
+        clips = broadcast(audio, len(questions), "audio")
+        conversations = [
+            [user_message(*fields)] for fields in zip(questions, transcripts, clips, strict=True)
         ]
-        return self._batch([[user_message(*row)] for row in zip(questions, *given, strict=True)])
+        return self._batch(conversations)
 
     def apply_chat_template(
         self,
@@ -222,9 +269,13 @@ class LtuProcessor(ProcessorMixin):
         add_generation_prompt: bool = True,
         padding: bool = True,
     ) -> str | list[str] | Tensor | BatchFeature:
-        """One or several conversations, as `read_conversation` takes them -> what `__call__` returns.
+        """Render one conversation or several.
 
-        Without `return_dict`: `input_ids` alone; without `tokenize`: the text. The last three have no other values.
+        Args:
+            conversation: messages as `read_conversation` takes them, or a list of conversations.
+            tokenize: whether to return tensors, not the text of the prompts.
+            return_dict: whether to return all that `__call__` returns, not `input_ids` alone.
+            return_tensors, add_generation_prompt, padding: only the default values are supported.
 
         Raises:
             ValueError: the prompt template or the model cannot express a conversation.
@@ -233,121 +284,157 @@ class LtuProcessor(ProcessorMixin):
             raise ValueError(
                 "A prompt ends where the answer begins, in padded rows of torch tensors ('pt')."
             )
-        several = bool(conversation) and isinstance(conversation[0], list)
-        read = [
-            read_conversation(each, self.prompt_template)
-            for each in (conversation if several else [conversation])
-        ]
+        is_batch = bool(conversation) and isinstance(conversation[0], list)
+        conversations = conversation if is_batch else [conversation]
+        conversations = [read_conversation(each, self.prompt_template) for each in conversations]
         if not tokenize:
-            texts = [self.render(messages).prompt.replace(CUT, "") for messages in read]
-            return texts if several else texts[0]
-        return self._batch(read) if return_dict else self._batch(read)["input_ids"]
+            texts = [self.render(messages).prompt.replace(CUT, "") for messages in conversations]
+            return texts if is_batch else texts[0]
+        batch = self._batch(conversations)
+        return batch if return_dict else batch["input_ids"]
 
     def _batch(self, conversations: list[list[dict]]) -> BatchFeature:
-        """What `__call__` returns, one row a conversation."""
-        asked = [
-            next((m for m in each if m.get("audio") is not None), each[-1])
-            for each in conversations
-        ]
-        heard = [
-            None if message.get("audio") is None else self.load_clip(message["audio"])
-            for message in asked
-        ]
-        texts = self.complete_transcripts(heard, [message.get("transcript") for message in asked])
-        for message, transcript in zip(asked, texts, strict=True):
+        """Return what `__call__` returns, with one row per conversation."""
+        # Each conversation holds at most one clip. Its transcript belongs to the message with the
+        # clip, or to the last message if there is no clip.
+        audio_messages = []
+        for messages in conversations:
+            with_audio = (message for message in messages if message.get("audio") is not None)
+            audio_messages.append(next(with_audio, messages[-1]))
+        clips = []
+        for message in audio_messages:
+            audio = message.get("audio")
+            clips.append(None if audio is None else self.load_clip(audio))
+        transcripts = self.complete_transcripts(
+            clips, [message.get("transcript") for message in audio_messages]
+        )
+        for message, transcript in zip(audio_messages, transcripts, strict=True):
             message["transcript"] = transcript
-        ids = [self.encode(self.render(messages).prompt) for messages in conversations]
-        batch = self.pad_batch(ids, [clip is not None for clip in heard])
-        if found := [clip for clip in heard if clip is not None]:
-            batch["input_features"] = self.extract_features(found)
+
+        tokens = [self.encode(self.render(messages).prompt) for messages in conversations]
+        batch = self.pad_batch(tokens, [clip is not None for clip in clips])
+        loaded_clips = [clip for clip in clips if clip is not None]
+        if loaded_clips:
+            batch["input_features"] = self.extract_features(loaded_clips)
         return BatchFeature(batch)
 
     def pad_batch(
         self, ids: list[list[int]], has_audio: list[bool | int], multiple_of: int = 1
     ) -> dict[str, Tensor]:
-        """`[audio placeholders][pads][text]`: `input_ids` and `attention_mask`, both (batch, tokens + longest text).
+        """Collate tokenized texts to rows `[audio placeholders][padding][text]`.
+
+        With two audio tokens (A), padding (0), and texts [1, 2, 3] with audio and [4] without:
+
+            input_ids       A A 1 2 3        attention_mask  1 1 1 1 1
+                            0 0 0 0 4                        0 0 0 0 1
 
         Args:
-            ids: text of each row, `<s>` first.
-            has_audio: whether a row hears a clip, or how many chunks of it; otherwise pads stand in that place.
+            ids: tokens of the text of each row, `<s>` first.
+            has_audio: whether a row has a clip, or the number of its chunks; in a row without,
+                padding fills the audio positions.
             multiple_of: the text part is padded to a multiple of this (8 in training).
+
+        Returns:
+            `input_ids` and `attention_mask`, both (batch, audio tokens + longest text).
         """
-        width = -(-max(map(len, ids)) // multiple_of) * multiple_of
-        tokens, pad = self.num_audio_tokens * max(has_audio), self.pad_token_id
-        input_ids = torch.full((len(ids), tokens + width), pad)
+        num_text = -(-max(map(len, ids)) // multiple_of) * multiple_of
+        length = self.num_audio_tokens * max(has_audio) + num_text
+        input_ids = torch.full((len(ids), length), self.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for row, (text, hears) in enumerate(zip(ids, has_audio, strict=True)):
-            input_ids[row, tokens + width - len(text) :] = torch.tensor(text)
-            attention_mask[row, tokens + width - len(text) :] = 1
-            input_ids[row, : hears * self.num_audio_tokens] = self.audio_token_id
-            attention_mask[row, : hears * self.num_audio_tokens] = 1
+        for row, (text, num_chunks) in enumerate(zip(ids, has_audio, strict=True)):
+            input_ids[row, length - len(text) :] = torch.tensor(text)
+            attention_mask[row, length - len(text) :] = 1
+            num_audio = num_chunks * self.num_audio_tokens
+            input_ids[row, :num_audio] = self.audio_token_id
+            attention_mask[row, :num_audio] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def load_clip(
         self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1
     ) -> AudioClip:
-        """A clip, of which `num_chunks` are to be heard, 0 for all that it has. `audio_id` is its name in a row, by which
-        LTU-AS finds it in a feature folder.
+        """Load a clip.
+
+        Args:
+            audio: a path, the bytes of a file, or a waveform.
+            audio_id: the name of the clip in its example, by which LTU-AS finds it in a feature
+                folder.
+            num_chunks: the number of chunks to encode, at most those of the clip; 0 for all.
 
         Raises:
-            ltu.data.audio.AudioError: it cannot be heard.
+            ltu.data.audio.AudioError: the clip cannot be decoded.
         """
-        sound = decode_audio(audio)
-        there = self.feature_extractor.count_chunks(len(sound.waveform))
-        found = {"sampling_rate": sound.sampling_rate, "channels": sound.channels}
-        found["num_chunks"] = min(num_chunks or there, there)
-        return AudioClip(audio, len(sound.waveform) / SAMPLING_RATE, sound.waveform, **found)
+        decoded = decode_audio(audio)
+        available_chunks = self.feature_extractor.count_chunks(len(decoded.waveform))
+        return AudioClip(
+            audio,
+            len(decoded.waveform) / SAMPLING_RATE,
+            decoded.waveform,
+            sampling_rate=decoded.sampling_rate,
+            channels=decoded.channels,
+            num_chunks=min(num_chunks or available_chunks, available_chunks),
+        )
 
-    def stored(self, audio: AudioSource, audio_id: str | None = None) -> Any | None:
-        """What a feature folder holds of a clip: nothing for LTU."""
+    def find_stored_features(self, audio: AudioSource, audio_id: str | None = None) -> Any | None:
+        """Return what a feature folder holds of a clip: for LTU always None."""
         return None
 
     @property
     def audio_settings(self) -> tuple:
-        """What can be changed after opening and changes what is heard; equal settings hear the same."""
+        """Settings that can change after opening and that change the features of a clip."""
         return ()
 
     def extract_features(self, clips: list[AudioClip]) -> Tensor:
-        """What the ear takes: (chunks of all clips, frames, mel bins)."""
-        todo = [clip for clip in clips if clip.features is None]
-        waveforms, num_chunks = [clip.waveform for clip in todo], [clip.num_chunks for clip in todo]
-        made = (
-            self.feature_extractor(waveforms, sampling_rate=SAMPLING_RATE, num_chunks=num_chunks)
-            if todo
-            else None
-        )
-        parts = iter(made.input_features.split(num_chunks) if made else ())
-        return torch.cat(
-            [next(parts) if clip.features is None else clip.features[None] for clip in clips]
-        )
+        """Return the input of the audio encoder: (chunks of all clips, frames, mel bins).
+
+        Features that a clip holds already are not computed again.
+        """
+        new_clips = [clip for clip in clips if clip.features is None]
+        new_features = iter(())
+        if new_clips:
+            num_chunks = [clip.num_chunks for clip in new_clips]
+            output = self.feature_extractor(
+                [clip.waveform for clip in new_clips],
+                sampling_rate=SAMPLING_RATE,
+                num_chunks=num_chunks,
+            )
+            new_features = iter(output.input_features.split(num_chunks))
+        features = []
+        for clip in clips:
+            if clip.features is None:
+                features.append(next(new_features))  # (chunks, frames, mel bins)
+            else:
+                features.append(clip.features[None])  # (1, frames, mel bins)
+        return torch.cat(features)
 
     def load_features(self, row: dict) -> Tensor:
-        """What the ear takes of a row's clip: (frames, mel bins)."""
-        return self.extract_features([self.load_clip(row["audio"], row.get("audio_id"))])[0]
+        """Return the input of the audio encoder for the clip of an example: (frames, mel bins)."""
+        clip = self.load_clip(row["audio"], row.get("audio_id"))
+        return self.extract_features([clip])[0]
 
     def complete_transcripts(
         self, clips: list[AudioClip | None], transcripts: list[str | None]
     ) -> list[str]:
-        """Transcripts of clips, where None is given: LTU knows none, LTU-AS asks Whisper."""
+        """Replace each transcript that is None: by "" for LTU, by Whisper's for LTU-AS."""
         return [transcript or "" for transcript in transcripts]
 
     def add_transcripts(self, rows: list[dict]) -> list[dict]:
-        """Rows with `input`, where it is absent: "" for LTU, Whisper's transcript for LTU-AS."""
+        """Return examples with `input` where it is absent: "" for LTU, Whisper's for LTU-AS."""
         return [row | {"input": row.get("input") or ""} for row in rows]
 
     def use(self, **settings: str | None) -> None:
-        """Change what LTU-AS hears with: its Whisper, that one's precision, a folder of features.
+        """Change the Whisper models, their precision or the feature folder of LTU-AS.
 
         Raises:
             ValueError: a setting is not None, and the checkpoint is of LTU.
         """
-        if asked := [f"--{name}" for name, value in settings.items() if value is not None]:
+        given = [f"--{name}" for name, value in settings.items() if value is not None]
+        if given:
             raise ValueError(
-                f"{', '.join(asked)}: only LTU-AS listens with Whisper; this checkpoint is of LTU."
+                f"{', '.join(given)}: only LTU-AS uses Whisper, and this checkpoint is of LTU."
             )
 
     def decode_answer(self, ids: Tensor | list[int]) -> str:
-        """The text of newly generated ids, without control tokens."""
+        """Return the text of newly generated tokens, without control tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

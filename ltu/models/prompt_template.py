@@ -1,8 +1,11 @@
-"""What stands around a question and its answer: a template with blanks, or the language model's own chat template.
+"""Renders questions and conversations as prompts.
 
-Notable:
-- The prompt is what the chat template writes before an answer: a model that could think aloud answers at once.
-- Only the template writes control tokens. One that a user types is cut in two by a mark, and stays text.
+A prompt template is either a text with fields, as in the original, or the chat template of the
+language model. With a chat template, the prompt is all that the template writes before an answer. A
+model with a reasoning mode therefore answers at once.
+
+Only the template writes control tokens. A control token that a user types is cut in two by a mark,
+and is tokenized as text.
 """
 
 import json
@@ -21,27 +24,35 @@ CHAT = {
     "prompt_no_input": "{instruction}",
     "prompt_input": "{instruction}\n\nTranscript: {input}",
 }
-CUT, ANSWER = "\ufdd0", "\ufdd1"  # Unicode keeps these two free for marks inside a program.
-DATE = "26 Jul 2024"  # What a template that writes the day gets (Llama 3's own default): prompts must not change.
+# Marks inside a text, of two characters that Unicode reserves for the internal use of programs: the
+# cut in a control token that a user typed, and the position of the answer.
+CUT = "\ufdd0"
+ANSWER = "\ufdd1"
+# The date for chat templates that write one, so that prompts do not change from day to day. It is
+# the default of Llama 3's template.
+DATE = "26 Jul 2024"
 AUDIO_KEYS = ("audio", "audio_url", "url", "path")
 
 
 class RenderedPrompt(NamedTuple):
-    """What stands around an answer: `prompt`, and the space that a tokenizer joins to the first word; then `end` and
-    the end token."""
+    """The text around an answer."""
 
     prompt: str
-    leading_space: str
-    end: str
-    end_id: int
+    leading_space: str  # Between prompt and answer; a tokenizer joins it to the first word.
+    end: str  # Between the answer and the end token.
+    end_id: int  # The token that ends the answer.
 
 
 def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
-    """A template that a checkpoint can keep: "alpaca_short", "chat" (of the language model `llm`), or a JSON file like
-    the original's.
+    """Load a prompt template, as a checkpoint stores it.
+
+    Args:
+        name: "alpaca_short", "chat" (the chat template of the language model), or a JSON file like
+            the original's.
+        llm: folder or hub id of the language model.
 
     Raises:
-        ValueError: there is no such template, or it has other blanks.
+        ValueError: there is no such template, or it has other fields.
     """
     if name == CHAT["name"]:
         tokenizer = AutoTokenizer.from_pretrained(llm)
@@ -52,140 +63,185 @@ def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
         return CHAT | {"chat_template": tokenizer.get_chat_template()}
     if name != ALPACA_SHORT["name"] and not Path(name).is_file():
         raise ValueError(
-            f"--prompt_template {name}: choose alpaca_short, chat, or a JSON file that is there."
+            f"--prompt_template {name}: choose alpaca_short, chat, or a JSON file that exists."
         )
     try:
-        template = (
-            ALPACA_SHORT
-            if name == ALPACA_SHORT["name"]
-            else json.loads(Path(name).read_text(encoding="utf-8"))
-        )
-        texts = [template["prompt_no_input"], template["prompt_input"]]
-        blanks = [
-            sorted({blank for _, blank, _, _ in Formatter().parse(text) if blank is not None})
-            for text in texts
-        ]
+        if name == ALPACA_SHORT["name"]:
+            template = ALPACA_SHORT
+        else:
+            template = json.loads(Path(name).read_text(encoding="utf-8"))
+        fields = [_fields_of(template["prompt_no_input"]), _fields_of(template["prompt_input"])]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is no prompt template: {error!r}.") from error
-    if blanks != [["instruction"], ["input", "instruction"]]:
+    if fields != [["instruction"], ["input", "instruction"]]:
         raise ValueError(
-            f"{name}: prompt_no_input needs {{instruction}}, prompt_input {{input}} too; it has {blanks}."
+            f"{name}: prompt_no_input must have the field {{instruction}}, and prompt_input the "
+            f"fields {{instruction}} and {{input}}; the fields are {fields}."
         )
     if name != ALPACA_SHORT["name"] and Path(name).stem in (ALPACA_SHORT["name"], CHAT["name"]):
         raise ValueError(
-            f"{name}: a template is kept under its file's name, and {Path(name).stem} means another one."
+            f"{name}: a template is stored under the name of its file, and {Path(name).stem} is "
+            "the name of another one. Rename the file."
         )
     return template | {"name": Path(name).stem}
 
 
+def _fields_of(text: str) -> list[str]:
+    """Return the names of the fields in a format string, sorted."""
+    return sorted({name for _, name, _, _ in Formatter().parse(text) if name is not None})
+
+
 def control_tokens(tokenizer: Any, chat_template: str | None) -> re.Pattern | None:
-    """Tokens that only the chat template may write: the special ones, and others that it names. None without one."""
+    """Return a pattern of the tokens that only the chat template may write.
+
+    These are the special tokens, and other added tokens that the template names. Returns None if
+    there is no chat template.
+    """
     if chat_template is None:
         return None
-    added = tokenizer.added_tokens_decoder.values()
-    named = {
-        t.content for t in added if t.special or (t.content in chat_template and t.content.strip())
-    }
-    return re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
+    controls = set()
+    for token in tokenizer.added_tokens_decoder.values():
+        is_named = token.content in chat_template and token.content.strip()
+        if token.special or is_named:
+            controls.add(token.content)
+    # The longest comes first, so that a token that begins with another one is found whole.
+    return re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
 
 
 def escape_control_tokens(text: str, controls: re.Pattern | None) -> str:
-    """A text with a mark inside each control token, where `LtuProcessor.encode` cuts."""
+    """Return a text with a mark inside each control token, where `LtuProcessor.encode` cuts."""
     if controls is None:
         return text
-    return controls.sub(
-        lambda token: token[0][0] + CUT + token[0][1:], text.replace(CUT, "").replace(ANSWER, "")
-    )
+    text = text.replace(CUT, "").replace(ANSWER, "")
+    return controls.sub(lambda token: token[0][0] + CUT + token[0][1:], text)
 
 
 def render_prompt(
     messages: list[dict], template: dict[str, str], controls: re.Pattern | None, tokenizer: Any
 ) -> RenderedPrompt:
-    """What stands around the answer to messages of `read_conversation`, each with its transcript if it has one.
+    """Render the prompt of a conversation.
+
+    Args:
+        messages: as `read_conversation` returns them, each with its transcript if it has one.
+        template: of `load_prompt_template`.
+        controls: of `control_tokens`; None without a chat template.
+        tokenizer: of the language model.
 
     Raises:
-        ValueError: the chat template does not take them.
+        ValueError: the chat template does not take these messages.
     """
-    filled, roles = [], [message["role"] for message in messages]
-    for role, message in zip(roles, messages, strict=True):
-        text, heard = message["content"], message.get("transcript")
-        if role == "user":
-            text = template["prompt_input" if heard else "prompt_no_input"].format(
-                instruction=text, input=heard
-            )
-        filled.append({"role": role, "content": escape_control_tokens(text, controls)})
+    filled = []
+    for message in messages:
+        text = message["content"]
+        transcript = message.get("transcript")
+        if message["role"] == "user":
+            key = "prompt_input" if transcript else "prompt_no_input"
+            text = template[key].format(instruction=text, input=transcript)
+        filled.append({"role": message["role"], "content": escape_control_tokens(text, controls)})
     if controls is None:
         return RenderedPrompt(filled[-1]["content"], "", "", tokenizer.eos_token_id)
+
+    # Render the conversation with a mark for the answer, and cut the text at the mark.
     filled.append({"role": "assistant", "content": ANSWER})
     try:
-        chosen = template["chat_template"]
         text = tokenizer.apply_chat_template(
-            filled, chat_template=chosen, tokenize=False, date_string=DATE
+            filled, chat_template=template["chat_template"], tokenize=False, date_string=DATE
         )
     except TemplateError as error:
+        roles = [message["role"] for message in messages]
         raise ValueError(f"The chat template refuses the turns {roles}: {error}") from error
-    before, found, behind = text.partition(ANSWER)
-    if not found:
+    before, mark, after = text.partition(ANSWER)
+    if not mark:
         raise ValueError(
             "The chat template writes no assistant turn. Use --prompt_template alpaca_short."
         )
-    prompt, token = before.rstrip(" "), controls.search(behind)
-    end = behind[: token.start()] if token else behind.rstrip()
-    end_id = tokenizer.convert_tokens_to_ids(token[0]) if token else tokenizer.eos_token_id
-    return RenderedPrompt(prompt, before[len(prompt) :], end, end_id)
+    prompt = before.rstrip(" ")
+    leading_space = before[len(prompt) :]
+
+    # The first control token after the answer ends the answer.
+    end_token = controls.search(after)
+    if end_token is None:
+        return RenderedPrompt(prompt, leading_space, after.rstrip(), tokenizer.eos_token_id)
+    end_id = tokenizer.convert_tokens_to_ids(end_token[0])
+    return RenderedPrompt(prompt, leading_space, after[: end_token.start()], end_id)
 
 
 def read_conversation(messages: list[dict], template: dict[str, str]) -> list[dict]:
-    """Messages as Qwen2-Audio's processor takes them -> the same with plain texts as `content`, one with `audio`.
+    """Convert messages as Qwen2-Audio's processor takes them to messages with plain text.
 
-    `content` is a text, or a list of `{"type": "text", "text"}` (which become lines) and `{"type": "audio", "audio" or
-    "audio_url", "transcript"?}`. The model hears the clip in front of all text, wherever it stands.
+    The `content` of a message is a text, or a list of `{"type": "text", "text"}` and
+    `{"type": "audio", "audio" or "audio_url", "transcript"?}`. Several texts of a message become
+    lines of one text. The audio tokens come before all text, wherever the clip is in the list.
+
+    Returns:
+        Messages with `role` and a text as `content`; one may have `audio` and `transcript` too.
 
     Raises:
-        ValueError: the template, or the model, cannot express them.
+        ValueError: the template or the model cannot express the conversation.
     """
-    read, clips = [], []
+    plain_messages = []
+    clip_roles = []  # Of each audio part, the role of its message; "nothing" if it has no clip.
     for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise ValueError(
-                f"The content of a message is a text, or a list of parts, not {content!r}."
-            )
-        if other := {str(part.get("type")) for part in parts} - {"text", "audio"}:
-            raise ValueError(
-                f"A message holds {', '.join(sorted(other))}; text and audio are possible."
-            )
-        read.append(
-            {
-                "role": message["role"],
-                "content": "\n".join(p["text"] for p in parts if p["type"] == "text"),
-            }
-        )
-        for part in (part for part in parts if part["type"] == "audio"):
-            found = next((part[key] for key in AUDIO_KEYS if part.get(key) is not None), None)
-            read[-1] |= {"audio": found, "transcript": part.get("transcript")}
-            clips.append(message["role"] if found is not None else "nothing")
-    roles = [message["role"] for message in read]
+        parts = _parts_of(message["content"])
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        plain_message = {"role": message["role"], "content": "\n".join(texts)}
+        for part in parts:
+            if part["type"] != "audio":
+                continue
+            clips = (part[key] for key in AUDIO_KEYS if part.get(key) is not None)
+            clip = next(clips, None)
+            plain_message |= {"audio": clip, "transcript": part.get("transcript")}
+            clip_roles.append("nothing" if clip is None else message["role"])
+        plain_messages.append(plain_message)
+
+    roles = [message["role"] for message in plain_messages]
     if roles[-1:] != ["user"] or ("chat_template" not in template and len(roles) > 1):
         raise ValueError(
-            f"The template {template.get('name')!r} cannot express the turns {roles}: the last must be the user's, and "
-            "the only one unless the checkpoint was made with --prompt_template chat."
+            f"The template {template.get('name')!r} cannot express the turns {roles}: the last "
+            "must be the user's, and the only one unless the checkpoint was made with "
+            "--prompt_template chat."
         )
-    if clips not in ([], ["user"]):
+    if clip_roles not in ([], ["user"]):
         raise ValueError(
-            f"The model hears one clip ({', '.join(AUDIO_KEYS)}), in a turn of the user; here are {len(clips)}, of "
-            f"{clips}. Join the clips, or ask about each by itself."
+            f"The model takes one clip ({', '.join(AUDIO_KEYS)}), in a turn of the user; here are "
+            f"{len(clip_roles)}, of {clip_roles}. Join the clips, or ask about each by itself."
         )
-    return read
+    return plain_messages
+
+
+def _parts_of(content: Any) -> list[dict]:
+    """Return the content of a message as a list of parts, each of type text or audio.
+
+    Raises:
+        ValueError: the content is neither a text nor a list of such parts.
+    """
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(
+            f"The content of a message is a text, or a list of parts, not {content!r}."
+        )
+    other_types = {str(part.get("type")) for part in content} - {"text", "audio"}
+    if other_types:
+        raise ValueError(
+            f"A message holds {', '.join(sorted(other_types))}; text and audio are possible."
+        )
+    return content
 
 
 def user_message(text: str, transcript: str | None = None, audio: Any = None) -> dict:
+    """Return a message of the user, as `read_conversation` returns it."""
     return {"role": "user", "content": text, "transcript": transcript, "audio": audio}
 
 
 def tokenize_texts(tokenizer: Any, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
-    """Ids of each text, without special tokens around it. What a tokenizer says beside ids would double the time."""
+    """Tokenize each text, without special tokens around it.
+
+    A fast tokenizer is called through its backend: its other outputs would double the time.
+
+    Args:
+        split_special_tokens: whether special tokens in a text are tokenized as text.
+    """
     if not texts:
         return []
     if not tokenizer.is_fast:
@@ -200,21 +256,32 @@ def tokenize_texts(tokenizer: Any, texts: list[str], split_special_tokens: bool)
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """What the tokenizer's folder says. Old Llama folders say nothing: their tokenizer always added `<s>`."""
-    said = tokenizer.init_kwargs.get("add_bos_token")
-    if said is not None:
-        return said
-    ids = tokenizer("a").input_ids
-    return isinstance(tokenizer, LlamaTokenizer) or (bool(ids) and ids[0] == tokenizer.bos_token_id)
+    """Return whether texts begin with `<s>`, by the config in the tokenizer's folder.
+
+    Old Llama folders have no such setting; their tokenizer always added `<s>`.
+    """
+    setting = tokenizer.init_kwargs.get("add_bos_token")
+    if setting is not None:
+        return setting
+    tokens = tokenizer("a").input_ids
+    begins_with_bos = bool(tokens) and tokens[0] == tokenizer.bos_token_id
+    return isinstance(tokenizer, LlamaTokenizer) or begins_with_bos
 
 
 def broadcast(value: Any, length: int, name: str) -> list:
-    """An argument of a batch as a list: one a question, or None for all."""
+    """Return an argument of a batch as a list with one value per question.
+
+    A value of None becomes a list of None.
+
+    Raises:
+        ValueError: the list has another length.
+    """
     if value is None:
         return [None] * length
-    values = value if isinstance(value, list) else [value]  # A tuple is one clip: (array, rate).
+    values = value if isinstance(value, list) else [value]  # A tuple is one clip: (array, Hz).
     if len(values) != length:
         raise ValueError(
-            f"{length} questions, but {len(values)} entries of {name}. Give one each, None for none."
+            f"{length} questions, but {len(values)} values of {name}. Give one per question, None "
+            "for none."
         )
     return values

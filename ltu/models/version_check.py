@@ -1,9 +1,10 @@
 """Checks generation on versions of libraries, and language models, that were not tested.
 
-A release of transformers may rename what it hands to a model. Such a change once made every cached
-step of `generate` see a single token: wrong answers, and no error. So on a version outside the range
-of `requirements.txt`, a model must generate the same with and without its cache before it is used.
-The same holds for a language model of a type that the tests do not cover.
+A release of transformers may rename the arguments that it passes to a model. Such a change once
+left a single token to every cached step of `generate`: answers were wrong, and there was no error.
+So on a version outside the range of `requirements.txt`, a model must generate the same with and
+without its cache before it is used. The same holds for a language model of a type that the tests do
+not cover.
 """
 
 import re
@@ -40,8 +41,8 @@ INSTALL_HINT = "Install the tested versions with: pip install -c constraints.txt
 NUM_NEW_TOKENS = 4
 PROMPT_LENGTH = 6  # Tokens of each of the two prompts.
 NUM_AUDIO = 3  # Those of them that stand for audio, in the prompt with audio.
-# Largest difference of two logits, as a fraction of the range of logits. Rounding of fp32 gives about
-# 1e-6, of bf16 1e-2; a missing cache gives 0.3 and more.
+# Largest difference of two logits, as a fraction of the range of logits. It is about 1e-6 by the
+# rounding of fp32, 1e-2 by that of bf16, and 0.3 and more if the cache is lost.
 FP32_TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.1
 
@@ -53,7 +54,7 @@ _check_lock = threading.RLock()  # Reentrant, because the check itself calls `ge
 def tested_ranges() -> dict[str, str]:
     """Return the tested range of each checked library, such as ">=5.17,<5.25", by its name.
 
-    Source: `requirements.txt` of our source tree, or what the installed package says of itself.
+    Source: `requirements.txt` of the source tree, or the metadata of the installed package.
     """
     root = Path(__file__).parents[2]
     project = root / "pyproject.toml"
@@ -76,9 +77,11 @@ def tested_ranges() -> dict[str, str]:
 @cache
 def untested_versions() -> tuple[str, ...]:
     """Return a description of each library whose version is outside its tested range."""
-    found, ranges = [], tested_ranges()
+    found = []
+    ranges = tested_ranges()
     for name in CHECKED_LIBRARIES:
-        installed, tested = version(name), ranges.get(name)
+        installed = version(name)
+        tested = ranges.get(name)
         release = installed.partition("+")[0]  # 2.14.1+cpu is a build of 2.14.1.
         if tested is None:
             found.append(f"{name} {installed} (tested: unknown)")
@@ -176,10 +179,11 @@ def compare_cached_logits(model: PreTrainedModel) -> float:
         torch.cat([torch.ones_like(audio), padding, torch.ones_like(text)]),
         torch.cat([padding, torch.ones_like(text_only)]),
     ]
-    alone = with_audio[None], torch.ones_like(with_audio)[None]
-    batch = torch.stack(rows), torch.stack(masks)  # (2, audio tokens + prompt length)
+    alone = (with_audio[None], torch.ones_like(with_audio)[None])
+    batch = (torch.stack(rows), torch.stack(masks))  # Each (2, audio tokens + prompt length).
 
-    cached, new_tokens = [], []
+    cached = []
+    new_tokens = []
     for input_ids, attention_mask in (alone, batch):
         output = model.generate(
             input_ids,
@@ -197,7 +201,8 @@ def compare_cached_logits(model: PreTrainedModel) -> float:
         cached.append(torch.stack(output.logits, dim=1).float())  # (rows, new tokens, vocabulary)
         new_tokens.append(output.sequences[:, input_ids.shape[1] : -1])
 
-    # Alone and in the batch, the first prompt nearly always gets the same tokens: one row is enough.
+    # Alone and in the batch, the first prompt nearly always gets the same tokens. Then one row is
+    # enough for both.
     prompts = torch.stack([with_audio, with_audio, text_only])
     sequences = torch.cat([prompts, torch.cat(new_tokens)], dim=1)
     sequences, index = sequences.unique(dim=0, return_inverse=True)
@@ -209,4 +214,5 @@ def compare_cached_logits(model: PreTrainedModel) -> float:
     )
     uncached = output.logits[index, -NUM_NEW_TOKENS:].float()  # (3 rows, new tokens, vocabulary)
     difference = (torch.cat(cached).to(uncached.device) - uncached).abs().amax(dim=(1, 2))
-    return float((difference / (uncached.amax(dim=(1, 2)) - uncached.amin(dim=(1, 2)))).max())
+    logit_range = uncached.amax(dim=(1, 2)) - uncached.amin(dim=(1, 2))
+    return float((difference / logit_range).max())

@@ -1,1 +1,1 @@
-"""Serving: the OpenAI-compatible server and the page in the browser."""
+"""Serves a model over HTTP: the OpenAI-compatible server and the page in the browser."""

@@ -1,9 +1,9 @@
-"""What waits -> batches of the engine -> answers.
+"""Collects pending requests into batches and runs them on the engine.
 
-Notable:
-- One thread asks the model. A batch begins when it is full, or when its first request has waited long enough; while it
-  runs, the next one gathers.
-- Between two tokens any request can be cancelled without the others. An exception of the engine fails its batch only.
+One thread runs the model. A batch starts when it is full, or when its first request has waited
+`max_wait` seconds; while it runs, the next requests queue up. Between two tokens any request can be
+cancelled without an effect on the others. If a batch fails, its requests are retried one by one,
+and only the one that fails gets an error.
 """
 
 import logging
@@ -19,108 +19,128 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer
 from ltu.serving.request_parser import ApiError, PendingRequest
 
-SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # seconds
+BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # requests
 
 
 class Metrics:
-    """What `/metrics` shows: counts, never contents."""
+    """The metrics of `/metrics`: counts and durations, never the content of a request."""
 
     def __init__(self) -> None:
-        self.registry = one = CollectorRegistry()
-        self.requests = Counter("ltu_requests", "Requests, by status code", ["code"], registry=one)
+        registry = CollectorRegistry()
+        self.registry = registry
+        self.requests = Counter(
+            "ltu_requests", "HTTP requests, by status code.", ["code"], registry=registry
+        )
         self.answers = Counter(
-            "ltu_answers", "Questions, by what became of their clip", ["status"], registry=one
+            "ltu_answers",
+            "Questions, by the status of their answer.",
+            ["status"],
+            registry=registry,
         )
         self.latency = Histogram(
-            "ltu_request_seconds", "To the last byte of an answer", buckets=SECONDS, registry=one
+            "ltu_request_seconds",
+            "Seconds until the last byte of an answer was sent.",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
         )
         self.batch_size = Histogram(
-            "ltu_batch_size", "Of batches", buckets=(1, 2, 4, 8, 16, 32, 64), registry=one
+            "ltu_batch_size", "Requests in a batch.", buckets=BATCH_SIZE_BUCKETS, registry=registry
         )
-        self.waiting = Gauge("ltu_queue_depth", "Requests that wait for a batch", registry=one)
+        self.waiting = Gauge(
+            "ltu_queue_depth", "Requests that wait for a batch.", registry=registry
+        )
         self.tokens = Counter(
-            "ltu_tokens", "Tokens of prompts (audio and text) and answers", ["kind"], registry=one
+            "ltu_tokens",
+            "Tokens of prompts (audio and text) and of answers.",
+            ["kind"],
+            registry=registry,
         )
-        self.heard = Counter("ltu_heard_seconds", "Seconds of audio heard", registry=one)
+        self.audio_seconds = Counter(
+            "ltu_heard_seconds", "Seconds of audio that were encoded.", registry=registry
+        )
 
 
 class BatchScheduler(threading.Thread):
-    """The thread that asks the model: at most `max_batch` requests at once, the first waits `max_wait` seconds."""
+    """The thread that runs the model.
+
+    Args:
+        engine: generates the answers.
+        metrics: counts batches, tokens and answers.
+        max_batch: the largest number of requests in a batch.
+        max_wait: seconds that the first request of a batch waits for others.
+    """
 
     def __init__(self, engine: LtuEngine, metrics: Metrics, max_batch: int, max_wait: float):
         super().__init__(name="batches", daemon=True)
-        self.engine, self.metrics, self.max_batch, self.max_wait = (
-            engine,
-            metrics,
-            max_batch,
-            max_wait,
-        )
-        self.pending_requests: queue.SimpleQueue[PendingRequest | None] = (
-            queue.SimpleQueue()
-        )  # None ends the thread.
+        self.engine = engine
+        self.metrics = metrics
+        self.max_batch = max_batch
+        self.max_wait = max_wait
+        # None ends the thread.
+        self.pending_requests: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         metrics.waiting.set_function(self.pending_requests.qsize)
 
     def run(self) -> None:
-        batch: list[PendingRequest | None] = []
-        while None not in batch:
+        is_last = False
+        while not is_last:
             batch = self._gather()
-            pending_requests = [
-                pending for pending in batch if pending is not None and not pending.is_over
-            ]
-            left = (
-                len(batch) - len(pending_requests) - batch.count(None)
-            )  # Their clients went away while they waited.
-            self.metrics.answers.labels("cancelled").inc(left)
-            if pending_requests:
-                self._answer(pending_requests)
+            is_last = None in batch
+            received = [pending for pending in batch if pending is not None]
+            # Drop the requests whose clients disconnected while they waited.
+            active = [pending for pending in received if not pending.is_over]
+            self.metrics.answers.labels("cancelled").inc(len(received) - len(active))
+            if active:
+                self._answer(active)
 
     def _gather(self) -> list[PendingRequest | None]:
+        """Wait for a request and return it with those that followed; None, if there, is last."""
         batch = [self.pending_requests.get()]
         if self.pending_requests.qsize() < self.max_batch - 1:
             time.sleep(self.max_wait)
-        while (
-            batch[-1] is not None
-            and len(batch) < self.max_batch
-            and not self.pending_requests.empty()
-        ):
+        while batch[-1] is not None and len(batch) < self.max_batch:
+            if self.pending_requests.empty():
+                break
             batch.append(self.pending_requests.get())
         return batch
 
-    def _answer(self, pending_requests: list[PendingRequest]) -> None:
-        self.metrics.batch_size.observe(len(pending_requests))
-        left, requests = (
-            dict(enumerate(pending_requests)),
-            [pending.request for pending in pending_requests],
-        )
+    def _answer(self, batch: list[PendingRequest]) -> None:
+        """Run the engine on a batch and deliver each answer as soon as it is complete."""
+        self.metrics.batch_size.observe(len(batch))
+        unanswered = dict(enumerate(batch))
+        requests = [pending.request for pending in batch]
 
         def on_text(index: int, text: str) -> bool:
-            return not (pending_requests[index].show(text) or pending_requests[index].is_over)
+            found_stop = batch[index].show(text)
+            return not (found_stop or batch[index].is_over)
 
         try:
-            for index, answer in self.engine.run(requests, len(pending_requests), on_text=on_text):
-                self._deliver(left.pop(index), answer)
-        except (
-            Exception
-        ) as error:  # Whatever a batch dies of, the server lives on, and so do the innocent.
-            log(error)
-            for pending in left.values():
-                if len(pending_requests) == 1:
-                    pending.push(
-                        ApiError(500, "The model failed on this request.", None, "engine_error")
-                    )
+            for index, answer in self.engine.run(requests, len(batch), on_text=on_text):
+                self._deliver(unanswered.pop(index), answer)
+        # Catch everything, because the server must outlive any failure of the model. The requests
+        # of a failed batch run again one by one, so that only the one that fails gets an error.
+        except Exception as error:
+            log_without_message(error)
+            for pending in unanswered.values():
+                if len(batch) == 1:
+                    failure = "The model failed on this request."
+                    pending.push(ApiError(500, failure, None, "engine_error"))
                 elif not pending.is_over:
                     self._answer([pending])
 
     def _deliver(self, pending: PendingRequest, answer: Answer) -> None:
-        reason = "stop" if pending.show(answer.text, is_whole=True) else answer.finish_reason
-        pending.push(replace(answer, text=pending.shown, finish_reason=reason))
-        self.metrics.answers.labels("cancelled" if reason == "cancelled" else answer.status).inc()
+        """Push the complete answer, cut at a stop sequence, and count it."""
+        found_stop = pending.show(answer.text, is_whole=True)
+        finish_reason = "stop" if found_stop else answer.finish_reason
+        pending.push(replace(answer, text=pending.shown, finish_reason=finish_reason))
+        status = "cancelled" if finish_reason == "cancelled" else answer.status
+        self.metrics.answers.labels(status).inc()
         self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
         self.metrics.tokens.labels("new").inc(answer.new_tokens)
-        self.metrics.heard.inc(answer.seconds_heard)
+        self.metrics.audio_seconds.inc(answer.seconds_heard)
 
 
-def log(error: Exception) -> None:
-    """Where it happened. Its message may quote a request, so it is left out."""
-    where = "".join(traceback.format_tb(error.__traceback__))
-    logging.getLogger(__name__).error("%s\n%s", type(error).__name__, where)
+def log_without_message(error: Exception) -> None:
+    """Log the type and the traceback of an error without its message, which may quote a request."""
+    trace = "".join(traceback.format_tb(error.__traceback__))
+    logging.getLogger(__name__).error("%s\n%s", type(error).__name__, trace)

@@ -1,4 +1,9 @@
-"""The server that answers as OpenAI's chat completions do."""
+"""Serves a model through the chat completions API of OpenAI.
+
+The event loop receives bodies and sends replies. Two threads parse bodies and decode clips, and the
+thread of the scheduler runs the model. A client that disconnects cancels its request. Only counts
+are logged, because a message or a traceback may quote a request.
+"""
 
 import argparse
 import asyncio
@@ -28,41 +33,48 @@ except ImportError as error:
 from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer
-from ltu.serving.batch_scheduler import BatchScheduler, Metrics, log
-from ltu.serving.request_parser import ApiError, PendingRequest, RequestParser
+from ltu.serving.batch_scheduler import BatchScheduler, Metrics, log_without_message
+from ltu.serving.request_parser import ApiError, PendingRequest, RequestParser, model_not_found
 
-FLAGS = {  # name -> default and help
-    "host": ("127.0.0.1", "address to listen at; set LTU_API_KEY before others can reach it"),
-    "port": (8000, "0: any that is free"),
-    "name": ("", "of the model, to clients; else that of its folder"),
-    "max_batch": (8, "requests that are answered together"),
-    "max_wait_ms": (20.0, "that a request waits for others"),
-    "max_queue": (64, "requests at once; more get a 429"),
-    "max_body_mb": (25.0, "of a request"),
-    "max_characters": (100_000, "of a prompt"),
-    "max_seconds": (300.0, "of a clip"),
-    "max_tokens": (1024, "that a request may ask for"),
-    "timeout": (300.0, "seconds for a request"),
-    "shutdown_seconds": (30, "that requests get to end after SIGTERM"),
-}
-BODY_SECONDS = 30  # for a body to arrive
-FROM_ANSWER = "status seconds_heard seconds_total num_chunks transcript sampling_rate channels checkpoint".split()
+MAX_BODY_SECONDS = 30  # seconds in which the body of a request must arrive
+PARSER_THREADS = 2
+SCHEDULER_SECONDS = 10  # seconds that the scheduler gets to end when the server stops
+# Attributes of an answer that a reply has under "ltu".
+ANSWER_FIELDS = (
+    "status",
+    "seconds_heard",
+    "seconds_total",
+    "num_chunks",
+    "transcript",
+    "sampling_rate",
+    "channels",
+    "checkpoint",
+)
 
 
 class Service:
-    """What the routes share: the queue in front of the model, and its limits."""
+    """The state that the routes share: the parser, the queue in front of the model, its limits.
+
+    Args:
+        engine: generates the answers.
+        args: the flags of `ltu.serve`.
+    """
 
     def __init__(self, engine: LtuEngine, args: argparse.Namespace):
-        self.args, self.name = args, args.name or Path(args.model).resolve().name
+        self.args = args
+        self.name = args.name or Path(args.model).resolve().name
         self.key = os.environ.get("LTU_API_KEY", "")
-        self.parser, self.metrics = RequestParser(engine.processor, args, self.name), Metrics()
-        self.scheduler = BatchScheduler(
-            engine, self.metrics, args.max_batch, args.max_wait_ms / 1000
-        )
-        self.threads = ThreadPoolExecutor(2, "readers")
-        self.reading, self.pending_requests = 0, {}
+        self.parser = RequestParser(engine.processor, args, self.name)
+        self.metrics = Metrics()
+        max_wait = args.max_wait_ms / 1000
+        self.scheduler = BatchScheduler(engine, self.metrics, args.max_batch, max_wait)
+        self.parser_threads = ThreadPoolExecutor(PARSER_THREADS, "parsers")
+        self.num_parsing = 0  # requests whose bodies arrive or are parsed
+        # Each request in the queue or on the model, with the task that watches its connection.
+        self.pending_requests: dict[PendingRequest, asyncio.Task] = {}
 
     async def check_key(self, http: HttpRequest) -> None:
+        """Raise an ApiError unless the request has the API key, if there is one."""
         given = http.headers.get("authorization", "").encode("latin-1")
         if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
             raise ApiError(
@@ -70,30 +82,16 @@ class Service:
             )
 
     async def chat(self, http: HttpRequest) -> Response:
-        if self.reading + len(self.pending_requests) >= self.args.max_queue:
-            raise ApiError(
-                429,
-                f"{self.args.max_queue} requests are on their way.",
-                None,
-                "busy",
-                retry_after="1",
-            )
-        loop = asyncio.get_running_loop()
-        self.reading += 1
-        try:
-            data = await asyncio.wait_for(self.receive(http), min(self.args.timeout, BODY_SECONDS))
-            pending = await loop.run_in_executor(self.threads, self.parser.read, data)
-            del data  # The clip is decoded; both would stay until the answer is there.
-        except AudioError as error:
-            self.metrics.answers.labels(error.reason).inc()
-            raise ApiError(400, str(error), "messages", error.reason) from error
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, str(error)) from error
-        finally:
-            self.reading -= 1
-        pending.loop = loop
-        self.pending_requests[pending] = loop.create_task(self.watch(pending, http))
+        """Answer a chat completion request."""
+        if self.num_parsing + len(self.pending_requests) >= self.args.max_queue:
+            message = f"{self.args.max_queue} requests are already in progress."
+            raise ApiError(429, message, None, "busy", retry_after="1")
+        pending = await self._receive_and_parse(http)
+        pending.loop = asyncio.get_running_loop()
+        watch = pending.loop.create_task(self._watch(pending, http))
+        self.pending_requests[pending] = watch
         self.scheduler.pending_requests.put(pending)
+        # The first event decides about the status code, also of a stream.
         event = await next_event(pending)
         self.metrics.requests.labels(200).inc()
         head = {
@@ -102,57 +100,59 @@ class Service:
             "model": self.name,
         }
         if pending.streams:
-            return StreamingResponse(stream(pending, event, head), media_type="text/event-stream")
-        message = {"role": "assistant", "content": event.text, "refusal": None}
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": None,
-            "finish_reason": event.finish_reason,
-        }
-        return JSONResponse(
-            head | {"object": "chat.completion", "choices": [choice]} | extras(pending, event)
-        )
+            events = stream_events(pending, event, head)
+            return StreamingResponse(events, media_type="text/event-stream")
+        return JSONResponse(completion(pending, event, head))
 
-    async def receive(self, http: HttpRequest) -> bytearray:
-        """The body, as far as it is of a size that is taken."""
+    async def _receive_and_parse(self, http: HttpRequest) -> PendingRequest:
+        """Receive a body and parse it in another thread. Raises ApiError, asyncio.TimeoutError."""
+        loop = asyncio.get_running_loop()
+        timeout = min(self.args.timeout, MAX_BODY_SECONDS)
+        self.num_parsing += 1
+        try:
+            data = await asyncio.wait_for(self._receive(http), timeout)
+            return await loop.run_in_executor(self.parser_threads, self.parser.parse, data)
+        except AudioError as error:
+            self.metrics.answers.labels(error.reason).inc()
+            raise ApiError(400, str(error), "messages", error.reason) from error
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, str(error)) from error
+        finally:
+            self.num_parsing -= 1
 
-        def check(size: int) -> None:
-            if size > self.args.max_body_mb * 2**20:
-                raise ApiError(
-                    413, f"The body has over {self.args.max_body_mb:g} MiB.", None, "body_too_large"
-                )
-
-        if (
-            http.headers.get("content-type", "").partition(";")[0].strip().lower()
-            != "application/json"
-        ):
-            raise ApiError(
-                415, "The body must be application/json."
-            )  # A web page could send others unasked.
-        check(int(http.headers.get("content-length", 0)))
+    async def _receive(self, http: HttpRequest) -> bytearray:
+        """Receive a body. Raises ApiError as soon as it is larger than the limit."""
+        content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # Without a permission, a web page can send bodies of some other types, but not JSON.
+        if content_type != "application/json":
+            raise ApiError(415, "The body must be application/json.")
+        self._check_body_size(int(http.headers.get("content-length", 0)))
         data = bytearray()
         async for part in http.stream():
             data += part
-            check(len(data))
+            self._check_body_size(len(data))
         return data
 
-    async def watch(self, pending: PendingRequest, http: HttpRequest) -> None:
-        """Until the response or the connection has ended: then nobody waits for the job."""
-        start, late = (
-            time.monotonic(),
-            ApiError(504, "This took too long.", None, "timeout", x_should_retry="false"),
-        )
-        timer = pending.loop.call_later(self.args.timeout, pending.fail, late)
+    def _check_body_size(self, size: int) -> None:
+        if size > self.args.max_body_mb * 2**20:
+            message = f"The body has over {self.args.max_body_mb:g} MiB."
+            raise ApiError(413, message, None, "body_too_large")
+
+    async def _watch(self, pending: PendingRequest, http: HttpRequest) -> None:
+        """Cancel a request at its timeout, and when its response or its connection has ended."""
+        start = time.monotonic()
+        too_late = ApiError(504, "This took too long.", None, "timeout", x_should_retry="false")
+        timer = pending.loop.call_later(self.args.timeout, pending.fail, too_late)
         while (await http.receive())["type"] != "http.disconnect":
             pass
         timer.cancel()
-        pending.fail(ApiError(499, "The client is gone."))
+        pending.fail(ApiError(499, "The client disconnected."))
         del self.pending_requests[pending]
         self.metrics.latency.observe(time.monotonic() - start)
 
 
 async def next_event(pending: PendingRequest) -> str | Answer:
+    """Wait for the next piece of text or the answer. Raises ApiError if there is no answer."""
     event = await pending.events.get()
     if isinstance(event, ApiError):
         raise event
@@ -161,107 +161,146 @@ async def next_event(pending: PendingRequest) -> str | Answer:
     return event
 
 
-async def stream(pending: PendingRequest, event: str | Answer, head: dict) -> AsyncIterator[str]:
-    """The answer as server-sent events."""
+async def stream_events(
+    pending: PendingRequest, event: str | Answer, head: dict
+) -> AsyncIterator[str]:
+    """Yield the reply as server-sent events.
 
-    def line(delta: dict, reason: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return f"data: {json.dumps(head | {'object': 'chat.completion.chunk', 'choices': [choice]} | more)}\n\n"
+    Args:
+        pending: the request.
+        event: its first event.
+        head: the keys that all chunks of the reply share.
+    """
 
-    yield line({"role": "assistant", "content": ""})
+    def server_event(content: dict) -> str:
+        return f"data: {json.dumps(content)}\n\n"
+
+    def chunk(delta: dict, finish_reason: str | None = None) -> dict:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return head | {"object": "chat.completion.chunk", "choices": [choice]}
+
+    yield server_event(chunk({"role": "assistant", "content": ""}))
     try:
         while isinstance(event, str):
-            yield line({"content": event})
+            yield server_event(chunk({"content": event}))
             event = await next_event(pending)
     except ApiError as error:
-        yield f"data: {json.dumps({'error': error.detail})}\n\n"
+        # The status code was sent long ago.
+        yield server_event({"error": error.detail})
         return
-    more = extras(pending, event)
-    yield line({}, event.finish_reason, ltu=more["ltu"])
+    extras = usage_and_ltu(pending, event)
+    yield server_event(chunk({}, event.finish_reason) | {"ltu": extras["ltu"]})
     if pending.includes_usage:
-        yield line({}, choices=[], **more)
+        yield server_event(chunk({}) | {"choices": []} | extras)
     yield "data: [DONE]\n\n"
 
 
-def extras(pending: PendingRequest, answer: Answer) -> dict[str, dict]:
-    usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.new_tokens}
-    usage["total_tokens"] = sum(usage.values())
-    return {
-        "usage": usage,
-        "ltu": {name: getattr(answer, name) for name in FROM_ANSWER}
-        | {"seed": pending.request.seed},
+def completion(pending: PendingRequest, answer: Answer, head: dict) -> dict[str, Any]:
+    """Return the body of a reply that is not streamed; `head` is the beginning of each reply."""
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": answer.text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": answer.finish_reason,
     }
+    extras = usage_and_ltu(pending, answer)
+    return head | {"object": "chat.completion", "choices": [choice]} | extras
+
+
+def usage_and_ltu(pending: PendingRequest, answer: Answer) -> dict[str, dict]:
+    """Return the numbers of tokens, and the fields of an answer that OpenAI's API does not have."""
+    usage = {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.new_tokens,
+        "total_tokens": answer.prompt_tokens + answer.new_tokens,
+    }
+    ltu = {name: getattr(answer, name) for name in ANSWER_FIELDS}
+    ltu["seed"] = pending.request.seed
+    return {"usage": usage, "ltu": ltu}
 
 
 def create_app(service: Service) -> FastAPI:
+    """Return the app: chat completions and models, which need the key, /health and /metrics."""
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.scheduler.start()
         yield
+        # Cancel what still runs when the server stops, then end the thread.
         for pending in service.pending_requests:
             pending.is_over = True
         service.scheduler.pending_requests.put(None)
-        service.scheduler.join(10)
+        service.scheduler.join(SCHEDULER_SECONDS)
 
-    async def refuse(http: HttpRequest, error: Exception) -> Response:
-        if isinstance(error, ClientDisconnect | asyncio.TimeoutError):
-            error = ApiError(408, "The body did not arrive.")
-        elif not isinstance(error, HTTPException):
-            log(error)
-            error = ApiError(500, "The server failed on this request.", None, "internal_error")
-        error = error if isinstance(error, ApiError) else ApiError(error.status_code, error.detail)
-        service.metrics.requests.labels(error.status_code).inc()
-        said = json.dumps({"error": error.detail})  # In ASCII: it may quote what is no UTF-8.
-        return Response(said, error.status_code, error.headers, "application/json")
+    async def reply_with_error(http: HttpRequest, error: Exception) -> Response:
+        if isinstance(error, ApiError):
+            api_error = error
+        elif isinstance(error, ClientDisconnect | asyncio.TimeoutError):
+            api_error = ApiError(408, "The body did not arrive.")
+        elif isinstance(error, HTTPException):
+            api_error = ApiError(error.status_code, error.detail)
+        else:
+            log_without_message(error)
+            message = "The server failed on this request."
+            api_error = ApiError(500, message, None, "internal_error")
+        service.metrics.requests.labels(api_error.status_code).inc()
+        # In ASCII, because it may quote characters that cannot be encoded as UTF-8.
+        body = json.dumps({"error": api_error.detail})
+        return Response(body, api_error.status_code, api_error.headers, "application/json")
 
-    async def models(name: str | None = None) -> dict:
-        if name not in (None, service.name):
-            raise ApiError(
-                404, f"There is one model here: {service.name!r}.", "model", "model_not_found"
-            )
-        return {"object": "list", "data": [card]} if name is None else card
+    model_card = {
+        "id": service.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "ltu",
+    }
+
+    async def list_models() -> dict:
+        return {"object": "list", "data": [model_card]}
+
+    async def get_model(name: str) -> dict:
+        if name != service.name:
+            raise model_not_found(service.name)
+        return model_card
 
     async def health() -> dict:
         if not service.scheduler.is_alive():
-            raise ApiError(
-                503,
-                "The thread that answers has ended; start the server again.",
-                None,
-                "internal_error",
-            )
+            message = "The thread that runs the model has ended; restart the server."
+            raise ApiError(503, message, None, "internal_error")
         return {"status": "ok", "model": service.name}
 
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "ltu"}
-    handlers = dict.fromkeys(
-        (HTTPException, ClientDisconnect, asyncio.TimeoutError, Exception), refuse
-    )
+    errors = (HTTPException, ClientDisconnect, asyncio.TimeoutError, Exception)
+    handlers = dict.fromkeys(errors, reply_with_error)
     app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers=handlers)
-    guarded = [Depends(service.check_key)]
+    needs_key = [Depends(service.check_key)]
     app.add_api_route(
         "/v1/chat/completions",
         service.chat,
         methods=["POST"],
         response_model=None,
-        dependencies=guarded,
+        dependencies=needs_key,
     )
-    app.add_api_route("/v1/models", models, dependencies=guarded)
-    app.add_api_route("/v1/models/{name:path}", models, dependencies=guarded)
+    app.add_api_route("/v1/models", list_models, dependencies=needs_key)
+    app.add_api_route("/v1/models/{name:path}", get_model, dependencies=needs_key)
     app.add_api_route("/health", health)
     app.add_api_route("/metrics", metrics)
     return app
 
 
 def make_server(engine: LtuEngine, args: argparse.Namespace) -> uvicorn.Server:
-    # Tracebacks end with messages, which may quote a request; where it happened is logged without.
+    """Return a server for an engine; `args` are the flags of `ltu.serve`."""
+    # uvicorn logs an exception with its message, which may quote a request. `reply_with_error` has
+    # logged where it was raised.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.exc_info)
-    settings = {
-        "http": "h11",
-        "access_log": False,
-        "timeout_graceful_shutdown": args.shutdown_seconds,
-    }
-    return uvicorn.Server(
-        uvicorn.Config(create_app(Service(engine, args)), args.host, args.port, **settings)
+    config = uvicorn.Config(
+        create_app(Service(engine, args)),
+        host=args.host,
+        port=args.port,
+        http="h11",
+        access_log=False,
+        timeout_graceful_shutdown=args.shutdown_seconds,
     )
+    return uvicorn.Server(config)

@@ -1,4 +1,9 @@
-"""Bodies of requests, as OpenAI's clients send them -> jobs for the engine, or an error in OpenAI's form."""
+"""Parses bodies of chat completion requests into requests for the engine.
+
+A body is accepted only if each of its fields is supported or changes no answer. Everything else
+raises an error in OpenAI's form. A clip comes as base64 in the body; nothing that a body names is
+opened.
+"""
 
 import argparse
 import asyncio
@@ -17,27 +22,74 @@ from ltu.inference.sampling import check_decoding
 from ltu.models.prompt_template import read_conversation
 
 NUMBER = (int, float)
-FIELDS = {
-    "model": str, "messages": list, "stream": bool, "stream_options": dict, "max_tokens": int, "seed": int,
-    "max_completion_tokens": int, "stop": (str, list), "temperature": NUMBER, "top_p": NUMBER, "top_k": int,
-    "repetition_penalty": NUMBER, "transcript": str, "mode": str, "num_chunks": (int, str),
-}  # fmt: skip
-# Fields of OpenAI's that change no answer, and those that do not with this value.
-IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-           "prompt_cache_retention", "reasoning_effort", "verbosity", "prediction"}  # fmt: skip
-NEUTRAL = {
-    "n": 1, "logprobs": False, "top_logprobs": 0, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {},
-    "tools": [], "tool_choice": "none", "modalities": ["text"], "response_format": {"type": "text"},
-}  # fmt: skip
-SAMPLING = ("temperature", "top_p", "top_k")
-MESSAGE = (
-    'A message is {"role": system, user or assistant, "content"}, a text, or parts {"type": "text", "text"} and '
-    '{"type": "input_audio", "input_audio": {"data": base64, "format": wav, mp3 or flac}}'
+# Supported fields and their types.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "messages": list,
+    "stream": bool,
+    "stream_options": dict,
+    "max_tokens": int,
+    "max_completion_tokens": int,
+    "seed": int,
+    "stop": (str, list),
+    "temperature": NUMBER,
+    "top_p": NUMBER,
+    "top_k": int,
+    "repetition_penalty": NUMBER,
+    "transcript": str,
+    "mode": str,
+    "num_chunks": (int, str),
+}
+# Fields of OpenAI's API that change no answer, whatever their value.
+IGNORED_FIELDS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "verbosity",
+    "prediction",
+}
+# Fields of OpenAI's API that change no answer if they have this value.
+NEUTRAL_VALUES = {
+    "n": 1,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "tool_choice": "none",
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+}
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
+DECODING_FIELDS = (*SAMPLING_FIELDS, "repetition_penalty")
+AUDIO_FORMATS = ("wav", "mp3", "flac")
+ROLES = ("system", "user", "assistant")
+MAX_STOP_SEQUENCES = 4
+DEFAULT_MAX_TOKENS = 400
+MESSAGE_FORMAT = (
+    'A message is {"role": system, user or assistant, "content"}, where content is a text or a '
+    'list of parts {"type": "text", "text"} and {"type": "input_audio", "input_audio": '
+    '{"data": base64, "format": wav, mp3 or flac}}'
 )
 
 
 class ApiError(HTTPException):
-    """A request without an answer, in OpenAI's form."""
+    """An error reply in OpenAI's form.
+
+    Args:
+        status: HTTP status code.
+        message: text for the client.
+        param: the field of the request that caused the error.
+        code: the error's code for programs.
+        headers: HTTP headers of the reply; an underscore in a name stands for a hyphen.
+    """
 
     def __init__(
         self,
@@ -47,22 +99,37 @@ class ApiError(HTTPException):
         code: str | None = None,
         **headers: str,
     ):
-        kind = (
-            "server_error"
-            if status >= 500
-            else "rate_limit_error"
-            if status == 429
-            else "invalid_request_error"
-        )
-        error = {"message": message, "type": kind, "param": param, "code": code}
-        super().__init__(
-            status, error, {name.replace("_", "-"): value for name, value in headers.items()}
-        )
+        if status >= 500:
+            kind = "server_error"
+        elif status == 429:
+            kind = "rate_limit_error"
+        else:
+            kind = "invalid_request_error"
+        detail = {"message": message, "type": kind, "param": param, "code": code}
+        http_headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        super().__init__(status, detail, http_headers)
+
+
+def model_not_found(name: str) -> ApiError:
+    """Return the error for a model other than the one that is served, `name`."""
+    return ApiError(404, f"There is one model here: {name!r}.", "model", "model_not_found")
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """A request on its way. `events` gets pieces of its text if it streams, and at last its answer or an ApiError."""
+    """A request whose answer is not complete.
+
+    Attributes:
+        request: the request for the engine.
+        stop: sequences that end the answer.
+        streams: the client receives the answer piece by piece.
+        includes_usage: a stream ends with a chunk that has the numbers of tokens.
+        loop: the event loop of the server, which owns `events`.
+        events: receives pieces of the text if the request streams, and at last the answer or an
+            ApiError.
+        shown: the text so far, up to a stop sequence.
+        is_over: no client waits for the answer any more.
+    """
 
     request: Request
     stop: list[str]
@@ -71,139 +138,201 @@ class PendingRequest:
     loop: asyncio.AbstractEventLoop | None = None
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     shown: str = ""
-    is_over: bool = False  # Nobody waits for it any more.
+    is_over: bool = False
 
     def push(self, event: str | Answer | ApiError) -> None:
-        """From any thread."""
+        """Add an event to `events`. Can be called from any thread."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     def fail(self, error: ApiError) -> None:
-        """Cancel it, whether it waits or runs."""
+        """Cancel the request, whether it waits or runs."""
         self.is_over = True
         self.push(error)
 
     def show(self, text: str, is_whole: bool = False) -> bool:
-        """Push what is new of a text, up to the first stop sequence; whether there is one. What may be the beginning of
-        one is held back until the text is whole."""
-        places = [text.find(sequence) for sequence in self.stop if sequence in text]
-        held = 0 if is_whole else max(map(len, self.stop), default=1) - 1
-        text = text[: min(places, default=max(len(self.shown), len(text) - held))]
+        """Push what a text adds to `shown`, up to the first stop sequence.
+
+        Until the text is whole, its end is held back, because it may be the beginning of a stop
+        sequence.
+
+        Args:
+            text: the answer so far.
+            is_whole: the answer is complete.
+
+        Returns:
+            whether the text contains a stop sequence.
+        """
+        stop_positions = [text.find(sequence) for sequence in self.stop if sequence in text]
+        if stop_positions:
+            end = min(stop_positions)
+        elif is_whole:
+            end = max(len(self.shown), len(text))
+        else:
+            num_held_back = max(map(len, self.stop), default=1) - 1
+            end = max(len(self.shown), len(text) - num_held_back)
+        text = text[:end]
         if self.streams and len(text) > len(self.shown):
             self.push(text[len(self.shown) :])
         self.shown = text
-        return bool(places)
+        return bool(stop_positions)
 
 
 class RequestParser:
-    """Makes jobs, within the limits that the flags `args` set for the model `name`."""
+    """Parses bodies of requests, within the limits of the server.
+
+    Args:
+        processor: of the model.
+        args: the flags of `ltu.serve`.
+        name: the model's name, which each request must give.
+    """
 
     def __init__(self, processor: Any, args: argparse.Namespace, name: str):
-        self.processor, self.args, self.name = processor, args, name
-        self.decoding, self.seeds = read_decoding_flags(args), random.Random(args.seed)
+        self.processor = processor
+        self.args = args
+        self.name = name
+        self.decoding = read_decoding_flags(args)
+        self.seeds = random.Random(args.seed)
 
-    def read(self, data: bytearray) -> PendingRequest:
-        """Takes time: base64, a sound. Raises ApiError, AudioError, ValueError, RecursionError."""
-        fields = read_fields(data)
+    def parse(self, data: bytearray) -> PendingRequest:
+        """Parse the body of a request and decode its clip. This takes too long for an event loop.
+
+        Raises:
+            ApiError, AudioError, ValueError, RecursionError: the body or its clip is refused.
+        """
+        fields = parse_fields(data)
         if fields["model"] != self.name:
-            raise ApiError(
-                404, f"There is one model here: {self.name!r}.", "model", "model_not_found"
-            )
+            raise model_not_found(self.name)
+        messages = self._parse_conversation(fields)
+        *history, question = messages
+        mode, num_chunks = self._parse_audio_settings(fields)
+        stop = parse_stop_sequences(fields)
+        request = Request(
+            question["content"],
+            transcript=fields.get("transcript"),
+            mode=mode,
+            num_chunks=num_chunks,
+            history=history,
+            decoding=self._parse_decoding(fields),
+            seed=fields.get("seed", self.seeds.getrandbits(31)),
+        )
+        # Decode the clip here, so that a clip that cannot be decoded does not wait for the engine.
+        clips = [message["audio"] for message in messages if message.get("audio") is not None]
+        if clips:
+            request.audio = decode_audio(clips[0], max_seconds=self.args.max_seconds)
+        includes_usage = fields.get("stream_options", {}).get("include_usage") is True
+        return PendingRequest(request, stop, fields.get("stream", False), includes_usage)
+
+    def _parse_conversation(self, fields: dict[str, Any]) -> list[dict]:
+        """Return the messages, the user's question last, with the transcript in that one."""
         messages = read_conversation(
-            read_messages(fields["messages"]), self.processor.prompt_template
+            parse_messages(fields["messages"]), self.processor.prompt_template
         )
         messages[-1]["transcript"] = fields.get("transcript")
-        if len(self.processor.render(messages).prompt.encode()) > self.args.max_characters:
+        prompt = self.processor.render(messages).prompt
+        if len(prompt.encode()) > self.args.max_characters:
             raise ApiError(400, "The messages are too long.", "messages", "context_length_exceeded")
+        return messages
+
+    def _parse_audio_settings(self, fields: dict[str, Any]) -> tuple[str, int]:
+        """Return the mode and the number of chunks, 0 for the whole clip."""
         mode = fields.get("mode", self.args.mode)
-        num_chunks = (
-            0
-            if fields.get("num_chunks") == "all"
-            else fields.get("num_chunks", self.args.num_chunks)
-        )
+        num_chunks = fields.get("num_chunks", self.args.num_chunks)
+        if num_chunks == "all":
+            num_chunks = 0
         if mode not in MODES or not isinstance(num_chunks, int) or num_chunks < 0:
             raise ValueError(
                 f"mode is one of {', '.join(MODES)}; num_chunks is a whole number, or 'all'."
             )
-        stop = [fields["stop"]] if isinstance(fields.get("stop"), str) else fields.get("stop", [])
-        if len(stop) > 4 or not all(text and isinstance(text, str) for text in stop):
-            raise ValueError("stop is a text, or at most four.")
-        *history, last = messages
-        request = Request(
-            last["content"], transcript=fields.get("transcript"), mode=mode, num_chunks=num_chunks
-        )
-        request.history, request.decoding = history, self.decode_as(fields)
-        request.seed = fields.get("seed", self.seeds.getrandbits(31))
-        request.audio = next(
-            (message["audio"] for message in messages if message.get("audio") is not None), None
-        )
-        if request.audio is not None:  # What cannot be heard need not wait for the engine.
-            request.audio = decode_audio(request.audio, max_seconds=self.args.max_seconds)
-        usage = fields.get("stream_options", {}).get("include_usage") is True
-        return PendingRequest(request, stop, fields.get("stream", False), usage)
+        return mode, num_chunks
 
-    def decode_as(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Settings of the engine: those of the flags, changed by the request's. Raises ValueError."""
-        most = self.args.max_tokens
-        settings = {"max_new_tokens": min(400, most)} | self.decoding
-        settings |= {
-            name: fields[name] for name in (*SAMPLING, "repetition_penalty") if name in fields
-        }
+    def _parse_decoding(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the decoding settings: those of the flags, overridden by those of the request.
+
+        Raises:
+            ValueError: a value is impossible or above a limit of the server.
+        """
+        limit = self.args.max_tokens
+        settings = {"max_new_tokens": min(DEFAULT_MAX_TOKENS, limit)} | self.decoding
+        settings |= {name: fields[name] for name in DECODING_FIELDS if name in fields}
         for name in ("max_tokens", "max_completion_tokens"):
             settings["max_new_tokens"] = fields.get(name, settings["max_new_tokens"])
-        if settings["max_new_tokens"] > most:
+        if settings["max_new_tokens"] > limit:
             raise ValueError(
-                f"At most {most} tokens are given here, not {settings['max_new_tokens']}."
+                f"At most {limit} tokens can be generated here, not {settings['max_new_tokens']}."
             )
         settings["do_sample"] = settings.get("temperature", 0) != 0
-        used = {
-            name: value
-            for name, value in settings.items()
-            if settings["do_sample"] or name not in SAMPLING
-        }
-        return check_decoding(used)
+        if not settings["do_sample"]:
+            for name in SAMPLING_FIELDS:
+                settings.pop(name, None)
+        return check_decoding(settings)
 
 
-def read_fields(data: bytearray) -> dict[str, Any]:
-    """What is given in a body, of the right types. Raises ValueError."""
-    given = json.loads(data.decode("utf-8"))
-    if not isinstance(given, dict):
+def parse_fields(data: bytearray) -> dict[str, Any]:
+    """Parse a body as JSON and return its supported fields, which have the right types.
+
+    Fields that change no answer and fields that are null are left out. "model" and "messages" are
+    always there.
+
+    Raises:
+        ValueError: the body is not a JSON object.
+        ApiError: a field is not supported or has the wrong type.
+    """
+    body = json.loads(data.decode("utf-8"))
+    if not isinstance(body, dict):
         raise ValueError("The body is not a JSON object.")
     fields: dict[str, Any] = {"model": "", "messages": []}
-    for name, value in given.items():
-        if value is None or name in IGNORED or (name in NEUTRAL and value == NEUTRAL[name]):
+    for name, value in body.items():
+        is_neutral = name in NEUTRAL_VALUES and value == NEUTRAL_VALUES[name]
+        if value is None or name in IGNORED_FIELDS or is_neutral:
             continue
         if name not in FIELDS:
-            raise ApiError(
-                400, f"{name[:80]!r} is not supported here.", name[:80], "unsupported_parameter"
-            )
-        if not isinstance(value, FIELDS[name]) or (
-            isinstance(value, bool) and FIELDS[name] is not bool
-        ):
-            raise ApiError(400, f"{name} has another type than that.", name, "invalid_type")
+            shown = name[:80]
+            raise ApiError(400, f"{shown!r} is not supported here.", shown, "unsupported_parameter")
+        # In Python a bool is an int, but in JSON it is not a number.
+        is_wrong_bool = isinstance(value, bool) and FIELDS[name] is not bool
+        if is_wrong_bool or not isinstance(value, FIELDS[name]):
+            raise ApiError(400, f"The type of {name} is wrong.", name, "invalid_type")
         fields[name] = value
     return fields
 
 
-def read_messages(messages: list) -> list[dict]:
-    """As `read_conversation` takes them. Raises ApiError."""
-    read = []
+def parse_stop_sequences(fields: dict[str, Any]) -> list[str]:
+    """Return the stop sequences of a request. Raises ValueError."""
+    stop = fields.get("stop", [])
+    if isinstance(stop, str):
+        stop = [stop]
+    are_texts = all(isinstance(sequence, str) and sequence for sequence in stop)
+    if len(stop) > MAX_STOP_SEQUENCES or not are_texts:
+        raise ValueError(f"stop is a text, or a list of at most {MAX_STOP_SEQUENCES} texts.")
+    return stop
+
+
+def parse_messages(messages: list) -> list[dict]:
+    """Convert messages from OpenAI's form into the form that `read_conversation` takes.
+
+    Raises:
+        ApiError: a message has another form.
+    """
+    converted = []
     try:
         for message in messages:
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            if message["role"] not in ("system", "user", "assistant") or message.get("tool_calls"):
+            if message["role"] not in ROLES or message.get("tool_calls"):
                 raise ValueError("another role, or calls of tools")
-            read.append({"role": message["role"], "content": [read_part(**part) for part in parts]})
+            converted_parts = [convert_part(**part) for part in parts]
+            converted.append({"role": message["role"], "content": converted_parts})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ApiError(
-            400, f"{MESSAGE}; this is not ({str(error)[:99]}).", "messages", "invalid_message"
-        ) from error
-    return read
+        reason = str(error)[:99]
+        text = f"{MESSAGE_FORMAT}; this is not one ({reason})."
+        raise ApiError(400, text, "messages", "invalid_message") from error
+    return converted
 
 
-def read_part(type: str, text: str = "", input_audio: dict | None = None) -> dict[str, Any]:
+def convert_part(type: str, text: str = "", input_audio: dict | None = None) -> dict[str, Any]:
+    """Convert a part of a message; the parameters are the keys that a part can have."""
     if type == "text" and isinstance(text, str):
         return {"type": "text", "text": text}
-    if type != "input_audio" or input_audio["format"] not in ("wav", "mp3", "flac"):
+    if type != "input_audio" or input_audio["format"] not in AUDIO_FORMATS:
         raise ValueError("another type, or format")
     return {"type": "audio", "audio": base64.b64decode(input_audio["data"], validate=True)}

@@ -1,1 +1,1 @@
-"""Training: arguments, dataset and its index, collator, batch sampler, trainer."""
+"""Trains a model: arguments, dataset and its index, collator, batch sampler, trainer, loss logs."""

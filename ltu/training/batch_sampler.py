@@ -1,14 +1,13 @@
-"""Which rows make up which micro-batch, over all epochs and ranks, and how many steps that gives.
+"""Assigns examples to micro-batches, over all epochs and ranks, and counts the optimizer steps.
 
-Notable:
-- One sampler runs over all epochs: micro-batches that an epoch leaves over join the first step of the next, as in the
-  original.
-- Steps follow the original's formula, T = epochs * (batches of a rank // accumulation); the released logs fit it
-  exactly.
-- Every rank draws from one shuffle with one seed. (In the original each rank shuffled on its own, so an epoch saw about
-  68 % of the rows.)
-- Rank r takes micro-batches r, r + world, ...: two ranks see in one step what one process sees with doubled
-  accumulation.
+One sampler covers all epochs: micro-batches that are left over at the end of an epoch join the
+first step of the next one, as in the original. The number of steps follows the original's formula,
+T = epochs * (micro-batches of a rank // accumulation), which the released logs fit exactly.
+
+Every rank shuffles with the same seed and so has the same order. (In the original each rank
+shuffled on its own, so that an epoch covered about 68 % of the examples.) Rank r takes the
+micro-batches r, r + world_size, and so on: two ranks process in one step the examples that one
+process with doubled accumulation does.
 """
 
 from collections.abc import Iterator
@@ -17,33 +16,38 @@ from math import ceil
 import torch
 from torch import Tensor
 
-# The original groups by the batch of one of its four ranks, so a megabatch is 12.5 steps: the sawtooth of the released
-# logs.
+# The original groups by length with the batch of one of its four ranks. Its megabatch of 50 such
+# batches is therefore 12.5 steps long, which is the sawtooth of the released logs.
 ORIGINAL_RANKS = 4
+MAX_BATCHES_IN_MEGABATCH = 50  # As in transformers' get_length_grouped_indices.
 
 
 def batches_per_rank(rows: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches of one rank in one epoch."""
-    return ceil(ceil(rows / world_size) / micro_batch_size)
+    """Return the number of micro-batches of one rank in one epoch of `rows` examples."""
+    rows_per_rank = ceil(rows / world_size)
+    return ceil(rows_per_rank / micro_batch_size)
 
 
 def total_steps(
     rows: int, micro_batch_size: int, accumulation: int, world_size: int, epochs: int
 ) -> int:
-    """Optimizer steps of a whole run, at least one an epoch."""
-    return epochs * max(1, batches_per_rank(rows, micro_batch_size, world_size) // accumulation)
+    """Return the number of optimizer steps of a whole run, which is at least one per epoch."""
+    batches = batches_per_rank(rows, micro_batch_size, world_size)
+    steps_per_epoch = max(1, batches // accumulation)
+    return epochs * steps_per_epoch
 
 
 class MicroBatchSampler:
     """Batch sampler of one rank over all epochs.
 
     Args:
-        rows: how many there are.
-        micro_batch_size: rows in one forward pass.
+        rows: the number of examples.
+        micro_batch_size: examples in one forward pass.
         accumulation: micro-batches of a rank in one optimizer step.
-        epochs: passes over all rows.
-        lengths: (rows,) text ids of each; rows of like length come together then, within megabatches of 12.5 steps.
-        seed: of the shuffle; the epoch number is added.
+        epochs: how often every example is used.
+        lengths: (rows,) number of text tokens of each example. If given, examples of similar length
+            are batched together, within megabatches of 12.5 steps.
+        seed: seed of the shuffle, to which the number of the epoch is added.
     """
 
     def __init__(
@@ -72,35 +76,53 @@ class MicroBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for epoch in range(self.epochs):
-            yield from self._split(self.order(epoch))
+            yield from self._batches_of_rank(self.order(epoch))
 
     def order(self, epoch: int) -> Tensor:
-        """(rows,) all rows in the order of an epoch, the same on every rank."""
-        order = torch.randperm(
-            self.rows, generator=torch.Generator().manual_seed(self.seed + epoch)
-        )
+        """Return the order of all examples in an epoch, (rows,). It is the same on every rank."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(self.rows, generator=generator)  # (rows,)
         if self.lengths is None:
             return order
-        # As transformers' get_length_grouped_indices, which would hold millions of Python's integers three times.
-        batch = max(
-            1, self.micro_batch_size * self.accumulation * self.world_size // ORIGINAL_RANKS
-        )
-        megabatch = batch * max(1, min(self.rows // (batch * 4), 50))
-        lengths = self.lengths[order].long()
-        key = torch.arange(self.rows) // megabatch * (lengths.max() + 1) + lengths.max() - lengths
+        return self._group_by_length(order)
+
+    def _group_by_length(self, order: Tensor) -> Tensor:
+        """Sort the examples of each megabatch by length, the longest first, (rows,).
+
+        The result equals that of transformers' `get_length_grouped_indices`, which would hold
+        millions of Python integers three times.
+        """
+        batch_size = self.micro_batch_size * self.accumulation * self.world_size
+        batch_size = max(1, batch_size // ORIGINAL_RANKS)
+        batches_in_megabatch = min(self.rows // (batch_size * 4), MAX_BATCHES_IN_MEGABATCH)
+        megabatch_size = batch_size * max(1, batches_in_megabatch)
+
+        # Sort by megabatch, then by decreasing length. A stable sort keeps the shuffled order of
+        # examples of the same length.
+        lengths = self.lengths[order].long()  # (rows,)
+        longest = lengths.max()
+        megabatch = torch.arange(self.rows) // megabatch_size  # (rows,)
+        key = megabatch * (longest + 1) + (longest - lengths)  # (rows,)
         order = order[key.argsort(stable=True)]
-        first = (
-            int(self.lengths[order[::megabatch]].argmax()) * megabatch
-        )  # The longest row comes first of all.
-        order[[0, first]] = order[[first, 0]]
+
+        # Move the longest example to the front, where it shows at once whether memory is enough.
+        heads = order[::megabatch_size]  # (megabatches,) the longest example of each
+        longest_position = int(self.lengths[heads].argmax()) * megabatch_size
+        order[[0, longest_position]] = order[[longest_position, 0]]
         return order
 
-    def _split(self, order: Tensor) -> Iterator[list[int]]:
-        """This rank's share. The first rows come again at the end, where the ranks would have unequal shares."""
-        per_rank = ceil(len(order) / self.world_size)
+    def _batches_of_rank(self, order: Tensor) -> Iterator[list[int]]:
+        """Yield the micro-batches of this rank.
+
+        All ranks get the same number of examples. Where the number of examples is not divisible by
+        the number of ranks, the first examples of the order are repeated at its end.
+        """
+        rows_per_rank = ceil(len(order) / self.world_size)
         start = 0
         for batch in range(self.per_epoch):
-            size = min(self.micro_batch_size, per_rank - batch * self.micro_batch_size)
+            rows_left = rows_per_rank - batch * self.micro_batch_size
+            size = min(self.micro_batch_size, rows_left)
             begin = start + self.rank * size
-            yield order[torch.arange(begin, begin + size) % len(order)].tolist()
+            positions = torch.arange(begin, begin + size) % len(order)  # (size,)
+            yield order[positions].tolist()
             start += self.world_size * size

@@ -1,11 +1,13 @@
-"""Rows -> a padded batch.
+"""Pads examples into a batch.
 
-Notable:
-- `[audio][pads][text]`, text padded on the left to a multiple of 8, as the original lays it out.
-- With `original_positions`, positions count pads as the original's training does, and `<s>` carries a label wherever a
-  pad stands before it: there the original predicts it, from the pad. (The pads of a row without audio see nothing, so
-  what they predict depends on the attention kernel; eager equals the original.) Otherwise positions count what the mask
-  shows and `<s>` carries no label.
+A row of a batch is `[audio][padding][text]`. The text part is padded on the left to a multiple of
+8, as in the original.
+
+With `original_positions`, positions count padding, and `<s>` carries a label wherever padding
+precedes it: the original trains the model to predict `<s>` from the padding. (The padding of an
+example without audio attends to nothing, so that its prediction depends on the attention kernel;
+eager attention equals the original.) Without it, positions count only what the attention mask
+shows, and `<s>` carries no label.
 """
 
 from typing import Any
@@ -17,11 +19,11 @@ from ltu.models.processing_ltu import IGNORED, LtuProcessor
 
 
 class LtuCollator:
-    """Pad items of `QaDataset` into what `LtuForConditionalGeneration.forward` takes.
+    """Pad items of `QaDataset` into the arguments of `LtuForConditionalGeneration.forward`.
 
     Args:
-        processor: lays out the sequence.
-        original_positions: restore the original's positions and labels of pads.
+        processor: the processor that pads the token sequences.
+        original_positions: use the original's positions and labels of padding.
         multiple_of: the text part is padded to a multiple of this.
     """
 
@@ -33,61 +35,83 @@ class LtuCollator:
         self.multiple_of = multiple_of
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        clips = [item["input_features"] for item in items if item["input_features"] is not None]
+        texts = [item["input_ids"] for item in items]
         has_audio = [item["input_features"] is not None for item in items]
-        batch = self.processor.pad_batch(
-            [item["input_ids"] for item in items], has_audio, self.multiple_of
-        )
-        length = batch["input_ids"].shape[1]
-        labels = torch.full_like(batch["input_ids"], IGNORED)  # (batch, tokens + text)
-        for row, item in enumerate(items):
-            start = length - len(item["labels"])
-            labels[row, start:] = torch.tensor(item["labels"])
-            pads = start - (self.processor.num_audio_tokens if clips else 0)
-            starts_with_bos = item["input_ids"][0] == self.processor.tokenizer.bos_token_id
-            if starts_with_bos and not (self.original_positions and pads):
-                labels[row, start] = IGNORED
-        batch["labels"] = labels
+        clips = [item["input_features"] for item in items if item["input_features"] is not None]
+
+        batch = self.processor.pad_batch(texts, has_audio, self.multiple_of)
+        batch["labels"] = self._pad_labels(items, batch["input_ids"], bool(clips))
         if clips:
             batch["input_features"] = torch.stack(clips)  # (clips, frames, mel bins)
         if self.original_positions:
-            batch["position_ids"] = torch.arange(length).repeat(
-                len(items), 1
-            )  # (batch, tokens + text)
+            length = batch["input_ids"].shape[1]
+            positions = torch.arange(length)
+            batch["position_ids"] = positions.repeat(len(items), 1)  # (batch, tokens + text)
         return batch
+
+    def _pad_labels(
+        self, items: list[dict[str, Any]], input_ids: Tensor, batch_has_audio: bool
+    ) -> Tensor:
+        """Return the labels of a padded batch, (batch, tokens + text)."""
+        labels = torch.full_like(input_ids, IGNORED)
+        length = input_ids.shape[1]
+        num_audio_tokens = self.processor.num_audio_tokens if batch_has_audio else 0
+        bos_token_id = self.processor.tokenizer.bos_token_id
+        for row, item in enumerate(items):
+            start = length - len(item["labels"])
+            labels[row, start:] = torch.tensor(item["labels"])
+
+            # Remove the label of <s>, unless the original would predict it from padding.
+            num_padding = start - num_audio_tokens
+            starts_with_bos = item["input_ids"][0] == bos_token_id
+            predicts_bos = self.original_positions and num_padding != 0
+            if starts_with_bos and not predicts_bos:
+                labels[row, start] = IGNORED
+        return labels
 
 
 def describe_batch(batch: dict[str, Tensor], processor: LtuProcessor) -> str:
-    """A batch as the model gets it: a line for each token with its place, id, text, kind and whether it carries loss.
+    """Describe a batch as the model gets it.
 
-    A token is `audio`, `pad`, `prompt` or `answer`.
+    Each token is one line with its column, position, id, kind, whether it carries loss, and its
+    text. The kind is `audio`, `pad`, `prompt` or `answer`.
     """
     lines = [f"{name}: {tuple(value.shape)} {value.dtype}" for name, value in batch.items()]
-    positions = batch.get("position_ids", (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
-    for row, ids in enumerate(batch["input_ids"].tolist()):
+    mask = batch["attention_mask"]  # (batch, tokens + text)
+    positions = batch.get("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+    for row, tokens in enumerate(batch["input_ids"].tolist()):
         lines.append(f"--- row {row}")
-        answer_from = _start_of_answer(ids, processor)
-        for column, token in enumerate(ids):
-            mask, label = (
-                int(batch["attention_mask"][row, column]),
-                int(batch["labels"][row, column]),
-            )
-            visible = "answer" if column >= answer_from else "prompt"
-            kind = "audio" if token == processor.audio_token_id else visible if mask else "pad"
+        answer_start = _find_answer_start(tokens, processor)
+        for column, token in enumerate(tokens):
+            if token == processor.audio_token_id:
+                kind = "audio"
+            elif not mask[row, column]:
+                kind = "pad"
+            elif column >= answer_start:
+                kind = "answer"
+            else:
+                kind = "prompt"
             text = "" if kind == "audio" else repr(processor.tokenizer.decode([token]))
-            place = f"{column:4d}  position {int(positions[row, column]):4d}"
+            has_loss = "no " if batch["labels"][row, column] == IGNORED else "yes"
+            position = int(positions[row, column])
             lines.append(
-                f"{place}  {token:6d}  {kind:6s}  loss {'no ' if label == IGNORED else 'yes'}  {text}"
+                f"{column:4d}  position {position:4d}  {token:6d}  {kind:6s}  loss {has_loss}  "
+                f"{text}"
             )
     return "\n".join(lines)
 
 
-def _start_of_answer(ids: list[int], processor: LtuProcessor) -> int:
-    """The first place behind what follows a question; the length of `ids` if a cutoff ended the text before it."""
-    question = "\ufdd2"  # A code point that no text holds and that is no mark of ltu.models.prompt_template.
-    mark = processor.prompt(question).rpartition(question)[2]
-    for place in range(1, len(ids)):
-        text = [token for token in ids[:place] if token != processor.audio_token_id]
-        if processor.tokenizer.decode(text).endswith(mark):
-            return place
-    return len(ids)
+def _find_answer_start(tokens: list[int], processor: LtuProcessor) -> int:
+    """Return the first column of the answer.
+
+    The answer follows what the prompt template puts after the question. If the cutoff ended the
+    text before the answer, the result is the number of tokens.
+    """
+    # A code point that no text contains and that ltu.models.prompt_template does not use.
+    question = "\ufdd2"
+    prompt_end = processor.prompt(question).rpartition(question)[2]
+    for column in range(1, len(tokens)):
+        text = [token for token in tokens[:column] if token != processor.audio_token_id]
+        if processor.tokenizer.decode(text).endswith(prompt_end):
+            return column
+    return len(tokens)

@@ -1,7 +1,8 @@
-"""Examples as tokens, labels and features.
+"""Turns examples into tokens, labels and audio features.
 
-A clip that cannot be decoded is skipped, counted and named; the next example takes its place, so steps
-and batch sizes stay. Features are never made up. More than `max_bad` such examples stop the run.
+An example whose clip cannot be decoded is skipped, counted and named; the next example takes its
+place, so that the number of steps and the size of batches stay. Features are never made up. More
+than `max_bad` such examples stop the run.
 """
 
 import logging
@@ -18,20 +19,24 @@ from ltu.data.examples import no_answer_left
 
 logger = logging.getLogger(__name__)
 
-MAX_UNINDEXED = 100_000  # rows that are tokenized at the start of a run, in about half a minute
+MAX_UNINDEXED = 100_000  # Examples that are tokenized at the start of a run, in half a minute.
+MIN_PROGRESS_BAR = 20_000  # Examples; fewer are tokenized without a progress bar.
 
 
 class QaDataset(Dataset):
-    """Rows as ids, labels and features.
+    """Examples as tokens, labels and features.
 
     Args:
-        rows: of `read_rows`.
-        encode: row -> (ids, labels); `LtuProcessor.encode_example` with its settings.
-        load_features: row -> what the ear takes; `LtuProcessor.load_features`.
-        max_bad: how many different rows this process may skip because their clip cannot be heard.
-        lengths: (rows,) text ids of each, by which batches are grouped, where an index knows them. Otherwise the rows
-            are tokenized here, unless there are too many: then `lengths` is None.
-        numbers: of each row in its file, from 0; by default its place in `rows`.
+        rows: the examples, as `ltu.data.examples.read_rows` returns them.
+        encode: example -> (tokens, labels), such as `LtuProcessor.encode_example`.
+        load_features: example -> input of the audio encoder, such as `LtuProcessor.load_features`.
+        max_bad: how many different examples this process may skip because their clip cannot be
+            decoded.
+        lengths: (rows,) number of text tokens of each example, which an index stores. Without them
+            the examples are tokenized here, unless there are more than `MAX_UNINDEXED`: then the
+            attribute `lengths` is None.
+        numbers: (rows,) number of each example in its dataset file, from 0. By default it is its
+            position in `rows`.
     """
 
     def __init__(
@@ -55,46 +60,74 @@ class QaDataset(Dataset):
         self.is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def _count_tokens(self) -> torch.Tensor:
+        """Return the number of text tokens of each example, (rows,) int32."""
         lengths = torch.zeros(len(self.rows), dtype=torch.int32)
-        for index, row in enumerate(
-            tqdm(self.rows, desc="tokenizing", unit="row", disable=len(self.rows) < 20_000)
-        ):
-            ids, labels = self.encode(row)
-            if max(labels) < 0:
-                raise no_answer_left(int(self.numbers[index]), row)
-            lengths[index] = len(ids)
+        is_quick = len(self.rows) < MIN_PROGRESS_BAR
+        bar = tqdm(self.rows, desc="tokenizing", unit="example", disable=is_quick)
+        for index, example in enumerate(bar):
+            tokens, _ = self._encode(index, example)
+            lengths[index] = len(tokens)
         return lengths
+
+    def _encode(self, index: int, example: dict) -> tuple[list[int], list[int]]:
+        """Return the tokens and labels of an example.
+
+        Raises:
+            RowError: no token of the example carries loss.
+        """
+        tokens, labels = self.encode(example)
+        if max(labels) < 0:
+            raise no_answer_left(int(self.numbers[index]), example)
+        return tokens, labels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def skipped(self) -> list[str]:
-        """`audio_id` of every row skipped so far."""
-        return [self.rows[index]["audio_id"] for index in self.is_bad.nonzero()[:, 0].tolist()]
+        """The `audio_id` of every example that was skipped so far."""
+        indices = self.is_bad.nonzero()[:, 0].tolist()
+        return [self.rows[index]["audio_id"] for index in indices]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        for offset in range(len(self)):
-            row = (index + offset) % len(self)
-            content = self.rows[row]
-            try:
-                features = None if content["audio"] is None else self.load_features(content)
-            except AudioError as error:
-                self._skip(row, error)
-                continue
-            ids, labels = self.encode(content)
-            if max(labels) < 0:
-                raise no_answer_left(int(self.numbers[row]), content)
-            return {"input_ids": ids, "labels": labels, "input_features": features}
-        raise RowError(f"None of the {len(self)} rows has a clip that can be heard.")
+        """Return an example, or the next one whose clip can be decoded.
 
-    def _skip(self, row: int, error: AudioError) -> None:
-        if not self.is_bad[row]:
-            self.is_bad[row] = True
-            logger.warning("Row %d skipped: %s", self.numbers[row] + 1, error)
-        if int(self.is_bad.sum()) > self.max_bad:
+        Returns:
+            `input_ids` and `labels`, lists of the same length, and `input_features`, the input of
+            the audio encoder, which is None for an example without audio.
+
+        Raises:
+            RowError: more than `max_bad` clips or all clips cannot be decoded, or no token carries
+                loss.
+        """
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            example = self.rows[candidate]
+            features = None
+            if example["audio"] is not None:
+                try:
+                    features = self.load_features(example)
+                except AudioError as error:
+                    self._skip(candidate, error)
+                    continue
+            tokens, labels = self._encode(candidate, example)
+            return {"input_ids": tokens, "labels": labels, "input_features": features}
+        raise RowError(f"None of the {len(self)} examples has a clip that can be decoded.")
+
+    def _skip(self, index: int, error: AudioError) -> None:
+        """Mark an example as skipped.
+
+        Raises:
+            RowError: more than `max_bad` examples were skipped.
+        """
+        number = int(self.numbers[index]) + 1
+        if not self.is_bad[index]:
+            self.is_bad[index] = True
+            logger.warning("Example %d skipped: %s", number, error)
+        num_bad = int(self.is_bad.sum())
+        if num_bad > self.max_bad:
             raise RowError(
-                f"{int(self.is_bad.sum())} rows have a clip that cannot be heard, more than --max_bad {self.max_bad}. "
-                f"The last: row {self.numbers[row] + 1}: {error} Mend the rows (--check_audio lists them all at "
-                "start), or allow more with --max_bad."
+                f"{num_bad} examples have a clip that cannot be decoded, more than --max_bad "
+                f"{self.max_bad}. The last: example {number}: {error} Fix the dataset file "
+                "(--check_audio lists all such clips at the start), or allow more with --max_bad."
             ) from error

@@ -1,17 +1,21 @@
-"""An Arrow index of a file of rows: checked and tokenized once, then mapped into memory by every process that trains.
+"""Builds and reads the Arrow index of a dataset file.
 
-    python -m ltu.index_dataset all.json --base_model DIR        writes all.json.arrow, which training then opens
+    python -m ltu.index_dataset all.json --base_model DIR        writes all.json.arrow
 
-Notable:
-- The index holds the texts of the rows too, so training reads nothing else. Ranks and workers share its pages.
-- Lengths are those before any cutoff, as the tokenizer and the prompt template of a checkpoint make them: one index
-  serves every `--cutoff_len`, and all checkpoints of its kind (LTU or LTU-AS) that tokenize alike.
-- Transcripts that rows of LTU-AS lack are written into it: by Whisper, or out of `--feature_root`.
+The examples are checked and tokenized once, when the index is built. Every process that trains then
+maps the index into memory, so that ranks and workers share its pages. The index contains the texts
+of the examples too: training reads nothing else.
+
+Lengths are those before any cutoff, for the tokenizer and the prompt template of a checkpoint. One
+index therefore serves every `--cutoff_len`, and all checkpoints of the same kind (LTU or LTU-AS)
+that tokenize alike. Transcripts that examples of LTU-AS lack are written into the index: Whisper
+makes them, or they are read from `--feature_root`.
 """
 
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,11 @@ from ltu.data.examples import checked_rows, no_answer_left, with_audio
 from ltu.files import sha256_of, sync_and_rename
 
 ENDING = ".arrow"
-ROWS_AT_ONCE = 16_384  # of one record batch
+ROWS_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
 COUNTS = ("num_tokens", "num_prompt_tokens")
-MAX_KNOWN = 100_000  # prompts whose number of ids is kept
-PROBED = 256  # rows whose lengths are held against the processor that is to train
+MAX_KNOWN = 100_000  # Prompts whose number of tokens is cached.
+PROBED = 256  # Examples whose lengths are compared with those of the processor that is to train.
 
 
 def build_index(
@@ -40,56 +44,45 @@ def build_index(
     output: str | Path | None = None,
     audio_root: str | Path | None = None,
 ) -> Path:
-    """Check and tokenize every row, in constant memory; the index appears when it is whole.
+    """Check and tokenize every example, in constant memory.
+
+    The index gets its name when it is complete.
 
     Args:
-        path: rows, in any format of `ltu.data.dataset_files`.
-        processor: of the checkpoint that is to be trained.
-        output: by default FILE.arrow beside the file, where training looks for it.
-        audio_root: folder of relative `audio_id`s; only LTU-AS reads clips, for transcripts that are lacking.
+        path: the dataset file, in any format of `ltu.data.dataset_files`.
+        processor: the processor of the checkpoint that is to be trained.
+        output: the index. The default is FILE.arrow next to the dataset file, where training looks
+            for it.
+        audio_root: folder to which `audio_id`s are relative. Only LTU-AS reads clips, to make
+            missing transcripts.
 
     Returns:
-        the index.
+        The path of the index.
 
     Raises:
-        RowError: what is wrong with the first ten bad rows, by number; or the file changed meanwhile.
+        RowError: examples are not valid (the message lists the first ten), or the file changed
+            while it was read.
     """
-    path, output = Path(path), Path(output or f"{path}{ENDING}")
-    rows = checked_rows(path, audio_root)
-    first = next(rows)  # Raises what is wrong with the file before it is hashed.
+    path = Path(path)
+    output = Path(output or f"{path}{ENDING}")
+    examples = checked_rows(path, audio_root)
+    # Read the first example now: a file that is not valid fails before it is hashed.
+    first = next(examples)
     state = path.stat()
-    about = {
-        "source": path.name,
-        "bytes": state.st_size,
-        "mtime_ns": state.st_mtime_ns,
-        "sha256": sha256_of(path),
-    }
-    about["transcribes"] = processor.transcribes
-    fields = [(name, pyarrow.string()) for name in TEXTS] + [
-        (name, pyarrow.int32()) for name in COUNTS
-    ]
-    schema = pyarrow.schema(fields, {"ltu": json.dumps(about)})
+    schema = _index_schema(path, state, processor)
     unfinished = output.with_name(f"{output.name}.tmp")
     try:
         with (
             pyarrow.OSFile(str(unfinished), "wb") as file,
             pyarrow.ipc.new_file(file, schema) as table,
+            tqdm(desc="indexing", unit="example", unit_scale=True) as bar,
         ):
-            with (
-                tqdm(desc="indexing", unit="row", unit_scale=True) as bar,
-                ThreadPoolExecutor(1) as pool,
-            ):
-                block, known, waiting = [first, *islice(rows, ROWS_AT_ONCE - 1)], {}, None
-                while (
-                    block or waiting
-                ):  # A block is tokenized, without Python's lock, while the next one is read.
-                    made = pool.submit(_columns, block, processor, known) if block else None
-                    block = list(islice(rows, ROWS_AT_ONCE)) if block else []
-                    if waiting:
-                        table.write_batch(pyarrow.record_batch(waiting.result(), schema=schema))
-                        bar.update(len(waiting.result()[0]))
-                    waiting = made
-        if (path.stat().st_size, path.stat().st_mtime_ns) != (state.st_size, state.st_mtime_ns):
+            for columns in _tokenize_blocks(first, examples, processor):
+                table.write_batch(pyarrow.record_batch(columns, schema=schema))
+                bar.update(len(columns[0]))
+        new_state = path.stat()
+        is_same_size = new_state.st_size == state.st_size
+        if not is_same_size or new_state.st_mtime_ns != state.st_mtime_ns:
             raise RowError(f"{path} changed while it was read. Index it again.")
         sync_and_rename(unfinished, output)
     finally:
@@ -97,21 +90,61 @@ def build_index(
     return output
 
 
-def _columns(rows: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
-    rows = processor.add_transcripts(rows)
-    return [[_as_utf8(row.get(name), name) for row in rows] for name in TEXTS] + count_tokens(
-        rows, processor, known
-    )
+def _index_schema(path: Path, state: os.stat_result, processor: Any) -> pyarrow.Schema:
+    """Return the columns of an index, with a description of the dataset file as metadata."""
+    about = {
+        "source": path.name,
+        "bytes": state.st_size,
+        "mtime_ns": state.st_mtime_ns,
+        "sha256": sha256_of(path),
+        "transcribes": processor.transcribes,
+    }
+    fields = [(name, pyarrow.string()) for name in TEXTS]
+    fields += [(name, pyarrow.int32()) for name in COUNTS]
+    return pyarrow.schema(fields, {"ltu": json.dumps(about)})
+
+
+def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> Iterator[list[list]]:
+    """Yield the columns of each block of `ROWS_AT_ONCE` examples.
+
+    A thread tokenizes a block while the next one is read; the tokenizer releases Python's lock.
+    """
+    known: dict[str, int] = {}
+    block = [first, *islice(examples, ROWS_AT_ONCE - 1)]
+    pending: Future | None = None
+    with ThreadPoolExecutor(1) as pool:
+        while block:
+            submitted = pool.submit(_make_columns, block, processor, known)
+            block = list(islice(examples, ROWS_AT_ONCE))
+            if pending is not None:
+                yield pending.result()
+            pending = submitted
+        if pending is not None:
+            yield pending.result()
+
+
+def _make_columns(examples: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
+    """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
+    examples = processor.add_transcripts(examples)
+    columns = []
+    for name in TEXTS:
+        columns.append([_as_utf8(example.get(name), name) for example in examples])
+    return columns + count_tokens(examples, processor, known)
 
 
 def _as_utf8(text: str | None, name: str) -> bytes | None:
-    """Half of a surrogate pair, which JSON can hold, is replaced as the processor does before it tokenizes."""
+    """Encode a text as UTF-8.
+
+    Half of a surrogate pair, which JSON can contain, is replaced, as the processor does before it
+    tokenizes. In an `audio_id` it would change the name of a file.
+
+    Raises:
+        RowError: an `audio_id` is not UTF-8.
+    """
+    if text is None:
+        return None
     try:
-        return (
-            None
-            if text is None
-            else text.encode("utf-8", "strict" if name == "audio_id" else "replace")
-        )
+        return text.encode("utf-8", "strict" if name == "audio_id" else "replace")
     except UnicodeEncodeError as error:
         raise RowError(
             f"The audio_id {text!r} is not UTF-8. Rename the file, or train without an index."
@@ -121,118 +154,150 @@ def _as_utf8(text: str | None, name: str) -> bytes | None:
 def count_tokens(
     rows: list[dict], processor: Any, known: dict[str, int] | None = None
 ) -> list[list[int]]:
-    """How many ids `encode_example` makes of each row before any cutoff, and how many are the prompt's.
+    """Count the text tokens that `encode_example` makes of each example, before any cutoff.
 
     Args:
-        known: prompts counted before, and where these are kept: closed-ended questions are a few hundred in millions.
+        known: cache of the number of tokens of prompts, which this call extends. A few hundred
+            closed-ended questions make up millions of examples.
+
+    Returns:
+        Two lists, with a number for each example: its tokens, and those of its prompt.
     """
     known = {} if known is None else known
-    rendered_prompts, texts = zip(*map(processor.example, rows), strict=True)
-    pairs = zip(processor.encode_all(list(texts)), rendered_prompts, strict=True)
+    rendered_prompts = []
+    texts = []
+    for example in rows:
+        rendered, text = processor.example(example)
+        rendered_prompts.append(rendered)
+        texts.append(text)
+
+    # The end token is added to a text that does not end with it.
+    num_tokens = []
+    for tokens, rendered in zip(processor.encode_all(texts), rendered_prompts, strict=True):
+        has_end = tokens[-1] == rendered.end_id
+        num_tokens.append(len(tokens) if has_end else len(tokens) + 1)
+
     if len(known) > MAX_KNOWN:
         known.clear()
-    prompts = list({rendered.prompt for rendered in rendered_prompts} - known.keys())
-    known |= zip(prompts, map(len, processor.encode_all(prompts)), strict=True)
-    return [
-        [len(ids) + (ids[-1] != rendered.end_id) for ids, rendered in pairs],
-        [known[rendered.prompt] for rendered in rendered_prompts],
-    ]
+    new_prompts = list({rendered.prompt for rendered in rendered_prompts} - known.keys())
+    for prompt, tokens in zip(new_prompts, processor.encode_all(new_prompts), strict=True):
+        known[prompt] = len(tokens)
+    num_prompt_tokens = [known[rendered.prompt] for rendered in rendered_prompts]
+    return [num_tokens, num_prompt_tokens]
 
 
 class IndexedRows(Sequence):
-    """The rows of an index, as `ltu.data.examples.read_rows` returns them, mapped and not read.
+    """The examples of an index, as `ltu.data.examples.read_rows` returns them, mapped into memory.
 
     Args:
         path: the index.
-        audio_root: folder of relative `audio_id`s; by default that of the index.
-        part: (n,) numbers of the rows to have, in their order; by default all.
+        audio_root: folder to which `audio_id`s are relative. The default is the folder of the
+            index.
+        part: (n,) numbers of the examples to use, in their order. The default is all examples.
 
     Raises:
-        RowError: it is no whole index.
+        RowError: the file is not a complete index.
     """
 
     def __init__(
         self, path: str | Path, audio_root: str | Path | None = None, part: Tensor | None = None
     ):
-        self.path, self.audio_root = Path(path), Path(audio_root or Path(path).parent)
+        self.path = Path(path)
+        self.audio_root = Path(audio_root or self.path.parent)
         try:
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
             self.about = json.loads(table.schema.metadata[b"ltu"])
             self.batches = [table.get_batch(number) for number in range(table.num_record_batches)]
-            counts = [
-                np.concatenate([batch.column(name).to_numpy() for batch in self.batches])
-                for name in COUNTS
-            ]
+            num_tokens = self._read_counts("num_tokens")
+            num_prompt_tokens = self._read_counts("num_prompt_tokens")
         except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise RowError(f"{path} is no whole index of rows ({error}). Make it again.") from error
-        self.part = torch.arange(len(counts[0])) if part is None else part
-        self.num_tokens, self.num_prompt_tokens = (
-            torch.from_numpy(count)[self.part] for count in counts
-        )  # (n,) int32
+            raise RowError(f"{path} is not a complete index ({error}). Build it again.") from error
+        self.part = torch.arange(len(num_tokens)) if part is None else part
+        self.num_tokens = num_tokens[self.part]  # (n,) int32
+        self.num_prompt_tokens = num_prompt_tokens[self.part]  # (n,) int32
+
+    def _read_counts(self, name: str) -> Tensor:
+        """Return a column of numbers of all examples, (examples in the index,) int32."""
+        counts = [batch.column(name).to_numpy() for batch in self.batches]
+        return torch.from_numpy(np.concatenate(counts))
 
     def __len__(self) -> int:
         return len(self.part)
 
     def __getitem__(self, index: int) -> dict[str, str | None]:
-        batch, place = divmod(int(self.part[index]), ROWS_AT_ONCE)
-        row = {name: self.batches[batch].column(name)[place].as_py() for name in TEXTS}
-        return with_audio(row, self.audio_root)
+        number, position = divmod(int(self.part[index]), ROWS_AT_ONCE)
+        batch = self.batches[number]
+        example = {name: batch.column(name)[position].as_py() for name in TEXTS}
+        return with_audio(example, self.audio_root)
 
     def __reduce__(self) -> tuple:
-        return IndexedRows, (
-            self.path,
-            self.audio_root,
-            self.part,
-        )  # A spawned worker maps it again.
+        # A spawned worker maps the index again.
+        return IndexedRows, (self.path, self.audio_root, self.part)
 
     def take(self, part: Tensor) -> "IndexedRows":
-        """The rows with these numbers."""
+        """Return the examples at the positions `part`, (n,)."""
         return IndexedRows(self.path, self.audio_root, self.part[part])
 
     def check(self, processor: Any, cutoff_len: int, train_on_inputs: bool) -> None:
-        """Hold the index against what it is used for.
+        """Validate the index against the run that uses it.
 
         Raises:
-            RowError: it was made with another tokenizer or template or for the other kind of model, or a question
-                alone fills the cutoff.
+            RowError: the index was made with another tokenizer or prompt template or for the other
+                kind of model, or a question alone fills the cutoff.
         """
-        if (
-            self.about["transcribes"] != processor.transcribes
-        ):  # What stands where a row has no `input` differs.
-            kinds = ("LTU", "LTU-AS")[:: 1 if processor.transcribes else -1]
+        # LTU and LTU-AS fill in different texts where an example has no `input`.
+        if self.about["transcribes"] != processor.transcribes:
+            made_for = "LTU" if processor.transcribes else "LTU-AS"
+            used_for = "LTU-AS" if processor.transcribes else "LTU"
             raise RowError(
-                f"{self.path} was made for {kinds[0]}; this checkpoint is of {kinds[1]}. Make it again."
+                f"{self.path} was made for {made_for}; this checkpoint is of {used_for}. "
+                "Build it again."
             )
+
         probed = torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()
-        counts = count_tokens([self[index] for index in probed], processor)
-        if counts != [self.num_tokens[probed].tolist(), self.num_prompt_tokens[probed].tolist()]:
+        expected = count_tokens([self[index] for index in probed], processor)
+        stored = [self.num_tokens[probed].tolist(), self.num_prompt_tokens[probed].tolist()]
+        if stored != expected:
             raise RowError(
-                f"{self.path} was made for another tokenizer or prompt template. Make it again."
+                f"{self.path} was made for another tokenizer or prompt template. Build it again."
             )
-        lost = self.num_prompt_tokens >= self.num_tokens.clamp(max=cutoff_len)
-        if not train_on_inputs and lost.any():
-            first = int(lost.nonzero()[0])
+
+        has_no_answer = self.num_prompt_tokens >= self.num_tokens.clamp(max=cutoff_len)  # (n,)
+        if not train_on_inputs and has_no_answer.any():
+            first = int(has_no_answer.nonzero()[0])
             raise no_answer_left(int(self.part[first]), self[first])
 
 
 def find_index(path: str | Path, audio_root: str | Path | None = None) -> IndexedRows | None:
-    """The index that a file is, or has beside it; None if there is none.
+    """Open the index at `path`, or the one next to the dataset file `path`.
+
+    Returns:
+        The examples of the index, or None if there is no index.
 
     Raises:
-        RowError: the file is not the one that was indexed.
+        RowError: the dataset file is not the one that was indexed.
     """
     path = Path(path)
     if path.suffix == ENDING:
         return IndexedRows(path, audio_root)
-    beside = path.with_name(f"{path.name}{ENDING}")
-    if not beside.is_file():
+    index_path = path.with_name(f"{path.name}{ENDING}")
+    if not index_path.is_file():
         return None
-    rows = IndexedRows(beside, audio_root)
-    if path.is_file():
-        state, about = path.stat(), rows.about
-        is_same = (state.st_size, state.st_mtime_ns) == (about["bytes"], about["mtime_ns"])
-        if not is_same and (state.st_size != about["bytes"] or sha256_of(path) != about["sha256"]):
-            raise RowError(
-                f"{path} is not what {beside} was made of. Index it again, or remove the index."
-            )
+    rows = IndexedRows(index_path, audio_root)
+    if path.is_file() and not _is_source(path, rows.about):
+        raise RowError(
+            f"{path} is not the file that {index_path} was made of. Index it again, or remove the "
+            "index."
+        )
     return rows
+
+
+def _is_source(path: Path, about: dict[str, Any]) -> bool:
+    """Return whether the dataset file is the one that an index describes.
+
+    The file is only hashed if its time differs, as that of a copy does.
+    """
+    state = path.stat()
+    if state.st_size != about["bytes"]:
+        return False
+    return state.st_mtime_ns == about["mtime_ns"] or sha256_of(path) == about["sha256"]

@@ -1,4 +1,7 @@
-"""Reads loss logs of training runs, checks their learning rates and plots their losses."""
+"""Reads loss logs of training runs, checks their learning rates and plots their losses.
+
+A log is a list of entries as in the `log_history` of a `trainer_state.json`.
+"""
 
 import csv
 import json
@@ -6,13 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-PERIOD = 50  # steps of the sawtooth
-MAX_ERROR = 1e-15  # relative, of a rate: a few roundings of a double
+PERIOD = 50  # Steps over which losses are averaged; the sawtooth of the released logs has it.
+MAX_ERROR = 1e-15  # Relative error of a learning rate: a few roundings of a double.
 
 
 @dataclass
 class Schedule:
-    """Full rate, steps of warm-up and in total; micro-batches of a rank in a step and in an epoch, where known."""
+    """A linear schedule of the learning rate, and the sizes that the epochs in a log depend on.
+
+    Args:
+        base: the full learning rate.
+        warmup: steps of warm-up.
+        total: steps of the whole run.
+        accumulation: micro-batches of a rank in one step, if known.
+        per_epoch: micro-batches of a rank in one epoch, if known.
+    """
 
     base: float
     warmup: int
@@ -21,144 +32,187 @@ class Schedule:
     per_epoch: int | None = None
 
     def rate(self, step: int) -> float:
-        """The rate after `step` optimizer steps."""
+        """Return the learning rate after `step` optimizer steps."""
         if step < self.warmup:
             return self.base * step / self.warmup
         return self.base * max(0, self.total - step) / max(1, self.total - self.warmup)
 
 
 def find_state(folder: Path) -> Path:
-    """The `trainer_state.json` of a run: its own, or that of its last checkpoint.
+    """Return the path of a run's `trainer_state.json`: its own, or that of its last checkpoint.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the run has none.
     """
     checkpoints = sorted(
         folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
     )
-    for place in (folder, *reversed(checkpoints)):
-        if (place / "trainer_state.json").is_file():
-            return place / "trainer_state.json"
+    for candidate in (folder, *reversed(checkpoints)):
+        path = candidate / "trainer_state.json"
+        if path.is_file():
+            return path
     raise FileNotFoundError(
         f"{folder} has no trainer_state.json: is it the --output_dir of a run of ltu.finetune?"
     )
 
 
 def read_log(path: Path) -> list[dict]:
-    """The entries of a log in their order: step, epoch, learning_rate, loss; of a run also its other entries.
+    """Read a log from a `trainer_state.json`, a CSV or the folder of a run.
+
+    Returns:
+        The entries in their order, with step, epoch, learning_rate and loss. A run also has other
+        entries, such as held-out losses.
 
     Raises:
-        FileNotFoundError: no log is there.
-        ValueError: the file is no log, or holds no losses.
+        FileNotFoundError: the file or the folder has no log.
+        ValueError: the file is not a log, or contains no losses.
     """
     path = find_state(path) if path.is_dir() else path
     try:
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as stream:
-                rows = [
-                    {key: float(value) for key, value in row.items()}
-                    for row in csv.DictReader(stream)
-                ]
-            log = [row | {"step": int(row["step"])} for row in rows]
-        else:
-            log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        log = _read_csv(path) if path.suffix == ".csv" else _read_state(path)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no log ({error!r}). Give a trainer_state.json, or a CSV with a header."
+            f"{path} is not a log ({error!r}). Give a trainer_state.json, or a CSV with a header."
         ) from error
     if not any("loss" in entry for entry in log):
-        raise ValueError(f"{path} holds no losses: has the run come to its first --logging_steps?")
+        raise ValueError(
+            f"{path} contains no losses: has the run reached its first --logging_steps?"
+        )
     return log
 
 
+def _read_csv(path: Path) -> list[dict]:
+    log = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            entry: dict[str, float | int] = {key: float(value) for key, value in row.items()}
+            entry["step"] = int(entry["step"])
+            log.append(entry)
+    return log
+
+
+def _read_state(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+
+
 def with_loss(log: list[dict]) -> list[dict]:
-    """The entries of training: not those of held-out rows, nor the last one, which sums up."""
+    """Return the entries with a training loss: no held-out losses and no summary at the end."""
     return [entry for entry in log if "loss" in entry]
 
 
 def own_schedule(path: Path) -> Schedule | None:
-    """What the run at `path`, or of the log there, was to be by its `ltu_state.json`; None without one."""
-    record = (find_state(path) if path.is_dir() else path).parent / "ltu_state.json"
+    """Return the schedule that the run at `path` recorded in its `ltu_state.json`, or None.
+
+    Args:
+        path: the folder of a run, or its log.
+    """
+    log_path = find_state(path) if path.is_dir() else path
+    record = log_path.parent / "ltu_state.json"
     if not record.is_file():
         return None
     state = json.loads(record.read_text(encoding="utf-8"))
-    given, passes = state["arguments"], (state.get("accumulation"), state.get("batches_per_epoch"))
-    return Schedule(given["learning_rate"], given["warmup_steps"], state["total_steps"], *passes)
+    arguments = state["arguments"]
+    return Schedule(
+        base=arguments["learning_rate"],
+        warmup=arguments["warmup_steps"],
+        total=state["total_steps"],
+        accumulation=state.get("accumulation"),
+        per_epoch=state.get("batches_per_epoch"),
+    )
 
 
 def infer_schedule(log: list[dict], warmup: int = 100) -> Schedule:
-    """The schedule that a log without a record must have had: the full rate from its first entry, T from its last.
+    """Fit a schedule to a log without a record.
+
+    The full learning rate follows from the first entry, the number of steps from the last one.
 
     Raises:
-        ValueError: the log ends before the rate falls.
+        ValueError: the log begins after the warm-up, or ends before the learning rate falls.
     """
-    rates = [(entry["step"], entry["learning_rate"]) for entry in with_loss(log)]
-    step, rate = rates[0]
+    entries = with_loss(log)
+    step = entries[0]["step"]
+    rate = entries[0]["learning_rate"]
     if not 0 < step <= warmup:
         raise ValueError(
-            f"The log begins at step {step}, after the {warmup} of warm-up: its full rate is unknown."
+            f"The log begins at step {step}, after the {warmup} steps of warm-up: its full "
+            "learning rate is unknown."
         )
-    base = float(f"{rate * warmup / step:.12g}")  # Full rates are short decimals.
-    step, rate = rates[-1]
+    base = float(f"{rate * warmup / step:.12g}")  # Full learning rates are short decimals.
+
+    step = entries[-1]["step"]
+    rate = entries[-1]["learning_rate"]
     if step <= warmup:
         raise ValueError(
-            f"The log ends at step {step}, within its {warmup} steps of warm-up: T cannot be told."
+            f"The log ends at step {step}, within its {warmup} steps of warm-up: its number of "
+            "steps is unknown."
         )
-    return Schedule(base, warmup, round((step - warmup * rate / base) / (1 - rate / base)))
+    total = round((step - warmup * rate / base) / (1 - rate / base))
+    return Schedule(base, warmup, total)
 
 
 def check(log: list[dict], schedule: Schedule) -> list[str]:
-    """What differs from the schedule; nothing if all is as it should be."""
-    wrong = []
+    """Return the differences of a log from a schedule, which are none if they agree."""
+    differences = []
     entries = with_loss(log)
     for entry in entries:
-        step, expected = entry["step"], schedule.rate(entry["step"])
-        if abs(entry["learning_rate"] - expected) > MAX_ERROR * max(
-            expected, schedule.base * MAX_ERROR
-        ):
-            wrong.append(f"step {step}: rate {entry['learning_rate']!r}, expected {expected!r}")
-        if (
-            schedule.per_epoch
-            and entry["epoch"] != step * schedule.accumulation / schedule.per_epoch
-        ):
-            expected = step * schedule.accumulation / schedule.per_epoch
-            wrong.append(f"step {step}: epoch {entry['epoch']!r}, expected {expected!r}")
+        step = entry["step"]
+        rate = entry["learning_rate"]
+        expected_rate = schedule.rate(step)
+        # The last learning rate is 0; the second bound allows for it.
+        max_error = MAX_ERROR * max(expected_rate, schedule.base * MAX_ERROR)
+        if abs(rate - expected_rate) > max_error:
+            differences.append(f"step {step}: rate {rate!r}, expected {expected_rate!r}")
+        if schedule.per_epoch:
+            epoch = entry["epoch"]
+            expected_epoch = step * schedule.accumulation / schedule.per_epoch
+            if epoch != expected_epoch:
+                differences.append(f"step {step}: epoch {epoch!r}, expected {expected_epoch!r}")
+
     steps = [entry["step"] for entry in entries]
-    if steps != sorted(set(steps)) or (steps and steps[-1] > schedule.total):
-        wrong.append(f"steps are not in order, or go on after step {schedule.total}")
-    return wrong
+    is_sorted = steps == sorted(set(steps))
+    if not is_sorted or (steps and steps[-1] > schedule.total):
+        differences.append(f"steps are not in order, or go on after step {schedule.total}")
+    return differences
 
 
 def means(log: list[dict], period: int = PERIOD) -> dict[int, float]:
-    """Mean loss of each whole period of steps, by its last step."""
-    parts: dict[int, list[float]] = {}
-    losses = [(entry["step"], entry["loss"]) for entry in with_loss(log)]
-    for step, loss in losses:
-        parts.setdefault(-(-step // period) * period, []).append(loss)
-    return {step: mean(values) for step, values in parts.items() if losses[-1][0] >= step}
+    """Return the mean loss of each complete period of steps, by the last step of the period."""
+    entries = with_loss(log)
+    losses_of_period: dict[int, list[float]] = {}
+    for entry in entries:
+        last_step = -(-entry["step"] // period) * period
+        losses_of_period.setdefault(last_step, []).append(entry["loss"])
+    end = entries[-1]["step"] if entries else 0
+    return {step: mean(losses) for step, losses in losses_of_period.items() if step <= end}
 
 
 def plot(logs: list[tuple[Path, list[dict]]], output_path: Path) -> None:
-    """Write the PNG: losses, thin as logged and thick as means, above rates."""
+    """Write a PNG with losses above learning rates.
+
+    Losses are plotted as logged with a thin line, and as means with a thick one.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    all_losses = []
     for number, (path, log) in enumerate(logs):
-        entries, style = with_loss(log), {"color": f"C{number}"}
+        entries = with_loss(log)
+        color = f"C{number}"
         steps = [entry["step"] for entry in entries]
-        above.plot(steps, [entry["loss"] for entry in entries], alpha=0.35, linewidth=0.8, **style)
-        smooth = (
-            means(log)
-            if len(means(log)) > 1
-            else dict(zip(steps, (e["loss"] for e in entries), strict=True))
-        )
-        above.plot(list(smooth), list(smooth.values()), label=path.name, **style)
-        below.plot(steps, [entry["learning_rate"] for entry in entries], **style)
-    losses = sorted(entry["loss"] for _, log in logs for entry in with_loss(log))
-    above.set(
-        ylabel="loss (nats per token)", ylim=(0, 1.3 * losses[int(0.97 * (len(losses) - 1))])
-    )  # Not the first few.
+        losses = [entry["loss"] for entry in entries]
+        rates = [entry["learning_rate"] for entry in entries]
+        all_losses += losses
+        above.plot(steps, losses, alpha=0.35, linewidth=0.8, color=color)
+        smooth = means(log)
+        if len(smooth) <= 1:
+            smooth = dict(zip(steps, losses, strict=True))
+        above.plot(list(smooth), list(smooth.values()), label=path.name, color=color)
+        below.plot(steps, rates, color=color)
+
+    # The first few losses are so high that they would flatten the rest: let them leave the axes.
+    percentile_97 = sorted(all_losses)[int(0.97 * (len(all_losses) - 1))]
+    above.set(ylabel="loss (nats per token)", ylim=(0, 1.3 * percentile_97))
     below.set(xlabel="step", ylabel="learning rate")
     above.legend(frameon=False)
     output_path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,20 +220,31 @@ def plot(logs: list[tuple[Path, list[dict]]], output_path: Path) -> None:
 
 
 def compare_expected(log: list[dict], expected: dict[int, float], tolerance: float) -> bool:
-    """Print the losses logged at these steps beside the expected ones; whether all are within the tolerance."""
+    """Print the logged losses next to the expected ones.
+
+    Args:
+        expected: losses by step.
+
+    Returns:
+        Whether every expected loss was logged and is within the tolerance.
+    """
     found = {entry["step"]: entry["loss"] for entry in with_loss(log)}
+    is_close = True
     for step, loss in expected.items():
-        verdict = (
-            "not logged"
-            if step not in found
-            else f"{found[step]:.4f}, off by {found[step] - loss:+.4f}"
-        )
-        print(f"step {step}: expected {loss:.4f} +- {tolerance}, {verdict}")
-    return all(
-        step in found and abs(found[step] - loss) <= tolerance for step, loss in expected.items()
-    )
+        if step not in found:
+            result = "not logged"
+            is_close = False
+        else:
+            result = f"{found[step]:.4f}, off by {found[step] - loss:+.4f}"
+            is_close &= abs(found[step] - loss) <= tolerance
+        print(f"step {step}: expected {loss:.4f} +- {tolerance}, {result}")
+    return is_close
 
 
 def parse_expected(text: str) -> dict[int, float]:
-    """`10:0.6383,20:0.6052`"""
-    return {int(step): float(loss) for step, loss in (part.split(":") for part in text.split(","))}
+    """Parse losses by step, such as `10:0.6383,20:0.6052`."""
+    expected = {}
+    for part in text.split(","):
+        step, loss = part.split(":")
+        expected[int(step)] = float(loss)
+    return expected

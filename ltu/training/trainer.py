@@ -1,4 +1,4 @@
-"""The trainer and what it needs before its first step.
+"""Builds a trainer from the flags of `ltu.finetune`.
 
 The logged learning rate is the one after the step, and the epoch counts micro-batches, as in the
 original's logs.
@@ -30,26 +30,38 @@ from ltu.training.model_setup import device_has_bf16, open_to_train
 
 logger = logging.getLogger(__name__)
 
+MAX_LISTED_CLIPS = 20  # Clips that the message of --check_audio lists.
+
 
 class LtuTrainer(Trainer):
-    """The stock Trainer with the original's order of rows, count of steps and way of logging."""
+    """The Trainer of transformers with the original's order of examples, steps and logs.
+
+    Args:
+        micro_batches: the batch sampler of this rank, over all epochs.
+        record: how the model is trained, which `save_model` writes into `ltu_state.json`.
+    """
 
     def __init__(self, *args: Any, micro_batches: MicroBatchSampler, record: dict, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
-        on_gpu = "cuda" in str(getattr(self.processing_class.feature_extractor, "device", ""))
-        if on_gpu and self.processing_class.store is None:
-            self.args.dataloader_num_workers = (
-                0  # A Whisper on a GPU cannot be used from a process that was forked.
-            )
-        takes = signature(self.model.language_model.forward).parameters
-        # Spread over several devices, places would be looked up on another one than they lie on.
-        is_spread = len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
-        self.takes_logits_to_keep = "logits_to_keep" in takes and not is_spread
+
+        # A Whisper on a GPU cannot be used in a forked process, so load the audio in this one.
+        processor = self.processing_class
+        device = getattr(processor.feature_extractor, "device", "")
+        if "cuda" in str(device) and processor.store is None:
+            self.args.dataloader_num_workers = 0
+
+        # With layers on several devices, the positions of the logits to keep can be on another
+        # device than the hidden states, so that indexing fails.
+        parameters = signature(self.model.language_model.forward).parameters
+        device_map = getattr(self.model, "hf_device_map", {})
+        is_on_one_device = len(set(device_map.values())) <= 1
+        self.takes_logits_to_keep = "logits_to_keep" in parameters and is_on_one_device
 
     def get_train_dataloader(self) -> DataLoader:
-        # Not prepared by accelerate: the batch sampler knows its rank, and its epochs end where the original's do.
+        # accelerate does not prepare this loader: the batch sampler knows its rank, and its epochs
+        # end where the original's do.
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.micro_batches,
@@ -61,34 +73,41 @@ class LtuTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Logits are computed from the place before the first label on: audio, and masked questions, need none."""
+        """Compute the loss of a micro-batch.
+
+        Logits are computed only from the position before the first label on, because audio tokens
+        and masked questions carry no loss.
+        """
         if self.takes_logits_to_keep:
-            labelled = (inputs["labels"] != IGNORED).any(0).nonzero()  # (columns with a label, 1)
+            labels = inputs["labels"]  # (batch, tokens + text)
+            labelled = (labels != IGNORED).any(0).nonzero()  # (columns with a label, 1)
             first = int(labelled[0]) if len(labelled) else 0
-            # Places, not a count: a slice would not be contiguous, and the product with the vocabulary then takes
-            # a slow path on CPUs that copies the weight for every row.
-            keep = torch.arange(
-                max(first - 1, 0), inputs["labels"].shape[1], device=labelled.device
-            )
-            inputs = inputs | {"labels": inputs["labels"][:, keep], "logits_to_keep": keep}
+            # Pass positions instead of a count: a count makes transformers slice, and the slice is
+            # not contiguous. Its product with the vocabulary would then take a slow path on CPUs
+            # that copies the weight for every row.
+            start = max(first - 1, 0)
+            keep = torch.arange(start, labels.shape[1], device=labelled.device)
+            inputs = inputs | {"labels": labels[:, keep], "logits_to_keep": keep}
         inputs = inputs | {"use_cache": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log metrics with the learning rate after the step, and the epoch by micro-batches."""
         if "learning_rate" in logs:
             logs["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         if self.model.training or "loss" in logs:
-            done = self.state.global_step * self.args.gradient_accumulation_steps
-            self.state.epoch = done / self.micro_batches.per_epoch
+            num_batches = self.state.global_step * self.args.gradient_accumulation_steps
+            self.state.epoch = num_batches / self.micro_batches.per_epoch
         super().log(logs, *args, **kwargs)
 
     def gather_skipped(self) -> None:
-        """Every rank learns which rows the others skipped."""
+        """Merge the skipped examples of all ranks into the dataset of every rank."""
         is_bad = self.train_dataset.is_bad
-        is_bad |= self.accelerator.reduce(is_bad.int().to(self.args.device), "sum").cpu().bool()
+        counts = self.accelerator.reduce(is_bad.int().to(self.args.device), "sum")
+        is_bad |= counts.cpu().bool()
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save the model, and beside it `ltu_state.json`: how it was trained, and how far."""
+        """Save the model, and with it `ltu_state.json`: how it was trained, and how far."""
         super().save_model(output_dir, *args, **kwargs)
         if not self.args.should_save:
             return
@@ -98,15 +117,17 @@ class LtuTrainer(Trainer):
         }
         if self.model.config.language_model is None:
             record["language_model"] = "in this folder"
-        record["skipped"] = (
-            self.train_dataset.skipped if isinstance(self.train_dataset, QaDataset) else []
-        )
+        record["skipped"] = []
+        if isinstance(self.train_dataset, QaDataset):
+            record["skipped"] = self.train_dataset.skipped
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 class EvaluateAtSave(TrainerCallback):
+    """Evaluates on the held-out examples when a checkpoint is saved and after the last step."""
+
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps:
             control.should_evaluate = True
@@ -115,19 +136,25 @@ class EvaluateAtSave(TrainerCallback):
 def training_arguments(
     run: RunArguments, steps: int, accumulation: int, bf16: bool
 ) -> TrainingArguments:
-    """What the original sets (AdamW 0.9/0.999/1e-8, no decay of weights, clip 1.0, linear schedule) and what the flags
-    say."""
+    """Return the arguments of the Trainer.
+
+    The optimizer is the original's: AdamW with betas 0.9 and 0.999 and epsilon 1e-8, no weight
+    decay, gradients clipped at 1.0, and a linear schedule. The flags give the rest.
+    """
+    reports = []
     if run.wandb_project:
+        reports.append("wandb")
         os.environ["WANDB_PROJECT"] = run.wandb_project
-        os.environ |= {
-            k: v
-            for k, v in {
-                "WANDB_WATCH": run.wandb_watch,
-                "WANDB_LOG_MODEL": run.wandb_log_model,
-            }.items()
-            if v
-        }
-    reports = ["wandb"] * bool(run.wandb_project) + ["tensorboard"] * run.tensorboard
+        if run.wandb_watch:
+            os.environ["WANDB_WATCH"] = run.wandb_watch
+        if run.wandb_log_model:
+            os.environ["WANDB_LOG_MODEL"] = run.wandb_log_model
+    if run.tensorboard:
+        reports.append("tensorboard")
+
+    optional = {}
+    if run.gradient_checkpointing:
+        optional["gradient_checkpointing"] = True
     return OneGpuArguments(
         output_dir=run.output_dir,
         run_name=run.wandb_run_name or None,
@@ -143,84 +170,154 @@ def training_arguments(
         max_grad_norm=1.0,
         bf16=bf16,
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        **({"gradient_checkpointing": True} if run.gradient_checkpointing else {}),
         logging_steps=run.logging_steps,
-        logging_nan_inf_filter=False,  # A loss that is not a number must be seen.
+        logging_nan_inf_filter=False,  # A loss that is not a number must be visible.
         save_steps=run.save_steps,
         save_total_limit=run.save_total_limit,
         dataloader_num_workers=run.num_workers,
         remove_unused_columns=False,
-        ddp_find_unused_parameters=True,  # Unused norms of the ear; batches without audio.
+        # The audio encoder has norms that are not used, and a batch may have no audio.
+        ddp_find_unused_parameters=True,
         report_to=reports or "none",
         seed=run.seed,
+        **optional,
     )
 
 
 def make_datasets(
     data: DataArguments, run: RunArguments, processor: LtuProcessor
 ) -> tuple[QaDataset, Dataset | None]:
-    """Rows to train on, and the held-out ones if `--val_set_size` asks for some."""
-    rows = find_index(data.data_path, data.audio_root)
-    if rows is None:
-        rows = processor.add_transcripts(read_rows(data.data_path, data.audio_root))
-    else:
-        rows.check(processor, data.cutoff_len, data.train_on_inputs)
-    if data.check_audio and (bad := check_audio(rows)):
-        shown = "\n".join(f"  {error}" for error in list(bad.values())[:20])
-        raise ValueError(f"{len(bad)} clips of {data.data_path} cannot be heard:\n{shown}")
-    if data.val_set_size >= len(rows):
+    """Open the dataset file, or its index, and split it.
+
+    Returns:
+        The training examples, and the held-out ones or None. The training examples are in the
+        order of the file if none are held out.
+
+    Raises:
+        ValueError: the dataset file, its index or, with `--check_audio`, a clip is not valid, or
+            `--val_set_size` leaves no example to train on.
+    """
+    rows = _open_rows(data, processor)
+    if data.check_audio:
+        _check_clips(rows, data.data_path)
+    num_train = len(rows) - data.val_set_size
+    if num_train <= 0:
         raise ValueError(
-            f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} rows of {data.data_path}."
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(run.seed))
-    train, held_out = order.split([len(rows) - data.val_set_size, data.val_set_size])
-    is_indexed = isinstance(rows, IndexedRows)
-
-    def make(numbers: torch.Tensor) -> QaDataset:
-        part = rows.take(numbers) if is_indexed else [rows[number] for number in numbers.tolist()]
-        return QaDataset(
-            part,
-            encode=partial(
-                processor.encode_example,
-                cutoff_len=data.cutoff_len,
-                train_on_inputs=data.train_on_inputs,
-            ),
-            load_features=processor.load_features,
-            max_bad=data.max_bad,
-            lengths=part.num_tokens.clamp(max=data.cutoff_len) if is_indexed else None,
-            numbers=numbers,
+            f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} examples of "
+            f"{data.data_path}."
         )
 
-    train_set = make(train if data.val_set_size > 0 else torch.arange(len(rows)))
+    # All examples in the order of the file, or a random split.
+    generator = torch.Generator().manual_seed(run.seed)
+    order = torch.randperm(len(rows), generator=generator)  # (rows,)
+    train, held_out = order.split([num_train, data.val_set_size])
+    held_out_set = None
+    if data.val_set_size > 0:
+        train_set = _take_examples(rows, train, data, processor)
+        held_out_set = _take_examples(rows, held_out, data, processor)
+    else:
+        train_set = _take_examples(rows, torch.arange(len(rows)), data, processor)
+
     if run.group_by_length and train_set.lengths is None:
         logger.warning(
-            "%d rows without an index: their order is random, not grouped by length. For --group_by_length, first: "
-            "python -m ltu.index_dataset %s --base_model DIR",
+            "%d examples without an index: their order is random, not grouped by length. "
+            "For --group_by_length, first: python -m ltu.index_dataset %s --base_model DIR",
             len(train_set),
             data.data_path,
         )
-    return train_set, make(held_out) if data.val_set_size > 0 else None
+    return train_set, held_out_set
+
+
+def _open_rows(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedRows:
+    """Return the examples of the index, if there is one, or of the dataset file."""
+    indexed = find_index(data.data_path, data.audio_root)
+    if indexed is not None:
+        indexed.check(processor, data.cutoff_len, data.train_on_inputs)
+        return indexed
+    rows = read_rows(data.data_path, data.audio_root)
+    return processor.add_transcripts(rows)
+
+
+def _check_clips(rows: list[dict] | IndexedRows, data_path: str) -> None:
+    """Raise a ValueError if a clip cannot be decoded."""
+    bad = check_audio(rows)
+    if not bad:
+        return
+    errors = list(bad.values())[:MAX_LISTED_CLIPS]
+    listed = "\n".join(f"  {error}" for error in errors)
+    raise ValueError(f"{len(bad)} clips of {data_path} cannot be decoded:\n{listed}")
+
+
+def _take_examples(
+    rows: list[dict] | IndexedRows,
+    numbers: torch.Tensor,
+    data: DataArguments,
+    processor: LtuProcessor,
+) -> QaDataset:
+    """Return the dataset of the examples with these numbers, (n,)."""
+    lengths = None
+    if isinstance(rows, IndexedRows):
+        part = rows.take(numbers)
+        lengths = part.num_tokens.clamp(max=data.cutoff_len)  # (n,)
+    else:
+        part = [rows[number] for number in numbers.tolist()]
+    encode = partial(
+        processor.encode_example,
+        cutoff_len=data.cutoff_len,
+        train_on_inputs=data.train_on_inputs,
+    )
+    return QaDataset(
+        part,
+        encode=encode,
+        load_features=processor.load_features,
+        max_bad=data.max_bad,
+        lengths=lengths,
+        numbers=numbers,
+    )
 
 
 def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
-    """Everything that a run needs, before its first step."""
+    """Open the checkpoint and the dataset, and return a trainer that is ready to train."""
     set_seed(run.seed)
+
+    # The processor and the datasets.
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
-    processor.use(**{name: getattr(data, name) for name in WHISPER_FLAGS})
+    whisper_settings = {name: getattr(data, name) for name in WHISPER_FLAGS}
+    processor.use(**whisper_settings)
     train_set, held_out = make_datasets(data, run, processor)
+
+    # The model.
     bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
     model = open_to_train(model_args, bf16)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+
+    # The number of steps, and the micro-batches of this rank.
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
     accumulation = run.batch_size // run.micro_batch_size // world_size
-    steps = total_steps(
-        len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs
+    if run.max_steps > 0:
+        steps = run.max_steps
+    else:
+        steps = total_steps(
+            len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs
+        )
+    batches = MicroBatchSampler(
+        len(train_set),
+        micro_batch_size=run.micro_batch_size,
+        accumulation=accumulation,
+        epochs=run.num_epochs,
+        lengths=train_set.lengths if run.group_by_length else None,
+        seed=run.seed,
+        rank=rank,
+        world_size=world_size,
     )
-    steps = run.max_steps if run.max_steps > 0 else steps
-    sizes = (run.micro_batch_size, accumulation, run.num_epochs)
-    order = (train_set.lengths if run.group_by_length else None, run.seed, rank, world_size)
-    batches = MicroBatchSampler(len(train_set), *sizes, *order)
-    batches.epochs = max(run.num_epochs, -(-steps * accumulation // batches.per_epoch))
+    # --max_steps may need more epochs than --num_epochs.
+    epochs_of_steps = -(-steps * accumulation // batches.per_epoch)
+    batches.epochs = max(run.num_epochs, epochs_of_steps)
+
+    arguments = {}
+    for part in (model_args, data, run):
+        arguments |= dataclasses.asdict(part)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {
         "stage": Path(run.output_dir).name,
@@ -231,9 +328,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         "accumulation": accumulation,
         "batches_per_epoch": batches.per_epoch,
         "total_steps": steps,
-        "arguments": {
-            k: v for part in (model_args, data, run) for k, v in dataclasses.asdict(part).items()
-        },
+        "arguments": arguments,
     }
     return LtuTrainer(
         model=model,
@@ -249,24 +344,28 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
 
 
 def find_resumed(run: RunArguments, record: dict) -> str | None:
-    """The folder to go on from.
+    """Return the checkpoint to resume from, or None for a new run.
 
     Raises:
-        ValueError: it is not there, or had other rows or another order of them: some would never be seen.
+        ValueError: the checkpoint does not exist, or was trained with another number or order of
+            examples, so that some would never be used.
     """
-    if run.resume_from_checkpoint is None:
-        return None
     folder = run.resume_from_checkpoint
-    folder = get_last_checkpoint(run.output_dir) if folder == "last" else folder
+    if folder is None:
+        return None
+    if folder == "last":
+        folder = get_last_checkpoint(run.output_dir)
     if folder is None or not Path(folder, "trainer_state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint: {folder or run.output_dir} holds no checkpoint of a run."
         )
+
     state = Path(folder, "ltu_state.json")
-    before = json.loads(state.read_text()) if state.is_file() else {}
+    stored = json.loads(state.read_text()) if state.is_file() else {}
     for key in ("rows", "grouped"):
-        if before.get(key, record[key]) != record[key]:
+        if stored.get(key, record[key]) != record[key]:
             raise ValueError(
-                f"{folder} was trained with {key}: {before[key]}, this run has {record[key]}. Begin anew."
+                f"{folder} was trained with {key}: {stored[key]}, this run has {record[key]}. "
+                "Start a new run."
             )
     return folder

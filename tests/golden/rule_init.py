@@ -2,10 +2,12 @@
 
 key   the original's state-dict key without a leading "base_model.model."
 h     crc32 of the key in UTF-8
-z_i   splitmix64's mix of (h << 32) + i + 0x9E3779B97F4A7C15 modulo 2**64, for the flat C-order index i
+z_i   splitmix64's mix of (h << 32) + i + 0x9E3779B97F4A7C15 modulo 2**64, for the flat C-order
+      index i
 u_i   (z_i >> 11) * 2**-52 - 1, float64 in [-1, 1)
-value 1 + 0.1 u for the weight of a norm, 0.02 u for any other vector, u for token embeddings, 0.5 u for positions and
-      modalities, else sqrt(3 / fan_in) u; computed in float64, rounded to float32. Buffers are not touched.
+value 1 + 0.1 u for the weight of a norm, 0.02 u for any other vector, u for token embeddings,
+      0.5 u for positions and modalities, else sqrt(3 / fan_in) u; computed in float64, rounded to
+      float32. Buffers are not touched.
 """
 
 import zlib

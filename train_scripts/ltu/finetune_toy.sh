@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fine-tunes a trained LTU on the authors' toy set (6,306 rows, 24 steps), or on yours:
+# Fine-tunes a trained LTU on the authors' toy set (6,306 examples, 24 steps), or on your data:
 # bash train_scripts/ltu/finetune_toy.sh --data_path mine.json --output_dir exp/mine
-# BASE: a checkpoint folder of any stage. DATA: folder of the toy set. EXP: where it is written.
-# Held against the authors' own losses, which differ by 0.03 from run to run:
+# BASE: a checkpoint folder of any stage. DATA: folder of the toy set. EXP: output folder.
+# Compare the losses with the authors' own, which differ by 0.03 from run to run:
 # python -m ltu.compare_log exp/ltu/finetune_toy --expected 10:0.6383,20:0.6052
 source "$(dirname "$0")/../run.sh"
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Stage 1 of 4: the projection alone learns, from classification (paper: 1,190,489 rows, 9,300 steps).
-# BASE: folder of ltu.convert_checkpoint --init. DATA: folder of stage1.json. EXP: where the stages are written.
-# Further flags go to ltu.finetune and override these: bash train_scripts/ltu/stage1_proj_cla.sh --micro_batch_size 4
+# Stage 1 of 4: trains the projection on classification (paper: 1,190,489 examples, 9,300 steps).
+# BASE: folder of ltu.convert_checkpoint --init. DATA: folder of stage1.json. EXP: output folder.
+# Further flags go to ltu.finetune and override these:
+# bash train_scripts/ltu/stage1_proj_cla.sh --micro_batch_size 4
 source "$(dirname "$0")/../run.sh"
 
 finetune \

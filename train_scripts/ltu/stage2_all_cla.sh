@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Stage 2 of 4: ear, projection and LoRA learn, from classification (paper: the rows of stage 1, 9,300 steps).
-# DATA: folder of stage2.json. EXP: where the stages are written, and where the one before lies.
+# Stage 2 of 4: trains the audio encoder, the projection and LoRA on classification
+# (paper: the examples of stage 1, 9,300 steps).
+# DATA: folder of stage2.json. EXP: output folder, which has the stage before.
 source "$(dirname "$0")/../run.sh"
 
 finetune \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Stage 3 of 4: ear, projection and LoRA learn, from all closed questions (paper: 1,917,894 rows, 7,491 steps).
-# DATA: folder of stage3.json. EXP: where the stages are written, and where the one before lies.
+# Stage 3 of 4: trains the audio encoder, the projection and LoRA on all closed-ended questions
+# (paper: 1,917,894 examples, 7,491 steps).
+# DATA: folder of stage3.json. EXP: output folder, which has the stage before.
 source "$(dirname "$0")/../run.sh"
 
 finetune \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Stage 4 of 4: ear, projection and LoRA learn, from closed and open questions (paper: 5,681,708 rows, 22,194 steps).
-# DATA: folder of stage4.json. EXP: where the stages are written, and where the one before lies.
+# Stage 4 of 4: trains the audio encoder, the projection and LoRA on closed-ended and open-ended
+# questions (paper: 5,681,708 examples, 22,194 steps).
+# DATA: folder of stage4.json. EXP: output folder, which has the stage before.
 source "$(dirname "$0")/../run.sh"
 
 finetune \

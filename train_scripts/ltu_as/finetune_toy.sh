@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tunes a trained LTU-AS on the authors' toy set (8,769 rows, 34 steps), or on yours:
+# Fine-tunes a trained LTU-AS on the authors' toy set (8,769 examples, 34 steps), or on your data:
 # bash train_scripts/ltu_as/finetune_toy.sh --data_path mine.json --output_dir exp/mine
-# BASE: a checkpoint folder of any stage. DATA: folder of the toy set. FEATURES: see stage 1. EXP: where it is written.
-# Held against the authors' own losses, which differ by 0.03 from run to run:
+# BASE: a checkpoint folder of any stage. DATA: folder of the toy set. FEATURES: see stage 1.
+# EXP: output folder.
+# Compare the losses with the authors' own, which differ by 0.03 from run to run:
 # python -m ltu.compare_log exp/ltu_as/finetune_toy --expected 10:0.6029,20:0.5805,30:0.5397
 source "$(dirname "$0")/../run.sh"
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Stage 1 of 3: the projection alone learns, from classification (2,072,481 rows, 16,190 steps).
-# BASE: folder of ltu_as.convert_checkpoint --init. DATA: folder of stage1.json. EXP: where the stages are written.
-# FEATURES: folder of ltu_as.extract_whisper_feature; without it Whisper runs on the fly. Further flags override these.
+# Stage 1 of 3: trains the projection on classification (2,072,481 examples, 16,190 steps).
+# BASE: folder of ltu_as.convert_checkpoint --init. DATA: folder of stage1.json. EXP: output
+# folder. FEATURES: folder of ltu_as.extract_whisper_feature; without it, Whisper runs on the fly.
+# Further flags override these.
 source "$(dirname "$0")/../run.sh"
 
 MODEL=ltu_as finetune \

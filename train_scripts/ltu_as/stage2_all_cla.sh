@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Stage 2 of 3: ear, projection and LoRA learn, from the same rows. DATA, EXP, FEATURES: see stage 1.
-# The run behind the released models had micro-batches of 6 and text of 128 ids, so on 4 GPUs 240 rows a step and 17,270
-# steps: --batch_size 240 --micro_batch_size 6 --cutoff_len 128. The paper's table says a rate of 2e-4; that run had 1e-4.
+# Stage 2 of 3: trains the audio encoder, the projection and LoRA on the same examples.
+# DATA, EXP, FEATURES: see stage 1.
+# The run behind the released models had micro-batches of 6 and up to 128 text tokens: on 4 GPUs,
+# 240 examples a step and 17,270 steps (--batch_size 240 --micro_batch_size 6 --cutoff_len 128).
+# The paper's table has a learning rate of 2e-4, that run had 1e-4.
 source "$(dirname "$0")/../run.sh"
 
 MODEL=ltu_as finetune \

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Stage 3 of 3, the paper's data (OpenASQA v1, 9,641,740 rows): all kinds of questions. DATA, EXP, FEATURES: see stage 1.
-# The run whose log was released had 280 rows a step and 34,434 steps: --batch_size 280 --micro_batch_size 7.
+# Stage 3 of 3 on the paper's data (OpenASQA v1, 9,641,740 examples): all kinds of questions.
+# DATA, EXP, FEATURES: see stage 1.
+# The run whose log was released had 280 examples a step and 34,434 steps:
+# --batch_size 280 --micro_batch_size 7.
 source "$(dirname "$0")/../run.sh"
 
 MODEL=ltu_as finetune \

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Stage 3 of 3, with more joint audio and speech questions (OpenASQA v2, 10,324,230 rows), instead of v1; it too starts
-# from stage 2. The README of the original calls it stage4_all_mix_v2.sh. DATA, EXP, FEATURES: see stage 1.
-# The run behind the default model took two epochs of 9,397,025 rows, without unanswerable questions: --num_epochs 2.
+# Stage 3 of 3 on OpenASQA v2 (10,324,230 examples), which has more joint audio and speech
+# questions. It replaces stage3_all_mix_v1.sh and also starts from stage 2. The original's README
+# calls it stage4_all_mix_v2.sh. DATA, EXP, FEATURES: see stage 1.
+# The run behind the default model had two epochs of 9,397,025 examples, without unanswerable
+# questions: --num_epochs 2.
 source "$(dirname "$0")/../run.sh"
 
 MODEL=ltu_as finetune \
