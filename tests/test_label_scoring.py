@@ -27,8 +27,7 @@ LABELS = [
     "Male speech, man speaking",
     "dog",
     "a long answer about a bell, which rings far away, "
-    "and about rain that falls on a dog who does not mind it "
-    * 2,
+    "and about rain that falls on a dog who does not mind it " * 2,
     "",
     "Ünïcode 雨",
     "</s> is text",
