@@ -359,6 +359,14 @@ def test_a_typo_stops_the_run(checkpoint, data_path, tmp_path, wrong, capsys):
         parse_args([*flags(checkpoint, data_path, tmp_path), *wrong])
 
 
+def test_a_stray_file_sets_no_flags(checkpoint, data_path, tmp_path, monkeypatch):
+    """`HfArgumentParser` reads COMMAND.args next to the command by default."""
+    (tmp_path / "finetune.args").write_text("--seed 7")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "finetune.py")])
+    _, _, run = parse_args(flags(checkpoint, data_path, tmp_path))
+    assert run.seed == 42
+
+
 def test_lists_parse_as_in_the_original():
     expected = ["q_proj", "v_proj"]
     assert parse_list("[q_proj,v_proj]") == parse_list('["q_proj", "v_proj"]') == expected

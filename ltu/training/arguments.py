@@ -240,7 +240,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, RunArguments), description=DESCRIPTION, allow_abbrev=False
     )
-    model_args, data_args, run_args = parser.parse_args_into_dataclasses(argv)
+    model_args, data_args, run_args = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False
+    )
 
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:
