@@ -134,6 +134,11 @@ def test_requirements_are_what_the_packages_import() -> None:
     assert required - INDIRECT == imported - optional
 
 
+def test_the_files_of_the_slow_test_exist() -> None:
+    for name in TESTS:
+        assert (ROOT / "tests" / f"test_{name}.py").is_file(), name
+
+
 def test_the_commands_install_extras_that_exist() -> None:
     extras = read_extras()
     included = next(found.extras for found in extras["dev"] if found.name == "ltu")
