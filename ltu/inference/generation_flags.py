@@ -26,7 +26,7 @@ def parse_num_chunks(text: str) -> int:
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder, or hub id of one")
-    parser.add_argument("--llm", help="another place of the folder's language model")
+    parser.add_argument("--llm", help="another folder or hub id of the same language model")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the best of them")
     parser.add_argument(
         "--dtype", default="auto", help="of the language model: auto, float32, bfloat16, float16"
@@ -42,16 +42,19 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="run the language model through torch.compile"
     )
     parser.add_argument(
-        "--cache_mb", type=float, default=256, help="of clips kept for further questions"
+        "--cache_mb", type=float, default=256, help="size of the cache of audio embeddings"
     )
     parser.add_argument(
-        "--num_chunks", type=parse_num_chunks, default=1, help="heard of a clip: a number, or all"
+        "--num_chunks",
+        type=parse_num_chunks,
+        default=1,
+        help="chunks of a clip to use: a number, or all",
     )
     parser.add_argument("--max_new_tokens", type=int, help="by default 400")
     parser.add_argument("--num_beams", type=int, help="search with beams instead of greedily")
-    parser.add_argument("--repetition_penalty", type=float, help="of text that the model has seen")
+    parser.add_argument("--repetition_penalty", type=float, help="for tokens that occurred before")
     parser.add_argument(
-        "--temperature", type=float, help="sample with it; by default answers are greedy"
+        "--temperature", type=float, help="of sampling; by default answers are greedy"
     )
     parser.add_argument("--top_p", type=float, help="of sampling")
     parser.add_argument("--top_k", type=int, help="of sampling")
@@ -63,10 +66,10 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="of sampling")
     whisper = parser.add_argument_group("LTU-AS only")
     whisper.add_argument(
-        "--mode", choices=MODES, default="joint", help="leave out the transcript, or the sound"
+        "--mode", choices=MODES, default="joint", help="leave out the transcript, or the audio"
     )
     whisper.add_argument(
-        "--whisper", help="another place of the Whisper that gives features: a name, or a .pt file"
+        "--whisper", help="another name or .pt file of the Whisper that computes features"
     )
     whisper.add_argument("--transcription_model", help="another Whisper for the transcript")
     whisper.add_argument(
