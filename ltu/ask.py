@@ -1,8 +1,9 @@
 """Ask one clip one question.
 
-python -m ltu.ask CLIP "What can be inferred from the audio?" --model
-exp/quickstart/seed0/stage4_all_mix python -m ltu.ask none "What is the capital of France?" --model
-DIR      without audio
+    python -m ltu.ask CLIP "What can be inferred from the audio?" --model DIR
+    python -m ltu.ask none "What is the capital of France?" --model DIR      without audio
+
+`quickstart.sh` writes such a checkpoint folder: exp/quickstart/seed0/stage4_all_mix.
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """Answer the questions of dataset files.
 
-    python -m ltu.inference_batch --model DIR --data_path Q.json --output_path P.json python -m
-    ltu.inference_batch --model DIR --data_path Q1.json Q2.json --output_path P1.json P2.json
-    torchrun --nproc_per_node 4 -m ltu.inference_batch ...      the same files, on four GPUs python
-    -m ltu.inference_batch --model DIR --data_path Q.json --check_batch
-                                                                are batched answers those of single
-                                                                ones?
+    python -m ltu.inference_batch --model DIR --data_path Q.json --output_path P.json
+    python -m ltu.inference_batch --model DIR --data_path Q1.json Q2.json \\
+        --output_path P1.json P2.json
+    torchrun --nproc_per_node 4 -m ltu.inference_batch ...      the same files, on four GPUs
+    python -m ltu.inference_batch --model DIR --data_path Q.json --check_batch
+
+The last one compares batched answers with those of single questions, and writes nothing.
 
 Q.json has examples as for training; `output` is the reference and may be absent. P.json is a list
 of `{"prompt", "pred", "ref", "audio_id", "status", "seconds_heard", ...}` in the order of the
@@ -13,8 +14,8 @@ questions.
 
 A stopped run continues when it is started again (`ltu.inference.predictions_file`). Equal
 questions about equal clips are answered once. The exit status is 1 if more than `--max_bad`
-questions have no answer.
-Fix their clips and run it again: only these questions are answered then.
+questions have no answer. Fix their clips and run it again: only these questions are answered
+then.
 """
 
 import argparse

@@ -32,10 +32,10 @@ def start_python(words: list[str], folder: Path, **settings) -> subprocess.Popen
         folder: a folder of the test's own; `without_models` is made in it.
         settings: as of `subprocess.Popen`.
     """
-    place = folder / "without_models"
-    place.mkdir(exist_ok=True)
-    (place / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    paths = [str(place), os.environ.get("PYTHONPATH", "")]
+    site_folder = folder / "without_models"
+    site_folder.mkdir(exist_ok=True)
+    (site_folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    paths = [str(site_folder), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, **settings)
 

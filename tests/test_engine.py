@@ -50,7 +50,7 @@ def models(folders) -> dict[str, LtuEngine]:
 
 @pytest.fixture
 def fresh(models) -> Callable[..., LtuEngine]:
-    """`fresh(kind, cache_mb=256)`: a engine that has encoded nothing yet."""
+    """`fresh(kind, cache_mb=256)`: an engine that has encoded nothing yet."""
 
     def make(kind: str, cache_mb: float = 256) -> LtuEngine:
         opened = models[kind]
@@ -91,20 +91,22 @@ def mixture(seed: int, folder: Path) -> list[Request]:
     ]
     requests = []
     for number in range(14):
-        drawn = {"decoding": rng.choice(decoding) | {"max_new_tokens": rng.choice([5, 5, 2])}}
-        drawn["seed"] = rng.choice([None, 1, 2])
-        drawn |= {
+        sampled = {"decoding": rng.choice(decoding) | {"max_new_tokens": rng.choice([5, 5, 2])}}
+        sampled["seed"] = rng.choice([None, 1, 2])
+        sampled |= {
             "transcript": rng.choice(["", "a dog", "so far, so good"]),
             "num_chunks": rng.choice([1, 1, 2, 0]),
         }
         question = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
         clip = clips[number] if number < 2 else rng.choice(clips)
-        requests.append(Request(question, clip, **drawn, mode=rng.choice(["joint", "audio_only"])))
+        requests.append(
+            Request(question, clip, **sampled, mode=rng.choice(["joint", "audio_only"]))
+        )
     return requests
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_an_answer_does_not_depend_on_its_company(engine, tmp_path, seed):
+def test_generation_is_batch_invariant(engine, tmp_path, seed):
     """Greedy, beams, sampling; any clips, none, several chunks: alone, together, shuffled."""
     requests = mixture(seed, tmp_path)
     alone = [engine([request])[0] for request in requests]
@@ -143,10 +145,10 @@ def test_the_cache_changes_nothing_and_keeps_to_its_size(fresh):
         Request(question, clip) for question in ("What?", "Why is it so?") for clip in clips
     ]
     answers, encoded = [], []
-    vectors = (
+    entry_bytes = (
         2 * tiny.LLM["hidden_size"] * 4 + 1000
     )  # bytes a clip: 2 tokens of fp32, and the entry
-    for megabytes in (256, 0, 3.5 * vectors / 2**20):
+    for megabytes in (256, 0, 3.5 * entry_bytes / 2**20):
         engine = fresh("ltu", megabytes)
         answers.append(engine(requests, batch_size=3, max_new_tokens=6))
         engine(requests[-1:], max_new_tokens=1)
@@ -160,7 +162,7 @@ def test_the_cache_changes_nothing_and_keeps_to_its_size(fresh):
     assert encoded[0] == 6 < encoded[2] < encoded[1] and len(engine.cache.entries) == 3
 
 
-def test_words_and_sound_are_kept_apart(fresh):
+def test_transcript_and_embeddings_are_cached_separately(fresh):
     """A clip whose transcript was given is not encoded again when Whisper must transcribe it."""
     clip = tiny.clip(1, 1.0)
     written = fresh("ltu_as")([Request("What?", clip)], max_new_tokens=4)[0]
@@ -190,7 +192,7 @@ def test_a_stream_grows_to_the_batchs_answer(engine, decoding):
 
 
 def test_nobody_waits_any_more(ltu):
-    """What is cancelled before its batch is not even heard; a beam search is stopped on its way."""
+    """A request cancelled before its batch is not encoded; a running beam search is stopped."""
     run = ltu.run(
         [Request("What?", tiny.clip(3)), Request("And why?")],
         on_text=lambda i, t: i == 1,
@@ -217,7 +219,7 @@ def test_nobody_waits_any_more(ltu):
     assert found[0].finish_reason == "cancelled" and found[0].new_tokens < 30
 
 
-def test_who_stops_listening_stops_the_answer(ltu):
+def test_a_caller_that_stops_reading_cancels_the_answer(ltu):
     requests = [Request("What do you hear?", tiny.clip(3)), Request("And why?")]
     whole = ltu(requests, max_new_tokens=40, min_new_tokens=40)
     calls: list[int] = []
@@ -232,27 +234,29 @@ def test_who_stops_listening_stops_the_answer(ltu):
     assert whole[0].text.startswith(found[0].text) and whole[0].finish_reason == "length"
 
 
-def test_windows_are_heard_in_order(engine):
+def test_chunks_are_encoded_in_order(engine):
     """Embeddings of each chunk are those of its part of the clip; LTU-AS cuts the whole log-mel."""
     extractor, config = engine.processor.feature_extractor, engine.model.config
-    window = extractor.num_frames * 160
-    clip = tiny.clip(5, 3.4 * window / 16_000)
-    clip[: window // 2] *= 5.0  # The loudest part, in the first window only.
-    for num_chunks, heard in ((1, 1), (2, 2), (3, 3), (9, 4), (0, 4)):
+    chunk_samples = extractor.num_frames * 160
+    clip = tiny.clip(5, 3.4 * chunk_samples / 16_000)
+    clip[: chunk_samples // 2] *= 5.0  # The loudest part, in the first chunk only.
+    for num_chunks, used in ((1, 1), (2, 2), (3, 3), (9, 4), (0, 4)):
         request = Request("What?", clip, "", num_chunks=num_chunks)
         answer = engine([request], max_new_tokens=3)[0]
-        assert (answer.num_chunks, answer.status) == (heard, "ok" if heard == 4 else "truncated")
-        assert answer.seconds_heard == pytest.approx(min(heard * window, len(clip)) / 16_000)
+        assert (answer.num_chunks, answer.status) == (used, "ok" if used == 4 else "truncated")
+        assert answer.seconds_heard == pytest.approx(min(used * chunk_samples, len(clip)) / 16_000)
         inputs = engine.inputs([request])
         assert (
             inputs["input_ids"] == config.audio_token_id
-        ).sum() == heard * config.num_audio_tokens
+        ).sum() == used * config.num_audio_tokens
     whole = engine.inputs([Request("What?", clip, "", num_chunks=0)])["audio_embeds"]
     if engine.kind == "ltu":
-        parts = [extractor(clip[start:]).input_features for start in range(0, len(clip), window)]
+        parts = [
+            extractor(clip[start:]).input_features for start in range(0, len(clip), chunk_samples)
+        ]
     else:
         mel = extractor.extract_chunks(torch.from_numpy(clip), 4)
-        lone = extractor.extract_chunks(torch.from_numpy(clip[window:].copy()), 1)
+        lone = extractor.extract_chunks(torch.from_numpy(clip[chunk_samples:].copy()), 1)
         assert not torch.allclose(
             mel[1:2], lone, atol=1e-2
         )  # Cut first, its floor would be another.
@@ -264,21 +268,22 @@ def test_windows_are_heard_in_order(engine):
     assert not torch.allclose(whole[0], whole[1], atol=1e-3)
 
 
-def test_the_last_window_may_be_short(ltu):
-    """What is left under 25 ms is no window, and counts as heard."""
-    window = ltu.processor.feature_extractor.num_frames * 160
+def test_the_last_chunk_may_be_short(ltu):
+    """A rest of a clip under 25 ms is no chunk, and counts as used."""
+    chunk_samples = ltu.processor.feature_extractor.num_frames * 160
     for extra, num_chunks in ((0, 1), (240, 1), (399, 1), (400, 2)):
-        assert ltu.processor.feature_extractor.count_chunks(window + extra) == num_chunks
+        assert ltu.processor.feature_extractor.count_chunks(chunk_samples + extra) == num_chunks
         answer = ltu(
-            [Request("What?", tiny.clip(1, 1.0)[: window + extra], num_chunks=0)], max_new_tokens=2
+            [Request("What?", tiny.clip(1, 1.0)[: chunk_samples + extra], num_chunks=0)],
+            max_new_tokens=2,
         )[0]
         assert (answer.num_chunks, answer.status) == (num_chunks, "ok")
 
 
 # More tokens are demanded than fit, of which transformers warns; how the answer ends is tested.
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints:UserWarning")
-def test_what_does_not_fit_is_said(ltu, monkeypatch):
-    """Of an endless clip as many chunks as fit are heard; an endless question has no answer."""
+def test_what_does_not_fit_is_reported(ltu, monkeypatch):
+    """A too long clip is used as far as it fits; a too long question has no answer."""
     monkeypatch.setattr(ltu.model.config.text_config, "max_position_embeddings", 128)
     long, short = Request("What?", tiny.clip(1, 60.0), num_chunks=0), Request("Why?", tiny.clip(2))
     endless = Request("why " * 200, tiny.clip(2))
@@ -321,7 +326,7 @@ def test_an_answer_says_what_was_found(ltu, folders, tmp_path):
         ({"do_sample": True, "num_beams": 3}, "Beams"),
     ],
 )
-def test_impossible_settings_stop_before_anything_is_asked(ltu, decoding, message):
+def test_impossible_settings_stop_before_anything_is_generated(ltu, decoding, message):
     with pytest.raises(ValueError, match=message):
         check_decoding(decoding)
     with pytest.raises(ValueError, match=message):
@@ -355,17 +360,18 @@ def test_samples_follow_the_stock_distribution():
     stock = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(8), TopPLogitsWarper(0.9)]
     wanted = LogitsProcessorList(stock)(None, logits).softmax(-1)[0]
     rows = 1000
-    drawn_so = settings | {"do_sample": True}
-    sampler = RowSampler([str(row) for row in range(rows)], [drawn_so] * rows)
+    sampled_settings = settings | {"do_sample": True}
+    sampler = RowSampler([str(row) for row in range(rows)], [sampled_settings] * rows)
     counts = torch.zeros(12)
     for _ in range(100):
-        drawn = sampler(torch.zeros(rows, 1), logits.expand(rows, -1)).argmax(-1)
-        counts += torch.bincount(drawn, minlength=12)
+        sampled = sampler(torch.zeros(rows, 1), logits.expand(rows, -1)).argmax(-1)
+        counts += torch.bincount(sampled, minlength=12)
     assert ((wanted == 0) == (counts == 0)).all()
     assert torch.allclose(counts / counts.sum(), wanted, atol=0.006)
-    one = RowSampler(["a"], [drawn_so])
+    one = RowSampler(["a"], [sampled_settings])
     mixed = RowSampler(
-        ["b", "a", "c"], [drawn_so | {"temperature": 2.0}, drawn_so, {"do_sample": False}]
+        ["b", "a", "c"],
+        [sampled_settings | {"temperature": 2.0}, sampled_settings, {"do_sample": False}],
     )
     ones = [int(one(torch.zeros(1, 1), logits).argmax(-1)) for _ in range(50)]
     several = [

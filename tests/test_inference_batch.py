@@ -54,17 +54,17 @@ def flags(folder: Path, rows: Path, output: Path, *more: str) -> list[str]:
 
 
 def read(path: Path) -> list[dict]:
-    """What must be equal: all but wall times."""
+    """Return what must be equal: everything except wall times."""
     return [
         {name: value for name, value in row.items() if name != "seconds"}
         for row in json.loads(path.read_text())
     ]
 
 
-def asked(capsys) -> list[tuple[int, int]]:
-    """(from the partial file, asked) of each ledger printed since the last call."""
+def read_counts(capsys) -> list[tuple[int, int]]:
+    """Return (from the partial file, generated) of each summary printed since the last call."""
     found = re.findall(r"(\d+) from the partial file; generated (\d+)", capsys.readouterr().out)
-    return [(int(kept), int(new)) for kept, new in found]
+    return [(int(stored), int(new)) for stored, new in found]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_killed_at_every_step_on_the_disk(folder, rows, tmp_path, monkeypatch, c
         monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
     assert main(command) == 0
     expected, last = [read(path) for path in outputs], ticks
-    total = sum(new for _, new in asked(capsys))
+    total = sum(new for _, new in read_counts(capsys))
     assert total == 7 and last > 2 * total
     for stop in range(1, last, 1 if not decoding else 7):
         for path in tmp_path.glob("?.json*"):
@@ -144,7 +144,7 @@ def test_killed_at_every_step_on_the_disk(folder, rows, tmp_path, monkeypatch, c
         capsys.readouterr()
         assert main(command) == 0
         if not is_finished:
-            assert done + sum(new for _, new in asked(capsys)) == total
+            assert done + sum(new for _, new in read_counts(capsys)) == total
         assert [read(path) for path in outputs] == expected
         left = {path.name for path in tmp_path.iterdir()}
         assert left == {"a.json", "b.json", "a.jsonl", "b.jsonl"}
@@ -162,29 +162,29 @@ def test_kill_9(folder, rows, tmp_path, reference, capsys):
         assert not output.exists() and done < count_lines(output) < 22
         done = count_lines(output)
     assert main(flags(folder, rows, output)) == 0
-    assert asked(capsys) == [(pytest.approx(done, abs=2), 22 - done)] and read(output) == read(
-        reference
-    )
+    assert read_counts(capsys) == [(pytest.approx(done, abs=2), 22 - done)] and read(
+        output
+    ) == read(reference)
 
 
 @pytest.fixture(scope="module")
-def kept(folder, rows, tmp_path_factory) -> Path:
+def unfinished(folder, rows, tmp_path_factory) -> Path:
     """A folder with and_one.json, its one.json and the partial file of all answers.
 
     The partial file is still there because one clip is missing.
     """
-    place = tmp_path_factory.mktemp("kept")
+    root = tmp_path_factory.mktemp("unfinished")
     made = json.loads(rows.read_text())
     made.append({"instruction": "Q", "audio_id": "not.there"})
-    (place / "and_one.json").write_text(json.dumps(made))
+    (root / "and_one.json").write_text(json.dumps(made))
     more = ["--audio_root", str(rows.parent)]
-    assert main(flags(folder, place / "and_one.json", place / "one.json", *more)) == 1
-    return place
+    assert main(flags(folder, root / "and_one.json", root / "one.json", *more)) == 1
+    return root
 
 
-def test_half_a_line_and_strange_lines(folder, rows, tmp_path, kept, reference, capsys):
+def test_half_a_line_and_strange_lines(folder, rows, tmp_path, unfinished, reference, capsys):
     output = tmp_path / "p.json"
-    lines = (kept / "one.json.partial.jsonl").read_bytes().splitlines(keepends=True)
+    lines = (unfinished / "one.json.partial.jsonl").read_bytes().splitlines(keepends=True)
     junk = [
         b"null\n",
         b"[]\n",
@@ -195,13 +195,13 @@ def test_half_a_line_and_strange_lines(folder, rows, tmp_path, kept, reference, 
     partials_path = Path(f"{output}.partial.jsonl")
     partials_path.write_bytes(b"".join([*lines[:3], *junk, *lines[4:7], lines[7][:-20]]))
     assert main(flags(folder, rows, output)) == 0
-    assert asked(capsys)[-1][1] == 22 - 6 and read(output) == read(reference)
+    assert read_counts(capsys)[-1][1] == 22 - 6 and read(output) == read(reference)
 
 
 # --- what is the same question
 
 
-def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
+def test_equal_questions_are_answered_once(folder, tmp_path, capsys):
     """By content, not by name; the same name with other content is another clip."""
     for name, seed in (("a.wav", 1), ("copy.wav", 1), ("b.wav", 2)):
         soundfile.write(tmp_path / name, clip(seed), 16_000)
@@ -223,7 +223,7 @@ def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
     command = flags(folder, tmp_path / "q.json", tmp_path / "p.json")
     assert main(command) == 1
     first = read(tmp_path / "p.json")
-    assert asked(capsys) == [(0, 6)]
+    assert read_counts(capsys) == [(0, 6)]
     assert [row["ref"] for row in first[:7]] == list("0123456")
     assert [row["audio_id"] for row in first] == [name for _, name in questions] + ["gone.wav"]
     assert first[0]["pred"] == first[1]["pred"] and first[4]["pred"] == first[6]["pred"]
@@ -232,15 +232,17 @@ def test_equal_questions_are_asked_once(folder, tmp_path, capsys):
     soundfile.write(tmp_path / "gone.wav", clip(1), 16_000)
     assert main(command) == 0
     second = read(tmp_path / "p.json")
-    assert asked(capsys) == [(5, 3)]  # Three of the changed clip; gone.wav is what a.wav was.
+    assert read_counts(capsys) == [(5, 3)]  # Three of the changed clip; gone.wav is what a.wav was.
     assert second[1:3] == first[1:3] and second[7]["pred"] == first[0]["pred"] != second[0]["pred"]
 
 
 @pytest.mark.parametrize(
     "change", ["checkpoint", "tokens", "sampling", "seed", "dtype", "num_chunks"]
 )
-def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, kept, capsys, change):
-    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+def test_what_changes_answers_is_generated_again(
+    folder, rows, tmp_path, unfinished, capsys, change
+):
+    shutil.copytree(unfinished, tmp_path, dirs_exist_ok=True)
     capsys.readouterr()
     more = ["--audio_root", str(rows.parent), "--max_bad", "1"]
     if change == "checkpoint":
@@ -255,7 +257,7 @@ def test_what_changes_answers_is_asked_anew(folder, rows, tmp_path, kept, capsys
     }
     command = flags(folder, tmp_path / "and_one.json", tmp_path / "one.json", *more)
     assert main([*command, *changes[change].split()]) == 0
-    assert asked(capsys) == [(0, 23)]
+    assert read_counts(capsys) == [(0, 23)]
 
 
 def test_two_runs_at_once(folder, rows, tmp_path):
@@ -313,10 +315,10 @@ def test_each_rank_has_its_gpu(folder, rows, tmp_path, monkeypatch):
     assert parse_args([*command, "--device", "cuda"]).device == "cuda:3"
 
 
-# --- ledger and exit code
+# --- summary and exit code
 
 
-def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
+def test_names_the_clips_that_cannot_be_decoded(folder, tmp_path, capsys):
     sounds = {
         "good.wav": clip(1, 0.5),
         "long.wav": clip(1, 0.8),
@@ -361,11 +363,11 @@ def test_names_what_it_could_not_hear(folder, tmp_path, capsys):
     )
     out, errors = capsys.readouterr()
     first, second = out.split(f"{tmp_path / 'out' / 'p.json'}: ")[1:]
-    for ledger in (first, second):
-        assert set(re.split(", ", ledger.splitlines()[0])) == {
+    for summary in (first, second):
+        assert set(re.split(", ", summary.splitlines()[0])) == {
             "ok 2", "truncated 1", "silent 1", "too_short 1", "unreadable 1", "missing 1",
         }  # fmt: skip
-        assert "answered 3 of 7 questions; used 1.1 of 1.3 s of audio" in ledger
+        assert "answered 3 of 7 questions; used 1.1 of 1.3 s of audio" in summary
     assert (
         "0 from the partial file; generated 7," in first
         and "3 from the partial file; generated 4," in second
@@ -387,17 +389,19 @@ def test_what_cannot_be_written_is_said_first(folder, rows, tmp_path, capsys):
 def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
     command = flags(folder, rows, tmp_path / "p.json", "--max_new_tokens", "6", "--check_batch")
     assert main(command) == 0
-    assert "16 questions" in (shown := capsys.readouterr().out) and "batched answers equal" in shown
+    shown = capsys.readouterr().out
+    assert "16 questions" in shown and "batched answers equal" in shown
     assert main([*command, "5", "--dtype", "float16"]) == 0
-    assert "5 questions" in (shown := capsys.readouterr().out) and "leads by 0.01 or less" in shown
+    shown = capsys.readouterr().out
+    assert "5 questions" in shown and "leads by 0.01 or less" in shown
     assert list(tmp_path.iterdir()) == []
     stock = LtuProcessor.pad_batch
 
-    def pads_are_heard(*args, **kwargs):
+    def attend_to_padding(*args, **kwargs):
         made = stock(*args, **kwargs)
         return made | {"attention_mask": made["attention_mask"] | 1}
 
-    monkeypatch.setattr(LtuProcessor, "pad_batch", pads_are_heard)
+    monkeypatch.setattr(LtuProcessor, "pad_batch", attend_to_padding)
     for dtype in ("float32", "float16"):
         assert main([*command, "5", "--dtype", dtype]) == 1
         assert "DIFFERS" in capsys.readouterr().out

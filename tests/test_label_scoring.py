@@ -36,7 +36,7 @@ LABELS = [
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
-def pipeline_of(root: Path, kind: str) -> LtuEngine:
+def engine_of(root: Path, kind: str) -> LtuEngine:
     """A tiny model with that language model. "sliding": every second layer has a short window."""
     if kind == "ltu_as":
         save_whisper(root / "whisper.pt")
@@ -70,25 +70,23 @@ def pipeline_of(root: Path, kind: str) -> LtuEngine:
 def alone(engine: LtuEngine, request: Request, texts: list[str]) -> list[LabelScore]:
     """By the training row of question and answer, whole and without a cache."""
     processor = engine.processor
-    heard = (
-        []
-        if request.audio is None or request.mode == "asr_only"
-        else [processor.load_clip(request.audio)]
-    )
+    clips = []
+    if request.audio is not None and request.mode != "asr_only":
+        clips.append(processor.load_clip(request.audio))
     given = "" if request.mode == "audio_only" else request.transcript
-    transcript = processor.complete_transcripts(heard, [given])[0] if heard else given or ""
-    features = {"input_features": processor.extract_features(heard)} if heard else {}
+    transcript = processor.complete_transcripts(clips, [given])[0] if clips else given or ""
+    features = {"input_features": processor.extract_features(clips)} if clips else {}
     found = []
     for text in texts:
         row = {"instruction": request.question, "input": transcript, "output": text}
         ids, labels = processor.encode_example(row, 10_000, train_on_inputs=False)
-        batch = processor.pad_batch([ids], [bool(heard)])
+        batch = processor.pad_batch([ids], [bool(clips)])
         with torch.no_grad():
             logits = engine.model(**batch, **features).logits[0].double()
         before = batch["input_ids"].shape[1] - len(ids)
         scores = torch.log_softmax(logits, -1)
-        answer = [place for place, label in enumerate(labels) if label != IGNORED]
-        values = [scores[before + place - 1, ids[place]].item() for place in answer]
+        answer = [position for position, label in enumerate(labels) if label != IGNORED]
+        values = [scores[before + position - 1, ids[position]].item() for position in answer]
         found.append(LabelScore(text, sum(values), len(values)))
     return found
 
@@ -106,23 +104,24 @@ KINDS = ["llama", "lora", "gpt2", "gpt_neox", "qwen2", "spaced", "gemma", "slidi
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_each_alone(tmp_path: Path, kind: str) -> None:
-    engine = pipeline_of(tmp_path, kind)
-    heard = check(engine, Request(QUESTION, clip(1)))
-    assert heard[0].log_likelihood == pytest.approx(
-        heard[5].log_likelihood, abs=1e-4
-    )  # The same label twice.
-    silent = check(engine, Request(QUESTION))
+    engine = engine_of(tmp_path, kind)
+    with_audio = check(engine, Request(QUESTION, clip(1)))
+    # The same label twice.
+    assert with_audio[0].log_likelihood == pytest.approx(with_audio[5].log_likelihood, abs=1e-4)
+    without_audio = check(engine, Request(QUESTION))
     if kind != "all_sliding":  # Its two layers cannot see as far back as the audio.
-        assert silent[0].log_likelihood != pytest.approx(heard[0].log_likelihood, abs=1e-3)
+        assert without_audio[0].log_likelihood != pytest.approx(
+            with_audio[0].log_likelihood, abs=1e-3
+        )
     in_threes = engine.score(Request(QUESTION, clip(1)), LABELS, tokens_at_once=200)
     by_one = [engine.score(Request(QUESTION, clip(1)), [text])[0] for text in LABELS]
-    for one, three, all_at_once in zip(by_one, in_threes, heard, strict=True):
+    for one, three, all_at_once in zip(by_one, in_threes, with_audio, strict=True):
         assert one.log_likelihood == pytest.approx(all_at_once.log_likelihood, abs=1e-4)
         assert three.log_likelihood == pytest.approx(all_at_once.log_likelihood, abs=1e-4)
 
 
 def test_equals_each_alone_with_transcripts(tmp_path: Path) -> None:
-    engine = pipeline_of(tmp_path, "ltu_as")
+    engine = engine_of(tmp_path, "ltu_as")
     sound = clip(2, 1.5)
     joint = check(engine, Request(QUESTION, sound, "good morning"))
     for mode in ("audio_only", "asr_only"):
@@ -135,7 +134,7 @@ def test_equals_each_alone_with_transcripts(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> LtuEngine:
-    return pipeline_of(tmp_path_factory.mktemp("llama"), "llama")
+    return engine_of(tmp_path_factory.mktemp("llama"), "llama")
 
 
 def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
@@ -155,7 +154,7 @@ def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
     assert all(a.log_likelihood > b.log_likelihood for a, b in zip(scores, with_end, strict=False))
 
 
-def test_the_clip_is_heard_once(llama: LtuEngine) -> None:
+def test_the_clip_is_encoded_once(llama: LtuEngine) -> None:
     before = llama.cache.encoded
     first = llama.score(Request(QUESTION, clip(9)), LABELS)
     assert (
@@ -164,7 +163,7 @@ def test_the_clip_is_heard_once(llama: LtuEngine) -> None:
     )
 
 
-def test_several_windows_are_heard(llama: LtuEngine) -> None:
+def test_several_chunks_are_used(llama: LtuEngine) -> None:
     one = llama.score(Request(QUESTION, clip(3, 2.0)), LABELS[:2])
     three = llama.score(Request(QUESTION, clip(3, 2.0), num_chunks=3), LABELS[:2])
     assert one[0].log_likelihood != pytest.approx(three[0].log_likelihood, abs=1e-3)
@@ -189,12 +188,12 @@ def test_tokens_that_merge_with_the_prompt_count(tmp_path: Path) -> None:
             processor.tokenizer.eos_token_id,
         ]
         starts.append(
-            next(place for place, token in enumerate(ids) if token != [*prompt, -1][place])
+            next(position for position, token in enumerate(ids) if token != [*prompt, -1][position])
         )
         with torch.no_grad():
             scores = engine.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = sum(
-            scores[place - 1, ids[place]].item() for place in range(starts[-1], len(ids))
+            scores[position - 1, ids[position]].item() for position in range(starts[-1], len(ids))
         )
         assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
         assert score.num_tokens == len(ids) - starts[-1]

@@ -68,11 +68,10 @@ def write_llm(
         model_type, **(LLM | SPECIAL | settings), max_position_embeddings=2048
     )
     model = AutoModelForCausalLM.from_config(config)
-    # Seeded here, because releases of transformers differ in what building a model draws.
+    # Seeded here: releases of transformers use different random numbers to build a model.
     torch.manual_seed(seed)
-    for parameter in (
-        model.parameters()
-    ):  # Larger than the usual init, so that one token differs clearly from another.
+    # Larger than the usual init, so that one token differs clearly from another.
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     model.to(dtype).save_pretrained(folder)
@@ -192,7 +191,7 @@ class Gate:
 
 @contextmanager
 def closed_gate(engine: LtuEngine) -> Iterator[Gate]:
-    """Put a closed gate into the engine of a engine; it is open and gone in the end."""
+    """Put a closed gate into an engine; it is opened and removed in the end."""
     gate = Gate(engine.run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "run", gate.run)
@@ -277,7 +276,7 @@ def _run_command(
     kill_at: tuple[str, int] | None,
     environment: dict[str, str],
 ) -> None:
-    """What a forked process does."""
+    """Run the command in a forked process."""
     os.environ.update(environment)
     tempfile.tempdir = None  # It may have been looked up before TMPDIR was there.
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -293,7 +292,7 @@ def _run_command(
 
 
 def _killing(function: Callable, calls: int) -> Callable:
-    """A function that kills its process in place of that call."""
+    """Wrap a function so that it kills its process in place of that call."""
     done = 0
 
     def count(*args: Any, **kwargs: Any) -> Any:

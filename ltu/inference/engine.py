@@ -166,8 +166,7 @@ class LtuEngine:
 
         Args:
             on_text: called with the number of a request and its text so far, which only grows;
-                False
-                cancels that request.
+                False cancels that request.
 
         Yields:
             the number of a request and its answer.

@@ -81,7 +81,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """The flags, unless a server is asked for what it cannot do with uploads, streamed."""
+    """Return the flags; end the command if one is impossible for streamed answers about uploads."""
     if args.feature_root is not None:
         parser.error("--feature_root: an upload has no features in a folder")
     if args.num_beams not in (None, 1):
@@ -90,7 +90,7 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def open_engine(args: argparse.Namespace) -> LtuEngine:
-    """The engine that the flags ask for."""
+    """Open the engine that the flags describe."""
     settings = {
         name: getattr(args, name)
         for name in ("device", "dtype", "device_map", "attention", "compile")
@@ -106,7 +106,7 @@ def open_engine(args: argparse.Namespace) -> LtuEngine:
 
 
 def read_decoding_flags(args: argparse.Namespace) -> dict:
-    """Settings of `generate` that the flags ask for.
+    """Return the settings of `generate` that the flags describe.
 
     Raises:
         ValueError: one of them is impossible.

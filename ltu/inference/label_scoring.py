@@ -58,21 +58,22 @@ def score_labels(
     prompt, embeds, transcript = engine.encode(request, clip, 0)
     rendered = engine.render(request, transcript)
     ids = [_encode(engine.processor, rendered, text, with_end) for text in candidates]
-    starts = [
-        len(os.path.commonprefix([prompt, own])) for own in ids
-    ]  # Tokens may merge where prompt and answer meet.
-    if empty := [
+    # Tokens may merge where prompt and answer meet, so the common prefix can be shorter.
+    starts = [len(os.path.commonprefix([prompt, own])) for own in ids]
+    empty = [
         text for text, own, start in zip(candidates, ids, starts, strict=True) if len(own) == start
-    ]:
+    ]
+    if empty:
         raise ValueError(
             f"The candidate {empty[0]!r} has no tokens of its own; use with_end, or leave it out."
         )
     config = engine.model.config
-    if embeds is not None:  # As many chunks as leave room for every candidate.
-        embeds = embeds[
-            : max(1, (config.num_positions - max(map(len, ids))) // config.num_audio_tokens)
-        ]
-    length = max(map(len, ids)) + (0 if embeds is None else len(embeds) * config.num_audio_tokens)
+    length = max(len(own) for own in ids)
+    if embeds is not None:
+        # Use as many chunks as leave positions for every candidate.
+        max_chunks = (config.num_positions - length) // config.num_audio_tokens
+        embeds = embeds[: max(1, max_chunks)]
+        length += len(embeds) * config.num_audio_tokens
     if length > config.num_positions:
         raise ValueError(
             f"The longest candidate takes {length} tokens, "
@@ -81,7 +82,8 @@ def score_labels(
     shared = min(starts)
     inputs = engine.pad_batch([ids[0][:shared]], [embeds])
     output = engine.model(**inputs, use_cache=True, logits_to_keep=1)
-    width, rests = inputs["input_ids"].shape[1], [own[shared:] for own in ids]
+    width = inputs["input_ids"].shape[1]
+    rests = [own[shared:] for own in ids]
     values: dict[int, float] = {}
     for chunk in _chunks([len(rest) - 1 for rest in rests], width, tokens_at_once):
         found = _log_probabilities(engine, output, width, [rests[index] for index in chunk])

@@ -80,8 +80,7 @@ class RowSampler(LogitsProcessor):
     Args:
         seeds: one for each row, any text.
         settings: for each row `temperature`, `top_k` and `top_p` as in stock sampling; a setting
-            that is
-            absent is not applied. A row that does not `do_sample` stays greedy.
+            that is absent is not applied. A row that does not `do_sample` stays greedy.
     """
 
     def __init__(self, seeds: list[str], settings: list[dict[str, Any]]):
