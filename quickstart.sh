@@ -46,7 +46,7 @@ setup_venv quickstart
 export OMP_WAIT_POLICY=PASSIVE PYTHON=.venv/bin/python
 
 step "Pretrained components (pretrained_mdls)"
-"$PYTHON" -m train_scripts.fetch_parts $from_hub
+"$PYTHON" -m train_scripts.quickstart.download_pretrained $from_hub
 
 EXP=exp/quickstart/seed$seed
 if [ -n "$fresh" ]; then
@@ -57,18 +57,18 @@ if [ -n "$fresh" ]; then
     esac
 fi
 if [ "$only" != ltu_as ]; then
-    bash train_scripts/toy_fold.sh 0 "$seed" "$EXP"
+    bash train_scripts/quickstart/toy_fold.sh 0 "$seed" "$EXP"
     step "LTU: results of the four stages, compared with the baselines"
     "$PYTHON" -m eval.toy --folds "$EXP"
-    "$PYTHON" -m train_scripts.plot_loss --output_path "$EXP/loss.png" "$EXP"/stage*
+    "$PYTHON" -m train_scripts.quickstart.plot_loss --output_path "$EXP/loss.png" "$EXP"/stage*
 fi
 if [ "$only" != ltu ]; then
-    bash train_scripts/toy_fold_as.sh 0 "$seed" "$EXP/ltu_as"
+    bash train_scripts/quickstart/toy_fold_as.sh 0 "$seed" "$EXP/ltu_as"
     step "LTU-AS: results of the three stages on sounds, compared with the baselines"
     "$PYTHON" -m eval.toy --folds "$EXP/ltu_as" --no_probe
     step "LTU-AS: results on speech"
     "$PYTHON" -m eval.toy_speech --run "$EXP"/ltu_as/stage3*
-    "$PYTHON" -m train_scripts.plot_loss --output_path "$EXP/ltu_as/loss.png" "$EXP"/ltu_as/stage*
+    "$PYTHON" -m train_scripts.quickstart.plot_loss --output_path "$EXP/ltu_as/loss.png" "$EXP"/ltu_as/stage*
 fi
 
 step "Done"

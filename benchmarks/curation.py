@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.filter_unanswerable import PHRASES
-from ltu.data.dataset_files import RowWriter
+from ltu.data.dataset_io import RowWriter
 
 # Dataset, task and number of examples of OpenAQA's 5,681,708: closed-ended questions.
 CLOSED = [

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ltu.data.dataset_files import stream_rows
+from ltu.data.dataset_io import stream_rows
 
 DECODED = ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64"
 # Formats that libsndfile does not decode. They are found all the same, so that the manifest of
@@ -25,7 +25,7 @@ SUFFIXES = {*DECODED.split(), *NOT_DECODED.split()}
 YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_([0-9]+\.?[0-9]*)(?:[_-]([0-9]+\.?[0-9]*))?)?")
 # Usual names of the column that contains the clip id, the most certain first.
 ID_COLUMNS = "audio_id ytid youtube_id segment_id video_id file_name filename fname file id".split()
-# The same as ltu.data.examples.NO_AUDIO, which cannot be imported here because it imports torch.
+# The same as ltu.data.check_examples.NO_AUDIO. That module imports torch, so it is not imported.
 NO_AUDIO = (None, "", "empty")
 TABLES = (".csv", ".tsv", ".txt")
 MILLISECONDS = 1000.0  # Times of this size or larger may be in milliseconds.

@@ -8,7 +8,7 @@ holds it, so that nothing has to be removed after kill -9.
 import json
 from pathlib import Path
 
-from ltu.data.dataset_files import RowWriter
+from ltu.data.dataset_io import RowWriter
 from ltu.files import lock_file
 
 

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 
 from data.audio_ids import read_cells
 from data.provenance import audio_root_of, write_provenance, write_rows
-from ltu.data.dataset_files import stream_rows
+from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
 PREFIX = "Closed-ended question: "

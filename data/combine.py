@@ -29,7 +29,7 @@ from typing import Any
 
 from data.provenance import audio_root_of, write_provenance, write_rows
 from data.shuffle import add_order_flags, order_of, shuffle_rows
-from ltu.data.dataset_files import encode_row, stream_rows
+from ltu.data.dataset_io import encode_row, stream_rows
 from ltu.files import run_command
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -36,7 +36,7 @@ from data.command_line import command_parser
 from data.duplicate_detection import DuplicateDetector
 from data.provenance import audio_root_of, write_provenance, write_rows
 from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
-from ltu.data.dataset_files import stream_rows
+from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
 

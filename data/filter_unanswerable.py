@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_provenance, write_rows
-from ltu.data.dataset_files import RowWriter, encode_row, stream_rows
+from ltu.data.dataset_io import RowWriter, encode_row, stream_rows
 from ltu.files import run_command
 
 # The phrases of the original, in its order.

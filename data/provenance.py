@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from data.audio_ids import NO_AUDIO
-from ltu.data.dataset_files import RowWriter, stream_rows
+from ltu.data.dataset_io import RowWriter, stream_rows
 from ltu.files import replace_file, sha256_of
 
 

@@ -49,7 +49,7 @@ from typing import NamedTuple
 from data.audio_ids import NO_AUDIO, SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
 from data.command_line import command_parser
 from data.provenance import write_provenance, write_rows
-from ltu.data.dataset_files import stream_rows
+from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
 HEADERS = {("id", "audio_id"), ("audio_id", "path"), ("audio_id", "file")}

@@ -22,7 +22,7 @@ from pathlib import Path
 from data.audio_ids import NO_AUDIO
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_provenance, write_rows
-from ltu.data.dataset_files import stream_rows
+from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
 DIGEST_SIZE = 16  # Bytes of the hash that a clip is sampled by.

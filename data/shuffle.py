@@ -26,7 +26,7 @@ import numpy as np
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_provenance, write_rows
 from data.temporary_files import temporary_folder
-from ltu.data.dataset_files import encode_row, stream_rows
+from ltu.data.dataset_io import encode_row, stream_rows
 from ltu.files import run_command
 
 MAX_SORTED = 2**26  # Bytes of a file that is sorted in memory.

@@ -16,7 +16,7 @@ from data.command_line import command_parser
 from data.duplicate_detection import DuplicateDetector
 from data.provenance import write_json
 from data.temporary_files import temporary_folder
-from ltu.data.dataset_files import KEYS, stream_rows
+from ltu.data.dataset_io import KEYS, stream_rows
 from ltu.files import run_command
 
 TEXTS = ("instruction", "input", "output")

@@ -3,8 +3,8 @@
     python -m data.validate --data_path A.json --audio_root DIR [--output_path report.json]
     python -m data.validate --data_path A.json --no_audio
 
-An example must be valid for training (`ltu.data.examples`) and must not be repeated. Keys that
-examples lack are counted.
+An example must be valid for training (`ltu.data.check_examples`) and must not be repeated. Keys
+that examples lack are counted.
 
 A clip must exist, and its header must say that it is 25 ms to an hour long. Sampling rates other
 than 16 kHz are only counted, since clips are resampled when they are loaded. --listen decodes every
@@ -32,7 +32,7 @@ from data.audio_ids import NO_AUDIO
 from data.command_line import command_parser
 from data.duplicate_detection import DuplicateDetector
 from data.provenance import write_json
-from ltu.data.dataset_files import stream_rows
+from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
 SHOWN = 10  # Errors of each kind that are listed.
@@ -67,7 +67,7 @@ def check_rows(path: Path, folder: str, findings: Findings) -> tuple[int, Counte
         the number of examples; the number of examples that lack each key; and the number of the
         first example of each clip, from 0, (clips,) in ascending order.
     """
-    from ltu.data.examples import what_is_wrong  # Imports torch.
+    from ltu.data.check_examples import what_is_wrong  # Imports torch.
 
     clips = DuplicateDetector(folder, "clips")
     contents = DuplicateDetector(folder, "rows")

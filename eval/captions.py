@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.score_result import Context, EvaluationError, Outcome, start_items, without_lead
+from eval.scorer_interface import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.tasks import Task
 
 Captions = dict[int, list[str]]  # index of a clip -> its captions

@@ -13,20 +13,20 @@ import numpy as np
 from tqdm import tqdm
 
 import ltu_as  # noqa: F401  registers its classes: with them ltu's commands open both models
-from eval.closed import Classes
+from eval.classification import Classes
 from eval.report import PREDICTIONS, provenance_file, read_provenance, write_json, write_rows
-from eval.score_result import ANSWERED
+from eval.scorer_interface import ANSWERED
 from eval.tasks import Task
 from ltu.data.audio import AudioError
-from ltu.data.dataset_files import encode_row, stream_rows
-from ltu.data.examples import read_rows
+from ltu.data.check_examples import read_rows
+from ltu.data.dataset_io import encode_row, stream_rows
 from ltu.files import replace_file, sha256_of
 from ltu.inference.batch_inference import make_requests
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.sampling import check_decoding
 from ltu.inference_batch import main as inference_batch
 from ltu.inference_batch import parse_args
-from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 
 
 def inference_flags(model: str, args: argparse.Namespace) -> argparse.Namespace:

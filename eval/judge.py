@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.score_result import Context, EvaluationError, Outcome, start_items
+from eval.scorer_interface import Context, EvaluationError, Outcome, start_items
 from eval.tasks import Task
-from ltu.models.checkpoint_folder import sha256_of_weights
+from ltu.models.locate_checkpoint import sha256_of_weights
 from qa_generation.llm import GenerationStopped, Llm, LlmSettings, ReplyStore, RequestFailed
 
 PROMPT = (

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.score_result import Outcome
+from eval.scorer_interface import Outcome
 from eval.tasks import Task
-from ltu.data.dataset_files import RowWriter
+from ltu.data.dataset_io import RowWriter
 from ltu.files import replace_file, sha256_of
 
 Result = dict[str, Any]

@@ -30,12 +30,12 @@ from typing import Any
 
 import numpy as np
 
-from eval import embed, generate_predictions, report
+from eval import generate_predictions, report, text_embeddings
 from eval.judge import Judge
-from eval.score_result import Context, EvaluationError
+from eval.scorer_interface import Context, EvaluationError
 from eval.tasks import TASKS, Task, find_task
-from ltu.data.dataset_files import stream_rows
-from ltu.data.examples import read_rows
+from ltu.data.check_examples import read_rows
+from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 from qa_generation.llm import LlmSettings
 
@@ -48,13 +48,13 @@ class Embedding:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.embedder: embed.Embedder | None = None
+        self.embedder: text_embeddings.Embedder | None = None
         self.name: str | None = None
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         if self.embedder is None:
             name = self.args.embeddings or self.args.embedder
-            self.embedder = embed.open_embedder(name, self.args.cache_dir)
+            self.embedder = text_embeddings.open_embedder(name, self.args.cache_dir)
         self.name = self.embedder.name
         return self.embedder(texts)
 
@@ -334,7 +334,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not args.task or not args.output_dir or not (args.model or args.predictions):
         parser.error("--task, --output_dir, and --model or --predictions are needed (or --list)")
     if args.model and not args.questions:
-        parser.error("--model: give --questions; python -m eval.questions builds them")
+        parser.error("--model: give --questions; python -m eval.prepare_questions builds them")
     if args.rest and not args.model:
         parser.error(f"unknown without --model: {' '.join(args.rest)}")
     if args.score_labels and (args.protocol == "original" or not args.model):

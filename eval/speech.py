@@ -22,8 +22,8 @@ from pathlib import Path
 import jiwer
 import numpy as np
 
-from eval.closed import choice_metrics, confusion_counts
-from eval.score_result import Context, Outcome, start_items
+from eval.classification import choice_metrics, confusion_counts
+from eval.scorer_interface import Context, Outcome, start_items
 from eval.tasks import Task
 
 GENDERS = ["female", "male"]

@@ -8,8 +8,8 @@ OpenReview thread nBZBPXdJlC, tables of the authors' answers; those of LTU-AS fr
 poster. "LTU" on speech is the poster's value for the model of the first paper, trained on audio
 only. A value without a source is left out.
 
-`options` are settings of the scoring function (eval.closed documents them); `rows` is the number
-that the original asserts.
+`options` are settings of the scoring function (eval.classification documents them); `rows` is the
+number that the original asserts.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ CLOTHO = "Close-ended question: Create a caption for audio, in Clotho style."
 LIBRISPEECH = "Closed-ended question: Can you identify the spoken text?"
 IEMOCAP = "How would you describe the speaker's emotions? Give the emotion classification."
 GENRE = "Describe the music genre with a sentence?"
-ONE = "closed:single_label"
-MANY = "closed:multi_label"
+ONE = "classification:single_label"
+MANY = "classification:multi_label"
 SOUND = {"prefix": "sound of ", "answer": "after_colon_cut", "mode": "max"}
 PHRASE = {
     "prefix": "sound of ",
@@ -42,7 +42,7 @@ class Task:
     Args:
         name: Name on the command line and in reports.
         kind: Paper that has it: "ltu", "ltu_as" or "both".
-        scorer: Module in eval and function, such as "closed:single_label".
+        scorer: Module in eval and function, such as "classification:single_label".
         questions: File name of the questions.
         prompt: The prompt, or "" if each question has its own.
         metric: The main metric.
@@ -110,7 +110,7 @@ TASKS = (
     Task("open_ended", "both", "judge:open_ended", "open_as_gpt4.json", "", "following_rate",
          {"LTU": 0.969, "Pengi": 0.031}),
     # data.toy.build writes the questions.
-    Task("toy", "both", "closed:toy_category", "heldout_right.json", "", "accuracy"),
+    Task("toy", "both", "classification:toy_category", "heldout_right.json", "", "accuracy"),
 )
 # fmt: on
 

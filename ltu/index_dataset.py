@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from ltu.files import run_command
-from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint
+from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
 from ltu.models.processing_ltu import WHISPER_FLAGS
 from ltu.training.dataset_index import IndexedRows, build_index
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from ltu.data.examples import read_rows
+from ltu.data.check_examples import read_rows
 from ltu.files import run_command
 from ltu.inference.batch_inference import Ranks, answer_file, make_requests, print_summary
 from ltu.inference.batch_invariance import check_batch

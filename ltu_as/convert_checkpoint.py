@@ -21,7 +21,7 @@ import ltu.convert_checkpoint
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.checkpoints.convert import LtuKind
 from ltu.checkpoints.original_checkpoints import REFUSED
-from ltu.data.examples import read_rows
+from ltu.data.check_examples import read_rows
 from ltu.files import run_command
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor

@@ -26,10 +26,10 @@ from transformers import AutoProcessor
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.data.audio import SAMPLING_RATE, AudioError, load_audio
+from ltu.data.check_examples import read_rows
 from ltu.data.dataset_parser import RowError
-from ltu.data.examples import read_rows
 from ltu.files import replace_file, run_command
-from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint
+from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
 
@@ -48,7 +48,7 @@ def clips_of(examples: list[dict], transcribe: str) -> dict[str, Clip]:
     """Return the clips of examples by their audio_id, in the order of the examples.
 
     Args:
-        examples: of `ltu.data.examples.read_rows`.
+        examples: of `ltu.data.check_examples.read_rows`.
         transcribe: "all" clips, "none", or those of examples without `input` ("missing").
 
     Raises:

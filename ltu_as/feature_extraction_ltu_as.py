@@ -64,7 +64,7 @@ def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper
     hint = (
         "Give the path of an openai-whisper .pt file, or a name of whisper.available_models() on a "
         "machine with network (it is cached in ~/.cache/whisper). "
-        "python -m train_scripts.fetch_parts makes a small one."
+        "python -m train_scripts.quickstart.download_pretrained makes a small one."
     )
     if name not in whisper.available_models() and not os.path.isfile(name):
         raise FileNotFoundError(f"Whisper {name!r} is no file and no name of a model. {hint}")

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import AutoFeatureExtractor, AutoProcessor
 
 from ltu.data.audio import AudioClip, AudioError, AudioSource, load_audio
-from ltu.models.checkpoint_folder import relative_path_of
+from ltu.models.locate_checkpoint import relative_path_of
 from ltu.models.processing_ltu import LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor

@@ -6,8 +6,8 @@
     ... --local --model DIR_OR_ID              a Hugging Face model on this machine
     ... --dry_run                              print requests and tokens; with --price, dollars
 
-META.json is a list (or JSON lines) of what `qa_generation/sources.py` describes. The key of the
-endpoint is read from $OPENAI_API_KEY. A dry run sends nothing.
+META.json is a list (or JSON lines) of what `qa_generation/metadata_prompts.py` describes. The key
+of the endpoint is read from $OPENAI_API_KEY. A dry run sends nothing.
 
 A run can be stopped at any time, also with kill -9, and resumes when it is started again: replies
 are stored in ROWS.json.replies.jsonl, and a stored reply is not paid again. After a first Ctrl-C,
@@ -42,11 +42,11 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from qa_generation.filters import FILTERS
-from qa_generation.generator import Estimate, Generator
+from qa_generation.generate_for_clip import Estimate, Generator
 from qa_generation.llm import GenerationStopped, Llm, LlmSettings, ReplyStore
 from qa_generation.metadata import Clips, read_metadata, read_pairs
+from qa_generation.metadata_prompts import SOURCES, Row
 from qa_generation.qa_json import Reject
-from qa_generation.sources import SOURCES, Row
 
 SHOWN_ERRORS = 20  # metadata rows whose error is printed
 

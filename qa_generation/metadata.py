@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qa_generation.filters import marks
+from qa_generation.metadata_prompts import Row, Source, message
 from qa_generation.qa_json import Pair
-from qa_generation.sources import Row, Source, message
 
 Clips = dict[str, list[Row]]  # audio_id -> its metadata rows, in the order of the file
 

@@ -8,10 +8,10 @@ from random import Random
 import pytest
 
 from data import closed_qa
-from data.toy import rows as toy_rows
-from data.toy.sounds import HERE, read_manifest
-from data.toy.speech import SPEECH, cut_offs, name_of, read_speech
-from ltu.data.examples import read_rows
+from data.toy import sound_examples as toy_rows
+from data.toy.sound_clips import HERE, read_manifest
+from data.toy.speech_clips import SPEECH, cut_offs, name_of, read_speech
+from ltu.data.check_examples import read_rows
 
 pytest.importorskip("msgspec")
 TEXTS = json.loads((HERE.parent / "closed_qa.json").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ltu_as.convert_checkpoint  # noqa: F401  registers LTU-AS with the Auto classes
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor, convert_checkpoint
-from ltu.checkpoints import export
+from ltu.checkpoints import save_checkpoint
 from ltu.checkpoints.convert import lora_settings
 from ltu.checkpoints.original_checkpoints import ORIGINAL_KEYS, PREFIX, TO_ORIGINAL, rename_keys
 from ltu.files import run_command
@@ -142,7 +142,7 @@ def test_a_full_file_answers_as_its_parts(
     The golden rule gives the same weights for both.
     """
     parts = logits(convert(kind, content(kind, "trainable_only"), llm, tmp_path / "parts"))
-    monkeypatch.setattr(export, "SHARD", "500KB")
+    monkeypatch.setattr(save_checkpoint, "SHARD", "500KB")
     whole = convert(kind, content(kind, "full_with_lora"), nameplate, tmp_path / "whole")
     assert (
         len(list(whole.glob("model-*-of-*.safetensors"))) > 2
@@ -389,7 +389,7 @@ def test_merged_answers_equal(tmp_path: Path, name: str, monkeypatch) -> None:
 
     The folder of the language model is removed.
     """
-    monkeypatch.setattr(export, "SHARD", "100KB")
+    monkeypatch.setattr(save_checkpoint, "SHARD", "100KB")
     if name == "qwen2":
         monkeypatch.setitem(tiny.LLM, "tie_word_embeddings", True)
     llm = tiny.write_llm(tmp_path / "llm", name)
@@ -550,7 +550,7 @@ def test_keys_of_7b_and_13b(golden_report, kind: str, stage: str, which: str, si
         language_model="llm" if which == "saved_by_trainer" else None,
         lora=lora_settings(state, 16, 0.05),
     )
-    keys = export.match_keys(state, export.build_on_meta(config), "the file")
+    keys = save_checkpoint.match_keys(state, save_checkpoint.build_on_meta(config), "the file")
     assert all("rotary" in key for key in dropped)
     back, _ = rename_keys(dict.fromkeys(keys), TO_ORIGINAL, (), "the folder")
     golden_report(

@@ -23,7 +23,7 @@ from data import (
     validate,
 )
 from data.duplicate_detection import DuplicateDetector
-from ltu.data.dataset_files import RowError, RowWriter, encode_row, stream_rows
+from ltu.data.dataset_io import RowError, RowWriter, encode_row, stream_rows
 from ltu.data.dataset_parser import LineSplitter, ListSplitter
 from tests.machine import run_python
 
@@ -78,7 +78,7 @@ def multiset(rows) -> Counter:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Read blocks of a few bytes, so that examples cross the ends of blocks."""
-    monkeypatch.setattr("ltu.data.dataset_files.BLOCK", 37)
+    monkeypatch.setattr("ltu.data.dataset_io.BLOCK", 37)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -119,7 +119,7 @@ def test_any_cut_into_blocks_gives_the_same_rows(tmp_path, monkeypatch, seed):
     rows = nasty_rows(60, seed)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=bool(seed % 2)), encoding="utf-8")
-    monkeypatch.setattr("ltu.data.dataset_files.BLOCK", random.Random(seed).randint(1, 400))
+    monkeypatch.setattr("ltu.data.dataset_io.BLOCK", random.Random(seed).randint(1, 400))
     assert list(stream_rows(path)) == rows
 
 
@@ -170,7 +170,7 @@ MALFORMED = {
 @pytest.mark.parametrize("text", MALFORMED)
 @pytest.mark.parametrize("block", [1, 7, 2**20])
 def test_malformed_input_names_row_and_byte(tmp_path, monkeypatch, text, block):
-    monkeypatch.setattr("ltu.data.dataset_files.BLOCK", block)
+    monkeypatch.setattr("ltu.data.dataset_io.BLOCK", block)
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
     row, mark = MALFORMED[text]
@@ -197,7 +197,7 @@ def test_invalid_utf8_names_row_and_byte(tmp_path, form):
 
 def test_malformed_row_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
     monkeypatch.setattr("ltu.data.dataset_parser.MAX_ROW", 2**14)
-    monkeypatch.setattr("ltu.data.dataset_files.BLOCK", 2**12)
+    monkeypatch.setattr("ltu.data.dataset_io.BLOCK", 2**12)
     rows = [json.dumps({"instruction": "q" * 50, "output": f"{n}"}) for n in range(3000)]
     rows[1500] = rows[1500].replace(":", ";", 1)
     path = tmp_path / "rows.json"
@@ -773,10 +773,10 @@ def peak(run) -> int:
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(shuffle, "MAX_BUFFERED", 2**15)
-    monkeypatch.setattr("ltu.data.dataset_files.BLOCK", 2**14)
+    monkeypatch.setattr("ltu.data.dataset_io.BLOCK", 2**14)
     # Files are hashed in blocks of 1 MB, which is more than everything else in memory.
     monkeypatch.setattr("ltu.files.HASH_BLOCK", 2**14)
-    monkeypatch.setattr("ltu.data.dataset_files.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("ltu.data.dataset_io.ROWS_AT_ONCE", 64)
     monkeypatch.setattr("data.duplicate_detection.MAX_BUFFERED", 2**11)
     rows = [json.dumps(row) for row in random_rows(OPEN, 0.0001, 0)]  # 0.18 MB
     peaks = {}

@@ -21,8 +21,8 @@ from data import (
 )
 from data.audio_ids import is_same_segment, segment, youtube
 from data.audio_manifest import AudioManifest
-from ltu.data import dataset_files
-from ltu.data.dataset_files import RowWriter, stream_rows
+from ltu.data import dataset_io
+from ltu.data.dataset_io import RowWriter, stream_rows
 from tests.machine import check_growth, run_python, start_python
 
 VIDEO = "-_Yabcdefgh"  # 11 characters
@@ -300,12 +300,12 @@ def test_audio_root_is_recorded_where_relative_ids_leave_their_folder(tmp_path, 
 
 KILLED = """
 import os, signal, sys
-import ltu.data.dataset_files, data.{command}
-rename = ltu.data.dataset_files.sync_and_rename
+import ltu.data.dataset_io, data.{command}
+rename = ltu.data.dataset_io.sync_and_rename
 def killed(unfinished, path):
     rename(unfinished, path)
     os.kill(os.getpid(), signal.SIGKILL)
-ltu.data.dataset_files.sync_and_rename = killed
+ltu.data.dataset_io.sync_and_rename = killed
 data.{command}.main(sys.argv[1:])
 """
 
@@ -413,11 +413,11 @@ def test_a_lock_follows_the_name_and_is_optional(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="Another run"):
             RowWriter(tmp_path / "rows.jsonl").__enter__()
         output.write(question("2"))
-        rename = dataset_files.sync_and_rename
+        rename = dataset_io.sync_and_rename
         next_run = lambda *paths: (rename(*paths), path.write_text("of the next run"))  # noqa: E731
-        monkeypatch.setattr(dataset_files, "sync_and_rename", next_run)
+        monkeypatch.setattr(dataset_io, "sync_and_rename", next_run)
     assert path.read_text() == "of the next run"
-    monkeypatch.setattr(dataset_files, "sync_and_rename", rename)
+    monkeypatch.setattr(dataset_io, "sync_and_rename", rename)
 
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")

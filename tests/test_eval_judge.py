@@ -8,7 +8,7 @@ import pytest
 from llm_server import FakeLlm, completion
 
 from eval.judge import Judge, open_ended, parse_verdict
-from eval.score_result import Context, EvaluationError
+from eval.scorer_interface import Context, EvaluationError
 from eval.tasks import find_task
 from qa_generation.llm import LlmSettings
 

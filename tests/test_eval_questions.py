@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import embed, questions, report, run
+from eval import prepare_questions, report, run, text_embeddings
 from eval.tasks import TASKS, find_task
 from tests.golden.rule_init import uniform
 from tests.llm_server import FakeLlm, completion
@@ -78,7 +78,9 @@ def clotho(root: Path) -> None:
     words = ("big", "red", "new", "old", "sad")
     rows = [(f"Santa Motor {n}.wav", *(f"A {word}, loud dog" for word in words)) for n in range(3)]
     write_table(
-        root / "clotho_captions_evaluation.csv", "file_name," + ",".join(questions.CAPTIONS), *rows
+        root / "clotho_captions_evaluation.csv",
+        "file_name," + ",".join(prepare_questions.CAPTIONS),
+        *rows,
     )
     touch(root, *(row[0] for row in rows))
 
@@ -191,7 +193,7 @@ def make(task: str, root: Path, labels: list[str] | None) -> list[str]:
 
 def build_questions(task: str, root: Path, labels: list[str] | None) -> list[dict]:
     flags = ["--task", task, "--audio_root", str(root), "--output_path", str(root / "q.json")]
-    assert questions.main([*flags, *make(task, root, labels)]) == 0
+    assert prepare_questions.main([*flags, *make(task, root, labels)]) == 0
     return json.loads((root / "q.json").read_text())
 
 
@@ -224,7 +226,7 @@ def score(task: str, root: Path, rows: list[dict], answers: list[str | None], *f
 
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
-    monkeypatch.setattr(embed, "open_embedder", lambda name, folder: Stub())
+    monkeypatch.setattr(text_embeddings, "open_embedder", lambda name, folder: Stub())
 
 
 @pytest.mark.parametrize("task", CASES)
@@ -324,9 +326,9 @@ def test_missing_clips(tmp_path, capsys):
         str(tmp_path / "q.json"),
     ]
     with pytest.raises(ValueError, match="lacks 1 clips"):
-        questions.main(flags)
+        prepare_questions.main(flags)
     assert not (tmp_path / "q.json").exists()
-    assert questions.main([*flags, "--allow_missing"]) == 0
+    assert prepare_questions.main([*flags, "--allow_missing"]) == 0
     out, errors = capsys.readouterr()
     assert (
         "2 questions, 2 clips; 1 missing" in out
@@ -350,7 +352,7 @@ def test_a_missing_clip_with_five_captions_counts_once(tmp_path, capsys):
         "--output_path",
         str(tmp_path / "q.json"),
     ]
-    assert questions.main([*flags, "--allow_missing"]) == 0
+    assert prepare_questions.main([*flags, "--allow_missing"]) == 0
     out, errors = capsys.readouterr()
     assert "10 questions, 2 clips; 1 missing" in out and errors.count("missing: 6CDl4CqOgMg") == 1
 
@@ -374,6 +376,6 @@ def test_errors_name_file_and_row(tmp_path, task, table, message):
     (tmp_path / "t.csv").write_text(table)
     flags = ["--audio_root", str(tmp_path), "--output_path", str(tmp_path / "q.json")]
     with pytest.raises(ValueError, match=re.escape(message)):
-        questions.main(["--task", task, "--metadata", str(tmp_path / "t.csv"), *flags])
+        prepare_questions.main(["--task", task, "--metadata", str(tmp_path / "t.csv"), *flags])
     with pytest.raises(ValueError, match="--metadata"):
-        questions.main(["--task", task, *flags])
+        prepare_questions.main(["--task", task, *flags])

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from eval import embed, generate_predictions, report, run
+from eval import generate_predictions, report, run, text_embeddings
 from eval.generate_predictions import inference_flags
-from eval.score_result import Outcome
+from eval.scorer_interface import Outcome
 from eval.tasks import find_task
 from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import open_engine
@@ -71,7 +71,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
     The clip of the fifth question is missing.
     """
-    monkeypatch.setattr(embed, "open_embedder", lambda name, folder: Stub())
+    monkeypatch.setattr(text_embeddings, "open_embedder", lambda name, folder: Stub())
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for number in range(4):

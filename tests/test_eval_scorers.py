@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from eval.closed import (
+from eval.classification import (
     ANSWERS,
     LABELS,
     REFERENCE_READERS,
@@ -24,8 +24,8 @@ from eval.closed import (
     single_label,
     toy_category,
 )
-from eval.ranking import Ranking
-from eval.score_result import Context, EvaluationError
+from eval.ranking_metrics import Ranking
+from eval.scorer_interface import Context, EvaluationError
 from eval.speech import age, gender, read_age, read_gender, substituted, word_error_rate
 from eval.tasks import TASKS, find_task
 from ltu.files import sha256_of

@@ -15,8 +15,8 @@ import soundfile
 pytest.importorskip("msgspec")
 from data import prepare_audio  # noqa: E402
 from data.audio_ids import RULES, audio_id_of, key_of, read_ids, read_table, read_wanted
-from data.toy.sounds import AUDIO
-from data.toy.speech import SPEECH
+from data.toy.sound_clips import AUDIO
+from data.toy.speech_clips import SPEECH
 from ltu.data.audio import AudioError, decode_audio, load_audio
 from tests.machine import run_python, start_python, wait_until
 

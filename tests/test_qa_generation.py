@@ -15,8 +15,8 @@ import qa_generation.llm
 from qa_generation.filters import make_filter
 from qa_generation.generate import main
 from qa_generation.llm import GenerationStopped, Llm, LlmSettings, ReplyStore, RequestFailed
+from qa_generation.metadata_prompts import SOURCES, message, pitch_rank
 from qa_generation.qa_json import Pair, parse_pairs
-from qa_generation.sources import SOURCES, message, pitch_rank
 from tests.machine import start_python, wait_until
 
 ROOT = Path(__file__).parent.parent

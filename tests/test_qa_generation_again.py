@@ -13,7 +13,7 @@ import qa_generation.llm
 from qa_generation.generate import main
 from qa_generation.llm import Llm, LlmSettings, ReplyStore
 from qa_generation.metadata import read_metadata, read_pairs
-from qa_generation.sources import SOURCES
+from qa_generation.metadata_prompts import SOURCES
 
 ENDS = ("", ".rejects.jsonl", ".provenance.json")
 

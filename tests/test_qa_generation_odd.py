@@ -21,8 +21,8 @@ from qa_generation.llm import (
     RequestFailed,
     estimate_tokens,
 )
+from qa_generation.metadata_prompts import FORMS, SOURCES, message
 from qa_generation.qa_json import Reject, parse_pairs
-from qa_generation.sources import FORMS, SOURCES, message
 from tests.machine import PATIENCE, start_python, wait_until
 
 HELLO = [

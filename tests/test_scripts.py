@@ -24,7 +24,7 @@ SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("train_scripts/**/*.sh"), ROOT 
 PACKAGES = ("ltu", "ltu_as", "data", "eval", "qa_generation", "benchmarks", "train_scripts")
 TINY = [
     line
-    for line in (ROOT / "train_scripts/tiny.args").read_text().splitlines()
+    for line in (ROOT / "train_scripts/quickstart/toy.args").read_text().splitlines()
     if not line.startswith("#")
 ]
 

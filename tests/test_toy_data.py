@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.toy import build, rows
+from data.toy import build, sound_examples
 from data.toy.attribution import write_attribution
-from data.toy.render import WINDOW, centred
-from data.toy.sounds import (
+from data.toy.render_sounds import WINDOW, centred
+from data.toy.sound_clips import (
     AUDIO,
     HERE,
     make_split,
@@ -23,7 +23,7 @@ from data.toy.sounds import (
     read_manifest,
     recording_of,
 )
-from ltu.data.examples import read_rows
+from ltu.data.check_examples import read_rows
 
 SOUNDS = read_manifest()
 BY_FILE = {sound["file"]: sound for sound in SOUNDS}
@@ -57,7 +57,7 @@ def load(folder: Path, name: str):
 
 
 def normalised(question: str) -> str:
-    question = question.removeprefix(rows.QUESTIONS["closed_prefix"])
+    question = question.removeprefix(sound_examples.QUESTIONS["closed_prefix"])
     return re.sub(r"[^a-z0-9]+", " ", question.lower()).strip()
 
 
@@ -131,8 +131,8 @@ def test_an_unknown_fold_is_an_error():
 
 
 def test_every_label_and_category_has_texts():
-    labels = rows.VOCABULARY["labels"]
-    categories = rows.VOCABULARY["categories"]
+    labels = sound_examples.VOCABULARY["labels"]
+    categories = sound_examples.VOCABULARY["categories"]
     assert set(labels) == {sound["label"] for sound in SOUNDS}
     assert len(labels) == 95
     assert set(categories) == {sound["category"] for sound in SOUNDS}
@@ -149,12 +149,14 @@ def test_every_label_and_category_has_texts():
 
 def test_test_questions_are_never_training_questions():
     for kind in ("closed", "open"):
-        for task, texts in rows.QUESTIONS[kind].items():
+        for task, texts in sound_examples.QUESTIONS[kind].items():
             assert (
                 len(set(texts["train"])) == len(texts["train"]) >= (20 if kind == "closed" else 3)
             ), task
             assert len(set(texts["test"])) == len(texts["test"]) >= 2, task
-    tasks = [texts for kind in ("closed", "open") for texts in rows.QUESTIONS[kind].values()]
+    tasks = [
+        texts for kind in ("closed", "open") for texts in sound_examples.QUESTIONS[kind].values()
+    ]
     train = {normalised(question) for texts in tasks for question in texts["train"]}
     assert not train & {normalised(question) for texts in tasks for question in texts["test"]}
 
@@ -294,7 +296,9 @@ def test_answers_say_what_the_sources_are(built):
     for row in [row for stage in STAGES for row in load(built, stage)]:
         provenance = sources.get(row["audio_id"], {"parts": [{"clip": Path(row["audio_id"]).name}]})
         sounds = [BY_FILE[part["clip"]] for part in provenance["parts"]]
-        assert len(sounds) == (2 if row["task"] in rows.MIXTURE_TASKS + rows.PAIR_TASKS else 1), row
+        assert len(sounds) == (
+            2 if row["task"] in sound_examples.MIXTURE_TASKS + sound_examples.PAIR_TASKS else 1
+        ), row
         if row["task"].startswith(("cla_label", "temporal")):
             found = [row["output"].index(sound["label"]) for sound in sounds]
             assert found == sorted(found), row

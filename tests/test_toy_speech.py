@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.toy import build_as, speech_rows
+from data.toy import build_ltu_as, speech_examples
 from data.toy.attribution import write_speech_attribution
-from data.toy.sounds import read_fold, read_json, read_manifest
-from data.toy.speech import (
+from data.toy.sound_clips import read_fold, read_json, read_manifest
+from data.toy.speech_clips import (
     PEAK,
     RATE,
     SPEECH,
@@ -27,7 +27,7 @@ from data.toy.speech import (
 )
 from eval import toy_speech
 from ltu.data.audio import load_audio
-from ltu.data.examples import read_rows
+from ltu.data.check_examples import read_rows
 
 CLIPS = read_speech()
 BY_FILE = {clip["file"]: clip for clip in CLIPS}
@@ -66,7 +66,7 @@ def arguments(folder: Path, **changes) -> Namespace:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy_as") / "fold0"
-    build_as.make(arguments(folder))
+    build_ltu_as.make(arguments(folder))
     return folder
 
 
@@ -75,13 +75,13 @@ def load(folder: Path, name: str):
 
 
 def plain(text: str) -> str:
-    text = text.removeprefix(speech_rows.QUESTIONS["closed_prefix"])
+    text = text.removeprefix(speech_examples.QUESTIONS["closed_prefix"])
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
 def spoken_rows(folder: Path, *stages: int) -> list[dict]:
     rows = [row for stage in stages or (1, 2, 3) for row in load(folder, f"stage{stage}")]
-    return [row for row in rows if row["dataset"] == speech_rows.DATASET]
+    return [row for row in rows if row["dataset"] == speech_examples.DATASET]
 
 
 # The committed clips
@@ -211,7 +211,7 @@ def test_attribution_names_every_licence_and_source(tmp_path):
 
 
 def test_same_seed_same_bytes(built, tmp_path):
-    build_as.make(arguments(tmp_path / "fold0"))
+    build_ltu_as.make(arguments(tmp_path / "fold0"))
     made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
     assert made == sorted(
         path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*")
@@ -236,14 +236,14 @@ def test_stages_have_the_requested_examples(built):
             list(row)[0] == "instruction" and row["output"] and "{" not in row["output"]
             for row in rows
         )
-    assert {row["task"] for row in spoken_rows(built, 1, 2)} == set(build_as.CLASSIFY)
-    assert {row["task"] for row in spoken_rows(built, 3)} == set(speech_rows.TASKS)
+    assert {row["task"] for row in spoken_rows(built, 1, 2)} == set(build_ltu_as.CLASSIFY)
+    assert {row["task"] for row in spoken_rows(built, 3)} == set(speech_examples.TASKS)
     assert {row["task"] for row in load(built, "stage1")} == {
         "cla_label",
         "cla_label_des",
-        *build_as.CLASSIFY,
+        *build_ltu_as.CLASSIFY,
     }
-    for shares in (build_as.CLASSIFY, build_as.ALL):
+    for shares in (build_ltu_as.CLASSIFY, build_ltu_as.ALL):
         assert sum(shares.values()) == pytest.approx(1.0)
     genders = Counter(row["output"] for row in spoken_rows(built) if row["task"] == "speech_gender")
     assert abs(genders["Female."] - genders["Male."]) <= 6
@@ -263,7 +263,7 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
         assert not [
             row
             for row in rows
-            if row["task"] in speech_rows.TRANSCRIPT_TASKS and row.get("input") == ""
+            if row["task"] in speech_examples.TRANSCRIPT_TASKS and row.get("input") == ""
         ]
     for right, wrong in zip(
         load(built, "heldout_right"), load(built, "heldout_wrong"), strict=True
@@ -296,7 +296,7 @@ def test_training_rows_say_what_the_manifest_says(built):
             assert all(part in row["output"] for part in (clip["text"], pitch, speed)), row
         else:
             assert row["output"] == outputs[row["task"]], row
-        assert row["task"] not in speech_rows.TRANSCRIPT_TASKS or provenance["factor"] == 1.0
+        assert row["task"] not in speech_examples.TRANSCRIPT_TASKS or provenance["factor"] == 1.0
 
 
 def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
@@ -365,7 +365,10 @@ def test_heldout_sounds_are_those_of_the_fold(built):
 
 
 def test_test_questions_are_never_training_questions(built):
-    tasks = [*speech_rows.QUESTIONS["closed"].values(), *speech_rows.QUESTIONS["open"].values()]
+    tasks = [
+        *speech_examples.QUESTIONS["closed"].values(),
+        *speech_examples.QUESTIONS["open"].values(),
+    ]
     train = {plain(question) for texts in tasks for question in texts["train"]}
     assert not train & {plain(question) for texts in tasks for question in texts["test"]}
     assert "can you identify the spoken text" in train
@@ -380,5 +383,5 @@ def test_test_questions_are_never_training_questions(built):
 )
 def test_bad_arguments_stop(bad, capsys):
     with pytest.raises(SystemExit):
-        build_as.parse(bad)
+        build_ltu_as.parse(bad)
     assert bad[0] in capsys.readouterr().err

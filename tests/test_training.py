@@ -14,8 +14,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ltu import LtuForConditionalGeneration
 from ltu.data.audio import AudioError, load_audio
+from ltu.data.check_examples import check_audio, read_rows
 from ltu.data.dataset_parser import RowError
-from ltu.data.examples import check_audio, read_rows
 from ltu.finetune import main
 from ltu.training.arguments import parse_args, parse_list
 from ltu.training.batch_sampler import MicroBatchSampler, batches_per_rank, total_steps

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration, LtuProcessor
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, OnText, Request
-from ltu.models.checkpoint_folder import hash_language_model
+from ltu.models.locate_checkpoint import hash_language_model
 
 GOLDEN = Path(__file__).parent / "golden"
 LLM = {

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from pathlib import Path
 
-from data.toy.sounds import Sound
+from data.toy.sound_clips import Sound
 
 LICENCES = {
     "CC0-1.0": ("CC0 1.0 Universal", "https://creativecommons.org/publicdomain/zero/1.0/"),

@@ -20,10 +20,10 @@ from random import Random
 import soundfile
 from tqdm import tqdm
 
-from data.toy import render
+from data.toy import render_sounds
 from data.toy.attribution import write_attribution
-from data.toy.rows import MIXTURE_TASKS, OPEN_TASKS, PAIR_TASKS, make_row
-from data.toy.sounds import AUDIO, HERE, Sound, make_split, read_fold, read_manifest
+from data.toy.sound_clips import AUDIO, HERE, Sound, make_split, read_fold, read_manifest
+from data.toy.sound_examples import MIXTURE_TASKS, OPEN_TASKS, PAIR_TASKS, make_row
 from ltu.data.audio import SAMPLING_RATE
 
 # Fraction of each task in a stage. As in the paper, stages 1 and 2 have classification, stage 3 has
@@ -120,11 +120,11 @@ def render_all(
     for sound in sounds:
         stem = Path(sound["file"]).stem
         crops = [f"audio/{stem}_{number}.flac" for number in range(1, args.crops)]
-        plan += [(audio_id, render.crop, sound) for audio_id in crops]
+        plan += [(audio_id, render_sounds.crop, sound) for audio_id in crops]
         pools.crops[sound["file"]] = [committed(sound, folder), *crops]
     for kind, render_two, count, pool in (
-        ("mixture", render.mixture, args.mixtures, pools.mixtures),
-        ("pair", render.pair, args.pairs, pools.pairs),
+        ("mixture", render_sounds.mixture, args.mixtures, pools.mixtures),
+        ("pair", render_sounds.pair, args.pairs, pools.pairs),
     ):
         for number, two in enumerate(sample_pairs(sounds, count, Random(f"{name}/{kind}"))):
             audio_id = f"audio/{kind}_{number:03d}.flac"

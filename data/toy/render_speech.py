@@ -14,7 +14,7 @@ of the voice (-F), so that it does not reveal the gender.
 
 piper draws random numbers, so the clips of joe are not reproduced to the bit; all other clips are.
 The texts are those of speech/texts.json. Pitch and speed are measured on the finished clip
-(`data.toy.speech`).
+(`data.toy.speech_clips`).
 """
 
 import argparse
@@ -30,8 +30,8 @@ import torch
 import torchaudio.functional
 
 from data.toy.attribution import write_speech_attribution
-from data.toy.sounds import read_json
-from data.toy.speech import (
+from data.toy.sound_clips import read_json
+from data.toy.speech_clips import (
     PEAK,
     RATE,
     SPEECH,

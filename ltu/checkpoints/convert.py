@@ -14,14 +14,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from ltu.checkpoints.export import (
-    build_on_meta,
-    find_weights,
-    is_llm,
-    merge,
-    to_original,
-    write_folder,
-)
 from ltu.checkpoints.original_checkpoints import (
     CAV_MAE_KEYS,
     FOLDER_KEYS,
@@ -31,8 +23,16 @@ from ltu.checkpoints.original_checkpoints import (
     load_state,
     rename_keys,
 )
-from ltu.models.checkpoint_folder import find_checkpoint, hash_language_model, sha256_of_weights
+from ltu.checkpoints.save_checkpoint import (
+    build_on_meta,
+    find_weights,
+    is_llm,
+    merge,
+    to_original,
+    write_folder,
+)
 from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig
+from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, sha256_of_weights
 from ltu.models.modeling_ltu import LtuMultiModalProjector
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import load_prompt_template

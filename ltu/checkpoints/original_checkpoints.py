@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ltu.models.checkpoint_folder import weight_files
+from ltu.models.locate_checkpoint import weight_files
 
 # (pattern, replacement, None) places or renames a key; (pattern, None, reason) drops it; a reason
 # that begins with REFUSED refuses the file. The first rule that matches applies.

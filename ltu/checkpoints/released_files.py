@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ltu.checkpoints.download import DownloadError, RemoteFile, fetch
-from ltu.data.examples import NO_AUDIO
+from ltu.data.check_examples import NO_AUDIO
 from ltu.files import replace_file
 
 VICUNA = "lmsys/vicuna-7b-v1.1"

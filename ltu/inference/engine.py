@@ -26,7 +26,7 @@ from ltu.inference.embedding_cache import EmbeddingCache
 from ltu.inference.label_scoring import score_labels
 from ltu.inference.requests import ROW_SETTINGS, Answer, OnText, Request, batches
 from ltu.inference.sampling import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
-from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.prompt_template import RenderedPrompt
 from ltu.models.version_check import check_generation
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ltu.models.checkpoint_folder import relative_path_of
+from ltu.models.locate_checkpoint import relative_path_of
 
 # The released checkpoints were trained on these strings, to the character.
 ALPACA_SHORT = {

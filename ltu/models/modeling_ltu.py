@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ltu.models.checkpoint_folder import find_checkpoint, hash_language_model
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.generation_ltu import LtuGenerationMixin
+from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model
 from ltu.models.lora import find_targets, inject_lora
 
 # The parameters that each plan trains, as prefixes of their names, or as an infix if it begins with

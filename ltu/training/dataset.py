@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError
+from ltu.data.check_examples import no_answer_left
 from ltu.data.dataset_parser import RowError
-from ltu.data.examples import no_answer_left
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class QaDataset(Dataset):
     """Examples as tokens, labels and features.
 
     Args:
-        rows: the examples, as `ltu.data.examples.read_rows` returns them.
+        rows: the examples, as `ltu.data.check_examples.read_rows` returns them.
         encode: example -> (tokens, labels), such as `LtuProcessor.encode_example`.
         load_features: example -> input of the audio encoder, such as `LtuProcessor.load_features`.
         max_bad: how many different examples this process may skip because their clip cannot be

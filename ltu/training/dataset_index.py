@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ltu.data.check_examples import checked_rows, no_answer_left, with_audio
 from ltu.data.dataset_parser import RowError
-from ltu.data.examples import checked_rows, no_answer_left, with_audio
 from ltu.files import sha256_of, sync_and_rename
 
 ENDING = ".arrow"
@@ -49,7 +49,7 @@ def build_index(
     The index gets its name when it is complete.
 
     Args:
-        path: the dataset file, in any format of `ltu.data.dataset_files`.
+        path: the dataset file, in any format of `ltu.data.dataset_io`.
         processor: the processor of the checkpoint that is to be trained.
         output: the index. The default is FILE.arrow next to the dataset file, where training looks
             for it.
@@ -187,7 +187,9 @@ def count_tokens(
 
 
 class IndexedRows(Sequence):
-    """The examples of an index, as `ltu.data.examples.read_rows` returns them, mapped into memory.
+    """The examples of an index, mapped into memory.
+
+    They are as `ltu.data.check_examples.read_rows` returns them.
 
     Args:
         path: the index.

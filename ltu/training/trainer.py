@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ltu.data.examples import check_audio, read_rows
-from ltu.models.checkpoint_folder import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.data.check_examples import check_audio, read_rows
+from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.processing_ltu import IGNORED, WHISPER_FLAGS, LtuProcessor
 from ltu.training.arguments import DataArguments, ModelArguments, OneGpuArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, total_steps

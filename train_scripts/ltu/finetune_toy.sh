@@ -4,7 +4,7 @@
 # BASE: a checkpoint folder of any stage. DATA: folder of the toy set. EXP: output folder.
 # Compare the losses with the authors' own, which differ by 0.03 from run to run:
 # python -m ltu.compare_log exp/ltu/finetune_toy --expected 10:0.6383,20:0.6052
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 finetune \
     --base_model "${BASE:-pretrained_mdls/ltu_ori_paper}" \

@@ -3,7 +3,7 @@
 # BASE: folder of ltu.convert_checkpoint --init. DATA: folder of stage1.json. EXP: output folder.
 # Further flags go to ltu.finetune and override these:
 # bash train_scripts/ltu/stage1_proj_cla.sh --micro_batch_size 4
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 finetune \
     --base_model "${BASE:-pretrained_mdls/ltu_init}" \

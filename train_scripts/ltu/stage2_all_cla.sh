@@ -2,7 +2,7 @@
 # Stage 2 of 4: trains the audio encoder, the projection and LoRA on classification
 # (paper: the examples of stage 1, 9,300 steps).
 # DATA: folder of stage2.json. EXP: output folder, which has the stage before.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 finetune \
     --base_model "${EXP:-exp/ltu}/stage1_proj_cla" \

@@ -2,7 +2,7 @@
 # Stage 3 of 4: trains the audio encoder, the projection and LoRA on all closed-ended questions
 # (paper: 1,917,894 examples, 7,491 steps).
 # DATA: folder of stage3.json. EXP: output folder, which has the stage before.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 finetune \
     --base_model "${EXP:-exp/ltu}/stage2_all_cla" \

@@ -2,7 +2,7 @@
 # Stage 4 of 4: trains the audio encoder, the projection and LoRA on closed-ended and open-ended
 # questions (paper: 5,681,708 examples, 22,194 steps).
 # DATA: folder of stage4.json. EXP: output folder, which has the stage before.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 finetune \
     --base_model "${EXP:-exp/ltu}/stage3_all_close" \

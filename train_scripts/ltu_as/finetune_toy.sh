@@ -5,7 +5,7 @@
 # EXP: output folder.
 # Compare the losses with the authors' own, which differ by 0.03 from run to run:
 # python -m ltu.compare_log exp/ltu_as/finetune_toy --expected 10:0.6029,20:0.5805,30:0.5397
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 MODEL=ltu_as finetune \
     --base_model "${BASE:-pretrained_mdls/ltu_as_long_noqa_a6}" \

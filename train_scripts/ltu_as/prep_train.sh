@@ -15,7 +15,7 @@
 #   --root     the folder of pretrained_mdls and data; the default is the repository
 # A second run continues where the first stopped, and downloads nothing twice.
 # LLM: the language model, a folder or hub id. Relative paths are relative to the repository root.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 "${PYTHON:-.venv/bin/python}" -m ltu.released prep --kind ltu_as \
     --llm "${LLM:-lmsys/vicuna-7b-v1.1}" "$@"

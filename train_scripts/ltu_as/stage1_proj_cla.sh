@@ -3,7 +3,7 @@
 # BASE: folder of ltu_as.convert_checkpoint --init. DATA: folder of stage1.json. EXP: output
 # folder. FEATURES: folder of ltu_as.extract_whisper_feature; without it, Whisper runs on the fly.
 # Further flags override these.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 MODEL=ltu_as finetune \
     --base_model "${BASE:-pretrained_mdls/ltu_as_init}" \

@@ -4,7 +4,7 @@
 # The run behind the released models had micro-batches of 6 and up to 128 text tokens: on 4 GPUs,
 # 240 examples a step and 17,270 steps (--batch_size 240 --micro_batch_size 6 --cutoff_len 128).
 # The paper's table has a learning rate of 2e-4, that run had 1e-4.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 MODEL=ltu_as finetune \
     --base_model "${EXP:-exp/ltu_as}/stage1_proj_cla" \

@@ -3,7 +3,7 @@
 # DATA, EXP, FEATURES: see stage 1.
 # The run whose log was released had 280 examples a step and 34,434 steps:
 # --batch_size 280 --micro_batch_size 7.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 MODEL=ltu_as finetune \
     --base_model "${EXP:-exp/ltu_as}/stage2_all_cla" \

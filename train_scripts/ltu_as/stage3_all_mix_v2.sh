@@ -4,7 +4,7 @@
 # calls it stage4_all_mix_v2.sh. DATA, EXP, FEATURES: see stage 1.
 # The run behind the default model had two epochs of 9,397,025 examples, without unanswerable
 # questions: --num_epochs 2.
-source "$(dirname "$0")/../run.sh"
+source "$(dirname "$0")/../functions.sh"
 
 MODEL=ltu_as finetune \
     --base_model "${EXP:-exp/ltu_as}/stage2_all_cla" \

@@ -1,12 +1,14 @@
 """Runs all five folds of the toy experiment, or stage 4 alone, to measure the curriculum.
 
-    python -m benchmarks.toy_folds --output_dir exp/toy            five folds, four stages each
-    python -m benchmarks.toy_folds --output_dir exp/toy --alone    as many steps, all of stage 4
-    python -m benchmarks.toy_folds --output_dir exp/as --kind ltu_as   LTU-AS, three stages each
+    python -m benchmarks.toy_cross_validation --output_dir exp/toy
+    python -m benchmarks.toy_cross_validation --output_dir exp/toy --alone
+    python -m benchmarks.toy_cross_validation --output_dir exp/as --kind ltu_as
 
-Each fold is `train_scripts/toy_fold.sh` (`toy_fold_as.sh`), as in the quickstart: the stage scripts
-with `tiny.args`. A fold that is finished is not run again, so the benchmark can be stopped and
-started again.
+The first command trains four stages on each of five folds. `--alone` takes as many steps, all of
+them in stage 4. LTU-AS has three stages.
+
+Each fold is `train_scripts/quickstart/toy_fold.sh`, as in the quickstart: the stage scripts with
+`toy.args`. A finished fold is not run again, so the benchmark can be stopped and started again.
 
 The folds of LTU-AS differ in their sounds. The held-out voices and sentences are the same in each
 fold, so their fractions are means over runs, not pooled.
@@ -42,7 +44,7 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
         environment["ROWS"] = ",".join(map(str, rows))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
-    command = ["bash", f"train_scripts/{SCRIPTS[kind]}", str(fold), str(seed), str(folder), *flags]
+    command = ["bash", f"train_scripts/quickstart/{SCRIPTS[kind]}", str(fold), str(seed), str(folder), *flags]
     subprocess.run(command, env=environment, check=True)
 
 
@@ -51,7 +53,7 @@ def learning_rate() -> list[str]:
 
     Stage 4 alone must learn what they otherwise do.
     """
-    flags = Path("train_scripts/tiny.args").read_text().split()
+    flags = Path("train_scripts/quickstart/toy.args").read_text().split()
     position = flags.index("--learning_rate")
     return flags[position : position + 2]
 

@@ -1,7 +1,7 @@
 """Downloads and converts the small pretrained components of the quickstart.
 
-    python -m train_scripts.fetch_parts
-    python -m train_scripts.fetch_parts --also minilm
+    python -m train_scripts.quickstart.download_pretrained
+    python -m train_scripts.quickstart.download_pretrained --also minilm
 
 The components ("parts") are:
 
@@ -238,7 +238,7 @@ def convert_whisper(unzipped: Path, folder: Path) -> int:
     """Convert CTranslate2's model.bin into whisper.pt in float16. Return the parameter count."""
     import torch
 
-    from train_scripts.ctranslate2_whisper import convert
+    from train_scripts.quickstart.convert_ctranslate2_whisper import convert
 
     checkpoint = convert(unzipped / "model.bin")
     torch.save(checkpoint, folder / "whisper.pt")

@@ -21,8 +21,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from eval.ranking import Ranking
-from eval.score_result import Context, EvaluationError, Outcome, start_items, without_lead
+from eval.ranking_metrics import Ranking
+from eval.scorer_interface import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.tasks import Task
 
 LABELS = Path(__file__).parent / "labels"

@@ -1,7 +1,7 @@
 """Measures questions per second: in batches of 16, one by one, and one by one without a cache.
 
-    python -m benchmarks.ask --output_path benchmarks/results/ask.json
-    python -m benchmarks.ask --device cuda --dtype bfloat16 --clips 32 \\
+    python -m benchmarks.questions_per_second --output_path benchmarks/results/ask.json
+    python -m benchmarks.questions_per_second --device cuda --dtype bfloat16 --clips 32 \\
         --output_path benchmarks/results/ask_gpu.json
 
 The weights are random (speed does not depend on them): a Llama of 512 x 8 layers with 32,000

@@ -1,7 +1,7 @@
 """Measures the scoring of AudioSet's 20,000 predictions, and of cosines against a Python loop.
 
-    python -m benchmarks.scoring --output_path benchmarks/results/scoring.json
-    python -m benchmarks.scoring --embedder pretrained_mdls/minilm
+    python -m benchmarks.eval_scoring --output_path benchmarks/results/scoring.json
+    python -m benchmarks.eval_scoring --embedder pretrained_mdls/minilm
 
 The predictions name one to four of 527 classes in words of their own, so most texts differ. By
 default their embeddings are random, 384 wide as those of MiniLM, from a table: the time is that of
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.curation import measure
-from eval.closed import LABELS, cosines
+from eval.classification import LABELS, cosines
 
 ROWS = 20_000
 DIM = 384

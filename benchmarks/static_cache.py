@@ -1,7 +1,7 @@
 """Times generation with dynamic and static caches, and the check of untested versions, at 7B.
 
-    python -m benchmarks.generate --output_path benchmarks/results/generate_h100.json
-    python -m benchmarks.generate --size tiny --device cpu
+    python -m benchmarks.static_cache --output_path benchmarks/results/generate_h100.json
+    python -m benchmarks.static_cache --size tiny --device cpu
 
 The model has random weights (speed does not depend on them), a language model in bf16, and LoRA.
 All rows of a batch have the same question and the same clip, as on the gradio page, so the clip is
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost import LLMS, make_inputs, make_model, synchronize
+from benchmarks.gpu_speed_and_memory import LLMS, make_inputs, make_model, synchronize
 from ltu.models.version_check import compare_cached_logits
 
 PROMPT_TOKENS = 40  # text tokens of the prompt

@@ -1,7 +1,8 @@
 """Measures indexing of as many examples as OpenAQA has, and the start of a training on the index.
 
-    python -m benchmarks.row_index --base_model exp/init      5,681,708 examples, 5 GB of disk
-    python -m benchmarks.row_index --base_model exp/init --rows 100000 --output_path exp/index.json
+    python -m benchmarks.dataset_index --base_model exp/init     5,681,708 examples, 5 GB of disk
+    python -m benchmarks.dataset_index --base_model exp/init --rows 100000 \\
+        --output_path exp/index.json
 
 The examples have the texts of `benchmarks.curation` and the clips of data/toy.
 
@@ -19,7 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from benchmarks.curation import CLOSED, OPEN, ROWS, measure, random_rows
-from ltu.data.dataset_files import RowWriter
+from ltu.data.dataset_io import RowWriter
 
 CLIPS = Path(__file__).parent.parent / "data" / "toy" / "audio"
 FEW = 1000

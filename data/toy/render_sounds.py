@@ -16,7 +16,7 @@ from random import Random
 
 import numpy as np
 
-from data.toy.sounds import AUDIO, Sound
+from data.toy.sound_clips import AUDIO, Sound
 from ltu.data.audio import SAMPLING_RATE, load_audio
 
 WINDOW = 163_840  # Samples, 10.24 s at 16 kHz: the input of the audio encoder.

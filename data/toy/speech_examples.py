@@ -16,9 +16,9 @@ import torch
 import torchaudio.functional
 
 from data import closed_qa
-from data.toy.rows import PREFIX_FRACTION
-from data.toy.sounds import read_json
-from data.toy.speech import SPEECH, Clip, pitch_and_speed
+from data.toy.sound_clips import read_json
+from data.toy.sound_examples import PREFIX_FRACTION
+from data.toy.speech_clips import SPEECH, Clip, pitch_and_speed
 from ltu.data.audio import SAMPLING_RATE, load_audio
 
 QUESTIONS = read_json("speech/questions.json")

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
-from ltu.models.checkpoint_folder import sha256_of_weights
 from ltu.models.configuration_ltu import LtuConfig
+from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
 from ltu.models.processing_ltu import LtuProcessor
 

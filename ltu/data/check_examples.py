@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError, load_audio
-from ltu.data.dataset_files import stream_rows
+from ltu.data.dataset_io import stream_rows
 from ltu.data.dataset_parser import RowError
 
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
@@ -43,7 +43,7 @@ def checked_rows(
     """Yield the examples `{"instruction", "input", "audio_id", "output", "dataset"?, "task"?}`.
 
     Args:
-        path: the dataset file, in any format of `ltu.data.dataset_files`.
+        path: the dataset file, in any format of `ltu.data.dataset_io`.
         audio_root: folder of relative `audio_id`s; by default the folder of the file.
         need_output: whether every example must have an answer (training) or may lack one
             (questions).

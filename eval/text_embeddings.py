@@ -1,10 +1,11 @@
 """Embeds texts with a local sentence model, an OpenAI-compatible endpoint, or a table.
 
-    embed = open_embedder("minilm", "exp/eval_cache")  # train_scripts.fetch_parts --also minilm
+    embed = open_embedder("minilm", "exp/eval_cache")
     embeddings = embed(["sound of rain", "sound of a dog"])  # (2, 384) float64
 
-"minilm" is all-MiniLM-L6-v2. Each embedding is on the disk, under its model and text, before the
-next batch begins: kill -9 loses only the batch in flight.
+"minilm" is all-MiniLM-L6-v2; `python -m train_scripts.quickstart.download_pretrained --also minilm`
+downloads it. Each embedding is on the disk, under its model and text, before the next batch begins:
+kill -9 loses only the batch in flight.
 
 Local batches have the same shape for all texts of similar length, so an embedding depends on its
 text alone, to the last bit, whether it comes from the cache, from another batch or from a batch of
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from eval.score_result import EvaluationError
+from eval.scorer_interface import EvaluationError
 from ltu.files import sha256_of
 from qa_generation.llm import LlmSettings, OpenAiEndpoint
 
@@ -122,7 +123,7 @@ def open_embedder(name: str, cache_dir: str | Path | None = None) -> Embedder:
         return Embedder(f"{path.name} (sha256 {sha256_of(path)})", _table(path))
     hint = "a folder, a table, openai:MODEL"
     if name == "minilm":
-        hint = "python -m train_scripts.fetch_parts --also minilm"
+        hint = "python -m train_scripts.quickstart.download_pretrained --also minilm"
     raise EvaluationError(f"{path} is not there: {hint}")
 
 

@@ -1,7 +1,9 @@
 """Builds the questions of a benchmark from the metadata of its download.
 
-    python -m eval.questions --task esc50 --audio_root ESC-50-master --output_path esc50.json
-    python -m eval.questions --task gtzan --audio_root DIR --metadata t.csv --output_path gtzan.json
+    python -m eval.prepare_questions --task esc50 --audio_root ESC-50-master \\
+        --output_path esc50.json
+    python -m eval.prepare_questions --task gtzan --audio_root DIR --metadata t.csv \\
+        --output_path gtzan.json
 
 The metadata of ESC-50, FSD50K, AudioCaps, Clotho (CSV files) and LibriSpeech (*.trans.txt) is found
 under --audio_root. Any other task takes a table with columns `audio` and `label`, several labels
@@ -21,9 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from eval.closed import Classes, plain
+from eval.classification import Classes, plain
 from eval.report import write_rows
-from eval.score_result import EvaluationError
+from eval.scorer_interface import EvaluationError
 from eval.tasks import TASKS, Task, find_task
 from ltu.files import run_command
 

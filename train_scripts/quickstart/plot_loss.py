@@ -1,6 +1,6 @@
 """Plots the training loss of several stages, one after the other, into one PNG.
 
-python -m train_scripts.plot_loss --output_path loss.png exp/ltu/stage1_proj_cla ...
+python -m train_scripts.quickstart.plot_loss --output_path loss.png exp/ltu/stage1_proj_cla ...
 """
 
 import argparse

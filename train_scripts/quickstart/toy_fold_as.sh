@@ -2,11 +2,11 @@
 # Runs one fold of the toy experiment with LTU-AS: builds the dataset, Whisper's features and
 # transcripts and the initial checkpoint, trains the stages, and generates answers for held-out
 # clips.
-# bash train_scripts/toy_fold_as.sh FOLD SEED DIR [FLAGS of ltu_as.finetune]
+# bash train_scripts/quickstart/toy_fold_as.sh FOLD SEED DIR [FLAGS of ltu_as.finetune]
 #   STAGES  names of stage scripts in order; the default is all three
-#   ROWS    numbers of examples of stages 1 to 3; the default is that of data.toy.build_as
+#   ROWS    numbers of examples of stages 1 to 3; the default is that of data.toy.build_ltu_as
 # Finished work is skipped.
-source "$(dirname "$0")/run.sh"
+source "$(dirname "$0")/../functions.sh"
 fold=$1 seed=$2
 export EXP=$3
 shift 3
@@ -24,7 +24,7 @@ speech_sets="$speech_sets speech_words_wrong speech_words_none speech_pitch spee
 
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: clips of sounds and speech, training examples, held-out questions"
-    "$PYTHON" -m data.toy.build_as --fold "$fold" --seed "$seed" --output_dir "$DATA" \
+    "$PYTHON" -m data.toy.build_ltu_as --fold "$fold" --seed "$seed" --output_dir "$DATA" \
         ${ROWS:+--rows "$ROWS"}
     touch "$DATA/finished"
 fi
@@ -47,7 +47,7 @@ for stage in $stages; do
     if ! grep -qs '"finished": true' "$EXP/$stage/ltu_state.json"; then is_new=yes; fi
     stage_flags=""
     case $stage in stage3_*) stage_flags="--learning_rate 5e-4" ;; esac
-    bash "train_scripts/ltu_as/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/tiny.args) \
+    bash "train_scripts/ltu_as/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/quickstart/toy.args) \
         --cutoff_len 160 $stage_flags "$@"
 
     # After stage 1 the model does not generate well-formed answers yet.

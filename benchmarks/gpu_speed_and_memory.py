@@ -1,7 +1,9 @@
 """Measures training and generation at the papers' size on one GPU: memory, rates, hours per stage.
 
-    python -m benchmarks.cost --output_path benchmarks/results/cost_h100.json
-    python -m benchmarks.cost --size tiny --device cpu            a quick test of the program itself
+    python -m benchmarks.gpu_speed_and_memory --output_path benchmarks/results/cost_h100.json
+    python -m benchmarks.gpu_speed_and_memory --size tiny --device cpu
+
+The second command is a quick test of the program itself.
 
 The models are complete, with random weights (speed and memory do not depend on them) and random
 inputs. Every example has a clip and fills the text cutoff, so real examples, which are shorter,

@@ -1,6 +1,6 @@
 """Generates the toy examples and the training audio of a fold for LTU-AS: sounds and speech.
 
-    python -m data.toy.build_as --fold 0 --seed 0 --output_dir exp/toy_data_as/fold0
+    python -m data.toy.build_ltu_as --fold 0 --seed 0 --output_dir exp/toy_data_as/fold0
 
 The sounds are those of `data.toy.build`. The same arguments give the same bytes, JSON and audio.
 
@@ -20,9 +20,9 @@ from random import Random
 import soundfile
 from tqdm import tqdm
 
-from data.toy import build, speech_rows
-from data.toy.sounds import read_fold
-from data.toy.speech import SPEECH, Clip, cut_offs, read_speech
+from data.toy import build, speech_examples
+from data.toy.sound_clips import read_fold
+from data.toy.speech_clips import SPEECH, Clip, cut_offs, read_speech
 from ltu.data.audio import SAMPLING_RATE
 
 SPEECH_FRACTION = 0.4  # Of the examples of every stage.
@@ -57,7 +57,7 @@ def render_speech(
         versions[clip["file"]] = [{"audio_id": committed(clip, folder), "factor": 1.0}]
         for number in range(1, args.versions):
             audio_id = f"audio/speech_{Path(clip['file']).stem}_{number}.flac"
-            waveform, provenance = speech_rows.change(clip, Random(f"{args.seed}/{audio_id}"))
+            waveform, provenance = speech_examples.change(clip, Random(f"{args.seed}/{audio_id}"))
             soundfile.write(folder / audio_id, waveform, SAMPLING_RATE, subtype="PCM_16")
             sources[audio_id] = provenance | {"seconds": len(waveform) / SAMPLING_RATE}
             version = {"audio_id": audio_id, "factor": provenance["factor"]}
@@ -78,7 +78,7 @@ def without_input(rows: list[dict]) -> list[dict]:
     """
     changed = []
     for row in rows:
-        if not speech_rows.is_rendered(row):
+        if not speech_examples.is_rendered(row):
             row = {key: value for key, value in row.items() if key != "input"}
         changed.append(row)
     return changed
@@ -103,9 +103,9 @@ def show(
     sounds = [row for row in files["heldout_show"] if row["task"] in ("cla_label", "identify_why")]
     clip = rng.choice(clips)
     version = {"audio_id": committed(clip, folder), "factor": 1.0}
-    joint = speech_rows.make_row("speech_joint", clip, version, cuts, rng, "test")
+    joint = speech_examples.make_row("speech_joint", clip, version, cuts, rng, "test")
     spoken = [rng.choice(files[file]) for file in ("speech_gender_empty", "speech_words_whisper")]
-    return [*sounds, *spoken, speech_rows.with_transcript(joint, clip["text"])]
+    return [*sounds, *spoken, speech_examples.with_transcript(joint, clip["text"])]
 
 
 def make(args: argparse.Namespace) -> Counter:
@@ -129,14 +129,16 @@ def make(args: argparse.Namespace) -> Counter:
             num_sounds = (count - num_speech + number) // len(sound_stages)
             rows += build.stage_rows(sound_stage, num_sounds, training, pools, rng)
         rows = without_input(rows)
-        rows += speech_rows.stage_rows(fractions, num_speech, train, versions, cuts, rng)
+        rows += speech_examples.stage_rows(fractions, num_speech, train, versions, cuts, rng)
         rng.shuffle(rows)
         files[f"stage{stage}"] = rows
 
     sounds = build.heldout_rows(heldout, folder, f"{args.seed}/{args.fold}")
     files |= {file: without_input(rows) for file, rows in sounds.items()}
     known = {clip["voice"] for clip in train}
-    files |= speech_rows.heldout_rows(test, known, lambda clip: committed(clip, folder), cuts, name)
+    files |= speech_examples.heldout_rows(
+        test, known, lambda clip: committed(clip, folder), cuts, name
+    )
     files["show"] = show(files, test, folder, cuts, name)
     del files["heldout_show"]
     return build.write_files(files, sources | speech_sources, folder)

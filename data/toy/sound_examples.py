@@ -9,7 +9,7 @@ and those for the test have no question in common.
 from random import Random
 
 from data import closed_qa
-from data.toy.sounds import Sound, read_json
+from data.toy.sound_clips import Sound, read_json
 
 QUESTIONS = read_json("questions.json")
 VOCABULARY = read_json("labels.json")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs one fold of the toy experiment with LTU: builds the dataset and the initial checkpoint,
 # trains the stages, and generates answers for held-out clips after each of them.
-# bash train_scripts/toy_fold.sh FOLD SEED DIR [FLAGS of ltu.finetune]
+# bash train_scripts/quickstart/toy_fold.sh FOLD SEED DIR [FLAGS of ltu.finetune]
 #   STAGES  names of stage scripts in order; the default is all four
 #   ROWS    numbers of examples of stages 1 to 4; the default is that of data.toy.build
 # Finished work is skipped.
-source "$(dirname "$0")/run.sh"
+source "$(dirname "$0")/../functions.sh"
 fold=$1 seed=$2
 export EXP=$3
 shift 3
@@ -34,7 +34,7 @@ for stage in $stages; do
     # model would name fewer labels exactly.
     stage_flags=""
     case $stage in stage4_*) stage_flags="--learning_rate 5e-4" ;; esac
-    bash "train_scripts/ltu/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/tiny.args) \
+    bash "train_scripts/ltu/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/quickstart/toy.args) \
         $stage_flags "$@"
 
     if [ -n "$is_new" ] || [ ! -f "$answers/show.json" ]; then

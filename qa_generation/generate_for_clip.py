@@ -17,8 +17,8 @@ from pathlib import Path
 from qa_generation.filters import make_filter
 from qa_generation.llm import Llm, LlmSettings, Message, Reply, RequestFailed, estimate_tokens
 from qa_generation.metadata import Clips
+from qa_generation.metadata_prompts import Row, Source, message
 from qa_generation.qa_json import Pair, Reject, parse_pairs
-from qa_generation.sources import Row, Source, message
 
 PROMPTS = Path(__file__).parent / "prompts"
 TASK = "open-ended question"
