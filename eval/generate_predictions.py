@@ -109,6 +109,7 @@ def generate(
     Returns:
         The number of questions without an answer.
     """
+    # Find the tasks without predictions of these weights and settings, and divide them into trials.
     wanted = {}
     todo = {}  # task -> examples
     trials = {}  # task -> trial of each example
@@ -121,6 +122,7 @@ def generate(
             trials[task] = number_trials(todo[task], is_sampled)
             num_trials = max(num_trials, max(trials[task]) + 1)
 
+    # Generate each trial with its own seed.
     flags = settings.parse_flags(model)
     open_once = cache(partial(open_engine, flags))
     for trial in range(num_trials):
@@ -140,6 +142,7 @@ def generate(
         for path, own_provenance in provenances.items():
             write_provenance(path, own_provenance)
 
+    # Merge the trials of each task.
     num_failed = 0
     for task, numbers in trials.items():
         predictions = _merge_trials(task, numbers, folder)

@@ -21,8 +21,10 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.predictions_file import AnswerFile
 from ltu.inference.requests import Request
+from ltu_as.convert_checkpoint import main as convert
 from tests.test_eval_questions import Stub
 from tests.tiny import LORA, clip, write_checkpoint, write_llm
+from tests.whisper_tiny import save_whisper
 
 GENRES = [
     "Hip-Hop",
@@ -350,6 +352,34 @@ def test_label_scores(model, folder, monkeypatch):
         ValueError, match="Nothing is left to score. m, voxceleb_age: it has no classes"
     ):
         run.main(["--task", "all", *labels[2:]])
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_ltu_as(folder, tmp_path, capsys):
+    """The engine opens it as it opens LTU, and the transcripts in its predictions are scored."""
+    save_whisper(tmp_path / "whisper.pt")
+    write_llm(tmp_path / "llm")
+    checkpoint = tmp_path / "init"
+    flags = f"--init --llm {tmp_path}/llm --whisper {tmp_path}/whisper.pt --num_layer_heads 2"
+    convert(f"{flags} --feature_precision fp32 --output_dir {checkpoint}".split())
+    examples = []
+    for number, transcript in enumerate(["good morning", "it rains"]):
+        example = {
+            "instruction": "Can you identify the spoken text?",
+            "input": transcript,
+            "audio_id": f"{number}.wav",
+            "output": "Spoken text: good morning",
+        }
+        examples.append(example)
+    write(Path("librispeech.json"), examples)
+    flags = ["--task", "librispeech", "--model", f"as={checkpoint}", "--output_dir", "out"]
+    flags += ["--questions", "librispeech.json", *GENERATION]
+    assert run.main(flags) == 0 and num_generated(capsys) == ["2"]
+    predictions = json.loads(Path("out/as/librispeech.predictions.json").read_text())
+    assert [row["model"] for row in predictions] == ["ltu_as", "ltu_as"]
+    assert [row["transcript"] for row in predictions] == ["good morning", "it rains"]
+    # Both words of the second transcript are wrong.
+    assert result()["on_all"]["wer_whisper"] == pytest.approx(2 / 4)
 
 
 # --- scoring
