@@ -44,7 +44,14 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
         environment["ROWS"] = ",".join(map(str, rows))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
-    command = ["bash", f"train_scripts/quickstart/{SCRIPTS[kind]}", str(fold), str(seed), str(folder), *flags]
+    command = [
+        "bash",
+        f"train_scripts/quickstart/{SCRIPTS[kind]}",
+        str(fold),
+        str(seed),
+        str(folder),
+        *flags,
+    ]
     subprocess.run(command, env=environment, check=True)
 
 

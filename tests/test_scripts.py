@@ -129,13 +129,13 @@ def test_stages_of_ltu_as(tmp_path: Path) -> None:
         _, argv = run_script(f"ltu_as/{name}", tmp_path, **environment)
         model, data, run = parse_args(argv[2:])
         assert run.output_dir == f"out dir/{name}"
-        assert data.feature_root == "my features"
+        assert data.front_end["feature_root"] == "my features"
         base_models.append(Path(model.base_model).name)
     assert base_models == ["my_init", "stage1_proj_cla", "stage2_all_cla", "stage2_all_cla"]
 
     _, argv = run_script("ltu_as/stage1_proj_cla", tmp_path)
     _, data, _ = parse_args(argv[2:])
-    assert data.feature_root is None
+    assert data.front_end["feature_root"] is None
 
 
 @pytest.mark.parametrize("name", [*STAGES, "finetune_toy"])

@@ -89,7 +89,9 @@ class EmbeddingCache:
         stored = None
         if request.num_chunks == 1:
             try:
-                stored = self.processor.find_stored_features(request.audio, request.audio_id)
+                stored = self.processor.front_end.find_stored_features(
+                    request.audio, request.audio_id
+                )
             except AudioError:
                 return None
         if stored is None:
@@ -134,12 +136,12 @@ class EmbeddingCache:
         digest = self.hash_of(request)
         # Without content nothing can be cached, but two requests of one call may mean the same.
         name = None if digest else (str(request.audio), request.audio_id)
-        return digest, name, request.num_chunks, self.processor.audio_settings
+        return digest, name, request.num_chunks, self.processor.front_end.settings
 
     def _find_or_load(self, key: tuple, requests: list[Any]) -> PendingClip:
         """Take a clip from the cache, or load it if the requests need more than the cache has."""
         needs_embeds = any(request.mode != "asr_only" for request in requests)
-        needs_transcript = self.processor.transcribes and any(
+        needs_transcript = self.processor.front_end.transcribes and any(
             request.transcript is None and request.mode != "audio_only" for request in requests
         )
         known = self.entries.get(key, AudioClip(None, 0.0))
@@ -154,7 +156,9 @@ class EmbeddingCache:
         return PendingClip(key, clip, needs_embeds, needs_transcript)
 
     def _load(self, request: Any, needs_transcript: bool) -> AudioClip:
-        clip = self.processor.load_clip(request.audio, request.audio_id, request.num_chunks)
+        clip = self.processor.front_end.load_clip(
+            request.audio, request.audio_id, request.num_chunks
+        )
         config = self.model.config
         max_chunks = max(1, config.num_positions // config.num_audio_tokens)
         clip.num_chunks = min(clip.num_chunks, max_chunks)
@@ -171,7 +175,7 @@ class EmbeddingCache:
             if waiting.needs_transcript and waiting.clip.transcript is None
         ]
         if without_transcript:
-            self.processor.complete_transcripts(
+            self.processor.front_end.complete_transcripts(
                 without_transcript, [None] * len(without_transcript)
             )
         batches = _make_batches([waiting.clip for waiting in pending if waiting.needs_embeds])
@@ -197,7 +201,7 @@ class EmbeddingCache:
         return errors
 
     def _embed(self, clips: list[AudioClip]) -> None:
-        features = self.processor.extract_features(clips)  # (chunks, ...)
+        features = self.processor.front_end.extract_features(clips)  # (chunks, ...)
         # TF32 would round convolutions to 10 bits, and make embeddings depend on the batch.
         with torch.backends.cudnn.flags(allow_tf32=False):
             parts = [

@@ -104,8 +104,7 @@ class LtuEngine:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
         processor = AutoProcessor.from_pretrained(folder)
-        if hasattr(processor.feature_extractor, "device"):  # LTU-AS's is a Whisper.
-            processor.feature_extractor.device = device
+        processor.front_end.to(device)
         if compile:
             model.language_model.compile(dynamic=True)
         model = model if device_map else model.to(device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 
 DESCRIPTION = (
@@ -97,26 +98,6 @@ class DataArguments:
             "dataset file."
         },
     )
-    feature_root: str | None = field(
-        default=None,
-        metadata={
-            "help": "LTU-AS: a folder of stored features, by ltu_as.extract_whisper_feature or the "
-            "original's .npz files."
-        },
-    )
-    feature_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "LTU-AS: the precision of Whisper's encoder, fp16 or fp32. The default is that "
-            "of the checkpoint."
-        },
-    )
-    whisper: str | None = field(
-        default=None, metadata={"help": "LTU-AS: another path of the checkpoint's Whisper."}
-    )
-    transcription_model: str | None = field(
-        default=None, metadata={"help": "LTU-AS: another Whisper, which makes the transcripts."}
-    )
     cutoff_len: int = field(
         default=108,
         metadata={
@@ -168,6 +149,8 @@ class DataArguments:
         default=False,
         metadata={"help": "Print steps, sizes and the trainable parameters, and stop."},
     )
+    # Values of the flags that the audio front ends add, by name.
+    front_end: dict[str, str | None] = field(init=False, default_factory=dict)
 
 
 @dataclass
@@ -240,9 +223,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, RunArguments), description=DESCRIPTION, allow_abbrev=False
     )
-    model_args, data_args, run_args = parser.parse_args_into_dataclasses(
+    add_front_end_flags(parser)
+    model_args, data_args, run_args, *others = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False
     )
+    for namespace in others:
+        data_args.front_end = read_front_end_flags(namespace)
 
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:

@@ -97,7 +97,7 @@ def _index_schema(path: Path, state: os.stat_result, processor: Any) -> pyarrow.
         "bytes": state.st_size,
         "mtime_ns": state.st_mtime_ns,
         "sha256": sha256_of(path),
-        "transcribes": processor.transcribes,
+        "transcribes": processor.front_end.transcribes,
     }
     fields = [(name, pyarrow.string()) for name in TEXTS]
     fields += [(name, pyarrow.int32()) for name in COUNTS]
@@ -125,7 +125,7 @@ def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> I
 
 def _make_columns(examples: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
     """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
-    examples = processor.add_transcripts(examples)
+    examples = processor.front_end.add_transcripts(examples)
     columns = []
     for name in TEXTS:
         columns.append([_as_utf8(example.get(name), name) for example in examples])
@@ -247,13 +247,13 @@ class IndexedRows(Sequence):
             RowError: the index was made with another tokenizer or prompt template or for the other
                 kind of model, or a question alone fills the cutoff.
         """
-        # LTU and LTU-AS fill in different texts where an example has no `input`.
-        if self.about["transcribes"] != processor.transcribes:
-            made_for = "LTU" if processor.transcribes else "LTU-AS"
-            used_for = "LTU-AS" if processor.transcribes else "LTU"
+        # A model with transcripts fills in other texts where an example has no `input`.
+        transcribes = processor.front_end.transcribes
+        if self.about["transcribes"] != transcribes:
+            kinds = {True: "a model with transcripts", False: "a model without transcripts"}
             raise RowError(
-                f"{self.path} was made for {made_for}; this checkpoint is of {used_for}. "
-                "Build it again."
+                f"{self.path} was made for {kinds[not transcribes]}; this checkpoint is of "
+                f"{kinds[transcribes]}. Build it again."
             )
 
         probed = torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()
