@@ -33,7 +33,7 @@ LABELS = [
     "</s> is text",
     "<|im_end|> is text",
 ]
-LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
 def engine_of(root: Path, kind: str) -> LtuEngine:

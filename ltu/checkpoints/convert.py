@@ -70,8 +70,8 @@ def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict 
         raise ValueError(f"LoRA of several ranks in one file: {sorted(ranks)}.")
     return {
         "r": ranks.pop(),
-        "alpha": alpha,
-        "dropout": dropout,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
         "target_modules": sorted(targets),
     }
 

@@ -54,14 +54,19 @@ def inject_lora(language_model: Any, lora: dict) -> None:
 
     Args:
         language_model: a causal LM, which is changed.
-        lora: `{"r", "alpha", "dropout", "target_modules"}`.
+        lora: arguments of peft's `LoraConfig`.
+
+    Raises:
+        ValueError: peft does not know one of the arguments.
     """
-    config = LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=lora["target_modules"],
-    )
+    try:
+        config = LoraConfig(**lora)
+    except TypeError as error:
+        known = "r, lora_alpha, lora_dropout and target_modules"
+        raise ValueError(
+            f"The LoRA settings {lora} are no arguments of peft's LoraConfig ({error}). Use the "
+            f"names {known} in config.json."
+        ) from error
     inject_adapter_in_model(config, language_model)
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name:

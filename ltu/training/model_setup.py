@@ -7,7 +7,7 @@ import torch
 from ltu.checkpoints.open_checkpoint import open_model
 from ltu.training.arguments import ModelArguments, parse_list
 
-DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05}
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
 
 def device_has_bf16() -> bool:
@@ -63,8 +63,8 @@ def _lora_flags(args: ModelArguments) -> dict[str, Any]:
     """Return the settings of LoRA that the flags give."""
     flags: dict[str, Any] = {
         "r": args.lora_r,
-        "alpha": args.lora_alpha,
-        "dropout": args.lora_dropout,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
     }
     if args.lora_target_modules is not None:
         flags["target_modules"] = parse_list(args.lora_target_modules)
@@ -77,8 +77,9 @@ def _check_lora_flags(
     """Raise a ValueError if a flag differs from the LoRA of the checkpoint."""
     differences = {}
     for name, value in lora_flags.items():
-        if _sorted_if_list(value) != _sorted_if_list(stored_lora[name]):
-            differences[name] = (value, stored_lora[name])
+        stored = stored_lora.get(name)
+        if _sorted_if_list(value) != _sorted_if_list(stored):
+            differences[name] = (value, stored)
     if differences:
         raise ValueError(
             f"{base_model} already has LoRA {stored_lora}; these flags differ: {differences}. "
