@@ -5,7 +5,6 @@ The authors round sizes and publish no hashes: a row has a sha256 only where som
 
 import argparse
 import difflib
-import importlib
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from ltu.checkpoints.convert import CONVERTERS
 from ltu.checkpoints.download import DownloadError, RemoteFile, fetch
 from ltu.data.check_examples import NO_AUDIO
 from ltu.files import replace_file
@@ -342,10 +342,15 @@ def make_checkpoint(row: Released, models: Path, llm: str, source: str | None = 
         )
     folder = models / row.name
     if not (folder / "ltu_state.json").is_file():  # The conversion writes it last.
+        if row.kind not in CONVERTERS:
+            raise DownloadError(
+                f"{row.name} is of {row.kind}. Use the commands of {row.kind}: "
+                f"python -m {row.kind}.released"
+            )
         download(row, models, source)
-        # Import by name: ltu imports nothing of ltu_as.
-        command = importlib.import_module(f"{row.kind}.convert_checkpoint")
-        command.main(conversion(row, models, llm))
+        settings = {"feature_precision": row.precision} if row.precision else {}
+        converter = CONVERTERS[row.kind](**settings)
+        converter.convert_original(models / row.file, llm, folder)
     return folder
 
 

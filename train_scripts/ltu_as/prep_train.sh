@@ -17,5 +17,5 @@
 # LLM: the language model, a folder or hub id. Relative paths are relative to the repository root.
 source "$(dirname "$0")/../functions.sh"
 
-"${PYTHON:-.venv/bin/python}" -m ltu.released prep --kind ltu_as \
+"${PYTHON:-.venv/bin/python}" -m ltu_as.released prep --kind ltu_as \
     --llm "${LLM:-lmsys/vicuna-7b-v1.1}" "$@"
