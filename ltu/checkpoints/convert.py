@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import FEATURE_EXTRACTOR_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from ltu.checkpoints.original_checkpoints import (
     CAV_MAE_KEYS,
@@ -34,12 +34,12 @@ from ltu.checkpoints.save_checkpoint import (
     write_folder,
 )
 from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig
+from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, sha256_of_weights
 from ltu.models.modeling_ltu import LtuMultiModalProjector
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import load_prompt_template
 
-AUDIO_ENCODERS = ("cavmae", "yamnet", "tltr")  # Model types of our folders of an audio encoder.
 # Names of the input embeddings in the files of language models.
 EMBEDDINGS = (
     "model.embed_tokens",
@@ -228,7 +228,8 @@ class LtuConverter:
             weights = Path(path) / "model.safetensors"
             if weights.is_file():
                 config = AutoConfig.from_pretrained(path)
-                if config.model_type in AUDIO_ENCODERS:
+                extractor_class = FEATURE_EXTRACTOR_MAPPING.get(type(config), object)
+                if issubclass(extractor_class, ChunkedFeatureExtractor):
                     return config, _add_prefix("audio_tower", load_state(weights)), {}
             state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
         check_audio_encoder(state, self.config_class.model_type, path)

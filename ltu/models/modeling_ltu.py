@@ -306,7 +306,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         config: LtuConfig | None = None,
         language_model: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
-        device_map: Any = None,
+        device_map: str | dict | None = None,
         **kwargs: Any,
     ) -> "LtuForConditionalGeneration":
         """Open a checkpoint folder, or a hub id that holds one.

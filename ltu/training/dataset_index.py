@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ltu.data.check_examples import checked_rows, no_answer_left, with_audio
 from ltu.data.dataset_parser import RowError
 from ltu.files import sha256_of, sync_and_rename
+from ltu.models.processing_ltu import LtuProcessor
 
 ENDING = ".arrow"
 ROWS_AT_ONCE = 16_384  # Examples in one record batch.
@@ -40,7 +41,7 @@ PROBED = 256  # Examples whose lengths are compared with those of the processor 
 
 def build_index(
     path: str | Path,
-    processor: Any,
+    processor: LtuProcessor,
     output: str | Path | None = None,
     audio_root: str | Path | None = None,
 ) -> Path:
@@ -90,7 +91,7 @@ def build_index(
     return output
 
 
-def _index_schema(path: Path, state: os.stat_result, processor: Any) -> pyarrow.Schema:
+def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> pyarrow.Schema:
     """Return the columns of an index, with a description of the dataset file as metadata."""
     about = {
         "source": path.name,
@@ -104,7 +105,9 @@ def _index_schema(path: Path, state: os.stat_result, processor: Any) -> pyarrow.
     return pyarrow.schema(fields, {"ltu": json.dumps(about)})
 
 
-def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> Iterator[list[list]]:
+def _tokenize_blocks(
+    first: dict, examples: Iterator[dict], processor: LtuProcessor
+) -> Iterator[list[list]]:
     """Yield the columns of each block of `ROWS_AT_ONCE` examples.
 
     A thread tokenizes a block while the next one is read; the tokenizer releases Python's lock.
@@ -123,7 +126,9 @@ def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> I
             yield pending.result()
 
 
-def _make_columns(examples: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
+def _make_columns(
+    examples: list[dict], processor: LtuProcessor, known: dict[str, int]
+) -> list[list]:
     """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
     examples = processor.front_end.add_transcripts(examples)
     columns = []
@@ -152,7 +157,7 @@ def _as_utf8(text: str | None, name: str) -> bytes | None:
 
 
 def count_tokens(
-    rows: list[dict], processor: Any, known: dict[str, int] | None = None
+    rows: list[dict], processor: LtuProcessor, known: dict[str, int] | None = None
 ) -> list[list[int]]:
     """Count the text tokens that `encode_example` makes of each example, before any cutoff.
 
@@ -240,7 +245,7 @@ class IndexedRows(Sequence):
         """Return the examples at the positions `part`, (n,)."""
         return IndexedRows(self.path, self.audio_root, self.part[part])
 
-    def check(self, processor: Any, cutoff_len: int, train_on_inputs: bool) -> None:
+    def check(self, processor: LtuProcessor, cutoff_len: int, train_on_inputs: bool) -> None:
         """Validate the index against the run that uses it.
 
         Raises:

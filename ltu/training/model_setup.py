@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ltu.checkpoints.open_checkpoint import open_model
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.training.arguments import ModelArguments, parse_list
 
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
@@ -26,7 +27,7 @@ def device_has_bf16() -> bool:
     return False
 
 
-def open_to_train(args: ModelArguments, bf16: bool) -> Any:
+def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
     """Open the model of `--base_model`, and add LoRA and freeze parameters as the flags say.
 
     Raises:
