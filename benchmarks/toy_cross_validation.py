@@ -20,6 +20,7 @@ of training.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
         environment["ROWS"] = ",".join(map(str, rows))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
-    command = ["bash", f"train_scripts/quickstart/{SCRIPTS[kind]}", str(fold), str(seed), str(folder), *flags]
+    script = f"train_scripts/quickstart/{SCRIPTS[kind]}"
+    command = ["bash", script, str(fold), str(seed), str(folder), *flags]
     subprocess.run(command, env=environment, check=True)
 
 
@@ -53,7 +55,7 @@ def learning_rate() -> list[str]:
 
     Stage 4 alone must learn what they otherwise do.
     """
-    flags = Path("train_scripts/quickstart/toy.args").read_text().split()
+    flags = shlex.split(Path("train_scripts/quickstart/toy.args").read_text(), comments=True)
     position = flags.index("--learning_rate")
     return flags[position : position + 2]
 

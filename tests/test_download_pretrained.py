@@ -1,4 +1,4 @@
-"""Tests download_pretrained: every failure names other ways to get a part; finished parts are skipped."""
+"""Tests download_pretrained: failures name other ways to get a part; finished ones are skipped."""
 
 import dataclasses
 import hashlib

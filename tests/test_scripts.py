@@ -22,11 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["stage1_proj_cla", "stage2_all_cla", "stage3_all_close", "stage4_all_mix"]
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("train_scripts/**/*.sh"), ROOT / ".ci" / "run"])
 PACKAGES = ("ltu", "ltu_as", "data", "eval", "qa_generation", "benchmarks", "train_scripts")
-TINY = [
-    line
-    for line in (ROOT / "train_scripts/quickstart/toy.args").read_text().splitlines()
-    if not line.startswith("#")
-]
+CURRICULUM = "train_scripts/curriculum.args"
+TOY = "train_scripts/quickstart/toy.args"
+
+
+@pytest.fixture(autouse=True)
+def repository_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change to the folder in which the scripts start their commands."""
+    monkeypatch.chdir(ROOT)
 
 
 def run_script(
@@ -95,7 +98,7 @@ def test_hyper_parameters(name, plan, micro, epochs, rate, cutoff, tmp_path: Pat
     status, argv = run_script(name, tmp_path)
     assert status == 0
     package = name.split("/")[0] if "/" in name else "ltu"
-    assert argv[:2] == ["-m", f"{package}.finetune"]
+    assert argv[:3] == ["-m", f"{package}.finetune", f"@{CURRICULUM}"]
     model, data, run = parse_args(argv[2:])
     assert model.trainable_params == plan
     assert model.lora_target_modules == ('["dummy"]' if plan == "proj" else "[q_proj,v_proj]")
@@ -140,11 +143,38 @@ def test_stages_of_ltu_as(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*STAGES, "finetune_toy"])
 def test_later_flags_override(name: str, tmp_path: Path) -> None:
-    expected = dict(line.lstrip("-").split(" ", 1) for line in TINY if " " in line)
-    _, argv = run_script(name, tmp_path, *" ".join(TINY).split(), "--seed", "7")
-    _, _, run = parse_args(argv[2:])
-    assert run.batch_size == int(expected["batch_size"])
+    _, argv = run_script(name, tmp_path, f"@{TOY}", "--seed", "7")
+    model, data, run = parse_args(argv[2:])
+    assert (run.batch_size, run.warmup_steps, run.learning_rate) == (4, 10, 2e-3)
+    assert model.freeze_audio_tower
+    assert not data.train_on_inputs
+    assert data.original_positions
     assert run.seed == 7
+
+
+def test_a_script_shows_only_what_is_its_own() -> None:
+    """No script repeats a flag of curriculum.args with the same value."""
+    text = (ROOT / CURRICULUM).read_text()
+    shared = [shlex.split(line, comments=True) for line in text.splitlines()]
+    for script in ROOT.glob("train_scripts/ltu*/*.sh"):
+        words = shlex.split(script.read_text(), comments=True)
+        for flag in shared:
+            if flag and flag[0] in words:
+                start = words.index(flag[0])
+                assert words[start : start + len(flag)] != flag, f"{script.name}: {flag}"
+
+
+def test_flags_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Comments, several flags in a line, quotes; the last value of a flag counts."""
+    required = ["--base_model", "a", "--data_path", "b", "--output_dir", "c"]
+    file = tmp_path / "my flags.args"
+    file.write_text("# 4\n\n--seed 4 --num_epochs 3  # epochs\n--llm 'my folder'\n")
+    model, _, run = parse_args([*required, "--seed", "1", f"@{file}", "--num_epochs", "2"])
+    assert (run.seed, run.num_epochs, model.llm) == (4, 2, "my folder")
+    with pytest.raises(SystemExit) as end:
+        parse_args([*required, f"@{tmp_path}/missing.args"])
+    assert end.value.code == 2
+    assert "missing.args" in capsys.readouterr().err
 
 
 def test_processes_and_exit_status(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # step TEXT...: prints a headline with the minutes and seconds since the start.
 step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
-# finetune FLAGS...: runs $MODEL.finetune, unless the stage in --output_dir is finished. Of a flag
-# that is given twice, the last one counts.
+# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and these, unless the
+# stage in --output_dir is finished. Of a flag that is given twice, the last one counts.
 #   MODEL          ltu (the default) or ltu_as
 #   NPROC          number of processes; the default is one per visible GPU, or one
 #   PYTHON         the interpreter; the default is that of .venv
@@ -32,6 +32,7 @@ finetune() {
     if [ -z "${NPROC:-}" ] && command -v nvidia-smi > /dev/null; then
         nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
+    set -- @train_scripts/curriculum.args "$@"
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     if [ "${NNODES:-1}" -gt 1 ]; then
         : "${RDZV_ENDPOINT:?NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, which all machines reach}"

@@ -34,7 +34,7 @@ for stage in $stages; do
     # model would name fewer labels exactly.
     stage_flags=""
     case $stage in stage4_*) stage_flags="--learning_rate 5e-4" ;; esac
-    bash "train_scripts/ltu/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/quickstart/toy.args) \
+    bash "train_scripts/ltu/$stage.sh" --seed "$seed" @train_scripts/quickstart/toy.args \
         $stage_flags "$@"
 
     if [ -n "$is_new" ] || [ ! -f "$answers/show.json" ]; then

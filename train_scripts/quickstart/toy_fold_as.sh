@@ -47,7 +47,7 @@ for stage in $stages; do
     if ! grep -qs '"finished": true' "$EXP/$stage/ltu_state.json"; then is_new=yes; fi
     stage_flags=""
     case $stage in stage3_*) stage_flags="--learning_rate 5e-4" ;; esac
-    bash "train_scripts/ltu_as/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/quickstart/toy.args) \
+    bash "train_scripts/ltu_as/$stage.sh" --seed "$seed" @train_scripts/quickstart/toy.args \
         --cutoff_len 160 $stage_flags "$@"
 
     # After stage 1 the model does not generate well-formed answers yet.
