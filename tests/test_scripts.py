@@ -6,7 +6,6 @@ They parse, the scripts pass the papers' hyper-parameters, and finished stages a
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ltu import finetune
 from ltu.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,18 +184,39 @@ def test_processes_and_exit_status(tmp_path: Path) -> None:
     assert argv[: argv.index("ltu.finetune") + 1] == launcher.split()
 
 
+class TrainingStarted(Exception):
+    """A stage was not skipped."""
+
+
 @pytest.mark.parametrize("flags", [(), ("--output_dir", "{}"), ("--output_dir={}",)])
-def test_finished_stage_is_skipped(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_finished_stage_is_skipped(
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     folder = tmp_path / "exp" / "stage1_proj_cla"
     folder.mkdir(parents=True)
     arguments = [flag.format(folder) for flag in flags]
     exp = str(tmp_path / "elsewhere" if flags else tmp_path / "exp")
-    for finished in (False, True):
-        state = {"step": 5, "finished": finished}
-        (folder / "ltu_state.json").write_text(json.dumps(state, indent=1))
-        status, argv = run_script("stage1_proj_cla", tmp_path, *arguments, EXP=exp)
-        assert status == 0
-        assert bool(argv) is not finished
+    status, argv = run_script("stage1_proj_cla", tmp_path, *arguments, EXP=exp)
+    assert status == 0
+
+    def train(*_) -> None:
+        raise TrainingStarted
+
+    monkeypatch.setattr(finetune, "make_trainer", train)
+    states = ['{"step": 5, "finished": false}', '{"stage": "init"}', '{"step": 5, "finis']
+    for text in states:
+        (folder / "ltu_state.json").write_text(text)
+        with pytest.raises(TrainingStarted):
+            finetune.main(argv[2:])
+    (folder / "ltu_state.json").write_text('{"step": 5, "finished": true}')
+    capsys.readouterr()
+    finetune.main(argv[2:])
+    assert capsys.readouterr().out == f"{folder} is finished; remove it to train again\n"
+    with pytest.raises(TrainingStarted):
+        finetune.main([*argv[2:], "--skip_finished", "False"])
 
 
 def test_paths_are_relative_to_the_repository(tmp_path: Path) -> None:

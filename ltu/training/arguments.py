@@ -189,6 +189,10 @@ class RunArguments:
     micro_batch_size: int = field(
         default=8, metadata={"help": "The number of examples in one forward pass of one rank."}
     )
+    skip_finished: bool = field(
+        default=False,
+        metadata={"help": "Do not train again if the run in --output_dir is finished."},
+    )
     num_epochs: int = 1
     max_steps: int = field(
         default=-1,
