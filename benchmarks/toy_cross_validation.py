@@ -28,7 +28,7 @@ from data.toy.build import ROWS
 from eval import toy, toy_speech
 
 STAGE4 = "stage4_all_mix"
-SCRIPTS = {"ltu": "toy_fold.sh", "ltu_as": "toy_fold_as.sh"}
+SCRIPT = "train_scripts/quickstart/toy_fold.sh"
 
 
 def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None:
@@ -45,8 +45,7 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
         environment["ROWS"] = ",".join(map(str, rows))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
-    script = f"train_scripts/quickstart/{SCRIPTS[kind]}"
-    command = ["bash", script, str(fold), str(seed), str(folder), *flags]
+    command = ["bash", SCRIPT, kind, str(fold), str(seed), str(folder), *flags]
     subprocess.run(command, env=environment, check=True)
 
 
@@ -115,7 +114,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("exp/toy"))
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=list(SCRIPTS), default="ltu")
+    parser.add_argument("--kind", choices=("ltu", "ltu_as"), default="ltu")
     parser.add_argument(
         "--alone",
         action="store_true",

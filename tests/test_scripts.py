@@ -219,6 +219,84 @@ def test_finished_stage_is_skipped(
         finetune.main([*argv[2:], "--skip_finished", "False"])
 
 
+# A Python whose commands only create their outputs, empty. It appends the module of each command
+# to commands.txt in its folder.
+TOY_STUB = """#!/bin/sh
+shift
+module=$1
+flag=""
+for word in "$@"; do
+    case $word in
+        --*) flag=$word ;;
+        *)
+            case $flag in
+                --output_dir) mkdir -p "$word"; output_dir=$word ;;
+                --output_path) mkdir -p "$(dirname "$word")"; touch "$word" ;;
+            esac
+            ;;
+    esac
+done
+case $module in
+    *.finetune)
+        test -f "$output_dir/model.safetensors" && exit
+        touch "$output_dir/model.safetensors"
+        ;;
+    *.convert_checkpoint) touch "$output_dir/ltu_state.json" ;;
+esac
+echo "$module" >> "$(dirname "$0")/commands.txt"
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "last_stage"),
+    [
+        (
+            "ltu",
+            "data.toy.build ltu.convert_checkpoint"
+            + 4 * " ltu.finetune ltu.inference_batch eval.toy",
+            "stage4_all_mix",
+        ),
+        (
+            "ltu_as",
+            "data.toy.build_ltu_as ltu_as.extract_whisper_feature ltu_as.convert_checkpoint"
+            + " ltu_as.finetune"
+            + 2 * " ltu_as.finetune ltu_as.inference_batch eval.toy"
+            + " eval.toy_speech",
+            "stage3_all_mix_v2",
+        ),
+    ],
+)
+def test_toy_fold(kind: str, expected: str, last_stage: str, tmp_path: Path) -> None:
+    """A second run does nothing; a stage that was trained again gets new answers."""
+    stub = tmp_path / "python"
+    stub.write_text(TOY_STUB)
+    stub.chmod(0o755)
+    done = tmp_path / "commands.txt"
+    folder = tmp_path / "my fold"
+    command = ["bash", "train_scripts/quickstart/toy_fold.sh", kind, "0", "0", str(folder)]
+    environment = os.environ | {"PYTHON": str(stub)}
+
+    def run() -> list[str]:
+        done.write_text("")
+        subprocess.run(command, env=environment, timeout=60, check=True)
+        return done.read_text().split()
+
+    assert run() == expected.split()
+    assert run() == []
+
+    weights = folder / last_stage / "model.safetensors"
+    weights.unlink()
+    after_training = [f"{kind}.finetune", f"{kind}.inference_batch", "eval.toy"]
+    if kind == "ltu_as":
+        after_training.append("eval.toy_speech")
+    assert run() == after_training
+
+    # The run was killed after training, with the answers of an earlier model in place.
+    now = weights.stat().st_mtime
+    os.utime(weights, (now + 10, now + 10))
+    assert run() == after_training[1:]
+
+
 def test_paths_are_relative_to_the_repository(tmp_path: Path) -> None:
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\npwd\n")
