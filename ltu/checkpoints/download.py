@@ -10,7 +10,6 @@ for each request.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from ltu.files import replace_file, sha256_of
@@ -77,8 +77,8 @@ def fetch(row: RemoteFile, url: str, folder: Path) -> Path:
     part = target.with_name(f"{target.name}.part")
     receipt = target.with_name(f"{target.name}.received.json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # The ranks of a run may all request the same file.
+    # The ranks of a run may all request the same file.
+    with FileLock(target.with_name(f".{target.name}.lock")):
         # A folder appears when it is complete: a folder without a receipt was unpacked by hand.
         if result.is_dir() or _is_received(result, receipt):
             return result
