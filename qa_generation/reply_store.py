@@ -12,12 +12,13 @@ file is opened. Only the offsets in the file are held in memory: about 150 bytes
 lock ends with its process: two runs on one file would pay twice.
 """
 
-import fcntl
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 BEGINNING = b'{"key": "'  # of every line
 
@@ -42,14 +43,11 @@ class ReplyStore:
         self.lost = 0  # tokens reserved for tries without a reply
         self.end = 0  # offset after the last whole line
         self.is_torn = False  # there may be half a line after `end`
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read_all()
-        except BlockingIOError:
+        if not lock_descriptor(self.file.fileno(), blocking=False):
             self.file.close()
-            raise ValueError(
-                f"Another run is adding to {self.path}. Wait for it or stop it."
-            ) from None
+            raise ValueError(f"Another run is adding to {self.path}. Wait for it or stop it.")
+        try:
+            self._read_all()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.file.close()
             raise ValueError(
