@@ -115,7 +115,7 @@ def make_question(
     return question.format(**fields), answer.format(**fields)
 
 
-def make_row(
+def make_example(
     question: str, answer: str, audio_id: str, dataset: str, task: str, text: str | None = ""
 ) -> dict[str, str]:
     """Return an example with its keys in the order of the papers' data.
@@ -336,7 +336,7 @@ def rows_of(
             )
             transcript = record.get("input", None if record.get("text") else "")
             dataset = record.get("dataset") or settings.dataset
-            yield make_row(question, answer, record["audio_id"], dataset, name, transcript)
+            yield make_example(question, answer, record["audio_id"], dataset, name, transcript)
 
 
 def read_records(

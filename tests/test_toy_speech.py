@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.toy import build_ltu_as, speech_examples
+from data.toy import build, speech_examples
 from data.toy.attribution import write_speech_attribution
 from data.toy.sound_clips import read_fold, read_json, read_manifest
 from data.toy.speech_clips import (
@@ -58,15 +57,13 @@ FIELDS = {
 FIELDS |= {"seconds", "package", "licence", "author", "transcript_check"}
 
 
-def arguments(folder: Path, **changes) -> Namespace:
-    small = dict(fold=0, seed=0, rows=[100, 150, 200], crops=1, mixtures=2, pairs=2, versions=2)
-    return Namespace(**(small | changes | {"output_dir": str(folder)}))
+SMALL = build.Sizes([100, 150, 200], crops=1, mixtures=2, pairs=2, versions=2)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy_as") / "fold0"
-    build_ltu_as.make(arguments(folder))
+    build.build(build.BuildSettings("ltu_as", folder, SMALL))
     return folder
 
 
@@ -79,7 +76,7 @@ def plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
-def spoken_rows(folder: Path, *stages: int) -> list[dict]:
+def spoken_examples(folder: Path, *stages: int) -> list[dict]:
     rows = [row for stage in stages or (1, 2, 3) for row in load(folder, f"stage{stage}")]
     return [row for row in rows if row["dataset"] == speech_examples.DATASET]
 
@@ -211,7 +208,7 @@ def test_attribution_names_every_licence_and_source(tmp_path):
 
 
 def test_same_seed_same_bytes(built, tmp_path):
-    build_ltu_as.make(arguments(tmp_path / "fold0"))
+    build.build(build.BuildSettings("ltu_as", tmp_path / "fold0", SMALL))
     made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
     assert made == sorted(
         path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*")
@@ -231,21 +228,23 @@ def test_stages_have_the_requested_examples(built):
     for stage, count in zip((1, 2, 3), (100, 150, 200), strict=True):
         rows = load(built, f"stage{stage}")
         assert len(rows) == count
-        assert len(spoken_rows(built, stage)) == round(0.4 * count)
+        assert len(spoken_examples(built, stage)) == round(0.4 * count)
         assert all(
             list(row)[0] == "instruction" and row["output"] and "{" not in row["output"]
             for row in rows
         )
-    assert {row["task"] for row in spoken_rows(built, 1, 2)} == set(build_ltu_as.CLASSIFY)
-    assert {row["task"] for row in spoken_rows(built, 3)} == set(speech_examples.TASKS)
+    assert {row["task"] for row in spoken_examples(built, 1, 2)} == set(speech_examples.CLASSIFY)
+    assert {row["task"] for row in spoken_examples(built, 3)} == set(speech_examples.TASKS)
     assert {row["task"] for row in load(built, "stage1")} == {
         "cla_label",
         "cla_label_des",
-        *build_ltu_as.CLASSIFY,
+        *speech_examples.CLASSIFY,
     }
-    for shares in (build_ltu_as.CLASSIFY, build_ltu_as.ALL):
-        assert sum(shares.values()) == pytest.approx(1.0)
-    genders = Counter(row["output"] for row in spoken_rows(built) if row["task"] == "speech_gender")
+    for fractions in (speech_examples.CLASSIFY, speech_examples.ALL):
+        assert sum(fractions.values()) == pytest.approx(1.0)
+    genders = Counter(
+        row["output"] for row in spoken_examples(built) if row["task"] == "speech_gender"
+    )
     assert abs(genders["Female."] - genders["Male."]) <= 6
 
 
@@ -256,7 +255,7 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
             rendered = row["audio_id"].startswith("audio/")
             assert row["dataset"] != "toy_sounds" or row.get("input") == ("" if rendered else None)
             assert "input" in row or not rendered
-        rows = spoken_rows(built, stage)
+        rows = spoken_examples(built, stage)
         assert np.mean([row.get("input") == "" for row in rows]) == pytest.approx(0.3, abs=0.02)
         assert sum("input" not in row for row in rows)
         assert sum(bool(row.get("input")) for row in rows)
@@ -274,9 +273,9 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
         assert not [row for row in load(built, name) if "input" in row]
 
 
-def test_training_rows_say_what_the_manifest_says(built):
+def test_training_examples_say_what_the_manifest_says(built):
     cuts, sources = cut_offs(CLIPS), load(built, "sources")
-    for row in spoken_rows(built):
+    for row in spoken_examples(built):
         provenance = sources.get(
             row["audio_id"], {"factor": 1.0, "parts": [{"clip": Path(row["audio_id"]).name}]}
         )
@@ -315,7 +314,7 @@ def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
         assert 0.05 < np.abs(made).max() < 1.0
 
 
-def test_rows_are_read_by_the_trainer(built):
+def test_examples_are_read_by_the_trainer(built):
     names = [
         "stage1",
         "stage2",
@@ -375,13 +374,19 @@ def test_test_questions_are_never_training_questions(built):
     tested = {
         plain(row["instruction"]) for name in HELD_OUT for row in load(built, f"speech_{name}")
     }
-    assert not tested & {plain(row["instruction"]) for row in spoken_rows(built)}
+    assert not tested & {plain(row["instruction"]) for row in spoken_examples(built)}
 
 
 @pytest.mark.parametrize(
-    "bad", [["--rows", "1,2"], ["--rows", "a,b,c"], ["--version", "3"], ["--versions", "0"]]
+    "bad",
+    [
+        ["--num_examples", "1,2"],
+        ["--num_examples", "a,b,c"],
+        ["--version", "3"],
+        ["--versions", "0"],
+    ],
 )
 def test_bad_arguments_stop(bad, capsys):
     with pytest.raises(SystemExit):
-        build_ltu_as.parse(bad)
+        build.parse_args(["--kind", "ltu_as", *bad])
     assert bad[0] in capsys.readouterr().err

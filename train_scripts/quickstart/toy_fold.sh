@@ -2,8 +2,8 @@
 # Runs one fold of the toy experiment with LTU: builds the dataset and the initial checkpoint,
 # trains the stages, and generates answers for held-out clips after each of them.
 # bash train_scripts/quickstart/toy_fold.sh FOLD SEED DIR [FLAGS of ltu.finetune]
-#   STAGES  names of stage scripts in order; the default is all four
-#   ROWS    numbers of examples of stages 1 to 4; the default is that of data.toy.build
+#   STAGES        names of stage scripts in order; the default is all four
+#   NUM_EXAMPLES  numbers of examples of stages 1 to 4; the default is that of data.toy.build
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 fold=$1 seed=$2
@@ -17,7 +17,7 @@ stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_close stage4_all_mix}
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: 246 clips, training examples, held-out questions"
     "$PYTHON" -m data.toy.build --fold "$fold" --seed "$seed" --output_dir "$DATA" \
-        ${ROWS:+--rows "$ROWS"}
+        ${NUM_EXAMPLES:+--num_examples "$NUM_EXAMPLES"}
     touch "$DATA/finished"
 fi
 if [ ! -f "$BASE/ltu_state.json" ]; then

@@ -3,8 +3,8 @@
 # transcripts and the initial checkpoint, trains the stages, and generates answers for held-out
 # clips.
 # bash train_scripts/quickstart/toy_fold_as.sh FOLD SEED DIR [FLAGS of ltu_as.finetune]
-#   STAGES  names of stage scripts in order; the default is all three
-#   ROWS    numbers of examples of stages 1 to 3; the default is that of data.toy.build_ltu_as
+#   STAGES        names of stage scripts in order; the default is all three
+#   NUM_EXAMPLES  numbers of examples of stages 1 to 3; the default is that of data.toy.build
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 fold=$1 seed=$2
@@ -24,8 +24,8 @@ speech_sets="$speech_sets speech_words_wrong speech_words_none speech_pitch spee
 
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: clips of sounds and speech, training examples, held-out questions"
-    "$PYTHON" -m data.toy.build_ltu_as --fold "$fold" --seed "$seed" --output_dir "$DATA" \
-        ${ROWS:+--rows "$ROWS"}
+    "$PYTHON" -m data.toy.build --kind ltu_as --fold "$fold" --seed "$seed" \
+        --output_dir "$DATA" ${NUM_EXAMPLES:+--num_examples "$NUM_EXAMPLES"}
     touch "$DATA/finished"
 fi
 if [ ! -f "$FEATURES/finished" ]; then
