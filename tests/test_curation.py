@@ -129,7 +129,7 @@ def test_half_a_surrogate_pair_survives(tmp_path):
     path.write_text(json.dumps(rows))
     assert list(stream_rows(path)) == rows
     assert list(stream_rows(write(tmp_path / "again.jsonl", rows))) == rows
-    with pytest.raises(ValueError, match="rows 1 to 2 fit no table.*jsonl"):
+    with pytest.raises(ValueError, match="examples 1 to 2 fit no table.*jsonl"):
         write(tmp_path / "again.parquet", rows)
     assert not (tmp_path / "again.parquet").exists()
 
@@ -196,7 +196,7 @@ def test_invalid_utf8_names_row_and_byte(tmp_path, form):
 
 
 def test_malformed_row_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("ltu.data.dataset_parser.MAX_ROW", 2**14)
+    monkeypatch.setattr("ltu.data.dataset_parser.MAX_EXAMPLE", 2**14)
     monkeypatch.setattr("ltu.data.dataset_io.BLOCK", 2**12)
     rows = [json.dumps({"instruction": "q" * 50, "output": f"{n}"}) for n in range(3000)]
     rows[1500] = rows[1500].replace(":", ";", 1)
