@@ -180,44 +180,50 @@ def test_stages_have_the_requested_examples(built):
     for stage, count in zip(STAGES, [230, 60, 120, 160], strict=True):
         made = load(built, stage)
         assert len(made) == count
-        assert {row["task"] for row in made} <= set(sound_examples.STAGES[int(stage[-1])])
+        assert {example["task"] for example in made} <= set(sound_examples.STAGES[int(stage[-1])])
         assert all(
-            set(row) == {"instruction", "input", "audio_id", "dataset", "task", "output"}
-            for row in made
+            set(example) == {"instruction", "input", "audio_id", "dataset", "task", "output"}
+            for example in made
         )
-    assert {row["task"] for row in load(built, "stage1")} == {"cla_label", "cla_label_des"}
-    assert {row["task"] for row in load(built, "stage4")} == set(sound_examples.STAGES[4])
+    assert {example["task"] for example in load(built, "stage1")} == {"cla_label", "cla_label_des"}
+    assert {example["task"] for example in load(built, "stage4")} == set(sound_examples.STAGES[4])
     for fractions in sound_examples.STAGES.values():
         assert sum(fractions.values()) == pytest.approx(1.0)
 
 
 def test_examples_are_read_by_the_trainer(built):
     for name in (*STAGES, "heldout_right", "heldout_wrong", "heldout_none", "heldout_show"):
-        for row in read_rows(built / f"{name}.json"):
-            assert row["audio"] is None if name == "heldout_none" else Path(row["audio"]).is_file()
+        for example in read_rows(built / f"{name}.json"):
+            assert (
+                example["audio"] is None
+                if name == "heldout_none"
+                else Path(example["audio"]).is_file()
+            )
 
 
 def test_training_has_no_test_question_and_test_no_training_question(built):
-    trained = {normalised(row["instruction"]) for stage in STAGES for row in load(built, stage)}
+    trained = {
+        normalised(example["instruction"]) for stage in STAGES for example in load(built, stage)
+    }
     tested = {
-        normalised(row["instruction"])
+        normalised(example["instruction"])
         for name in ("right", "show")
-        for row in load(built, f"heldout_{name}")
+        for example in load(built, f"heldout_{name}")
     }
     assert not trained & tested
 
 
 def test_half_of_the_closed_questions_have_the_prefix(built):
-    made = [row for stage in STAGES for row in load(built, stage)]
+    made = [example for stage in STAGES for example in load(built, stage)]
     prefixed = [
-        row["instruction"].startswith("Closed-ended question: ")
-        for row in made
-        if row["task"] in sound_examples.CLOSED
+        example["instruction"].startswith("Closed-ended question: ")
+        for example in made
+        if example["task"] in sound_examples.CLOSED
     ]
     assert 0.4 < np.mean(prefixed) < 0.6
-    open_ended = [row for row in made if row["task"] not in sound_examples.CLOSED]
+    open_ended = [example for example in made if example["task"] not in sound_examples.CLOSED]
     assert open_ended
-    assert not any(row["instruction"].startswith("Closed") for row in open_ended)
+    assert not any(example["instruction"].startswith("Closed") for example in open_ended)
 
 
 def test_sampling_favours_rare_categories_and_includes_every_clip():
@@ -242,13 +248,13 @@ def test_no_held_out_clip_or_recording_in_training_audio(built):
     heldout = {recording_of(BY_FILE[file]) for file in SPLIT["folds"][0]}
     sources = load(built, "sources")
     for stage in STAGES:
-        for row in load(built, stage):
-            if row["audio_id"] in sources:
-                clips = [part["clip"] for part in sources[row["audio_id"]]["parts"]]
+        for example in load(built, stage):
+            if example["audio_id"] in sources:
+                clips = [part["clip"] for part in sources[example["audio_id"]]["parts"]]
             else:
-                clips = [Path(row["audio_id"]).name]
-                assert (built / row["audio_id"]).resolve() == (AUDIO / clips[0]).resolve()
-            assert not {recording_of(BY_FILE[clip]) for clip in clips} & heldout, row
+                clips = [Path(example["audio_id"]).name]
+                assert (built / example["audio_id"]).resolve() == (AUDIO / clips[0]).resolve()
+            assert not {recording_of(BY_FILE[clip]) for clip in clips} & heldout, example
     assert {path.name for path in (built / "audio").iterdir()} == {
         Path(audio_id).name for audio_id in sources
     }
@@ -282,20 +288,24 @@ def test_training_audio_is_what_its_provenance_says(built):
 
 def test_answers_say_what_the_sources_are(built):
     sources = load(built, "sources")
-    for row in [row for stage in STAGES for row in load(built, stage)]:
-        provenance = sources.get(row["audio_id"], {"parts": [{"clip": Path(row["audio_id"]).name}]})
+    for example in [example for stage in STAGES for example in load(built, stage)]:
+        provenance = sources.get(
+            example["audio_id"], {"parts": [{"clip": Path(example["audio_id"]).name}]}
+        )
         sounds = [BY_FILE[part["clip"]] for part in provenance["parts"]]
         assert len(sounds) == (
-            2 if row["task"] in sound_examples.MIXTURE_TASKS + sound_examples.PAIR_TASKS else 1
-        ), row
-        if row["task"].startswith(("cla_label", "temporal")):
-            found = [row["output"].index(sound["label"]) for sound in sounds]
-            assert found == sorted(found), row
-        if row["task"].startswith("cla_label"):
-            assert row["output"].endswith(f"{sounds[0]['label']}; {sounds[0]['category']}."), row
-        if row["task"].startswith("caption"):
-            assert all(sound["caption"] in row["output"] for sound in sounds), row
-        assert "{" not in row["instruction"] + row["output"], row
+            2 if example["task"] in sound_examples.MIXTURE_TASKS + sound_examples.PAIR_TASKS else 1
+        ), example
+        if example["task"].startswith(("cla_label", "temporal")):
+            found = [example["output"].index(sound["label"]) for sound in sounds]
+            assert found == sorted(found), example
+        if example["task"].startswith("cla_label"):
+            assert example["output"].endswith(f"{sounds[0]['label']}; {sounds[0]['category']}."), (
+                example
+            )
+        if example["task"].startswith("caption"):
+            assert all(sound["caption"] in example["output"] for sound in sounds), example
+        assert "{" not in example["instruction"] + example["output"], example
 
 
 # The test questions
@@ -304,26 +314,26 @@ def test_answers_say_what_the_sources_are(built):
 def test_heldout_questions(built):
     right, wrong, none = (load(built, f"heldout_{name}") for name in ("right", "wrong", "none"))
     heldout = SPLIT["folds"][0]
-    assert sorted(Path(row["audio_id"]).name for row in right) == heldout
-    for row, with_wrong, without in zip(right, wrong, none, strict=True):
-        assert (built / row["audio_id"]).resolve().parent == AUDIO.resolve(), (
+    assert sorted(Path(example["audio_id"]).name for example in right) == heldout
+    for example, with_wrong, without in zip(right, wrong, none, strict=True):
+        assert (built / example["audio_id"]).resolve().parent == AUDIO.resolve(), (
             "held-out clips are not changed"
         )
         assert (
-            row | {"audio_id": None}
+            example | {"audio_id": None}
             == with_wrong | {"audio_id": None}
             == without | {"audio_id": None}
         )
-        sound = BY_FILE[Path(row["audio_id"]).name]
+        sound = BY_FILE[Path(example["audio_id"]).name]
         other = BY_FILE[Path(with_wrong["audio_id"]).name]
         assert other["file"] in heldout
         assert other["category"] != sound["category"]
-        assert row["output"] == f"Labels: {sound['label']}; {sound['category']}."
+        assert example["output"] == f"Labels: {sound['label']}; {sound['category']}."
         assert without["audio_id"] == "empty"
     show = load(built, "heldout_show")
-    assert [row["task"] for row in show] == list(sound_examples.SHOWN)
-    assert len({BY_FILE[Path(row["audio_id"]).name]["category"] for row in show}) == 5
-    assert {Path(row["audio_id"]).name for row in show} <= set(heldout)
+    assert [example["task"] for example in show] == list(sound_examples.SHOWN)
+    assert len({BY_FILE[Path(example["audio_id"]).name]["category"] for example in show}) == 5
+    assert {Path(example["audio_id"]).name for example in show} <= set(heldout)
 
 
 # The command line

@@ -77,8 +77,10 @@ def plain(text: str) -> str:
 
 
 def spoken_examples(folder: Path, *stages: int) -> list[dict]:
-    rows = [row for stage in stages or (1, 2, 3) for row in load(folder, f"stage{stage}")]
-    return [row for row in rows if row["dataset"] == speech_examples.DATASET]
+    examples = [
+        example for stage in stages or (1, 2, 3) for example in load(folder, f"stage{stage}")
+    ]
+    return [example for example in examples if example["dataset"] == speech_examples.DATASET]
 
 
 # The committed clips
@@ -226,16 +228,18 @@ def test_same_seed_same_bytes(built, tmp_path):
 
 def test_stages_have_the_requested_examples(built):
     for stage, count in zip((1, 2, 3), (100, 150, 200), strict=True):
-        rows = load(built, f"stage{stage}")
-        assert len(rows) == count
+        examples = load(built, f"stage{stage}")
+        assert len(examples) == count
         assert len(spoken_examples(built, stage)) == round(0.4 * count)
         assert all(
-            list(row)[0] == "instruction" and row["output"] and "{" not in row["output"]
-            for row in rows
+            list(example)[0] == "instruction" and example["output"] and "{" not in example["output"]
+            for example in examples
         )
-    assert {row["task"] for row in spoken_examples(built, 1, 2)} == set(speech_examples.CLASSIFY)
-    assert {row["task"] for row in spoken_examples(built, 3)} == set(speech_examples.TASKS)
-    assert {row["task"] for row in load(built, "stage1")} == {
+    assert {example["task"] for example in spoken_examples(built, 1, 2)} == set(
+        speech_examples.CLASSIFY
+    )
+    assert {example["task"] for example in spoken_examples(built, 3)} == set(speech_examples.TASKS)
+    assert {example["task"] for example in load(built, "stage1")} == {
         "cla_label",
         "cla_label_des",
         *speech_examples.CLASSIFY,
@@ -243,7 +247,9 @@ def test_stages_have_the_requested_examples(built):
     for fractions in (speech_examples.CLASSIFY, speech_examples.ALL):
         assert sum(fractions.values()) == pytest.approx(1.0)
     genders = Counter(
-        row["output"] for row in spoken_examples(built) if row["task"] == "speech_gender"
+        example["output"]
+        for example in spoken_examples(built)
+        if example["task"] == "speech_gender"
     )
     assert abs(genders["Female."] - genders["Male."]) <= 6
 
@@ -251,18 +257,22 @@ def test_stages_have_the_requested_examples(built):
 def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
     """Only committed clips are transcribed by Whisper; rendered audio has an `input`."""
     for stage in (1, 2, 3):
-        for row in load(built, f"stage{stage}"):
-            rendered = row["audio_id"].startswith("audio/")
-            assert row["dataset"] != "toy_sounds" or row.get("input") == ("" if rendered else None)
-            assert "input" in row or not rendered
-        rows = spoken_examples(built, stage)
-        assert np.mean([row.get("input") == "" for row in rows]) == pytest.approx(0.3, abs=0.02)
-        assert sum("input" not in row for row in rows)
-        assert sum(bool(row.get("input")) for row in rows)
+        for example in load(built, f"stage{stage}"):
+            rendered = example["audio_id"].startswith("audio/")
+            assert example["dataset"] != "toy_sounds" or example.get("input") == (
+                "" if rendered else None
+            )
+            assert "input" in example or not rendered
+        examples = spoken_examples(built, stage)
+        assert np.mean([example.get("input") == "" for example in examples]) == pytest.approx(
+            0.3, abs=0.02
+        )
+        assert sum("input" not in example for example in examples)
+        assert sum(bool(example.get("input")) for example in examples)
         assert not [
-            row
-            for row in rows
-            if row["task"] in speech_examples.TRANSCRIPT_TASKS and row.get("input") == ""
+            example
+            for example in examples
+            if example["task"] in speech_examples.TRANSCRIPT_TASKS and example.get("input") == ""
         ]
     for right, wrong in zip(
         load(built, "heldout_right"), load(built, "heldout_wrong"), strict=True
@@ -270,20 +280,21 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
         assert right["output"] == wrong["output"]
         assert right["audio_id"] != wrong["audio_id"]
     for name in ("heldout_right", "heldout_wrong", "heldout_none"):
-        assert not [row for row in load(built, name) if "input" in row]
+        assert not [example for example in load(built, name) if "input" in example]
 
 
 def test_training_examples_say_what_the_manifest_says(built):
     cuts, sources = cut_offs(CLIPS), load(built, "sources")
-    for row in spoken_examples(built):
+    for example in spoken_examples(built):
         provenance = sources.get(
-            row["audio_id"], {"factor": 1.0, "parts": [{"clip": Path(row["audio_id"]).name}]}
+            example["audio_id"],
+            {"factor": 1.0, "parts": [{"clip": Path(example["audio_id"]).name}]},
         )
         clip = BY_FILE[provenance["parts"][0]["clip"]]
         assert clip["split"] == "train"
-        assert row["voice"] == clip["voice"]
-        assert row["voice"] not in TEST_VOICES
-        assert row.get("input") in (None, "", clip["text"])
+        assert example["voice"] == clip["voice"]
+        assert example["voice"] not in TEST_VOICES
+        assert example.get("input") in (None, "", clip["text"])
         pitch, speed = pitch_and_speed(clip, provenance["factor"], cuts)
         outputs = {"speech_gender": clip["gender"].capitalize() + "."}
         outputs |= {
@@ -291,11 +302,13 @@ def test_training_examples_say_what_the_manifest_says(built):
             "speech_speed": f"The speed is {speed}.",
         }
         outputs |= {"spoken_text": f"Spoken text: {clip['text']}"}
-        if row["task"] == "speech_joint":
-            assert all(part in row["output"] for part in (clip["text"], pitch, speed)), row
+        if example["task"] == "speech_joint":
+            assert all(part in example["output"] for part in (clip["text"], pitch, speed)), example
         else:
-            assert row["output"] == outputs[row["task"]], row
-        assert row["task"] not in speech_examples.TRANSCRIPT_TASKS or provenance["factor"] == 1.0
+            assert example["output"] == outputs[example["task"]], example
+        assert (
+            example["task"] not in speech_examples.TRANSCRIPT_TASKS or provenance["factor"] == 1.0
+        )
 
 
 def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
@@ -325,42 +338,46 @@ def test_examples_are_read_by_the_trainer(built):
         *(f"speech_{n}" for n in HELD_OUT),
     ]
     for name in names:
-        assert all(Path(row["audio"]).is_file() for row in read_rows(built / f"{name}.json")), name
-    assert all(row["audio"] is None for row in read_rows(built / "heldout_none.json"))
+        assert all(
+            Path(example["audio"]).is_file() for example in read_rows(built / f"{name}.json")
+        ), name
+    assert all(example["audio"] is None for example in read_rows(built / "heldout_none.json"))
 
 
 def test_heldout_speech(built):
     files = {name: load(built, f"speech_{name}") for name in HELD_OUT}
     texts = {file: clip["text"] for file, clip in BY_FILE.items()}
-    for name, rows in files.items():
-        clips = [BY_FILE[Path(row["audio_id"]).name] for row in rows]
+    for name, examples in files.items():
+        clips = [BY_FILE[Path(example["audio_id"]).name] for example in examples]
         expected_clips = (
             [clip for clip in TEST if clip["voice"] in TEST_VOICES]
             if name.startswith("gender")
             else TEST
         )
         assert clips == expected_clips, name
-        assert [row["output"] for row in rows] == [
+        assert [example["output"] for example in examples] == [
             toy_speech.reference(f"speech_{name}", clip) for clip in clips
         ]
-        for row, clip in zip(rows, clips, strict=True):
+        for example, clip in zip(examples, clips, strict=True):
             expected = {"gender_empty": "", "words_none": "", "words_whisper": None}.get(
                 name, clip["text"]
             )
             if name == "words_wrong":
-                assert row["input"] != clip["text"]
-                assert row["input"] in texts.values()
+                assert example["input"] != clip["text"]
+                assert example["input"] in texts.values()
             else:
-                assert row.get("input") == expected
+                assert example.get("input") == expected
     show = load(built, "show")
-    assert len({row["task"] for row in show}) == len(show) == 5
-    assert {row["dataset"] for row in show} == {"toy_sounds", "toy_speech"}
+    assert len({example["task"] for example in show}) == len(show) == 5
+    assert {example["dataset"] for example in show} == {"toy_sounds", "toy_speech"}
 
 
 def test_heldout_sounds_are_those_of_the_fold(built):
     _, heldout = read_fold(0)
     files = sorted(sound["file"] for sound in heldout)
-    assert sorted(Path(row["audio_id"]).name for row in load(built, "heldout_right")) == files
+    assert (
+        sorted(Path(example["audio_id"]).name for example in load(built, "heldout_right")) == files
+    )
 
 
 def test_test_questions_are_never_training_questions(built):
@@ -372,9 +389,11 @@ def test_test_questions_are_never_training_questions(built):
     assert not train & {plain(question) for texts in tasks for question in texts["test"]}
     assert "can you identify the spoken text" in train
     tested = {
-        plain(row["instruction"]) for name in HELD_OUT for row in load(built, f"speech_{name}")
+        plain(example["instruction"])
+        for name in HELD_OUT
+        for example in load(built, f"speech_{name}")
     }
-    assert not tested & {plain(row["instruction"]) for row in spoken_examples(built)}
+    assert not tested & {plain(example["instruction"]) for example in spoken_examples(built)}
 
 
 @pytest.mark.parametrize(

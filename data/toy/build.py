@@ -20,7 +20,7 @@ must cope with. Where a test replaces the clip, the transcript is that of the ne
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -135,8 +135,11 @@ def build_ltu_as(settings: BuildSettings) -> tuple[Files, dict[str, dict]]:
     training, heldout = read_fold(settings.fold)
     clips = read_speech()
     cuts = cut_offs(clips)
-    training_clips = [clip for clip in clips if clip["split"] == "train"]
-    test_clips = [clip for clip in clips if clip["split"] == "test"]
+    by_split = defaultdict(list)
+    for clip in clips:
+        by_split[clip["split"]].append(clip)
+    training_clips = by_split["train"]
+    test_clips = by_split["test"]
     pools, sources = render_sound_audio(
         training, folder, sound_name, sizes.crops, sizes.mixtures, sizes.pairs
     )

@@ -6,6 +6,7 @@ clip or what is true for every sound of its category; nothing is made up. The qu
 and those for the test have no question in common.
 """
 
+from collections import defaultdict
 from pathlib import Path
 from random import Random
 
@@ -52,8 +53,8 @@ def make_example(
             "temporal_first", "temporal_order") or an open one (a key of "open" in questions.json).
         sounds: the sounds of the clip, in the order of time for a pair.
         audio_id: of the clip.
-        rng: draws the question and the answer.
-        phrasing: "train" or "test", the list that the question is drawn from.
+        rng: selects the question and the answer.
+        phrasing: "train" or "test", the list that the question is from.
     """
     fields = _fields(sounds, rng)
     if task in QUESTIONS["open"]:
@@ -164,11 +165,13 @@ def heldout_examples(heldout: list[Sound], folder: Path, name: str) -> dict[str,
         wrong.append(example | {"audio_id": committed_id(other, AUDIO, folder)})
         none.append(example | {"audio_id": "empty"})
 
+    # Select the sounds of the demo, each of another category, and then their questions.
     rng = Random(f"{name}/show")
-    categories = rng.sample(sorted({sound["category"] for sound in heldout}), len(SHOWN))
-    shown = []
-    for category in categories:
-        shown.append(rng.choice([sound for sound in heldout if sound["category"] == category]))
+    by_category = defaultdict(list)
+    for sound in heldout:
+        by_category[sound["category"]].append(sound)
+    categories = rng.sample(sorted(by_category), len(SHOWN))
+    shown = [rng.choice(by_category[category]) for category in categories]
     show = []
     for task, sound in zip(SHOWN, shown, strict=True):
         show.append(make_example(task, [sound], committed_id(sound, AUDIO, folder), rng, "test"))

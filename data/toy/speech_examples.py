@@ -46,8 +46,8 @@ def make_example(
         clip: the committed clip.
         version: the clip itself (factor 1) or a changed version of it.
         cuts: of `speech_clips.cut_offs`.
-        rng: draws the question and the answer.
-        phrasing: "train" or "test", the list that the question is drawn from.
+        rng: selects the question and the answer.
+        phrasing: "train" or "test", the list that the question is from.
     """
     pitch, speed = pitch_and_speed(clip, version.factor, cuts)
     fields = {
@@ -129,7 +129,7 @@ def stage_examples(
         clips: training clips.
         versions: file -> the committed clip first, then its changed versions.
         cuts: of `speech_clips.cut_offs`.
-        rng: draws everything.
+        rng: the only random generator that is used.
     """
     tasks = tasks_of(fractions, count)
     examples = []
@@ -144,7 +144,7 @@ def stage_examples(
             examples.append(make_example(task, clip, version, cuts, rng))
             texts.append(clip["text"])
 
-    # Draw which examples have an empty `input`, and which of the others contain the text.
+    # Select the examples that have an empty `input`, and those of the others that contain the text.
     can_be_empty = [
         i for i, example in enumerate(examples) if example["task"] not in TRANSCRIPT_TASKS
     ]
