@@ -390,6 +390,25 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
         combine.main([*flags[:3], f"e={closed}", *flags[-2:]])
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"parts": {"a": {"repeats": {"x": 2}}}}', "unknown field `repeats` - at `$.parts"),
+        ('{"parts": {"a": {"repeat": {"x": "2"}}}}', "Expected `int`, got `str` - at `$.parts"),
+        ('{"parts": {}, "total": 3}', "unknown field `total`"),
+        ('{"about": "x"}', "missing required field `parts`"),
+        ('{"parts": {}', "truncated"),
+    ],
+)
+def test_a_wrong_recipe_is_an_error_with_its_path(tmp_path, text, reason):
+    path = tmp_path / "recipe.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="A part may have num_examples, repeat") as found:
+        combine.read_recipe(str(path))
+    assert str(found.value).startswith(f"{path}: ")
+    assert reason in str(found.value)
+
+
 def test_published_recipes_add_up():
     recipes = {path.stem: combine.read_recipe(path.stem) for path in combine.RECIPES.glob("*.json")}
     assert len(recipes) == 6
