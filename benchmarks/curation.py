@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.command_line import command_parser
 from data.filter_unanswerable import PHRASES
 from ltu.data.dataset_io import RowWriter
 
@@ -215,11 +216,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--num_examples", type=int, default=NUM_EXAMPLES, help="Number of examples."
     )

@@ -98,10 +98,10 @@ class RuleSettings:
 def make_question(
     questions: list[str], answer: str, fields: Fields, rng: Random, prefix_fraction: float
 ) -> tuple[str, str]:
-    """Draw a question and fill its placeholders and those of the answer.
+    """Select a question and fill its placeholders and those of the answer.
 
     Args:
-        questions: templates, of which one is sampled.
+        questions: templates, of which one is selected.
         answer: template of the answer.
         fields: fill both.
         rng: selects the question and whether it begins with `PREFIX`.

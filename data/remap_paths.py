@@ -286,7 +286,7 @@ class ClipLocator:
     ) -> list[str]:
         """Return the file that shares the most last folders with an id, or two of several.
 
-        A binary search in the sorted files keeps the time short when many have the same name.
+        A binary search in the sorted files bounds the time when many have the same name.
 
         Args:
             audio_id: the id.

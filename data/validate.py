@@ -62,8 +62,8 @@ def check_examples(
 
     Args:
         path: the dataset file.
-        folder: takes the temporary files.
-        findings: takes the errors.
+        folder: for the temporary files.
+        findings: the errors are added to them.
 
     Returns:
         the number of examples; the number of examples that lack each key; and the number of the
@@ -153,7 +153,7 @@ def check_clips(
         clips: (audio_id, dataset) of each.
         root: folder of relative `audio_id`s.
         check: path -> (sampling rate in Hz, seconds); raises `AudioError`.
-        findings: takes the errors.
+        findings: the errors are added to them.
 
     Returns:
         coverage by dataset, number of clips by sampling rate, and hours of audio.

@@ -191,7 +191,7 @@ def test_examples_have_the_keys_and_input_of_the_papers():
     )
 
 
-def test_draws_depend_only_on_seed_clip_and_task():
+def test_examples_depend_only_on_seed_clip_and_task():
     record = {"audio_id": "a", "labels": "Dog;Speech", "caption": "A dog.", "events": EVENTS}
     everything = list(closed_qa.examples_of(record, list(closed_qa.TASKS), TEXTS, settings()))
     alone = [
@@ -205,15 +205,15 @@ def test_draws_depend_only_on_seed_clip_and_task():
         for s in range(20)
     }
     assert len(of_seeds) > 5
-    asked = [
+    made = [
         example
         for s in range(400)
         for example in closed_qa.examples_of(
             record, ["cla_label"], TEXTS, settings(seed=s, prefix_fraction=0.5)
         )
     ]
-    assert 150 < sum(example["instruction"].startswith(closed_qa.PREFIX) for example in asked) < 250
-    assert len({example["instruction"].removeprefix(closed_qa.PREFIX) for example in asked}) == len(
+    assert 150 < sum(example["instruction"].startswith(closed_qa.PREFIX) for example in made) < 250
+    assert len({example["instruction"].removeprefix(closed_qa.PREFIX) for example in made}) == len(
         TEXTS["cla_label"]["questions"]
     )
 

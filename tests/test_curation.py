@@ -1,4 +1,4 @@
-"""Tests curation: every format and command keeps the examples, and memory is constant."""
+"""Tests curation: every format and command preserves the examples; memory is constant."""
 
 import gzip
 import json
@@ -222,7 +222,7 @@ def test_gzip_of_python_and_several_members(tmp_path):
     assert list(stream_rows(path)) == [{"a": 1}, {"a": 2}]
 
 
-def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path):
+def test_an_error_leaves_no_file_and_does_not_change_the_old_one(tmp_path):
     path = write(tmp_path / "examples.json", [{"a": 1}])
     with pytest.raises(RuntimeError), RowWriter(path) as output:
         output.write({"a": 2})
@@ -236,7 +236,7 @@ def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("splitter", [ListSplitter, LineSplitter])
-def test_parser_takes_nothing_that_is_not_json(splitter):
+def test_parser_accepts_nothing_that_is_not_json(splitter):
     """A file that is damaged at any byte gives a RowError or examples, and no other exception."""
     text = (
         json.dumps(nasty_examples(4))[1:]
@@ -263,7 +263,7 @@ def run_shuffle(source: Path, target: Path, *flags: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.zst"])
-def test_shuffle_keeps_examples_and_repeats(tmp_path, monkeypatch, ending):
+def test_shuffle_preserves_examples_and_repeats(tmp_path, monkeypatch, ending):
     examples = nasty_examples(2000)
     source = write(tmp_path / f"a{ending}", examples)
     found = run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
@@ -305,7 +305,7 @@ def test_original_shuffle_is_pythons(tmp_path, count):
     assert found == examples
 
 
-def test_combine_shuffle_split_keeps_the_multiset(tmp_path):
+def test_combine_shuffle_split_preserves_the_multiset(tmp_path):
     for seed in range(5):
         files = [
             write(

@@ -332,7 +332,7 @@ def test_no_older_provenance_next_to_a_new_file(tmp_path, name):
     assert not target.with_name("b.jsonl.provenance.json").exists()
 
 
-def test_an_error_keeps_the_file_and_its_provenance(tmp_path):
+def test_an_error_does_not_change_the_file_and_its_provenance(tmp_path):
     source = write(tmp_path / "a.jsonl", [question("1.wav")])
     target = tmp_path / "b.jsonl"
     command = ["--data_path", str(source), "--output_path", str(target)]

@@ -91,7 +91,7 @@ def test_split_holds_out_what_may_be_held_out():
 
 
 @pytest.mark.parametrize("fold", range(5))
-def test_fold_keeps_other_recordings_of_each_label_in_training(fold):
+def test_other_recordings_of_each_held_out_label_are_in_training(fold):
     training, heldout = read_fold(fold)
     assert len(training) + len(heldout) == len(SOUNDS)
     assert {sound["label"] for sound in heldout} <= {sound["label"] for sound in training}
@@ -127,10 +127,10 @@ def test_every_label_and_category_has_texts():
     assert not set(labels) & set(categories), (
         "a label that is a category's name could not be scored"
     )
-    for name, words in labels.items():
-        assert words["phrase"], name
-        assert len(words["descriptions"]) == len(set(words["descriptions"])) >= 2, name
-        for description in words["descriptions"]:
+    for name, texts in labels.items():
+        assert texts["phrase"], name
+        assert len(texts["descriptions"]) == len(set(texts["descriptions"])) >= 2, name
+        for description in texts["descriptions"]:
             assert not re.search(r"->|[.:;\n]", description), (name, description)
             assert not set(categories) & set(re.findall(r"\w+", description)), (name, description)
 

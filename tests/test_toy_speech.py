@@ -155,7 +155,7 @@ def test_syllables_and_names():
     ]
 
 
-def test_split_keeps_sentences_and_test_voices_out_of_training():
+def test_sentences_and_voices_of_the_test_are_not_in_training():
     assert not {plain(clip["text"]) for clip in TRAIN} & {plain(clip["text"]) for clip in TEST}
     assert {clip["voice"] for clip in TEST} - {clip["voice"] for clip in TRAIN} == TEST_VOICES
     assert Counter(clip["voice"] for clip in TEST) == {

@@ -20,18 +20,19 @@ must cope with. Where a test replaces the clip, the transcript is that of the ne
 
 import argparse
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
+from data.command_line import command_parser
 from data.toy import sound_examples, speech_examples
 from data.toy.attribution import write_attribution
-from data.toy.sound_clips import HERE, make_split, read_fold, read_manifest
-from data.toy.speech_clips import SPEECH, Clip, cut_offs, read_speech
+from data.toy.sound_clips import HERE, Sound, make_split, read_fold, read_manifest
+from data.toy.speech_clips import Clip, cut_offs, read_speech
 from data.toy.training_audio import (
+    AudioPools,
     Version,
-    committed_id,
     render_sound_audio,
     render_speech_audio,
 )
@@ -89,24 +90,6 @@ class BuildSettings:
 
 def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
     """Write everything of a fold and return the number of examples by (file, task)."""
-    if settings.kind == "ltu":
-        files, sources = build_ltu(settings)
-    else:
-        files, sources = build_ltu_as(settings)
-    counts: Counter[tuple[str, str]] = Counter()
-    for file, examples in files.items():
-        counts.update((file, example["task"]) for example in examples)
-    for file, content in {**files, "sources": sources}.items():
-        _write_json(content, settings.output_dir / f"{file}.json")
-    return counts
-
-
-def build_ltu(settings: BuildSettings) -> tuple[Files, dict[str, dict]]:
-    """Render the training audio of LTU and generate its examples.
-
-    Returns:
-        the examples, and `audio_id` -> provenance of the audio.
-    """
     folder = settings.output_dir
     sizes = settings.sizes
     name = f"{settings.seed}/{settings.fold}"
@@ -114,43 +97,67 @@ def build_ltu(settings: BuildSettings) -> tuple[Files, dict[str, dict]]:
     pools, sources = render_sound_audio(
         training, folder, name, sizes.crops, sizes.mixtures, sizes.pairs
     )
-    files: Files = {}
-    for stage, count in zip(sound_examples.STAGES, sizes.num_examples, strict=True):
+    heldout_sounds = sound_examples.heldout_examples(heldout, folder, name)
+    if settings.kind == "ltu":
+        files = stages_ltu(settings, name, training, pools) | heldout_sounds
+    else:
+        clips = read_speech()
+        versions, speech_sources = render_speech_audio(
+            clips, folder, str(settings.seed), sizes.versions
+        )
+        sources |= speech_sources
+        name = f"as/{name}"
+        files = stages_ltu_as(settings, name, training, pools, clips, versions)
+        files |= heldout_ltu_as(name, heldout_sounds, clips, versions)
+
+    counts: Counter[tuple[str, str]] = Counter()
+    for file, examples in files.items():
+        counts.update((file, example["task"]) for example in examples)
+    for file, content in {**files, "sources": sources}.items():
+        _write_json(content, folder / f"{file}.json")
+    return counts
+
+
+def stages_ltu(
+    settings: BuildSettings, name: str, training: list[Sound], pools: AudioPools
+) -> Files:
+    """Return the examples of the stages of LTU.
+
+    Args:
+        settings: of the build.
+        name: of the random streams.
+        training: training sounds.
+        pools: their audio.
+    """
+    files = {}
+    for stage, count in zip(sound_examples.STAGES, settings.sizes.num_examples, strict=True):
         rng = Random(f"{name}/stage{stage}")
         files[f"stage{stage}"] = sound_examples.stage_examples(stage, count, training, pools, rng)
-    files |= sound_examples.heldout_examples(heldout, folder, name)
-    return files, sources
+    return files
 
 
-def build_ltu_as(settings: BuildSettings) -> tuple[Files, dict[str, dict]]:
-    """Render the training audio of LTU-AS and generate its examples.
+def stages_ltu_as(
+    settings: BuildSettings,
+    name: str,
+    training: list[Sound],
+    pools: AudioPools,
+    clips: list[Clip],
+    versions: dict[str, list[Version]],
+) -> Files:
+    """Return the examples of the stages of LTU-AS, about sounds and about speech.
 
-    Returns:
-        the examples, and `audio_id` -> provenance of the audio.
+    Args:
+        settings: of the build.
+        name: of the random streams.
+        training: training sounds.
+        pools: their audio.
+        clips: spoken clips.
+        versions: file -> the committed clip first, then its changed versions.
     """
-    folder = settings.output_dir
-    sizes = settings.sizes
-    sound_name = f"{settings.seed}/{settings.fold}"
-    name = f"as/{sound_name}"
-    training, heldout = read_fold(settings.fold)
-    clips = read_speech()
     cuts = cut_offs(clips)
-    by_split = defaultdict(list)
-    for clip in clips:
-        by_split[clip["split"]].append(clip)
-    training_clips = by_split["train"]
-    test_clips = by_split["test"]
-    pools, sources = render_sound_audio(
-        training, folder, sound_name, sizes.crops, sizes.mixtures, sizes.pairs
-    )
-    versions, speech_sources = render_speech_audio(
-        training_clips, folder, str(settings.seed), sizes.versions
-    )
-    sources |= speech_sources
-
-    # Generate the stages: sounds first, then speech, then shuffle both together.
-    files: Files = {}
-    for stage, count in zip(STAGES_AS, sizes.num_examples, strict=True):
+    training_clips = [clip for clip in clips if clip["split"] == "train"]
+    files = {}
+    for stage, count in zip(STAGES_AS, settings.sizes.num_examples, strict=True):
         sound_stages, fractions = STAGES_AS[stage]
         rng = Random(f"{name}/stage{stage}")
         num_speech = round(SPEECH_FRACTION * count)
@@ -164,18 +171,27 @@ def build_ltu_as(settings: BuildSettings) -> tuple[Files, dict[str, dict]]:
         )
         rng.shuffle(examples)
         files[f"stage{stage}"] = examples
+    return files
 
-    # Generate the test questions.
-    for file, examples in sound_examples.heldout_examples(heldout, folder, sound_name).items():
+
+def heldout_ltu_as(
+    name: str, heldout_sounds: Files, clips: list[Clip], versions: dict[str, list[Version]]
+) -> Files:
+    """Return the test questions of LTU-AS and the five of its demo.
+
+    Args:
+        name: of the random streams.
+        heldout_sounds: the test questions about sounds.
+        clips: spoken clips.
+        versions: file -> the committed clip first.
+    """
+    files = {}
+    for file, examples in heldout_sounds.items():
         files[file] = without_input(examples)
-    test_versions = {}
-    for clip in test_clips:
-        test_versions[clip["file"]] = Version(committed_id(clip, SPEECH, folder))
-    known_voices = {clip["voice"] for clip in training_clips}
-    files |= speech_examples.heldout_examples(test_clips, known_voices, test_versions, cuts, name)
-    files["show"] = shown_examples(files, test_clips, test_versions, cuts, name)
+    files |= speech_examples.heldout_examples(clips, versions, name)
+    files["show"] = shown_examples(files, clips, versions, name)
     del files["heldout_show"]
-    return files, sources
+    return files
 
 
 def without_input(examples: list[dict]) -> list[dict]:
@@ -193,7 +209,7 @@ def without_input(examples: list[dict]) -> list[dict]:
 
 
 def shown_examples(
-    files: Files, clips: list[Clip], versions: dict[str, Version], cuts: dict, name: str
+    files: Files, clips: list[Clip], versions: dict[str, list[Version]], name: str
 ) -> list[dict]:
     """Return five different questions for the demo of LTU-AS.
 
@@ -201,10 +217,9 @@ def shown_examples(
     transcript by Whisper, and who says what.
 
     Args:
-        files: file name -> examples, of which five are chosen.
-        clips: held-out clips.
-        versions: file -> the committed clip.
-        cuts: of `speech_clips.cut_offs`.
+        files: file name -> test questions.
+        clips: spoken clips.
+        versions: file -> the committed clip first.
         name: of the random stream.
     """
     rng = Random(f"{name}/show")
@@ -212,9 +227,9 @@ def shown_examples(
     for example in files["heldout_show"]:
         if example["task"] in ("cla_label", "identify_why"):
             shown.append(example)
-    clip = rng.choice(clips)
+    clip = rng.choice([clip for clip in clips if clip["split"] == "test"])
     joint = speech_examples.make_example(
-        "speech_joint", clip, versions[clip["file"]], cuts, rng, "test"
+        "speech_joint", clip, versions[clip["file"]][0], cut_offs(clips), rng, "test"
     )
     shown.append(rng.choice(files["speech_gender_empty"]))
     shown.append(rng.choice(files["speech_words_whisper"]))
@@ -229,11 +244,7 @@ def _write_json(content: list | dict, path: Path) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `settings` becomes a `BuildSettings`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--kind",
         choices=list(DEFAULTS),

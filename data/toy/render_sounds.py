@@ -8,7 +8,7 @@ click at every cut.
 
 Mixtures and pairs repeat their clips up to the length needed, as the audio encoder of the toy model
 repeats a short clip. A pair fills the whole input of the audio encoder, so that it is not repeated
-and "first" keeps its meaning.
+and "first" means what it says.
 """
 
 from functools import lru_cache
@@ -65,7 +65,7 @@ def crop(sound: Sound, rng: Random) -> tuple[np.ndarray, Provenance]:
 
 
 def random_gain(waveform: np.ndarray, rng: Random) -> float:
-    """Draw a gain of -12 to 3 dB, or less if the waveform would exceed `PEAK`."""
+    """Return a random gain of -12 to 3 dB, or less if the waveform would exceed `PEAK`."""
     return min(10 ** (rng.uniform(-12.0, 3.0) / 20), PEAK / float(np.abs(waveform).max()))
 
 
@@ -131,7 +131,7 @@ def _level(clip: np.ndarray) -> float:
 
 
 def _headroom(waveform: np.ndarray) -> float:
-    """Return the gain, at most 1, that keeps a waveform below `PEAK`."""
+    """Return the largest gain, at most 1, at which a waveform is below `PEAK`."""
     return min(1.0, PEAK / float(np.abs(waveform).max()))
 
 

@@ -1,6 +1,6 @@
 """Reads the sounds of the toy dataset and splits them into five folds.
 
-A clip is held out in at most one fold, and only if another recording of its label stays in
+A clip is held out in at most one fold, and only if another recording of its label is in
 training. Takes of one recording (`recording` in the manifest: one source file that was cut up, or
 one drum sample at two strengths) are never divided between training and test. A label with a single
 recording is training only.

@@ -60,15 +60,26 @@ def make_example(
     if task in QUESTIONS["open"]:
         question, answer = _open_question(task, sounds[0], fields, rng, phrasing)
     else:
-        kind = "caption" if task == "caption_mixture" else task
-        question, answer = closed_qa.make_question(
-            QUESTIONS["closed"][kind][phrasing],
-            QUESTIONS["answers"][task],
-            fields,
-            rng,
-            PREFIX_FRACTION,
-        )
+        question, answer = closed_question(QUESTIONS, task, fields, rng, phrasing)
     return closed_qa.make_example(question, answer, audio_id, DATASET, task)
+
+
+def closed_question(
+    texts: dict, task: str, fields: dict[str, str], rng: Random, phrasing: str
+) -> tuple[str, str]:
+    """Return a closed-ended question and its answer.
+
+    Args:
+        texts: a file of questions: "closed" -> task -> phrasing -> questions, "answers" -> task.
+        task: of the question; a caption of a mixture has the questions of a caption.
+        fields: fill question and answer.
+        rng: selects the question.
+        phrasing: "train" or "test", the list that the question is from.
+    """
+    kind = "caption" if task == "caption_mixture" else task
+    questions = texts["closed"][kind][phrasing]
+    answer = texts["answers"][task]
+    return closed_qa.make_question(questions, answer, fields, rng, PREFIX_FRACTION)
 
 
 def _fields(sounds: list[Sound], rng: Random) -> dict[str, str]:

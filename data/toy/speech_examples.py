@@ -13,8 +13,8 @@ from random import Random
 
 from data import closed_qa
 from data.toy.sound_clips import read_json
-from data.toy.sound_examples import PREFIX_FRACTION, tasks_of
-from data.toy.speech_clips import Clip, pitch_and_speed
+from data.toy.sound_examples import closed_question, tasks_of
+from data.toy.speech_clips import Clip, cut_offs, pitch_and_speed
 from data.toy.training_audio import Version
 
 QUESTIONS = read_json("speech/questions.json")
@@ -62,13 +62,7 @@ def make_example(
         question = rng.choice(texts[phrasing])
         answer = rng.choice(texts["answers"]).format(**fields)
     else:
-        question, answer = closed_qa.make_question(
-            QUESTIONS["closed"][task][phrasing],
-            QUESTIONS["answers"][task],
-            fields,
-            rng,
-            PREFIX_FRACTION,
-        )
+        question, answer = closed_question(QUESTIONS, task, fields, rng, phrasing)
     example = closed_qa.make_example(question, answer, version.audio_id, DATASET, task, None)
     return example | {"voice": clip["voice"]}
 
@@ -166,21 +160,25 @@ def stage_examples(
 
 
 def heldout_examples(
-    clips: list[Clip],
-    known_voices: set[str],
-    versions: dict[str, Version],
-    cuts: dict,
-    name: str,
+    clips: list[Clip], versions: dict[str, list[Version]], name: str
 ) -> dict[str, list[dict]]:
     """Return the test questions: file name (without .json) -> examples.
 
+    There are no questions about the gender of a voice that is in the training clips.
+
     Args:
-        clips: held-out clips.
-        known_voices: of the training clips. There are no questions about their gender.
-        versions: file -> the committed clip.
-        cuts: of `speech_clips.cut_offs`.
+        clips: all spoken clips.
+        versions: file -> the committed clip first.
         name: of the random streams.
     """
+    cuts = cut_offs(clips)
+    test_clips = []
+    known_voices = set()
+    for clip in clips:
+        if clip["split"] == "test":
+            test_clips.append(clip)
+        else:
+            known_voices.add(clip["voice"])
     names = (
         "speech_gender",
         "speech_gender_empty",
@@ -192,12 +190,12 @@ def heldout_examples(
         "speech_speed",
     )
     files: dict[str, list[dict]] = {file: [] for file in names}
-    for clip in clips:
+    for clip in test_clips:
         rng = Random(f"{name}/heldout/{clip['file']}")
-        version = versions[clip["file"]]
+        version = versions[clip["file"]][0]
         examples = {task: make_example(task, clip, version, cuts, rng, "test") for task in TASKS}
         text = clip["text"]
-        wrong = rng.choice([other["text"] for other in clips if other["text"] != text])
+        wrong = rng.choice([other["text"] for other in test_clips if other["text"] != text])
         transcripts = {"right": text, "whisper": None, "wrong": wrong, "none": ""}
         for kind, transcript in transcripts.items():
             example = with_transcript(examples["spoken_text"], transcript)

@@ -182,10 +182,10 @@ def render_sound_audio(
 def render_speech_audio(
     clips: list[Clip], folder: Path, name: str, num_versions: int
 ) -> tuple[dict[str, list[Version]], dict[str, dict]]:
-    """Write the changed versions of spoken clips.
+    """Write the changed versions of the training clips among spoken clips.
 
     Args:
-        clips: training clips.
+        clips: all spoken clips.
         folder: folder of the examples.
         name: of the random streams.
         num_versions: number of versions of each clip, including the unchanged one.
@@ -194,17 +194,17 @@ def render_speech_audio(
         file -> versions, of which the first is the committed clip itself; `audio_id` -> provenance.
     """
     plans = []
+    versions: dict[str, list[Version]] = {}
     for clip in clips:
+        versions[clip["file"]] = [Version(committed_id(clip, SPEECH, folder))]
+        if clip["split"] != "train":
+            continue
         stem = Path(clip["file"]).stem
         for number in range(1, num_versions):
             audio_id = f"audio/speech_{stem}_{number}.flac"
             stream = f"{name}/{audio_id}"
             plans.append(RenderingPlan(audio_id, change_speech, clip, stream))
     sources = _render(plans, folder, "rendering speech")
-
-    versions: dict[str, list[Version]] = {}
-    for clip in clips:
-        versions[clip["file"]] = [Version(committed_id(clip, SPEECH, folder))]
     for plan in plans:
         version = Version(plan.audio_id, sources[plan.audio_id]["factor"])
         versions[plan.source["file"]].append(version)
