@@ -24,7 +24,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from data.toy.build import ROWS
+from data.toy.build import DEFAULTS
 from eval import toy, toy_speech
 
 STAGE4 = "stage4_all_mix"
@@ -40,9 +40,9 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
     environment = dict(os.environ)
     flags = []
     if alone:
-        *before, last = (int(number) for number in ROWS.split(","))
-        rows = [*before, sum(before) + last]
-        environment["ROWS"] = ",".join(map(str, rows))
+        *before, last = DEFAULTS["ltu"].num_examples
+        num_examples = [*before, sum(before) + last]
+        environment["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
     command = ["bash", SCRIPT, kind, str(fold), str(seed), str(folder), *flags]

@@ -3,8 +3,8 @@
 # also Whisper's features and transcripts), trains the stages, and generates answers for held-out
 # clips after each of them.
 # bash train_scripts/quickstart/toy_fold.sh ltu|ltu_as FOLD SEED DIR [FLAGS of finetune]
-#   STAGES  names of stage scripts in order; the default is all of them
-#   ROWS    numbers of examples of the stages; the default is that of data.toy.build (build_ltu_as)
+#   STAGES        names of stage scripts in order; the default is all of them
+#   NUM_EXAMPLES  numbers of examples of the stages; the default is that of data.toy.build
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 kind=$1 fold=$2 seed=$3
@@ -20,7 +20,6 @@ stages="stage1_proj_cla stage2_all_cla"
 case $kind in
     ltu)
         stages="$stages stage3_all_close stage4_all_mix"
-        build=data.toy.build
         init_flags=(--audio_encoder pretrained_mdls/yamnet)
         cutoff_len=108
         generate_flags=(--max_new_tokens 40)
@@ -31,7 +30,6 @@ case $kind in
         export FEATURES=$EXP/features
         whisper=pretrained_mdls/whisper-tiny.en/whisper.pt
         stages="$stages stage3_all_mix_v2"
-        build=data.toy.build_ltu_as
         init_flags=(--whisper "$whisper" --feature_root "$FEATURES")
         init_flags+=(--standardize_on "$DATA/stage2.json")
         cutoff_len=160
@@ -49,8 +47,8 @@ last_stage=${stages##* }
 
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: clips, training examples, held-out questions"
-    "$PYTHON" -m "$build" --fold "$fold" --seed "$seed" --output_dir "$DATA" \
-        ${ROWS:+--rows "$ROWS"}
+    "$PYTHON" -m data.toy.build --kind "$kind" --fold "$fold" --seed "$seed" \
+        --output_dir "$DATA" ${NUM_EXAMPLES:+--num_examples "$NUM_EXAMPLES"}
     touch "$DATA/finished"
 fi
 if [ "$kind" = ltu_as ] && [ ! -f "$FEATURES/finished" ]; then
