@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import (
@@ -34,22 +35,28 @@ ORIGINAL_DECODING = {
 # A token of tokenizers that spell rare characters in bytes.
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
-# Each setting: its types, whether a value is possible, and a description of possible values.
-SETTINGS: dict[str, tuple[tuple, Callable[[Any], bool], str]] = {
-    "do_sample": ((bool,), lambda value: True, "true or false"),
-    "temperature": (
-        (int, float),
-        lambda value: 0 < value <= 100,
-        "above 0, at most 100 (do_sample=False is greedy)",
-    ),
-    "top_p": ((int, float), lambda value: 0 < value <= 1, "above 0, at most 1"),
-    "top_k": ((int,), lambda value: value >= 0, "a whole number from 0 (0: no limit)"),
-    "repetition_penalty": ((int, float), lambda value: 0 < value <= 100, "above 0, at most 100"),
-    "max_new_tokens": ((int,), lambda value: value >= 1, "a whole number from 1"),
-    "min_new_tokens": ((int,), lambda value: value >= 0, "a whole number from 0"),
-    "num_beams": ((int,), lambda value: 1 <= value <= 64, "a whole number from 1 to 64"),
-    "length_penalty": ((int, float), lambda value: abs(value) < 100, "a number"),
-}
+
+
+class DecodingSettings(BaseModel):
+    """The settings of generation, with the values that are possible.
+
+    `GenerationConfig.validate` of transformers checks `max_new_tokens` only; it accepts, for
+    example, a negative temperature, top_p 1.5, top_k True and zero beams.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    do_sample: bool = Field(False, description="true or false")
+    temperature: float = Field(
+        1.0, gt=0, le=100, description="above 0, at most 100 (do_sample=False is greedy)"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="above 0, at most 1")
+    top_k: int = Field(0, ge=0, description="a whole number from 0 (0: no limit)")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="above 0, at most 100")
+    max_new_tokens: int = Field(400, ge=1, description="a whole number from 1")
+    min_new_tokens: int = Field(0, ge=0, description="a whole number from 0")
+    num_beams: int = Field(1, ge=1, le=64, description="a whole number from 1 to 64")
+    length_penalty: float = Field(1.0, gt=-100, lt=100, description="above -100, below 100")
 
 
 def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
@@ -58,17 +65,18 @@ def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting is unknown, or its value impossible.
     """
-    unknown = sorted(set(decoding) - set(SETTINGS))
-    if unknown:
-        raise ValueError(f"Unknown decoding settings {unknown}; there are {', '.join(SETTINGS)}.")
-    for name, value in decoding.items():
-        types, is_possible, possible = SETTINGS[name]
-        is_of_type = isinstance(value, types)
-        if isinstance(value, bool) and bool not in types:  # A bool is an int for Python.
-            is_of_type = False
-        if not is_of_type or not is_possible(value):
-            raise ValueError(f"{name} is {value!r}; possible: {possible}.")
-    settings = GREEDY_DECODING | decoding
+    known = DecodingSettings.model_fields
+    try:
+        given = DecodingSettings.model_validate(decoding).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        details = error.errors()[0]
+        name = details["loc"][0]
+        if name not in known:
+            message = f"Unknown decoding setting {name!r}; there are {', '.join(known)}."
+        else:
+            message = f"{name} is {details['input']!r}; possible: {known[name].description}."
+        raise ValueError(message) from error
+    settings = GREEDY_DECODING | given
     if settings["do_sample"] and settings.get("num_beams", 1) > 1:
         raise ValueError("Beams are searched, not sampled: leave num_beams or do_sample out.")
     return settings
