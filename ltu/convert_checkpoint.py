@@ -22,7 +22,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from ltu.checkpoints.convert import LtuConverter
 from ltu.files import run_command
@@ -31,7 +30,7 @@ PROMPT_TEMPLATE = "alpaca_short"
 USAGE = (
     "give --llm and --output_dir with --checkpoint or --init (and its --audio_encoder, "
     "--prompt_template); --model with --to_original; or --model and --output_dir with --merge. "
-    "--llm_dtype is for --checkpoint and --merge"
+    "--llm_dtype is for --checkpoint and --merge, --lora_alpha and --lora_dropout for --checkpoint"
 )
 
 
@@ -72,13 +71,12 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
         help="Write the model with its language model, LoRA merged in.",
     )
     parser.add_argument(
-        "--lora_alpha", type=int, default=16, help="Alpha of LoRA, which original files lack."
+        "--lora_alpha", type=int, help="Alpha of LoRA, which original files lack (16)."
     )
     parser.add_argument(
         "--lora_dropout",
         type=float,
-        default=0.05,
-        help="Dropout of LoRA, which original files lack.",
+        help="Dropout of LoRA, which original files lack (0.05).",
     )
     parser.add_argument(
         "--llm_dtype",
@@ -98,6 +96,12 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
     args = parser.parse_args(argv)
     if not _is_consistent(args):
         parser.error(USAGE)
+    if args.model:
+        for field in fields(converter_class):
+            if getattr(args, field.name) != field.default:
+                parser.error(
+                    f"--{field.name} is for --checkpoint and --init; {args.model} has its own."
+                )
     for source in (args.llm, args.checkpoint, args.audio_encoder, args.model):
         if source and args.output_dir and Path(source).resolve() == Path(args.output_dir).resolve():
             parser.error(f"--output_dir {args.output_dir} is also an input. Name another folder.")
@@ -118,7 +122,10 @@ def _is_consistent(args: argparse.Namespace) -> bool:
     has_init_flags = args.audio_encoder or args.prompt_template != PROMPT_TEMPLATE
     if has_init_flags and not args.init:
         return False
-    return not args.llm_dtype or bool(args.checkpoint or args.merge)
+    if args.llm_dtype and not (args.checkpoint or args.merge):
+        return False
+    has_lora_flags = args.lora_alpha is not None or args.lora_dropout is not None
+    return not has_lora_flags or bool(args.checkpoint)
 
 
 def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = LtuConverter) -> None:
@@ -135,15 +142,12 @@ def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = Lt
             args.llm, args.output_dir, args.audio_encoder, args.prompt_template
         )
     else:
+        lora = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        lora = {name: value for name, value in lora.items() if value is not None}
         converter.convert_original(
-            args.checkpoint,
-            args.llm,
-            args.output_dir,
-            args.lora_alpha,
-            args.lora_dropout,
-            args.llm_dtype,
+            args.checkpoint, args.llm, args.output_dir, llm_dtype=args.llm_dtype, **lora
         )
 
 
 if __name__ == "__main__":
-    run_command(main, KeyError, SafetensorError)
+    run_command(main)

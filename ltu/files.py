@@ -11,6 +11,7 @@ from typing import IO
 from filelock import lock_descriptor
 
 HASH_BLOCK = 2**22  # bytes
+WORKER_ERROR = "in DataLoader worker process"  # In messages of torch.utils.data.
 
 
 def sha256_of(*paths: str | Path) -> str:
@@ -75,22 +76,23 @@ def lock_file(path: Path, output: Path) -> IO[bytes]:
         file.close()
 
 
-def run_command(command: Callable[[], int | None], *more_errors: type[Exception]) -> None:
+def run_command(command: Callable[[], int | None]) -> None:
     """Run a command and exit with its status.
 
-    An error that the user can fix is one line, which a traceback would hide.
+    An error that the user can fix (OSError or ValueError) is one line, which a traceback would
+    hide.
 
     Args:
         command: returns the exit status; None is 0.
-        more_errors: further types of such errors, besides OSError and ValueError.
     """
     try:
         status = command()
-    except (OSError, ValueError, *more_errors) as error:
+    except (OSError, ValueError) as error:
         message = str(error)
-        if isinstance(error, KeyError):  # Its text has quotes around it.
-            message = str(error.args[-1])
-        elif isinstance(error, OSError):  # transformers breaks its lines.
+        if WORKER_ERROR in message:
+            # A worker of a data loader puts its traceback in front of the message.
+            message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+        if isinstance(error, OSError):  # transformers breaks its lines.
             message = " ".join(message.split())
         sys.exit(f"error: {message}")
     sys.exit(status)

@@ -38,12 +38,18 @@ def main(argv: list[str] | None = None) -> None:
         help="The folder to which audio_ids are relative. The default is the folder of the "
         "dataset file.",
     )
+    parser.add_argument(
+        "--max_bad",
+        type=int,
+        default=0,
+        help="The number of clips that may fail to be transcribed, for models with transcripts.",
+    )
     add_front_end_flags(parser)
     args = parser.parse_args(argv)
 
     processor = AutoProcessor.from_pretrained(find_checkpoint(args.base_model, CHECKPOINT_FILES))
     processor.front_end.configure(**read_front_end_flags(args))
-    index = build_index(args.data_path, processor, args.output_path, args.audio_root)
+    index = build_index(args.data_path, processor, args.output_path, args.audio_root, args.max_bad)
     rows = IndexedRows(index)
     num_tokens = rows.num_tokens.float()  # (rows,)
     print(

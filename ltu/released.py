@@ -12,7 +12,17 @@ import argparse
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from ltu.checkpoints.released_files import PREP, TABLE, VICUNA, Released, download, prep, size_of
+from ltu.checkpoints.released_files import (
+    PREP,
+    TABLE,
+    VICUNA,
+    Released,
+    address,
+    download,
+    find,
+    prep,
+    size_of,
+)
 from ltu.files import run_command
 
 
@@ -78,7 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "download":
         if not args.name:
             parser.error("download needs a NAME")
-        print(download(args.name, args.root / "pretrained_mdls", args.mirror))
+        row = find(args.name)
+        folder = args.root / "pretrained_mdls"
+        print(f"{row.name}: {address(row, args.mirror)} ({size_of(row)}) -> {folder}")
+        if not args.dry_run:
+            print(download(row, folder, args.mirror))
     elif args.markdown:
         print_markdown()
     else:
@@ -98,4 +112,4 @@ def print_markdown() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, KeyError)
+    run_command(main)

@@ -218,15 +218,24 @@ class WhisperFrontEnd(AudioFrontEnd):
             completed.append(text)
         return completed
 
-    def add_transcripts(self, rows: list[dict], batch_size: int = 16) -> list[dict]:
+    def add_transcripts(
+        self,
+        examples: list[dict],
+        errors: dict[str, AudioError] | None = None,
+        batch_size: int = 16,
+    ) -> list[dict]:
         """Return examples with Whisper's transcript as `input` where it is absent.
 
-        A clip that cannot be decoded gets ""; training skips and counts it.
+        The example of a clip that cannot be decoded gets "".
+
+        Args:
+            errors: gets the error of each such clip, by path.
+            batch_size: clips that are transcribed at once.
         """
         audio_ids = {}  # By path, of the clips without a transcript.
-        for row in rows:
-            if row.get("input") is None and row["audio"]:
-                audio_ids[row["audio"]] = row.get("audio_id")
+        for example in examples:
+            if example.get("input") is None and example["audio"]:
+                audio_ids[example["audio"]] = example.get("audio_id")
         paths = list(audio_ids)
         transcripts: dict[str, str] = {}
         for start in tqdm(
@@ -239,17 +248,19 @@ class WhisperFrontEnd(AudioFrontEnd):
                     if clip.transcript is None and clip.waveform is None:
                         # Stored features without a transcript: the clip must be decoded.
                         clip = super().load_clip(path)
-                except AudioError:
+                except AudioError as error:
+                    if errors is not None:
+                        errors[path] = error
                     continue
                 clips[path] = clip
             texts = self.complete_transcripts(list(clips.values()), [None] * len(clips))
             transcripts |= dict(zip(clips, texts, strict=True))
 
         completed = []
-        for row in rows:
-            if row.get("input") is None:
-                row = row | {"input": transcripts.get(row["audio"], "")}
-            completed.append(row)
+        for example in examples:
+            if example.get("input") is None:
+                example = example | {"input": transcripts.get(example["audio"], "")}
+            completed.append(example)
         return completed
 
 

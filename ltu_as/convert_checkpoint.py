@@ -13,8 +13,6 @@ it, TLTR is initialised at random, with a warning.
 
 from functools import partial
 
-from safetensors import SafetensorError
-
 import ltu.convert_checkpoint
 from ltu.files import run_command
 from ltu_as.converter import LtuAsConverter
@@ -22,4 +20,4 @@ from ltu_as.converter import LtuAsConverter
 main = partial(ltu.convert_checkpoint.main, converter_class=LtuAsConverter)
 
 if __name__ == "__main__":
-    run_command(main, KeyError, SafetensorError)
+    run_command(main)

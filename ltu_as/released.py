@@ -5,4 +5,4 @@ from ltu.files import run_command
 from ltu.released import main
 
 if __name__ == "__main__":
-    run_command(main, KeyError)
+    run_command(main)

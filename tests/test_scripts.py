@@ -258,7 +258,7 @@ echo "$module" >> "$(dirname "$0")/commands.txt"
         ),
         (
             "ltu_as",
-            "data.toy.build_ltu_as ltu_as.extract_whisper_feature ltu_as.convert_checkpoint"
+            "data.toy.build ltu_as.extract_whisper_feature ltu_as.convert_checkpoint"
             + " ltu_as.finetune"
             + 2 * " ltu_as.finetune ltu_as.inference_batch eval.toy"
             + " eval.toy_speech",

@@ -142,8 +142,8 @@ class LtuConverter:
             llm_dtype: of the language model, if the files contain it.
 
         Raises:
-            KeyError: keys or shapes of a file do not fit the model.
-            ValueError: a file cannot be converted, or the arguments contradict it.
+            ValueError: a file cannot be converted or does not fit the model, or the arguments
+                contradict it.
             FileNotFoundError: a file or folder is not there.
         """
         file = load_state(checkpoint)
@@ -216,8 +216,8 @@ class LtuConverter:
             its config; its tensors by key; and the keys that were dropped, each with the reason.
 
         Raises:
-            KeyError: a key is unknown, or the file contains no audio encoder.
-            ValueError: it contains the audio encoder of the other model, or cannot be opened.
+            ValueError: a key is unknown, or the file contains no audio encoder or that of the other
+                model, or cannot be opened.
         """
         if path is None:
             return self._random_audio_encoder()

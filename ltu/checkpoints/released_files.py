@@ -377,22 +377,25 @@ def make_checkpoint(row: Released, models: Path, llm: str, mirror: str | None = 
 def newest_checkpoint(kind: str, roots: tuple[str, ...] = ("exp", "pretrained_mdls")) -> Path:
     """Return the checkpoint folder of a kind that was written last.
 
-    An initial checkpoint, from which training starts, is returned only if there is no other.
+    An initial checkpoint, from which training starts, is returned only if there is no other. The
+    checkpoints inside a run, and those of a run that has not finished, do not count.
 
     Raises:
         FileNotFoundError: there is none.
     """
     candidates = []
     for root in roots:
-        for file in Path(root).rglob("model.safetensors"):
-            config = file.with_name("config.json")
-            state = file.with_name("ltu_state.json")
-            if not (config.is_file() and state.is_file()):
+        for state in Path(root).rglob("ltu_state.json"):  # The last file that is written.
+            folder = state.parent
+            config = folder / "config.json"
+            if folder.name.startswith("checkpoint-") or not config.is_file():
                 continue
-            if json.loads(config.read_bytes())["model_type"] != kind:
+            record = json.loads(state.read_bytes())
+            model_type = json.loads(config.read_bytes())["model_type"]
+            if model_type != kind or record.get("finished") is False:
                 continue
-            is_initial = json.loads(state.read_bytes()).get("stage") == "init"
-            candidates.append((not is_initial, file.stat().st_mtime, file.parent))
+            is_initial = record.get("stage") == "init"
+            candidates.append((not is_initial, state.stat().st_mtime, folder))
     if not candidates:
         raise FileNotFoundError(
             f"No checkpoint of {kind} is in {' or '.join(roots)}. Name one, --model DIR or a name "

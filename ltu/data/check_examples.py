@@ -1,14 +1,8 @@
 """Reads the examples of a dataset file and checks them.
 
-    python -m ltu.index_dataset all.json --base_model DIR        for millions of examples
-
 Everything that can be wrong with an example is found before training, in seconds, and reported with
 the file and the number of the example. The exception: in a dataset file of more than 100,000
 examples without an index, a question that fills the cutoff is found when the example is used.
-
-In training, a clip that cannot be decoded is skipped, counted and named, and the next example takes
-its position, so the number of steps and the batch sizes stay the same. Features are never made up.
-More than `max_bad` such examples stop the run.
 """
 
 from collections.abc import Iterator

@@ -119,7 +119,7 @@ class LtuEngine:
 
     @property
     def kind(self) -> str:
-        """ "ltu" or "ltu_as" """
+        """The model type of the config: ltu or ltu_as."""
         return self.model.config.model_type
 
     @property

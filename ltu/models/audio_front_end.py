@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltu.data.audio import SAMPLING_RATE, AudioClip, AudioSource, decode_audio
+from ltu.data.audio import SAMPLING_RATE, AudioClip, AudioError, AudioSource, decode_audio
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 
 _REGISTERED: dict[type, type["AudioFrontEnd"]] = {}  # By the class of the feature extractor.
@@ -134,11 +134,18 @@ class AudioFrontEnd:
     def complete_transcripts(
         self, clips: list[AudioClip | None], transcripts: list[str | None]
     ) -> list[str]:
-        """Replace each transcript that is None by that of its clip, or by "" without one."""
+        """Replace each transcript that is None: by that of its clip if it is transcribed, or ""."""
         return [transcript or "" for transcript in transcripts]
 
-    def add_transcripts(self, examples: list[dict]) -> list[dict]:
-        """Return examples with `input` where it is absent, as in `complete_transcripts`."""
+    def add_transcripts(
+        self, examples: list[dict], errors: dict[str, AudioError] | None = None
+    ) -> list[dict]:
+        """Return examples with `input` where it is absent, as in `complete_transcripts`.
+
+        Args:
+            errors: gets the error of each clip that cannot be decoded, by path. Its example gets
+                the transcript "".
+        """
         return [example | {"input": example.get("input") or ""} for example in examples]
 
 

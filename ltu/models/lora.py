@@ -9,20 +9,24 @@ from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
 
-def find_targets(language_model: PreTrainedModel, named: list[str] | None = None) -> list[str]:
+def find_targets(
+    language_model: PreTrainedModel, target_modules: list[str] | None = None
+) -> list[str]:
     """Return the names of the layers that take LoRA.
 
     Args:
         language_model: a causal LM.
-        named: the layers; by default q_proj and v_proj, as in the papers, or else those that peft
-            knows for this type of model.
+        target_modules: the layers; by default q_proj and v_proj, as in the papers, or else those
+            that peft knows for this type of model.
 
     Raises:
         ValueError: a named layer is not in the model, or no default fits it.
     """
     modules = dict(language_model.named_modules())
     model_type = language_model.config.model_type
-    candidates = [named] if named else [["q_proj", "v_proj"], PEFT_TARGETS.get(model_type)]
+    candidates = [["q_proj", "v_proj"], PEFT_TARGETS.get(model_type)]
+    if target_modules:
+        candidates = [target_modules]
     for targets in candidates:
         # For some types of model peft has a regular expression, which is not used here.
         if isinstance(targets, list) and all(_has_layer(modules, target) for target in targets):
@@ -33,8 +37,8 @@ def find_targets(language_model: PreTrainedModel, named: list[str] | None = None
     for name, module in modules.items():
         if isinstance(module, nn.Linear | Conv1D) and module is not output_layer:
             linear.add(name.split(".")[-1])
-    if named:
-        reason = f"LoRA cannot be added to {named}: the model lacks at least one of them"
+    if target_modules:
+        reason = f"LoRA cannot be added to {target_modules}: the model lacks at least one of them"
     else:
         reason = "The usual target layers of LoRA are not known"
     raise ValueError(

@@ -24,6 +24,21 @@ DESCRIPTION = (
 )
 
 
+# The smallest values of flags that are numbers.
+SMALLEST = {
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "num_epochs": 1,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "cutoff_len": 2,
+    "val_set_size": 0,
+    "max_bad": 0,
+    "num_workers": 0,
+    "warmup_steps": 0,
+}
+
+
 @dataclass
 class ModelArguments:
     """Flags of the model that is trained."""
@@ -152,7 +167,7 @@ class DataArguments:
     )
     plan: bool = field(
         default=False,
-        metadata={"help": "Print steps, sizes and the trainable parameters, and stop."},
+        metadata={"help": "Print steps, sizes and the number of trainable parameters, and stop."},
     )
     # Values of the flags that the audio front ends add, by name.
     front_end: dict[str, str | None] = field(init=False, default_factory=dict)
@@ -206,7 +221,13 @@ class RunArguments:
     wandb_project: str = ""
     wandb_run_name: str = ""
     wandb_watch: str = field(default="", metadata={"help": "false, gradients or all."})
-    wandb_log_model: str = field(default="", metadata={"help": "false or true."})
+    wandb_log_model: str = field(
+        default="",
+        metadata={
+            "help": "Whether to upload the model to wandb: end, checkpoint or false. The original's "
+            "value true means end."
+        },
+    )
     tensorboard: bool = False
 
 
@@ -247,18 +268,24 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     model_args, data_args, run_args, *others = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False
     )
-    for namespace in others:
-        data_args.front_end = read_front_end_flags(namespace)
+    if others:  # A namespace with the flags of the audio front ends.
+        data_args.front_end = read_front_end_flags(others[0])
 
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:
         parser.error(f"--trainable_params {plan}: choose from {', '.join(TRAINABLE_PLANS)}")
     if run_args.bf16 not in ("auto", "True", "False"):
         parser.error(f"--bf16 {run_args.bf16}: choose from auto, True, False")
-    for name in ("batch_size", "micro_batch_size", "num_epochs", "logging_steps", "save_steps"):
-        value = getattr(run_args, name)
-        if value < 1:
-            parser.error(f"--{name} {value}: it must be at least 1")
+    values = vars(data_args) | vars(run_args)
+    for name, smallest in SMALLEST.items():
+        if values[name] < smallest:
+            parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
+    if run_args.max_steps == 0:
+        parser.error("--max_steps 0 trains nothing; -1 means all epochs")
+    wandb_flags = ("wandb_run_name", "wandb_watch", "wandb_log_model")
+    given = [f"--{name}" for name in wandb_flags if values[name]]
+    if given and not run_args.wandb_project:
+        parser.error(f"{', '.join(given)} need --wandb_project")
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if run_args.batch_size // run_args.micro_batch_size // world_size < 1:

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ltu.data.audio import AudioError
 from ltu.data.check_examples import checked_rows, no_answer_left, with_audio
 from ltu.data.dataset_parser import RowError
 from ltu.files import sha256_of, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
 
+MAX_LISTED = 10  # Errors in a message.
 ENDING = ".arrow"
 ROWS_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
@@ -44,6 +46,7 @@ def build_index(
     processor: LtuProcessor,
     output: str | Path | None = None,
     audio_root: str | Path | None = None,
+    max_bad: int = 0,
 ) -> Path:
     """Check and tokenize every example, in constant memory.
 
@@ -57,12 +60,14 @@ def build_index(
         audio_root: folder to which `audio_id`s are relative. Only LTU-AS reads clips, to make
             missing transcripts.
 
+        max_bad: how many clips may fail to be transcribed; their examples get the transcript "".
+
     Returns:
         The path of the index.
 
     Raises:
-        RowError: examples are not valid (the message lists the first ten), or the file changed
-            while it was read.
+        RowError: examples are not valid or more than `max_bad` clips cannot be decoded (the message
+            lists the first ten), or the file changed while it was read.
     """
     path = Path(path)
     output = Path(output or f"{path}{ENDING}")
@@ -72,15 +77,22 @@ def build_index(
     state = path.stat()
     schema = _index_schema(path, state, processor)
     unfinished = output.with_name(f"{output.name}.tmp")
+    errors: dict[str, AudioError] = {}
     try:
         with (
             pyarrow.OSFile(str(unfinished), "wb") as file,
             pyarrow.ipc.new_file(file, schema) as table,
             tqdm(desc="indexing", unit="example", unit_scale=True) as bar,
         ):
-            for columns in _tokenize_blocks(first, examples, processor):
+            for columns in _tokenize_blocks(first, examples, processor, errors):
                 table.write_batch(pyarrow.record_batch(columns, schema=schema))
                 bar.update(len(columns[0]))
+        if len(errors) > max_bad:
+            listed = "\n".join(f"  {error}" for error in list(errors.values())[:MAX_LISTED])
+            raise RowError(
+                f"{len(errors)} clips of {path} cannot be transcribed, more than --max_bad "
+                f"{max_bad}:\n{listed}"
+            )
         new_state = path.stat()
         is_same_size = new_state.st_size == state.st_size
         if not is_same_size or new_state.st_mtime_ns != state.st_mtime_ns:
@@ -106,7 +118,10 @@ def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) ->
 
 
 def _tokenize_blocks(
-    first: dict, examples: Iterator[dict], processor: LtuProcessor
+    first: dict,
+    examples: Iterator[dict],
+    processor: LtuProcessor,
+    errors: dict[str, AudioError],
 ) -> Iterator[list[list]]:
     """Yield the columns of each block of `ROWS_AT_ONCE` examples.
 
@@ -117,7 +132,7 @@ def _tokenize_blocks(
     pending: Future | None = None
     with ThreadPoolExecutor(1) as pool:
         while block:
-            submitted = pool.submit(_make_columns, block, processor, known)
+            submitted = pool.submit(_make_columns, block, processor, known, errors)
             block = list(islice(examples, ROWS_AT_ONCE))
             if pending is not None:
                 yield pending.result()
@@ -127,10 +142,13 @@ def _tokenize_blocks(
 
 
 def _make_columns(
-    examples: list[dict], processor: LtuProcessor, known: dict[str, int]
+    examples: list[dict],
+    processor: LtuProcessor,
+    known: dict[str, int],
+    errors: dict[str, AudioError],
 ) -> list[list]:
     """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
-    examples = processor.front_end.add_transcripts(examples)
+    examples = processor.front_end.add_transcripts(examples, errors)
     columns = []
     for name in TEXTS:
         columns.append([_as_utf8(example.get(name), name) for example in examples])
