@@ -224,8 +224,8 @@ class RunArguments:
     wandb_log_model: str = field(
         default="",
         metadata={
-            "help": "Whether to upload the model to wandb: end, checkpoint or false. The original's "
-            "value true means end."
+            "help": "Whether to upload the model to wandb: end, checkpoint or false. true, the "
+            "original's value, means end."
         },
     )
     tensorboard: bool = False
