@@ -6,6 +6,9 @@ python -m train_scripts.quickstart.plot_loss --output_path loss.png exp/ltu/stag
 import argparse
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from ltu.training.loss_log import read_log, with_loss
 
 
@@ -18,25 +21,15 @@ def plot(folders: list[Path], output_path: Path) -> None:
     Raises:
         FileNotFoundError: a run has no log.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     start = 0
     for folder in folders:
         log = read_log(folder)
-        entries = with_loss(log)
-        if entries:
-            steps = [start + entry["step"] for entry in entries]
-            losses = [entry["loss"] for entry in entries]
-            axes.plot(steps, losses, label=folder.name)
-
+        training = with_loss(log)
+        _draw(axes, training, "loss", start, "-", folder.name)
         held_out = [entry for entry in log if "eval_loss" in entry]
-        if held_out:
-            steps = [start + entry["step"] for entry in held_out]
-            losses = [entry["eval_loss"] for entry in held_out]
-            axes.plot(steps, losses, "o", label=f"{folder.name}, held out")
-
+        _draw(axes, held_out, "eval_loss", start, "o", f"{folder.name}, held out")
         start += max((entry["step"] for entry in log), default=0)
         axes.axvline(start, color="0.8", linewidth=0.8)
     axes.set(
@@ -48,6 +41,15 @@ def plot(folders: list[Path], output_path: Path) -> None:
     axes.legend(frameon=False)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output_path, dpi=150)
+
+
+def _draw(axes: Axes, entries: list[dict], key: str, start: int, style: str, label: str) -> None:
+    """Draw the values of a key over the steps from `start` on, if there are any."""
+    if not entries:
+        return
+    steps = [start + entry["step"] for entry in entries]
+    values = [entry[key] for entry in entries]
+    axes.plot(steps, values, style, label=label)
 
 
 def main(argv: list[str] | None = None) -> None:
