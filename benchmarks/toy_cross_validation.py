@@ -40,8 +40,8 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
     environment = dict(os.environ)
     flags = []
     if alone:
-        *before, last = DEFAULTS["ltu"].num_examples
-        num_examples = [*before, sum(before) + last]
+        num_examples = list(DEFAULTS["ltu"].num_examples)
+        num_examples[-1] = sum(num_examples)
         environment["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
@@ -128,21 +128,29 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    name = "alone" if args.alone else "fold"
-    folders = [args.output_dir / f"{name}{fold}" for fold in args.folds]
-    for fold, folder in zip(args.folds, folders, strict=True):
+    name = "fold"
+    path = args.output_dir / "results.json"
+    if args.alone:
+        name = "alone"
+        path = args.output_dir / "results_alone.json"
+    folders = []
+    seconds = {}
+    for fold in args.folds:
+        folder = args.output_dir / f"{name}{fold}"
         run_fold(args.kind, fold, args.seed, folder, args.alone)
-    audio_encoder = Path("pretrained_mdls/yamnet") if args.kind == "ltu" else None
-    result = toy.evaluate(folders, audio_encoder)
-    seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
-    result["seconds_of_training"] = seconds
+        folders.append(folder)
+        seconds[folder.name] = round(seconds_of_training(folder), 1)
+
     if args.kind == "ltu_as":
-        result["speech"] = toy_speech.evaluate([max(folder.glob("stage3*")) for folder in folders])
+        result = toy.evaluate(folders, None)
+        last_stages = [max(folder.glob("stage3*")) for folder in folders]
+        result["speech"] = toy_speech.evaluate(last_stages)
         result["speech"]["runs"] = [folder.name for folder in folders]
         result["verdicts"] = verdicts_as(result["rows"], result["speech"]["rows"])
     else:
+        result = toy.evaluate(folders, Path("pretrained_mdls/yamnet"))
         result["verdicts"] = verdicts(result["rows"])
-    path = args.output_dir / ("results_alone.json" if args.alone else "results.json")
+    result["seconds_of_training"] = seconds
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(toy.format_table(result["rows"], result["clips"], result["folds"]))
     if args.kind == "ltu_as":

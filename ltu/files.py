@@ -37,10 +37,13 @@ def replace_file(
             replaces is lost then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp"
-    unfinished = path.with_name(name)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    if shared:
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if isinstance(content, bytes):
+        content = [content]
     with unfinished.open("wb") as file:
-        file.writelines([content] if isinstance(content, bytes) else content)
+        file.writelines(content)
         if is_synced:
             file.flush()
             os.fsync(file.fileno())

@@ -19,6 +19,8 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from dataclasses import asdict, dataclass, replace
+from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 
@@ -39,6 +41,30 @@ class DownloadError(ValueError):
     """A file that cannot be downloaded. The message has its name, the reason and a hint."""
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """The content of NAME.received.json; `url` is None for a file that was put there by hand."""
+
+    url: str | None
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PartNotes:
+    """The content of NAME.part.json: the version of the file that NAME.part is a part of.
+
+    Attributes:
+        url: the address of the file.
+        version: its ETag or Last-Modified; None if the server sends neither.
+        total: the size of the whole file in bytes, if the server sends it.
+    """
+
+    url: str
+    version: str | None = None
+    total: int | None = None
+
+
 def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = None) -> Path:
     """Download a file, unless it is there already.
 
@@ -56,23 +82,29 @@ def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = 
         DownloadError: the file cannot be downloaded, or its content is not what is expected.
     """
     is_zip = target.suffix == ".zip"
-    result = target.with_suffix("") if is_zip else target
+    result = target
+    if is_zip:
+        result = target.with_suffix("")
     part = target.with_name(f"{target.name}.part")
-    receipt = target.with_name(f"{target.name}.received.json")
+    receipt_path = target.with_name(f"{target.name}.received.json")
     target.parent.mkdir(parents=True, exist_ok=True)
     # The ranks of a run may all request the same file.
     with FileLock(target.with_name(f".{target.name}.lock")):
         # A folder appears when it is complete: a folder without a receipt was unpacked by hand.
-        if result.is_dir() or _is_received(result, receipt):
+        if result.is_dir() or _is_received(result, receipt_path):
             return result
         # A file without a receipt was put there by hand, or by a call that was stopped just here.
         is_by_hand = target.is_file()
-        if not is_by_hand:
+        if is_by_hand:
+            received = target
+            origin = str(target)
+        else:
             transfer(url, part)
-        received = target if is_by_hand else part
-        origin = str(target) if is_by_hand else url
+            received = part
+            origin = url
         try:
-            content = check(received, target.name, origin, size, sha256)
+            digest = check(received, target.name, origin, size, sha256)
+            receipt = Receipt(url, received.stat().st_size, digest)
             if is_zip:
                 unpack(received, result)
             elif not is_by_hand:
@@ -80,22 +112,24 @@ def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = 
         except DownloadError:
             part.unlink(missing_ok=True)  # Resuming the transfer of a wrong file cannot help.
             raise
-        record = {"url": None if is_by_hand else url} | content
-        replace_file(receipt, (json.dumps(record) + "\n").encode())
+        if is_by_hand:
+            receipt = replace(receipt, url=None)
+        replace_file(receipt_path, (json.dumps(asdict(receipt)) + "\n").encode())
         part.unlink(missing_ok=True)
-        _notes_of(part).unlink(missing_ok=True)
+        _notes_path(part).unlink(missing_ok=True)
     return result
 
 
-def _is_received(path: Path, receipt: Path) -> bool:
+def _is_received(path: Path, receipt_path: Path) -> bool:
     """Return whether a file is there with the size that its receipt records."""
-    if not (receipt.is_file() and path.is_file()):
+    if not (receipt_path.is_file() and path.is_file()):
         return False
-    return path.stat().st_size == json.loads(receipt.read_text())["bytes"]
+    receipt = Receipt(**json.loads(receipt_path.read_text()))
+    return path.stat().st_size == receipt.bytes
 
 
-def check(path: Path, name: str, origin: str, size: int | None, sha256: str | None) -> dict:
-    """Check a received file and return its bytes and sha256.
+def check(path: Path, name: str, origin: str, size: int | None, sha256: str | None) -> str:
+    """Check a received file and return its sha256.
 
     Args:
         path: the received file.
@@ -121,7 +155,7 @@ def check(path: Path, name: str, origin: str, size: int | None, sha256: str | No
         wrong = _what_is_wrong(path, Path(name).suffix)
     if wrong:
         raise DownloadError(f"{name}: {origin} is {wrong}. {HINT}")
-    return {"bytes": num_bytes, "sha256": digest}
+    return digest
 
 
 def _what_is_wrong(path: Path, suffix: str) -> str | None:
@@ -184,9 +218,12 @@ def transfer(url: str, part: Path) -> None:
                 raise DownloadError(
                     f"{part}: the disk is full. Make room and run it again; it goes on."
                 ) from error
-            received = part.stat().st_size if part.is_file() else 0
-            failures = 1 if received > most_received else failures + 1
-            most_received = max(most_received, received)
+
+            received = _size_of(part)
+            if received > most_received:
+                most_received = received
+                failures = 0
+            failures += 1
             if failures > RETRIES:
                 raise DownloadError(
                     f"{name}: {url}: {error!r}, {failures} times. {received:,} bytes are "
@@ -195,9 +232,26 @@ def transfer(url: str, part: Path) -> None:
             time.sleep(min(WAIT * 2 ** (failures - 1), MAX_WAIT))
 
 
-def _notes_of(part: Path) -> Path:
-    """Return the file that records of which version of the file a part is."""
+def _size_of(path: Path) -> int:
+    """Return the size of a file in bytes, 0 if it is not there."""
+    if not path.is_file():
+        return 0
+    return path.stat().st_size
+
+
+def _notes_path(part: Path) -> Path:
     return Path(f"{part}.json")
+
+
+def _read_notes(part: Path) -> PartNotes | None:
+    """Return the notes of a part; None if there is no part, or none of a known version."""
+    path = _notes_path(part)
+    if not (path.is_file() and part.is_file()):
+        return None
+    notes = PartNotes(**json.loads(path.read_text()))
+    if not notes.version:
+        return None
+    return notes
 
 
 def receive(url: str, part: Path) -> None:
@@ -208,42 +262,61 @@ def receive(url: str, part: Path) -> None:
         DownloadError: the link has died.
     """
     name = part.name.removesuffix(".part")
-    # Resume only if the part is of a known version.
-    notes = _notes_of(part)
-    known = json.loads(notes.read_text()) if notes.is_file() and part.is_file() else {}
-    start = part.stat().st_size if known.get("version") and known["url"] == url else 0
-    if start and known["total"] == str(start):
-        return  # A call was stopped between the last byte and the check.
     headers = {"User-Agent": "ltu"}
+    start = 0
+    notes = _read_notes(part)
+    if notes is not None and notes.url == url:
+        start = _size_of(part)
+        if start == notes.total:
+            return  # A call was stopped between the last byte and the check.
     if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": known["version"]}
+        headers |= {"Range": f"bytes={start}-", "If-Range": notes.version}
+
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.headers.get_content_type() == "text/html":
             raise DownloadError(f"{name}: {url} gives a web page; the link may have died. {HINT}")
-        tag = response.headers.get("ETag", "W/")
-        total = response.headers.get("Content-Length")
-        # A weak tag ("W/") does not promise equal bytes.
-        version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
-        if response.status == 206:  # The rest of a file: it must continue the part.
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            found = span and (int(span[1]), version or known.get("version"), span[2])
-            if found != (start, known.get("version"), known.get("total")):
-                notes.unlink(missing_ok=True)
-                raise ConnectionError("the file changed at its source")
-            total = span[2]
-        else:
+        if response.status != 206:  # The whole file, not the rest of it.
             start = 0
-        size = int(total) if total else None
-        # A new part is emptied before the notes are written: they must never describe old bytes.
-        with part.open("ab" if start else "wb") as file:
-            notes.write_text(json.dumps({"url": url, "version": version, "total": total}))
-            with tqdm(desc=name, total=size, initial=start, unit="B", unit_scale=True) as bar:
+            notes = _notes_of_response(url, response.headers)
+        elif not _continues(response.headers, notes, start):
+            _notes_path(part).unlink(missing_ok=True)
+            raise ConnectionError("the file changed at its source")
+        with part.open("ab") as file:
+            # Empty a new part before the notes are written: they must never describe old bytes.
+            file.truncate(start)
+            _notes_path(part).write_text(json.dumps(asdict(notes)))
+            bar = tqdm(desc=name, total=notes.total, initial=start, unit="B", unit_scale=True)
+            with bar:
                 while block := response.read1(1 << 16):
                     bar.update(file.write(block))
-    received = part.stat().st_size
-    if size is not None and received != size:
-        raise ConnectionError(f"the connection ended after {received:,} of {size:,} bytes")
+    received = _size_of(part)
+    if notes.total not in (None, received):
+        raise ConnectionError(f"the connection ended after {received:,} of {notes.total:,} bytes")
+
+
+def _version_of(headers: Message) -> str | None:
+    """Return the version of a file that a server promises to be of equal bytes, if it does."""
+    tag = headers.get("ETag", "W/")
+    if tag.startswith("W/"):  # A weak tag does not promise equal bytes.
+        return headers.get("Last-Modified")
+    return tag
+
+
+def _notes_of_response(url: str, headers: Message) -> PartNotes:
+    length = headers.get("Content-Length")
+    if length is None:
+        return PartNotes(url, _version_of(headers))
+    return PartNotes(url, _version_of(headers), int(length))
+
+
+def _continues(headers: Message, notes: PartNotes | None, start: int) -> bool:
+    """Return whether a response has the rest, from `start`, of the file that the notes describe."""
+    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+    if span is None or notes is None:
+        return False
+    is_same_version = _version_of(headers) in (None, notes.version)
+    return is_same_version and int(span[1]) == start and int(span[2]) == notes.total
 
 
 def unpack(archive: Path, folder: Path) -> None:
