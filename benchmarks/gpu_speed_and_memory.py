@@ -52,7 +52,7 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as in its script and the README."""
+    """A stage as in its script; docs/benchmarks.md#costs-at-7b has its costs."""
 
     script: str
     trains: str  # "proj" or "all"

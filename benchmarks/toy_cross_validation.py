@@ -22,6 +22,7 @@ import json
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from data.toy.build import DEFAULTS
@@ -68,22 +69,21 @@ def seconds_of_training(folder: Path) -> float:
     return total
 
 
-def last_stage(rows: list[dict]) -> dict:
+def last_stage(rows: list[toy.Row]) -> toy.Row:
     """Return the row of the last stage in a table."""
-    stages = [row for row in rows if row["name"].startswith("stage")]
-    return max(stages, key=lambda row: row["name"])
+    stages = [row for row in rows if row.name.startswith("stage")]
+    return max(stages, key=lambda row: row.name)
 
 
-def verdicts(rows: list[dict]) -> dict[str, bool]:
+def verdicts(rows: list[toy.Row]) -> dict[str, bool]:
     """Return the bounds that were set before measuring, and whether the last stage meets them."""
     last = last_stage(rows)
-    right = last["right"]["share"]
-    wrong = last["wrong"]["share"]
-    label = last["label"]["share"]
-    probe_row = next(row for row in rows if row["name"].startswith("linear probe"))
-    package_row = next(row for row in rows if row["name"] == "source package alone")
-    probe = probe_row["right"]["share"]
-    package = package_row["right"]["share"]
+    right = last.right.fraction
+    wrong = last.wrong.fraction
+    label = last.label.fraction
+    by_name = {row.name: row for row in rows}
+    probe = by_name["linear probe on the encoder"].right.fraction
+    package = by_name["source package alone"].right.fraction
     return {
         f"category {right:.3f} >= 0.65": right >= 0.65,
         f"category {right:.3f} >= linear probe {probe:.3f} - 0.05": right >= probe - 0.05,
@@ -93,15 +93,15 @@ def verdicts(rows: list[dict]) -> dict[str, bool]:
     }
 
 
-def verdicts_as(rows: list[dict], speech: list[dict]) -> dict[str, bool]:
+def verdicts_as(rows: list[toy.Row], speech: list[toy_speech.Row]) -> dict[str, bool]:
     """Return the bounds that were set for LTU-AS, and whether the last stage meets them."""
-    category = last_stage(rows)["right"]["share"]
+    category = last_stage(rows).right.fraction
     found = {f"category {category:.3f} >= 0.65": category >= 0.65}
     for row in speech:
-        if "gender" in row["name"].lower() and row["name"].endswith(")"):
-            found[f"{row['name']} {row['mean']:.3f} >= 0.80"] = row["mean"] >= 0.80
-        if row["name"] == f"WER, {toy_speech.WORDS['speech_words_right']}":
-            found[f"{row['name']} {row['mean']:.3f} <= 0.10"] = row["mean"] <= 0.10
+        if "gender" in row.name.lower() and row.name.endswith(")"):
+            found[f"{row.name} {row.mean:.3f} >= 0.80"] = row.mean >= 0.80
+        if row.name == f"WER, {toy_speech.WORDS['speech_words_right']}":
+            found[f"{row.name} {row.mean:.3f} <= 0.10"] = row.mean <= 0.10
     return found
 
 
@@ -140,23 +140,24 @@ def main(argv: list[str] | None = None) -> None:
         run_fold(args.kind, fold, args.seed, folder, args.alone)
         folders.append(folder)
         seconds[folder.name] = round(seconds_of_training(folder), 1)
-
     if args.kind == "ltu_as":
-        result = toy.evaluate(folders, None)
-        last_stages = [max(folder.glob("stage3*")) for folder in folders]
-        result["speech"] = toy_speech.evaluate(last_stages)
-        result["speech"]["runs"] = [folder.name for folder in folders]
-        result["verdicts"] = verdicts_as(result["rows"], result["speech"]["rows"])
+        table = toy.evaluate(folders, audio_encoder=None)
+        speech = toy_speech.evaluate([max(folder.glob("stage3*")) for folder in folders])
+        speech = replace(speech, runs=[folder.name for folder in folders])
+        found = verdicts_as(table.rows, speech.rows)
+        result = table.to_json() | {"seconds_of_training": seconds, "speech": speech.to_json()}
+        text = f"{toy.format_table(table)}\n\n{toy_speech.format_table(speech)}"
     else:
-        result = toy.evaluate(folders, Path("pretrained_mdls/yamnet"))
-        result["verdicts"] = verdicts(result["rows"])
-    result["seconds_of_training"] = seconds
+        table = toy.evaluate(folders, Path("pretrained_mdls/yamnet"))
+        found = verdicts(table.rows)
+        result = table.to_json() | {"seconds_of_training": seconds}
+        text = toy.format_table(table)
+    result["verdicts"] = found
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(toy.format_table(result["rows"], result["clips"], result["folds"]))
-    if args.kind == "ltu_as":
-        print(f"\n{toy_speech.format_table(result['speech'])}")
-    for bound, is_met in result["verdicts"].items():
-        print(f"{'met   ' if is_met else 'MISSED'} {bound}")
+    print(text)
+    for bound, is_met in found.items():
+        verdict = "met" if is_met else "MISSED"
+        print(f"{verdict:6} {bound}")
     print(f"\nSeconds of training: {seconds}. The table as JSON: {path}")
 
 

@@ -53,7 +53,7 @@ class TrialScores:
     notes: list[str]
 
 
-def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
+def captions(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score captions; an item is a clip.
 
     A clip fails if one of its predictions failed; that caption is empty.
@@ -62,59 +62,69 @@ def captions(rows: list[dict], task: Task, context: Context) -> Outcome:
         EvaluationError: The clips have unequal numbers of predictions (original: fewer than five),
             or pycocoevalcap is not installed.
     """
-    clips = _group_by_clip(rows, context)
+    clips = _group_by_clip(predictions, context)
     items = [_make_item(clip) for clip in clips]
     if context.protocol == "original" and not shutil.which("java"):
         note = "not computed: no Java, which runs the original's tokenizer"
         return Outcome(items, lambda indices: {}, notes=[note])
-    reference_texts = [[_text(row["ref"], context) for row in clip] for clip in clips]
-    prediction_texts = [[_text(row["pred"], context) for row in clip] for clip in clips]
+    reference_texts = _texts(clips, "ref", context)
+    answer_texts = _texts(clips, "pred", context)
     try:
-        tokens = _tokenize(set(chain.from_iterable(reference_texts + prediction_texts)))
+        tokens = _tokenize(set(chain(*reference_texts, *answer_texts)))
         references = _tokens_by_clip(reference_texts, tokens)
-        predictions = _tokens_by_clip(prediction_texts, tokens)
-        trials = [_trial(predictions, number) for number in range(len(clips[0]))]
+        answers = _tokens_by_clip(answer_texts, tokens)
+        trials = [_trial(answers, number) for number in range(len(clips[0]))]
         scores = _score(references, trials)
     except ImportError as error:
         raise EvaluationError(f"{error}: captions need it. pip install pycocoevalcap") from None
-    for index, item in enumerate(items):
-        item |= {name: float(values[:, index].mean()) for name, values in scores.means.items()}
+    for name, values in scores.means.items():
+        for item, mean in zip(items, values.mean(0), strict=True):
+            item[name] = float(mean)
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        metrics = {}  # name -> (trials,)
-        for name, values in scores.means.items():
-            metrics[name] = values[:, indices].mean(1)
-        for order, values in enumerate(_bleu(scores.bleu[:, indices].sum(1)), start=1):
-            metrics[f"BLEU-{order}"] = values
-        if scores.meteor is not None:
-            metrics["METEOR"] = _meteor(scores.meteor[:, indices].sum(1))
-        if "SPICE" in metrics:
-            metrics["SPIDEr"] = (metrics["CIDEr-D"] + metrics["SPICE"]) / 2
         found = {}
-        for name, values in metrics.items():
+        for name, values in _metrics(scores, indices).items():
             found[name] = float(np.mean(values))
             found[f"{name} std"] = float(np.std(values))
         return found
 
-    left_out = len(rows) - sum(map(len, clips))
+    num_scored = sum(map(len, clips))
+    left_out = len(predictions) - num_scored
     if left_out:
         scores.notes.append(f"{left_out} predictions left out: the first five of a clip count")
     return Outcome(items, compute, notes=scores.notes)
 
 
-def _group_by_clip(rows: list[dict], context: Context) -> list[list[dict]]:
-    """Return the predictions of each clip, all clips with the same number of them."""
+def _metrics(scores: TrialScores, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the metrics (trials,) of the clips at these indices, by name."""
+    metrics = {}
+    for name, values in scores.means.items():
+        metrics[name] = values[:, indices].mean(1)
+    for order, values in enumerate(_bleu(scores.bleu[:, indices].sum(1)), start=1):
+        metrics[f"BLEU-{order}"] = values
+    if scores.meteor is not None:
+        metrics["METEOR"] = _meteor(scores.meteor[:, indices].sum(1))
+    if "SPICE" in metrics:
+        metrics["SPIDEr"] = (metrics["CIDEr-D"] + metrics["SPICE"]) / 2
+    return metrics
+
+
+def _group_by_clip(predictions: list[dict], context: Context) -> list[list[dict]]:
+    """Return the items of each clip, all clips with the same number of them."""
     clips: dict[str, list[dict]] = {}
     is_original = context.protocol == "original"
-    for index, item in enumerate(start_items(rows, context)):
+    for index, item in enumerate(start_items(predictions, context)):
         clip = clips.setdefault(Path(item["audio_id"] or "").name, [])
         clip.append(item)
         is_other_clip = clip[0]["audio_id"] != item["audio_id"] and not is_original
         if not item["audio_id"] or is_other_clip:
             reason = f"{item['audio_id']} is no clip, or {clip[0]['audio_id']} has the same name."
             raise context.error(index, reason)
-        del clip[ORIGINAL_TRIALS if is_original else len(rows) :]
-    expected = ORIGINAL_TRIALS if is_original else len(next(iter(clips.values())))
+        if is_original:
+            del clip[ORIGINAL_TRIALS:]
+    expected = len(next(iter(clips.values())))
+    if is_original:
+        expected = ORIGINAL_TRIALS
     for name, clip in clips.items():
         if len(clip) != expected:
             raise EvaluationError(
@@ -125,12 +135,21 @@ def _group_by_clip(rows: list[dict], context: Context) -> list[list[dict]]:
 
 
 def _make_item(clip: list[dict]) -> dict[str, Any]:
-    """Merge the predictions of a clip into one item."""
-    item: dict[str, Any] = {"audio_id": clip[0]["audio_id"]}
-    for key in ("ref", "pred"):
-        item[key] = [row[key] for row in clip]
-    item["failed"] = next((row["failed"] for row in clip if row["failed"]), None)
+    """Merge the items of a clip into one."""
+    item = {"audio_id": clip[0]["audio_id"], "ref": [], "pred": [], "failed": None}
+    for own in clip:
+        item["ref"].append(own["ref"])
+        item["pred"].append(own["pred"])
+        item["failed"] = item["failed"] or own["failed"]
     return item
+
+
+def _texts(clips: list[list[dict]], key: str, context: Context) -> list[list[str]]:
+    """Return the captions of each clip; `key` is "ref" or "pred"."""
+    texts = []
+    for clip in clips:
+        texts.append([_text(item[key], context) for item in clip])
+    return texts
 
 
 def _text(text: str | None, context: Context) -> str:
@@ -150,24 +169,31 @@ def _tokenize(texts: set[str]) -> dict[str, str]:
         return {text: text for text in texts}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    inputs = {n: [{"caption": text}] for n, text in enumerate(sorted_texts)}
+    inputs = {}
+    for number, text in enumerate(sorted_texts):
+        inputs[number] = [{"caption": text}]
     tokenized = PTBTokenizer().tokenize(inputs)
     if len(tokenized) != len(sorted_texts):
         raise EvaluationError(
             f"The PTB tokenizer returned {len(tokenized)} of {len(sorted_texts)} captions. "
             "Check that java runs."
         )
-    tokens = {text: tokenized[n][0] for n, text in enumerate(sorted_texts)}
-    return tokens | {"": ""}
+    tokens = {"": ""}
+    for number, text in enumerate(sorted_texts):
+        tokens[text] = tokenized[number][0]
+    return tokens
 
 
 def _tokens_by_clip(texts: list[list[str]], tokens: dict[str, str]) -> Captions:
-    return {n: [tokens[text] for text in clip] for n, clip in enumerate(texts)}
+    found = {}
+    for number, clip in enumerate(texts):
+        found[number] = [tokens[text] for text in clip]
+    return found
 
 
-def _trial(predictions: Captions, number: int) -> Captions:
-    """Return one prediction of each clip."""
-    return {n: [clip[number]] for n, clip in predictions.items()}
+def _trial(answers: Captions, trial: int) -> Captions:
+    """Return one answer of each clip."""
+    return {number: [clip[trial]] for number, clip in answers.items()}
 
 
 def _score(references: Captions, trials: list[Captions]) -> TrialScores:
@@ -176,17 +202,21 @@ def _score(references: Captions, trials: list[Captions]) -> TrialScores:
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    means = {}
-    means["CIDEr-D"] = np.array([Cider().compute_score(references, trial)[1] for trial in trials])
-    means["ROUGE-L"] = np.array([Rouge().compute_score(references, trial)[1] for trial in trials])
-    bleu = np.array([_bleu_counts(references, trial) for trial in trials])
+    cider = []
+    rouge = []
+    bleu = []
+    for trial in trials:
+        cider.append(Cider().compute_score(references, trial)[1])
+        rouge.append(Rouge().compute_score(references, trial)[1])
+        bleu.append(_bleu_counts(references, trial))
+    means = {"CIDEr-D": np.array(cider), "ROUGE-L": np.array(rouge)}
     tokens = "tokens: ASCII punctuation deleted, lower case, "
     if not shutil.which("java"):
         notes = [
             f"{tokens}split at white space (no Java: no PTB tokenizer)",
             "METEOR, SPICE, SPIDEr: not computed: no Java",
         ]
-        return TrialScores(means, bleu, None, notes)
+        return TrialScores(means, np.array(bleu), None, notes)
     notes = [f"{tokens}PTB tokenizer"]
     jar = Meteor()  # a Java process, which ends with the object
     meteor = np.array([_meteor_counts(jar, references, trial) for trial in trials], np.float64)
@@ -199,10 +229,10 @@ def _score(references: Captions, trials: list[Captions]) -> TrialScores:
         notes.append(f"SPICE, SPIDEr: not computed: java ended with {error.returncode}")
     except OSError as error:
         notes.append(f"SPICE, SPIDEr: not computed: {error}")
-    return TrialScores(means, bleu, meteor, notes)
+    return TrialScores(means, np.array(bleu), meteor, notes)
 
 
-def _bleu_counts(references: Captions, predictions: Captions) -> list[list[int]]:
+def _bleu_counts(references: Captions, trial: Captions) -> list[list[int]]:
     """Return ten counts for each clip.
 
     They are the length of the prediction, the length of the nearest reference, the numbers of
@@ -211,12 +241,14 @@ def _bleu_counts(references: Captions, predictions: Captions) -> list[list[int]]
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     scorer = BleuScorer(n=4)
-    for n, (prediction,) in predictions.items():
-        scorer += (prediction, references[n])
+    for number, (answer,) in trial.items():
+        scorer += (answer, references[number])
     counts = []
     for clip in scorer.ctest:
         length = clip["testlen"]
-        _, nearest = min((abs(length - reference), reference) for reference in clip["reflen"])
+        # Of two references that are equally near, the shorter one is the nearest.
+        by_length = sorted(clip["reflen"])
+        nearest = min(by_length, key=lambda reference: abs(length - reference))
         counts.append([length, nearest, *clip["guess"], *clip["correct"]])
     return counts
 
@@ -230,10 +262,13 @@ def _bleu(counts: np.ndarray) -> np.ndarray:
     return (bleu * brevity_penalty).T
 
 
-def _meteor_counts(jar: Any, references: Captions, predictions: Captions) -> list[list[str]]:
+def _meteor_counts(jar: Any, references: Captions, trial: Captions) -> list[list[str]]:
     """Return the 23 counts of the METEOR jar for each clip, as text."""
-    lines = [jar._stat(prediction, references[n]) for n, (prediction,) in predictions.items()]
-    return [line.split() for line in lines]
+    counts = []
+    for number, (answer,) in trial.items():
+        line = jar._stat(answer, references[number])
+        counts.append(line.split())
+    return counts
 
 
 def _meteor(counts: np.ndarray) -> np.ndarray:
@@ -250,7 +285,7 @@ def _meteor(counts: np.ndarray) -> np.ndarray:
     return np.nan_to_num(mean * (1 - GAMMA * fragmentation**BETA))
 
 
-def _spice(references: Captions, predictions: Captions) -> np.ndarray:
+def _spice(references: Captions, trial: Captions) -> np.ndarray:
     """Return SPICE of each clip.
 
     Raises:
@@ -263,5 +298,5 @@ def _spice(references: Captions, predictions: Captions) -> np.ndarray:
         raise FileNotFoundError(
             "no CoreNLP models (python -m pycocoevalcap.spice.get_stanford_models downloads them)"
         )
-    _, scores = spice.Spice().compute_score(references, predictions)
+    _, scores = spice.Spice().compute_score(references, trial)
     return np.nan_to_num([clip["All"]["f"] for clip in scores])

@@ -4,7 +4,7 @@ The predicted class is the one whose text has the nearest embedding, or the one 
 gives the highest likelihood.
 
 Options of a task: `labels` is a file in eval/labels with one class per line and ` | ` before other
-spellings of it; `prefix` is put before every embedded text; `answer` and `truth` name how the
+spellings of it; `prefix` is put before every embedded text; `answer` and `reference` name how the
 original reads predictions and references; `separator` separates several references; with `mode`
 "max" the original clips negative cosines to 0; with `scores` it ranks by cosines, else by 1 for the
 chosen class and 0 for the others.
@@ -21,13 +21,16 @@ from statistics import NormalDist
 
 import numpy as np
 
+from eval import toy
 from eval.ranking_metrics import Ranking
 from eval.scorer_interface import Context, EvaluationError, Outcome, start_items, without_lead
 from eval.tasks import Task
 
 LABELS = Path(__file__).parent / "labels"
-ROWS_AT_ONCE = 256  # rows of cosines per block, so that a block fits the processor's cache
+BLOCK_SIZE = 256  # answers per block of cosines, so that a block fits the processor's cache
 WORK = 10**9  # scores that a bootstrap may read: 94 resamples of 20,000 x 527
+MIN_RESAMPLES = 20
+MAX_RESAMPLES = 1000
 
 # How the evaluators of the original read a prediction ...
 ANSWERS: dict[str, Callable[[str], str]] = {
@@ -70,20 +73,24 @@ class Classes:
     def __init__(self, task: Task, protocol: str):
         self.is_strict = protocol == "strict"
         self.prefix = task.options.get("prefix", "")
-        self.rule = task.options.get("truth", "after_colon")
+        self.rule = task.options.get("reference", "after_colon")
         self.separator = task.options.get("separator")
         self.read = ANSWERS[task.options.get("answer", "after_colon")]
-        lines = (LABELS / task.options["labels"]).read_text(encoding="utf-8").splitlines()
-        spellings = [line.split(" | ") for line in lines]
-        self.names = [names[0] for names in spellings]
-        self.texts = [self.text(name.replace("_", " ").lower()) for name in self.names]
+        self.names: list[str] = []
+        self.texts: list[str] = []
         self.numbers: dict[str, int] = {}
-        for number, names in enumerate(spellings):
-            keys = [plain(name) for name in names] if self.is_strict else names[:1]
+        lines = (LABELS / task.options["labels"]).read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines):
+            name, *other_spellings = line.split(" | ")
+            self.names.append(name)
+            self.texts.append(self.text(name.replace("_", " ").lower()))
+            keys = [name]
+            if self.is_strict:
+                keys = [plain(spelling) for spelling in (name, *other_spellings)]
             for key in keys:
                 if self.numbers.setdefault(key, number) != number:
                     raise EvaluationError(
-                        f"{task.options['labels']}, row {number + 1}: {key!r} is there twice."
+                        f"{task.options['labels']}, line {number + 1}: {key!r} is there twice."
                     )
 
     def text(self, content: str) -> str:
@@ -94,7 +101,8 @@ class Classes:
 
     def answer(self, answer: str) -> str:
         """Return the text that is embedded for a prediction."""
-        return self.text(without_lead(answer).lower() if self.is_strict else self.read(answer))
+        content = without_lead(answer).lower() if self.is_strict else self.read(answer)
+        return self.text(content)
 
     def reference_numbers(self, reference: str) -> list[int]:
         """Return the numbers of the classes that a reference names.
@@ -103,14 +111,19 @@ class Classes:
             KeyError: The reference names something that is no class.
         """
         if not self.is_strict:
-            text = REFERENCE_READERS[self.rule](reference)
-            names = text.split(self.separator) if self.separator else [text]
+            names = split_names(REFERENCE_READERS[self.rule](reference), self.separator)
             return [self.numbers[name] for name in names]
         text = reference.split(":")[-1]
         if self.rule == "first_sentence":
             text = re.split("[.,]", text)[0]
-        names = text.split(self.separator[0]) if self.separator else [text]
+        # A space that follows the separator is optional.
+        names = split_names(text, self.separator and self.separator[0])
         return [self.numbers[plain(name)] for name in names]
+
+
+def split_names(text: str, separator: str | None) -> list[str]:
+    """Return the names of classes in a text, which is one name if there is no separator."""
+    return text.split(separator) if separator else [text]
 
 
 def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarray:
@@ -119,33 +132,40 @@ def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarr
     The original sums in a Python loop. "original" does the same for all pairs at once, so the
     result is equal to the last bit, which decides ties.
     """
-    norms = [np.sqrt(np.cumsum(vectors**2, axis=1)[:, -1:]) for vectors in (answers, classes)]
-    if not min(norm.min(initial=1) for norm in norms) > 0:
+    answer_norms = _norms(answers)
+    class_norms = _norms(classes)
+    # A comparison with nan is false.
+    if not (answer_norms.min(initial=1) > 0 and class_norms.min(initial=1) > 0):
         raise EvaluationError(
             "An embedding is all zeros or not a number. Fix the table, or use another embedder."
         )
     if protocol == "strict":
-        return (answers / norms[0]) @ (classes / norms[1]).T
+        return (answers / answer_norms) @ (classes / class_norms).T
     products = np.zeros((len(answers), len(classes)))
-    for start in range(0, len(answers), ROWS_AT_ONCE):
-        block = products[start : start + ROWS_AT_ONCE]
-        for left, right in zip(answers[start : start + ROWS_AT_ONCE].T, classes.T, strict=True):
+    for start in range(0, len(answers), BLOCK_SIZE):
+        end = start + BLOCK_SIZE
+        block = products[start:end]
+        for left, right in zip(answers[start:end].T, classes.T, strict=True):
             block += left[:, None] * right
-    return products / (norms[0] * norms[1].T)
+    return products / (answer_norms * class_norms.T)
+
+
+def _norms(vectors: np.ndarray) -> np.ndarray:
+    """Return the norms (n, 1) of vectors (n, dim), summed from the first number to the last."""
+    return np.sqrt(np.cumsum(vectors**2, axis=1)[:, -1:])
 
 
 def class_scores(items: list[dict], classes: Classes, task: Task, context: Context) -> np.ndarray:
     """Return (items, classes) scores, -inf for an item without an answer."""
-    failed = np.array([item["failed"] is not None for item in items], dtype=bool)
+    shape = (len(items), len(classes.names))
     if context.label_scores is not None:
         given = context.label_scores.shape
-        expected = (len(items), len(classes.names))
-        if given != expected:
+        if given != shape:
             raise EvaluationError(
-                f"{context.source}: {given} label scores, not {expected} (rows, classes). "
+                f"{context.source}: {given} label scores, not {shape} (examples, classes). "
                 "Compute them again."
             )
-        return np.where(failed[:, None], -np.inf, context.label_scores)
+        return np.where(is_answered(items)[:, None], context.label_scores, -np.inf)
     if context.embed is None:
         raise EvaluationError(
             f"{context.source}: {task.name} is scored by embeddings. Give an --embedder."
@@ -156,17 +176,25 @@ def class_scores(items: list[dict], classes: Classes, task: Task, context: Conte
         if ":" not in (items[0]["pred"] or ""):
             reason = "the original stops at a first prediction without a colon."
             raise context.error(0, f"{reason} Use --protocol strict.")
-    answers = [classes.answer(item["pred"]) for item in items if item["failed"] is None]
     # Embed each distinct text once. Equal texts get equal scores.
-    row_of_text = {text: row for row, text in enumerate(dict.fromkeys(answers))}
-    embeddings = np.asarray(context.embed([*classes.texts, *row_of_text]), dtype=np.float64)
-    count = len(classes.texts)
-    found = cosines(embeddings[count:], embeddings[:count], context.protocol)
+    items_of_text: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        if item["failed"] is None:
+            items_of_text.setdefault(classes.answer(item["pred"]), []).append(index)
+    embeddings = np.asarray(context.embed([*classes.texts, *items_of_text]), dtype=np.float64)
+    class_embeddings, answer_embeddings = np.split(embeddings, [len(classes.texts)])
+    found = cosines(answer_embeddings, class_embeddings, context.protocol)  # (texts, classes)
     if is_original and task.options.get("mode") == "max":
         found = np.maximum(found, 0)
-    scores = np.full((len(items), len(classes.names)), -np.inf)
-    scores[~failed] = found[[row_of_text[text] for text in answers]]
+    scores = np.full(shape, -np.inf)
+    for indices, text_scores in zip(items_of_text.values(), found, strict=True):
+        scores[indices] = text_scores
     return scores
+
+
+def is_answered(items: list[dict]) -> np.ndarray:
+    """Return (items,) bool: which items have an answer."""
+    return np.array([item["failed"] is None for item in items], dtype=bool)
 
 
 def choice_metrics(
@@ -191,8 +219,9 @@ def choice_metrics(
 
 
 def ranked_metrics(ranking: Ranking, indices: np.ndarray, protocol: str) -> dict[str, float]:
-    """Return mAP, mAUC, d' and the number of classes with an AP, of the rows at (m,) indices."""
-    precision, area = ranking.scores(np.bincount(indices, minlength=ranking.rows))
+    """Return mAP, mAUC, d' and the number of classes with an AP, of the items at (m,) indices."""
+    weights = np.bincount(indices, minlength=ranking.num_examples)
+    precision, area = ranking.scores(weights)
     if protocol == "original":
         # A class without positives counts with AP 0 and AUC -1 (scikit-learn 1.9: nan).
         precision = np.nan_to_num(precision)
@@ -200,14 +229,18 @@ def ranked_metrics(ranking: Ranking, indices: np.ndarray, protocol: str) -> dict
     else:
         precision = precision[~np.isnan(precision)]
         area = area[~np.isnan(area)]
-    mean_precision = float(precision.mean()) if len(precision) else float("nan")
-    mean_area = float(area.mean()) if len(area) else float("nan")
+    mean_area = _mean(area)
     return {
-        "mAP": mean_precision,
+        "mAP": _mean(precision),
         "mAUC": mean_area,
         "d_prime": d_prime(mean_area),
         "classes": float(len(precision)),
     }
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean, nan if there are no values."""
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def d_prime(area: float) -> float:
@@ -218,64 +251,85 @@ def d_prime(area: float) -> float:
     return 2**0.5 * NormalDist().inv_cdf(area) if 0 < area < 1 else float("nan")
 
 
-def single_label(rows: list[dict], task: Task, context: Context) -> Outcome:
+def single_label(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score one reference class per clip: accuracy and F1; for the original also AP and AUC."""
-    return _score(rows, task, context, is_ranked=context.protocol == "original", is_single=True)
+    items, classes, references, scores = _score_classes(predictions, task, context)
+    count = len(classes.names)
+    reference = references.argmax(1)
+    chosen = np.where(is_answered(items), scores.argmax(1), -1)
+    _add_choices(items, classes, references, chosen)
+    for item in items:
+        item["reference"] = item["reference"][0]
+
+    ranking = None
+    notes = []
+    if context.protocol == "original":
+        if not task.options.get("scores", False):
+            scores = (chosen[:, None] == np.arange(count)).astype(float)
+        ranking = Ranking(scores, references)
+        notes = _absence_notes(references)
+
+    def compute(indices: np.ndarray) -> dict[str, float]:
+        metrics = choice_metrics(reference[indices], chosen[indices], count, context.protocol)
+        if ranking:
+            metrics |= ranked_metrics(ranking, indices, context.protocol)
+        return metrics
+
+    resamples = num_resamples(scores) if ranking else MAX_RESAMPLES
+    confusion = (classes.names, confusion_counts(reference, chosen, count))
+    return Outcome(items, compute, resamples, confusion, notes)
 
 
-def multi_label(rows: list[dict], task: Task, context: Context) -> Outcome:
+def multi_label(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score several reference classes per clip: AP and AUC.
 
     For the original, also compare the first reference class with the highest score.
     """
-    return _score(rows, task, context, is_ranked=True, is_single=False)
-
-
-def _score(
-    rows: list[dict], task: Task, context: Context, is_ranked: bool, is_single: bool
-) -> Outcome:
-    items = start_items(rows, context)
-    classes = Classes(task, context.protocol)
-    count = len(classes.names)
-    references = _read_references(items, classes, task, context)
-    scores = class_scores(items, classes, task, context)
-    is_answered = [item["failed"] is None for item in items]
-    chosen = np.where(is_answered, scores.argmax(1), -1)
+    items, classes, references, scores = _score_classes(predictions, task, context)
     first_reference = references.argmax(1)
-    _add_choices(items, classes, references, chosen, is_single)
-
-    ranking = None
-    if is_ranked:
-        has_scores = not is_single or task.options.get("scores", False)
-        one_hot = (chosen[:, None] == np.arange(count)).astype(float)
-        ranking = Ranking(scores if has_scores else one_hot, references)
+    chosen = np.where(is_answered(items), scores.argmax(1), -1)
+    _add_choices(items, classes, references, chosen)
+    ranking = Ranking(scores, references)
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        metrics = {}
-        own_reference = first_reference[indices]
-        own_chosen = chosen[indices]
-        if is_single:
-            metrics = choice_metrics(own_reference, own_chosen, count, context.protocol)
-        if ranking:
-            metrics |= ranked_metrics(ranking, indices, context.protocol)
-        if not is_single and context.protocol == "original":
-            metrics["accuracy"] = float((own_reference == own_chosen).mean())
+        metrics = ranked_metrics(ranking, indices, context.protocol)
+        if context.protocol == "original":
+            is_right = first_reference[indices] == chosen[indices]
+            metrics["accuracy"] = float(is_right.mean())
         return metrics
 
-    notes = []
-    positives = references.sum(0)
-    absent = int((positives == 0).sum())
-    few = int(((1 <= positives) & (positives < 5)).sum())
-    if is_ranked and absent:
-        notes.append(f"{absent} of {count} classes have no positives")
-    if few and not is_single:
+    notes = _absence_notes(references)
+    num_positives = references.sum(0)
+    num_few = int(((1 <= num_positives) & (num_positives < 5)).sum())
+    if num_few:
         reason = "resamples repeat or lose these, which biases the interval"
-        notes.append(f"{few} of {count} classes have fewer than 5 positives: {reason}")
-    resamples = int(np.clip(WORK // max(scores.size, 1), 20, 1000)) if is_ranked else 1000
-    confusion = None
-    if is_single:
-        confusion = (classes.names, confusion_counts(first_reference, chosen, count))
-    return Outcome(items, compute, resamples, confusion, notes)
+        classes_with_few = f"{num_few} of {len(classes.names)} classes have fewer than 5 positives"
+        notes.append(f"{classes_with_few}: {reason}")
+    return Outcome(items, compute, num_resamples(scores), notes=notes)
+
+
+def _score_classes(
+    predictions: list[dict], task: Task, context: Context
+) -> tuple[list[dict], Classes, np.ndarray, np.ndarray]:
+    """Return items, classes, references (items, classes) bool and scores (items, classes)."""
+    items = start_items(predictions, context)
+    classes = Classes(task, context.protocol)
+    references = _read_references(items, classes, task, context)
+    scores = class_scores(items, classes, task, context)
+    return items, classes, references, scores
+
+
+def num_resamples(scores: np.ndarray) -> int:
+    """Return the number of bootstrap resamples of ranked metrics, which take long to compute."""
+    return int(np.clip(WORK // max(scores.size, 1), MIN_RESAMPLES, MAX_RESAMPLES))
+
+
+def _absence_notes(references: np.ndarray) -> list[str]:
+    """Return the note about classes without positives, if there are any."""
+    num_absent = int((references.sum(0) == 0).sum())
+    if num_absent == 0:
+        return []
+    return [f"{num_absent} of {references.shape[1]} classes have no positives"]
 
 
 def _read_references(
@@ -294,50 +348,53 @@ def _read_references(
 
 
 def _add_choices(
-    items: list[dict],
-    classes: Classes,
-    references: np.ndarray,
-    chosen: np.ndarray,
-    is_single: bool,
+    items: list[dict], classes: Classes, references: np.ndarray, chosen: np.ndarray
 ) -> None:
-    """Add the reference classes, the chosen class and whether it is right to each item."""
-    for row, (item, number) in enumerate(zip(items, chosen, strict=True)):
-        names = [classes.names[index] for index in np.flatnonzero(references[row])]
-        item["truth"] = names[0] if is_single else names
+    """Add the reference classes, the chosen class and whether it is right to each item.
+
+    Args:
+        references: (items, classes) bool.
+        chosen: (items,) number of the chosen class, -1 for none.
+    """
+    for item, is_reference, number in zip(items, references, chosen, strict=True):
+        item["reference"] = [classes.names[index] for index in np.flatnonzero(is_reference)]
         item["chosen"] = classes.names[number] if number >= 0 else None
-        item["right"] = bool(number >= 0 and references[row, number])
+        item["right"] = bool(number >= 0 and is_reference[number])
 
 
 def confusion_counts(reference: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:
     """Return (reference, predicted) counts of the answered items."""
-    is_answered = chosen >= 0
-    pairs = reference[is_answered] * count + chosen[is_answered]
+    has_choice = chosen >= 0
+    pairs = reference[has_choice] * count + chosen[has_choice]
     return np.bincount(pairs, minlength=count * count).reshape(count, count)
 
 
-def toy_category(rows: list[dict], task: Task, context: Context) -> Outcome:
+def toy_category(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score category, label and form of answers to the toy set as eval.toy does.
 
     Both protocols are the same.
     """
-    from eval.toy import Toy, score
-
-    items = start_items(rows, context)
-    reader = Toy.load().reader
+    items = start_items(predictions, context)
+    reader = toy.Toy.load().reader
+    answered = []
     for index, item in enumerate(items):
         if reader.read(item["ref"]) is None:
             reason = f"the reference {item['ref']!r} has no form of data/toy/questions.json."
             raise context.error(index, reason)
-    predictions = []
-    for item in items:
-        predictions.append(item if item["failed"] is None else item | {"pred": None})
-    hits = score(predictions, reader)
-    for item, is_right in zip(items, hits["category"], strict=True):
+        answer = item["pred"] if item["failed"] is None else None
+        answered.append({"ref": item["ref"], "pred": answer})
+    hits = toy.score(answered, reader)
+    for item, is_right in zip(items, hits.category, strict=True):
         item["right"] = is_right
-    keys = {"accuracy": "category", "exact_label": "label", "in_form": "in_form"}
-    found = {name: np.array(hits[key], dtype=float) for name, key in keys.items()}
+    accuracy = np.array(hits.category, dtype=float)
+    exact_label = np.array(hits.label, dtype=float)
+    well_formed = np.array(hits.well_formed, dtype=float)
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        return {name: float(values[indices].mean()) for name, values in found.items()}
+        return {
+            "accuracy": float(accuracy[indices].mean()),
+            "exact_label": float(exact_label[indices].mean()),
+            "well_formed": float(well_formed[indices].mean()),
+        }
 
     return Outcome(items, compute)

@@ -70,16 +70,24 @@ class Judge:
             raise EvaluationError(
                 f"The judge stopped: {error}. Run it again: replies are in {self.replies}."
             ) from None
-        return [reply if isinstance(reply, RequestFailed) else reply.text for reply in replies]
+        texts: list[str | RequestFailed] = []
+        for reply in replies:
+            if isinstance(reply, RequestFailed):
+                texts.append(reply)
+            else:
+                texts.append(reply.text)
+        return texts
 
 
 def parse_verdict(reply: str) -> bool | None:
     """Return whether a reply says yes, None if it is neither yes nor no."""
     match = VERDICT.fullmatch(reply)
-    return match[1].lower() == "yes" if match else None
+    if match is None:
+        return None
+    return match[1].lower() == "yes"
 
 
-def open_ended(rows: list[dict], task: Task, context: Context) -> Outcome:
+def open_ended(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score answers with `context.judge`.
 
     Raises:
@@ -90,11 +98,15 @@ def open_ended(rows: list[dict], task: Task, context: Context) -> Outcome:
             f"{context.source}: open-ended answers need a judge; name one with --judge_model."
         )
     # The reference is optional.
-    started = start_items([row | {"ref": row.get("ref") or ""} for row in rows], context)
-    items = []
-    for item, row in zip(started, rows, strict=True):
-        items.append(item | {"prompt": row["prompt"], "follows": False})
-    answered = [item for item in items if item["failed"] is None]
+    with_reference = []
+    for prediction in predictions:
+        with_reference.append(prediction | {"ref": prediction.get("ref") or ""})
+    items = start_items(with_reference, context)
+    answered = []
+    for item, prediction in zip(items, predictions, strict=True):
+        item |= {"prompt": prediction["prompt"], "follows": False}
+        if item["failed"] is None:
+            answered.append(item)
     replies = context.judge([(item["prompt"], item["pred"]) for item in answered])
     for item, reply in zip(answered, replies, strict=True):
         if isinstance(reply, RequestFailed):
@@ -102,8 +114,10 @@ def open_ended(rows: list[dict], task: Task, context: Context) -> Outcome:
             # The message differs between runs, so it is printed and not stored.
             print(f"  {item['audio_id']}: {reply}", file=sys.stderr)
             continue
-        item |= {"reply": reply, "follows": parse_verdict(reply)}
-        item["failed"] = "unparsed judgement" if item["follows"] is None else None
+        verdict = parse_verdict(reply)
+        item |= {"reply": reply, "follows": verdict}
+        if verdict is None:
+            item["failed"] = "unparsed judgement"
     follows = np.array([item["follows"] for item in items], dtype=np.float64)  # None becomes nan
 
     def compute(indices: np.ndarray) -> dict[str, float]:

@@ -19,12 +19,13 @@ import csv
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from eval.classification import Classes, plain
-from eval.report import write_rows
+from eval.report import write_records
 from eval.scorer_interface import EvaluationError
 from eval.tasks import TASKS, Task, find_task
 from ltu.files import run_command
@@ -47,17 +48,47 @@ POSSIBLE = {
     "voxceleb_gender": "male|female",
     "voxceleb_age": "1?[0-9]?[0-9]",
 }
-CAPTIONS = tuple(f"caption_{number}" for number in range(1, 6))
-# Name pattern of the metadata file, column of the clip, columns of the labels. There is one
-# question for each column of labels.
-TABLE = ("", "audio", "label")
+CAPTIONS = ("caption_1", "caption_2", "caption_3", "caption_4", "caption_5")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the metadata of a task is.
+
+    Args:
+        pattern: Name pattern of the metadata file, "" if it is not found by its name.
+        clip: Column of the clip.
+        labels: Columns of the labels. There is one question for each.
+    """
+
+    pattern: str
+    clip: str
+    labels: tuple[str, ...]
+
+
+TABLE = Source("", "audio", ("label",))
 SOURCES = {
-    "esc50": ("esc50.csv", "filename", "category"),
-    "fsd50k": ("eval.csv", "fname", "labels"),
-    "audiocaps": ("test.csv", "youtube_id", "caption"),
-    "clotho": ("clotho_captions_evaluation.csv", "file_name", *CAPTIONS),
-    "librispeech": ("*.trans.txt", "id", "text"),
+    "esc50": Source("esc50.csv", "filename", ("category",)),
+    "fsd50k": Source("eval.csv", "fname", ("labels",)),
+    "audiocaps": Source("test.csv", "youtube_id", ("caption",)),
+    "clotho": Source("clotho_captions_evaluation.csv", "file_name", CAPTIONS),
+    "librispeech": Source("*.trans.txt", "id", ("text",)),
 }
+
+
+@dataclass(frozen=True)
+class LabelledClip:
+    """A row of the metadata.
+
+    Args:
+        position: File and row, for messages.
+        names: Names that the clip may have.
+        labels: Its labels, one for each question.
+    """
+
+    position: str
+    names: list[str]
+    labels: list[str]
 
 
 def find_metadata(pattern: str, root: Path) -> list[Path]:
@@ -66,35 +97,38 @@ def find_metadata(pattern: str, root: Path) -> list[Path]:
     Raises:
         EvaluationError: There is none, or more than one where only one is expected.
     """
-    found = sorted(root.rglob(pattern)) if pattern else []
+    found = []
+    if pattern:
+        found = sorted(root.rglob(pattern))
     if not found or (len(found) > 1 and "*" not in pattern):
         name = pattern or "of columns audio and label that are found by name"
         raise EvaluationError(f"{root} has {len(found)} files {name}: name one with --metadata.")
     return found
 
 
-def read_metadata(
-    columns: tuple[str, ...], paths: list[Path]
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield file and row, possible names of the clip, and labels of every row.
+def read_metadata(source: Source, paths: list[Path]) -> Iterator[LabelledClip]:
+    """Yield every row.
 
     Raises:
         EvaluationError: A row lacks one of the columns.
     """
+    columns = (source.clip, *source.labels)
     for path in paths:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             for number, row in enumerate(_parse_table(path, lines), start=1):
-                source = f"{path}, row {number}"
+                position = f"{path}, row {number}"
                 lacking = [name for name in columns if not (row.get(name) or "").strip()]
                 if lacking:
                     reason = f"no {', '.join(lacking)}; it has {', '.join(row)}."
-                    raise EvaluationError(f"{source}: {reason}")
-                yield source, _clip_names(columns[0], row), [row[name] for name in columns[1:]]
+                    raise EvaluationError(f"{position}: {reason}")
+                labels = [row[name] for name in source.labels]
+                yield LabelledClip(position, _clip_names(source.clip, row), labels)
 
 
 def _parse_table(path: Path, lines: IO[str]) -> Iterator[dict[str, str]]:
     if not path.name.endswith(".trans.txt"):
-        yield from csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        yield from csv.DictReader(lines, delimiter=delimiter)
         return
     for line in lines:
         yield dict(zip(("id", "text"), line.strip().split(" ", 1), strict=False))
@@ -112,32 +146,75 @@ def _clip_names(column: str, row: dict[str, str]) -> list[str]:
     return names
 
 
-def references(task: Task) -> Callable[[str, str], str]:
-    """Return a function that maps (file and row, label) to a reference.
+class ReferenceWriter:
+    """Spells the references of a task, so that both protocols can read them."""
 
-    Both protocols can read the spelling of the reference.
-    """
-    template = REFERENCES.get(task.name, "Labels: {}")
-    classes = Classes(task, "strict") if "labels" in task.options else None
+    def __init__(self, task: Task):
+        self.task = task
+        self.template = REFERENCES.get(task.name, "Labels: {}")
+        self.separator = task.options.get("separator")
+        self.input_separator = "," if task.name == "fsd50k" else ";"
+        self.classes = None
+        if "labels" in task.options:
+            self.classes = Classes(task, "strict")
 
-    def reference(source: str, label: str) -> str:
+    def write(self, label: str, position: str) -> str:
+        """Return the reference of a label of the metadata.
+
+        Args:
+            position: File and row of the label, for messages.
+
+        Raises:
+            EvaluationError: The label is no class.
+        """
         label = label.strip()
-        if classes is None:
-            if not re.fullmatch(POSSIBLE.get(task.name, ".+"), label):
-                raise EvaluationError(f"{source}: {label!r} is no label of {task.name}.")
-            return template.format(label)
-        separator = task.options.get("separator")
-        input_separator = "," if task.name == "fsd50k" else ";"
-        keys = [plain(name) for name in (label.split(input_separator) if separator else [label])]
-        unknown = [key for key in keys if key not in classes.numbers]
-        if unknown:
-            raise EvaluationError(
-                f"{source}: {unknown[0]!r} is no class of eval/labels/{task.options['labels']}."
-            )
-        names = [classes.names[classes.numbers[key]] for key in keys]
-        return template.format((separator or "").join(names))
+        if self.classes is not None:
+            label = self._class_names(label, position)
+        elif not re.fullmatch(POSSIBLE.get(self.task.name, ".+"), label):
+            raise EvaluationError(f"{position}: {label!r} is no label of {self.task.name}.")
+        return self.template.format(label)
 
-    return reference
+    def _class_names(self, label: str, position: str) -> str:
+        """Return the names of the classes of a label, joined by the separator of the task."""
+        parts = [label]
+        if self.separator:
+            parts = label.split(self.input_separator)
+        names = []
+        for part in parts:
+            key = plain(part)
+            if key not in self.classes.numbers:
+                labels = f"eval/labels/{self.task.options['labels']}"
+                raise EvaluationError(f"{position}: {key!r} is no class of {labels}.")
+            names.append(self.classes.names[self.classes.numbers[key]])
+        return (self.separator or "").join(names)
+
+
+class ClipFinder:
+    """Finds clips under a folder by their path, or by their name without extension."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.paths: dict[str, list[str]] = defaultdict(list)  # name -> relative paths
+        for path in sorted(root.rglob("*")):
+            if path.suffix.lower() in SOUNDS:
+                self.paths[path.stem].append(path.relative_to(root).as_posix())
+
+    def find(self, clip: LabelledClip) -> str | None:
+        """Return the relative path of a clip, None if it is missing.
+
+        Raises:
+            EvaluationError: Several files fit the names of the clip.
+        """
+        found = [name for name in clip.names if (self.root / name).is_file()]
+        if not found:
+            for name in clip.names:
+                found += self.paths.get(_without_extension(name), [])
+        if len(found) > 1:
+            raise EvaluationError(
+                f"{clip.position}: {self.root} has {' and '.join(found[:2])}. "
+                "Leave one, or name its path."
+            )
+        return found[0] if found else None
 
 
 def build(task: Task, metadata: list[Path], root: Path) -> tuple[list[dict], dict[str, str]]:
@@ -148,39 +225,33 @@ def build(task: Task, metadata: list[Path], root: Path) -> tuple[list[dict], dic
     Raises:
         EvaluationError: A label is no class, or several files fit the name of a clip.
     """
-    clips: dict[str, list[str]] = defaultdict(list)  # name without extension -> relative paths
-    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in SOUNDS):
-        clips[path.stem].append(path.relative_to(root).as_posix())
-    rows = []
+    questions = []
     missing: dict[str, str] = {}
-    reference = references(task)
-    columns = SOURCES.get(task.name, TABLE)[1:]
-    for source, names, labels in read_metadata(columns, metadata):
-        outputs = [reference(source, label) for label in labels]
-        found = [name for name in names if (root / name).is_file()]
-        if not found:
-            for name in names:
-                found += clips.get(_without_extension(name), ())
-        if len(found) > 1:
-            raise EvaluationError(
-                f"{source}: {root} has {' and '.join(found[:2])}. Leave one, or name its path."
-            )
-        if not found:
-            missing.setdefault(names[0], source)
+    writer = ReferenceWriter(task)
+    finder = ClipFinder(root)
+    for clip in read_metadata(SOURCES.get(task.name, TABLE), metadata):
+        outputs = [writer.write(label, clip.position) for label in clip.labels]
+        audio_id = finder.find(clip)
+        if audio_id is None:
+            missing.setdefault(clip.names[0], clip.position)
             continue
-        common = {
-            "instruction": task.prompt,
-            "audio_id": found[0],
-            "dataset": task.name,
-            "task": "evaluation",
-        }
-        rows += [common | {"output": output} for output in outputs]
-    return rows, missing
+        for output in outputs:
+            question = {
+                "instruction": task.prompt,
+                "audio_id": audio_id,
+                "dataset": task.name,
+                "task": "evaluation",
+                "output": output,
+            }
+            questions.append(question)
+    return questions, missing
 
 
 def _without_extension(name: str) -> str:
     path = Path(name)
-    return path.stem if path.suffix.lower() in SOUNDS else path.name
+    if path.suffix.lower() in SOUNDS:
+        return path.stem
+    return path.name
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -211,16 +282,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.metadata:
         metadata = [args.metadata]
     else:
-        metadata = find_metadata(SOURCES.get(task.name, TABLE)[0], args.audio_root)
-    rows, missing = build(task, metadata, args.audio_root)
-    num_clips = len({row["audio_id"] for row in rows})
-    print(f"{task.name}: {len(rows)} questions, {num_clips} clips; {len(missing)} missing")
-    for clip, source in list(missing.items())[:20]:
-        print(f"  missing: {clip} ({source})", file=sys.stderr)
-    if not rows or (missing and not args.allow_missing):
+        source = SOURCES.get(task.name, TABLE)
+        metadata = find_metadata(source.pattern, args.audio_root)
+    questions, missing = build(task, metadata, args.audio_root)
+    clips = {question["audio_id"] for question in questions}
+    print(f"{task.name}: {len(questions)} questions, {len(clips)} clips; {len(missing)} missing")
+    for clip, position in list(missing.items())[:20]:
+        print(f"  missing: {clip} ({position})", file=sys.stderr)
+    if not questions or (missing and not args.allow_missing):
         hint = "Download them, or give --allow_missing."
         raise EvaluationError(f"{args.audio_root} lacks {len(missing)} clips. {hint}")
-    write_rows(rows, args.output_path)
+    write_records(questions, args.output_path)
     return 0
 
 

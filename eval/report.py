@@ -7,23 +7,24 @@ import io
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from eval.scorer_interface import Outcome
 from eval.tasks import Task
 from ltu.data.dataset_io import RowWriter
 from ltu.files import replace_file, sha256_of
 
-Result = dict[str, Any]
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
 PREDICTIONS = ".predictions.json"  # follows the name of a task
 MANY_CLASSES = 60  # from this number on, names in a confusion matrix are too small to read
-TITLES = (
+TITLES = [
     "task",
     "model",
     "metric",
@@ -31,55 +32,158 @@ TITLES = (
     "on answered",
     "95 % interval",
     "on all",
-    "asked",
+    "examples",
     "answered",
     "failed",
     "papers",
-)
+]
 
 
-def summarize(outcome: Outcome, task: Task, seed: int) -> Result:
+@dataclass(frozen=True)
+class MetricValue:
+    """The main metric of a task, None where it is not computed.
+
+    Args:
+        on_answered: Over the items with an answer.
+        on_all: Over all items; those without an answer count as wrong.
+        low, high: The 95 % interval of `on_answered`.
+    """
+
+    on_answered: float | None
+    on_all: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The metrics of a task.
+
+    Args:
+        num_examples: Number of scored items: predictions, or clips for captions.
+        answered: Number of items with an answer.
+        failed: Reason -> number of items without an answer.
+        metric: Name of the main metric.
+        paper: Model -> the papers' value of the main metric.
+        resamples: Number of bootstrap resamples behind the interval, 0 if there is none.
+        on_answered, on_all: All metrics by name, None where one is not defined.
+        value: The main metric.
+        notes: Notes for the report.
+    """
+
+    num_examples: int
+    answered: int
+    failed: dict[str, int]
+    metric: str
+    paper: dict[str, float]
+    resamples: int
+    on_answered: dict[str, float | None]
+    on_all: dict[str, float | None]
+    value: MetricValue
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the report: a task, a model, its metrics, and where they come from.
+
+    Args:
+        scoring: How answers were scored: a scoring function, embeddings or label log-likelihoods.
+        num_predictions: Number of predictions, None if each is an example.
+        origin: Prompt, weights, decoding and files, as far as they are known.
+        embedder: Name of the embedder, None if there was none.
+    """
+
+    task: str
+    model: str
+    scoring: str
+    summary: Summary
+    num_predictions: int | None
+    origin: dict[str, Any]
+    embedder: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of report.json."""
+        entry = {"task": self.task, "model": self.model, "scoring": self.scoring}
+        entry |= asdict(self.summary)
+        if self.num_predictions is not None:
+            entry["num_predictions"] = self.num_predictions
+        return entry | self.origin | {"embedder": self.embedder}
+
+
+def summarize(outcome: Outcome, task: Task, seed: int, notes: Iterable[str] = ()) -> Summary:
     """Return all metrics on answered and on all items, and the interval of the main metric.
 
     It is the 95 % interval of a percentile bootstrap over the answered items.
+
+    Args:
+        seed: Seed of the bootstrap.
+        notes: Notes that follow those of the outcome.
     """
-    failed = Counter(item["failed"] for item in outcome.items if item["failed"] is not None)
-    answered = np.flatnonzero([item["failed"] is None for item in outcome.items])
-    subsets = {"on_answered": answered, "on_all": np.arange(len(outcome.items))}
-    found: Result = {}
-    main_metric = {}
-    for name, indices in subsets.items():
-        found[name] = outcome.compute(indices) if len(indices) else {}
-        main_metric[name] = found[name].get(task.metric, np.nan)
-    samples = []
-    if len(answered) > 1 and not np.isnan(main_metric["on_answered"]):
-        samples = _bootstrap(outcome, answered, task.metric, seed)
-    low, high = np.percentile(samples or [np.nan], (2.5, 97.5))
-    found["figure"] = main_metric | {"low": low, "high": high}
-    for name, metrics in found.items():
-        found[name] = {key: _number_or_none(value) for key, value in metrics.items()}
-    counts = {
-        "asked": len(outcome.items),
-        "answered": len(answered),
-        "failed": dict(sorted(failed.items())),
-    }
-    main = {"metric": task.metric, "paper": dict(task.paper), "resamples": len(samples)}
-    return counts | main | found | {"notes": list(outcome.notes)}
+    failed: Counter = Counter()
+    answered = []
+    for index, item in enumerate(outcome.items):
+        if item["failed"] is None:
+            answered.append(index)
+        else:
+            failed[item["failed"]] += 1
+    indices = np.array(answered, dtype=int)
+    on_answered = outcome.compute(indices) if answered else {}
+    on_all = outcome.compute(np.arange(len(outcome.items))) if outcome.items else {}
+    resamples = 0
+    low = high = np.nan
+    if len(answered) > 1 and not np.isnan(on_answered.get(task.metric, np.nan)):
+        resamples = outcome.resamples
+        low, high = _bootstrap_interval(outcome, indices, task.metric, seed)
+    value = MetricValue(
+        on_answered=_number_or_none(on_answered.get(task.metric, np.nan)),
+        on_all=_number_or_none(on_all.get(task.metric, np.nan)),
+        low=_number_or_none(low),
+        high=_number_or_none(high),
+    )
+    return Summary(
+        num_examples=len(outcome.items),
+        answered=len(answered),
+        failed=dict(sorted(failed.items())),
+        metric=task.metric,
+        paper=dict(task.paper),
+        resamples=resamples,
+        on_answered=_numbers_or_none(on_answered),
+        on_all=_numbers_or_none(on_all),
+        value=value,
+        notes=[*outcome.notes, *notes],
+    )
 
 
-def _bootstrap(outcome: Outcome, answered: np.ndarray, metric: str, seed: int) -> list[float]:
-    """Return the metric of each resample of the answered items, without nan."""
-    rng = np.random.default_rng(seed)
-    samples = []
-    for _ in range(outcome.resamples):
-        value = outcome.compute(rng.choice(answered, len(answered)))[metric]
-        if not np.isnan(value):
-            samples.append(value)
-    return samples
+def _bootstrap_interval(
+    outcome: Outcome, indices: np.ndarray, metric: str, seed: int
+) -> tuple[float, float]:
+    """Return the 95 % interval of a metric of the items at these indices."""
+
+    def compute(resample: np.ndarray) -> float:
+        return outcome.compute(resample)[metric]
+
+    found = stats.bootstrap(
+        (indices,),
+        compute,
+        n_resamples=outcome.resamples,
+        batch=1,  # Resamples in memory at once: one of 20,000 items is 160 kB.
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return found.confidence_interval
 
 
 def _number_or_none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
+
+
+def _numbers_or_none(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    found = {}
+    for name, value in metrics.items():
+        found[name] = _number_or_none(value)
+    return found
 
 
 def write_text(text: str, path: Path) -> None:
@@ -92,14 +196,14 @@ def write_json(value: Any, path: Path) -> None:
     write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", path)
 
 
-def write_rows(rows: Iterable[dict], path: Path) -> None:
+def write_records(records: Iterable[dict], path: Path) -> None:
     """Write questions, predictions or items in the format of the file extension."""
     with RowWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
+        for record in records:
+            writer.write(record)
 
 
-def file_record(path: Path) -> Result:
+def file_record(path: Path) -> dict[str, str]:
     """Return path and sha256 of a file."""
     return {"path": str(path), "sha256": sha256_of(path)}
 
@@ -109,7 +213,7 @@ def provenance_file(predictions: Path) -> Path:
     return predictions.with_name(predictions.name.removesuffix(PREDICTIONS) + ".provenance.json")
 
 
-def read_provenance(predictions: Path) -> Result:
+def read_provenance(predictions: Path) -> dict[str, Any]:
     """Return the provenance of exactly these predictions, {} if there is none."""
     path = provenance_file(predictions)
     if not (path.is_file() and predictions.is_file()):
@@ -120,14 +224,19 @@ def read_provenance(predictions: Path) -> Result:
     return {}
 
 
-def write_report(results: list[Result], common: Result, folder: Path) -> str:
-    """Write report.json, report.md and report.png, and return the content of report.md."""
+def write_report(results: list[Result], common: dict[str, Any], folder: Path) -> str:
+    """Write report.json, report.md and report.png, and return the content of report.md.
+
+    Args:
+        common: What is the same for all results: protocol, seed, left_out and more.
+    """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         if next(iter(metadata.distributions(name=name)), None):
             versions[name] = metadata.version(name)
-    write_json({**common, "versions": versions, "results": results}, folder / "report.json")
-    text = table(results, common)
+    entries = [result.to_json() for result in results]
+    write_json({**common, "versions": versions, "results": entries}, folder / "report.json")
+    text = table(results, common["protocol"], common["left_out"])
     write_text(text, folder / "report.md")
     plot(results, folder / "report.png")
     return text
@@ -138,37 +247,54 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def paper_text(paper: dict[str, float]) -> str:
+def paper_text(paper: Mapping[str, float]) -> str:
     """Return the values of the papers as text, a dash if there are none."""
-    return ", ".join(f"{name} {value:g}" for name, value in paper.items()) or "-"
+    values = [f"{name} {value:g}" for name, value in paper.items()]
+    return ", ".join(values) or "-"
 
 
-def table(results: list[Result], common: Result) -> str:
+def table(results: list[Result], protocol: str, left_out: list[str]) -> str:
     """Return the main metrics, one line per task and model, then what was left out and notes."""
-    rows = [list(TITLES), ["---"] * len(TITLES)]
-    notes = [f"- left out: {name}" for name in common["left_out"]]
+    lines = [
+        f"# Evaluation, protocol {protocol}",
+        "",
+        _table_line(TITLES),
+        _table_line(["---"] * len(TITLES)),
+    ]
     for result in results:
-        metric = result["figure"]
-        failed = ", ".join(f"{reason} {count}" for reason, count in result["failed"].items())
-        rows.append(
-            [
-                result["task"],
-                result["model"],
-                result["metric"],
-                result["scoring"],
-                shown(metric["on_answered"]),
-                f"{shown(metric['low'])} to {shown(metric['high'])}",
-                shown(metric["on_all"]),
-                str(result["asked"]),
-                str(result["answered"]),
-                failed or "0",
-                paper_text(result["paper"]),
-            ]
-        )
-        notes += [f"- {result['model']}, {result['task']}: {note}" for note in result["notes"]]
-    lines = [f"# Evaluation, protocol {common['protocol']}", ""]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", *notes, ""])
+        lines.append(_table_line(_table_cells(result)))
+    lines.append("")
+    for name in left_out:
+        lines.append(f"- left out: {name}")
+    for result in results:
+        for note in result.summary.notes:
+            lines.append(f"- {result.model}, {result.task}: {note}")
+    lines.append("")
+    return "\n".join(lines)
+
+
+def _table_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table_cells(result: Result) -> list[str]:
+    """Return the cells of one line, in the order of TITLES."""
+    summary = result.summary
+    value = summary.value
+    failed = [f"{reason} {count}" for reason, count in summary.failed.items()]
+    return [
+        result.task,
+        result.model,
+        summary.metric,
+        result.scoring,
+        shown(value.on_answered),
+        f"{shown(value.low)} to {shown(value.high)}",
+        shown(value.on_all),
+        str(summary.num_examples),
+        str(summary.answered),
+        ", ".join(failed) or "0",
+        paper_text(summary.paper),
+    ]
 
 
 def plot(results: list[Result], path: Path) -> None:
@@ -179,33 +305,35 @@ def plot(results: list[Result], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(result["task"] for result in results))
-    height = -(-len(tasks) // 4)
-    columns = min(4, len(tasks))
+    by_task: dict[str, list[Result]] = {}
+    for result in results:
+        by_task.setdefault(result.task, []).append(result)
+    columns = min(4, len(by_task))
+    height = -(-len(by_task) // 4)
     figure = Figure(figsize=(4 * columns, 4 * height), layout="constrained")
-    for number, task in enumerate(tasks, start=1):
+    for number, (task, own_results) in enumerate(by_task.items(), start=1):
         panel = figure.add_subplot(height, columns, number)
-        _plot_task(panel, task, [result for result in results if result["task"] == task])
+        _plot_task(panel, task, own_results)
     _save(figure, path)
 
 
 def _plot_task(panel: Any, task: str, results: list[Result]) -> None:
     """Draw the results of one task."""
     for position, result in enumerate(results):
-        metric = result["figure"]
-        value = metric["on_answered"]
-        panel.bar(position, value or 0, width=0.6, color=f"C{position % 10}")
+        value = result.summary.value
+        text = "not computed" if value.on_answered is None else shown(value.on_answered)
+        panel.bar(position, value.on_answered or 0, width=0.6, color=f"C{position % 10}")
         panel.text(
             position,
             0,
-            "not computed" if value is None else shown(value),
+            text,
             ha="center",
             va="bottom",
             bbox={"facecolor": "white", "pad": 1, "lw": 0},
         )
-        if metric["low"] is not None:
-            panel.vlines(position, metric["low"], metric["high"], color="black", linewidth=2)
-    paper = results[0]["paper"]
+        if value.low is not None:
+            panel.vlines(position, value.low, value.high, color="black", linewidth=2)
+    paper = results[0].summary.paper
     styles = ("--", ":", "-.", (0, (6, 1)))
     for (name, value), style in zip(paper.items(), styles, strict=False):
         label = f"paper: {name} {value:g}"
@@ -220,11 +348,11 @@ def _plot_task(panel: Any, task: str, results: list[Result]) -> None:
         )
     panel.set(
         title=task,
-        ylabel=results[0]["metric"],
+        ylabel=results[0].summary.metric,
         xlim=(-0.7, len(results) - 0.3),
         ylim=(0, None),
     )
-    panel.set_xticks(range(len(results)), [result["model"] for result in results])
+    panel.set_xticks(range(len(results)), [result.model for result in results])
 
 
 def plot_confusion(names: list[str], counts: np.ndarray, path: Path) -> None:
@@ -236,8 +364,8 @@ def plot_confusion(names: list[str], counts: np.ndarray, path: Path) -> None:
     panel = figure.subplots()
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = panel.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=panel, label="share of the true class")
-    panel.set(xlabel="predicted", ylabel="true")
+    figure.colorbar(image, ax=panel, label="fraction of the reference class")
+    panel.set(xlabel="predicted", ylabel="reference")
     if len(names) < MANY_CLASSES:
         panel.set_xticks(range(len(names)), names, rotation=90)
         panel.set_yticks(range(len(names)), names)

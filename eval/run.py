@@ -23,53 +23,227 @@ out. OUT has report.json, .md and .png; OUT/NAME has TASK.predictions.json, .pro
 import argparse
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from eval import generate_predictions, report, text_embeddings
+from eval.generate_predictions import GenerationSettings
 from eval.judge import Judge
-from eval.scorer_interface import Context, EvaluationError
+from eval.scorer_interface import Context, EvaluationError, Outcome
 from eval.tasks import TASKS, Task, find_task
 from ltu.data.check_examples import read_rows
 from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 from qa_generation.llm import LlmSettings
 
+# Fields of every prediction.
+FIELDS = ("prompt", "pred", "ref", "audio_id")
 
-class Embedding:
-    """The embedder, opened when a scoring function first needs it.
 
-    `name` is None until then.
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How predictions are scored.
+
+    Args:
+        output_dir: Folder of the report.
+        protocol: "strict" or "original".
+        seed: Seed of the bootstrap.
+        embedder: Name, folder or table for `text_embeddings.open_embedder`.
+        cache_dir: Folder where embeddings and judgements are cached.
+        whisper_text: JSON audio_id -> transcript; None takes the transcripts in the predictions.
+        judge: The judge of open-ended answers, None if there is none.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    output_dir: Path
+    protocol: str
+    seed: int
+    embedder: str
+    cache_dir: Path
+    whisper_text: Path | None
+    judge: LlmSettings | None
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """A model and the tasks whose predictions it generates.
+
+    Args:
+        name: Name in the report.
+        checkpoint: Checkpoint folder.
+        questions: task -> dataset file.
+    """
+
+    name: str
+    checkpoint: str
+    questions: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A predictions file to score.
+
+    Args:
+        model: Name in the report.
+        task: Name of the task.
+        predictions: The file.
+        questions: The dataset file whose questions the predictions must have, if it is given.
+        label_scores: (examples, classes) log-likelihoods, used instead of embeddings.
+    """
+
+    model: str
+    task: str
+    predictions: Path
+    questions: Path | None = None
+    label_scores: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command evaluates.
+
+    Args:
+        models: The models that generate predictions.
+        scorings: The given predictions files.
+        left_out: Models and tasks that "all" leaves out, each with the reason.
+    """
+
+    models: list[ModelRun]
+    scorings: list[Scoring]
+    left_out: list[str]
+
+
+class LazyEmbedder:
+    """The embedder, opened when a scoring function first needs it.
+
+    `used` is its name; None until then.
+    """
+
+    def __init__(self, name: str, cache_dir: Path):
+        self.name = name
+        self.cache_dir = cache_dir
         self.embedder: text_embeddings.Embedder | None = None
-        self.name: str | None = None
+        self.used: str | None = None
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         if self.embedder is None:
-            name = self.args.embeddings or self.args.embedder
-            self.embedder = text_embeddings.open_embedder(name, self.args.cache_dir)
-        self.name = self.embedder.name
+            self.embedder = text_embeddings.open_embedder(self.name, self.cache_dir)
+        self.used = self.embedder.name
         return self.embedder(texts)
 
 
-def open_judge(args: argparse.Namespace) -> Judge:
-    """Return the judge that the flags describe."""
-    settings = LlmSettings(
-        args.judge_model,
-        args.judge_temperature,
-        max_tokens=16,
-        is_local=args.judge_local,
-        base_url=args.judge_url,
-        token_budget=args.judge_budget,
-    )
-    return Judge(settings, args.cache_dir)
+# --- What to evaluate
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Return the models and the predictions files that the flags describe.
+
+    Raises:
+        EvaluationError: A file is missing.
+    """
+    questions = {}
+    if args.questions:
+        questions = find_files(args.task, args.questions)
+    models = []
+    scorings = []
+    left_out = []
+    for name, checkpoint in args.model:
+        own_questions = {}
+        for task, path in questions.items():
+            if args.score_labels and "labels" not in find_task(task).options:
+                left_out.append(f"{name}, {task}: it has no classes")
+            else:
+                own_questions[task] = path
+        models.append(ModelRun(name, str(checkpoint), own_questions))
+    for name, path in args.predictions:
+        files = find_files(args.task, path, report.PREDICTIONS)
+        for task, file in files.items():
+            if args.questions and task not in questions:
+                left_out.append(f"{name}, {task}: no questions")
+            else:
+                scorings.append(Scoring(name, task, file, questions.get(task)))
+        for task in questions:
+            if task not in files:
+                left_out.append(f"{name}, {task}: no predictions")
+    return Plan(models, scorings, left_out)
+
+
+def find_files(tasks: list[str], path: Path, suffix: str = "") -> dict[str, Path]:
+    """Return the file of each task.
+
+    It is `path` itself or, if `path` is a folder, TASK and `suffix` in it, else the name that
+    --list prints. With the task "all", only files that exist are returned.
+
+    Raises:
+        EvaluationError: A file is missing.
+    """
+    is_all = "all" in tasks
+    names = [task.name for task in TASKS] if is_all else tasks
+    if not path.is_dir() and len(names) > 1:
+        raise EvaluationError(
+            f"{path} is no folder; several tasks need one, with the file of each task."
+        )
+    found = {}
+    missing = []
+    for name in names:
+        file = path
+        if path.is_dir():
+            file = path / find_task(name).questions
+        if suffix and (path / f"{name}{suffix}").is_file():
+            file = path / f"{name}{suffix}"
+        if file.is_file():
+            found[name] = file
+        else:
+            missing.append(file)
+    if not found or (missing and not is_all):
+        raise EvaluationError(f"{missing[0]} is not there.")
+    return found
+
+
+# --- Generating
+
+
+def generate(
+    model: ModelRun, folder: Path, settings: GenerationSettings
+) -> tuple[list[Scoring], int]:
+    """Write the predictions of a model for each task.
+
+    Returns:
+        What is scored, and the number of questions without an answer.
+    """
+    num_failed = generate_predictions.generate(model.checkpoint, model.questions, folder, settings)
+    scorings = []
+    for task, questions in model.questions.items():
+        predictions = folder / f"{task}{report.PREDICTIONS}"
+        scorings.append(Scoring(model.name, task, predictions, questions))
+    return scorings, num_failed
+
+
+def score_labels(
+    model: ModelRun, folder: Path, settings: GenerationSettings
+) -> tuple[list[Scoring], int]:
+    """Score every class as the answer of a model, for each task, and write the predictions.
+
+    Returns:
+        What is scored, and the number of clips that cannot be decoded.
+    """
+    scorings = []
+    num_failed = 0
+    for task, questions in model.questions.items():
+        label_scores = generate_predictions.score_labels(
+            model.checkpoint, find_task(task), questions, folder, settings
+        )
+        predictions = folder / f"{task}{report.PREDICTIONS}"
+        scorings.append(Scoring(model.name, task, predictions, label_scores=label_scores))
+        num_failed += int(np.isneginf(label_scores).all(axis=1).sum())
+    return scorings, num_failed
+
+
+# --- Scoring
 
 
 def read_predictions(path: Path, questions: Path | None) -> list[dict]:
@@ -80,105 +254,146 @@ def read_predictions(path: Path, questions: Path | None) -> list[dict]:
     Raises:
         EvaluationError: A prediction lacks a field, or belongs to no question.
     """
-    rows = list(stream_rows(path))
-    # Collect the references of each question that have no prediction yet.
-    open_references: dict[tuple, list[Any]] = defaultdict(list)
-    for row in read_rows(questions, need_output=False) if questions else ():
-        open_references[row.get("audio_id"), row["instruction"]].append(row.get("output"))
-    for number, row in enumerate(rows, start=1):
-        lacking = {"prompt", "pred", "ref", "audio_id"} - row.keys()
+    predictions = list(stream_rows(path))
+    for number, prediction in enumerate(predictions, start=1):
+        lacking = sorted(set(FIELDS) - prediction.keys())
         if lacking:
-            names = ", ".join(sorted(lacking))
             raise EvaluationError(
-                f"{path}, row {number}: no {names}. Generate the predictions again."
+                f"{path}, prediction {number}: no {', '.join(lacking)}. "
+                "Generate the predictions again."
             )
-        if not questions:
-            continue
-        references = open_references[row["audio_id"], row["prompt"]]
-        if row["ref"] not in references:
-            raise EvaluationError(
-                f"{path}, row {number}: not in {questions}, or not as often: {row['audio_id']}."
-            )
-        references.remove(row["ref"])
-    if not rows:
+    if not predictions:
         raise EvaluationError(f"{path} contains no predictions.")
+    if questions:
+        predictions += missing_predictions(predictions, path, questions)
+    return predictions
+
+
+def missing_predictions(predictions: list[dict], path: Path, questions: Path) -> list[dict]:
+    """Return a prediction without an answer for each question that has no prediction.
+
+    Raises:
+        EvaluationError: A prediction belongs to no question.
+    """
+    # Collect the references of each question, and remove those that have a prediction.
+    open_references: dict[tuple, list[Any]] = defaultdict(list)
+    for example in read_rows(questions, need_output=False):
+        question = (example.get("audio_id"), example["instruction"])
+        open_references[question].append(example.get("output"))
+    for number, prediction in enumerate(predictions, start=1):
+        references = open_references[prediction["audio_id"], prediction["prompt"]]
+        if prediction["ref"] not in references:
+            raise EvaluationError(
+                f"{path}, prediction {number}: not in {questions}, or not as often: "
+                f"{prediction['audio_id']}."
+            )
+        references.remove(prediction["ref"])
+    missing = []
     for (audio_id, prompt), references in open_references.items():
-        missing = {"prompt": prompt, "pred": None, "audio_id": audio_id, "status": "no row"}
-        rows += [missing | {"ref": reference} for reference in references]
-    return rows
+        for reference in references:
+            prediction = {"prompt": prompt, "pred": None, "audio_id": audio_id, "ref": reference}
+            missing.append(prediction | {"status": "no prediction"})
+    return missing
 
 
-def score(
-    name: str,
-    task_name: str,
-    path: Path,
-    questions: Path | None,
-    args: argparse.Namespace,
-    label_scores: np.ndarray | None = None,
-) -> report.Result:
+def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
     """Return the result of one predictions file, and write its items and its confusion matrix."""
-    task = find_task(task_name)
-    rows = read_predictions(path, questions)
-    embedding = Embedding(args)
+    task = find_task(scoring.task)
+    predictions = read_predictions(scoring.predictions, scoring.questions)
+    embedder = LazyEmbedder(settings.embedder, settings.cache_dir)
+    judge = None
+    if settings.judge is not None:
+        judge = Judge(settings.judge, settings.cache_dir)
     context = Context(
-        protocol=args.protocol,
-        embed=embedding,
-        whisper=read_transcripts(rows, args.whisper_text) or None,
-        judge=open_judge(args) if args.judge_model else None,
-        label_scores=label_scores,
-        source=str(path),
+        protocol=settings.protocol,
+        embed=embedder,
+        whisper=read_transcripts(predictions, settings.whisper_text) or None,
+        judge=judge,
+        label_scores=scoring.label_scores,
+        source=str(scoring.predictions),
     )
-    module, function = task.scorer.split(":")
-    scorer = getattr(import_scorers(module, task), function)
-    outcome = scorer(rows, task, context)
-    folder = args.output_dir / name
-    report.write_rows(outcome.items, folder / f"{task.name}.items.jsonl")
+    outcome = find_scorer(task)(predictions, task, context)
+
+    folder = settings.output_dir / scoring.model
+    report.write_records(outcome.items, folder / f"{task.name}.items.jsonl")
     if outcome.confusion:
         report.plot_confusion(*outcome.confusion, folder / f"{task.name}.confusion.png")
-    if label_scores is not None:
-        scoring = "label log-likelihood"
-    elif embedding.name:
-        scoring = "embedding"
-    else:
-        scoring = function
-    result = {"task": task.name, "model": name, "scoring": scoring}
-    result |= report.summarize(outcome, task, args.seed)
-    if len(rows) != result["asked"]:
-        result["rows"] = len(rows)
-    expected = task.options.get("rows", len(rows))
-    if expected != len(rows):
-        result["notes"].append(f"{len(rows)} rows; the whole set has {expected}")
-    return result | trace(rows, path, questions) | {"embedder": embedding.name}
+
+    _, method = task.scorer.split(":")
+    if scoring.label_scores is not None:
+        method = "label log-likelihood"
+    elif embedder.used:
+        method = "embedding"
+    num_predictions = len(predictions)
+    notes = []
+    expected = task.options.get("num_examples", num_predictions)
+    if num_predictions != expected:
+        notes.append(f"{num_predictions} predictions; the whole set has {expected}")
+    summary = report.summarize(outcome, task, settings.seed, notes)
+    return report.Result(
+        task=task.name,
+        model=scoring.model,
+        scoring=method,
+        summary=summary,
+        num_predictions=None if num_predictions == summary.num_examples else num_predictions,
+        origin=trace(predictions, scoring.predictions, scoring.questions),
+        embedder=embedder.used,
+    )
 
 
-def read_transcripts(rows: list[dict], path: Path | None) -> dict[str, str]:
+def read_transcripts(predictions: list[dict], path: Path | None) -> dict[str, str]:
     """Return the transcripts of a file or, without one, those in the predictions of LTU-AS."""
     if path:
         return json.loads(path.read_text(encoding="utf-8"))
-    return {row["audio_id"]: row["transcript"] for row in rows if row.get("model") == "ltu_as"}
+    transcripts = {}
+    for prediction in predictions:
+        if prediction.get("model") == "ltu_as":
+            transcripts[prediction["audio_id"]] = prediction["transcript"]
+    return transcripts
 
 
-def import_scorers(module: str, task: Task) -> ModuleType:
-    """Import the scoring functions of a task, which may need optional packages."""
+def find_scorer(task: Task) -> Callable[[list[dict], Task, Context], Outcome]:
+    """Import the scoring function of a task, which may need optional packages.
+
+    Raises:
+        EvaluationError: A package is not installed.
+    """
+    module, function = task.scorer.split(":")
     try:
-        return import_module(f"eval.{module}")
+        return getattr(import_module(f"eval.{module}"), function)
     except ModuleNotFoundError as error:
         hint = "pip install -e '.[eval]'"
         raise EvaluationError(f"{error}: the task {task.name} needs it. {hint}") from None
 
 
-def trace(rows: list[dict], path: Path, questions: Path | None) -> dict[str, Any]:
+def trace(predictions: list[dict], path: Path, questions: Path | None) -> dict[str, Any]:
     """Return prompt, weights and decoding, as far as the predictions and their provenance say."""
-    prompt, count = Counter(row["prompt"] for row in rows).most_common(1)[0]
-    checkpoints = sorted({row.get("checkpoint") or "not recorded" for row in rows})
+    prompts = Counter(prediction["prompt"] for prediction in predictions)
+    prompt, count = prompts.most_common(1)[0]
+    checkpoints = {prediction.get("checkpoint") or "not recorded" for prediction in predictions}
     found: dict[str, Any] = {
-        "prompt": f"{count} of {len(rows)}: {prompt}",
+        "prompt": f"{count} of {len(predictions)}: {prompt}",
         "decoding": "not recorded",
-        "checkpoint": ", ".join(checkpoints),
+        "checkpoint": ", ".join(sorted(checkpoints)),
     }
     if questions:
         found["questions"] = report.file_record(questions)
     return found | report.read_provenance(path) | {"predictions": report.file_record(path)}
+
+
+def write_report(
+    results: list[report.Result], left_out: list[str], settings: ScoringSettings
+) -> str:
+    """Write the report of all results, in the order of TASKS, and return its text."""
+    order = [task.name for task in TASKS]
+    results = sorted(results, key=lambda result: order.index(result.task))
+    common = {"protocol": settings.protocol, "seed": settings.seed, "left_out": left_out}
+    if settings.whisper_text:
+        common["whisper_text"] = report.file_record(settings.whisper_text)
+    return report.write_report(results, common, settings.output_dir)
+
+
+# --- The command
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -187,32 +402,6 @@ def named(text: str) -> tuple[str, Path]:
     if sign and "/" not in name:
         return name, Path(path)
     return Path(text).resolve().name.split(".json")[0], Path(text)
-
-
-def find_files(args: argparse.Namespace, path: Path, suffix: str = "") -> dict[str, Path]:
-    """Return the file of each task.
-
-    It is `path` itself or, if `path` is a folder, TASK and `suffix` in it, else the name that
-    --list prints. With the task "all", only files that exist are returned.
-
-    Raises:
-        EvaluationError: A file is missing.
-    """
-    names = [task.name for task in TASKS] if "all" in args.task else args.task
-    if not path.is_dir() and len(names) > 1:
-        raise EvaluationError(
-            f"{path} is no folder; several tasks need one, with the file of each task."
-        )
-    files = {}
-    for name in names:
-        files[name] = path / find_task(name).questions if path.is_dir() else path
-        if suffix and (path / f"{name}{suffix}").is_file():
-            files[name] = path / f"{name}{suffix}"
-    found = {name: file for name, file in files.items() if file.is_file()}
-    if not found or ("all" not in args.task and len(found) < len(files)):
-        missing = next(file for file in files.values() if not file.is_file())
-        raise EvaluationError(f"{missing} is not there.")
-    return found
 
 
 def list_tasks() -> str:
@@ -224,8 +413,10 @@ def list_tasks() -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
+        line = ""
+        for cell, width in zip(row, widths, strict=True):
+            line += f"{cell:<{width}}  "
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -279,7 +470,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--protocol",
         choices=("strict", "original"),
         default="strict",
-        help="the README lists the differences",
+        help="docs/evaluation.md#protocols lists the differences",
     )
     add(
         "--embedder",
@@ -305,10 +496,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--label_prompt",
-        default="Closed-ended question: Generate audio labels.",
+        default=GenerationSettings.label_prompt,
         help="prompt of --score_labels",
     )
-    add("--label_answer", default="Labels: {}", help="template of a class as the answer")
+    add(
+        "--label_answer",
+        default=GenerationSettings.label_answer,
+        help="template of a class as the answer",
+    )
     judge = parser.add_argument_group("open-ended answers")
     judge.add_argument(
         "--judge_model",
@@ -340,8 +535,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.score_labels and (args.protocol == "original" or not args.model):
         parser.error("--score_labels needs --model and --protocol strict: the original embeds")
     if args.score_labels:
-        tasks = [find_task(name) for name in args.task if name != "all"]
-        lacking = [task.name for task in tasks if "labels" not in task.options]
+        lacking = []
+        for name in args.task:
+            if name != "all" and "labels" not in find_task(name).options:
+                lacking.append(name)
         if lacking:
             parser.error(f"--score_labels: {', '.join(lacking)}: no classes. Leave it out")
     names = [name for name, _ in args.model + args.predictions]
@@ -349,79 +546,38 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"two of the same name among {', '.join(names)}: give NAME=PATH")
 
 
-def evaluate_model(
-    name: str, model: str, questions: dict[str, Path], args: argparse.Namespace
-) -> tuple[list[report.Result], bool]:
-    """Generate the predictions of a model for each task and score them.
-
-    Returns:
-        The results, and whether the model failed at most --max_bad questions.
-    """
-    folder = args.output_dir / name
-    status = generate_predictions.generate(model, questions, folder, args)
-    results = []
-    for task, path in questions.items():
-        predictions = folder / f"{task}{report.PREDICTIONS}"
-        results.append(score(name, task, predictions, path, args))
-    return results, status == 0
-
-
-def evaluate_model_labels(
-    name: str, model: str, questions: dict[str, Path], args: argparse.Namespace
-) -> tuple[list[report.Result], bool]:
-    """Score every class as the answer of a model, for each task.
-
-    Returns:
-        The results, and whether the model failed at most --max_bad questions.
-    """
-    folder = args.output_dir / name
-    # Compute the scores of all tasks first.
-    scores = {}
-    failed = 0
-    for task, path in questions.items():
-        scores[task] = generate_predictions.score_labels(model, find_task(task), path, folder, args)
-        failed += int(np.isneginf(scores[task]).all(1).sum())
-    results = []
-    for task, label_scores in scores.items():
-        predictions = folder / f"{task}{report.PREDICTIONS}"
-        results.append(score(name, task, predictions, None, args, label_scores))
-    return results, failed <= args.max_bad
+def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
+    """Return the settings that the flags describe."""
+    judge = None
+    if args.judge_model:
+        judge = LlmSettings(
+            args.judge_model,
+            args.judge_temperature,
+            max_tokens=16,
+            is_local=args.judge_local,
+            base_url=args.judge_url,
+            token_budget=args.judge_budget,
+        )
+    return ScoringSettings(
+        output_dir=args.output_dir,
+        protocol=args.protocol,
+        seed=args.seed,
+        embedder=args.embeddings or args.embedder,
+        cache_dir=args.cache_dir,
+        whisper_text=args.whisper_text,
+        judge=judge,
+    )
 
 
-def evaluate_predictions(
-    name: str, path: Path, questions: dict[str, Path], args: argparse.Namespace
-) -> tuple[list[report.Result], list[str]]:
-    """Score predictions files.
-
-    Returns:
-        The results, and the tasks that were left out.
-    """
-    files = find_files(args, path, report.PREDICTIONS)
-    left_out = []
-    if args.questions:
-        left_out += [f"{name}, {task}: no questions" for task in files if task not in questions]
-        left_out += [f"{name}, {task}: no predictions" for task in questions if task not in files]
-        files = {task: file for task, file in files.items() if task in questions}
-    results = []
-    for task, file in files.items():
-        results.append(score(name, task, file, questions.get(task), args))
-    return results, left_out
-
-
-def sort_by_task(results: list[report.Result]) -> None:
-    """Sort results in the order of TASKS, in place."""
-    order = [task.name for task in TASKS]
-    results.sort(key=lambda result: order.index(result["task"]))
-
-
-def write_report(
-    results: list[report.Result], left_out: list[str], args: argparse.Namespace
-) -> str:
-    """Write the report of all results and return its text."""
-    common = {"protocol": args.protocol, "seed": args.seed, "left_out": left_out}
-    if args.whisper_text:
-        common["whisper_text"] = report.file_record(args.whisper_text)
-    return report.write_report(results, common, args.output_dir)
+def generation_settings(args: argparse.Namespace) -> GenerationSettings:
+    """Return the settings that the flags describe."""
+    return GenerationSettings(
+        flags=args.rest,
+        seed=args.seed,
+        audio_root=args.audio_root,
+        label_prompt=args.label_prompt,
+        label_answer=args.label_answer,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -434,36 +590,28 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(list_tasks())
         return 0
-    questions = find_files(args, args.questions) if args.questions else {}
+    plan = make_plan(args)
+    if not plan.scorings and not any(model.questions for model in plan.models):
+        raise EvaluationError(f"Nothing is left to score. {'; '.join(plan.left_out)}.")
+    generation = generation_settings(args)
+    settings = scoring_settings(args)
     # Check the flags of ltu.inference_batch before hours of work, not after.
-    for _, model in args.model:
-        generate_predictions.inference_flags(str(model), args)
+    for model in plan.models:
+        generation.parse_flags(model.checkpoint)
 
-    results: list[report.Result] = []
-    left_out: list[str] = []
-    all_passed = True
-    for name, model in args.model:
-        if args.score_labels:
-            with_classes = {}
-            for task, path in questions.items():
-                if "labels" in find_task(task).options:
-                    with_classes[task] = path
-                else:
-                    left_out.append(f"{name}, {task}: it has no classes")
-            found, passed = evaluate_model_labels(name, str(model), with_classes, args)
-        else:
-            found, passed = evaluate_model(name, str(model), questions, args)
-        results += found
-        all_passed = all_passed and passed
-    for name, path in args.predictions:
-        found, own_left_out = evaluate_predictions(name, path, questions, args)
-        results += found
-        left_out += own_left_out
-    if not results:
-        raise EvaluationError(f"Nothing is left to score. {'; '.join(left_out)}.")
-    sort_by_task(results)
-    print(write_report(results, left_out, args))
-    return 0 if all_passed else 1
+    results = []
+    has_failed = False
+    for model in plan.models:
+        folder = args.output_dir / model.name
+        make = score_labels if args.score_labels else generate
+        scorings, num_failed = make(model, folder, generation)
+        has_failed = has_failed or num_failed > args.max_bad
+        for scoring in scorings:
+            results.append(score(scoring, settings))
+    for scoring in plan.scorings:
+        results.append(score(scoring, settings))
+    print(write_report(results, plan.left_out, settings))
+    return int(has_failed)
 
 
 if __name__ == "__main__":

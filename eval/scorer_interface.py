@@ -15,7 +15,7 @@ LEAD = re.compile(
 
 
 class EvaluationError(ValueError):
-    """Predictions cannot be scored. The message has file, row (from 1), reason and hint."""
+    """Predictions cannot be scored. The message has file, number from 1, reason and hint."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Context:
         embed: Maps texts to (n, dim) float64; called once, with all texts.
         whisper: audio_id -> transcript of Whisper.
         judge: The judge of open-ended answers.
-        label_scores: (rows, classes) log-likelihoods, used instead of embeddings.
+        label_scores: (examples, classes) log-likelihoods, used instead of embeddings.
         source: Name of the file, for messages.
     """
 
@@ -39,9 +39,9 @@ class Context:
     label_scores: np.ndarray | None = None
     source: str = "predictions"
 
-    def error(self, row: int, reason: str) -> EvaluationError:
-        """Return an error about a row, counted from 0."""
-        return EvaluationError(f"{self.source}, row {row + 1}: {reason}")
+    def error(self, index: int, reason: str) -> EvaluationError:
+        """Return an error about a prediction, counted from 0."""
+        return EvaluationError(f"{self.source}, prediction {index + 1}: {reason}")
 
 
 @dataclass
@@ -70,34 +70,39 @@ def without_lead(answer: str) -> str:
     return LEAD.sub("", answer).strip("\"' \n")
 
 
-def failure(row: dict, protocol: str) -> str | None:
+def failure(prediction: dict, protocol: str) -> str | None:
     """Return the reason why a prediction has no answer, None if it has one.
 
     In the strict protocol an answer that is a lead alone is empty. The original scores it.
     """
-    if row.get("status") not in ANSWERED:
-        return str(row["status"])
-    if row.get("pred") is None:
+    if prediction.get("status") not in ANSWERED:
+        return str(prediction["status"])
+    if prediction.get("pred") is None:
         return "no answer"
-    if protocol == "strict" and not without_lead(row["pred"]).strip():
+    if protocol == "strict" and not without_lead(prediction["pred"]).strip():
         return "empty answer"
     return None
 
 
-def start_items(rows: list[dict], context: Context) -> list[dict]:
+def start_items(predictions: list[dict], context: Context) -> list[dict]:
     """Return one item for each prediction.
 
     Raises:
         EvaluationError: A prediction has no reference, or its answer is no text.
     """
     items = []
-    for index, row in enumerate(rows):
-        if not isinstance(row.get("ref"), str):
-            reason = '"ref" is no text. Predictions need the reference answer of every row.'
+    for index, prediction in enumerate(predictions):
+        if not isinstance(prediction.get("ref"), str):
+            reason = '"ref" is no text. Every prediction needs its reference answer.'
             raise context.error(index, reason)
-        if not isinstance(row.get("pred"), str | None):
-            reason = f'"pred" is neither text nor null: {row["pred"]!r}. Fix it.'
+        if not isinstance(prediction.get("pred"), str | None):
+            reason = f'"pred" is neither text nor null: {prediction["pred"]!r}. Fix it.'
             raise context.error(index, reason)
-        item = {key: row.get(key) for key in ("audio_id", "ref", "pred")}
-        items.append(item | {"failed": failure(row, context.protocol)})
+        item = {
+            "audio_id": prediction.get("audio_id"),
+            "ref": prediction["ref"],
+            "pred": prediction.get("pred"),
+            "failed": failure(prediction, context.protocol),
+        }
+        items.append(item)
     return items

@@ -55,13 +55,15 @@ def substituted(answer: str, transcript: str, protocol: str) -> str:
     Both are without punctuation and in upper case.
     """
     if protocol == "original":
-        return transcript if transcript in answer else answer
-    inner = f" {' '.join(transcript.split())} "
-    outer = f" {' '.join(answer.split())} "
-    return transcript if inner in outer else answer
+        is_contained = transcript in answer
+    else:
+        inner = f" {' '.join(transcript.split())} "
+        outer = f" {' '.join(answer.split())} "
+        is_contained = inner in outer
+    return transcript if is_contained else answer
 
 
-def word_error_rate(rows: list[dict], task: Task, context: Context) -> Outcome:
+def word_error_rate(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score word errors, summed over all predictions and divided by the words of the references.
 
     A failed answer lacks all words.
@@ -71,16 +73,19 @@ def word_error_rate(rows: list[dict], task: Task, context: Context) -> Outcome:
     # Find the file without importing whisper, which takes seconds.
     spellings = Path(find_spec("whisper").origin).parent / "normalizers" / "english.json"
     normalize = EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
-    items = start_items(rows, context)
+    items = start_items(predictions, context)
+    counts: dict[str, list[tuple[int, int]]] = {}  # metric -> (errors, words) of each item
     for index, item in enumerate(items):
         reference = spoken(item["ref"])
-        answer = "" if item["failed"] else spoken(item["pred"])
+        answer = ""
+        if not item["failed"]:
+            answer = spoken(item["pred"])
         pairs = {
             "wer": (bare(reference), bare(answer)),
             "wer_normalized": (normalize(reference), normalize(answer)),
         }
         if not bare(reference).split():
-            raise context.error(index, "the reference has no words. Leave the row out.")
+            raise context.error(index, "the reference has no words. Leave the prediction out.")
         if context.whisper is not None:
             transcript = _whisper_transcript(index, item, context)
             answer_or_transcript = substituted(bare(answer), transcript, context.protocol)
@@ -90,16 +95,16 @@ def word_error_rate(rows: list[dict], task: Task, context: Context) -> Outcome:
         item["errors"] = {}
         for name, pair in pairs.items():
             found = jiwer.process_words(*pair)
-            item["words"][name] = found.hits + found.substitutions + found.deletions
-            item["errors"][name] = found.substitutions + found.deletions + found.insertions
-    # Collect the (items, 2) counts of errors and words of each metric.
-    counts = {}
-    for name in items[0]["words"] if items else ():
-        counts[name] = np.array([(item["errors"][name], item["words"][name]) for item in items])
+            words = found.hits + found.substitutions + found.deletions
+            errors = found.substitutions + found.deletions + found.insertions
+            item["words"][name] = words
+            item["errors"][name] = errors
+            counts.setdefault(name, []).append((errors, words))
+    count_arrays = {name: np.array(pairs) for name, pairs in counts.items()}  # (items, 2) each
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         metrics = {}
-        for name, pairs in counts.items():
+        for name, pairs in count_arrays.items():
             errors, words = pairs[indices].sum(0)
             # Whisper's normalizer may leave no words: it removes all of "hmm".
             metrics[name] = float(errors / words) if words else float("nan")
@@ -127,20 +132,22 @@ def read_gender(text: str, protocol: str) -> str | None:
     """Return one of GENDERS, None if the text names none or both."""
     if protocol == "original":
         return "female" if "female" in text.lower() else "male"
-    is_female = bool(FEMALE.search(text))
-    is_male = bool(MALE.search(text))
-    return None if is_female == is_male else GENDERS[is_male]
+    is_female = FEMALE.search(text) is not None
+    is_male = MALE.search(text) is not None
+    if is_female == is_male:
+        return None
+    return "female" if is_female else "male"
 
 
-def _read(
-    rows: list[dict],
+def _read_values(
+    predictions: list[dict],
     context: Context,
     read_reference: Callable,
     read_answer: Callable,
     complaint: str,
     failed: str,
 ) -> list[dict]:
-    """Return items with `truth` and `chosen`.
+    """Return items with `reference` and `chosen`.
 
     Args:
         read_reference: Maps text and protocol to the value of a reference, or to None.
@@ -148,10 +155,10 @@ def _read(
         complaint: End of the error message about a reference without a value.
         failed: Reason of the failure of an answer without a value.
     """
-    items = start_items(rows, context)
+    items = start_items(predictions, context)
     for index, item in enumerate(items):
-        item["truth"] = read_reference(item["ref"], context.protocol)
-        if item["truth"] is None:
+        item["reference"] = read_reference(item["ref"], context.protocol)
+        if item["reference"] is None:
             raise context.error(index, f"the reference {item['ref']!r} {complaint}. Fix it.")
         item["chosen"] = None
         if not item["failed"]:
@@ -161,15 +168,23 @@ def _read(
     return items
 
 
-def gender(rows: list[dict], task: Task, context: Context) -> Outcome:
+def gender(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score the gender of the speaker: accuracy and F1."""
-    complaint = "does not name one gender"
-    items = _read(rows, context, read_gender, read_gender, complaint, failed="not one gender")
-    for item in items:
-        item["right"] = item["truth"] == item["chosen"]
+    items = _read_values(
+        predictions,
+        context,
+        read_reference=read_gender,
+        read_answer=read_gender,
+        complaint="does not name one gender",
+        failed="not one gender",
+    )
     numbers = {"female": 0, "male": 1, None: -1}
-    reference = np.array([numbers[item["truth"]] for item in items], dtype=int)
-    chosen = np.array([numbers[item["chosen"]] for item in items], dtype=int)
+    reference = np.empty(len(items), dtype=int)
+    chosen = np.empty(len(items), dtype=int)
+    for index, item in enumerate(items):
+        item["right"] = item["reference"] == item["chosen"]
+        reference[index] = numbers[item["reference"]]
+        chosen[index] = numbers[item["chosen"]]
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         # As scikit-learn does, leave out a class that is in no reference and no answer.
@@ -180,42 +195,49 @@ def gender(rows: list[dict], task: Task, context: Context) -> Outcome:
 
 def read_age(text: str, protocol: str) -> float | None:
     """Return the age in years, None if the text has no number that states one."""
-    if protocol != "strict":
+    if protocol == "original":
         match = ORIGINAL_AGE.search(text)
         return _mean(match[1].split("-")) if match else None
     match = AGE.search(text)
     if match is None:
         return None
     first, last, is_decade = match.groups()
-    numbers = [number for number in (first, last) if number]
-    return _mean(numbers) + (5 if is_decade else 0)
+    years = _mean([first, last] if last else [first])
+    if is_decade:
+        years += 5
+    return years
 
 
 def _mean(numbers: list[str]) -> float:
     return sum(map(float, numbers)) / len(numbers)
 
 
-def true_age(reference: str, protocol: str) -> float | None:
+def reference_age(reference: str, protocol: str) -> float | None:
     """Return the age of a reference in years, None if it has none or several.
 
     The original takes the last word without its last character.
     """
     if protocol == "strict":
         numbers = re.findall(YEARS, reference)
-    else:
-        last = reference.split(" ")[-1][:-1]
-        numbers = [last] if last.isdecimal() else []
-    return float(numbers[0]) if len(numbers) == 1 else None
+        return float(numbers[0]) if len(numbers) == 1 else None
+    last = reference.split(" ")[-1][:-1]
+    return float(last) if last.isdecimal() else None
 
 
-def age(rows: list[dict], task: Task, context: Context) -> Outcome:
+def age(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score the age of the speaker: mean absolute error in years and Pearson's r.
 
     Over all predictions, also the fraction that names an age.
     """
-    complaint = "does not end with one age in years"
-    items = _read(rows, context, true_age, read_age, complaint, failed="no age")
-    reference = np.array([item["truth"] for item in items], dtype=float)
+    items = _read_values(
+        predictions,
+        context,
+        read_reference=reference_age,
+        read_answer=read_age,
+        complaint="does not end with one age in years",
+        failed="no age",
+    )
+    reference = np.array([item["reference"] for item in items], dtype=float)
     predicted = np.array([item["chosen"] for item in items], dtype=float)  # None becomes nan
 
     def compute(indices: np.ndarray) -> dict[str, float]:

@@ -8,8 +8,8 @@ OpenReview thread nBZBPXdJlC, tables of the authors' answers; those of LTU-AS fr
 poster. "LTU" on speech is the poster's value for the model of the first paper, trained on audio
 only. A value without a source is left out.
 
-`options` are settings of the scoring function (eval.classification documents them); `rows` is the
-number that the original asserts.
+`options` are settings of the scoring function (eval.classification documents them);
+`num_examples` is the number that the original asserts.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ SOUND = {"prefix": "sound of ", "answer": "after_colon_cut", "mode": "max"}
 PHRASE = {
     "prefix": "sound of ",
     "answer": "after_phrase",
-    "truth": "after_colon_space",
+    "reference": "after_colon_space",
     "separator": "; ",
 }
-EMOTION = {"prefix": "", "answer": "whole", "truth": "first_sentence"}
-MUSIC = {"prefix": "Music Genre: ", "answer": "after_colon", "truth": "lstrip"}
+EMOTION = {"prefix": "", "answer": "whole", "reference": "first_sentence"}
+MUSIC = {"prefix": "Music Genre: ", "answer": "after_colon", "reference": "lstrip"}
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,23 @@ TASKS = (
     Task("esc50", "both", ONE, "esc50.json", CAPTION, "accuracy",
          # The poster's 80.8 for LTU-AS; SpeechBrain's recipe quotes 76.6 from the paper.
          {"LTU": 0.831, "LTU full FT": 0.859, "LTU-AS": 0.808, "Pengi": 0.919},
-         {"labels": "esc50.txt", "prefix": "sound of ", "answer": "after_colon", "rows": 2000}),
+         {"labels": "esc50.txt", "prefix": "sound of ", "answer": "after_colon",
+          "num_examples": 2000}),
     Task("dcase17", "ltu", ONE, "dcase17.json", CAPTION, "micro_f1",
          {"LTU": 0.459, "LTU full FT": 0.472, "Pengi": 0.338},
-         SOUND | {"labels": "dcase17.txt", "truth": "no_comma"}),
+         SOUND | {"labels": "dcase17.txt", "reference": "no_comma"}),
     Task("vocalsound", "ltu", ONE, "vocalsound.json", CAPTION, "accuracy",
          {"LTU": 0.556, "LTU full FT": 0.690, "Pengi": 0.603},
          SOUND | {"labels": "vocalsound.txt"}),
     Task("tut17", "ltu", ONE, "tut17.json", CAPTION, "accuracy",
          {"LTU": 0.325, "LTU full FT": 0.330, "Pengi": 0.352},
-         SOUND | {"labels": "tut17.txt", "truth": "no_underscore"}),
+         SOUND | {"labels": "tut17.txt", "reference": "no_underscore"}),
     Task("beijing_opera", "ltu", ONE, "beijing_opera.json", CAPTION, "accuracy",
          {"LTU": 0.699, "LTU full FT": 0.598, "Pengi": 0.623},
-         SOUND | {"labels": "beijing_opera.txt", "truth": "no_hyphenation"}),
+         SOUND | {"labels": "beijing_opera.txt", "reference": "no_hyphenation"}),
     Task("vggsound", "ltu", ONE, "vggsound.json", CAPTION, "accuracy", {"LTU": 0.503},
          {"labels": "vggsound.txt", "prefix": "sound of ", "answer": "after_phrase",
-          "truth": "after_colon_space_lower", "mode": "max", "scores": True}),
+          "reference": "after_colon_space_lower", "mode": "max", "scores": True}),
     Task("fsd50k", "ltu", MANY, "fsd50k.json", CAPTION, "mAP",
          {"LTU": 0.463, "LTU full FT": 0.457, "Pengi": 0.467}, PHRASE | {"labels": "fsd50k.txt"}),
     Task("audioset", "ltu", MANY, "audioset.json", CAPTION, "mAP", {"LTU": 0.187},

@@ -17,7 +17,6 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ltu.files import sha256_of
 from qa_generation.llm import LlmSettings, OpenAiEndpoint
 
 MINILM = Path(__file__).parent.parent / "pretrained_mdls" / "minilm"
-ROWS = 32  # of a local batch, which is filled up if there are fewer texts
+BATCH_SIZE = 32  # texts of a local batch, which is filled up if there are fewer
 LENGTH_STEP = 16  # tokens; a batch is as long as the next multiple
 TEXTS_PER_REQUEST = 256  # OpenAI takes 2,048 and 300,000 tokens
 
@@ -49,9 +48,10 @@ class Embedder:
     def __init__(self, name: str, encode: Encode, cache_dir: str | Path | None = None):
         self.name = name
         self.encode = encode
+        path: str | Path = ":memory:"
         if cache_dir:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        path = Path(cache_dir, "embeddings.sqlite3") if cache_dir else ":memory:"
+            path = Path(cache_dir, "embeddings.sqlite3")
         self.cache = sqlite3.connect(path, timeout=60)  # seconds; another run may be writing
         columns = "model TEXT, text TEXT, dtype TEXT, vector BLOB, PRIMARY KEY (model, text)"
         try:
@@ -75,10 +75,11 @@ class Embedder:
         # Show no progress bar if there is nothing to do.
         disable = None if todo else True
         with tqdm(desc="embedding", total=len(todo), unit="text", disable=disable) as bar:
-            for batch, made in self.encode(todo) if todo else ():
-                self._write_cache(batch, made)
-                embeddings.update(zip(batch, made, strict=True))
-                bar.update(len(batch))
+            if todo:
+                for batch, made in self.encode(todo):
+                    self._write_cache(batch, made)
+                    embeddings.update(zip(batch, made, strict=True))
+                    bar.update(len(batch))
         return np.array([embeddings[text] for text in texts], dtype=np.float64)
 
     def _read_cache(self, texts: list[str]) -> dict[str, np.ndarray]:
@@ -93,8 +94,8 @@ class Embedder:
 
     def _write_cache(self, texts: list[str], embeddings: np.ndarray) -> None:
         rows = []
-        for text, row in zip(texts, embeddings, strict=True):
-            rows.append((self.name, text, row.dtype.str, row.tobytes()))
+        for text, embedding in zip(texts, embeddings, strict=True):
+            rows.append((self.name, text, embedding.dtype.str, embedding.tobytes()))
         insert = "INSERT OR IGNORE INTO vectors VALUES (?, ?, ?, ?)"
         with self.cache:  # One transaction, which is on the disk when it ends.
             self.cache.executemany(insert, rows)
@@ -182,65 +183,72 @@ class SentenceModel:
                 "only mean and cls, without a prompt, are supported."
             )
         self.is_normalized = "Normalize" in kinds
-        files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
-        hashes = "".join(map(sha256_of, sorted(files)))
-        self.sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix != ".md":
+                digest.update(sha256_of(path).encode())
+        self.sha256 = digest.hexdigest()
         self.tokenizer = AutoTokenizer.from_pretrained(
             source, local_files_only=True, padding_side="right"
         )
         model = AutoModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.to(device).eval()
         longest = min(self.tokenizer.model_max_length, model.config.max_position_embeddings)
         self.max_length = settings.get("max_seq_length") or longest
 
     def __call__(self, texts: list[str]) -> Iterable[tuple[list[str], np.ndarray]]:
         """Yield batches of texts of similar length and their embeddings."""
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        lengths = [self._padded_length(len(part)) for part in tokens]
-        by_length = sorted(range(len(texts)), key=lengths.__getitem__)
-        for length, group in groupby(by_length, lengths.__getitem__):
-            indices = list(group)
-            for start in range(0, len(indices), ROWS):
-                batch = indices[start : start + ROWS]
-                embeddings = self._encode([tokens[index] for index in batch], length)
-                yield [texts[index] for index in batch], embeddings
+        by_length: dict[int, list[tuple[str, list[int]]]] = {}
+        for text, own_tokens in zip(texts, tokens, strict=True):
+            length = self._padded_length(len(own_tokens))
+            by_length.setdefault(length, []).append((text, own_tokens))
+        for length, group in sorted(by_length.items()):
+            for start in range(0, len(group), BATCH_SIZE):
+                batch_texts, batch_tokens = zip(*group[start : start + BATCH_SIZE], strict=True)
+                yield list(batch_texts), self._encode(list(batch_tokens), length)
 
     def _padded_length(self, count: int) -> int:
         """Round a number of tokens up to a multiple of LENGTH_STEP."""
         return min(-(-count // LENGTH_STEP) * LENGTH_STEP, self.max_length)
 
     def _encode(self, tokens: list[list[int]], length: int) -> np.ndarray:
-        """Return the embeddings (texts, dim) of at most ROWS texts."""
+        """Return the embeddings (texts, dim) of at most BATCH_SIZE texts."""
         import torch
 
         # Fill the batch up with copies of its first text.
-        filled = tokens + tokens[:1] * (ROWS - len(tokens))
+        filled = tokens + tokens[:1] * (BATCH_SIZE - len(tokens))
         inputs = self.tokenizer.pad(
             {"input_ids": filled}, padding="max_length", max_length=length, return_tensors="pt"
         )
         with torch.inference_mode():
             output = self.model(**inputs.to(self.model.device))
-            hidden = output.last_hidden_state  # (ROWS, length, dim)
-            mask = inputs["attention_mask"].to(hidden.device)[..., None]  # (ROWS, length, 1)
+            hidden = output.last_hidden_state  # (BATCH_SIZE, length, dim)
+            mask = inputs["attention_mask"].to(hidden.device)[..., None]  # (BATCH_SIZE, length, 1)
             if self.pooling == "cls":
-                embeddings = hidden[:, 0]  # (ROWS, dim)
+                embeddings = hidden[:, 0]  # (BATCH_SIZE, dim)
             else:
-                embeddings = (hidden * mask).sum(1) / mask.sum(1)  # (ROWS, dim)
+                embeddings = (hidden * mask).sum(1) / mask.sum(1)  # (BATCH_SIZE, dim)
             if self.is_normalized:
                 embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
         return embeddings[: len(tokens)].cpu().numpy()
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the content of a JSON file, {} if there is none."""
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _pooling_mode(config: dict[str, Any]) -> str:
     """Return the pooling of a configuration, which newer versions name with one key."""
-    prefix = "pooling_mode_"
-    enabled = [key for key in config if key.startswith(prefix) and config[key] is True]
-    names = [key.split("_")[2] for key in enabled]
-    return config.get("pooling_mode", "+".join(names))
+    enabled = []
+    for key, value in config.items():
+        if key.startswith("pooling_mode_") and value is True:
+            enabled.append(key.split("_")[2])
+    return config.get("pooling_mode", "+".join(enabled))
 
 
 class EmbeddingApi(OpenAiEndpoint):

@@ -22,9 +22,12 @@ import argparse
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from scipy import stats
 
 from eval import toy_baselines
 
@@ -32,15 +35,18 @@ TOY = Path(__file__).parent.parent / "data" / "toy"
 CONDITIONS = ("right", "wrong", "none")
 # The answer formats of questions.json that name label and category.
 CLASSIFICATION = ("cla_label_des", "cla_label")
-Z = 1.959964  # standard normal quantile of a two-sided 95 % interval
-# Columns of the table: key of a row -> title.
+# Columns of the table: field of a row -> title.
 COLUMNS = {
     "right": "right audio",
     "wrong": "other category's",
     "none": "no audio",
     "label": "exact label",
-    "in_form": "in form",
+    "well_formed": "well-formed",
 }
+COLUMN_WIDTH = 17
+
+Predictions = list[dict]
+Stages = dict[str, dict[str, Predictions]]  # stage ("stage1", ...) -> condition -> predictions
 
 
 class PredictionError(ValueError):
@@ -56,9 +62,9 @@ class Reader:
     """
 
     def __init__(self, formats: list[str], categories: set[str]):
-        self.patterns = [
-            re.compile(answer_pattern(template), re.IGNORECASE) for template in formats
-        ]
+        self.patterns = []
+        for template in formats:
+            self.patterns.append(re.compile(answer_pattern(template), re.IGNORECASE))
         self.categories = categories
 
     def read(self, answer: str) -> tuple[str, str] | None:
@@ -72,9 +78,10 @@ class Reader:
                 continue
             label = normalise(match["label"])
             category = normalise(match["category"])
-            pieces = {normalise(piece) for piece in re.split(r"[;,/]|\band\b", label)}
-            named = pieces & self.categories
-            if category in self.categories and named <= {category}:
+            pieces = re.split(r"[;,/]|\band\b", label)
+            other_categories = self.categories - {category}
+            names_another = any(normalise(piece) in other_categories for piece in pieces)
+            if category in self.categories and not names_another:
                 return label, category
             return None
         return None
@@ -104,19 +111,101 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     """Return the 95 % Wilson interval of a fraction, (0, 1) if nothing was counted."""
     if count == 0:
         return 0.0, 1.0
-    fraction = right / count
-    square = Z * Z / count
-    spread = Z * (fraction * (1 - fraction) / count + square / count / 4) ** 0.5
-    low = (fraction + square / 2 - spread) / (1 + square)
-    high = (fraction + square / 2 + spread) / (1 + square)
-    return max(0.0, low), min(1.0, high)
+    low, high = stats.binomtest(right, count).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
-def rate(hits: list[bool]) -> dict[str, float]:
-    """Return the number of right answers, the count, their fraction and its interval."""
-    low, high = wilson(sum(hits), len(hits))
-    fraction = sum(hits) / len(hits) if hits else 0.0
-    return {"right": sum(hits), "count": len(hits), "share": fraction, "low": low, "high": high}
+@dataclass(frozen=True)
+class Rate:
+    """A fraction and its 95 % interval.
+
+    Args:
+        right: Number of right answers.
+        count: Number of answers.
+        fraction: `right` / `count`.
+        low, high: The interval of `fraction`.
+    """
+
+    right: int
+    count: int
+    fraction: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, hits: list[bool]) -> "Rate":
+        """Return the rate of answers that are right; its fraction is 0 if there are none."""
+        right = sum(hits)
+        count = len(hits)
+        low, high = wilson(right, count)
+        return cls(right, count, right / max(count, 1), low, high)
+
+    @property
+    def value(self) -> float:
+        return self.fraction
+
+    def __str__(self) -> str:
+        return f"{self.fraction:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass
+class Hits:
+    """Whether category, label and form of each answer are right."""
+
+    category: list[bool] = field(default_factory=list)
+    label: list[bool] = field(default_factory=list)
+    well_formed: list[bool] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """A row of the table: a stage or a baseline.
+
+    Args:
+        name: The stage or the baseline.
+        right: Right categories with the right audio.
+        label: Right labels with the right audio.
+        well_formed: Answers of the trained form with the right audio.
+        wrong: Right categories with a clip of another category.
+        none: Right categories without audio.
+    """
+
+    name: str
+    right: Rate | None = None
+    label: Rate | None = None
+    well_formed: Rate | None = None
+    wrong: Rate | None = None
+    none: Rate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row without the columns that it lacks."""
+        found = {}
+        for name, value in asdict(self).items():
+            if value is not None:
+                found[name] = value
+        return found
+
+
+@dataclass
+class Table:
+    """The result of an evaluation.
+
+    Args:
+        clips: Number of held-out clips.
+        folds: Their folds.
+        rows: Stages, then baselines.
+        show: Some predictions of the last stage.
+    """
+
+    clips: int
+    folds: list[int]
+    rows: list[Row]
+    show: Predictions
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of table.json."""
+        rows = [row.to_json() for row in self.rows]
+        return {"clips": self.clips, "folds": self.folds, "rows": rows, "show": self.show}
 
 
 @dataclass
@@ -130,26 +219,29 @@ class Toy:
     @classmethod
     def load(cls, folder: Path = TOY) -> "Toy":
         """Load manifest, split and answer formats as committed."""
-        lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-        clips = {clip["file"]: clip for clip in map(json.loads, lines)}
+        clips = {}
+        categories = set()
+        for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
+            clip = json.loads(line)
+            clips[clip["file"]] = clip
+            categories.add(clip["category"])
         answers = json.loads((folder / "questions.json").read_text(encoding="utf-8"))["answers"]
-        categories = {clip["category"] for clip in clips.values()}
-        reader = Reader([answers[task] for task in CLASSIFICATION], categories)
+        formats = [answers[task] for task in CLASSIFICATION]
         folds = json.loads((folder / "split.json").read_text(encoding="utf-8"))["folds"]
-        return cls(clips, folds, reader)
+        return cls(clips, folds, Reader(formats, categories))
 
     def training(self, fold: int) -> list[str]:
         """Return the files of the training clips of a fold."""
         return [file for file in self.clips if file not in self.folds[fold]]
 
 
-def score(predictions: list[dict], reader: Reader) -> dict[str, list[bool]]:
-    """Return for each prediction whether its category, its label and its form are right.
+def score(predictions: Predictions, reader: Reader) -> Hits:
+    """Return whether category, label and form of each prediction are right.
 
     Raises:
         PredictionError: A reference has no answer format of the data.
     """
-    hits: dict[str, list[bool]] = {"category": [], "label": [], "in_form": []}
+    hits = Hits()
     for prediction in predictions:
         reference = reader.read(prediction["ref"])
         if reference is None:
@@ -157,20 +249,22 @@ def score(predictions: list[dict], reader: Reader) -> dict[str, list[bool]]:
                 f"The reference {prediction['ref']!r} has no answer format of "
                 "data/toy/questions.json. Build the data and generate the predictions again."
             )
-        answer = reader.read(prediction["pred"] or "")
-        hits["in_form"].append(answer is not None)
-        hits["category"].append(answer is not None and answer[1] == reference[1])
-        hits["label"].append(answer is not None and answer[0] == reference[0])
+        reference_label, reference_category = reference
+        # Without the trained form an answer has neither label nor category.
+        label, category = reader.read(prediction["pred"] or "") or (None, None)
+        hits.well_formed.append(label is not None)
+        hits.category.append(category == reference_category)
+        hits.label.append(label == reference_label)
     return hits
 
 
-def read_predictions(folder: Path) -> dict[str, dict[str, list[dict]]]:
-    """Read the predictions of one fold: stage ("stage1", ...) -> condition -> predictions.
+def read_predictions(folder: Path) -> Stages:
+    """Read the predictions of one fold.
 
     Raises:
         PredictionError: There are no predictions, or those of a stage do not belong together.
     """
-    stages: dict[str, dict[str, list[dict]]] = {}
+    stages: Stages = {}
     found = [*folder.glob("stage*/right.json"), *folder.glob("stage*/*/right.json")]
     for directory in sorted(path.parent for path in found):
         stage = directory.relative_to(folder).parts[0][: len("stage1")]
@@ -178,18 +272,7 @@ def read_predictions(folder: Path) -> dict[str, dict[str, list[dict]]]:
             raise PredictionError(
                 f"{folder} holds predictions of {stage} twice. Leave one right.json."
             )
-        stages[stage] = {}
-        for name in (*CONDITIONS, "show"):
-            path = directory / f"{name}.json"
-            if path.is_file():
-                stages[stage][name] = json.loads(path.read_text("utf-8"))
-        references = {name: [row["ref"] for row in rows] for name, rows in stages[stage].items()}
-        for name in CONDITIONS:
-            if references.get(name, references["right"]) != references["right"]:
-                raise PredictionError(
-                    f"{directory / f'{name}.json'} does not have the questions of right.json. "
-                    "Generate both again."
-                )
+        stages[stage] = read_stage(directory)
     if not stages:
         raise PredictionError(
             f"{folder} holds no stage*/right.json, nor one in a folder below that of a stage."
@@ -197,47 +280,94 @@ def read_predictions(folder: Path) -> dict[str, dict[str, list[dict]]]:
     return stages
 
 
-def fold_of(predictions: list[dict], toy: Toy) -> int:
+def read_stage(folder: Path) -> dict[str, Predictions]:
+    """Read the predictions of one stage, by condition. "show" are those to be shown.
+
+    Raises:
+        PredictionError: The conditions do not have the same questions.
+    """
+    stage = {}
+    for name in (*CONDITIONS, "show"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            stage[name] = json.loads(path.read_text(encoding="utf-8"))
+    references = _references(stage["right"])
+    for name in CONDITIONS:
+        if name in stage and _references(stage[name]) != references:
+            raise PredictionError(
+                f"{folder / f'{name}.json'} does not have the questions of right.json. "
+                "Generate both again."
+            )
+    return stage
+
+
+def _references(predictions: Predictions) -> list[str]:
+    return [prediction["ref"] for prediction in predictions]
+
+
+def fold_of(predictions: Predictions, toy: Toy) -> int:
     """Return the fold whose held-out clips have one prediction each.
 
     Raises:
         PredictionError: There is no such fold, or a reference differs from the manifest.
     """
-    files = [Path(row["audio_id"]).name for row in predictions]
-    found = [fold for fold, heldout in enumerate(toy.folds) if sorted(files) == sorted(heldout)]
-    if not found:
+    files = [Path(prediction["audio_id"]).name for prediction in predictions]
+    found = None
+    for fold, heldout in enumerate(toy.folds):
+        if sorted(files) == sorted(heldout):
+            found = fold
+    if found is None:
         raise PredictionError(
             f"right.json has {len(files)} clips, which are not the held-out clips of any fold of "
             "data/toy/split.json. Build the data and generate the predictions again."
         )
-    for file, row in zip(files, predictions, strict=True):
-        if toy.reader.read(row["ref"]) != (toy.clips[file]["label"], toy.clips[file]["category"]):
+    for file, prediction in zip(files, predictions, strict=True):
+        clip = toy.clips[file]
+        if toy.reader.read(prediction["ref"]) != (clip["label"], clip["category"]):
             raise PredictionError(
-                f"The reference {row['ref']!r} is not what the manifest says of {file}."
+                f"The reference {prediction['ref']!r} is not what the manifest says of {file}."
             )
-    return found[0]
+    return found
 
 
-def stage_rows(folds: list[dict[str, dict[str, list[dict]]]], reader: Reader) -> list[dict]:
+def stage_rows(folds: list[Stages], reader: Reader) -> list[Row]:
     """Return the rows of the table for the stages that every fold has, pooled over folds."""
+    common = set(folds[0])
+    for fold in folds:
+        common &= set(fold)
     rows = []
-    for stage in sorted(set.intersection(*(set(fold) for fold in folds))):
-        row: dict = {"name": stage}
-        for condition in CONDITIONS:
-            if not all(condition in fold[stage] for fold in folds):
-                continue
-            predictions = []
-            for fold in folds:
-                predictions += fold[stage][condition]
-            hits = score(predictions, reader)
-            row[condition] = rate(hits["category"])
-            if condition == "right":
-                row |= {"label": rate(hits["label"]), "in_form": rate(hits["in_form"])}
+    for stage in sorted(common):
+        own_stages = [fold[stage] for fold in folds]
+        right = pooled_hits(own_stages, "right", reader)
+        row = Row(
+            name=stage,
+            right=Rate.of(right.category),
+            label=Rate.of(right.label),
+            well_formed=Rate.of(right.well_formed),
+        )
+        wrong = pooled_hits(own_stages, "wrong", reader)
+        if wrong is not None:
+            row.wrong = Rate.of(wrong.category)
+        none = pooled_hits(own_stages, "none", reader)
+        if none is not None:
+            row.none = Rate.of(none.category)
         rows.append(row)
     return rows
 
 
-def baseline_rows(toy: Toy, folds: list[int], audio_encoder: Path | None) -> list[dict]:
+def pooled_hits(
+    stages: list[dict[str, Predictions]], condition: str, reader: Reader
+) -> Hits | None:
+    """Score the predictions of a stage in all folds, None if one of the folds has none."""
+    predictions = []
+    for stage in stages:
+        if condition not in stage:
+            return None
+        predictions += stage[condition]
+    return score(predictions, reader)
+
+
+def baseline_rows(toy: Toy, folds: list[int], audio_encoder: Path | None) -> list[Row]:
     """Return the rows of the table for the baselines on these folds.
 
     Without an audio encoder there is no linear probe.
@@ -252,55 +382,68 @@ def baseline_rows(toy: Toy, folds: list[int], audio_encoder: Path | None) -> lis
         methods["linear probe on the encoder"] = partial(toy_baselines.probe, means)
     rows = []
     for name, method in methods.items():
-        row: dict = {"name": name}
-        for key, column in (("category", "right"), ("label", "label")):
-            hits = []
-            for fold in folds:
-                heldout = toy.folds[fold]
-                guesses = method(toy.clips, toy.training(fold), heldout, key)
-                for guess, file in zip(guesses, heldout, strict=True):
-                    hits.append(guess == toy.clips[file][key])
-            row[column] = rate(hits)
-        rows.append(row)
+        category = baseline_rate(toy, folds, method, "category")
+        label = baseline_rate(toy, folds, method, "label")
+        rows.append(Row(name, right=category, label=label))
     return rows
 
 
-def format_table(rows: list[dict], clips: int, folds: list[int]) -> str:
+def baseline_rate(toy: Toy, folds: list[int], method: Callable[..., list[str]], key: str) -> Rate:
+    """Return how often a baseline is right on the held-out clips of these folds.
+
+    Args:
+        key: "label" or "category".
+    """
+    hits = []
+    for fold in folds:
+        heldout = toy.folds[fold]
+        guesses = method(toy.clips, toy.training(fold), heldout, key)
+        for guess, file in zip(guesses, heldout, strict=True):
+            hits.append(guess == toy.clips[file][key])
+    return Rate.of(hits)
+
+
+def format_table(table: Table) -> str:
     """Return the table as text."""
-    width = max(len(row["name"]) for row in rows)
-    fold_names = ", ".join(map(str, folds))
+    width = max(len(row.name) for row in table.rows)
+    fold_names = ", ".join(map(str, table.folds))
     lines = [
-        f"{clips} held-out clips, fold {fold_names}; fractions with 95 % intervals.",
+        f"{table.clips} held-out clips, fold {fold_names}; fractions with 95 % intervals.",
         "First three columns: the category is right. Last two, with the right audio: the exact",
         "label is right, and the answer has the form that was trained.",
         "",
-        " " * width + "".join(f"  {title:<17}" for title in COLUMNS.values()),
+        format_row("", width, list(COLUMNS.values())),
     ]
-    for row in rows:
-        cells = []
-        for key in COLUMNS:
-            cell = "{share:.2f} [{low:.2f}, {high:.2f}]".format(**row[key]) if key in row else "-"
-            cells.append(f"  {cell:<17}")
-        lines.append(f"{row['name']:<{width}}" + "".join(cells))
-    return "\n".join(line.rstrip() for line in lines)
+    for row in table.rows:
+        cells = [str(getattr(row, name) or "-") for name in COLUMNS]
+        lines.append(format_row(row.name, width, cells))
+    return "\n".join(lines)
 
 
-def format_show(predictions: list[dict]) -> str:
+def format_row(name: str, width: int, cells: list[str]) -> str:
+    """Return a line of a table: the name, padded to a width, and the cells."""
+    line = f"{name:<{width}}"
+    for cell in cells:
+        line += f"  {cell:<{COLUMN_WIDTH}}"
+    return line.rstrip()
+
+
+def format_show(predictions: Predictions) -> str:
     """Return question, answer and reference of each prediction as text."""
     blocks = []
-    for row in predictions:
+    for prediction in predictions:
         lines = [
-            Path(row["audio_id"]).name,
-            f"question:  {row['prompt']}",
-            f"answer:    {row['pred']}",
-            f"reference: {row['ref']}",
+            Path(prediction["audio_id"]).name,
+            f"question:  {prediction['prompt']}",
+            f"answer:    {prediction['pred']}",
+            f"reference: {prediction['ref']}",
         ]
         blocks.append("\n  ".join(lines))
     return "\n\n".join(blocks)
 
 
-def evaluate(folders: list[Path], audio_encoder: Path | None) -> dict:
-    """Return clips, folds, rows of the table, and five predictions of the last stage to show.
+def evaluate(folders: list[Path], audio_encoder: Path | None) -> Table:
+    """Return the table, with five predictions of the last stage to show.
 
     Args:
         folders: One for each fold.
@@ -311,22 +454,37 @@ def evaluate(folders: list[Path], audio_encoder: Path | None) -> dict:
     """
     toy = Toy.load()
     stages = [read_predictions(folder) for folder in folders]
-    found = [sorted({fold_of(stage["right"], toy) for stage in fold.values()}) for fold in stages]
-    folds = [fold for numbers in found for fold in numbers]
+    folds = find_folds(stages, toy)
+    rows = stage_rows(stages, toy.reader) + baseline_rows(toy, folds, audio_encoder)
+    last = stages[0][max(stages[0])]
+    every_fifth = last["right"][:: max(1, len(last["right"]) // 5)]
+    return Table(
+        clips=sum(len(toy.folds[fold]) for fold in folds),
+        folds=folds,
+        rows=rows,
+        show=last.get("show", every_fifth)[:5],
+    )
+
+
+def find_folds(folders: list[Stages], toy: Toy) -> list[int]:
+    """Return the fold of each folder.
+
+    Raises:
+        PredictionError: A folder has predictions of several folds, or two have the same fold.
+    """
+    found = []  # folds of each folder
+    for stages in folders:
+        own_folds = {fold_of(stage["right"], toy) for stage in stages.values()}
+        found.append(sorted(own_folds))
+    folds = []
+    for own_folds in found:
+        folds += own_folds
     if len(folds) != len(folders) or len(set(folds)) != len(folds):
         raise PredictionError(
             f"The folders hold the folds {found}. "
             "Give one folder for each fold, and each fold once."
         )
-    rows = stage_rows(stages, toy.reader) + baseline_rows(toy, folds, audio_encoder)
-    last = stages[0][max(stages[0])]
-    every_fifth = last["right"][:: max(1, len(last["right"]) // 5)]
-    return {
-        "clips": sum(len(toy.folds[fold]) for fold in folds),
-        "folds": folds,
-        "rows": rows,
-        "show": last.get("show", every_fifth)[:5],
-    }
+    return folds
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -353,14 +511,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--no_probe", action="store_true", help="leave the linear probe out")
     add("--output_path", type=Path, help="JSON file (default: table.json in the first folder)")
     args = parser.parse_args(argv)
+    audio_encoder = None if args.no_probe else args.audio_encoder
     try:
-        result = evaluate(args.folds, None if args.no_probe else args.audio_encoder)
+        table = evaluate(args.folds, audio_encoder)
     except PredictionError as error:
         parser.exit(1, f"{error}\n")
     path = args.output_path or args.folds[0] / "table.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(format_table(result["rows"], result["clips"], result["folds"]))
-    print(f"\nFive answers of the last stage\n\n{format_show(result['show'])}")
+    text = json.dumps(table.to_json(), indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(format_table(table))
+    print(f"\nFive answers of the last stage\n\n{format_show(table.show)}")
     print(f"\nThe table as JSON: {path}")
 
 

@@ -25,13 +25,18 @@ def most_frequent(values: list[str]) -> str:
     return min(counts, key=lambda value: (-counts[value], value))
 
 
+def _values(clips: Clips, files: list[str], key: str) -> list[str]:
+    return [clips[file][key] for file in files]
+
+
 def majority(clips: Clips, training: list[str], heldout: list[str], key: str) -> list[str]:
     """Predict the most frequent value of the training clips for every held-out clip.
 
     Args:
         key: "label" or "category".
     """
-    return [most_frequent([clips[file][key] for file in training])] * len(heldout)
+    guess = most_frequent(_values(clips, training, key))
+    return [guess] * len(heldout)
 
 
 def package(clips: Clips, training: list[str], heldout: list[str], key: str) -> list[str]:
@@ -43,8 +48,11 @@ def package(clips: Clips, training: list[str], heldout: list[str], key: str) -> 
     by_package: dict[str, list[str]] = {}
     for file in training:
         by_package.setdefault(clips[file]["package"], []).append(clips[file][key])
-    guesses = {name: most_frequent(values) for name, values in by_package.items()}
-    return [guesses[clips[file]["package"]] for file in heldout]
+    guesses = []
+    for file in heldout:
+        values = by_package[clips[file]["package"]]
+        guesses.append(most_frequent(values))
+    return guesses
 
 
 def probe(
@@ -58,7 +66,7 @@ def probe(
     """
     train = np.stack([means[file] for file in training])
     test = np.stack([means[file] for file in heldout])
-    return ridge_classify(train, [clips[file][key] for file in training], test)
+    return ridge_classify(train, _values(clips, training, key), test)
 
 
 def ridge_classify(
@@ -72,7 +80,7 @@ def ridge_classify(
         test: (test clips, features).
     """
     names = sorted(set(classes))
-    targets = np.eye(len(names))[[names.index(value) for value in classes]]  # (clips, classes)
+    targets = np.array(classes)[:, None] == np.array(names)  # (clips, classes)
     mean = train.mean(0)
     deviation = train.std(0) + 1e-3
     train = (train - mean) / deviation
@@ -82,7 +90,7 @@ def ridge_classify(
     target_mean = targets.mean(0)
     weights = np.linalg.solve(gram, targets - target_mean)  # (clips, classes)
     outputs = test @ train.T @ weights + target_mean  # (test clips, classes)
-    return [names[index] for index in outputs.argmax(1)]
+    return np.array(names)[outputs.argmax(1)].tolist()
 
 
 def audio_encoder_means(files: list[Path], audio_encoder: Path) -> dict[str, np.ndarray]:

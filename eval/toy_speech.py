@@ -20,12 +20,14 @@ import argparse
 import json
 import re
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jiwer
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from eval.toy import TOY, PredictionError, rate
+from eval.toy import TOY, PredictionError, Rate, format_row
 
 # Name of the dataset file -> form of an answer; the group is the chosen value.
 CHOICES = {
@@ -47,21 +49,86 @@ WORDS = {
     "speech_words_wrong": "another clip's words",
     "speech_words_none": "no words",
 }
-SPOKEN = re.compile(r"\s*spoken text:\s*", re.IGNORECASE)
-Line = dict[str, float]  # "share" with "low" and "high", or "share" alone
+SPOKEN = re.compile(r"\A\s*spoken text:\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class WordErrorRate:
+    """The errors of all answers divided by the words of all references."""
+
+    wer: float
+
+    @property
+    def value(self) -> float:
+        return self.wer
+
+    def __str__(self) -> str:
+        return f"{self.wer:.3f}"
+
+
+@dataclass(frozen=True)
+class Majority:
+    """The fraction of right answers if all were the most frequent reference."""
+
+    fraction: float
+
+    @property
+    def value(self) -> float:
+        return self.fraction
+
+    def __str__(self) -> str:
+        return f"{self.fraction:.3f}"
+
+
+Score = Rate | WordErrorRate | Majority
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Args:
+        name: Title of the row.
+        scores: The score of each run, None for a run without predictions.
+    """
+
+    name: str
+    scores: list[Score | None]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the runs that have predictions."""
+        values = [score.value for score in self.scores if score is not None]
+        return sum(values) / len(values)
+
+    def to_json(self) -> dict[str, Any]:
+        cells = [asdict(score) if score else None for score in self.scores]
+        return {"name": self.name, "runs": cells, "mean": self.mean}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The result of an evaluation: the names of the runs, and the rows."""
+
+    runs: list[str]
+    rows: list[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of speech_table.json."""
+        return {"runs": self.runs, "rows": [row.to_json() for row in self.rows]}
 
 
 def read_choice(file: str, answer: str | None) -> str | None:
     """Return the value that an answer chose, in lower case, None if it has another form."""
     match = re.fullmatch(CHOICES[file], (answer or "").strip(), re.IGNORECASE)
-    return match[1].lower() if match else None
+    if match is None:
+        return None
+    return match[1].lower()
 
 
 def spoken(answer: str | None) -> str:
     """Return the transcript in an answer, without the prefix if it has one."""
-    text = answer or ""
-    match = SPOKEN.match(text)
-    return text[match.end() :] if match else text
+    return SPOKEN.sub("", answer or "", count=1)
 
 
 def word_error_rate(references: list[str], answers: list[str]) -> float:
@@ -71,7 +138,7 @@ def word_error_rate(references: list[str], answers: list[str]) -> float:
 
 
 def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
-    """Return the predictions of each dataset file; "clip" of each is its line of the manifest.
+    """Read the predictions of each dataset file; "clip" of each is its line of the manifest.
 
     Raises:
         PredictionError: There are no predictions, or they do not fit the data.
@@ -79,23 +146,8 @@ def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
     found = {}
     for file in (*CHOICES, *WORDS):
         path = folder / "answers" / f"{file}.json"
-        if not path.is_file():
-            continue
-        found[file] = json.loads(path.read_text(encoding="utf-8"))
-        names = [Path(row["audio_id"]).name for row in found[file]]
-        if sorted(names) != sorted(expected_clips(file, clips)):
-            raise PredictionError(
-                f"{path} does not have each held-out clip once. "
-                "Build the data and generate the predictions again."
-            )
-        for row, name in zip(found[file], names, strict=True):
-            row["clip"] = clips[name]
-            if row["ref"] != reference(file, row["clip"]):
-                raise PredictionError(
-                    f"{path}: the reference {row['ref']!r} is not what "
-                    f"data/toy/speech/manifest.jsonl says of {name}. "
-                    "Build the data and generate the predictions again."
-                )
+        if path.is_file():
+            found[file] = read_answers(path, file, clips)
     if not found:
         raise PredictionError(
             f"{folder} holds no answers/speech_*.json. "
@@ -104,13 +156,40 @@ def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
     return found
 
 
+def read_answers(path: Path, file: str, clips: dict[str, dict]) -> list[dict]:
+    """Read the predictions of one dataset file.
+
+    Raises:
+        PredictionError: They do not have each held-out clip once, or another reference.
+    """
+    predictions = json.loads(path.read_text(encoding="utf-8"))
+    names = [Path(prediction["audio_id"]).name for prediction in predictions]
+    if sorted(names) != sorted(expected_clips(file, clips)):
+        raise PredictionError(
+            f"{path} does not have each held-out clip once. "
+            "Build the data and generate the predictions again."
+        )
+    for prediction, name in zip(predictions, names, strict=True):
+        prediction["clip"] = clips[name]
+        if prediction["ref"] != reference(file, clips[name]):
+            raise PredictionError(
+                f"{path}: the reference {prediction['ref']!r} is not what "
+                f"data/toy/speech/manifest.jsonl says of {name}. "
+                "Build the data and generate the predictions again."
+            )
+    return predictions
+
+
 def expected_clips(file: str, clips: dict[str, dict]) -> list[str]:
     """Return the clips of a dataset file: those held out, for gender only with unknown voices."""
-    known = {clip["voice"] for clip in clips.values() if clip["split"] == "train"}
+    known_voices = set()
+    for clip in clips.values():
+        if clip["split"] == "train":
+            known_voices.add(clip["voice"])
     names = []
     for clip in clips.values():
-        is_known = file.startswith("speech_gender") and clip["voice"] in known
-        if clip["split"] == "test" and not is_known:
+        is_excluded = file.startswith("speech_gender") and clip["voice"] in known_voices
+        if clip["split"] == "test" and not is_excluded:
             names.append(clip["file"])
     return names
 
@@ -125,107 +204,119 @@ def reference(file: str, clip: dict) -> str:
     return f"The {key} is {clip[key]}."
 
 
-def choice_lines(file: str, rows: list[dict]) -> dict[str, Line]:
+def choice_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     """Return the fractions of right and of well-formed answers, and of the majority reference.
 
     For gender, also the fraction of right answers for each voice.
+
+    Returns:
+        title of a row -> score
     """
+    references = []
+    hits = []
+    well_formed = []
+    hits_of_voice: dict[str, list[bool]] = {}
+    genders = {}
+    for prediction in predictions:
+        expected = read_choice(file, prediction["ref"])
+        choice = read_choice(file, prediction["pred"])
+        references.append(expected)
+        hits.append(choice == expected)
+        well_formed.append(choice is not None)
+        clip = prediction["clip"]
+        hits_of_voice.setdefault(clip["voice"], []).append(choice == expected)
+        genders[clip["voice"]] = clip["gender"]
     title = TITLES[file]
-    references = [read_choice(file, row["ref"]) for row in rows]
-    chosen = [read_choice(file, row["pred"]) for row in rows]
-    hits = [choice == expected for choice, expected in zip(chosen, references, strict=True)]
-    lines = {title: rate(hits)}
+    scores: dict[str, Score] = {title: Rate.of(hits)}
     if file.startswith("speech_gender"):
-        voices: dict[str, list[bool]] = {}
-        for hit, row in zip(hits, rows, strict=True):
-            voices.setdefault(row["clip"]["voice"], []).append(hit)
-        for voice, own_hits in voices.items():
-            lines[f"{title}: {voice} ({rows_gender(rows, voice)})"] = rate(own_hits)
-    lines[f"{title}: in form"] = rate([choice is not None for choice in chosen])
+        for voice, own_hits in hits_of_voice.items():
+            scores[f"{title}: {voice} ({genders[voice]})"] = Rate.of(own_hits)
+    scores[f"{title}: well-formed"] = Rate.of(well_formed)
     _, majority_count = Counter(references).most_common(1)[0]
-    lines[f"{title}: if always the most frequent"] = {"share": majority_count / len(references)}
-    return lines
+    majority = Majority(majority_count / len(references))
+    scores[f"{title}: if always the most frequent"] = majority
+    return scores
 
 
-def rows_gender(rows: list[dict], voice: str) -> str:
-    """Return the gender of a voice."""
-    return next(row["clip"]["gender"] for row in rows if row["clip"]["voice"] == voice)
-
-
-def word_lines(file: str, rows: list[dict]) -> dict[str, Line]:
+def word_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     """Return word error rates and the fraction of well-formed answers.
 
     There is a word error rate of all clips, of the recorded voice, of the synthetic voices, and of
     the transcripts that the model was given.
+
+    Returns:
+        title of a row -> score
     """
     title = WORDS[file]
-    texts = [row["clip"]["text"] for row in rows]
-    answers = [spoken(row["pred"]) for row in rows]
-    lines: dict[str, Line] = {f"WER, {title}": {"share": word_error_rate(texts, answers)}}
-    recorded = [number for number, row in enumerate(rows) if "source_file" in row["clip"]]
-    synthetic = [number for number, row in enumerate(rows) if "source_file" not in row["clip"]]
-    for name, numbers in (("recorded voice", recorded), ("synthetic", synthetic)):
-        if not numbers:
-            continue
-        own_texts = [texts[number] for number in numbers]
-        own_answers = [answers[number] for number in numbers]
-        errors = word_error_rate(own_texts, own_answers)
-        lines[f"WER, {title}: {name}"] = {"share": errors}
-    transcripts = [row.get("transcript") or "" for row in rows]
+    recorded = []
+    synthetic = []
+    for prediction in predictions:
+        is_recorded = "source_file" in prediction["clip"]
+        part = recorded if is_recorded else synthetic
+        part.append(prediction)
+    scores: dict[str, Score] = {f"WER, {title}": answers_wer(predictions)}
+    if recorded:
+        scores[f"WER, {title}: recorded voice"] = answers_wer(recorded)
+    if synthetic:
+        scores[f"WER, {title}: synthetic"] = answers_wer(synthetic)
+    texts = [prediction["clip"]["text"] for prediction in predictions]
+    transcripts = [prediction.get("transcript") or "" for prediction in predictions]
     if any(transcripts):
         errors = word_error_rate(texts, transcripts)
-        lines[f"WER, {title}: those words themselves"] = {"share": errors}
-    is_well_formed = [SPOKEN.match(row["pred"] or "") is not None for row in rows]
-    lines[f"{title}: in form"] = rate(is_well_formed)
-    return lines
+        scores[f"WER, {title}: those words themselves"] = WordErrorRate(errors)
+    well_formed = []
+    for prediction in predictions:
+        match = SPOKEN.match(prediction["pred"] or "")
+        well_formed.append(match is not None)
+    scores[f"{title}: well-formed"] = Rate.of(well_formed)
+    return scores
 
 
-def evaluate(folders: list[Path]) -> dict:
-    """Return the runs and, for each title of a line, one value per run and their mean.
+def answers_wer(predictions: list[dict]) -> WordErrorRate:
+    """Return the word error rate of the transcripts in answers."""
+    texts = [prediction["clip"]["text"] for prediction in predictions]
+    answers = [spoken(prediction["pred"]) for prediction in predictions]
+    return WordErrorRate(word_error_rate(texts, answers))
+
+
+def evaluate(folders: list[Path]) -> Table:
+    """Return the table with a column for each run.
 
     Raises:
         PredictionError: A run has no answers, or answers to other questions.
     """
-    lines = (TOY / "speech" / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
-    clips = {clip["file"]: clip for clip in map(json.loads, lines)}
-    table: dict[str, list[Line | None]] = {}
+    clips = {}
+    for line in (TOY / "speech" / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
+        clip = json.loads(line)
+        clips[clip["file"]] = clip
+    rows: dict[str, Row] = {}
     for number, folder in enumerate(folders):
-        for file, rows in read_run(folder, clips).items():
-            scored = choice_lines(file, rows) if file in CHOICES else word_lines(file, rows)
-            for title, line in scored.items():
-                table.setdefault(title, [None] * len(folders))[number] = line
-    rows = []
-    for title, cells in table.items():
-        values = [cell["share"] for cell in cells if cell is not None]
-        rows.append({"name": title, "runs": cells, "mean": sum(values) / len(values)})
-    return {"runs": [folder.name for folder in folders], "rows": rows}
+        for file, predictions in read_run(folder, clips).items():
+            make_scores = choice_scores if file in CHOICES else word_scores
+            for title, score in make_scores(file, predictions).items():
+                row = rows.setdefault(title, Row(title, [None] * len(folders)))
+                row.scores[number] = score
+    return Table([folder.name for folder in folders], list(rows.values()))
 
 
-def format_table(result: dict) -> str:
+def format_table(table: Table) -> str:
     """Return the table as text."""
-    width = max(len(row["name"]) for row in result["rows"])
-    has_mean = len(result["runs"]) > 1
-    heads = [*result["runs"], "mean"] if has_mean else result["runs"]
+    width = max(len(row.name) for row in table.rows)
+    has_mean = len(table.runs) > 1
+    titles = list(table.runs)
+    if has_mean:
+        titles.append("mean")
     lines = [
         "Held-out speech: fractions with 95 % intervals, and word error rates (WER).",
         "",
-        " " * width + "".join(f"  {head:<17}" for head in heads),
+        format_row("", width, titles),
     ]
-    for row in result["rows"]:
-        cells = [format_line(cell) for cell in row["runs"]]
+    for row in table.rows:
+        cells = [str(score or "-") for score in row.scores]
         if has_mean:
-            cells.append(f"{row['mean']:.2f}")
-        lines.append(f"{row['name']:<{width}}" + "".join(f"  {cell:<17}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def format_line(line: Line | None) -> str:
-    """Return a cell: a fraction with its interval if it has one, a dash without predictions."""
-    if line is None:
-        return "-"
-    if "low" in line:
-        return "{share:.2f} [{low:.2f}, {high:.2f}]".format(**line)
-    return f"{line['share']:.3f}"
+            cells.append(f"{row.mean:.2f}")
+        lines.append(format_row(row.name, width, cells))
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -249,12 +340,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        result = evaluate(args.run)
+        table = evaluate(args.run)
     except PredictionError as error:
         parser.exit(1, f"{error}\n")
     path = args.output_path or args.run[0] / "speech_table.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{format_table(result)}\n\nThe table as JSON: {path}")
+    text = json.dumps(table.to_json(), indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"{format_table(table)}\n\nThe table as JSON: {path}")
 
 
 if __name__ == "__main__":

@@ -20,18 +20,22 @@ then.
 
 import argparse
 import os
-import sys
-from contextlib import ExitStack, closing
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from ltu.data.check_examples import read_rows
 from ltu.files import run_command
-from ltu.inference.batch_inference import Ranks, answer_file, make_requests, print_summary
+from ltu.inference.batch_inference import (
+    BatchSettings,
+    add_batch_flags,
+    answer_files,
+    make_requests,
+)
 from ltu.inference.batch_invariance import check_batch
-from ltu.inference.generation_flags import add_generation_flags, open_engine, read_decoding_flags
-from ltu.inference.predictions_file import AnswerFile
+from ltu.inference.generation_flags import open_engine
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -49,7 +53,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--audio_root", help="folder of relative audio_ids (default: that of the data file)"
     )
-    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument(
         "--max_bad", type=int, default=0, help="questions that may fail without a non-zero exit"
     )
@@ -59,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check_batch", type=int, nargs="?", const=16, metavar="N", help=check_help
     )
-    add_generation_flags(parser)
+    add_batch_flags(parser)
     args = parser.parse_args(argv)
     outputs = [Path(path).absolute() for path in args.output_path or []]
     if len(args.data_path) != len(outputs) and not args.check_batch:
@@ -70,7 +73,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for path in outputs:  # Before hours of work, not after.
         if path.is_dir():
             parser.error(f"--output_path {path} is a folder; name a file in it")
-    args.decoding = read_decoding_flags(args)
     rank = os.environ.get("LOCAL_RANK")
     if rank is not None and (
         args.device == "cuda" or (args.device is None and torch.cuda.is_available())
@@ -81,38 +83,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    settings = BatchSettings.from_flags(args)
     files = [read_rows(path, args.audio_root, need_output=False) for path in args.data_path]
     if args.check_batch:
         args.cache_mb = 0  # A clip that was encoded alone must be encoded in its batch too.
-        rows = [row for part in files for row in part][: args.check_batch]
-        return check_batch(open_engine(args), make_requests(rows, args), args.decoding)
-    with ExitStack() as stack:
-        ranks = stack.enter_context(closing(Ranks()))
-        outputs = [
-            stack.enter_context(closing(AnswerFile(path, ranks.rank))) for path in args.output_path
-        ]
-        # Rank 0 locks first and finds out whether another run writes the files.
-        for is_own_turn in (ranks.rank == 0, ranks.rank > 0):
-            if is_own_turn:
-                for output in outputs:
-                    output.lock()
-            ranks.gather()
-        engine = open_engine(args)
-        found = [
-            answer_file(*pair, engine, args, ranks) for pair in zip(outputs, files, strict=True)
-        ]
-        answers = [answer for part in found for answer in part]
-        has_failed = sum(not answer.answered for answer in answers) > args.max_bad
-        if ranks.rank == 0 and len(found) > 1:
-            print_summary("together", answers)
-        if has_failed:
-            print(
-                "The partial files stay. Fix the clips and run it again; only questions without an "
-                "answer are answered then.",
-                file=sys.stderr,
-            )
-        for output in outputs if ranks.rank == 0 else ():
-            output.finish(keep_partial=has_failed)
+        examples = list(chain.from_iterable(files))
+        requests = make_requests(examples[: args.check_batch], settings)
+        return check_batch(open_engine(args), requests, settings.decoding)
+    outputs = dict(zip(args.output_path, files, strict=True))
+    has_failed = answer_files(outputs, partial(open_engine, args), settings, args.max_bad)
     return int(has_failed)
 
 

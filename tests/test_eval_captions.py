@@ -229,10 +229,10 @@ def test_invalid_sets_of_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaluationError, match="P.json: 3 predictions for a.wav, not 5"):
         captions(rows, TASK, Context(protocol="original", source="P.json"))
     with pytest.raises(
-        EvaluationError, match="P.json, row 2: /y/a.wav .* /x/a.wav has the same name"
+        EvaluationError, match="P.json, prediction 2: /y/a.wav .* /x/a.wav has the same name"
     ):
         captions([rows[0], rows[0] | {"audio_id": "/y/a.wav"}], TASK, Context(source="P.json"))
-    with pytest.raises(EvaluationError, match="row 1: None is no clip"):
+    with pytest.raises(EvaluationError, match="prediction 1: None is no clip"):
         captions([rows[0] | {"audio_id": None}], TASK, Context())
     for name in [name for name in sys.modules if name.startswith("pycocoevalcap")]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -98,7 +98,7 @@ def test_sentence_transformers_folder(
     folder = sentence_folder(
         {f"pooling_mode_{name}": key == pooling for key, name in names.items()}, kinds
     )
-    monkeypatch.setattr(text_embeddings, "ROWS", 4)
+    monkeypatch.setattr(text_embeddings, "BATCH_SIZE", 4)
     embedder, shapes = open_embedder(str(folder)), set()
     note = lambda part, args, kwargs: shapes.add(tuple(kwargs["input_ids"].shape))  # noqa: E731
     embedder.encode.model.register_forward_pre_hook(note, with_kwargs=True)

@@ -237,15 +237,15 @@ def test_task(task, tmp_path, monkeypatch):
     assert all((tmp_path / row["audio_id"]).is_file() for row in rows)
     assert {row["instruction"] for row in rows} == {find_task(task).prompt}
     result = score(task, tmp_path, rows, answers, "--questions", str(tmp_path / "q.json"))
-    assert (result["asked"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
-    assert result["figure"]["on_answered"] == pytest.approx(on_answered)
-    assert result["figure"]["on_all"] == pytest.approx(on_all)
+    assert (result["num_examples"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
+    assert result["value"]["on_answered"] == pytest.approx(on_answered)
+    assert result["value"]["on_all"] == pytest.approx(on_all)
     # Do not draw the same plots again.
     monkeypatch.setattr(report, "_save", lambda figure, path: None)
     # The original protocol can read these references too.
     original = score(task, tmp_path, rows, answers, "--protocol", "original")
-    assert original["asked"] == 3
-    assert original["figure"]["on_answered"] == pytest.approx(ORIGINAL.get(task, on_answered))
+    assert original["num_examples"] == 3
+    assert original["value"]["on_answered"] == pytest.approx(ORIGINAL.get(task, on_answered))
 
 
 @pytest.mark.parametrize("task", ["audiocaps", "clotho"])
@@ -264,8 +264,8 @@ def test_captions(task, tmp_path, monkeypatch):
     # Every clip but the last is described by its references.
     result = score(task, tmp_path, rows, [*answers, None])
     # These numbers count clips.
-    assert (result["asked"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
-    assert result["rows"] == 15
+    assert (result["num_examples"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
+    assert result["num_predictions"] == 15
     assert (
         result["on_answered"]["ROUGE-L"] == pytest.approx(1) and result["on_all"]["ROUGE-L"] < 0.95
     )
@@ -286,7 +286,7 @@ def test_toy(tmp_path):
         for n, ref in enumerate([*refs, refs[0]])
     ]
     result = score("toy", tmp_path, rows, [refs[0], refs[0], None])
-    assert result["figure"]["on_answered"] == A_RIGHT_ONE and result["figure"][
+    assert result["value"]["on_answered"] == A_RIGHT_ONE and result["value"][
         "on_all"
     ] == pytest.approx(1 / 3)
 
@@ -308,7 +308,7 @@ def test_open_ended(tmp_path):
             result = score("open_ended", tmp_path, rows, [*verdicts, None], *flags)
         assert server.paid.total() == 3
     assert result["failed"] == {"missing": 1, "unparsed judgement": 1} and result["answered"] == 2
-    assert result["figure"]["on_answered"] == 0.5 and result["figure"]["on_all"] == pytest.approx(
+    assert result["value"]["on_answered"] == 0.5 and result["value"]["on_all"] == pytest.approx(
         1 / 3
     )
     assert result["prompt"].startswith("1 of 4: ") and "'temperature': 0.0" in result["notes"][0]

@@ -14,15 +14,17 @@ import pytest
 import soundfile
 
 from eval import generate_predictions, report, run, text_embeddings
-from eval.generate_predictions import inference_flags
+from eval.generate_predictions import GenerationSettings
 from eval.scorer_interface import Outcome
 from eval.tasks import find_task
 from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.predictions_file import AnswerFile
 from ltu.inference.requests import Request
+from ltu_as.convert_checkpoint import main as convert
 from tests.test_eval_questions import Stub
 from tests.tiny import LORA, clip, write_checkpoint, write_llm
+from tests.whisper_tiny import save_whisper
 
 GENRES = [
     "Hip-Hop",
@@ -119,7 +121,7 @@ def result(folder: str = "out", number: int = 0) -> dict:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file except those of ltu.inference_batch, which contain wall times."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "asked"]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "trials"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -155,11 +157,11 @@ def test_interrupted_generation_resumes(model, folder, monkeypatch, capsys):
     assert run.main(command(model)) == 1
     output = capsys.readouterr().out
     found = re.search(r"(\d+) from the partial file; generated (\d+)", output)
-    kept, asked = int(found[1]), int(found[2])
-    assert kept >= 1 and asked < 5 and kept + asked == 5
+    num_stored, num_generated = int(found[1]), int(found[2])
+    assert num_stored >= 1 and num_generated < 5 and num_stored + num_generated == 5
     assert contents(folder / "a" / "out") == expected
     found = result()
-    assert (found["asked"], found["answered"], found["failed"]) == (5, 4, {"missing": 1})
+    assert (found["num_examples"], found["answered"], found["failed"]) == (5, 4, {"missing": 1})
     assert (
         len(found["checkpoint"]) == 64
         and found["decoding"]["max_new_tokens"] == 6
@@ -185,7 +187,7 @@ def test_other_settings_generate_again(model, folder, capsys):
     assert run.main(command(model, "--temperature", "2.0", "--seed", "7")) == 0
     sampled = [row["pred"] for row in json.loads(Path("out/m/gtzan.predictions.json").read_text())]
     assert sampled[0] != sampled[2] and sampled[1] != sampled[3]
-    engine = open_engine(inference_flags(str(model), run.parse_args(command(model))))
+    engine = open_engine(GenerationSettings(flags=GENERATION).parse_flags(str(model)))
     for trial in (0, 1):
         requests = [
             Request("Which genre?", f"{number}.wav", "", f"{number}.wav") for number in (0, 1)
@@ -300,14 +302,14 @@ def test_label_scores(model, folder, monkeypatch):
     with pytest.raises(Killed):
         run.main(labels)
     with Path("out/m/gtzan.label_scores.jsonl").open("a") as lines:
-        lines.write('{"row": 2, "scores": [-1.0, ')
+        lines.write('{"example": 2, "scores": [-1.0, ')
     scored.clear()
     monkeypatch.setattr(
         LtuEngine, "score", lambda *args: (scored.append(args[1].audio_id), stock(*args))[1]
     )
     assert run.main(labels) == 1
     assert scored == ["2.wav", "3.wav", "4.wav"]
-    engine = open_engine(inference_flags(str(model), run.parse_args(command(model))))
+    engine = open_engine(GenerationSettings(flags=GENERATION).parse_flags(str(model)))
     lines = [
         json.loads(line)
         for line in Path("out/m/gtzan.label_scores.jsonl").read_text().splitlines()[1:]
@@ -352,6 +354,34 @@ def test_label_scores(model, folder, monkeypatch):
         run.main(["--task", "all", *labels[2:]])
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_ltu_as(folder, tmp_path, capsys):
+    """The engine opens it as it opens LTU, and the transcripts in its predictions are scored."""
+    save_whisper(tmp_path / "whisper.pt")
+    write_llm(tmp_path / "llm")
+    checkpoint = tmp_path / "init"
+    flags = f"--init --llm {tmp_path}/llm --whisper {tmp_path}/whisper.pt --num_layer_heads 2"
+    convert(f"{flags} --feature_precision fp32 --output_dir {checkpoint}".split())
+    examples = []
+    for number, transcript in enumerate(["good morning", "it rains"]):
+        example = {
+            "instruction": "Can you identify the spoken text?",
+            "input": transcript,
+            "audio_id": f"{number}.wav",
+            "output": "Spoken text: good morning",
+        }
+        examples.append(example)
+    write(Path("librispeech.json"), examples)
+    flags = ["--task", "librispeech", "--model", f"as={checkpoint}", "--output_dir", "out"]
+    flags += ["--questions", "librispeech.json", *GENERATION]
+    assert run.main(flags) == 0 and num_generated(capsys) == ["2"]
+    predictions = json.loads(Path("out/as/librispeech.predictions.json").read_text())
+    assert [row["model"] for row in predictions] == ["ltu_as", "ltu_as"]
+    assert [row["transcript"] for row in predictions] == ["good morning", "it rains"]
+    # Both words of the second transcript are wrong.
+    assert result()["on_all"]["wer_whisper"] == pytest.approx(2 / 4)
+
+
 # --- scoring
 
 
@@ -373,8 +403,8 @@ def test_two_models_side_by_side(folder, capsys):
     assert run.main(flags) == 0 and contents(Path("out")) == first
     assert {"report.png", "mine/gtzan.confusion.png", "q/gtzan.items.jsonl"} < set(first)
     mine, other = result(), result(number=1)
-    assert mine["figure"]["on_answered"] == other["figure"]["on_answered"] == pytest.approx(2 / 3)
-    assert mine["figure"]["on_all"] == 0.5 and mine["paper"] == {"LTU-AS": 0.503, "LTU": 0.298}
+    assert mine["value"]["on_answered"] == other["value"]["on_answered"] == pytest.approx(2 / 3)
+    assert mine["value"]["on_all"] == 0.5 and mine["paper"] == {"LTU-AS": 0.503, "LTU": 0.298}
     assert (mine["failed"], other["failed"]) == ({"no answer": 1}, {"empty answer": 1})
     items = [
         json.loads(line) for line in Path("out/mine/gtzan.items.jsonl").read_text().splitlines()
@@ -389,7 +419,7 @@ def test_two_models_side_by_side(folder, capsys):
 def test_a_reference_that_is_no_class(folder):
     write(Path("p.json"), predictions(("Rock", "Rock"), ("Schlager", "Rock")))
     for protocol in ("strict", "original"):
-        with pytest.raises(ValueError, match="p.json, row 2: .*chlager"):
+        with pytest.raises(ValueError, match="p.json, prediction 2: .*chlager"):
             run.main(
                 [
                     "--task",
@@ -421,12 +451,16 @@ def test_questions_without_a_prediction_fail(folder):
     write(Path("p.json"), rows)
     assert run.main(flags) == 0
     found = result()
-    assert (found["asked"], found["answered"], found["failed"]) == (5, 2, {"no row": 3})
-    assert (found["figure"]["on_answered"], found["figure"]["on_all"]) == (0.5, 0.2)
+    assert (found["num_examples"], found["answered"], found["failed"]) == (
+        5,
+        2,
+        {"no prediction": 3},
+    )
+    assert (found["value"]["on_answered"], found["value"]["on_all"]) == (0.5, 0.2)
     for wrong, message in (
-        ([*rows, rows[0]], r"p.json, row 3: .*0\.wav"),
-        ([rows[0], rows[1] | {"ref": "Music genre: Pop"}], r"p.json, row 2: .*1\.wav"),
-        ([rows[0], {"pred": "Rock", "audio_id": "1.wav"}], "p.json, row 2: no prompt, ref"),
+        ([*rows, rows[0]], r"p.json, prediction 3: .*0\.wav"),
+        ([rows[0], rows[1] | {"ref": "Music genre: Pop"}], r"p.json, prediction 2: .*1\.wav"),
+        ([rows[0], {"pred": "Rock", "audio_id": "1.wav"}], "p.json, prediction 2: no prompt, ref"),
         ([], "p.json contains no predictions"),
     ):
         write(Path("p.json"), wrong)
@@ -465,7 +499,7 @@ def test_all_tasks_of_a_folder(folder, capsys):
     flags = ["--predictions", f"m={answers}", "--output_dir", "out"]
     assert run.main(["--task", "all", *flags]) == 0
     assert [result(number=n)["task"] for n in (0, 1)] == ["voxceleb_age", "gtzan"]
-    assert result()["figure"] == {"on_answered": 5.0, "on_all": 5.0, "low": None, "high": None}
+    assert result()["value"] == {"on_answered": 5.0, "on_all": 5.0, "low": None, "high": None}
     with pytest.raises(ValueError, match="fma.json is not there"):
         run.main(["--task", "gtzan", "fma", *flags])
     # The report names a task with questions and without predictions.
@@ -507,7 +541,7 @@ def test_interval():
     )
     found = report.summarize(outcome, find_task("gtzan"), seed=0)
     error = 1.96 * (0.25 * 0.75 / 400) ** 0.5
-    assert found["figure"]["low"] == pytest.approx(0.25 - error, abs=0.006)
-    assert found["figure"]["high"] == pytest.approx(0.25 + error, abs=0.006)
-    assert found["on_answered"] == {"accuracy": 0.25, "other": None} and found["resamples"] == 1000
-    assert found["figure"] != report.summarize(outcome, find_task("gtzan"), seed=1)["figure"]
+    assert found.value.low == pytest.approx(0.25 - error, abs=0.006)
+    assert found.value.high == pytest.approx(0.25 + error, abs=0.006)
+    assert found.on_answered == {"accuracy": 0.25, "other": None} and found.resamples == 1000
+    assert found.value != report.summarize(outcome, find_task("gtzan"), seed=1).value

@@ -76,8 +76,8 @@ def golden_metrics(request, golden) -> dict:
     return json.loads((folder / "eval.json").read_text())
 
 
-# The values of "What strict changes" in the README: task, scorer, metric, and the
-# (original, strict) values of each predictions file.
+# Values of docs/evaluation.md#protocols: task, scorer, metric, and the (original, strict) values of
+# each predictions file.
 CHANGES = [
     ("esc50", single_label, "accuracy", [(0.433, 0.500), (0.467, 0.533)]),
     ("gtzan", single_label, "accuracy", [(0.083, 0.083), (0.125, 0.125)]),
@@ -285,7 +285,7 @@ LABEL_FILES = {  # first digits of the sha256
 def test_tables_and_labels():
     assert {task.options.get("answer") for task in LABELLED} <= ANSWERS.keys()
     assert {
-        task.options.get("truth", "after_colon") for task in LABELLED
+        task.options.get("reference", "after_colon") for task in LABELLED
     } <= REFERENCE_READERS.keys()
     # `Classes` raises if two classes have the same key.
     counts = {task.name: len(Classes(task, "strict").names) for task in LABELLED}
@@ -313,18 +313,22 @@ def test_tables_and_labels():
 
 @pytest.mark.parametrize("protocol", ["strict", "original"])
 @pytest.mark.parametrize("task", LABELLED, ids=lambda task: task.name)
-def test_a_reference_that_is_no_class_stops_with_file_and_row(task, protocol):
+def test_a_reference_that_is_no_class_stops_with_file_and_number(task, protocol):
     known = f"Labels: {Classes(task, protocol).names[0]}"
-    if protocol == "original" and not task.options.get("truth"):
+    if protocol == "original" and not task.options.get("reference"):
         known = known.replace(": ", ":")
     made = rows(
-        ("A: dog", known.replace(": ", ":") if "no_" in task.options.get("truth", "") else known),
+        (
+            "A: dog",
+            known.replace(": ", ":") if "no_" in task.options.get("reference", "") else known,
+        ),
         ("A: b", "L: x y"),
     )
     scorer = multi_label if task.scorer.endswith("multi_label") else single_label
     assert len(run(scorer, task.name, made[:1], protocol).items) == 1
     with pytest.raises(
-        EvaluationError, match=r"^P.json, row 2: the reference ' ?x y' is no class of eval/labels/"
+        EvaluationError,
+        match=r"^P.json, prediction 2: the reference ' ?x y' is no class of eval/labels/",
     ):
         run(scorer, task.name, made, protocol)
 
@@ -332,7 +336,8 @@ def test_a_reference_that_is_no_class_stops_with_file_and_row(task, protocol):
 def test_the_original_stops_at_a_first_answer_without_colon_and_strict_does_not():
     made = rows(("Loud cough", "Labels:Cough"), ("A: cough", "Labels:Cough"))
     with pytest.raises(
-        EvaluationError, match="row 1: the original stops at a first prediction without a colon"
+        EvaluationError,
+        match="prediction 1: the original stops at a first prediction without a colon",
     ):
         run(single_label, "vocalsound", made, "original")
     assert metrics_of(run(single_label, "vocalsound", made))["accuracy"] == 1.0
@@ -537,7 +542,8 @@ def test_a_missing_age_lowers_the_coverage():
     assert [item["failed"] for item in outcome.items] == [None, None, "no age", "no answer"]
     for protocol in ("strict", "original"):
         with pytest.raises(
-            EvaluationError, match="P.json, row 1: the reference 'Old.' does not end with one age"
+            EvaluationError,
+            match="P.json, prediction 1: the reference 'Old.' does not end with one age",
         ):
             run(age, "voxceleb_age", rows(("40", "Old.")), protocol)
 
@@ -572,7 +578,9 @@ def test_genders():
     assert original == pytest.approx(
         {"accuracy": 0.8, "micro_f1": 0.8, "macro_f1": (2 / 3 + 6 / 7) / 2}
     )
-    with pytest.raises(EvaluationError, match="row 1: the reference 'x' does not name one gender"):
+    with pytest.raises(
+        EvaluationError, match="prediction 1: the reference 'x' does not name one gender"
+    ):
         run(gender, "voxceleb_gender", rows(("male", "x")))
 
 
@@ -607,7 +615,7 @@ def test_word_error_rates():
     assert metrics_of(outcome) == pytest.approx(want)
     assert outcome.compute(np.array([0]))["wer"] == pytest.approx(4 / 7)
     assert "wer_substituted: not computed" in run(word_error_rate, "librispeech", made).notes[0]
-    with pytest.raises(EvaluationError, match="row 1: no Whisper transcript of '0.wav'"):
+    with pytest.raises(EvaluationError, match="prediction 1: no Whisper transcript of '0.wav'"):
         run(word_error_rate, "librispeech", made, whisper={"1.wav": "a"})
     # Whisper's normalizer removes all of "hmm": 1 word of 1 is wrong, and there is 1 word for 0.
     made += rows(("spoken text: oh", "spoken text:HMM"))
@@ -617,7 +625,7 @@ def test_word_error_rates():
             {"wer": 1.0, "wer_normalized": np.nan}, nan_ok=True
         )
         assert metrics_of(outcome) == pytest.approx({"wer": 8 / 11, "wer_normalized": 4 / 10})
-    with pytest.raises(EvaluationError, match="row 1: the reference has no words"):
+    with pytest.raises(EvaluationError, match="prediction 1: the reference has no words"):
         run(word_error_rate, "librispeech", rows(("a", "...")))
 
 
@@ -629,18 +637,20 @@ def test_toy_category():
         Context(),
     )
     assert metrics_of(outcome) == pytest.approx(
-        {"accuracy": 1 / 3, "exact_label": 1 / 3, "in_form": 1 / 3}
+        {"accuracy": 1 / 3, "exact_label": 1 / 3, "well_formed": 1 / 3}
     )
-    with pytest.raises(EvaluationError, match="row 1: the reference 'x' has no form"):
+    with pytest.raises(EvaluationError, match="prediction 1: the reference 'x' has no form"):
         toy_category(rows((reference, "x")), find_task("toy"), Context())
 
 
 @pytest.mark.parametrize("protocol", ["strict", "original"])
 def test_an_answer_that_is_no_text_stops(protocol):
-    with pytest.raises(EvaluationError, match='^P.json, row 2: "pred" is neither text nor null'):
+    with pytest.raises(
+        EvaluationError, match='^P.json, prediction 2: "pred" is neither text nor null'
+    ):
         run(gender, "voxceleb_gender", rows((None, "Male."), (7, "Male.")), protocol)
 
 
 def test_a_row_without_a_reference_stops():
-    with pytest.raises(EvaluationError, match='row 1: "ref" is no text'):
+    with pytest.raises(EvaluationError, match='prediction 1: "ref" is no text'):
         run(gender, "voxceleb_gender", [{"pred": "male", "ref": None}])

@@ -8,7 +8,9 @@ import pytest
 
 from eval import toy_baselines
 from eval.toy import (
+    Hits,
     PredictionError,
+    Rate,
     Reader,
     Toy,
     evaluate,
@@ -16,7 +18,6 @@ from eval.toy import (
     format_show,
     format_table,
     main,
-    rate,
     read_predictions,
     score,
     wilson,
@@ -103,7 +104,7 @@ def test_answers_that_do_not_count(answer):
 
 def test_two_labels_are_one_category_and_no_exact_label():
     hits = score([prediction("Labels: tom drum; snare drum; drums.")], READER)
-    assert hits == {"category": [True], "label": [False], "in_form": [True]}
+    assert hits == Hits(category=[True], label=[False], well_formed=[True])
 
 
 def test_a_label_that_holds_a_category_word_is_only_a_label():
@@ -121,9 +122,9 @@ def test_score_counts_category_label_and_form():
         None,
     ]
     hits = score([prediction(answer) for answer in answers], READER)
-    assert hits["category"] == [True, True, False, False, False, False]
-    assert hits["label"] == [True, False, False, True, False, False]
-    assert hits["in_form"] == [True, True, True, True, False, False]
+    assert hits.category == [True, True, False, False, False, False]
+    assert hits.label == [True, False, False, True, False, False]
+    assert hits.well_formed == [True, True, True, True, False, False]
 
 
 def test_answering_with_everything_scores_nothing():
@@ -131,13 +132,13 @@ def test_answering_with_everything_scores_nothing():
         [*sorted({c["label"] for c in TOY.clips.values()}), *sorted(READER.categories)]
     )
     hits = score([row | {"pred": everything + "."} for row in perfect(0)], READER)
-    assert not any(hits["category"]) and not any(hits["label"])
+    assert not any(hits.category) and not any(hits.label)
 
 
 def test_every_reference_of_the_data_can_be_parsed():
     for fold in range(5):
         hits = score(perfect(fold), READER)
-        assert all(hits["category"]) and all(hits["label"]) and all(hits["in_form"])
+        assert all(hits.category) and all(hits.label) and all(hits.well_formed)
 
 
 def test_another_answer_format_needs_no_other_code():
@@ -175,7 +176,7 @@ def test_wilson_is_symmetric_and_bounded():
     low, high = wilson(7, 34)
     assert wilson(27, 34) == (pytest.approx(1 - high), pytest.approx(1 - low))
     assert wilson(34, 34)[1] == pytest.approx(1.0)
-    assert rate([True, False])["share"] == 0.5 and rate([])["share"] == 0.0
+    assert Rate.of([True, False]).fraction == 0.5 and Rate.of([]).fraction == 0.0
 
 
 # Baselines
@@ -208,7 +209,7 @@ def test_majority_and_package_use_the_training_clips_only():
 
 
 def test_baselines_of_all_folds():
-    def share(method, key):
+    def fraction(method, key):
         hits = []
         for fold, heldout in enumerate(TOY.folds):
             guesses = method(TOY.clips, TOY.training(fold), heldout, key)
@@ -217,8 +218,8 @@ def test_baselines_of_all_folds():
             ]
         return np.mean(hits)
 
-    assert share(toy_baselines.majority, "category") == pytest.approx(63 / 170)
-    assert 0.5 < share(toy_baselines.package, "category") < 0.65
+    assert fraction(toy_baselines.majority, "category") == pytest.approx(63 / 170)
+    assert 0.5 < fraction(toy_baselines.package, "category") < 0.65
 
 
 def test_ridge_classify_equals_the_primal_solution():
@@ -254,28 +255,28 @@ def test_probe_separates_separable_classes():
 @pytest.mark.parametrize("below", ["", "answers"])
 def test_evaluate_pools_folds(tmp_path, below):
     folders = [write_fold(tmp_path / str(fold), fold, below=below) for fold in (0, 3)]
-    result = evaluate(folders, audio_encoder=None)
+    table = evaluate(folders, audio_encoder=None)
     count = len(TOY.folds[0]) + len(TOY.folds[3])
     drums = sum(
         TOY.clips[file]["category"] == "drums" for fold in (0, 3) for file in TOY.folds[fold]
     )
-    assert result["clips"] == count and result["folds"] == [0, 3]
-    by_name = {row["name"]: row for row in result["rows"]}
+    assert table.clips == count and table.folds == [0, 3]
+    by_name = {row.name: row for row in table.rows}
     assert list(by_name) == ["stage1", "stage2", "majority", "source package alone"]
-    assert by_name["stage1"]["right"]["right"] == by_name["stage1"]["label"]["right"] == count
-    assert by_name["stage2"]["none"]["right"] == by_name["stage2"]["wrong"]["right"] == drums
-    assert by_name["majority"]["right"]["right"] == drums
-    text = format_table(result["rows"], result["clips"], result["folds"])
+    assert by_name["stage1"].right.right == by_name["stage1"].label.right == count
+    assert by_name["stage2"].none.right == by_name["stage2"].wrong.right == drums
+    assert by_name["majority"].right.right == drums
+    text = format_table(table)
     assert "stage2" in text and "1.00 [0.95, 1.00]" in text
-    assert len(result["show"]) == 5 and format_show(result["show"]).count("reference:") == 5
+    assert len(table.show) == 5 and format_show(table.show).count("reference:") == 5
 
 
 def test_a_missing_condition_is_a_dash(tmp_path):
     folder = write_fold(tmp_path, 1, stages=1)
     (folder / "stage1_name" / "none.json").unlink()
-    result = evaluate([folder], audio_encoder=None)
-    assert "none" not in result["rows"][0]
-    assert " - " in format_table(result["rows"], result["clips"], result["folds"])
+    table = evaluate([folder], audio_encoder=None)
+    assert "none" not in table.to_json()["rows"][0]
+    assert " - " in format_table(table)
 
 
 def test_main_prints_and_writes(tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 from eval import toy_speech
 from eval.toy import PredictionError
 from eval.toy_speech import (
+    Table,
     evaluate,
     format_table,
     main,
@@ -47,8 +48,8 @@ def write(folder: Path, **files: list[dict]) -> Path:
     return folder
 
 
-def means(result: dict) -> dict[str, float]:
-    return {row["name"]: row["mean"] for row in result["rows"]}
+def means(table: Table) -> dict[str, float]:
+    return {row.name: row.mean for row in table.rows}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_gender_by_voice_with_and_without_words(tmp_path):
     assert (
         scores["gender, words given"]
         == pytest.approx(2 / 3)
-        == scores["gender, words given: in form"]
+        == scores["gender, words given: well-formed"]
     )
     assert (
         scores["gender, words given: slt_hts (female)"]
@@ -120,14 +121,11 @@ def test_gender_by_voice_with_and_without_words(tmp_path):
     )
     assert (
         scores["gender, no words: slt_hts (female)"] == 0
-        and scores["gender, no words: in form"] == 1
+        and scores["gender, no words: well-formed"] == 1
     )
-    cell = next(
-        row for row in evaluate([folder])["rows"] if row["name"].endswith("given: kal (male)")
-    )["runs"][0]
-    assert (cell["right"], cell["count"], cell["high"]) == (20, 20, 1.0) and 0.83 < cell[
-        "low"
-    ] < 0.85
+    rows = {row.name: row for row in evaluate([folder]).rows}
+    (cell,) = rows["gender, words given: kal (male)"].scores
+    assert (cell.right, cell.count, cell.high) == (20, 20, 1.0) and 0.83 < cell.low < 0.85
 
 
 def test_pitch_and_speed(tmp_path):
@@ -137,7 +135,7 @@ def test_pitch_and_speed(tmp_path):
         speech_speed=predictions("speech_speed", lambda clip: clip["speed"]),
     )
     scores = means(evaluate([folder]))
-    assert scores["pitch"] == 1 and scores["speed"] == 0 == scores["speed: in form"]
+    assert scores["pitch"] == 1 and scores["speed"] == 0 == scores["speed: well-formed"]
     assert 1 / 3 < scores["speed: if always the most frequent"] < 0.6
 
 
@@ -159,13 +157,13 @@ def test_transcripts_in_four_conditions(tmp_path):
     )
     scores = means(evaluate([folder]))
     assert scores["WER, right words given"] == 0 == scores["WER, right words given: recorded voice"]
-    assert scores["WER, Whisper's words"] == 0 == scores["Whisper's words: in form"]
+    assert scores["WER, Whisper's words"] == 0 == scores["Whisper's words: well-formed"]
     assert scores["WER, Whisper's words: those words themselves"] == pytest.approx(1, abs=0.02)
     assert (
         0.85 < scores["WER, another clip's words"] < 1.3
-        and scores["another clip's words: in form"] == 1
+        and scores["another clip's words: well-formed"] == 1
     )
-    assert scores["WER, no words"] == 1 and scores["no words: in form"] == 0
+    assert scores["WER, no words"] == 1 and scores["no words: well-formed"] == 0
 
 
 def test_several_runs_have_a_column_each_and_a_mean(tmp_path, capsys):
@@ -176,10 +174,11 @@ def test_several_runs_have_a_column_each_and_a_mean(tmp_path, capsys):
         tmp_path / "fold1",
         speech_pitch=predictions("speech_pitch", lambda clip: "The pitch is low."),
     )
-    result = evaluate([tmp_path / "fold0", tmp_path / "fold1"])
-    assert means(result)["gender, words given"] == pytest.approx(0.5)
-    assert next(row for row in result["rows"] if row["name"] == "pitch")["runs"][0] is None
-    assert "fold0" in format_table(result) and "mean" in format_table(result)
+    table = evaluate([tmp_path / "fold0", tmp_path / "fold1"])
+    assert means(table)["gender, words given"] == pytest.approx(0.5)
+    rows = {row.name: row for row in table.rows}
+    assert rows["pitch"].scores[0] is None
+    assert "fold0" in format_table(table) and "mean" in format_table(table)
     main(["--run", str(tmp_path / "fold0")])
     assert "0.67 [0.54, 0.77]" in capsys.readouterr().out
     assert json.loads((tmp_path / "fold0" / "speech_table.json").read_text())["runs"] == ["fold0"]

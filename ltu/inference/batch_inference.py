@@ -7,20 +7,70 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ltu.inference.engine import LtuEngine
+from ltu.inference.generation_flags import add_generation_flags, read_decoding_flags
 from ltu.inference.predictions_file import AnswerFile, Key
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
 
 MAX_ERRORS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How the questions of dataset files are answered.
+
+    Args:
+        batch_size: the number of questions that are answered at once.
+        seed: of the random generator used for sampling.
+        decoding: the settings of `generate`.
+        mode: "joint", "audio_only" or "asr_only", see `ltu.inference.requests`.
+        num_chunks: how many chunks of each clip are used; 0 for all.
+        quantization: with which the engine is opened. Answers of one quantization are not used for
+            another.
+    """
+
+    batch_size: int = 8
+    seed: int = 42
+    decoding: dict[str, Any] = field(default_factory=dict)
+    mode: str = "joint"
+    num_chunks: int = 1
+    quantization: str | None = None
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> "BatchSettings":
+        """Return the settings that the flags of `add_batch_flags` describe.
+
+        Raises:
+            ValueError: a setting of `generate` is impossible.
+        """
+        return cls(
+            batch_size=flags.batch_size,
+            seed=flags.seed,
+            decoding=read_decoding_flags(flags),
+            mode=flags.mode,
+            num_chunks=flags.num_chunks,
+            quantization=flags.quantization,
+        )
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the engine, of generation and of `BatchSettings`."""
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="number of questions that are answered at once"
+    )
+    add_generation_flags(parser)
 
 
 class Ranks:
@@ -58,40 +108,42 @@ def make_prediction(example: dict, answer: Answer) -> dict:
     return prediction | fields
 
 
-def make_requests(examples: list[dict], args: argparse.Namespace) -> list[Request]:
-    return [
-        Request(
+def make_requests(examples: list[dict], settings: BatchSettings) -> list[Request]:
+    """Make a request of each example, as `ltu.data.check_examples` reads it."""
+    requests = []
+    for example in examples:
+        request = Request(
             example["instruction"],
             example["audio"],
             example.get("input"),
             example.get("audio_id"),
-            mode=args.mode,
-            num_chunks=args.num_chunks,
+            mode=settings.mode,
+            num_chunks=settings.num_chunks,
         )
-        for example in examples
-    ]
+        requests.append(request)
+    return requests
 
 
 def make_keys(
-    requests: list[Request], engine: LtuEngine, args: argparse.Namespace, ranks: Ranks
+    requests: list[Request], engine: LtuEngine, settings: BatchSettings, ranks: Ranks
 ) -> list[Key]:
     """Make a key for each request of everything that its answer depends on.
 
     Each rank hashes a part of the clips.
     """
-    settings = [
+    decisive = [
         engine.kind,
         engine.checkpoint,
         engine.model.config.language_model_sha256,
         str(engine.model.get_input_embeddings().weight.dtype),
-        args.quantization,
+        settings.quantization,
         engine.processor.to_dict(),  # With the prompt template and the audio encoder's input.
         engine.processor.tokenizer.get_vocab(),
         engine.processor.front_end.settings,
-        check_decoding(args.decoding),
-        args.seed,
+        check_decoding(settings.decoding),
+        settings.seed,
     ]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
     clips = {(request.audio, request.audio_id): request for request in requests if request.audio}
     own_clips = list(clips)[ranks.rank :: ranks.size]
     with ThreadPoolExecutor() as pool:
@@ -111,11 +163,63 @@ def make_keys(
     return keys
 
 
+def answer_files(
+    files: dict[str | Path, list[dict]],
+    open_engine: Callable[[], LtuEngine],
+    settings: BatchSettings,
+    max_bad: int = 0,
+) -> bool:
+    """Answer the questions of several dataset files, and write a predictions file of each.
+
+    Args:
+        files: path of the predictions file -> examples, as `ltu.data.check_examples` reads them.
+        open_engine: opens the model, when all outputs are locked.
+        max_bad: how many questions may have no answer.
+
+    Returns:
+        whether more than `max_bad` questions have no answer; then the partial files stay. On ranks
+        other than 0, False.
+
+    Raises:
+        ValueError: another run writes one of the outputs.
+    """
+    with ExitStack() as stack:
+        ranks = stack.enter_context(closing(Ranks()))
+        outputs = []
+        for path in files:
+            outputs.append(stack.enter_context(closing(AnswerFile(path, ranks.rank))))
+        # Rank 0 locks first and finds out whether another run writes the files.
+        for is_own_turn in (ranks.rank == 0, ranks.rank > 0):
+            if is_own_turn:
+                for output in outputs:
+                    output.lock()
+            ranks.gather()
+        engine = open_engine()
+        answers = []
+        for output, examples in zip(outputs, files.values(), strict=True):
+            answers += answer_file(output, examples, engine, settings, ranks)
+        if ranks.rank > 0:
+            return False
+        num_failed = sum(not answer.answered for answer in answers)
+        has_failed = num_failed > max_bad
+        if len(outputs) > 1:
+            print_summary("together", answers)
+        if has_failed:
+            print(
+                "The partial files stay. Fix the clips and run it again; only questions without an "
+                "answer are answered then.",
+                file=sys.stderr,
+            )
+        for output in outputs:
+            output.finish(keep_partial=has_failed)
+    return has_failed
+
+
 def answer_file(
     file: AnswerFile,
     examples: list[dict],
     engine: LtuEngine,
-    args: argparse.Namespace,
+    settings: BatchSettings,
     ranks: Ranks,
 ) -> list[Answer]:
     """Answer the questions that have no answer yet, and write the whole predictions file.
@@ -123,25 +227,66 @@ def answer_file(
     Returns:
         the answers of all examples on rank 0; nothing on other ranks.
     """
-    requests = make_requests(examples, args)
-    keys = make_keys(requests, engine, args, ranks)
+    requests = make_requests(examples, settings)
+    keys = make_keys(requests, engine, settings, ranks)
     # Only rank 0 reads the partial file: it might have changed by the time that others read it.
-    answered = None
+    stored = set()
     if ranks.rank == 0:
-        answered = {key for key, answer in file.merge().items() if answer.answered}
-    answered = ranks.gather(answered)[0]
-    todo = {
-        key: request for key, request in zip(keys, requests, strict=True) if key not in answered
-    }
-    # Questions about one clip go to one rank. Those without a clip are spread by their text.
-    clips = list(dict.fromkeys(key[0] or key[1] for key in todo))
-    own_clips = set(clips[ranks.rank :: ranks.size])
-    own_keys = [key for key in todo if (key[0] or key[1]) in own_clips]
+        for key, answer in file.merge().items():
+            if answer.answered:
+                stored.add(key)
+    stored = ranks.gather(stored)[0]
+    todo = {}
+    for key, request in zip(keys, requests, strict=True):
+        if key not in stored:
+            todo[key] = request
     start = time.perf_counter()
+    _answer_own_part(file, todo, engine, settings, ranks)
+    ranks.gather()
+    if ranks.rank > 0:
+        return []
+    seconds = time.perf_counter() - start
+    found = file.merge()
+    answers = [found[key] for key in keys]
+    predictions = []
+    for example, answer in zip(examples, answers, strict=True):
+        predictions.append(make_prediction(example, answer))
+    file.write(predictions)
+    print_summary(str(file.path), answers)
+    num_new = sum(found[key].answered for key in todo)
+    num_stored = sum(key in stored for key in keys)
+    print(
+        f"  {num_stored} from the partial file; generated {len(todo)}, "
+        f"{num_new / seconds:.2f} questions/s"
+    )
+    failed = [answer for answer in answers if not answer.answered]
+    for answer in failed[:MAX_ERRORS_SHOWN]:
+        print(f"  {answer.error}", file=sys.stderr)
+    return answers
+
+
+def _answer_own_part(
+    file: AnswerFile,
+    todo: dict[Key, Request],
+    engine: LtuEngine,
+    settings: BatchSettings,
+    ranks: Ranks,
+) -> None:
+    """Answer this rank's part of the requests, and append the answers to its partial file.
+
+    Requests about one clip go to one rank. Those without a clip are spread by their text.
+    """
+    clip_of_key = {}
+    for key in todo:
+        clip, question, *_ = key
+        clip_of_key[key] = clip or question
+    clips = list(dict.fromkeys(clip_of_key.values()))
+    own_clips = set(clips[ranks.rank :: ranks.size])
+    own_keys = [key for key in todo if clip_of_key[key] in own_clips]
     own_requests = [todo[key] for key in own_keys]
-    answers_of_run = engine.run(own_requests, args.batch_size, args.seed, **args.decoding)
+    answers = engine.run(own_requests, settings.batch_size, settings.seed, **settings.decoding)
     progress = tqdm(
-        answers_of_run,
+        answers,
         "answering",
         len(own_keys),
         unit="question",
@@ -149,26 +294,6 @@ def answer_file(
     )
     for index, answer in progress:
         file.append(own_keys[index], answer)
-    ranks.gather()
-    if ranks.rank > 0:
-        return []
-    seconds = time.perf_counter() - start
-    found = file.merge()
-    answers = [found[key] for key in keys]
-    file.write(
-        [
-            make_prediction(example, answer)
-            for example, answer in zip(examples, answers, strict=True)
-        ]
-    )
-    print_summary(str(file.path), answers)
-    rate = sum(found[key].answered for key in todo) / seconds
-    num_stored = sum(key in answered for key in keys)
-    print(f"  {num_stored} from the partial file; generated {len(todo)}, {rate:.2f} questions/s")
-    failed = [answer for answer in answers if not answer.answered]
-    for answer in failed[:MAX_ERRORS_SHOWN]:
-        print(f"  {answer.error}", file=sys.stderr)
-    return answers
 
 
 def print_summary(name: str, answers: list[Answer]) -> None:
