@@ -3,9 +3,9 @@
 The formats are a JSON list, JSON lines (`.jsonl`) and Parquet; JSON also compressed (`.gz`,
 `.zst`). A reader goes by the first bytes of a file, a writer by its name.
 
-The keys of an example and their order are preserved. Parquet has a column for each key: a null in it means
-that the example lacks the key, and a key that only later examples have is an error. An example with
-keys within a value cannot be stored in Parquet.
+The keys of an example and their order are preserved. Parquet has a column for each key: a null in
+it means that the example lacks the key, and a key that only later examples have is an error. An
+example with keys within a value cannot be stored in Parquet.
 
 A file gets its name only when it is complete and on the disk.
 """
