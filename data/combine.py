@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
                 counts.add(name, example)
                 yield example
 
+    # Write the examples in random order, or in that of the files.
     files = [path for _, path in parts]
     with write_examples(args.output_path, files) as output:
         if args.no_shuffle:
@@ -274,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in lines:
             output.write(line)
 
+    # Record the counts, and compare them with the published ones.
     order = order_facts(args.seed, args.original_shuffle)
     if args.no_shuffle:
         order = {"order": "as given", "seed": args.seed}

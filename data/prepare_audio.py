@@ -398,6 +398,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    # Decide which file becomes which clip.
     wanted = None
     if args.clip_list:
         wanted = read_wanted(args.clip_list, args.id_column, args.naming)
@@ -418,6 +419,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     with AudioManifest(args.output_dir) as manifest:
+        # Convert what no earlier run has converted.
         todo = [job for job in jobs if not manifest.is_done(job, args.input)]
         settings = (str(args.input), str(args.output_dir), args.max_seconds)
         entries = run(todo, args.workers, *settings)
@@ -425,6 +427,7 @@ def main(argv: list[str] | None = None) -> int:
             manifest.append(entry)
         manifest.write(refused)
 
+        # Write the list of clips with its provenance and coverage.
         facts = {
             "input": str(args.input),
             "naming": args.naming,

@@ -136,6 +136,7 @@ def shuffle_examples(
     else:
         keys = random_keys(seed)
     changed = f"{output}: the input changed while it was read for the second time. Run it again."
+    # Sort the encoded examples by their keys, on the disk.
     with temporary_folder(output, "shuffle") as folder:
         lines = DiskSort(folder)
         # A second generator with the same seed gives the same numbers as the first one did.
