@@ -108,7 +108,7 @@ def count_examples(path: Path, folder: str) -> dict[str, Any]:
             if value not in NO_AUDIO:
                 values[key].add(value)
 
-    # Sum the counts of (dataset, task) over the one and over the other.
+    # Count by dataset and by task, from the counts by both.
     by_dataset: Counter[str] = Counter()
     by_task: Counter[str] = Counter()
     by_group = {}
