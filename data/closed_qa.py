@@ -371,6 +371,7 @@ def read_records(
     is_table = file.suffix.lower() in (".csv", ".tsv")
     records = _table(file) if is_table else stream_rows(file)
     for number, record in enumerate(records, start=1):
+        # Rename the columns of --columns.
         for ours, theirs in columns.items():
             values = [record[name] for name in theirs if record.get(name) not in (None, "")]
             if len(theirs) > 1:
@@ -379,6 +380,7 @@ def read_records(
                 record[ours] = values[0]
             else:
                 record[ours] = None
+        # Split texts at the separator of --separator; `listed` splits at ";" only.
         for key in ("labels", "genre"):
             if isinstance(record.get(key), str):
                 record[key] = record[key].split(separator)
@@ -568,6 +570,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    # Read the templates, and everything that the rules need besides the records.
     inputs = list(filter(None, [args.metadata, args.audio_ids, args.descriptions, args.cuts]))
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     audio_ids = read_audio_ids(args.audio_ids) if args.audio_ids else None
@@ -575,9 +578,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = RuleSettings(args.dataset, args.seed, args.prefix_fraction, args.style)
     if args.descriptions:
         settings.descriptions = json.loads(args.descriptions.read_bytes())
+    # Cut points are thirds of all numbers, so the metadata is read twice.
     given_cuts = read_cuts(args.cuts) if args.cuts else {}
     settings.cuts = find_cuts(read(), given_cuts)
 
+    # Generate the examples, record by record.
     counts: Counter[str] = Counter()
     with write_examples(args.output_path, inputs) as output:
         for number, record in enumerate(read(), start=1):
@@ -599,6 +604,7 @@ def main(argv: list[str] | None = None) -> int:
                 "keys with --columns; spell ids as --audio_ids does (data.prepare_audio "
                 "--clip_list CLIPS)."
             )
+    # Record the settings, and print the counts.
     facts = {
         "dataset": settings.dataset,
         "seed": settings.seed,

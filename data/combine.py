@@ -31,7 +31,7 @@ import msgspec
 
 from data.command_line import OUTPUT_HELP, command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
-from data.shuffle import add_order_flags, order_of, shuffle_examples
+from data.shuffle import add_order_flags, order_facts, shuffle_examples
 from ltu.data.dataset_io import encode_row, stream_rows
 from ltu.files import run_command
 
@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
                 counts.add(name, example)
                 yield example
 
+    # Write the examples in random order, or in that of the files.
     files = [path for _, path in parts]
     with write_examples(args.output_path, files) as output:
         if args.no_shuffle:
@@ -274,7 +275,10 @@ def main(argv: list[str] | None = None) -> int:
         for line in lines:
             output.write(line)
 
-    order = {"order": "as given", "seed": args.seed} if args.no_shuffle else order_of(args)
+    # Record the counts, and compare them with the published ones.
+    order = order_facts(args.seed, args.original_shuffle)
+    if args.no_shuffle:
+        order = {"order": "as given", "seed": args.seed}
     unlike = differences(counts, recipe) if recipe else []
     facts = {
         "recipe": msgspec.to_builtins(recipe),

@@ -104,10 +104,20 @@ class Unreadable:
             self.names.append(name)
 
 
-def read_eval_clips(args: argparse.Namespace, unreadable: Unreadable) -> EvalClips:
-    """Read the clips of the evaluation files, and decode them if --content is given."""
+def read_eval_clips(
+    paths: list[Path], root: Path | None, has_content: bool, workers: int, unreadable: Unreadable
+) -> EvalClips:
+    """Read the clips of the evaluation files.
+
+    Args:
+        paths: the evaluation files.
+        root: folder of their clips (None: the folder of each file).
+        has_content: whether to decode the clips, so that they can be compared by content.
+        workers: number of processes that decode.
+        unreadable: clips that cannot be decoded are added to it.
+    """
     eval_clips = EvalClips()
-    for path in args.eval_files:
+    for path in paths:
         clips: dict[str, None] = {}  # An ordered set.
         for example in stream_rows(path):
             if example.get("audio_id") not in NO_AUDIO:
@@ -127,9 +137,8 @@ def read_eval_clips(args: argparse.Namespace, unreadable: Unreadable) -> EvalCli
                 "use --content"
             )
 
-        if args.content:
-            root = args.eval_root or path.parent
-            for clip, digest in hash_clips(clips, root, args.workers):
+        if has_content:
+            for clip, digest in hash_clips(clips, root or path.parent, workers):
                 if digest is None:
                     unreadable.add(f"{path.name}: {clip}")
                 else:
@@ -167,7 +176,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     unreadable = Unreadable()
-    eval_clips = read_eval_clips(args, unreadable)
+    eval_clips = read_eval_clips(
+        args.eval_files, args.eval_root, args.content, args.workers, unreadable
+    )
 
     # Compare by content: decode every training clip once.
     copies: dict[str, str] = {}  # Training clip -> description of the evaluation clip.

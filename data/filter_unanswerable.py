@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             elif dropped is not None:
                 dropped.write(encode_row(example))
 
+    # Record and print the counts of both rules.
     total = remaining.count + num_dropped[args.rule]
     facts = {"rule": args.rule, "num_examples": total, "dropped": num_dropped}
     facts |= audio_root_of(args.output_path, [args.data_path])

@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -48,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from data.audio_ids import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
-from data.audio_manifest import AudioManifest
+from data.audio_manifest import AudioManifest, ManifestEntry
 from data.command_line import add_workers, command_parser
 from data.provenance import provenance_path, write_provenance
 from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, decode_audio
@@ -104,7 +105,7 @@ def _printable(text: str) -> str:
 
 def make_plan(
     sources: Iterator[str], rule: str | None, table: dict[str, str] | None
-) -> tuple[list[Job], list[dict]]:
+) -> tuple[list[Job], list[ManifestEntry]]:
     """Decide which file becomes which clip.
 
     Args:
@@ -126,28 +127,32 @@ def make_plan(
             audio_id = audio_id_of(source, rule)
             detail = f"is not a name of {rule}; give --table, or leave --naming out"
         if audio_id is None:
-            refused.append(_refusal(source, "name", f"{source} {detail}."))
+            refused.append(ManifestEntry(None, source, "name", error=f"{source} {detail}."))
         elif audio_id in jobs:
             error = (
                 f"{source} would become {audio_id}, as {jobs[audio_id]} does. Remove one, or give "
                 "--table."
             )
-            refused.append(_refusal(source, "clash", error))
+            refused.append(ManifestEntry(None, source, "clash", error=error))
         else:
             jobs[audio_id] = source
     return [(source, audio_id) for audio_id, source in jobs.items()], refused
 
 
-def _refusal(source: str, status: str, error: str) -> dict:
-    """Return the manifest entry of a file that does not become a clip."""
-    return {"audio_id": None, "file": source, "status": status, "error": error}
+@dataclass
+class ConvertedClip:
+    """What the manifest says about a clip; the attributes are those of `ManifestEntry`."""
+
+    seconds: float
+    sampling_rate: int
+    channels: int
+    bits: int
+    clipped: int
+    bytes: int
 
 
-def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dict:
+def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> ConvertedClip:
     """Decode a file and write it as FLAC at its own level.
-
-    Returns:
-        what the manifest says about the clip.
 
     Raises:
         AudioError: the file cannot be decoded, or its peak is above `MAX_PEAK`.
@@ -173,17 +178,17 @@ def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dic
     unfinished = target.with_name(target.name + ".tmp")
     unfinished.write_bytes(flac.getvalue())
     sync_and_rename(unfinished, target)
-    return {
-        "seconds": round(len(steps) / SAMPLING_RATE, 3),
-        "sampling_rate": clip.sampling_rate,
-        "channels": clip.channels,
-        "bits": bits,
-        "clipped": num_clipped,
-        "bytes": len(flac.getvalue()),
-    }
+    return ConvertedClip(
+        seconds=round(len(steps) / SAMPLING_RATE, 3),
+        sampling_rate=clip.sampling_rate,
+        channels=clip.channels,
+        bits=bits,
+        clipped=num_clipped,
+        bytes=len(flac.getvalue()),
+    )
 
 
-def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
+def run_job(job: Job, folder: str, output: str, max_seconds: float) -> ManifestEntry:
     """Convert one file and return its manifest entry.
 
     Args:
@@ -197,25 +202,27 @@ def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
     """
     name, audio_id = job
     source = Path(folder) / name
-    entry = {"audio_id": audio_id, "file": name, "status": "ok"}
+    entry = ManifestEntry(audio_id, name)
     try:
         source_stat = source.stat()
     except OSError as error:
         message = f"{source}: {error.strerror}. Fix the link, or its folder."
-        return entry | {"status": "missing", "error": message}
-    entry |= {"size": source_stat.st_size, "mtime_ns": source_stat.st_mtime_ns}
+        return replace(entry, status="missing", error=message)
+    entry.size = source_stat.st_size
+    entry.mtime_ns = source_stat.st_mtime_ns
     try:
-        return entry | convert(source, Path(output) / audio_id, max_seconds)
+        clip = convert(source, Path(output) / audio_id, max_seconds)
     except AudioError as error:
-        return entry | {"status": error.reason, "error": str(error)}
+        return replace(entry, status=error.reason, error=str(error))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         message = f"{source}: the name is too long for {audio_id}.tmp. Shorten it."
-        return entry | {"status": "name", "error": message}
+        return replace(entry, status="name", error=message)
+    return replace(entry, **vars(clip))
 
 
-def run(jobs: list[Job], workers: int, *settings) -> Iterator[dict]:
+def run(jobs: list[Job], workers: int, *settings) -> Iterator[ManifestEntry]:
     """Yield the manifest entries of all jobs, in the order in which they are finished.
 
     Args:
@@ -246,7 +253,7 @@ def run(jobs: list[Job], workers: int, *settings) -> Iterator[dict]:
                 yield _run_alone(unfinished.pop(audio_id), *settings)
 
 
-def _run_alone(job: Job, *settings) -> dict:
+def _run_alone(job: Job, *settings) -> ManifestEntry:
     """Run a job in a process of its own and return its entry, also if it kills the process."""
     name, audio_id = job
     try:
@@ -257,7 +264,7 @@ def _run_alone(job: Job, *settings) -> dict:
             f"{name} kills the process that reads it (memory, or a bug of libsndfile). "
             "Leave it out."
         )
-        return {"audio_id": audio_id, "file": name, "status": "crash", "error": error}
+        return ManifestEntry(audio_id, name, "crash", error=error)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -297,7 +304,7 @@ def write_ids(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "audio_id"])
         for audio_id, entry in sorted(manifest.entries.items()):
-            if entry["status"] != "ok":
+            if entry.status != "ok":
                 continue
             for name in (wanted or {}).get(key_of(audio_id, rule), [stem_of(audio_id)]):
                 writer.writerow([name, audio_id])
@@ -317,7 +324,7 @@ def measure_coverage(
     """
     status_of = {}
     for audio_id, entry in manifest.entries.items():
-        status_of[key_of(audio_id, rule)] = entry["status"]
+        status_of[key_of(audio_id, rule)] = entry.status
     missing: dict[str, list[str]] = {}
     for key, spellings in wanted.items():
         status = status_of.get(key, "absent")
@@ -391,6 +398,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    # Decide which file becomes which clip.
     wanted = None
     if args.clip_list:
         wanted = read_wanted(args.clip_list, args.id_column, args.naming)
@@ -411,6 +419,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     with AudioManifest(args.output_dir) as manifest:
+        # Convert what no earlier run has converted.
         todo = [job for job in jobs if not manifest.is_done(job, args.input)]
         settings = (str(args.input), str(args.output_dir), args.max_seconds)
         entries = run(todo, args.workers, *settings)
@@ -418,6 +427,7 @@ def main(argv: list[str] | None = None) -> int:
             manifest.append(entry)
         manifest.write(refused)
 
+        # Write the list of clips with its provenance and coverage.
         facts = {
             "input": str(args.input),
             "naming": args.naming,
@@ -434,7 +444,9 @@ def main(argv: list[str] | None = None) -> int:
         return int(report(jobs, len(todo), refused, manifest) > args.max_bad)
 
 
-def report(jobs: list[Job], tried: int, refused: list[dict], manifest: AudioManifest) -> int:
+def report(
+    jobs: list[Job], tried: int, refused: list[ManifestEntry], manifest: AudioManifest
+) -> int:
     """Print the result of a run and return the number of files that failed.
 
     Args:
@@ -449,12 +461,12 @@ def report(jobs: list[Job], tried: int, refused: list[dict], manifest: AudioMani
     seconds = 0.0
     num_clipped = 0
     for entry in entries:
-        statuses[entry["status"]] += 1
-        if entry["status"] == "ok":
-            seconds += entry["seconds"]
-            num_clipped += entry["clipped"] > 0
+        statuses[entry.status] += 1
+        if entry.status == "ok":
+            seconds += entry.seconds
+            num_clipped += entry.clipped > 0
         else:
-            errors.append(entry["error"])
+            errors.append(entry.error)
     print(
         f"{manifest.folder}: {statuses.pop('ok', 0)} clips, {seconds / 3600:.2f} h; "
         f"{len(jobs) - tried} were done before; {num_clipped} clipped"

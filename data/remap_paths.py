@@ -300,6 +300,7 @@ class ClipLocator:
         can_prefer_name = not (is_video and segment(audio_id) is None)
         # The folders of a video do not matter.
         order = "" if is_video else reversed_folders(audio_id)
+        # Collect the files with these keys, grouped by their names.
         groups = []
         for number in folders:
             for key in keys:
@@ -318,6 +319,7 @@ class ClipLocator:
             rank = (shared.count("/"), can_prefer_name and name == own_name)
             if rank < best:
                 continue
+            # All files that share these folders are neighbours: take one of them, or two.
             begin = bisect_left(files, (shared,))
             end = bisect_left(files, (shared + LAST_CHARACTER,))
             nearest = two_of(files[index][1] for index in range(begin, end))
@@ -426,10 +428,12 @@ def main(argv: list[str] | None = None) -> int:
         old, _, new = prefix.partition("=")
         prefixes.append((old, new))
     locator = ClipLocator(args.table, prefixes, args.folder)
+    # Read the examples once to find out which files several clips match.
     for example in stream_rows(args.data_path):
         if example.get("audio_id") not in NO_AUDIO:
             locator.claim(str(example["audio_id"]), str(example.get("dataset")))
 
+    # Read them again and replace every audio_id by the path of its file.
     total: Counter[str] = Counter()  # Examples with audio, by dataset.
     found: Counter[str] = Counter()
     num_missing = 0
@@ -466,6 +470,7 @@ def main(argv: list[str] | None = None) -> int:
                 "--drop_missing."
             )
 
+    # Record and print the coverage.
     coverage = {}
     for dataset, number in total.most_common():
         coverage[dataset] = {"num_examples": number, "found": found[dataset]}

@@ -54,6 +54,7 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
             lowest = sorted(chosen[group].items(), key=lambda pair: pair[1])[:clips]
             chosen[group] = dict(lowest)
             highest[group] = lowest[-1][1]
+    # Choose the lowest hashes of those that are left.
     names: set[str] = set()
     for digests in chosen.values():
         names.update(sorted(digests, key=digests.__getitem__)[:clips])
@@ -77,6 +78,7 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
     new_ids: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(names):
+        # Find a file name that no other clip has.
         source = root / name
         target = folder / "audio" / Path(name).name
         hashed = name.encode()
@@ -84,6 +86,7 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
             prefix = hashlib.blake2b(hashed, digest_size=4).hexdigest()
             target = target.with_name(f"{prefix}_{Path(name).name}")
             hashed += b"/"
+        # Copy the clip whole, or not at all; an earlier run may have copied it.
         taken.add(target.name)
         new_ids[name] = f"audio/{target.name}"
         if not target.exists():

@@ -136,6 +136,7 @@ def shuffle_examples(
     else:
         keys = random_keys(seed)
     changed = f"{output}: the input changed while it was read for the second time. Run it again."
+    # Sort the encoded examples by their keys, on the disk.
     with temporary_folder(output, "shuffle") as folder:
         lines = DiskSort(folder)
         # A second generator with the same seed gives the same numbers as the first one did.
@@ -161,11 +162,11 @@ def add_order_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def order_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the entries of a provenance file for the flags of `add_order_flags`."""
-    if args.original_shuffle:
+def order_facts(seed: int, is_original: bool) -> dict[str, Any]:
+    """Return the entries of a provenance file about the order."""
+    if is_original:
         return {"order": "original", "seed": 0}
-    return {"order": "random", "seed": args.seed}
+    return {"order": "random", "seed": seed}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,7 +182,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         for line in lines:
             output.write(line)
-    facts = {"num_examples": output.count, **order_of(args)}
+    facts = {"num_examples": output.count}
+    facts |= order_facts(args.seed, args.original_shuffle)
     facts |= audio_root_of(args.output_path, [args.data_path])
     write_provenance(args.output_path, "shuffle", [args.data_path], **facts)
     print(f"{args.output_path}: {output.count} examples")

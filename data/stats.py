@@ -41,6 +41,7 @@ def summarize(counts: Counter[int]) -> dict[str, float]:
     }
     if not lengths:
         return summary
+    # A quantile is the first length up to which this fraction of the texts is.
     cumulated = list(accumulate(counts[length] for length in lengths))
     for name, fraction in QUANTILES.items():
         summary[name] = lengths[bisect_left(cumulated, fraction * num_texts)]
@@ -107,6 +108,7 @@ def count_examples(path: Path, folder: str) -> dict[str, Any]:
             if value not in NO_AUDIO:
                 values[key].add(value)
 
+    # Count by dataset and by task, from the counts by both.
     by_dataset: Counter[str] = Counter()
     by_task: Counter[str] = Counter()
     by_group = {}
@@ -142,6 +144,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, 3)
+    # Examples of the largest datasets, and of the largest tasks.
     for panel, kind in zip(panels[:2], ("dataset", "task"), strict=True):
         names = list(report[kind])[:MAX_BARS]
         numbers = list(report[kind].values())[:MAX_BARS]
@@ -152,6 +155,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             title += ", the largest"
         panel.set(xlabel="examples", title=title)
 
+    # Answers by length, without the longest percent.
     end = report["lengths"]["output"].get("p99", 1)
     lengths = []
     numbers = []

@@ -71,6 +71,7 @@ def check_examples(
     """
     from ltu.data.check_examples import what_is_wrong  # Imports torch.
 
+    # Check each example, and collect what must be compared with all others.
     clips = DuplicateDetector(folder, "clips")
     contents = DuplicateDetector(folder, "examples")
     missing_keys: Counter[str] = Counter()
@@ -91,6 +92,7 @@ def check_examples(
         contents.add(content, number)
         if audio_id not in NO_AUDIO:
             clips.add(audio_id, number)
+    # Find examples with the same texts and clip.
     for _, repeated in contents.parts():
         for number in repeated.tolist():
             findings.add("duplicate", f"example {number + 1}: the same as an earlier one")

@@ -92,6 +92,7 @@ def sample_sounds(sounds: list[Sound], count: int, rng: Random) -> list[Sound]:
         weight = len(weight_of_category) * weight_of_category[sound["category"]]
         weight *= clips_of_label[sound["label"]] ** 0.5
         probabilities.append(BALANCE / weight + (1 - BALANCE) / len(sounds))
+    # Sample systematically: one random offset, then equal steps over the sounds in random order.
     order = list(range(len(sounds)))
     rng.shuffle(order)
     sampled: list[Sound] = []
@@ -158,6 +159,7 @@ def render_sound_audio(
     Returns:
         the audio, and `audio_id` -> provenance.
     """
+    # Plan the versions of each sound, then the mixtures and pairs, and render everything.
     pools = AudioPools()
     plans = []
     for sound in sounds:
