@@ -120,6 +120,27 @@ def write_checkpoint(
     return folder
 
 
+def training_flags(checkpoint: Path, data_path: Path, output: Path, **more: object) -> list[str]:
+    """Return the arguments of `ltu.finetune` for a small run."""
+    settings = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "num_workers": 0,
+        "save_steps": 100,
+    }
+    settings |= more
+    argv = ["--base_model", str(checkpoint)]
+    argv += ["--data_path", str(data_path)]
+    argv += ["--output_dir", str(output)]
+    for name, value in settings.items():
+        argv += [f"--{name}", str(value)]
+    return argv
+
+
 def clip(seed: int, seconds: float = 0.5) -> np.ndarray:
     """Noise, (samples,) at 16 kHz."""
     return np.random.default_rng(seed).normal(0, 0.1, int(seconds * 16_000)).astype(np.float32)
