@@ -19,7 +19,7 @@ import tempfile
 from itertools import chain, islice
 from pathlib import Path
 
-from benchmarks.curation import CLOSED, OPEN, ROWS, measure, random_rows
+from benchmarks.curation import CLOSED, NUM_EXAMPLES, OPEN, measure, random_examples
 from ltu.data.dataset_io import RowWriter
 
 CLIPS = Path(__file__).parent.parent / "data" / "toy" / "audio"
@@ -30,7 +30,10 @@ BARS = {"index": 900, "first step": 60, "memory above 1,000 rows": 2048}  # seco
 def generate(path: Path, rows: int) -> None:
     """Write examples in the order of their datasets, which use the toy clips in turn."""
     clips = sorted(str(clip) for clip in CLIPS.rglob("*.flac"))
-    examples = chain(random_rows(CLOSED, rows / ROWS, 0), random_rows(OPEN, rows / ROWS, 1))
+    examples = chain(
+        random_examples(CLOSED, rows / NUM_EXAMPLES, 0),
+        random_examples(OPEN, rows / NUM_EXAMPLES, 1),
+    )
     with RowWriter(path) as output:
         for number, example in enumerate(islice(examples, rows)):
             output.write(example | {"audio_id": clips[number % len(clips)]})
@@ -66,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base_model", required=True, help="A checkpoint folder, of stage 1 or later."
     )
-    parser.add_argument("--rows", type=int, default=ROWS, help="Number of examples.")
+    parser.add_argument("--rows", type=int, default=NUM_EXAMPLES, help="Number of examples.")
     parser.add_argument(
         "--ranks",
         type=int,
@@ -119,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         "commands": results,
         "figures": reached,
         "bars": BARS,
-        "reached": args.rows == ROWS and is_within,
+        "reached": args.rows == NUM_EXAMPLES and is_within,
     }
     print(json.dumps(report, indent=1))
     if args.output_path:

@@ -20,14 +20,15 @@ of training.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
-from data.toy.build import ROWS
+from data.toy.build import DEFAULTS
 from eval import toy, toy_speech
 
 STAGE4 = "stage4_all_mix"
-SCRIPTS = {"ltu": "toy_fold.sh", "ltu_as": "toy_fold_as.sh"}
+SCRIPT = "train_scripts/quickstart/toy_fold.sh"
 
 
 def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None:
@@ -39,12 +40,12 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
     environment = dict(os.environ)
     flags = []
     if alone:
-        *before, last = (int(number) for number in ROWS.split(","))
-        rows = [*before, sum(before) + last]
-        environment["ROWS"] = ",".join(map(str, rows))
+        *before, last = DEFAULTS["ltu"].num_examples
+        num_examples = [*before, sum(before) + last]
+        environment["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
-    command = ["bash", f"train_scripts/quickstart/{SCRIPTS[kind]}", str(fold), str(seed), str(folder), *flags]
+    command = ["bash", SCRIPT, kind, str(fold), str(seed), str(folder), *flags]
     subprocess.run(command, env=environment, check=True)
 
 
@@ -53,7 +54,7 @@ def learning_rate() -> list[str]:
 
     Stage 4 alone must learn what they otherwise do.
     """
-    flags = Path("train_scripts/quickstart/toy.args").read_text().split()
+    flags = shlex.split(Path("train_scripts/quickstart/toy.args").read_text(), comments=True)
     position = flags.index("--learning_rate")
     return flags[position : position + 2]
 
@@ -113,7 +114,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("exp/toy"))
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=list(SCRIPTS), default="ltu")
+    parser.add_argument("--kind", choices=("ltu", "ltu_as"), default="ltu")
     parser.add_argument(
         "--alone",
         action="store_true",

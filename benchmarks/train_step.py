@@ -53,7 +53,7 @@ LLM = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
 )
-LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
 
 class BareBlock(nn.Module):

@@ -18,11 +18,13 @@ is not copied, only the embeddings are read, for `--init`.
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
-from ltu.checkpoints.convert import LtuKind, convert
+from ltu.checkpoints.convert import LtuConverter
 from ltu.files import run_command
 
 PROMPT_TEMPLATE = "alpaca_short"
@@ -33,7 +35,7 @@ USAGE = (
 )
 
 
-def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> argparse.Namespace:
     """Return the flags; contradictory ones end the program, as in argparse."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -92,7 +94,7 @@ def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
         "--seed", type=int, default=42, help="Seed of the weights that are initialized at random."
     )
     parser.add_argument("--output_dir", help="The checkpoint folder to write.")
-    kind.add_flags(parser)
+    converter_class.add_flags(parser)
     args = parser.parse_args(argv)
     if not _is_consistent(args):
         parser.error(USAGE)
@@ -119,9 +121,28 @@ def _is_consistent(args: argparse.Namespace) -> bool:
     return not args.llm_dtype or bool(args.checkpoint or args.merge)
 
 
-def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:
-    kind = kind or LtuKind()
-    convert(parse_args(argv, kind), kind)
+def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = LtuConverter) -> None:
+    args = parse_args(argv, converter_class)
+    settings = {field.name: getattr(args, field.name) for field in fields(converter_class)}
+    converter = converter_class(**settings)
+    torch.manual_seed(args.seed)
+    if args.to_original:
+        converter.export_original(args.model, args.to_original)
+    elif args.merge:
+        converter.merge(args.model, args.output_dir, args.llm, args.llm_dtype)
+    elif args.init:
+        converter.make_initial_checkpoint(
+            args.llm, args.output_dir, args.audio_encoder, args.prompt_template
+        )
+    else:
+        converter.convert_original(
+            args.checkpoint,
+            args.llm,
+            args.output_dir,
+            args.lora_alpha,
+            args.lora_dropout,
+            args.llm_dtype,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Hashes files, writes them whole, locks them, and ends a command with one line of error."""
 
-import fcntl
 import hashlib
 import os
 import sys
@@ -8,6 +7,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+from filelock import lock_descriptor
 
 HASH_BLOCK = 2**22  # bytes
 
@@ -61,17 +62,17 @@ def lock_file(path: Path, output: Path) -> IO[bytes]:
     while True:
         file = path.open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            message = f"Another run is writing {output}. Wait for it, or stop it."
-            raise ValueError(message) from error
-        except OSError:
+            is_locked = lock_descriptor(file.fileno(), blocking=False)
+        except OSError:  # The file system has no locks.
             return file
+        if not is_locked:
+            file.close()
+            raise ValueError(f"Another run is writing {output}. Wait for it, or stop it.")
+        # If its last owner has removed or renamed the file by now, open another one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        file.close()  # Its last owner has removed or renamed it.
+        file.close()
 
 
 def run_command(command: Callable[[], int | None], *more_errors: type[Exception]) -> None:

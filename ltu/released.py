@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         help="Also download the authors' evaluation questions, for eval.run.",
     )
     parser.add_argument(
-        "--from",
-        dest="source",
-        help="A folder, or the address of one, with files of the table's names.",
+        "--mirror",
+        metavar="DIR_OR_URL",
+        help="Take the files, which have the table's names, from a folder or the address of one.",
     )
     parser.add_argument(
         "--dry_run",
@@ -66,11 +66,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.command == "prep":
-        prep(args)
+        prep(
+            args.kind,
+            args.root,
+            args.llm,
+            mirror=args.mirror,
+            with_full_set=args.full,
+            with_eval=args.eval,
+            dry_run=args.dry_run,
+        )
     elif args.command == "download":
         if not args.name:
             parser.error("download needs a NAME")
-        print(download(args.name, args.root / "pretrained_mdls", args.source))
+        print(download(args.name, args.root / "pretrained_mdls", args.mirror))
     elif args.markdown:
         print_markdown()
     else:

@@ -159,8 +159,11 @@ def test_an_index_for_another_template_is_refused(checkpoint, processor, data_pa
 def test_an_index_for_the_other_kind_of_model_is_refused(processor, data_path, monkeypatch):
     build_index(data_path, processor)
     # Examples without `input` would differ.
-    monkeypatch.setattr(processor, "transcribes", True, raising=False)
-    with pytest.raises(RowError, match="was made for LTU; this checkpoint is of LTU-AS"):
+    monkeypatch.setattr(processor.front_end, "transcribes", True)
+    with pytest.raises(
+        RowError,
+        match="for a model without transcripts; this checkpoint is of a model with transcripts",
+    ):
         find_index(data_path).check(processor, 108, True)
 
 

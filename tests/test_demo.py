@@ -326,7 +326,7 @@ def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.save(state, tmp_path / "mirror" / "ltu_ori_paper.bin")
     llm = write_llm(tmp_path / "llm")
     monkeypatch.chdir(tmp_path)
-    settings = {"kind": "ltu", "llm": str(llm), "source": str(tmp_path / "mirror")}
+    settings = {"kind": "ltu", "llm": str(llm), "mirror": str(tmp_path / "mirror")}
     checkpoint = released_files.find_or_make("ltu_ori_paper", **settings)
     shutil.rmtree("mirror")
 

@@ -1,4 +1,4 @@
-"""Tests download_pretrained: every failure names other ways to get a part; finished parts are skipped."""
+"""Tests that each failed download names other ways to get a component, and of finished ones."""
 
 import dataclasses
 import hashlib

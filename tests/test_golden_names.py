@@ -38,7 +38,9 @@ def test_names_and_counts(golden_report, name: str, kind: str) -> None:
     """
     layout = read(kind)[name]
     targets = [] if layout["lora_target_modules"] == ["dummy"] else layout["lora_target_modules"]
-    lora = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": targets} if targets else None
+    lora = None
+    if targets:
+        lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": targets}
     text_config = LLAMA if name.startswith("tiny") else {"model_type": "llama"}
     with torch.device("meta"):
         config = CONFIGS[kind](text_config=text_config, language_model="llm", lora=lora)
@@ -124,8 +126,8 @@ def test_kinds_of_checkpoint_files(golden_report, llm: Path, state: dict, kind: 
     ]
     golden_report("checkpoint files", f"{kind}, loaded {different[:3]}", len(different), 0)
     adapter = read("ckpt_ltu")["adapter_all"]["config"]
-    lora = {"r": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter["lora_dropout"]}
-    lora["target_modules"] = adapter["target_modules"]
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+    lora = {name: adapter[name] for name in names}
     golden_report(
         "checkpoint files", f"{kind}, LoRA {model.config.lora}", model.config.lora != lora, 0
     )

@@ -33,7 +33,7 @@ LABELS = [
     "</s> is text",
     "<|im_end|> is text",
 ]
-LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
 def engine_of(root: Path, kind: str) -> LtuEngine:
@@ -72,10 +72,12 @@ def alone(engine: LtuEngine, request: Request, texts: list[str]) -> list[LabelSc
     processor = engine.processor
     clips = []
     if request.audio is not None and request.mode != "asr_only":
-        clips.append(processor.load_clip(request.audio))
+        clips.append(processor.front_end.load_clip(request.audio))
     given = "" if request.mode == "audio_only" else request.transcript
-    transcript = processor.complete_transcripts(clips, [given])[0] if clips else given or ""
-    features = {"input_features": processor.extract_features(clips)} if clips else {}
+    transcript = (
+        processor.front_end.complete_transcripts(clips, [given])[0] if clips else given or ""
+    )
+    features = {"input_features": processor.front_end.extract_features(clips)} if clips else {}
     found = []
     for text in texts:
         row = {"instruction": request.question, "input": transcript, "output": text}

@@ -325,10 +325,10 @@ def test_naming_and_coverage_of_a_dataset_file(tmp_path, capsys):
         "empty",
         None,
     ]
-    rows = [
+    examples = [
         {"instruction": "?", "input": "", "audio_id": audio_id, "output": "!"} for audio_id in ids
     ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
     run = [
         "--input",
         str(source),
@@ -339,8 +339,8 @@ def test_naming_and_coverage_of_a_dataset_file(tmp_path, capsys):
         "--workers",
         "1",
     ]
-    run += ["--against", str(tmp_path / "rows.json")]
-    assert prepare_audio.main([*run, "--only_asked", "--max_bad", "2"]) == 0
+    run += ["--clip_list", str(tmp_path / "examples.json")]
+    assert prepare_audio.main([*run, "--only_listed", "--max_bad", "2"]) == 0
     assert "coverage: 2 of the 4 clips" in capsys.readouterr().out
     coverage = json.loads((output / "audio_ids.csv.provenance.json").read_text())["coverage"]
     missing = {"absent": ["eeeeeeeeeee"], "unreadable": ["ddddddddddd"]}
@@ -354,7 +354,7 @@ def test_naming_and_coverage_of_a_dataset_file(tmp_path, capsys):
     entries = manifest(output)
     assert entries["notes.wav"]["status"] == "name"
     assert "not a name of audioset" in entries["notes.wav"]["error"]
-    # Without --only_asked, another file is converted; two files fail.
+    # Without --only_listed, another file is converted; two files fail.
     assert prepare_audio.main([*run, "--max_bad", "1"]) == 1
     assert len(table(output / "audio_ids.csv")) == 4
     assert decode_audio(output / "ccccccccccc.flac").sampling_rate == 16000
@@ -408,7 +408,7 @@ def test_bad_arguments_stop(tmp_path, capsys):
     base = ["--input", str(tmp_path), "--output_dir"]
     for bad in (
         [str(tmp_path)],
-        [f"{tmp_path}/o", "--only_asked"],
+        [f"{tmp_path}/o", "--only_listed"],
         [f"{tmp_path}/o", "--workers", "0"],
     ):
         with pytest.raises(SystemExit):

@@ -311,8 +311,8 @@ def test_stage_one_then_stage_two(tmp_path, data_path):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "stage2")
     assert trained.config.lora == {
         "r": 4,
-        "alpha": 16,
-        "dropout": 0.05,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
         "target_modules": ["q_proj", "v_proj"],
     }
     largest = [

@@ -12,7 +12,7 @@ Every clip gets the same band (70 to 3600 Hz, 8 kHz), trimming and peak, so that
 nor level nor silence distinguishes the voices. The pitch is changed without moving the resonances
 of the voice (-F), so that it does not reveal the gender.
 
-piper draws random numbers, so the clips of joe are not reproduced to the bit; all other clips are.
+piper is not deterministic, so the clips of joe are not reproduced to the bit; all other clips are.
 The texts are those of speech/texts.json. Pitch and speed are measured on the finished clip
 (`data.toy.speech_clips`).
 """
@@ -29,6 +29,7 @@ import soundfile
 import torch
 import torchaudio.functional
 
+from data.command_line import command_parser
 from data.toy.attribution import write_speech_attribution
 from data.toy.sound_clips import read_json
 from data.toy.speech_clips import (
@@ -225,11 +226,7 @@ def render(args: argparse.Namespace) -> list[Clip]:
 
 def main() -> None:
     """Write clips, manifest and attribution."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--prompts", required=True, metavar="DIR", help="The folder of the recorded prompts."
     )

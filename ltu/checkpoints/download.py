@@ -10,7 +10,6 @@ for each request.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -20,10 +19,10 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from ltu.files import replace_file, sha256_of
@@ -33,37 +32,22 @@ RETRIES = 6  # tries in a row that bring no further byte
 WAIT = 1.0  # seconds before the first retry; the next waits are twice as long each
 MAX_WAIT = 30  # seconds
 SMALL_JSON = 1 << 28  # bytes; of a larger file only both ends are checked, and it is not parsed
-HINT = "Other way: --from DIR_OR_URL, a folder or mirror with files of the table's names."
+HINT = "Other way: --mirror DIR_OR_URL, a folder or an address that has this file."
 
 
 class DownloadError(ValueError):
     """A file that cannot be downloaded. The message has its name, the reason and a hint."""
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file to download.
-
-    Attributes:
-        name: of the file in messages, and of the folder that a zip is unpacked into.
-        file: its name on this disk.
-        size: in bytes; None, or a text, if only a rounded size is known.
-        sha256: its hash, if it is known.
-    """
-
-    name: str
-    file: str
-    size: int | str | None = None
-    sha256: str | None = None
-
-
-def fetch(row: RemoteFile, url: str, folder: Path) -> Path:
-    """Download a file into a folder, unless it is there already.
+def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = None) -> Path:
+    """Download a file, unless it is there already.
 
     Args:
-        row: the file.
-        url: its address, or a path.
-        folder: is created.
+        url: the address of the file, or a path.
+        target: the path of the file on this disk. Its folder is created. A zip is unpacked into a
+            folder of its name without ".zip", and not stored.
+        size: the expected size in bytes, if it is known.
+        sha256: the expected hash, if it is known.
 
     Returns:
         the path of the file; for a zip, the folder with its content.
@@ -71,24 +55,24 @@ def fetch(row: RemoteFile, url: str, folder: Path) -> Path:
     Raises:
         DownloadError: the file cannot be downloaded, or its content is not what is expected.
     """
-    target = folder / row.file
-    is_zip = row.file.endswith(".zip")
-    result = folder / row.name if is_zip else target
+    is_zip = target.suffix == ".zip"
+    result = target.with_suffix("") if is_zip else target
     part = target.with_name(f"{target.name}.part")
     receipt = target.with_name(f"{target.name}.received.json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # The ranks of a run may all request the same file.
+    # The ranks of a run may all request the same file.
+    with FileLock(target.with_name(f".{target.name}.lock")):
         # A folder appears when it is complete: a folder without a receipt was unpacked by hand.
         if result.is_dir() or _is_received(result, receipt):
             return result
         # A file without a receipt was put there by hand, or by a call that was stopped just here.
         is_by_hand = target.is_file()
         if not is_by_hand:
-            transfer(row, url, part)
+            transfer(url, part)
         received = target if is_by_hand else part
+        origin = str(target) if is_by_hand else url
         try:
-            content = check(row, received, str(target) if is_by_hand else url)
+            content = check(received, target.name, origin, size, sha256)
             if is_zip:
                 unpack(received, result)
             elif not is_by_hand:
@@ -110,44 +94,51 @@ def _is_received(path: Path, receipt: Path) -> bool:
     return path.stat().st_size == json.loads(receipt.read_text())["bytes"]
 
 
-def check(row: RemoteFile, path: Path, origin: str) -> dict:
-    """Return the bytes and sha256 of a received file.
+def check(path: Path, name: str, origin: str, size: int | None, sha256: str | None) -> dict:
+    """Check a received file and return its bytes and sha256.
+
+    Args:
+        path: the received file.
+        name: the name that the file is to have; its ending says what the file must contain.
+        origin: where the file is from, for messages.
+        size: the expected size in bytes, or None.
+        sha256: the expected hash, or None.
 
     Raises:
-        DownloadError: the file is not what `row` describes.
+        DownloadError: the file has another size, hash or kind of content.
     """
-    size = path.stat().st_size
+    num_bytes = path.stat().st_size
     digest = sha256_of(path)
-    wrong = _what_is_wrong(row, path, size, digest)
-    if wrong:
-        raise DownloadError(f"{row.name}: {origin} is {wrong}. {HINT}")
-    return {"bytes": size, "sha256": digest}
-
-
-def _what_is_wrong(row: RemoteFile, path: Path, size: int, digest: str) -> str | None:
     with path.open("rb") as file:
         head = file.read(512).lstrip().lower()
-        file.seek(max(0, size - 512))
-        tail = file.read().rstrip()
     if head.startswith((b"<!doctype html", b"<html")):
-        return "a web page, not the file; the link may have died"
-    if isinstance(row.size, int) and row.size != size:
-        return f"{size:,} bytes instead of {row.size:,}"
-    if row.sha256 not in (None, digest):
-        return f"another file: sha256 {digest} instead of {row.sha256}"
-    if row.file.endswith(".zip") and not zipfile.is_zipfile(path):
+        wrong = "a web page, not the file; the link may have died"
+    elif size not in (None, num_bytes):
+        wrong = f"{num_bytes:,} bytes instead of {size:,}"
+    elif sha256 not in (None, digest):
+        wrong = f"another file: sha256 {digest} instead of {sha256}"
+    else:
+        wrong = _what_is_wrong(path, Path(name).suffix)
+    if wrong:
+        raise DownloadError(f"{name}: {origin} is {wrong}. {HINT}")
+    return {"bytes": num_bytes, "sha256": digest}
+
+
+def _what_is_wrong(path: Path, suffix: str) -> str | None:
+    """Return why a file is not a whole file of its kind, or None."""
+    size = path.stat().st_size
+    if suffix == ".zip" and not zipfile.is_zipfile(path):
         return f"not a complete zip ({size:,} bytes)"
-    if row.file.endswith(".bin"):
+    if suffix == ".bin":
         if not zipfile.is_zipfile(path):
             return f"not a complete file of torch.save ({size:,} bytes)"
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
         if not any(name.endswith("data.pkl") for name in members):
             return "a zip, but not of torch.save (no data.pkl in it)"
-    if row.file.endswith(".json"):
-        if size > SMALL_JSON:
-            ends = head[:1] + tail[-1:]
-            return None if ends in (b"[]", b"{}") else "not JSON, or cut off"
+    if suffix == ".json" and size > SMALL_JSON:
+        return _what_is_wrong_at_the_ends(path)
+    if suffix == ".json":
         try:
             json.loads(path.read_bytes())
         except ValueError as error:
@@ -155,28 +146,40 @@ def _what_is_wrong(row: RemoteFile, path: Path, size: int, digest: str) -> str |
     return None
 
 
-def transfer(row: RemoteFile, url: str, part: Path) -> None:
+def _what_is_wrong_at_the_ends(path: Path) -> str | None:
+    """Return why a JSON file is not whole, or None. Only its first and last bytes are read."""
+    with path.open("rb") as file:
+        head = file.read(512).lstrip()
+        file.seek(max(0, path.stat().st_size - 512))
+        tail = file.read().rstrip()
+    if head[:1] + tail[-1:] in (b"[]", b"{}"):
+        return None
+    return "not JSON, or cut off"
+
+
+def transfer(url: str, part: Path) -> None:
     """Download a file into `part`, resuming what is there, until no more bytes can be had.
 
     Raises:
         DownloadError: the file cannot be downloaded.
     """
+    name = part.name.removesuffix(".part")
     if "://" not in url:
         if not Path(url).is_file():
-            raise DownloadError(f"{row.name}: {url} is not there. {HINT}")
+            raise DownloadError(f"{name}: {url} is not there. {HINT}")
         shutil.copyfile(url, part)
         return
     most_received = 0
     failures = 0  # In a row, without a further byte.
     while True:
         try:
-            return receive(row, url, part)
+            return receive(url, part)
         except (OSError, HTTPException) as error:
             code = getattr(error, "code", 500)  # Of an HTTPError; else the connection failed.
             if code == 416:  # The part is not shorter than the file.
                 part.unlink(missing_ok=True)
             elif code < 500 and code not in (408, 429):
-                raise DownloadError(f"{row.name}: {url}: {error}. {HINT}") from error
+                raise DownloadError(f"{name}: {url}: {error}. {HINT}") from error
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise DownloadError(
                     f"{part}: the disk is full. Make room and run it again; it goes on."
@@ -186,7 +189,7 @@ def transfer(row: RemoteFile, url: str, part: Path) -> None:
             most_received = max(most_received, received)
             if failures > RETRIES:
                 raise DownloadError(
-                    f"{row.name}: {url}: {error!r}, {failures} times. {received:,} bytes are "
+                    f"{name}: {url}: {error!r}, {failures} times. {received:,} bytes are "
                     f"stored in {part}; run it again to go on. {HINT}"
                 ) from error
             time.sleep(min(WAIT * 2 ** (failures - 1), MAX_WAIT))
@@ -197,13 +200,14 @@ def _notes_of(part: Path) -> Path:
     return Path(f"{part}.json")
 
 
-def receive(row: RemoteFile, url: str, part: Path) -> None:
+def receive(url: str, part: Path) -> None:
     """Request what is missing in `part`, once, and append it.
 
     Raises:
         OSError, HTTPException: another try may succeed.
         DownloadError: the link has died.
     """
+    name = part.name.removesuffix(".part")
     # Resume only if the part is of a known version.
     notes = _notes_of(part)
     known = json.loads(notes.read_text()) if notes.is_file() and part.is_file() else {}
@@ -216,9 +220,7 @@ def receive(row: RemoteFile, url: str, part: Path) -> None:
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.headers.get_content_type() == "text/html":
-            raise DownloadError(
-                f"{row.name}: {url} gives a web page; the link may have died. {HINT}"
-            )
+            raise DownloadError(f"{name}: {url} gives a web page; the link may have died. {HINT}")
         tag = response.headers.get("ETag", "W/")
         total = response.headers.get("Content-Length")
         # A weak tag ("W/") does not promise equal bytes.
@@ -236,7 +238,7 @@ def receive(row: RemoteFile, url: str, part: Path) -> None:
         # A new part is emptied before the notes are written: they must never describe old bytes.
         with part.open("ab" if start else "wb") as file:
             notes.write_text(json.dumps({"url": url, "version": version, "total": total}))
-            with tqdm(desc=row.file, total=size, initial=start, unit="B", unit_scale=True) as bar:
+            with tqdm(desc=name, total=size, initial=start, unit="B", unit_scale=True) as bar:
                 while block := response.read1(1 << 16):
                     bar.update(file.write(block))
     received = part.stat().st_size

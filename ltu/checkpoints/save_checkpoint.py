@@ -222,7 +222,7 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
     torch.save(placed, file)
     if config.lora:
         print(
-            f"LoRA has r {config.lora['r']} and alpha {config.lora['alpha']}; "
+            f"LoRA has r {config.lora['r']} and alpha {config.lora['lora_alpha']}; "
             "the file cannot store alpha (original: 16)."
         )
     dropped = {}

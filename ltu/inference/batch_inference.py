@@ -87,7 +87,7 @@ def make_keys(
         args.quantization,
         engine.processor.to_dict(),  # With the prompt template and the audio encoder's input.
         engine.processor.tokenizer.get_vocab(),
-        engine.processor.audio_settings,
+        engine.processor.front_end.settings,
         check_decoding(args.decoding),
         args.seed,
     ]

@@ -112,11 +112,7 @@ def check_batch(engine: LtuEngine, requests: list[Request], decoding: dict[str, 
     if len(numbers) < 2:
         raise ValueError("--check_batch needs two questions or more whose clips can be decoded.")
     dtypes = {parameter.dtype for parameter in engine.model.language_model.parameters()}
-    # Whisper computes in half precision on a GPU only.
-    has_fp16_whisper = (
-        engine.model.device.type == "cuda" and "fp16" in engine.processor.audio_settings
-    )
-    is_exact = dtypes == {torch.float32} and not has_fp16_whisper
+    is_exact = dtypes == {torch.float32} and engine.processor.front_end.is_exact
     found = differences(engine, [requests[index] for index in numbers], decoding)
     if is_exact:
         rule = "fp32, so every token must be equal"

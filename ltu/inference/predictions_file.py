@@ -52,7 +52,8 @@ class AnswerFile:
         try:
             if self.rank == 0:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Ranks share the lock, which excludes an exclusive one.
+            # Ranks share the lock, which excludes an exclusive one. The shared locks of filelock
+            # need an SQLite database and cannot be made of an exclusive one.
             fcntl.flock(self.locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(

@@ -3,15 +3,13 @@
 LoRA weights are fp32, whatever the dtype of the language model.
 """
 
-from typing import Any
-
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
-from transformers import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 
-def find_targets(language_model: Any, named: list[str] | None = None) -> list[str]:
+def find_targets(language_model: PreTrainedModel, named: list[str] | None = None) -> list[str]:
     """Return the names of the layers that take LoRA.
 
     Args:
@@ -49,19 +47,24 @@ def _has_layer(modules: dict[str, nn.Module], target: str) -> bool:
     return any(f".{name}".endswith(f".{target}") for name in modules)
 
 
-def inject_lora(language_model: Any, lora: dict) -> None:
+def inject_lora(language_model: PreTrainedModel, lora: dict) -> None:
     """Inject a new LoRA, whose product is zero at first, into the layers of `target_modules`.
 
     Args:
         language_model: a causal LM, which is changed.
-        lora: `{"r", "alpha", "dropout", "target_modules"}`.
+        lora: arguments of peft's `LoraConfig`.
+
+    Raises:
+        ValueError: peft does not know one of the arguments.
     """
-    config = LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=lora["target_modules"],
-    )
+    try:
+        config = LoraConfig(**lora)
+    except TypeError as error:
+        known = "r, lora_alpha, lora_dropout and target_modules"
+        raise ValueError(
+            f"The LoRA settings {lora} are no arguments of peft's LoraConfig ({error}). Use the "
+            f"names {known} in config.json."
+        ) from error
     inject_adapter_in_model(config, language_model)
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name:

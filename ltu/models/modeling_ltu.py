@@ -92,12 +92,16 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         """Do nothing: the parts initialise themselves, and a loaded language model is kept."""
 
     def add_lora(
-        self, r: int, alpha: int, dropout: float, target_modules: list[str] | None = None
+        self,
+        r: int,
+        lora_alpha: int,
+        lora_dropout: float,
+        target_modules: list[str] | None = None,
     ) -> None:
         """Inject a new LoRA into the language model; its product is zero at first.
 
         Args:
-            r, alpha, dropout: rank, scale and dropout, as in peft's `LoraConfig`.
+            r, lora_alpha, lora_dropout: rank, scale and dropout, as in peft's `LoraConfig`.
             target_modules: names of the layers; by default, those that `find_targets` chooses.
 
         Raises:
@@ -109,7 +113,12 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 "continue with it."
             )
         targets = find_targets(self.language_model, target_modules)
-        self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets}
+        self.config.lora = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "target_modules": targets,
+        }
         inject_lora(self.language_model, self.config.lora)
 
     def set_trainable(self, plan: str) -> None:
@@ -297,7 +306,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         config: LtuConfig | None = None,
         language_model: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
-        device_map: Any = None,
+        device_map: str | dict | None = None,
         **kwargs: Any,
     ) -> "LtuForConditionalGeneration":
         """Open a checkpoint folder, or a hub id that holds one.

@@ -499,7 +499,7 @@ class Demo:
         the clip that the transcript belongs to.
         """
         preview = self.preview(path, num_chunks)
-        is_transcribed = self.processor.transcribes and preview.is_decoded
+        is_transcribed = self.processor.front_end.transcribes and preview.is_decoded
         placeholder = "transcribing ..." if is_transcribed else ""
         transcript = gr.update(value="", placeholder=placeholder)
         yield preview.html, [], [], "", transcript, None
@@ -536,7 +536,7 @@ class Demo:
         seed = int(settings.pop("seed") or 0)
         num_chunks = int(settings.pop("num_chunks") or 0)
         # A transcript of the clip before is not used; the engine then transcribes this one.
-        is_of_this_clip = transcribed_clip == path or not self.processor.transcribes
+        is_of_this_clip = transcribed_clip == path or not self.processor.front_end.transcribes
         request = Request(
             question,
             path,

@@ -3,18 +3,24 @@
 A checkpoint folder already stores its audio encoder, its LoRA settings and its prompt template, so
 that no flag repeats them. The LoRA flags are None unless a fresh LoRA needs them.
 `--add_eos_token` exists for its name only: it has no effect in the original either.
+
+@FILE stands for the flags in a file, for example train_scripts/curriculum.args.
 """
 
 import os
+import shlex
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 
 DESCRIPTION = (
     "Trains one stage. The checkpoint folder determines the audio encoder, the LoRA settings and "
-    "the prompt template; a flag that contradicts the folder is an error."
+    "the prompt template; a flag that contradicts the folder is an error. @FILE stands for the "
+    "flags in a file."
 )
 
 
@@ -97,26 +103,6 @@ class DataArguments:
             "dataset file."
         },
     )
-    feature_root: str | None = field(
-        default=None,
-        metadata={
-            "help": "LTU-AS: a folder of stored features, by ltu_as.extract_whisper_feature or the "
-            "original's .npz files."
-        },
-    )
-    feature_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "LTU-AS: the precision of Whisper's encoder, fp16 or fp32. The default is that "
-            "of the checkpoint."
-        },
-    )
-    whisper: str | None = field(
-        default=None, metadata={"help": "LTU-AS: another path of the checkpoint's Whisper."}
-    )
-    transcription_model: str | None = field(
-        default=None, metadata={"help": "LTU-AS: another Whisper, which makes the transcripts."}
-    )
     cutoff_len: int = field(
         default=108,
         metadata={
@@ -168,6 +154,8 @@ class DataArguments:
         default=False,
         metadata={"help": "Print steps, sizes and the trainable parameters, and stop."},
     )
+    # Values of the flags that the audio front ends add, by name.
+    front_end: dict[str, str | None] = field(init=False, default_factory=dict)
 
 
 @dataclass
@@ -183,6 +171,10 @@ class RunArguments:
     )
     micro_batch_size: int = field(
         default=8, metadata={"help": "The number of examples in one forward pass of one rank."}
+    )
+    skip_finished: bool = field(
+        default=False,
+        metadata={"help": "Do not train again if the run in --output_dir is finished."},
     )
     num_epochs: int = 1
     max_steps: int = field(
@@ -231,18 +223,32 @@ class OneGpuArguments(TrainingArguments):
         return min(1, super().n_gpu)
 
 
+class FlagParser(HfArgumentParser):
+    """Parses flags; `@FILE` stands for the flags in a file, where # begins a comment.
+
+    Of a flag that is given twice, the last one counts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
     """Parse the three groups of flags.
 
     A flag that is unknown or abbreviated, or a value that is not allowed, ends the process with
     exit status 2.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, RunArguments), description=DESCRIPTION, allow_abbrev=False
-    )
-    model_args, data_args, run_args = parser.parse_args_into_dataclasses(
+    parser = FlagParser((ModelArguments, DataArguments, RunArguments), description=DESCRIPTION)
+    add_front_end_flags(parser)
+    model_args, data_args, run_args, *others = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False
     )
+    for namespace in others:
+        data_args.front_end = read_front_end_flags(namespace)
 
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ltu.data.check_examples import checked_rows, no_answer_left, with_audio
 from ltu.data.dataset_parser import RowError
 from ltu.files import sha256_of, sync_and_rename
+from ltu.models.processing_ltu import LtuProcessor
 
 ENDING = ".arrow"
 ROWS_AT_ONCE = 16_384  # Examples in one record batch.
@@ -40,7 +41,7 @@ PROBED = 256  # Examples whose lengths are compared with those of the processor 
 
 def build_index(
     path: str | Path,
-    processor: Any,
+    processor: LtuProcessor,
     output: str | Path | None = None,
     audio_root: str | Path | None = None,
 ) -> Path:
@@ -90,21 +91,23 @@ def build_index(
     return output
 
 
-def _index_schema(path: Path, state: os.stat_result, processor: Any) -> pyarrow.Schema:
+def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> pyarrow.Schema:
     """Return the columns of an index, with a description of the dataset file as metadata."""
     about = {
         "source": path.name,
         "bytes": state.st_size,
         "mtime_ns": state.st_mtime_ns,
         "sha256": sha256_of(path),
-        "transcribes": processor.transcribes,
+        "transcribes": processor.front_end.transcribes,
     }
     fields = [(name, pyarrow.string()) for name in TEXTS]
     fields += [(name, pyarrow.int32()) for name in COUNTS]
     return pyarrow.schema(fields, {"ltu": json.dumps(about)})
 
 
-def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> Iterator[list[list]]:
+def _tokenize_blocks(
+    first: dict, examples: Iterator[dict], processor: LtuProcessor
+) -> Iterator[list[list]]:
     """Yield the columns of each block of `ROWS_AT_ONCE` examples.
 
     A thread tokenizes a block while the next one is read; the tokenizer releases Python's lock.
@@ -123,9 +126,11 @@ def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> I
             yield pending.result()
 
 
-def _make_columns(examples: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
+def _make_columns(
+    examples: list[dict], processor: LtuProcessor, known: dict[str, int]
+) -> list[list]:
     """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
-    examples = processor.add_transcripts(examples)
+    examples = processor.front_end.add_transcripts(examples)
     columns = []
     for name in TEXTS:
         columns.append([_as_utf8(example.get(name), name) for example in examples])
@@ -152,7 +157,7 @@ def _as_utf8(text: str | None, name: str) -> bytes | None:
 
 
 def count_tokens(
-    rows: list[dict], processor: Any, known: dict[str, int] | None = None
+    rows: list[dict], processor: LtuProcessor, known: dict[str, int] | None = None
 ) -> list[list[int]]:
     """Count the text tokens that `encode_example` makes of each example, before any cutoff.
 
@@ -240,20 +245,20 @@ class IndexedRows(Sequence):
         """Return the examples at the positions `part`, (n,)."""
         return IndexedRows(self.path, self.audio_root, self.part[part])
 
-    def check(self, processor: Any, cutoff_len: int, train_on_inputs: bool) -> None:
+    def check(self, processor: LtuProcessor, cutoff_len: int, train_on_inputs: bool) -> None:
         """Validate the index against the run that uses it.
 
         Raises:
             RowError: the index was made with another tokenizer or prompt template or for the other
                 kind of model, or a question alone fills the cutoff.
         """
-        # LTU and LTU-AS fill in different texts where an example has no `input`.
-        if self.about["transcribes"] != processor.transcribes:
-            made_for = "LTU" if processor.transcribes else "LTU-AS"
-            used_for = "LTU-AS" if processor.transcribes else "LTU"
+        # A model with transcripts fills in other texts where an example has no `input`.
+        transcribes = processor.front_end.transcribes
+        if self.about["transcribes"] != transcribes:
+            kinds = {True: "a model with transcripts", False: "a model without transcripts"}
             raise RowError(
-                f"{self.path} was made for {made_for}; this checkpoint is of {used_for}. "
-                "Build it again."
+                f"{self.path} was made for {kinds[not transcribes]}; this checkpoint is of "
+                f"{kinds[transcribes]}. Build it again."
             )
 
         probed = torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ltu.data.check_examples import check_audio, read_rows
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
-from ltu.models.processing_ltu import IGNORED, WHISPER_FLAGS, LtuProcessor
+from ltu.models.processing_ltu import IGNORED, LtuProcessor
 from ltu.training.arguments import DataArguments, ModelArguments, OneGpuArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, total_steps
 from ltu.training.collator import LtuCollator
@@ -46,10 +46,8 @@ class LtuTrainer(Trainer):
         self.micro_batches = micro_batches
         self.record = record
 
-        # A Whisper on a GPU cannot be used in a forked process, so load the audio in this one.
-        processor = self.processing_class
-        device = getattr(processor.feature_extractor, "device", "")
-        if "cuda" in str(device) and processor.store is None:
+        # A forked process cannot use a GPU, so load the audio in this one.
+        if self.processing_class.front_end.needs_gpu:
             self.args.dataloader_num_workers = 0
 
         # With layers on several devices, the positions of the logits to keep can be on another
@@ -235,7 +233,7 @@ def _open_rows(data: DataArguments, processor: LtuProcessor) -> list[dict] | Ind
         indexed.check(processor, data.cutoff_len, data.train_on_inputs)
         return indexed
     rows = read_rows(data.data_path, data.audio_root)
-    return processor.add_transcripts(rows)
+    return processor.front_end.add_transcripts(rows)
 
 
 def _check_clips(rows: list[dict] | IndexedRows, data_path: str) -> None:
@@ -269,7 +267,7 @@ def _take_examples(
     return QaDataset(
         part,
         encode=encode,
-        load_features=processor.load_features,
+        load_features=processor.front_end.load_features,
         max_bad=data.max_bad,
         lengths=lengths,
         numbers=numbers,
@@ -283,8 +281,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     # The processor and the datasets.
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
-    whisper_settings = {name: getattr(data, name) for name in WHISPER_FLAGS}
-    processor.use(**whisper_settings)
+    processor.front_end.configure(**data.front_end)
     train_set, held_out = make_datasets(data, run, processor)
 
     # The model.
@@ -318,6 +315,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     arguments = {}
     for part in (model_args, data, run):
         arguments |= dataclasses.asdict(part)
+    arguments |= arguments.pop("front_end")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {
         "stage": Path(run.output_dir).name,
