@@ -31,7 +31,7 @@ from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import GREEDY_DECODING, ORIGINAL_DECODING
 from ltu.serving.gradio_security import check_is_upload, fastapi_settings
 
-TITLES = {
+TITLES = {  # by the model_type of the configuration
     "ltu": "LTU: Listen, Think, and Understand",
     "ltu_as": "LTU-AS: Joint Audio and Speech Understanding",
 }
@@ -100,7 +100,7 @@ class PageComponents:
     Attributes:
         clip: the upload or recording.
         preview: spectrogram of the clip, or the reason why it cannot be decoded.
-        transcript: transcript of the clip; visible for LTU-AS only.
+        transcript: transcript of the clip; visible if the model transcribes clips.
         chat: questions and answers about the clip.
         status: how the last question ended.
         question: the next question.
@@ -146,7 +146,7 @@ SLIDERS = (
 
 def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageComponents:
     """Build the components of the page inside an open `gr.Blocks`."""
-    is_ltu_as = engine.kind == "ltu_as"
+    transcribes = engine.processor.front_end.transcribes
     model_name = html.escape(Path(args.model).name)
     gr.HTML(f"<h1>{TITLES[engine.kind]}</h1>{model_name} {engine.checkpoint[:12]}")
     with gr.Row():
@@ -154,10 +154,10 @@ def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageCompone
             clip = gr.Audio(type="filepath", buttons=["download"], label="Clip", elem_id="clip")
             preview = gr.HTML(elem_id="spectrogram")
             transcript = gr.Textbox(
-                label="Transcript, which the model reads with the audio: correct or clear it",
+                label="Transcript, part of the prompt: correct or clear it",
                 lines=2,
                 elem_id="transcript",
-                visible=is_ltu_as,
+                visible=transcribes,
             )
             build_examples(clip)
         with gr.Column(min_width=320):
@@ -178,7 +178,7 @@ def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageCompone
                 stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="stop")
             with gr.Row(elem_classes="presets"):
                 presets = PRESETS
-                if is_ltu_as:
+                if transcribes:
                     presets = PRESETS + SPEECH_PRESETS
                 build_presets(question, presets)
             with gr.Accordion("Sampling, length, chunks", open=False, elem_id="settings"):
@@ -452,15 +452,18 @@ class Demo:
         )
 
     def _add_predict_endpoint(self, page: PageComponents) -> None:
-        """Add `/predict`, which has the parameters of the original's demo of this kind of model."""
+        """Add `/predict`, with the parameters of the original's demos.
+
+        That of LTU-AS, which transcribes, has a transcript and the size of the language model too.
+        """
         llm_size = gr.Textbox("7B (Default)", visible=False)
         answer = gr.Textbox(label="Answer", visible=False)
-        if self.engine.kind == "ltu":
-            function = self.predict_ltu
-            inputs = [page.clip, page.question]
+        if self.processor.front_end.transcribes:
+            function = self.predict_with_transcript
+            inputs = [page.clip, page.transcript, page.question, llm_size]
         else:
             function = self.predict
-            inputs = [page.clip, page.transcript, page.question, llm_size]
+            inputs = [page.clip, page.question]
         trigger = gr.Button(visible=False)
         trigger.click(function, inputs, answer, api_name="predict", **ONE_AT_A_TIME)
 
@@ -589,7 +592,17 @@ class Demo:
             )
         self.load_upload(request.audio)
 
-    def predict(self, audio: str, transcript: str, question: str, llm_size: str = "") -> str:
+    def predict(self, audio: str, question: str) -> str:
+        """Return the text of an answer about an upload, from a model without transcripts.
+
+        Raises:
+            gr.Error: with the reason, if there is no answer.
+        """
+        return self.predict_with_transcript(audio, "", question)
+
+    def predict_with_transcript(
+        self, audio: str, transcript: str, question: str, llm_size: str = ""
+    ) -> str:
         """Return the text of an answer.
 
         Args:
@@ -614,7 +627,3 @@ class Demo:
         if not answer.answered:
             raise gr.Error(html.escape(f"{answer.status}: {answer.error}"), print_exception=False)
         return answer.text
-
-    def predict_ltu(self, audio: str, question: str) -> str:
-        """Return the text of an answer of LTU, which has no transcripts; otherwise as `predict`."""
-        return self.predict(audio, "", question)
