@@ -108,7 +108,7 @@ class PageComponents:
         stop: the button that cancels it.
         settings: name of a setting -> its component.
         transcribed_clip: path of the clip that `transcript` belongs to.
-        turns: the messages of `chat`.
+        messages: the messages of `chat`, as a state.
     """
 
     clip: gr.Audio
@@ -121,7 +121,7 @@ class PageComponents:
     stop: gr.Button
     settings: dict[str, gr.components.Component]
     transcribed_clip: gr.State
-    turns: gr.State
+    messages: gr.State
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageCompone
         stop=stop,
         settings=settings,
         transcribed_clip=gr.State(None),
-        turns=gr.State([]),
+        messages=gr.State([]),
     )
 
 
@@ -413,7 +413,7 @@ class Demo:
             [
                 page.preview,
                 page.chat,
-                page.turns,
+                page.messages,
                 page.status,
                 page.transcript,
                 page.transcribed_clip,
@@ -431,17 +431,17 @@ class Demo:
             [
                 page.clip,
                 page.question,
-                page.turns,
+                page.messages,
                 page.transcript,
                 page.transcribed_clip,
                 *page.settings.values(),
             ],
-            [page.chat, page.turns, page.status, page.ask, page.stop],
+            [page.chat, page.messages, page.status, page.ask, page.stop],
             show_progress="hidden",
             **ONE_AT_A_TIME,
             **PRIVATE,
         )
-        page.chat.clear(list, outputs=page.turns, queue=False, **PRIVATE)
+        page.chat.clear(list, outputs=page.messages, queue=False, **PRIVATE)
         page.stop.click(
             lambda: ("stopped", *button_updates(is_busy=False)),
             None,
@@ -498,7 +498,7 @@ class Demo:
     def change_clip(self, path: str | None, num_chunks: int | None) -> Iterator[tuple]:
         """Yield the page for another clip, or for none: at once, and with the transcript.
 
-        Each item is the preview, an empty chat, its turns, an empty status, the transcript, and
+        Each item is the preview, an empty chat, its messages, an empty status, the transcript, and
         the clip that the transcript belongs to.
         """
         preview = self.preview(path, num_chunks)
@@ -516,7 +516,7 @@ class Demo:
         self,
         path: str | None,
         question: str,
-        turns: list[dict],
+        messages: list[dict],
         transcript: str,
         transcribed_clip: str | None,
         *setting_values: Any,
@@ -526,13 +526,13 @@ class Demo:
         Args:
             path: the clip.
             question: the question about it.
-            turns: the messages of the chat so far.
+            messages: the messages of the chat so far.
             transcript: as it is on the page.
             transcribed_clip: the clip that the transcript belongs to.
             setting_values: values of the settings, in the order of their components.
 
         Yields:
-            the chat, its turns, the status, and the updates of Ask and Stop.
+            the chat, its messages, the status, and the updates of Ask and Stop.
         """
         settings = read_decoding_flags(self.args)
         settings |= dict(zip(self.setting_names, setting_values, strict=True))
@@ -548,21 +548,21 @@ class Demo:
             seed=seed,
             num_chunks=num_chunks,
         )
-        before = [*turns, {"role": "user", "content": question}]
-        turns = [*before, {"role": "assistant", "content": ""}]
-        yield turns, turns, "generating ...", *button_updates(is_busy=True)
+        before = [*messages, {"role": "user", "content": question}]
+        messages = [*before, {"role": "assistant", "content": ""}]
+        yield messages, messages, "generating ...", *button_updates(is_busy=True)
 
         last_update = 0.0
         for part in self.stream_answer(request, settings):
             if isinstance(part, Answer):
                 text = part.text if part.answered else "(no answer)"
-                turns = [*before, {"role": "assistant", "content": text}]
-                yield turns, turns, answer_status(part), *button_updates(is_busy=False)
+                messages = [*before, {"role": "assistant", "content": text}]
+                yield messages, messages, answer_status(part), *button_updates(is_busy=False)
             elif time.monotonic() - last_update > UPDATE_SECONDS:
-                turns = [*before, {"role": "assistant", "content": part}]
+                messages = [*before, {"role": "assistant", "content": part}]
                 # The status and the buttons are not sent again, because they might arrive after
                 # the update that Stop sends.
-                yield turns, turns, gr.skip(), gr.skip(), gr.skip()
+                yield messages, messages, gr.skip(), gr.skip(), gr.skip()
                 last_update = time.monotonic()
 
     def stream_answer(self, request: Request, decoding: dict[str, Any]) -> Iterator[str | Answer]:
