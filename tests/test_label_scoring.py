@@ -68,7 +68,7 @@ def engine_of(root: Path, kind: str) -> LtuEngine:
 
 
 def alone(engine: LtuEngine, request: Request, texts: list[str]) -> list[LabelScore]:
-    """By the training row of question and answer, whole and without a cache."""
+    """Score each text by the training example of question and answer, whole, without a cache."""
     processor = engine.processor
     clips = []
     if request.audio is not None and request.mode != "asr_only":
@@ -80,8 +80,8 @@ def alone(engine: LtuEngine, request: Request, texts: list[str]) -> list[LabelSc
     features = {"input_features": processor.front_end.extract_features(clips)} if clips else {}
     found = []
     for text in texts:
-        row = {"instruction": request.question, "input": transcript, "output": text}
-        ids, labels = processor.encode_example(row, 10_000, train_on_inputs=False)
+        example = {"instruction": request.question, "input": transcript, "output": text}
+        ids, labels = processor.encode_example(example, 10_000, train_on_inputs=False)
         batch = processor.pad_batch([ids], [bool(clips)])
         with torch.no_grad():
             logits = engine.model(**batch, **features).logits[0].double()

@@ -36,7 +36,9 @@ class AnswerFile:
     def __init__(self, path: str | Path, rank: int = 0):
         self.path = Path(path)
         self.rank = rank
-        self.partial = Path(f"{path}.partial.{rank}.jsonl" if rank else f"{path}.partial.jsonl")
+        self.partial = Path(f"{path}.partial.jsonl")
+        if rank:
+            self.partial = Path(f"{path}.partial.{rank}.jsonl")
         self.lock_path = self.path.with_name(f".{self.path.name}.lock")
         self.locked: IO | None = None
         self.lines: IO | None = None

@@ -139,10 +139,14 @@ class BatchScheduler(threading.Thread):
     def _deliver(self, pending: PendingRequest, answer: Answer) -> None:
         """Push the complete answer, cut at a stop sequence, and count it."""
         found_stop = pending.show(answer.text, is_whole=True)
-        finish_reason = "stop" if found_stop else answer.finish_reason
-        pending.push(replace(answer, text=pending.shown, finish_reason=finish_reason))
-        status = "cancelled" if finish_reason == "cancelled" else answer.status
-        self.metrics.answers.labels(status).inc()
+        answer = replace(answer, text=pending.shown)
+        if found_stop:
+            answer.finish_reason = "stop"
+        pending.push(answer)
+        if answer.finish_reason == "cancelled":
+            self.metrics.answers.labels("cancelled").inc()
+        else:
+            self.metrics.answers.labels(answer.status).inc()
         self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
         self.metrics.tokens.labels("new").inc(answer.new_tokens)
         self.metrics.audio_seconds.inc(answer.seconds_heard)
