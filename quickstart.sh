@@ -57,13 +57,13 @@ if [ -n "$fresh" ]; then
     esac
 fi
 if [ "$only" != ltu_as ]; then
-    bash train_scripts/quickstart/toy_fold.sh 0 "$seed" "$EXP"
+    bash train_scripts/quickstart/toy_fold.sh ltu 0 "$seed" "$EXP"
     step "LTU: results of the four stages, compared with the baselines"
     "$PYTHON" -m eval.toy --folds "$EXP"
     "$PYTHON" -m train_scripts.quickstart.plot_loss --output_path "$EXP/loss.png" "$EXP"/stage*
 fi
 if [ "$only" != ltu ]; then
-    bash train_scripts/quickstart/toy_fold_as.sh 0 "$seed" "$EXP/ltu_as"
+    bash train_scripts/quickstart/toy_fold.sh ltu_as 0 "$seed" "$EXP/ltu_as"
     step "LTU-AS: results of the three stages on sounds, compared with the baselines"
     "$PYTHON" -m eval.toy --folds "$EXP/ltu_as" --no_probe
     step "LTU-AS: results on speech"

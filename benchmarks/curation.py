@@ -1,7 +1,7 @@
 """Measures time and memory of the commands of `data/` on generated examples like those of OpenAQA.
 
     python -m benchmarks.curation                  5,681,708 examples, 2.3 GB, about 12 GB of disk
-    python -m benchmarks.curation --rows 200000 --output_path exp/benchmarks/curation.json
+    python -m benchmarks.curation --num_examples 200000 --output_path exp/benchmarks/curation.json
     python -m benchmarks.curation --generate_only closed.json open.json
 
 The fractions of datasets and tasks are the published ones (classification, captions, temporal,
@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.command_line import command_parser
 from data.filter_unanswerable import PHRASES
 from ltu.data.dataset_io import RowWriter
 
@@ -57,7 +58,7 @@ OPEN = [
     ("soundbible", "open-ended question", 10_814),
 ]
 PHRASINGS = 100  # of each closed-ended question
-ROWS = sum(count for _, _, count in CLOSED + OPEN)
+NUM_EXAMPLES = sum(count for _, _, count in CLOSED + OPEN)
 # Number of clips, by the beginning of a dataset's name.
 CLIPS = {
     "as_strong": 102_000,
@@ -71,7 +72,11 @@ CLIPS = {
     "soundbible": 1_200,
 }
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-BARS = {"combine + shuffle + filter": 600, "stats": 180}  # seconds, at 5,681,708 rows on two cores
+# At 5,681,708 examples.
+BARS = {
+    "combine + shuffle + filter": 600,
+    "stats": 180,
+}  # seconds, on two cores
 BAR_MB = 1536
 
 
@@ -99,27 +104,25 @@ class TextSampler:
             labels = self.random.choices(self.labels, k=self.random.randint(1, 4))
             return f"Labels: {'; '.join(labels)}"
         if task == "cla_label_des":
-            labels = self.random.choices(self.labels, k=2)
-            parts = [f"{self._description()} -> {label}" for label in labels]
+            parts = []
+            for label in self.random.choices(self.labels, k=2):
+                description = " ".join(self.random.choices(self.words, k=3))
+                parts.append(f"{description} -> {label}")
             return f"Labels: {'; '.join(parts)}"
         if task == "caption":
             return f"Audio caption: {self.text(6, 15)}."
         if task == "temporal":
-            labels = self.random.choices(self.labels, k=3)
-            return "; ".join(f"{label}: {self._time_span()}" for label in labels)
+            parts = []
+            for label in self.random.choices(self.labels, k=3):
+                parts.append(f"{label}: [0.{self.random.randint(0, 99)}s-9.5s]")
+            return "; ".join(parts)
         answer = self.text(5, 69).capitalize() + "."
         if self.random.random() < 1 / 8:
             answer = f"{self.random.choice(PHRASES)} {answer}"
         return answer
 
-    def _description(self) -> str:
-        return " ".join(self.random.choices(self.words, k=3))
 
-    def _time_span(self) -> str:
-        return f"[0.{self.random.randint(0, 99)}s-9.5s]"
-
-
-def random_rows(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> Iterator[dict]:
+def random_examples(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> Iterator[dict]:
     """Yield random examples.
 
     Args:
@@ -147,12 +150,12 @@ def random_rows(kinds: list[tuple[str, str, int]], scale: float, seed: int) -> I
             }
 
 
-def generate(paths: list[Path], rows: int, seed: int = 0) -> None:
-    """Write a file of closed-ended and one of open-ended examples, `rows` in total."""
+def generate(paths: list[Path], num_examples: int, seed: int = 0) -> None:
+    """Write a file of closed-ended and one of open-ended examples, `num_examples` in total."""
     for number, (path, kinds) in enumerate(zip(paths, (CLOSED, OPEN), strict=True)):
         with RowWriter(path) as output:
-            for row in random_rows(kinds, rows / ROWS, seed + number):
-                output.write(row)
+            for example in random_examples(kinds, num_examples / NUM_EXAMPLES, seed + number):
+                output.write(example)
 
 
 def measure(command: list[str]) -> dict[str, float]:
@@ -184,7 +187,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     opened = str(folder / "open.json")
     mixed = str(folder / "mixed.json")
     shuffled = str(folder / "shuffled.json")
-    filtered = str(folder / "kept.json")
+    filtered = str(folder / "filtered.json")
 
     def command(name: str, data_path: str, *flags: str) -> list[str]:
         return [f"data.{name}", "--data_path", data_path, *flags]
@@ -213,12 +216,10 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = command_parser(__doc__, data_path=None, output_path=None)
+    parser.add_argument(
+        "--num_examples", type=int, default=NUM_EXAMPLES, help="Number of examples."
     )
-    parser.add_argument("--rows", type=int, default=ROWS, help="Number of examples.")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -238,13 +239,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.generate_only:
-        generate(args.generate_only, args.rows)
+        generate(args.generate_only, args.num_examples)
         return 0
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        generate([folder / "closed.json", folder / "open.json"], args.rows)
+        generate([folder / "closed.json", folder / "open.json"], args.num_examples)
         for name, command in commands(folder).items():
             results[name] = measure(command)
             print(f"{name:17} {results[name]}", flush=True)
@@ -254,20 +255,21 @@ def main(argv: list[str] | None = None) -> int:
         "combine + shuffle + filter": round(preparation, 1),
         "stats": results["stats"]["seconds"],
     }
-    extrapolated = {name: seconds * ROWS / args.rows for name, seconds in totals.items()}
+    factor = NUM_EXAMPLES / args.num_examples
+    extrapolated = {name: round(seconds * factor, 1) for name, seconds in totals.items()}
     peak = max(result["peak_mb"] for result in results.values())
     is_fast = all(extrapolated[name] <= bar for name, bar in BARS.items())
     reached = peak <= BAR_MB and is_fast
     report = {
-        "rows": args.rows,
+        "num_examples": args.num_examples,
         "bytes": size,
-        "verbs": results,
+        "commands": results,
         "totals": totals,
         "bars": BARS,
         "bar_mb": BAR_MB,
     }
-    if args.rows != ROWS:
-        report["extrapolated"] = {name: round(seconds, 1) for name, seconds in extrapolated.items()}
+    if args.num_examples != NUM_EXAMPLES:
+        report["extrapolated"] = extrapolated
     text = json.dumps(report | {"reached": reached}, indent=1)
     print(text)
     if args.output_path:

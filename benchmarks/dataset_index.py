@@ -1,7 +1,7 @@
 """Measures indexing of as many examples as OpenAQA has, and the start of a training on the index.
 
     python -m benchmarks.dataset_index --base_model exp/init     5,681,708 examples, 5 GB of disk
-    python -m benchmarks.dataset_index --base_model exp/init --rows 100000 \\
+    python -m benchmarks.dataset_index --base_model exp/init --num_examples 100000 \\
         --output_path exp/index.json
 
 The examples have the texts of `benchmarks.curation` and the clips of data/toy.
@@ -13,27 +13,28 @@ any process of the command, which includes the pages of the index that it read. 
 """
 
 import argparse
-import json
 import sys
 import tempfile
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 
-from benchmarks.curation import CLOSED, OPEN, ROWS, measure, random_rows
+from benchmarks.curation import CLOSED, NUM_EXAMPLES, OPEN, measure, random_examples
+from benchmarks.report import print_report, write_report
 from ltu.data.dataset_io import RowWriter
 
 CLIPS = Path(__file__).parent.parent / "data" / "toy" / "audio"
 FEW = 1000
-BARS = {"index": 900, "first step": 60, "memory above 1,000 rows": 2048}  # seconds, seconds, MB
+BARS = {"index": 900, "first step": 60, "memory above 1,000 examples": 2048}  # seconds, seconds, MB
 
 
-def generate(path: Path, rows: int) -> None:
+def write_examples(path: Path, num_examples: int) -> None:
     """Write examples in the order of their datasets, which use the toy clips in turn."""
-    clips = sorted(str(clip) for clip in CLIPS.rglob("*.flac"))
-    examples = chain(random_rows(CLOSED, rows / ROWS, 0), random_rows(OPEN, rows / ROWS, 1))
+    clips = sorted(CLIPS.rglob("*.flac"))
+    fraction = num_examples / NUM_EXAMPLES
+    examples = chain(random_examples(CLOSED, fraction, 0), random_examples(OPEN, fraction, 1))
     with RowWriter(path) as output:
-        for number, example in enumerate(islice(examples, rows)):
-            output.write(example | {"audio_id": clips[number % len(clips)]})
+        for clip, example in zip(cycle(clips), islice(examples, num_examples), strict=False):
+            output.write(example | {"audio_id": str(clip)})
 
 
 def training_command(base_model: str, data: Path, output: Path, ranks: int) -> list[str]:
@@ -66,7 +67,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base_model", required=True, help="A checkpoint folder, of stage 1 or later."
     )
-    parser.add_argument("--rows", type=int, default=ROWS, help="Number of examples.")
+    parser.add_argument(
+        "--num_examples", type=int, default=NUM_EXAMPLES, help="Number of examples."
+    )
     parser.add_argument(
         "--ranks",
         type=int,
@@ -91,9 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         many = folder / "many.json"
         few = folder / "few.json"
-        for path, rows in ((many, args.rows), (few, FEW)):
+        for path, num_examples in ((many, args.num_examples), (few, FEW)):
             if not path.is_file():
-                generate(path, rows)
+                write_examples(path, num_examples)
             command = ["ltu.index_dataset", str(path), "--base_model", args.base_model]
             results[f"index {path.stem}"] = measure(command)
             for ranks in args.ranks:
@@ -110,21 +113,19 @@ def main(argv: list[str] | None = None) -> int:
     reached = {
         "index": results["index many"]["seconds"],
         "first step": max(step_seconds),
-        "memory above 1,000 rows": max(extra_memory),
+        "memory above 1,000 examples": max(extra_memory),
     }
     is_within = all(reached[name] <= bar for name, bar in BARS.items())
     report = {
-        "rows": args.rows,
+        "examples": args.num_examples,
         "bytes": sizes,
         "commands": results,
-        "figures": reached,
+        "values": reached,
         "bars": BARS,
-        "reached": args.rows == ROWS and is_within,
+        "reached": args.num_examples == NUM_EXAMPLES and is_within,
     }
-    print(json.dumps(report, indent=1))
-    if args.output_path:
-        args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        args.output_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print_report(report)
+    write_report(report, args.output_path)
     return int(not report["reached"])
 
 

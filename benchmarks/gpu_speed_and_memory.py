@@ -1,6 +1,7 @@
-"""Measures training and generation at the papers' size on one GPU: memory, rates, hours per stage.
+"""Measures training and generation at the papers' size on one GPU: memory, speed, hours per stage.
 
-    python -m benchmarks.gpu_speed_and_memory --output_path benchmarks/results/cost_h100.json
+    python -m benchmarks.gpu_speed_and_memory \\
+        --output_path benchmarks/results/gpu_speed_and_memory_h100.json
     python -m benchmarks.gpu_speed_and_memory --size tiny --device cpu
 
 The second command is a quick test of the program itself.
@@ -25,12 +26,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.device import default_device, device_name, synchronize
+from benchmarks.report import write_report
 from benchmarks.train_step import LORA
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration
 from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
@@ -125,11 +128,6 @@ def make_inputs(model: torch.nn.Module, batch: int, text_tokens: int) -> dict[st
     )
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -219,16 +217,31 @@ def train(
     return TrainingCost(statistics.median(times["pass"][1:]), times["step"][-1], peak_gib(device))
 
 
-def training_rows(
-    kind: str, size: str, trains: str, model: torch.nn.Module, args: argparse.Namespace
+def measure_training(
+    model: torch.nn.Module,
+    kind: str,
+    size: str,
+    trains: str,
+    micro_batches: list[int],
+    passes: int,
 ) -> list[dict]:
-    """Return a row per cutoff and micro-batch size, with and without gradient checkpointing."""
-    rows = []
+    """Measure every cutoff and micro-batch size, with and without gradient checkpointing.
+
+    Args:
+        model: the model.
+        kind: "ltu" or "ltu_as".
+        size: of LLMS.
+        trains: what is trained, "proj" or "all".
+        micro_batches: numbers of examples of a forward pass.
+        passes: how many passes are timed for each setting.
+    """
+    device = model.get_input_embeddings().weight.device
+    measurements = []
     stages = [stage for stage in STAGES[kind] if stage.trains == trains]
     cutoffs = sorted({stage.cutoff for stage in stages})
-    settings = itertools.product(cutoffs, args.micro_batches, (False, True))
+    settings = itertools.product(cutoffs, micro_batches, (False, True))
     for cutoff, micro_batch, checkpointing in settings:
-        row = dict(
+        measurement = dict(
             kind=kind,
             llm=size,
             trains=trains,
@@ -237,26 +250,24 @@ def training_rows(
             gradient_checkpointing=checkpointing,
         )
         try:
-            cost = train(model, trains, micro_batch, cutoff, checkpointing, args.passes)
+            cost = train(model, trains, micro_batch, cutoff, checkpointing, passes)
         except torch.OutOfMemoryError:
-            row["out_of_memory"] = True
+            measurement["out_of_memory"] = True
         else:
             seconds = cost.pass_seconds * BATCH / micro_batch + cost.step_seconds
-            rate = BATCH / seconds
-            row["pass_seconds"] = cost.pass_seconds
-            row["step_seconds"] = cost.step_seconds
-            row["peak_gib"] = cost.peak_gib
-            row["samples_per_second"] = rate
-            row["derived_hours"] = {
-                stage.script: stage.examples / rate / 3600
-                for stage in stages
-                if stage.cutoff == cutoff
-            }
+            samples_per_second = BATCH / seconds
+            hours = {}
+            for stage in stages:
+                if stage.cutoff == cutoff:
+                    hours[stage.script] = stage.examples / samples_per_second / 3600
+            measurement |= asdict(cost)
+            measurement["samples_per_second"] = samples_per_second
+            measurement["derived_hours"] = hours
         model.zero_grad(set_to_none=True)
-        free_memory(args.device)
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-    return rows
+        free_memory(device)
+        print(json.dumps(measurement), flush=True)
+        measurements.append(measurement)
+    return measurements
 
 
 def measure_generation(model: torch.nn.Module, batch: int, clips: int) -> dict:
@@ -275,15 +286,15 @@ def measure_generation(model: torch.nn.Module, batch: int, clips: int) -> dict:
         for start in range(0, count, batch):
             number = min(batch, count - start)
             # The clip of each question, counted from the first clip of this batch.
-            questions = range(start, start + number)
-            first_clip = start // QUESTIONS_PER_CLIP
-            audio_index = [question // QUESTIONS_PER_CLIP - first_clip for question in questions]
-            num_clips = audio_index[-1] + 1
+            questions = torch.arange(start, start + number, device=device)
+            clip_of_question = questions // QUESTIONS_PER_CLIP
+            audio_index = clip_of_question - clip_of_question[0]  # (number,)
+            num_clips = int(audio_index[-1]) + 1
             model.generate(
                 input_ids=inputs["input_ids"].expand(number, -1),
                 attention_mask=inputs["attention_mask"].expand(number, -1),
                 input_features=features.expand(num_clips, *features.shape[1:]),
-                audio_index=torch.tensor(audio_index, device=device),
+                audio_index=audio_index,
                 max_new_tokens=NEW_TOKENS,
                 min_new_tokens=NEW_TOKENS,
                 do_sample=False,
@@ -297,12 +308,12 @@ def measure_generation(model: torch.nn.Module, batch: int, clips: int) -> dict:
     start = time.perf_counter()
     run(count)
     synchronize(device)
-    rate = count / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
     return dict(
         batch=batch,
         questions=count,
         new_tokens=NEW_TOKENS,
-        questions_per_second=rate,
+        questions_per_second=count / seconds,
         peak_gib=peak_gib(device),
     )
 
@@ -313,15 +324,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--size", nargs="+", choices=list(LLMS), default=["7b"])
     parser.add_argument("--kind", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--micro_batches", nargs="*", type=int, default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--micro_batches",
+        nargs="*",
+        type=int,
+        default=[1, 2, 4, 8],
+        help="Numbers of examples of a forward pass; none to measure generation only.",
+    )
     parser.add_argument(
         "--passes", type=int, default=6, help="Forward and backward passes timed per setting."
     )
-    parser.add_argument(
-        "--device",
-        type=torch.device,
-        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument(
         "--trains",
         nargs="+",
@@ -335,27 +348,27 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     report = {
-        "device": device,
+        "device": device_name(args.device),
         "torch": torch.__version__,
         "batch": BATCH,
         "training": [],
-        "asking": [],
+        "generation": [],
     }
     for size, kind, trains in itertools.product(args.size, args.kind, args.trains):
         model = make_model(kind, size, trains, args.device)
-        report["training"] += training_rows(kind, size, trains, model, args)
+        report["training"] += measure_training(
+            model, kind, size, trains, args.micro_batches, args.passes
+        )
         if trains == "all":
             for batch, clips in ((1, 2), (16, 16)):
-                row = dict(kind=kind, llm=size) | measure_generation(model, batch, clips)
-                print(json.dumps(row), flush=True)
-                report["asking"].append(row)
+                measurement = dict(kind=kind, llm=size) | measure_generation(model, batch, clips)
+                print(json.dumps(measurement), flush=True)
+                report["generation"].append(measurement)
         del model
         free_memory(args.device)
-        if args.output_path:  # After each model: a run that is cut off keeps its measurements.
-            args.output_path.parent.mkdir(parents=True, exist_ok=True)
-            args.output_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        # Write after each model: a run that is cut off leaves its measurements.
+        write_report(report, args.output_path)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ Medians are compared, and the scores must be equal.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -30,8 +28,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.device import device_name  # noqa: E402
+from benchmarks.report import print_report, write_report  # noqa: E402
 from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
+from ltu.models.processing_ltu import IGNORED  # noqa: E402
 
 QUESTION = "Classify the sound events in the audio clip."
 NEEDED = 10.0  # alone / shared
@@ -49,17 +50,18 @@ def score_alone(engine: LtuEngine, request: Request, label: str, all_logits: boo
     clip = engine.cache.encode([request])[0]
     example = {"instruction": request.question, "output": label}
     tokens, labels = processor.encode_example(example, 10_000, train_on_inputs=False)
-    num_answer_tokens = sum(label >= 0 for label in labels)
+    num_answer_tokens = len(labels) - labels.count(IGNORED)
     batch = engine.pad_batch([tokens], [clip.embeds])
-    keep = {} if all_logits else {"logits_to_keep": num_answer_tokens + 1}
-    logits = engine.model(**batch, use_cache=False, **keep).logits
+    if not all_logits:
+        batch["logits_to_keep"] = num_answer_tokens + 1
+    logits = engine.model(**batch, use_cache=False).logits
     logits = logits[0, -num_answer_tokens - 1 : -1].float()  # (answer tokens, vocabulary)
     answer = torch.tensor(tokens[-num_answer_tokens:], device=logits.device)
     chosen = logits.gather(1, answer[:, None])[:, 0]  # (answer tokens,)
     return float((chosen - logits.logsumexp(1)).sum())
 
 
-def measure(engine: LtuEngine, labels: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def measure(engine: LtuEngine, labels: list[str], rounds: int) -> dict[str, Any]:
     """Return the seconds for all labels, for each way, and the largest difference of scores."""
     noise = np.random.default_rng(0).normal(0, 0.1, 160_000).astype(np.float32)
     request = Request(QUESTION, noise, "")
@@ -82,7 +84,7 @@ def measure(engine: LtuEngine, labels: list[str], args: argparse.Namespace) -> d
         run(labels[:WARM_UP_LABELS])
     times: dict[str, list[float]] = {name: [] for name in ways}
     scores: dict[str, list[float]] = {}
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         for name, run in ways.items():
             start = time.perf_counter()
             scores[name] = run(labels)  # Python numbers, so a GPU has finished.
@@ -90,14 +92,17 @@ def measure(engine: LtuEngine, labels: list[str], args: argparse.Namespace) -> d
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     prompt = len(engine.processor.encode(engine.processor.prompt(QUESTION)))
     label_lengths = [score.num_tokens for score in engine.score(request, labels)]
-    pairs = zip(scores["shared"], scores["alone"], strict=True)
+    differences = np.subtract(scores["shared"], scores["alone"])
     return {
         "labels": len(labels),
         "tokens_of_the_prefix": engine.model.config.num_audio_tokens + prompt,
         "tokens_of_a_label": statistics.mean(label_lengths),
         "seconds": medians,
-        "speedup": {name: medians[name] / medians["shared"] for name in ("alone", "no cache")},
-        "largest_difference": max(abs(shared_score - score) for shared_score, score in pairs),
+        "speedup": {
+            "alone": medians["alone"] / medians["shared"],
+            "no cache": medians["no cache"] / medians["shared"],
+        },
+        "largest_difference": float(np.abs(differences).max()),
     }
 
 
@@ -110,8 +115,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="Dtype of the language model.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output_path", help="Write the report there as JSON.")
+    parser.add_argument("--rounds", type=int, default=3, help="Measurements of each way.")
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args(argv)
 
 
@@ -122,26 +127,29 @@ def main(argv: list[str] | None = None) -> int:
     lines = Path(args.labels).read_text(encoding="utf-8").splitlines()
     labels = [line for line in lines if line.strip()]
     llm_config = engine.model.config.text_config
-    llm_fields = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
     report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": device_name("cpu"),
         "torch": torch.__version__,
         "device": args.device,
         "dtype": args.dtype,
         "threads": args.threads,
-        "language_model": {name: getattr(llm_config, name) for name in llm_fields},
+        "language_model": {
+            "model_type": llm_config.model_type,
+            "vocab_size": llm_config.vocab_size,
+            "hidden_size": llm_config.hidden_size,
+            "num_hidden_layers": llm_config.num_hidden_layers,
+        },
         "rounds": args.rounds,
         "needed": NEEDED,
     }
-    report |= measure(engine, labels, args)
-    print(json.dumps(report, indent=1))
+    report |= measure(engine, labels, args.rounds)
+    print_report(report)
     is_equal = report["largest_difference"] <= MAX_ERROR or args.dtype != "float32"
     is_fast = report["speedup"]["alone"] >= NEEDED
+    equal = "equal" if is_equal else "DIFFER"
     verdict = "reaches" if is_fast else "falls short of"
-    print(f"scores {'equal' if is_equal else 'DIFFER'}; {verdict} {NEEDED:g} x")
-    if args.output_path:
-        Path(args.output_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"scores {equal}; {verdict} {NEEDED:g} x")
+    write_report(report, args.output_path)
     return int(not (is_equal and is_fast))
 
 

@@ -1,8 +1,9 @@
 """Measures questions per second: in batches of 16, one by one, and one by one without a cache.
 
-    python -m benchmarks.questions_per_second --output_path benchmarks/results/ask.json
+    python -m benchmarks.questions_per_second \\
+        --output_path benchmarks/results/questions_per_second_cpu.json
     python -m benchmarks.questions_per_second --device cuda --dtype bfloat16 --clips 32 \\
-        --output_path benchmarks/results/ask_gpu.json
+        --output_path benchmarks/results/questions_per_second_gpu.json
 
 The weights are random (speed does not depend on them): a Llama of 512 x 8 layers with 32,000
 tokens; for LTU the paper's CAV-MAE; for LTU-AS a Whisper and a TLTR of its width, with transcripts
@@ -15,14 +16,12 @@ fp32 all answers must be equal.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ import soundfile  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
+from benchmarks.device import default_device, device_name  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
 from benchmarks.whisper_features import SIZES, random_whisper  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig, LtuProcessor  # noqa: E402
 from ltu.data.audio import SAMPLING_RATE  # noqa: E402
@@ -79,71 +80,101 @@ NEEDED = {"cpu": 4.0, "cuda": 10.0}  # batch 16 / encoding every time
 ORIGINAL = {"ltu": 1.47, "ltu_as": 0.79}
 
 
-def make_parts(
-    kind: str, args: argparse.Namespace, folder: str
-) -> tuple[torch.nn.Module, LtuProcessor]:
-    """Return the model and the processor of an engine."""
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a measurement.
+
+    Args:
+        clips: Number of clips.
+        rounds: Measurements of each way.
+        whisper_size: Size of the Whisper of LTU-AS.
+        dtype: Dtype of the language model.
+        device: "cpu", "cuda", ...
+        threads: Threads of torch.
+    """
+
+    clips: int
+    rounds: int
+    whisper_size: str
+    dtype: str
+    device: str
+    threads: int
+
+
+def make_model(kind: str, settings: Settings, folder: str) -> tuple[torch.nn.Module, LtuProcessor]:
+    """Return a model with random weights, and its processor."""
     torch.manual_seed(0)
-    text_config = LlamaConfig(**LLM, dtype=args.dtype)
+    text_config = LlamaConfig(**LLM, dtype=settings.dtype)
     if kind == "ltu":
         config: LtuConfig = LtuConfig(audio_config=CavMaeConfig(), text_config=text_config)
         processor: LtuProcessor = LtuProcessor.from_config(config, TOKENIZER)
     else:
-        width, _, layers = SIZES[args.whisper_size]
+        width, _, layers = SIZES[settings.whisper_size]
         audio_encoder = TltrConfig(hidden_size=width, num_whisper_layers=layers)
         config = LtuAsConfig(audio_config=audio_encoder, text_config=text_config)
         processor = LtuAsProcessor.from_config(
             config,
             TOKENIZER,
-            whisper_model=random_whisper(args.whisper_size, folder),
+            whisper_model=random_whisper(settings.whisper_size, folder),
             transcription_model=None,
             feature_precision="fp32",
         )
-        processor.feature_extractor.device = args.device
-    return AutoModelForCausalLM.from_config(config).to(args.device), processor
+        processor.feature_extractor.device = settings.device
+    model = AutoModelForCausalLM.from_config(config).to(settings.device)
+    return model, processor
 
 
 def write_clips(folder: str, count: int) -> list[str]:
     """Write clips of noise of 10 s each, and return their paths."""
     noise = np.random.default_rng(0)
-    paths = [f"{folder}/{number}.wav" for number in range(count)]
-    for path in paths:
+    paths = []
+    for number in range(count):
+        path = f"{folder}/{number}.wav"
         soundfile.write(path, noise.normal(0, 0.1, 10 * SAMPLING_RATE), SAMPLING_RATE)
+        paths.append(path)
     return paths
 
 
 def generate_answers(engine: LtuEngine, requests: list[Request], batch_size: int) -> list[str]:
-    """Return the text of every answer. Raises AssertionError if an answer has another length."""
-    answers = engine(requests, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-    for answer in answers:
+    """Return the text of every answer.
+
+    Raises:
+        AssertionError: an answer has another length.
+    """
+    texts = []
+    for answer in engine(
+        requests, batch_size, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+    ):
         if not answer.answered or answer.new_tokens != NEW_TOKENS:
             raise AssertionError(f"not every answer has {NEW_TOKENS} tokens: {answer}")
-    return [answer.text for answer in answers]
+        texts.append(answer.text)
+    return texts
 
 
-def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(kind: str, settings: Settings) -> dict[str, Any]:
     """Return the questions per second of each way, and how many answers equal the reference."""
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     texts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model, processor = make_parts(kind, args, folder)
+        model, processor = make_model(kind, settings, folder)
         requests = []
-        for clip in write_clips(folder, args.clips):
-            requests += [Request(question, clip, "") for question in QUESTIONS]
-        for round_number in range(args.rounds + 1):
-            is_warm_up = round_number == 0
+        for clip in write_clips(folder, settings.clips):
+            for question in QUESTIONS:
+                requests.append(Request(question, clip, ""))
+        for way in WAYS.values():  # Warm-up.
+            engine = LtuEngine(model, processor, way.cache_mb)
+            generate_answers(engine, requests[: 2 * way.batch_size], way.batch_size)
+        for _ in range(settings.rounds):
             for name, way in WAYS.items():
-                used = requests[: 2 * way.batch_size] if is_warm_up else requests
                 engine = LtuEngine(model, processor, way.cache_mb)
                 start = time.perf_counter()
-                texts[name] = generate_answers(engine, used, way.batch_size)
-                if not is_warm_up:
-                    times[name].append(time.perf_counter() - start)
+                texts[name] = generate_answers(engine, requests, way.batch_size)
+                times[name].append(time.perf_counter() - start)
     rates = {name: len(requests) / statistics.median(seconds) for name, seconds in times.items()}
+    references = np.array(texts[REFERENCE_WAY])
     equal_answers = {}
     for name, own_texts in texts.items():
-        pairs = zip(own_texts, texts[REFERENCE_WAY], strict=True)
-        equal_answers[name] = sum(own == reference for own, reference in pairs)
+        equal_answers[name] = int((np.array(own_texts) == references).sum())
     return {
         "questions": len(requests),
         "seconds": times,
@@ -177,7 +208,7 @@ def parse_args() -> argparse.Namespace:
         default="float32",
         help="Dtype of the language model.",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args()
@@ -185,17 +216,20 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    is_cuda = args.device.startswith("cuda")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    if is_cuda:
-        machine = torch.cuda.get_device_name(args.device)
+    settings = Settings(
+        clips=args.clips,
+        rounds=args.rounds,
+        whisper_size=args.whisper_size,
+        dtype=args.dtype,
+        device=args.device,
+        threads=args.threads,
+    )
+    torch.set_num_threads(settings.threads)
+    machine = device_name(settings.device)
     report: dict[str, Any] = {"machine": machine, "torch": torch.__version__}
-    for name, value in vars(args).items():
-        if name not in ("kind", "output_path"):
-            report[name] = value
+    report |= asdict(settings)
     report["new_tokens"] = NEW_TOKENS
-    needed = NEEDED["cuda" if is_cuda else "cpu"]
+    needed = NEEDED[torch.device(settings.device).type]
     is_enough = True
     print(f"{machine}, {args.threads} threads, torch {torch.__version__}, {args.dtype}")
     print(
@@ -203,7 +237,7 @@ def main() -> int:
         "the original: s each"
     )
     for kind in args.kind:
-        result = measure(kind, args)
+        result = measure(kind, settings)
         report[kind] = result
         for name, rate in result["questions_per_second"].items():
             num_equal = result["equal_answers"][name]
@@ -216,10 +250,9 @@ def main() -> int:
                 is_enough = False
         if result["ratio"]["batch 16"] < needed:
             is_enough = False
-    print(f"{'reaches' if is_enough else 'falls short of'} {needed} x, with equal answers in fp32")
-    if args.output_path:
-        args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        args.output_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    verdict = "reaches" if is_enough else "falls short of"
+    print(f"{verdict} {needed} x, with equal answers in fp32")
+    write_report(report, args.output_path)
     return int(not is_enough)
 
 

@@ -16,7 +16,6 @@ after.
 import argparse
 import asyncio
 import base64
-import json
 import os
 import random
 import re
@@ -33,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import openai  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.report import print_report, write_report  # noqa: E402
 from ltu.inference.generation_flags import open_engine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu.serve import read_flags  # noqa: E402
@@ -45,7 +45,7 @@ QUESTIONS = [
     "Is it loud?",
 ]
 VALID_FRACTION = 0.8  # of the requests
-LOOKS = 50  # measurements of memory and open files during a run
+NUM_STATES = 50  # measurements of memory and open files during a run
 MIN_SPEEDUP = 3.0
 MAX_GROWTH = 1.05  # of memory, from a quarter of the time to the end
 GONE = "gone"  # expected result of a request whose client leaves
@@ -71,23 +71,24 @@ def valid_requests(model: str, tokens: int) -> list[tuple[dict, Request]]:
     """Return bodies that a client sends, each with the same request for the engine."""
     requests = []
     for number, path in enumerate(sorted(AUDIO.glob("*.flac"))[::7][:24]):
-        clip = None if number % 6 == 0 else path.read_bytes()
         question = QUESTIONS[number % len(QUESTIONS)]
-        is_sampled = number % 8 == 1
         content = [{"type": "text", "text": question}]
-        if clip is not None:
+        has_clip = number % 6 != 0
+        clip = None
+        if has_clip:
+            clip = path.read_bytes()
             content.append(audio_part(clip))
         body = {
             "model": model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": tokens,
         }
-        decoding: dict = {}
+        body["stream"] = number % 2 == 0
+        decoding: dict = {"max_new_tokens": tokens}
+        is_sampled = number % 8 == 1
         if is_sampled:
             body |= {"temperature": 0.7, "seed": number}
-            decoding = {"do_sample": True, "temperature": 0.7}
-        body["stream"] = number % 2 == 0
-        decoding["max_new_tokens"] = tokens
+            decoding |= {"do_sample": True, "temperature": 0.7}
         requests.append((body, Request(question, clip, decoding=decoding, seed=number)))
     return requests
 
@@ -129,7 +130,9 @@ async def send(client: openai.AsyncOpenAI, body: dict, leaves: bool = False) -> 
             if leaves and len(texts) > 2:
                 await reply.close()
                 break
-        return GONE if leaves else "".join(texts)
+        if leaves:
+            return GONE
+        return "".join(texts)
     except openai.APIStatusError as error:
         return str(error.code or error.status_code)
 
@@ -142,7 +145,8 @@ class ProcessState:
     open_files: int
 
 
-def look(pid: int) -> ProcessState:
+def read_state(pid: int) -> ProcessState:
+    """Read the state of a process from /proc."""
     memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     return ProcessState(int(memory[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd")))
 
@@ -161,9 +165,9 @@ async def load(url: str, pid: int, clients: int, seconds: float, valid: list[Loa
         valid requests answered per second; how many requests were answered, were refused, or ended
         otherwise than expected; and memory and open files of the process.
     """
-    tally: Counter = Counter()
+    outcomes: Counter = Counter()
     invalid = invalid_requests(valid[0].body)
-    looks = [look(pid)]
+    states = [read_state(pid)]
     start = time.monotonic()
 
     async def run_client(number: int) -> None:
@@ -172,27 +176,30 @@ async def load(url: str, pid: int, clients: int, seconds: float, valid: list[Loa
             base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=300
         ) as client:
             while time.monotonic() < start + seconds:
-                next_look = start + len(looks) * seconds / LOOKS
-                if number == 0 and time.monotonic() > next_look:
-                    looks.append(look(pid))
-                is_valid = rng.random() < VALID_FRACTION
-                request = rng.choice(valid if is_valid else invalid)
+                next_state = start + len(states) * seconds / NUM_STATES
+                if number == 0 and time.monotonic() > next_state:
+                    states.append(read_state(pid))
+                if rng.random() < VALID_FRACTION:
+                    request = rng.choice(valid)
+                    outcome = "answered"
+                else:
+                    request = rng.choice(invalid)
+                    outcome = "refused"
                 result = await send(client, request.body, leaves=request.expected == GONE)
                 if result != request.expected:
-                    tally[f"WRONG: {result[:50]!r}, not {request.expected[:50]!r}"] += 1
-                else:
-                    tally["answered" if is_valid else "refused"] += 1
+                    outcome = f"WRONG: {result[:50]!r}, not {request.expected[:50]!r}"
+                outcomes[outcome] += 1
 
     await asyncio.gather(*(run_client(number) for number in range(clients)))
-    rate = tally["answered"] / (time.monotonic() - start)
+    rate = outcomes["answered"] / (time.monotonic() - start)
     time.sleep(2)  # The server needs a moment to notice that the clients are gone.
-    end = look(pid)
-    warm = looks[len(looks) // 4]
+    end = read_state(pid)
+    warm = states[len(states) // 4]
     return {
         "answers_per_second": rate,
-        "requests": tally,
+        "requests": outcomes,
         "memory": {"warm_mb": warm.memory_mb, "end_mb": end.memory_mb},
-        "open_files": {"before": looks[0].open_files, "end": end.open_files},
+        "open_files": {"before": states[0].open_files, "end": end.open_files},
     }
 
 
@@ -216,13 +223,15 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="A checkpoint folder.")
-    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument(
+        "--clients", type=int, default=32, help="Number of clients at the same time."
+    )
     parser.add_argument(
         "--seconds", type=float, default=60, help="Time of many clients; one client gets half."
     )
-    parser.add_argument("--max_tokens", type=int, default=24)
-    parser.add_argument("--max_batch", type=int, default=16)
-    parser.add_argument("--output_path", help="Write the report there as JSON.")
+    parser.add_argument("--max_tokens", type=int, default=24, help="New tokens of an answer.")
+    parser.add_argument("--max_batch", type=int, default=16, help="As of ltu.serve.")
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args()
 
 
@@ -254,8 +263,12 @@ def main() -> int:
     memory = many["memory"]
     files = many["open_files"]
     leaks = memory["end_mb"] > memory["warm_mb"] * MAX_GROWTH or files["end"] > files["before"]
-    report = {name: value for name, value in vars(args).items() if name != "output_path"}
-    report |= {
+    report = {
+        "model": args.model,
+        "clients": args.clients,
+        "seconds": args.seconds,
+        "max_tokens": args.max_tokens,
+        "max_batch": args.max_batch,
         "torch_threads": torch.get_num_threads(),
         "one_client": one,
         "many_clients": many,
@@ -263,14 +276,14 @@ def main() -> int:
         "is_right": is_right,
         "leaks": leaks,
     }
-    print(json.dumps(report, indent=1))
+    print_report(report)
+    answers = "right" if is_right else "WRONG"
+    leak = "LEAKS" if leaks else "no leak"
     print(
-        f"answers {'right' if is_right else 'WRONG'}, {'LEAKS' if leaks else 'no leak'}, "
+        f"answers {answers}, {leak}, "
         f"{speedup:.1f} x one client's throughput (needed: {MIN_SPEEDUP})"
     )
-    if args.output_path:
-        Path(args.output_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, args.output_path)
     return int(not is_right or leaks or speedup < MIN_SPEEDUP)
 
 

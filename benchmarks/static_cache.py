@@ -1,15 +1,14 @@
 """Times generation with dynamic and static caches, and the check of untested versions, at 7B.
 
-    python -m benchmarks.static_cache --output_path benchmarks/results/generate_h100.json
+    python -m benchmarks.static_cache --output_path benchmarks/results/static_cache_h100.json
     python -m benchmarks.static_cache --size tiny --device cpu
 
 The model has random weights (speed does not depend on them), a language model in bf16, and LoRA.
-All rows of a batch have the same question and the same clip, as on the gradio page, so the clip is
-encoded once.
+All questions of a batch are the same and about the same clip, as on the gradio page, so the clip
+is encoded once.
 """
 
 import argparse
-import json
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_speed_and_memory import LLMS, make_inputs, make_model, synchronize
+from benchmarks.device import default_device, device_name, synchronize
+from benchmarks.gpu_speed_and_memory import LLMS, make_inputs, make_model, peak_gib
+from benchmarks.report import print_report, write_report
 from ltu.models.version_check import compare_cached_logits
 
 PROMPT_TOKENS = 40  # text tokens of the prompt
@@ -30,21 +31,21 @@ def time_generate(model: torch.nn.Module, batch: int, num_tokens: int, **setting
 
     Args:
         model: a model of LTU.
-        batch: rows of the batch.
+        batch: the number of questions.
         num_tokens: new tokens of each answer.
         settings: further arguments of `generate`.
     """
     device = model.get_input_embeddings().weight.device
     inputs = make_inputs(model, 1, PROMPT_TOKENS)
-    rows = {name: inputs[name].expand(batch, -1) for name in ("input_ids", "attention_mask")}
-    rows["audio_index"] = torch.zeros(batch, dtype=torch.long, device=device)
     seconds = []
     for _ in range(3):
         synchronize(device)
         start = time.perf_counter()
         model.generate(
-            **rows,
+            input_ids=inputs["input_ids"].expand(batch, -1),
+            attention_mask=inputs["attention_mask"].expand(batch, -1),
             input_features=inputs["input_features"],
+            audio_index=torch.zeros(batch, dtype=torch.long, device=device),
             max_new_tokens=num_tokens,
             min_new_tokens=num_tokens,
             do_sample=False,
@@ -64,7 +65,7 @@ def time_generate(model: torch.nn.Module, batch: int, num_tokens: int, **setting
     }
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,38 +85,37 @@ def main() -> None:
         help="Batch sizes with a static cache.",
     )
     parser.add_argument("--num_tokens", type=int, default=64, help="New tokens of each answer.")
-    parser.add_argument(
-        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser.add_argument("--device", type=torch.device, default=default_device())
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_args()
     model = make_model("ltu", args.size, "all", args.device).eval()
-    is_gpu = args.device.type == "cuda"
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(args.device) if is_gpu else "cpu",
-        "size": args.size,
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
-    }
+    report: dict[str, Any] = {"device": device_name(args.device), "size": args.size}
+    for package in ("torch", "transformers", "peft"):
+        report[package] = version(package)
     for name in ("first", "second"):
         synchronize(args.device)
         start = time.perf_counter()
         difference = compare_cached_logits(model)
-        results[f"{name}_check"] = {
+        report[f"{name}_check"] = {
             "seconds": round(time.perf_counter() - start, 2),
             "difference": difference,
         }
-    results["rows"] = [time_generate(model, batch, args.num_tokens) for batch in args.dynamic]
+    measurements = []
+    for batch in args.dynamic:
+        measurements.append(time_generate(model, batch, args.num_tokens))
     for batch in args.static:
-        results["rows"].append(
-            time_generate(model, batch, args.num_tokens, cache_implementation="static")
-        )
-    if is_gpu:
-        results["peak_gib"] = round(torch.cuda.max_memory_allocated(args.device) / 2**30, 1)
-    text = json.dumps(results, indent=1)
-    print(text)
-    if args.output_path:
-        args.output_path.write_text(text + "\n", encoding="utf-8")
+        result = time_generate(model, batch, args.num_tokens, cache_implementation="static")
+        measurements.append(result)
+    report["measurements"] = measurements
+    peak = peak_gib(args.device)
+    if peak is not None:
+        report["peak_gib"] = round(peak, 1)
+    print_report(report)
+    write_report(report, args.output_path)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,16 @@ of training.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from data.toy.build import ROWS
+from data.toy.build import DEFAULTS
 from eval import toy, toy_speech
 
 STAGE4 = "stage4_all_mix"
-SCRIPTS = {"ltu": "toy_fold.sh", "ltu_as": "toy_fold_as.sh"}
+SCRIPT = "train_scripts/quickstart/toy_fold.sh"
 
 
 def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None:
@@ -40,19 +41,12 @@ def run_fold(kind: str, fold: int, seed: int, folder: Path, alone: bool) -> None
     environment = dict(os.environ)
     flags = []
     if alone:
-        *before, last = map(int, ROWS.split(","))
-        numbers = [*before, sum(before) + last]
-        environment["ROWS"] = ",".join(map(str, numbers))
+        num_examples = list(DEFAULTS["ltu"].num_examples)
+        num_examples[-1] = sum(num_examples)
+        environment["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(folder / "init"), *learning_rate()]
-    command = [
-        "bash",
-        f"train_scripts/quickstart/{SCRIPTS[kind]}",
-        str(fold),
-        str(seed),
-        str(folder),
-        *flags,
-    ]
+    command = ["bash", SCRIPT, kind, str(fold), str(seed), str(folder), *flags]
     subprocess.run(command, env=environment, check=True)
 
 
@@ -61,7 +55,7 @@ def learning_rate() -> list[str]:
 
     Stage 4 alone must learn what they otherwise do.
     """
-    flags = Path("train_scripts/quickstart/toy.args").read_text().split()
+    flags = shlex.split(Path("train_scripts/quickstart/toy.args").read_text(), comments=True)
     position = flags.index("--learning_rate")
     return flags[position : position + 2]
 
@@ -124,7 +118,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("exp/toy"))
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=list(SCRIPTS), default="ltu")
+    parser.add_argument("--kind", choices=("ltu", "ltu_as"), default="ltu")
     parser.add_argument(
         "--alone",
         action="store_true",
@@ -138,11 +132,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    name = "alone" if args.alone else "fold"
-    folders = [args.output_dir / f"{name}{fold}" for fold in args.folds]
-    for fold, folder in zip(args.folds, folders, strict=True):
+    name = "fold"
+    path = args.output_dir / "results.json"
+    if args.alone:
+        name = "alone"
+        path = args.output_dir / "results_alone.json"
+    folders = []
+    seconds = {}
+    for fold in args.folds:
+        folder = args.output_dir / f"{name}{fold}"
         run_fold(args.kind, fold, args.seed, folder, args.alone)
-    seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
+        folders.append(folder)
+        seconds[folder.name] = round(seconds_of_training(folder), 1)
     if args.kind == "ltu_as":
         table = toy.evaluate(folders, audio_encoder=None)
         speech = toy_speech.evaluate([max(folder.glob("stage3*")) for folder in folders])
@@ -156,7 +157,6 @@ def main(argv: list[str] | None = None) -> None:
         result = table.to_json() | {"seconds_of_training": seconds}
         text = toy.format_table(table)
     result["verdicts"] = found
-    path = args.output_dir / ("results_alone.json" if args.alone else "results.json")
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(text)
     for bound, is_met in found.items():

@@ -18,13 +18,13 @@ of the whole process on a CPU, allocated memory on a GPU.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # On a shared machine, spinning threads would also measure the other processes.
@@ -36,6 +36,8 @@ from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 from whisper.model import ResidualAttentionBlock, disable_sdpa  # noqa: E402
 
+from benchmarks.device import default_device, synchronize  # noqa: E402
+from benchmarks.report import write_report  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig  # noqa: E402
 from ltu_as import LtuAsConfig, TltrConfig  # noqa: E402
 
@@ -53,7 +55,7 @@ LLM = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
 )
-LORA = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
 
 class BareBlock(nn.Module):
@@ -148,15 +150,41 @@ class BareStack(BareLlm):
         return self.loss(x, text)
 
 
-def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a measurement.
+
+    Args:
+        kind: "ltu" or "ltu_as".
+        steps: Timed steps of each side.
+        batch_size: Examples of a step.
+        text_tokens: Text tokens of an example.
+        num_layers: Layers of the audio encoder of LTU.
+        dtypes: "fp32", "bf16".
+        device: "cpu", "cuda", ...
+        threads: Threads of torch.
+    """
+
+    kind: str
+    steps: int
+    batch_size: int
+    text_tokens: int
+    num_layers: int
+    dtypes: list[str]
+    device: str
+    threads: int
+
+
+def make_step(side: str, settings: Settings, dtype: str) -> Callable[[], None]:
     """Return a function that makes one optimizer step of `side`, "bare" or "ours"."""
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    text = torch.randint(3, LLM["vocab_size"], (args.batch_size, args.text_tokens), device=device)
-    if args.kind == "ltu":
+    device = torch.device(settings.device)
+    batch_size = settings.batch_size
+    text = torch.randint(3, LLM["vocab_size"], (batch_size, settings.text_tokens), device=device)
+    if settings.kind == "ltu":
         config_class = LtuConfig
         bare_class = BareStack
-        audio_encoder = CavMaeConfig(num_hidden_layers=args.num_layers)
+        audio_encoder = CavMaeConfig(num_hidden_layers=settings.num_layers)
         shape = (audio_encoder.num_frames, audio_encoder.num_mel_bins)
     else:
         config_class = LtuAsConfig
@@ -167,7 +195,7 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
             audio_encoder.num_audio_tokens,
             audio_encoder.hidden_size,
         )
-    features = torch.randn(args.batch_size, *shape, device=device)
+    features = torch.randn(batch_size, *shape, device=device)
     if side == "bare":
         model = bare_class(audio_encoder).to(device).train()
         inputs = {"text": text, "input_features": features}
@@ -175,7 +203,7 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
         config = config_class(audio_config=audio_encoder, text_config=LlamaConfig(**LLM), lora=LORA)
         model = AutoModelForCausalLM.from_config(config).to(device).train()
         model.set_trainable("all")
-        audio = text.new_full((args.batch_size, config.num_audio_tokens), config.audio_token_id)
+        audio = text.new_full((batch_size, config.num_audio_tokens), config.audio_token_id)
         input_ids = torch.cat([audio, text], dim=1)  # (batch, 32 + text)
         inputs = dict(
             input_ids=input_ids,
@@ -193,8 +221,7 @@ def make_step(side: str, args: argparse.Namespace, dtype: str) -> Callable[[], N
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
 
     return step
 
@@ -205,40 +232,44 @@ def peak_bytes(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     import resource  # Unix only, like the measurement.
 
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1024
+    if sys.platform == "darwin":
+        unit = 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measure_peak(side: str, args: argparse.Namespace, dtype: str) -> int:
+def measure_peak(side: str, settings: Settings, dtype: str) -> int:
     """Return the peak in bytes of two steps of `side`, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--worker", side, "--dtypes", dtype]
     for name in ("kind", "batch_size", "text_tokens", "num_layers", "device", "threads"):
-        command.append(f"--{name}={getattr(args, name)}")
+        command.append(f"--{name}={getattr(settings, name)}")
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(output.strip().splitlines()[-1])
 
 
-def bare_dtype(args: argparse.Namespace, dtype: str) -> str:
+def bare_dtype(kind: str, dtype: str) -> str:
     """Return the dtype in which the bare side computes."""
-    return "fp32" if args.kind == "ltu_as" else dtype
+    if kind == "ltu_as":
+        return "fp32"
+    return dtype
 
 
-def measure_peaks(args: argparse.Namespace, dtype: str) -> dict[str, int]:
+def measure_peaks(settings: Settings, dtype: str) -> dict[str, int]:
     """Return the peak in bytes of each side."""
     return {
-        "bare": measure_peak("bare", args, bare_dtype(args, dtype)),
-        "ours": measure_peak("ours", args, dtype),
+        "bare": measure_peak("bare", settings, bare_dtype(settings.kind, dtype)),
+        "ours": measure_peak("ours", settings, dtype),
     }
 
 
-def measure_seconds(args: argparse.Namespace, dtype: str) -> dict[str, list[float]]:
+def measure_seconds(settings: Settings, dtype: str) -> dict[str, list[float]]:
     """Return the seconds of every step; the sides alternate after one warm-up step of each."""
     steps = {
-        "bare": make_step("bare", args, bare_dtype(args, dtype)),
-        "ours": make_step("ours", args, dtype),
+        "bare": make_step("bare", settings, bare_dtype(settings.kind, dtype)),
+        "ours": make_step("ours", settings, dtype),
     }
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for number in range(args.steps + 1):
+    seconds: dict[str, list[float]] = {"bare": [], "ours": []}
+    for number in range(settings.steps + 1):
         for side, step in steps.items():
             start = time.perf_counter()
             step()
@@ -247,14 +278,14 @@ def measure_seconds(args: argparse.Namespace, dtype: str) -> dict[str, list[floa
     return seconds
 
 
-def compare(args: argparse.Namespace, dtype: str, peaks: dict[str, int]) -> dict:
+def compare(settings: Settings, dtype: str, peaks: dict[str, int]) -> dict:
     """Measure the time of both sides; compare it and the peaks with the bounds."""
-    seconds = measure_seconds(args, dtype)
+    seconds = measure_seconds(settings, dtype)
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     time_ratio = medians["ours"] / medians["bare"]
     peak_ratio = peaks["ours"] / peaks["bare"]
-    is_fast = time_ratio <= MAX_TIME[args.kind][dtype]
-    is_small = peak_ratio <= MAX_PEAK[args.kind]
+    is_fast = time_ratio <= MAX_TIME[settings.kind][dtype]
+    is_small = peak_ratio <= MAX_PEAK[settings.kind]
     return {
         "dtype": dtype,
         "seconds": seconds,
@@ -266,22 +297,25 @@ def compare(args: argparse.Namespace, dtype: str, peaks: dict[str, int]) -> dict
     }
 
 
-def print_table(args: argparse.Namespace, results: list[dict]) -> None:
-    depth = f", {args.num_layers} layers" if args.kind == "ltu" else ""
-    size = f"{args.kind}, batch {args.batch_size} x {args.text_tokens} text tokens{depth}"
-    print(f"\n{args.device}, {args.threads} threads, {size}, torch {torch.__version__}")
+def print_table(settings: Settings, results: list[dict]) -> None:
+    """Print the settings, and one line for each dtype."""
+    size = f"batch {settings.batch_size} x {settings.text_tokens} text tokens"
+    if settings.kind == "ltu":
+        size += f", {settings.num_layers} layers"
+    machine = f"{settings.device}, {settings.threads} threads, torch {torch.__version__}"
+    print(f"\n{settings.kind}, {size}; {machine}")
     columns = f"{'bare':>9}{'ours':>9}{'ratio':>8}{'bound':>7}"
     print(f"{'':6}{columns}   {columns}")
     for result in results:
         dtype = result["dtype"]
         seconds = result["median_seconds"]
-        peaks = {side: peak / 2**30 for side, peak in result["peak_bytes"].items()}
+        peaks = result["peak_bytes"]
         verdict = "ok" if result["within"] else "OVER"
         print(
             f"{dtype:6}{seconds['bare']:8.2f}s{seconds['ours']:8.2f}s"
-            f"{result['time_ratio']:8.3f}{MAX_TIME[args.kind][dtype]:7.2f}   "
-            f"{peaks['bare']:7.2f}Gi{peaks['ours']:7.2f}Gi"
-            f"{result['peak_ratio']:8.3f}{MAX_PEAK[args.kind]:7.2f}   {verdict}"
+            f"{result['time_ratio']:8.3f}{MAX_TIME[settings.kind][dtype]:7.2f}   "
+            f"{peaks['bare'] / 2**30:7.2f}Gi{peaks['ours'] / 2**30:7.2f}Gi"
+            f"{result['peak_ratio']:8.3f}{MAX_PEAK[settings.kind]:7.2f}   {verdict}"
         )
 
 
@@ -300,7 +334,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(MAX_TIME["ltu"]), default=list(MAX_TIME["ltu"])
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     parser.add_argument(
@@ -311,27 +345,31 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    torch.set_num_threads(args.threads)
+    settings = Settings(
+        kind=args.kind,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        text_tokens=args.text_tokens,
+        num_layers=args.num_layers,
+        dtypes=args.dtypes,
+        device=args.device,
+        threads=args.threads,
+    )
+    torch.set_num_threads(settings.threads)
     if args.worker:
-        step = make_step(args.worker, args, args.dtypes[0])
+        step = make_step(args.worker, settings, settings.dtypes[0])
         step()
         step()
-        print(peak_bytes(args.device))
+        print(peak_bytes(settings.device))
         return 0
     # Measure all memory first: on Linux the peak of a child starts at the resident memory of its
     # parent, which must still be small.
-    peaks = {dtype: measure_peaks(args, dtype) for dtype in args.dtypes}
-    results = [compare(args, dtype, peaks[dtype]) for dtype in args.dtypes]
-    print_table(args, results)
-    if args.output_path:
-        settings = dict(vars(args))
-        del settings["output_path"]
-        del settings["worker"]
-        report = {"settings": settings, "results": results}
-        args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        args.output_path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"written to {args.output_path}")
-    return 0 if all(result["within"] for result in results) else 1
+    peaks = {dtype: measure_peaks(settings, dtype) for dtype in settings.dtypes}
+    results = [compare(settings, dtype, peaks[dtype]) for dtype in settings.dtypes]
+    print_table(settings, results)
+    write_report({"settings": asdict(settings), "results": results}, args.output_path)
+    is_within = all(result["within"] for result in results)
+    return int(not is_within)
 
 
 if __name__ == "__main__":

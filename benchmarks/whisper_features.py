@@ -13,9 +13,9 @@ weights.
 
 import argparse
 import copy
-import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +31,8 @@ import torch  # noqa: E402
 from whisper.audio import log_mel_spectrogram, pad_or_trim  # noqa: E402
 from whisper.model import ModelDimensions, Whisper, disable_sdpa  # noqa: E402
 
+from benchmarks.device import default_device, synchronize  # noqa: E402
+from benchmarks.report import print_report, write_report  # noqa: E402
 from ltu.data.audio import SAMPLING_RATE  # noqa: E402
 from ltu_as import LtuAsFeatureExtractor  # noqa: E402
 
@@ -89,14 +91,12 @@ def one_by_one(
     return features
 
 
-def seconds(run: Callable[[], object]) -> float:
+def measure_seconds(run: Callable[[], object], device: str) -> float:
     """Return how long a function takes, including the work that it leaves to a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -111,7 +111,7 @@ def parse_args() -> argparse.Namespace:
         default="base",
         help="Size of the random model that is used without --whisper.",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument(
         "--feature_precision",
         choices=MAX_ERROR,
@@ -121,15 +121,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output_path", help="Write the report there as JSON.")
+    parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     is_cuda = args.device.startswith("cuda")
-    precision = args.feature_precision or ("fp16" if is_cuda else "fp32")
+    precision = args.feature_precision
+    if precision is None:
+        precision = "fp16" if is_cuda else "fp32"
     with tempfile.TemporaryDirectory() as folder:
         path = args.whisper or random_whisper(args.size, folder)
         extractor = LtuAsFeatureExtractor(None, None, path, None, precision)
@@ -142,12 +144,14 @@ def main() -> None:
     clips = []
     for _ in range(args.clips):
         clips.append(rng.standard_normal(10 * SAMPLING_RATE).astype(np.float32) * 0.1)
-    starts = range(0, len(clips), args.batch_size)
-    batches = [clips[start : start + args.batch_size] for start in starts]
     dtype = torch.float16 if is_half else torch.float32
 
     def ours() -> torch.Tensor:
-        return torch.cat([extractor(batch).input_features for batch in batches])
+        features = []
+        for start in range(0, len(clips), args.batch_size):
+            batch = clips[start : start + args.batch_size]
+            features.append(extractor(batch).input_features)
+        return torch.cat(features)
 
     def theirs() -> np.ndarray:
         return np.stack(one_by_one(extractor, clips, dtype))
@@ -164,10 +168,13 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, (run, context) in sides.items():
             with context():
-                times[name].append(seconds(run))
+                times[name].append(measure_seconds(run, args.device))
     rates = {name: args.clips / statistics.median(values) for name, values in times.items()}
-    speedups = {name: rates["ours"] / rates[name] for name in ("one_by_one", "original_attention")}
-    needed = MIN_SPEEDUP["cuda" if is_half or is_cuda else "cpu"]
+    speedups = {
+        "one_by_one": rates["ours"] / rates["one_by_one"],
+        "original_attention": rates["ours"] / rates["original_attention"],
+    }
+    needed = MIN_SPEEDUP[extractor.device.type]
     report = {
         "device": args.device,
         "threads": args.threads,
@@ -180,14 +187,15 @@ def main() -> None:
         "needed": needed,
         "largest_difference": error,
     }
-    print(json.dumps(report, indent=1))
-    equal = "equal" if error <= MAX_ERROR[precision] else "DIFFER"
-    verdict = "reaches" if speedups["one_by_one"] >= needed else "falls short of"
+    print_report(report)
+    is_equal = error <= MAX_ERROR[precision]
+    is_fast = speedups["one_by_one"] >= needed
+    equal = "equal" if is_equal else "DIFFER"
+    verdict = "reaches" if is_fast else "falls short of"
     print(f"numbers {equal}; {verdict} {needed} x")
-    if args.output_path:
-        Path(args.output_path).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(report, args.output_path)
+    return int(not (is_equal and is_fast))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -228,14 +228,16 @@ def read_ids(file: Path, column: str | None = None) -> Iterator[str]:
     if file.suffix.lower() in TABLES:
         yield from _ids_of_table(file, column)
         return
-    for number, row in enumerate(stream_rows(file), start=1):
-        name = column or next((name for name in ID_COLUMNS if name in row), None)
-        if name not in row:
+    for number, example in enumerate(stream_rows(file), start=1):
+        name = column
+        if name is None:
+            name = next((name for name in ID_COLUMNS if name in example), None)
+        if name not in example:
             raise ValueError(
-                f"{file}, example {number} has no {name or 'audio_id'!r}, only {sorted(row)}."
+                f"{file}, example {number} has no {name or 'audio_id'!r}, only {sorted(example)}."
             )
-        if row[name] not in NO_AUDIO:
-            yield str(row[name])
+        if example[name] not in NO_AUDIO:
+            yield str(example[name])
 
 
 def _ids_of_table(file: Path, column: str | None) -> Iterator[str]:

@@ -1,7 +1,7 @@
 r"""Generates closed-ended questions and answers by rule from the metadata of your own clips.
 
-    python -m data.closed_qa --metadata CLIPS.csv --output_path ROWS.json --dataset my_set
-    python -m data.closed_qa --metadata CLIPS.json --output_path ROWS.jsonl \
+    python -m data.closed_qa --metadata CLIPS.csv --output_path EXAMPLES.json --dataset my_set
+    python -m data.closed_qa --metadata CLIPS.json --output_path EXAMPLES.jsonl \
         --tasks cla_label cla_label_des --descriptions DESCRIPTIONS.json \
         --columns labels=tags audio_id=file_name --audio_ids OUT/audio_ids.csv
 
@@ -31,7 +31,7 @@ A number becomes a name such as "high". For pitch in Hz the cut points depend on
 the papers, unless --cuts gives others. The cut points of speed and energy are those of --cuts or,
 without them, divide the numbers into thirds.
 
-Every example is drawn from a random stream of its own, which the seed, the clip, the task and the
+Every example has a random stream of its own, which the seed, the clip, the task and the
 value of the key determine. Other examples do not change it.
 """
 
@@ -48,7 +48,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from data.audio_ids import read_cells
-from data.provenance import audio_root_of, write_provenance, write_rows
+from data.command_line import command_parser
+from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
@@ -97,13 +98,13 @@ class RuleSettings:
 def make_question(
     questions: list[str], answer: str, fields: Fields, rng: Random, prefix_fraction: float
 ) -> tuple[str, str]:
-    """Draw a question and fill its placeholders and those of the answer.
+    """Select a question and fill its placeholders and those of the answer.
 
     Args:
-        questions: templates, of which one is drawn.
+        questions: templates, of which one is selected.
         answer: template of the answer.
         fields: fill both.
-        rng: draws the question and whether it begins with `PREFIX`.
+        rng: selects the question and whether it begins with `PREFIX`.
         prefix_fraction: fraction of the questions that do.
 
     Returns:
@@ -115,17 +116,17 @@ def make_question(
     return question.format(**fields), answer.format(**fields)
 
 
-def make_row(
+def make_example(
     question: str, answer: str, audio_id: str, dataset: str, task: str, text: str | None = ""
 ) -> dict[str, str]:
     """Return an example with its keys in the order of the papers' data.
 
     The key `input` is left out if `text` is None.
     """
-    row = {"instruction": question}
+    example = {"instruction": question}
     if text is not None:
-        row["input"] = text
-    return row | {"audio_id": audio_id, "dataset": dataset, "task": task, "output": answer}
+        example["input"] = text
+    return example | {"audio_id": audio_id, "dataset": dataset, "task": task, "output": answer}
 
 
 def name_of(value: float, cuts: tuple[float, ...], names: tuple[str, ...]) -> str:
@@ -161,9 +162,14 @@ def gender_of(record: dict) -> str | None:
 
 def listed(value: Any) -> list[str]:
     """Return the non-empty items of a list, or of a text that separates them with ";"."""
-    items = value.split(";") if isinstance(value, str) else value or []
-    stripped = [str(item).strip() for item in items]
-    return [item for item in stripped if item]
+    if isinstance(value, str):
+        value = value.split(";")
+    items = []
+    for item in value or []:
+        text = str(item).strip()
+        if text:
+            items.append(text)
+    return items
 
 
 # The functions below return the fields of each example of a task. They take a record, a random
@@ -191,14 +197,22 @@ def caption_fields(record: dict, rng: Random, settings: RuleSettings) -> list[Fi
     return [{"caption": text.strip(), "style": style} for text in captions if text.strip()]
 
 
+class Event(NamedTuple):
+    """A sound event, in seconds. Events are sorted by their onsets."""
+
+    onset: float
+    offset: float
+    label: str
+
+
 def event_fields(kind: str, record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
     events = []
     for event in record["events"]:
-        events.append((float(event["onset"]), float(event["offset"]), event["label"]))
+        events.append(Event(float(event["onset"]), float(event["offset"]), event["label"]))
     events.sort()
     spans = defaultdict(list)
-    for onset, offset, label in events:
-        spans[label].append(f"{onset:.1f}-{offset:.1f}")
+    for event in events:
+        spans[event.label].append(f"{event.onset:.1f}-{event.offset:.1f}")
     described = {label: f"{label}: [{', '.join(times)}]" for label, times in spans.items()}
     if kind == "all":
         return [{"events": "; ".join(described.values())}]
@@ -207,12 +221,11 @@ def event_fields(kind: str, record: dict, rng: Random, settings: RuleSettings) -
         return [{"label": label, "events": described[label]}]
     # No event is first if two begin at the same time. None begins and ends first if the one that
     # begins first outlasts another.
-    is_tied = len({onset for onset, _, _ in events}) < len(events)
-    first_offset = events[0][1]
-    is_outlasting = first_offset >= min((offset for _, offset, _ in events[1:]), default=0.0)
+    is_tied = len({event.onset for event in events}) < len(events)
+    is_outlasting = events[0].offset >= min((event.offset for event in events[1:]), default=0.0)
     if len(spans) < 2 or is_tied or (kind == "first" and is_outlasting):
         return []
-    labels = [label for label, _ in groupby(label for _, _, label in events)]
+    labels = [label for label, _ in groupby(events, key=lambda event: event.label)]
     return [{"first": labels[0], "order": "; ".join(labels)}]
 
 
@@ -305,7 +318,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def rows_of(
+def examples_of(
     record: dict, tasks: list[str], texts: dict, settings: RuleSettings
 ) -> Iterator[dict[str, str]]:
     """Yield all examples of one record.
@@ -324,8 +337,7 @@ def rows_of(
         rng = Random(f"{settings.seed}/{record['audio_id']}/{name}/{value}")
         for fields in task.fields_of(record, rng, settings):
             # Leave out empty texts; only the style may be empty.
-            required = [text for key, text in fields.items() if key != "style"]
-            if not all(text.strip() for text in required):
+            if any(not text.strip() and key != "style" for key, text in fields.items()):
                 continue
             question, answer = make_question(
                 texts[name]["questions"],
@@ -336,7 +348,7 @@ def rows_of(
             )
             transcript = record.get("input", None if record.get("text") else "")
             dataset = record.get("dataset") or settings.dataset
-            yield make_row(question, answer, record["audio_id"], dataset, name, transcript)
+            yield make_example(question, answer, record["audio_id"], dataset, name, transcript)
 
 
 def read_records(
@@ -350,8 +362,8 @@ def read_records(
         file: the metadata.
         columns: our key -> keys of the file; several of them make a list.
         separator: between labels, or genres, in a text.
-        audio_ids: id of a clip in the file -> `audio_id`; other clips are left out. None keeps the
-            ids of the file.
+        audio_ids: id of a clip in the file -> `audio_id`; other clips are left out. None: the ids
+            of the file are used.
 
     Raises:
         ValueError: a record has no `audio_id`, or the file cannot be read.
@@ -359,12 +371,16 @@ def read_records(
     is_table = file.suffix.lower() in (".csv", ".tsv")
     records = _table(file) if is_table else stream_rows(file)
     for number, record in enumerate(records, start=1):
+        # Rename the columns of --columns.
         for ours, theirs in columns.items():
             values = [record[name] for name in theirs if record.get(name) not in (None, "")]
             if len(theirs) > 1:
                 record[ours] = values
+            elif values:
+                record[ours] = values[0]
             else:
-                record[ours] = values[0] if values else None
+                record[ours] = None
+        # Split texts at the separator of --separator; `listed` splits at ";" only.
         for key in ("labels", "genre"):
             if isinstance(record.get(key), str):
                 record[key] = record[key].split(separator)
@@ -447,7 +463,8 @@ def read_cuts(file: Path) -> dict:
     if not isinstance(given, dict):
         raise _cuts_error(file, "", given)
     for key, cuts in given.items():
-        for points in cuts.values() if isinstance(cuts, dict) else [cuts]:
+        lists = list(cuts.values()) if isinstance(cuts, dict) else [cuts]
+        for points in lists:
             if key not in NAMES or not _are_cut_points(points):
                 raise _cuts_error(file, key, cuts)
     return given
@@ -484,24 +501,13 @@ def read_audio_ids(file: Path) -> dict[str, str]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; `columns` becomes a dict, our key -> keys of the file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None)
     parser.add_argument(
         "--metadata",
         required=True,
         type=Path,
         metavar="CLIPS",
         help="The metadata of the clips: CSV, TSV, JSON, JSON lines or Parquet.",
-    )
-    parser.add_argument(
-        "--output_path",
-        required=True,
-        type=Path,
-        metavar="ROWS",
-        help="The dataset file to write: .json, .jsonl or .parquet.",
     )
     parser.add_argument(
         "--tasks",
@@ -564,37 +570,41 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    given_files = (args.metadata, args.audio_ids, args.descriptions, args.cuts)
-    inputs = [path for path in given_files if path]
+    # Read the templates, and everything that the rules need besides the records.
+    inputs = list(filter(None, [args.metadata, args.audio_ids, args.descriptions, args.cuts]))
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     audio_ids = read_audio_ids(args.audio_ids) if args.audio_ids else None
     read = partial(read_records, args.metadata, args.columns, args.separator, audio_ids)
     settings = RuleSettings(args.dataset, args.seed, args.prefix_fraction, args.style)
     if args.descriptions:
         settings.descriptions = json.loads(args.descriptions.read_bytes())
-    settings.cuts = find_cuts(read(), read_cuts(args.cuts) if args.cuts else {})
+    # Cut points are thirds of all numbers, so the metadata is read twice.
+    given_cuts = read_cuts(args.cuts) if args.cuts else {}
+    settings.cuts = find_cuts(read(), given_cuts)
 
+    # Generate the examples, record by record.
     counts: Counter[str] = Counter()
-    with write_rows(args.output_path, inputs) as output:
+    with write_examples(args.output_path, inputs) as output:
         for number, record in enumerate(read(), start=1):
             counts["records"] = number
             count_before = output.count
             try:
-                for row in rows_of(record, args.tasks, texts, settings):
-                    output.write(row)
-                    counts[row["task"]] += 1
+                for example in examples_of(record, args.tasks, texts, settings):
+                    output.write(example)
+                    counts[example["task"]] += 1
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{args.metadata}, record {number} ({record['audio_id']}): {error!r}. "
                     "Fix the record."
                 ) from error
-            counts["records without a row"] += output.count == count_before
+            counts["records without an example"] += output.count == count_before
         if not output.count:
             raise ValueError(
                 f"{args.metadata}: none of {counts['records']} records makes an example: name the "
-                "keys with --columns; spell ids as --audio_ids does (data.prepare_audio --against "
-                "CLIPS)."
+                "keys with --columns; spell ids as --audio_ids does (data.prepare_audio "
+                "--clip_list CLIPS)."
             )
+    # Record the settings, and print the counts.
     facts = {
         "dataset": settings.dataset,
         "seed": settings.seed,

@@ -14,35 +14,74 @@ The parts are read in the order in which they are given, and all files of a part
 repetition.
 
 Without a seed the original's lists have an arbitrary order. --original_shuffle gives the order that
-its scripts would give after `random.seed(0)`: the questions that get the prefix are drawn example
-by example, then the list is shuffled.
+its scripts would give after `random.seed(0)`: the questions that get the prefix are sampled
+example by example, then the list is shuffled.
 """
 
 import argparse
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from data.provenance import audio_root_of, write_provenance, write_rows
-from data.shuffle import add_order_flags, order_of, shuffle_rows
+import msgspec
+
+from data.command_line import OUTPUT_HELP, command_parser
+from data.provenance import audio_root_of, write_examples, write_provenance
+from data.shuffle import add_order_flags, order_facts, shuffle_examples
 from ltu.data.dataset_io import encode_row, stream_rows
 from ltu.files import run_command
 
 RECIPES = Path(__file__).parent / "recipes"
 CLOSED_ENDED = "Closed-ended question: "
-RECIPE_KEYS = {"about", "parts", "expected"}
-PART_KEYS = {"rows", "repeat", "closed_ended_share"}
 
 
-def read_mixture(name: str) -> dict[str, Any]:
+class RecipePart(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A part of a recipe; the defaults change nothing.
+
+    Attributes:
+        num_examples: the published number of examples.
+        repeat: pattern of a dataset -> how often its examples are repeated.
+        closed_ended_fraction: fraction of the questions that get the prefix.
+    """
+
+    num_examples: int | None = None
+    repeat: dict[str, int] = {}
+    closed_ended_fraction: float = 0.0
+
+
+class PublishedNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Published numbers of examples of a whole recipe.
+
+    A number like `"683k"` was rounded to thousands.
+
+    Attributes:
+        num_examples: of the whole recipe.
+        dataset: pattern of a dataset -> its number.
+        task: pattern of a task -> its number.
+    """
+
+    num_examples: int | None = None
+    dataset: dict[str, int | str] = {}
+    task: dict[str, int | str] = {}
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The parts of a dataset and what was published about it."""
+
+    parts: dict[str, RecipePart]
+    about: str = ""
+    expected: PublishedNumbers = PublishedNumbers()
+
+
+def read_recipe(name: str) -> Recipe:
     """Read a recipe by its name or path.
 
     Raises:
-        ValueError: there is no such recipe, or it has an unknown key.
+        ValueError: there is no such recipe, or it is not a valid one.
     """
     path = RECIPES / f"{name}.json"
     if not path.is_file():
@@ -50,100 +89,97 @@ def read_mixture(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.json")))
         raise ValueError(f"No recipe {name!r}. Give a file, or one of {known}.")
-    recipe = json.loads(path.read_text(encoding="utf-8"))
-    unknown = recipe.keys() - RECIPE_KEYS
-    for part in recipe["parts"].values():
-        unknown |= part.keys() - PART_KEYS
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown keys {sorted(unknown)}; a part may have {sorted(PART_KEYS)}."
-        )
-    return recipe
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Recipe)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        known = ", ".join(RecipePart.__struct_fields__)
+        raise ValueError(f"{path}: {error}. A part may have {known}.") from error
 
 
-def part_rows(
-    path: Path, part: dict[str, Any], generator: random.Random
+def part_examples(
+    path: Path, part: RecipePart, generator: random.Random
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples of a file, repeated and prefixed as its part of the recipe says.
 
     Args:
         path: the dataset file.
-        part: the part of the recipe; `{}` changes nothing.
-        generator: draws the questions that get the prefix.
+        part: the part of the recipe.
+        generator: samples the questions that get the prefix.
     """
-    repeats = {pattern.lower(): times for pattern, times in part.get("repeat", {}).items()}
-    fraction = part.get("closed_ended_share", 0)
+    repeats = {pattern.lower(): times for pattern, times in part.repeat.items()}
+    fraction = part.closed_ended_fraction
     for repetition in range(max([1, *repeats.values()])):
-        for row in stream_rows(path):
-            if repetition >= _times(row, repeats):
+        for example in stream_rows(path):
+            if repetition >= _times(example, repeats):
                 continue
             if fraction and generator.random() < fraction:
-                row["instruction"] = f"{CLOSED_ENDED}{row.get('instruction', '')}"
-            yield row
+                example["instruction"] = f"{CLOSED_ENDED}{example.get('instruction', '')}"
+            yield example
 
 
-def _times(row: dict[str, Any], repeats: dict[str, int]) -> int:
+def _times(example: dict[str, Any], repeats: dict[str, int]) -> int:
     """Return how often an example is repeated; `repeats` is pattern of a dataset -> times."""
     if not repeats:
         return 1
-    dataset = str(row.get("dataset", "")).lower()
+    dataset = str(example.get("dataset", "")).lower()
     for pattern, times in repeats.items():
         if fnmatchcase(dataset, pattern):
             return times
     return 1
 
 
-class Counts(dict):
+@dataclass
+class Counts:
     """Numbers of examples by part, dataset and task."""
 
-    def __init__(self) -> None:
-        super().__init__(part=Counter(), dataset=Counter(), task=Counter())
+    part: Counter[str] = field(default_factory=Counter)
+    dataset: Counter[str] = field(default_factory=Counter)
+    task: Counter[str] = field(default_factory=Counter)
 
-    def add(self, part: str, row: dict[str, Any]) -> None:
+    def add(self, part: str, example: dict[str, Any]) -> None:
         """Count an example of a part."""
-        self["part"][part] += 1
-        self["dataset"][str(row.get("dataset"))] += 1
-        self["task"][str(row.get("task"))] += 1
+        self.part[part] += 1
+        self.dataset[str(example.get("dataset"))] += 1
+        self.task[str(example.get("task"))] += 1
 
 
-def differences(counts: Counts, recipe: dict[str, Any]) -> list[str]:
-    """Return one line for each number that differs from the published one.
-
-    A published number like `"683k"` was rounded to thousands.
-    """
-    expected = recipe.get("expected", {})
-    published: list[tuple[str, str, int | str]] = []  # (kind, pattern, number)
-    for name, part in recipe["parts"].items():
-        if "rows" in part:
-            published.append(("part", name, part["rows"]))
-    for kind in ("dataset", "task"):
-        for pattern, number in expected.get(kind, {}).items():
-            published.append((kind, pattern, number))
-
+def differences(counts: Counts, recipe: Recipe) -> list[str]:
+    """Return one line for each number that differs from the published one."""
+    parts = {}
+    for name, part in recipe.parts.items():
+        if part.num_examples is not None:
+            parts[name] = part.num_examples
     lines = []
-    for kind, pattern, number in published:
-        found = 0
-        for name, count in counts[kind].items():
-            if fnmatchcase(name.lower(), pattern.lower()):
-                found += count
-        if isinstance(number, str):
-            is_equal = f"{found / 1000:.0f}k" == number
-            shown = number
-        else:
-            is_equal = found == number
-            shown = f"{number:,}"
-        if not is_equal:
-            lines.append(f"{kind} {pattern}: {found:,} examples, published {shown}")
+    for kind, published, found in (
+        ("part", parts, counts.part),
+        ("dataset", recipe.expected.dataset, counts.dataset),
+        ("task", recipe.expected.task, counts.task),
+    ):
+        for pattern, number in published.items():
+            count = 0
+            for name, count_of_name in found.items():
+                if fnmatchcase(name.lower(), pattern.lower()):
+                    count += count_of_name
+            if not _is_equal(count, number):
+                shown = number if isinstance(number, str) else f"{number:,}"
+                lines.append(f"{kind} {pattern}: {count:,} examples, published {shown}")
 
-    total = counts["part"].total()
-    number = expected.get("rows")
+    total = counts.part.total()
+    number = recipe.expected.num_examples
     if number is not None and number != total:
         lines.append(f"all: {total:,} examples, published {number:,}")
     return lines
 
 
+def _is_equal(count: int, published: int | str) -> bool:
+    """Return whether a count equals a published number, which may be rounded, such as "683k"."""
+    if isinstance(published, str):
+        return f"{count / 1000:.0f}k" == published
+    return count == published
+
+
 def parse_parts(
-    given: list[str], recipe: dict[str, Any] | None, is_partial: bool
+    given: list[str], recipe: Recipe | None, is_partial: bool
 ) -> list[tuple[str, Path]]:
     """Parse the values of --data_path.
 
@@ -160,15 +196,15 @@ def parse_parts(
     """
     if recipe is None:
         return [(name, Path(name)) for name in given]
-    known = ", ".join(f"{name}=FILE" for name in recipe["parts"])
+    known = ", ".join(f"{name}=FILE" for name in recipe.parts)
     parts = []
     for entry in given:
         name, _, file = entry.partition("=")
         path = Path(file)
-        if name not in recipe["parts"] or path == Path():
+        if name not in recipe.parts or path == Path():
             raise ValueError(f"{name!r} is not a part of the recipe: give --data_path {known}.")
         parts.append((name, path))
-    missing = recipe["parts"].keys() - {name for name, _ in parts}
+    missing = recipe.parts.keys() - {name for name, _ in parts}
     if missing and not is_partial:
         raise ValueError(
             f"No file for {', '.join(sorted(missing))}: give {known}, or --partial to leave parts "
@@ -178,20 +214,14 @@ def parse_parts(
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--data_path",
         nargs="+",
         metavar="[PART=]FILE",
         help="The dataset files to read: JSON lists, JSON lines or Parquet.",
     )
-    parser.add_argument(
-        "--output_path", type=Path, help="The dataset file to write; its suffix selects the format."
-    )
+    parser.add_argument("--output_path", type=Path, help=OUTPUT_HELP)
     parser.add_argument("--recipe", help="The name or the file of a recipe.")
     parser.add_argument(
         "--partial", action="store_true", help="Leave out the parts that no file is given for."
@@ -212,9 +242,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def print_recipes() -> None:
     """Print name, parts and description of every recipe in data/recipes."""
     for path in sorted(RECIPES.glob("*.json")):
-        recipe = read_mixture(path.stem)
-        parts = " ".join(f"{part}=FILE" for part in recipe["parts"])
-        print(f"{path.stem}: {parts}\n  {recipe['about']}")
+        recipe = read_recipe(path.stem)
+        parts = " ".join(f"{part}=FILE" for part in recipe.parts)
+        print(f"{path.stem}: {parts}\n  {recipe.about}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,42 +252,46 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print_recipes()
         return 0
-    recipe = read_mixture(args.recipe) if args.recipe else None
+    recipe = read_recipe(args.recipe) if args.recipe else None
     parts = parse_parts(args.data_path, recipe, args.partial)
-    settings = recipe["parts"] if recipe else {}
+    part_of = recipe.parts if recipe else {}
     counts = Counts()
 
-    def rows(generator: random.Random) -> Iterator[dict[str, Any]]:
+    def examples(generator: random.Random) -> Iterator[dict[str, Any]]:
         nonlocal counts
         counts = Counts()  # The original's order reads everything twice.
         for name, path in parts:
-            for row in part_rows(path, settings.get(name, {}), generator):
-                counts.add(name, row)
-                yield row
+            for example in part_examples(path, part_of.get(name, RecipePart()), generator):
+                counts.add(name, example)
+                yield example
 
+    # Write the examples in random order, or in that of the files.
     files = [path for _, path in parts]
-    with write_rows(args.output_path, files) as output:
+    with write_examples(args.output_path, files) as output:
         if args.no_shuffle:
-            lines = (encode_row(row) for row in rows(random.Random(args.seed)))
+            lines = (encode_row(example) for example in examples(random.Random(args.seed)))
         else:
-            lines = shuffle_rows(rows, args.output_path, args.seed, args.original_shuffle)
+            lines = shuffle_examples(examples, args.output_path, args.seed, args.original_shuffle)
         for line in lines:
             output.write(line)
 
-    order = {"order": "as given", "seed": args.seed} if args.no_shuffle else order_of(args)
+    # Record the counts, and compare them with the published ones.
+    order = order_facts(args.seed, args.original_shuffle)
+    if args.no_shuffle:
+        order = {"order": "as given", "seed": args.seed}
     unlike = differences(counts, recipe) if recipe else []
     facts = {
-        "recipe": recipe,
+        "recipe": msgspec.to_builtins(recipe),
         "parts": [name for name, _ in parts],
-        "rows": output.count,
-        "counts": counts,
+        "num_examples": output.count,
+        "counts": vars(counts),
         **order,
         "differences": unlike,
         **audio_root_of(args.output_path, files),
     }
     write_provenance(args.output_path, "combine", files, **facts)
     print(f"{args.output_path}: {output.count:,} examples")
-    for name, count in counts["part"].items():
+    for name, count in counts.part.items():
         print(f"  {name}: {count:,}")
     for line in unlike:
         print(f"  differs: {line}")

@@ -1,29 +1,56 @@
 """Defines the flags that the commands of `data/` share."""
 
 import argparse
+import os
 from pathlib import Path
 
+INPUT_HELP = "The dataset file to read: a JSON list, JSON lines or Parquet."
 OUTPUT_HELP = "The dataset file to write; its suffix selects the format."
 
 
-def command_parser(doc: str | None, output: str | None = OUTPUT_HELP) -> argparse.ArgumentParser:
-    """Return a parser with --data_path and, unless `output` is None, --output_path.
+def command_parser(
+    doc: str | None, data_path: str | None = INPUT_HELP, output_path: str | None = OUTPUT_HELP
+) -> argparse.ArgumentParser:
+    """Return a parser with the flags --data_path and --output_path.
 
     Args:
         doc: the docstring of the module, which becomes the help of the command.
-        output: help text of --output_path.
+        data_path: help text of --data_path; None leaves the flag out.
+        output_path: help text of --output_path; None leaves the flag out.
     """
     parser = argparse.ArgumentParser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--data_path",
-        required=True,
-        type=Path,
-        help="The dataset file to read: a JSON list, JSON lines or Parquet.",
-    )
-    if output:
-        parser.add_argument("--output_path", required=True, type=Path, help=output)
+    if data_path:
+        parser.add_argument("--data_path", required=True, type=Path, help=data_path)
+    if output_path:
+        parser.add_argument("--output_path", required=True, type=Path, help=output_path)
     return parser
+
+
+def add_audio_root(parser: argparse.ArgumentParser) -> None:
+    """Add --audio_root."""
+    parser.add_argument(
+        "--audio_root",
+        type=Path,
+        help="Folder of relative audio_ids (default: the folder of the dataset file).",
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, which must be at least 1."""
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        default=os.cpu_count(),
+        help="The number of processes that decode (default: the number of CPUs).",
+    )
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

@@ -22,7 +22,6 @@ The exit code is 1 if a clip was found or cannot be decoded.
 
 import argparse
 import hashlib
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,9 +31,9 @@ from itertools import islice
 from pathlib import Path
 
 from data.audio_ids import NO_AUDIO, stem, youtube
-from data.command_line import command_parser
+from data.command_line import add_audio_root, add_workers, command_parser
 from data.duplicate_detection import DuplicateDetector
-from data.provenance import audio_root_of, write_provenance, write_rows
+from data.provenance import audio_root_of, write_examples, write_provenance
 from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
 from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
@@ -72,9 +71,9 @@ def clips_of(path: Path) -> Iterator[str]:
     """Return every `audio_id` of a dataset file once, in constant memory."""
     with tempfile.TemporaryDirectory() as folder:
         clips = DuplicateDetector(folder)
-        for number, row in enumerate(stream_rows(path)):
-            if row.get("audio_id") not in NO_AUDIO:
-                clips.add(row["audio_id"], number)
+        for number, example in enumerate(stream_rows(path)):
+            if example.get("audio_id") not in NO_AUDIO:
+                clips.add(example["audio_id"], number)
         firsts = clips.firsts()
     return (audio_id for audio_id, _ in first_clips(path, firsts))
 
@@ -105,12 +104,24 @@ class Unreadable:
             self.names.append(name)
 
 
-def read_eval_clips(args: argparse.Namespace, unreadable: Unreadable) -> EvalClips:
-    """Read the clips of the evaluation files, and decode them if --content is given."""
+def read_eval_clips(
+    paths: list[Path], root: Path | None, has_content: bool, workers: int, unreadable: Unreadable
+) -> EvalClips:
+    """Read the clips of the evaluation files.
+
+    Args:
+        paths: the evaluation files.
+        root: folder of their clips (None: the folder of each file).
+        has_content: whether to decode the clips, so that they can be compared by content.
+        workers: number of processes that decode.
+        unreadable: clips that cannot be decoded are added to it.
+    """
     eval_clips = EvalClips()
-    for path in args.eval_files:
-        audio_ids = (row.get("audio_id") for row in stream_rows(path))
-        clips = list(dict.fromkeys(clip for clip in audio_ids if clip not in NO_AUDIO))
+    for path in paths:
+        clips: dict[str, None] = {}  # An ordered set.
+        for example in stream_rows(path):
+            if example.get("audio_id") not in NO_AUDIO:
+                clips[example["audio_id"]] = None
 
         # A name that several clips of a file have is not an id, unless it is a YouTube id.
         times = Counter(id_of(clip) for clip in clips if not youtube(clip))
@@ -126,9 +137,8 @@ def read_eval_clips(args: argparse.Namespace, unreadable: Unreadable) -> EvalCli
                 "use --content"
             )
 
-        if args.content:
-            root = args.eval_root or path.parent
-            for clip, digest in hash_clips(clips, root, args.workers):
+        if has_content:
+            for clip, digest in hash_clips(clips, root or path.parent, workers):
                 if digest is None:
                     unreadable.add(f"{path.name}: {clip}")
                 else:
@@ -137,7 +147,7 @@ def read_eval_clips(args: argparse.Namespace, unreadable: Unreadable) -> EvalCli
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__, None)
+    parser = command_parser(__doc__, output_path=None)
     parser.add_argument(
         "--eval_files",
         required=True,
@@ -145,11 +155,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="The dataset files of evaluation questions to compare with.",
     )
-    parser.add_argument(
-        "--audio_root",
-        type=Path,
-        help="Folder of the training clips (default: the folder of the dataset file).",
-    )
+    add_audio_root(parser)
     parser.add_argument(
         "--eval_root",
         type=Path,
@@ -163,19 +169,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="A dataset file for the training examples without the clips that were found.",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="The number of processes that decode (default: the number of CPUs).",
-    )
+    add_workers(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     unreadable = Unreadable()
-    eval_clips = read_eval_clips(args, unreadable)
+    eval_clips = read_eval_clips(
+        args.eval_files, args.eval_root, args.content, args.workers, unreadable
+    )
 
     # Compare by content: decode every training clip once.
     copies: dict[str, str] = {}  # Training clip -> description of the evaluation clip.
@@ -191,9 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, str] = {}
     num_examples = 0
     num_contaminated = 0
-    for row in stream_rows(args.data_path):
+    for example in stream_rows(args.data_path):
         num_examples += 1
-        clip = row.get("audio_id")
+        clip = example.get("audio_id")
         if clip in NO_AUDIO:
             continue
         if clip in copies:
@@ -214,11 +217,11 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.clean_path:
         inputs = [args.data_path, *args.eval_files]
-        with write_rows(args.clean_path, inputs) as output:
-            for row in stream_rows(args.data_path):
-                if row.get("audio_id") not in found:
-                    output.write(row)
-        facts = {"content": args.content, "rows": output.count, "removed": num_contaminated}
+        with write_examples(args.clean_path, inputs) as output:
+            for example in stream_rows(args.data_path):
+                if example.get("audio_id") not in found:
+                    output.write(example)
+        facts = {"content": args.content, "num_examples": output.count, "removed": num_contaminated}
         facts |= audio_root_of(args.clean_path, [args.data_path], args.audio_root)
         write_provenance(args.clean_path, "contamination_check", inputs, **facts)
     return int(bool(found or unreadable.count))

@@ -43,9 +43,9 @@ class DuplicateDetector:
         file_number = hashes % NUM_FILES  # (n,)
         table = table[np.argsort(file_number, kind="stable")]
         ends = np.cumsum(np.bincount(file_number, minlength=NUM_FILES))[:-1]
-        for number, rows in enumerate(np.split(table, ends)):
+        for number, part in enumerate(np.split(table, ends)):
             with open(self._path(number), "ab") as file:
-                rows.tofile(file)
+                part.tofile(file)
         self.hashes = array("q")
         self.numbers = array("q")
 

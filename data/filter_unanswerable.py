@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from data.command_line import command_parser
-from data.provenance import audio_root_of, write_provenance, write_rows
+from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.dataset_io import RowWriter, encode_row, stream_rows
 from ltu.files import run_command
 
@@ -154,9 +154,9 @@ def main(argv: list[str] | None = None) -> int:
         dropped_writer = nullcontext()
     else:
         dropped_writer = RowWriter(args.dropped_path, [args.data_path, args.output_path])
-    with write_rows(args.output_path, [args.data_path]) as remaining, dropped_writer as dropped:
-        for row in stream_rows(args.data_path):
-            output = row.get("output")
+    with write_examples(args.output_path, [args.data_path]) as remaining, dropped_writer as dropped:
+        for example in stream_rows(args.data_path):
+            output = example.get("output")
             if not isinstance(output, str):
                 output = ""
             is_dropped = {"original": is_unanswerable(output, "original"), "refusal": False}
@@ -166,12 +166,13 @@ def main(argv: list[str] | None = None) -> int:
             for rule in num_dropped:
                 num_dropped[rule] += is_dropped[rule]
             if not is_dropped[args.rule]:
-                remaining.write(encode_row(row))
+                remaining.write(encode_row(example))
             elif dropped is not None:
-                dropped.write(encode_row(row))
+                dropped.write(encode_row(example))
 
+    # Record and print the counts of both rules.
     total = remaining.count + num_dropped[args.rule]
-    facts = {"rule": args.rule, "rows": total, "dropped": num_dropped}
+    facts = {"rule": args.rule, "num_examples": total, "dropped": num_dropped}
     facts |= audio_root_of(args.output_path, [args.data_path])
     write_provenance(args.output_path, "filter_unanswerable", [args.data_path], **facts)
     print(f"{args.output_path}: {remaining.count:,} of {total:,} examples")

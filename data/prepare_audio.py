@@ -2,12 +2,12 @@ r"""Converts a folder of audio files into a folder of mono 16 kHz FLAC, and list
 
     python -m data.prepare_audio --input DIR --output_dir OUT --workers 8
     python -m data.prepare_audio --input DIR --output_dir OUT --naming audioset \
-        --against balanced_train_segments.csv
+        --clip_list balanced_train_segments.csv
     python -m data.prepare_audio --input DIR --output_dir OUT --table file_and_audio_id.csv
 
 OUT/manifest.jsonl has a line for every source file: its `audio_id` (the path of its FLAC in OUT),
 seconds, sampling rate and channels, or why it failed. OUT/audio_ids.csv has the `audio_id` of each
-clip, next to its `id` as --against spells it. With --against, OUT/audio_ids.csv.provenance.json
+clip, next to its `id` as --clip_list spells it. With --clip_list, OUT/audio_ids.csv.provenance.json
 contains the coverage: how many of the listed clips exist, and which are missing.
 
 A clip is what `ltu.data.audio` decodes from a file: channel 0 at 16 kHz, or an error. The level is
@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -48,7 +49,8 @@ import torch
 from tqdm import tqdm
 
 from data.audio_ids import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
-from data.audio_manifest import AudioManifest
+from data.audio_manifest import AudioManifest, ManifestEntry
+from data.command_line import add_workers, command_parser
 from data.provenance import provenance_path, write_provenance
 from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, decode_audio
 from ltu.files import run_command, sync_and_rename
@@ -103,7 +105,7 @@ def _printable(text: str) -> str:
 
 def make_plan(
     sources: Iterator[str], rule: str | None, table: dict[str, str] | None
-) -> tuple[list[Job], list[dict]]:
+) -> tuple[list[Job], list[ManifestEntry]]:
     """Decide which file becomes which clip.
 
     Args:
@@ -125,28 +127,32 @@ def make_plan(
             audio_id = audio_id_of(source, rule)
             detail = f"is not a name of {rule}; give --table, or leave --naming out"
         if audio_id is None:
-            refused.append(_refusal(source, "name", f"{source} {detail}."))
+            refused.append(ManifestEntry(None, source, "name", error=f"{source} {detail}."))
         elif audio_id in jobs:
             error = (
                 f"{source} would become {audio_id}, as {jobs[audio_id]} does. Remove one, or give "
                 "--table."
             )
-            refused.append(_refusal(source, "clash", error))
+            refused.append(ManifestEntry(None, source, "clash", error=error))
         else:
             jobs[audio_id] = source
     return [(source, audio_id) for audio_id, source in jobs.items()], refused
 
 
-def _refusal(source: str, status: str, error: str) -> dict:
-    """Return the manifest entry of a file that does not become a clip."""
-    return {"audio_id": None, "file": source, "status": status, "error": error}
+@dataclass
+class ConvertedClip:
+    """What the manifest says about a clip; the attributes are those of `ManifestEntry`."""
+
+    seconds: float
+    sampling_rate: int
+    channels: int
+    bits: int
+    clipped: int
+    bytes: int
 
 
-def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dict:
+def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> ConvertedClip:
     """Decode a file and write it as FLAC at its own level.
-
-    Returns:
-        what the manifest says about the clip.
 
     Raises:
         AudioError: the file cannot be decoded, or its peak is above `MAX_PEAK`.
@@ -172,17 +178,17 @@ def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> dic
     unfinished = target.with_name(target.name + ".tmp")
     unfinished.write_bytes(flac.getvalue())
     sync_and_rename(unfinished, target)
-    return {
-        "seconds": round(len(steps) / SAMPLING_RATE, 3),
-        "sampling_rate": clip.sampling_rate,
-        "channels": clip.channels,
-        "bits": bits,
-        "clipped": num_clipped,
-        "bytes": len(flac.getvalue()),
-    }
+    return ConvertedClip(
+        seconds=round(len(steps) / SAMPLING_RATE, 3),
+        sampling_rate=clip.sampling_rate,
+        channels=clip.channels,
+        bits=bits,
+        clipped=num_clipped,
+        bytes=len(flac.getvalue()),
+    )
 
 
-def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
+def run_job(job: Job, folder: str, output: str, max_seconds: float) -> ManifestEntry:
     """Convert one file and return its manifest entry.
 
     Args:
@@ -196,25 +202,27 @@ def run_job(job: Job, folder: str, output: str, max_seconds: float) -> dict:
     """
     name, audio_id = job
     source = Path(folder) / name
-    entry = {"audio_id": audio_id, "file": name, "status": "ok"}
+    entry = ManifestEntry(audio_id, name)
     try:
         source_stat = source.stat()
     except OSError as error:
         message = f"{source}: {error.strerror}. Fix the link, or its folder."
-        return entry | {"status": "missing", "error": message}
-    entry |= {"size": source_stat.st_size, "mtime_ns": source_stat.st_mtime_ns}
+        return replace(entry, status="missing", error=message)
+    entry.size = source_stat.st_size
+    entry.mtime_ns = source_stat.st_mtime_ns
     try:
-        return entry | convert(source, Path(output) / audio_id, max_seconds)
+        clip = convert(source, Path(output) / audio_id, max_seconds)
     except AudioError as error:
-        return entry | {"status": error.reason, "error": str(error)}
+        return replace(entry, status=error.reason, error=str(error))
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         message = f"{source}: the name is too long for {audio_id}.tmp. Shorten it."
-        return entry | {"status": "name", "error": message}
+        return replace(entry, status="name", error=message)
+    return replace(entry, **vars(clip))
 
 
-def run(jobs: list[Job], workers: int, *settings) -> Iterator[dict]:
+def run(jobs: list[Job], workers: int, *settings) -> Iterator[ManifestEntry]:
     """Yield the manifest entries of all jobs, in the order in which they are finished.
 
     Args:
@@ -245,7 +253,7 @@ def run(jobs: list[Job], workers: int, *settings) -> Iterator[dict]:
                 yield _run_alone(unfinished.pop(audio_id), *settings)
 
 
-def _run_alone(job: Job, *settings) -> dict:
+def _run_alone(job: Job, *settings) -> ManifestEntry:
     """Run a job in a process of its own and return its entry, also if it kills the process."""
     name, audio_id = job
     try:
@@ -256,7 +264,7 @@ def _run_alone(job: Job, *settings) -> dict:
             f"{name} kills the process that reads it (memory, or a bug of libsndfile). "
             "Leave it out."
         )
-        return {"audio_id": audio_id, "file": name, "status": "crash", "error": error}
+        return ManifestEntry(audio_id, name, "crash", error=error)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -288,7 +296,7 @@ def write_ids(
         path: the file.
         manifest: has the clips.
         rule: naming rule of the files, or None.
-        wanted: clip id -> its spellings in --against, each of which gets a line. If it is None, a
+        wanted: clip id -> its spellings in --clip_list, each of which gets a line. If it is None, a
             clip is listed under its `audio_id` without suffix.
     """
     part = path.with_name(f"{path.name}.tmp")
@@ -296,7 +304,7 @@ def write_ids(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "audio_id"])
         for audio_id, entry in sorted(manifest.entries.items()):
-            if entry["status"] != "ok":
+            if entry.status != "ok":
                 continue
             for name in (wanted or {}).get(key_of(audio_id, rule), [stem_of(audio_id)]):
                 writer.writerow([name, audio_id])
@@ -310,32 +318,32 @@ def measure_coverage(
     """Count the requested clips that exist, and list the others by status.
 
     Args:
-        wanted: clip id -> its spellings in --against.
+        wanted: clip id -> its spellings in --clip_list.
         manifest: has the clips.
         rule: naming rule of the files, or None.
     """
     status_of = {}
     for audio_id, entry in manifest.entries.items():
-        status_of[key_of(audio_id, rule)] = entry["status"]
+        status_of[key_of(audio_id, rule)] = entry.status
     missing: dict[str, list[str]] = {}
     for key, spellings in wanted.items():
         status = status_of.get(key, "absent")
         if status != "ok":
             missing.setdefault(status, []).append(spellings[0])
-    num_missing = sum(len(names) for names in missing.values())
+    num_missing = 0
+    sorted_missing = {}
+    for status in sorted(missing):
+        num_missing += len(missing[status])
+        sorted_missing[status] = sorted(missing[status])
     return {
         "requested": len(wanted),
         "prepared": len(wanted) - num_missing,
-        "missing": {status: sorted(missing[status]) for status in sorted(missing)},
+        "missing": sorted_missing,
     }
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--input", required=True, type=Path, metavar="DIR", help="The folder of audio files."
     )
@@ -349,22 +357,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="A CSV or TSV file: source file and audio_id. Other files are left out.",
     )
     parser.add_argument(
-        "--against",
+        "--clip_list",
         type=Path,
         help="Metadata (CSV, TSV) or a dataset file (JSON) that lists the clips to look for.",
     )
     parser.add_argument(
-        "--id_column", help="The column of --against with the ids, if its name is not a usual one."
+        "--id_column",
+        help="The column of --clip_list with the ids, if its name is not a usual one.",
     )
     parser.add_argument(
-        "--only_asked", action="store_true", help="Leave out files that --against does not list."
+        "--only_listed", action="store_true", help="Leave out files that --clip_list does not list."
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="The number of processes (default: the number of CPUs).",
-    )
+    add_workers(parser)
     parser.add_argument(
         "--max_seconds",
         type=float,
@@ -383,10 +387,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.naming and args.table:
         parser.error("--naming and --table both name the clips; give one of them")
-    if args.only_asked and not args.against:
-        parser.error("--only_asked needs --against")
-    if args.workers < 1:
-        parser.error(f"--workers must be at least 1, got {args.workers}")
+    if args.only_listed and not args.clip_list:
+        parser.error("--only_listed needs --clip_list")
     if not args.input.is_dir():
         parser.error(f"--input {args.input} is not a folder")
     if args.input.resolve() == args.output_dir.resolve():
@@ -396,11 +398,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    wanted = read_wanted(args.against, args.id_column, args.naming) if args.against else None
+    # Decide which file becomes which clip.
+    wanted = None
+    if args.clip_list:
+        wanted = read_wanted(args.clip_list, args.id_column, args.naming)
+    table = read_table(args.table) if args.table else None
     not_audio: Counter[str] = Counter()
     sources = find_sources(args.input, args.output_dir.resolve(), not_audio)
-    jobs, refused = make_plan(sources, args.naming, read_table(args.table) if args.table else None)
-    if args.only_asked:
+    jobs, refused = make_plan(sources, args.naming, table)
+    if args.only_listed:
         jobs = [job for job in jobs if key_of(job[1], args.naming) in wanted]
     ignored = ", ".join(f"{count} {suffix}" for suffix, count in not_audio.most_common(5))
     print(
@@ -408,11 +414,12 @@ def main(argv: list[str] | None = None) -> int:
         f"not audio: {ignored or 'none'}"
     )
     if args.dry_run:
-        lines = [f"{source} -> {audio_id}" for source, audio_id in jobs[:SHOWN]]
-        print(_printable("\n".join(lines)))
+        for source, audio_id in jobs[:SHOWN]:
+            print(_printable(f"{source} -> {audio_id}"))
         return 0
 
     with AudioManifest(args.output_dir) as manifest:
+        # Convert what no earlier run has converted.
         todo = [job for job in jobs if not manifest.is_done(job, args.input)]
         settings = (str(args.input), str(args.output_dir), args.max_seconds)
         entries = run(todo, args.workers, *settings)
@@ -420,6 +427,7 @@ def main(argv: list[str] | None = None) -> int:
             manifest.append(entry)
         manifest.write(refused)
 
+        # Write the list of clips with its provenance and coverage.
         facts = {
             "input": str(args.input),
             "naming": args.naming,
@@ -429,14 +437,16 @@ def main(argv: list[str] | None = None) -> int:
         if wanted is not None:
             facts["coverage"] = measure_coverage(wanted, manifest, args.naming)
             prepared = facts["coverage"]["prepared"]
-            print(f"coverage: {prepared} of the {len(wanted)} clips of {args.against}")
+            print(f"coverage: {prepared} of the {len(wanted)} clips of {args.clip_list}")
         write_ids(args.output_dir / IDS, manifest, args.naming, wanted)
-        inputs = [path for path in (args.table, args.against) if path]
+        inputs = list(filter(None, [args.table, args.clip_list]))
         write_provenance(args.output_dir / IDS, "prepare_audio", inputs, **facts)
         return int(report(jobs, len(todo), refused, manifest) > args.max_bad)
 
 
-def report(jobs: list[Job], tried: int, refused: list[dict], manifest: AudioManifest) -> int:
+def report(
+    jobs: list[Job], tried: int, refused: list[ManifestEntry], manifest: AudioManifest
+) -> int:
     """Print the result of a run and return the number of files that failed.
 
     Args:
@@ -446,21 +456,27 @@ def report(jobs: list[Job], tried: int, refused: list[dict], manifest: AudioMani
         manifest: has the entries of the jobs.
     """
     entries = [manifest.entries[audio_id] for _, audio_id in jobs] + refused
-    failed = [entry for entry in entries if entry["status"] != "ok"]
-    converted = [entry for entry in entries if entry["status"] == "ok"]
-    hours = sum(entry["seconds"] for entry in converted) / 3600
-    num_clipped = sum(entry["clipped"] > 0 for entry in converted)
+    statuses: Counter[str] = Counter()
+    errors = []
+    seconds = 0.0
+    num_clipped = 0
+    for entry in entries:
+        statuses[entry.status] += 1
+        if entry.status == "ok":
+            seconds += entry.seconds
+            num_clipped += entry.clipped > 0
+        else:
+            errors.append(entry.error)
     print(
-        f"{manifest.folder}: {len(converted)} clips, {hours:.2f} h; {len(jobs) - tried} were done "
-        f"before; {num_clipped} clipped"
+        f"{manifest.folder}: {statuses.pop('ok', 0)} clips, {seconds / 3600:.2f} h; "
+        f"{len(jobs) - tried} were done before; {num_clipped} clipped"
     )
-    if failed:
-        counts = Counter(entry["status"] for entry in failed).most_common()
-        reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
+    if errors:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in statuses.most_common())
         print(f"failed: {reasons}; see {manifest.path}")
-        errors = [f"  {entry['error']}" for entry in failed[:SHOWN]]
-        print(_printable("\n".join(errors)), file=sys.stderr)
-    return len(failed)
+        for error in errors[:SHOWN]:
+            print(_printable(f"  {error}"), file=sys.stderr)
+    return len(errors)
 
 
 if __name__ == "__main__":

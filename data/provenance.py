@@ -27,7 +27,7 @@ def provenance_path(output: str | Path) -> Path:
 
 
 @contextmanager
-def write_rows(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[RowWriter]:
+def write_examples(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[RowWriter]:
     """Open a `RowWriter` that removes an older provenance file before the output gets its name.
 
     A run that is killed may therefore leave a dataset file without provenance, but never one with
@@ -90,8 +90,8 @@ def _roots_of(source: Path) -> list[str]:
 
 def _has_relative_ids(path: Path) -> bool:
     """Read a dataset file up to the first relative `audio_id`."""
-    for row in stream_rows(path):
-        audio_id = row.get("audio_id")
+    for example in stream_rows(path):
+        audio_id = example.get("audio_id")
         if audio_id not in NO_AUDIO and not str(audio_id).startswith("/"):
             return True
     return False

@@ -48,7 +48,7 @@ from typing import NamedTuple
 
 from data.audio_ids import NO_AUDIO, SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
 from data.command_line import command_parser
-from data.provenance import write_provenance, write_rows
+from data.provenance import write_examples, write_provenance
 from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
@@ -286,7 +286,7 @@ class ClipLocator:
     ) -> list[str]:
         """Return the file that shares the most last folders with an id, or two of several.
 
-        A binary search in the sorted files keeps the time short when many have the same name.
+        A binary search in the sorted files bounds the time when many have the same name.
 
         Args:
             audio_id: the id.
@@ -300,6 +300,7 @@ class ClipLocator:
         can_prefer_name = not (is_video and segment(audio_id) is None)
         # The folders of a video do not matter.
         order = "" if is_video else reversed_folders(audio_id)
+        # Collect the files with these keys, grouped by their names.
         groups = []
         for number in folders:
             for key in keys:
@@ -318,6 +319,7 @@ class ClipLocator:
             rank = (shared.count("/"), can_prefer_name and name == own_name)
             if rank < best:
                 continue
+            # All files that share these folders are neighbours: take one of them, or two.
             begin = bisect_left(files, (shared,))
             end = bisect_left(files, (shared + LAST_CHARACTER,))
             nearest = two_of(files[index][1] for index in range(begin, end))
@@ -426,10 +428,12 @@ def main(argv: list[str] | None = None) -> int:
         old, _, new = prefix.partition("=")
         prefixes.append((old, new))
     locator = ClipLocator(args.table, prefixes, args.folder)
-    for row in stream_rows(args.data_path):
-        if row.get("audio_id") not in NO_AUDIO:
-            locator.claim(str(row["audio_id"]), str(row.get("dataset")))
+    # Read the examples once to find out which files several clips match.
+    for example in stream_rows(args.data_path):
+        if example.get("audio_id") not in NO_AUDIO:
+            locator.claim(str(example["audio_id"]), str(example.get("dataset")))
 
+    # Read them again and replace every audio_id by the path of its file.
     total: Counter[str] = Counter()  # Examples with audio, by dataset.
     found: Counter[str] = Counter()
     num_missing = 0
@@ -437,20 +441,20 @@ def main(argv: list[str] | None = None) -> int:
     first_missing: list[str] = []
     first_ambiguous: list[str] = []
     base = args.output_path.parent.absolute()
-    with write_rows(args.output_path, [args.data_path]) as output:
-        for number, row in enumerate(stream_rows(args.data_path), start=1):
-            audio_id = row.get("audio_id")
+    with write_examples(args.output_path, [args.data_path]) as output:
+        for number, example in enumerate(stream_rows(args.data_path), start=1):
+            audio_id = example.get("audio_id")
             if audio_id in NO_AUDIO:
-                output.write(row)
+                output.write(example)
                 continue
-            dataset = str(row.get("dataset"))
+            dataset = str(example.get("dataset"))
             total[dataset] += 1
             path, reason = locator.find(str(audio_id), dataset)
             if path is not None:
                 found[dataset] += 1
                 path = os.path.abspath(path)
-                row["audio_id"] = os.path.relpath(path, base) if args.relative else path
-                output.write(row)
+                example["audio_id"] = os.path.relpath(path, base) if args.relative else path
+                output.write(example)
             elif reason:
                 num_ambiguous += 1
                 if len(first_ambiguous) < SHOWN:
@@ -466,11 +470,12 @@ def main(argv: list[str] | None = None) -> int:
                 "--drop_missing."
             )
 
+    # Record and print the coverage.
     coverage = {}
     for dataset, number in total.most_common():
-        coverage[dataset] = {"rows": number, "found": found[dataset]}
+        coverage[dataset] = {"num_examples": number, "found": found[dataset]}
     facts = {
-        "rows": output.count,
+        "num_examples": output.count,
         "coverage": coverage,
         "missing": num_missing,
         "ambiguous": num_ambiguous,
@@ -479,7 +484,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     write_provenance(args.output_path, "remap_paths", [args.data_path, *args.table], **facts)
     for dataset, numbers in coverage.items():
-        print(f"  {dataset}: {numbers['found']:,} of {numbers['rows']:,} examples")
+        print(f"  {dataset}: {numbers['found']:,} of {numbers['num_examples']:,} examples")
     if num_ambiguous:
         print(
             f"  ambiguous: {num_ambiguous:,} examples ({'; '.join(first_ambiguous)}). Select the "

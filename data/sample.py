@@ -1,7 +1,7 @@
 r"""Samples a few clips with all their questions: a small dataset from a large one.
 
-    python -m data.sample --data_path A.json --output_path toy/rows.json --clips 500 --seed 1
-    python -m data.sample --data_path A.json --output_path toy/rows.json --clips 50 \
+    python -m data.sample --data_path A.json --output_path toy/examples.json --clips 500 --seed 1
+    python -m data.sample --data_path A.json --output_path toy/examples.json --clips 50 \
         --by_dataset --copy_audio
 
 The seed and the audio_id decide whether a clip is sampled, and the order of the examples does not:
@@ -20,8 +20,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from data.audio_ids import NO_AUDIO
-from data.command_line import command_parser
-from data.provenance import audio_root_of, write_provenance, write_rows
+from data.command_line import add_audio_root, command_parser
+from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.dataset_io import stream_rows
 from ltu.files import run_command
 
@@ -39,11 +39,11 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
     """
     chosen: dict[str, dict[str, bytes]] = defaultdict(dict)  # Dataset -> audio_id -> hash.
     highest: dict[str, bytes] = {}  # Dataset -> hash; clips with higher ones are not chosen.
-    for row in stream_rows(path):
-        audio_id = row.get("audio_id")
+    for example in stream_rows(path):
+        audio_id = example.get("audio_id")
         if audio_id in NO_AUDIO:
             continue
-        group = str(row.get("dataset")) if by_dataset else ""
+        group = str(example.get("dataset")) if by_dataset else ""
         content = f"{seed}/{audio_id}".encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(content, digest_size=DIGEST_SIZE).digest()
         if digest > highest.get(group, b"\xff" * DIGEST_SIZE):
@@ -54,6 +54,7 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
             lowest = sorted(chosen[group].items(), key=lambda pair: pair[1])[:clips]
             chosen[group] = dict(lowest)
             highest[group] = lowest[-1][1]
+    # Choose the lowest hashes of those that are left.
     names: set[str] = set()
     for digests in chosen.values():
         names.update(sorted(digests, key=digests.__getitem__)[:clips])
@@ -77,6 +78,7 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
     new_ids: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(names):
+        # Find a file name that no other clip has.
         source = root / name
         target = folder / "audio" / Path(name).name
         hashed = name.encode()
@@ -84,6 +86,7 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
             prefix = hashlib.blake2b(hashed, digest_size=4).hexdigest()
             target = target.with_name(f"{prefix}_{Path(name).name}")
             hashed += b"/"
+        # Copy the clip whole, or not at all; an earlier run may have copied it.
         taken.add(target.name)
         new_ids[name] = f"audio/{target.name}"
         if not target.exists():
@@ -107,11 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed that selects the clips (default: 0)."
     )
-    parser.add_argument(
-        "--audio_root",
-        type=Path,
-        help="Folder of relative audio_ids (default: the folder of the dataset file).",
-    )
+    add_audio_root(parser)
     parser.add_argument(
         "--copy_audio", action="store_true", help="Copy the clips into audio/ next to the output."
     )
@@ -123,20 +122,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.copy_audio:
         root = args.audio_root or args.data_path.parent
         new_ids = copy_clips(chosen, root, args.output_path.parent)
-    with write_rows(args.output_path, [args.data_path]) as output:
-        for row in stream_rows(args.data_path):
-            audio_id = row.get("audio_id")
+    with write_examples(args.output_path, [args.data_path]) as output:
+        for example in stream_rows(args.data_path):
+            audio_id = example.get("audio_id")
             if audio_id in chosen:
-                output.write(row | {"audio_id": new_ids.get(audio_id, audio_id)})
-    settings = {
+                output.write(example | {"audio_id": new_ids.get(audio_id, audio_id)})
+    facts = {
+        "num_examples": output.count,
         "clips": len(chosen),
         "seed": args.seed,
         "by_dataset": args.by_dataset,
         "copied": args.copy_audio,
     }
     if not args.copy_audio:
-        settings |= audio_root_of(args.output_path, [args.data_path], args.audio_root)
-    write_provenance(args.output_path, "sample", [args.data_path], rows=output.count, **settings)
+        facts |= audio_root_of(args.output_path, [args.data_path], args.audio_root)
+    write_provenance(args.output_path, "sample", [args.data_path], **facts)
     print(f"{args.output_path}: {output.count:,} examples on {len(chosen):,} clips")
     return 0
 

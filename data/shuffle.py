@@ -8,7 +8,7 @@ bits, and the examples are sorted by their keys with temporary files next to the
 enough to be sorted in memory. The order depends only on the seed and the number of examples, not on
 the file format, the memory or the machine.
 
---original_shuffle gives the order of Python's `random.seed(0); random.shuffle(rows)`, which the
+--original_shuffle gives the order of Python's `random.seed(0); random.shuffle(examples)`, which the
 original's lists would have with a seed. It needs 8 bytes of memory for each example and reads the
 file twice.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from data.command_line import command_parser
-from data.provenance import audio_root_of, write_provenance, write_rows
+from data.provenance import audio_root_of, write_examples, write_provenance
 from data.temporary_files import temporary_folder
 from ltu.data.dataset_io import encode_row, stream_rows
 from ltu.files import run_command
@@ -64,7 +64,7 @@ class DiskSort:
         self.buffered = 0
 
     def _path(self, number: int) -> str:
-        # A string, because pathlib would keep every name in memory.
+        # A string, because pathlib stores every name in memory.
         return f"{self.folder}/{self.depth}_{number:02x}"
 
     def __iter__(self) -> Iterator[bytes]:
@@ -108,8 +108,8 @@ def original_keys(count: int, generator: random.Random) -> Iterator[int]:
     return (int(index) * step for index in position)
 
 
-def shuffle_rows(
-    rows: Callable[[random.Random], Iterable[dict[str, Any]]],
+def shuffle_examples(
+    examples: Callable[[random.Random], Iterable[dict[str, Any]]],
     output: Path,
     seed: int,
     is_original: bool = False,
@@ -117,33 +117,34 @@ def shuffle_rows(
     """Yield encoded examples in random order.
 
     Args:
-        rows: returns the examples, and draws from the generator whatever else is random. For the
-            original's order it is called twice, because that order is drawn from the same
+        examples: returns the examples; the generator is for whatever else is random. For the
+            original's order it is called twice, because that order is sampled from the same
             generator, after the examples.
         output: the file to write. A folder next to it temporarily takes as many bytes.
-        seed: of the order and of `rows`; the original's order has seed 0.
+        seed: of the order and of `examples`; the original's order has seed 0.
         is_original: whether to use the order of `random.shuffle`.
 
     Raises:
         ValueError: the number of examples changed between the two calls, or another run writes the
             same output.
     """
-    seed_of_rows = 0 if is_original else seed
-    generator = random.Random(seed_of_rows)
+    seed_of_examples = 0 if is_original else seed
+    generator = random.Random(seed_of_examples)
     if is_original:
-        count = sum(1 for _ in rows(generator))
+        count = sum(1 for _ in examples(generator))
         keys = original_keys(count, generator)
     else:
         keys = random_keys(seed)
     changed = f"{output}: the input changed while it was read for the second time. Run it again."
+    # Sort the encoded examples by their keys, on the disk.
     with temporary_folder(output, "shuffle") as folder:
         lines = DiskSort(folder)
-        # A second generator with the same seed draws the same numbers as the first one did.
-        for row in rows(random.Random(seed_of_rows)):
+        # A second generator with the same seed gives the same numbers as the first one did.
+        for example in examples(random.Random(seed_of_examples)):
             key = next(keys, None)
             if key is None:
                 raise ValueError(changed)
-            lines.add(b"%016x" % key + encode_row(row))
+            lines.add(b"%016x" % key + encode_row(example))
         if is_original and next(keys, None) is not None:
             raise ValueError(changed)
         yield from lines
@@ -157,23 +158,23 @@ def add_order_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--original_shuffle",
         action="store_true",
-        help="Use the order of Python's random.seed(0); random.shuffle(rows).",
+        help="Use the order of Python's random.seed(0); random.shuffle(examples).",
     )
 
 
-def order_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the entries of a provenance file for the flags of `add_order_flags`."""
-    if args.original_shuffle:
+def order_facts(seed: int, is_original: bool) -> dict[str, Any]:
+    """Return the entries of a provenance file about the order."""
+    if is_original:
         return {"order": "original", "seed": 0}
-    return {"order": "random", "seed": args.seed}
+    return {"order": "random", "seed": seed}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     add_order_flags(parser)
     args = parser.parse_args(argv)
-    with write_rows(args.output_path, [args.data_path]) as output:
-        lines = shuffle_rows(
+    with write_examples(args.output_path, [args.data_path]) as output:
+        lines = shuffle_examples(
             lambda _: stream_rows(args.data_path),
             args.output_path,
             args.seed,
@@ -181,8 +182,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         for line in lines:
             output.write(line)
-    facts = order_of(args) | audio_root_of(args.output_path, [args.data_path])
-    write_provenance(args.output_path, "shuffle", [args.data_path], rows=output.count, **facts)
+    facts = {"num_examples": output.count}
+    facts |= order_facts(args.seed, args.original_shuffle)
+    facts |= audio_root_of(args.output_path, [args.data_path])
+    write_provenance(args.output_path, "shuffle", [args.data_path], **facts)
     print(f"{args.output_path}: {output.count} examples")
     return 0
 

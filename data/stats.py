@@ -6,7 +6,10 @@ Lengths are in words, separated by spaces. Quantiles are exact. Different clips,
 answers are counted with temporary files next to the output, 48 bytes for each example.
 """
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,89 +29,112 @@ QUANTILES = {"median": 0.5, "p95": 0.95, "p99": 0.99, "longest": 1.0}
 MAX_BARS = 20  # Datasets or tasks in a plot.
 
 
-def summarize(lengths: Counter[int]) -> dict[str, float]:
-    """Return number, sum, mean and quantiles of counted lengths."""
-    count = lengths.total()
-    total = sum(length * number for length, number in lengths.items())
+def summarize(counts: Counter[int]) -> dict[str, float]:
+    """Return number, sum, mean and quantiles of counted lengths (length -> number of texts)."""
+    lengths = sorted(counts)
+    num_texts = counts.total()
+    num_words = sum(length * counts[length] for length in lengths)
     summary: dict[str, float] = {
-        "texts": count,
-        "words": total,
-        "mean": round(total / max(1, count), 2),
+        "texts": num_texts,
+        "words": num_words,
+        "mean": round(num_words / max(1, num_texts), 2),
     }
-    cumulated = 0
-    wanted = dict(QUANTILES)
-    for length, number in sorted(lengths.items()):
-        cumulated += number
-        reached = [name for name, fraction in wanted.items() if cumulated >= fraction * count]
-        for name in reached:
-            summary[name] = length
-            del wanted[name]
+    if not lengths:
+        return summary
+    # A quantile is the first length up to which this fraction of the texts is.
+    cumulated = list(accumulate(counts[length] for length in lengths))
+    for name, fraction in QUANTILES.items():
+        summary[name] = lengths[bisect_left(cumulated, fraction * num_texts)]
     return summary
 
 
-def count_rows(path: Path, folder: str) -> dict[str, Any]:
+@dataclass
+class ExampleCounts:
+    """Counts of the examples of a dataset file.
+
+    Attributes:
+        num_examples: number of examples.
+        num_without_audio: number of examples without audio.
+        num_closed_ended: number of questions with the prefix of closed-ended ones.
+        key_sets: keys of an example -> number of examples.
+        groups: (dataset, task) -> number of examples.
+        lengths: key of a text -> words -> number of texts.
+        answer_lengths: task -> words -> number of answers.
+    """
+
+    num_examples: int = 0
+    num_without_audio: int = 0
+    num_closed_ended: int = 0
+    key_sets: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    groups: Counter[tuple[str, str]] = field(default_factory=Counter)
+    lengths: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    answer_lengths: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def add(self, example: dict[str, Any]) -> None:
+        """Count an example."""
+        task = str(example.get("task"))
+        self.num_examples += 1
+        self.num_without_audio += example.get("audio_id") in NO_AUDIO
+        self.num_closed_ended += str(example.get("instruction")).startswith(CLOSED_ENDED)
+        self.key_sets[tuple(example)] += 1
+        self.groups[str(example.get("dataset")), task] += 1
+        for key in TEXTS:
+            text = example.get(key)
+            if not text:
+                continue
+            num_words = str(text).count(" ") + 1
+            self.lengths[key][num_words] += 1
+            if key == "output":
+                self.answer_lengths[task][num_words] += 1
+
+    def num_lacking(self, key: str) -> int:
+        """Return the number of examples that lack a key."""
+        return sum(number for keys, number in self.key_sets.items() if key not in keys)
+
+
+def count_examples(path: Path, folder: str) -> dict[str, Any]:
     """Return the report on a dataset file.
 
     Args:
         path: the dataset file.
-        folder: takes the temporary files.
+        folder: for the temporary files.
     """
-    num_examples = 0
-    num_without_audio = 0
-    num_closed_ended = 0
-    key_sets: Counter[tuple[str, ...]] = Counter()
-    by_dataset_and_task: Counter[tuple[str, str]] = Counter()
-    lengths: dict[str, Counter[int]] = {key: Counter() for key in TEXTS}
-    answer_lengths: dict[str, Counter[int]] = defaultdict(Counter)  # By task.
+    counts = ExampleCounts()
     values = {key: DuplicateDetector(folder, key) for key in DISTINCT}
-    for row in stream_rows(path):
-        num_examples += 1
-        num_without_audio += row.get("audio_id") in NO_AUDIO
-        num_closed_ended += str(row.get("instruction")).startswith(CLOSED_ENDED)
-        key_sets[tuple(row)] += 1
-        task = str(row.get("task"))
-        by_dataset_and_task[str(row.get("dataset")), task] += 1
-        for key in TEXTS:
-            text = row.get(key)
-            if not text:
-                continue
-            num_words = str(text).count(" ") + 1
-            lengths[key][num_words] += 1
-            if key == "output":
-                answer_lengths[task][num_words] += 1
+    for example in stream_rows(path):
+        counts.add(example)
         for key in DISTINCT:
-            value = row.get(key)
+            value = example.get(key)
             if value not in NO_AUDIO:
                 values[key].add(value)
 
+    # Count by dataset and by task, from the counts by both.
     by_dataset: Counter[str] = Counter()
     by_task: Counter[str] = Counter()
-    for (dataset, task), number in by_dataset_and_task.items():
+    by_group = {}
+    for (dataset, task), number in sorted(counts.groups.items()):
+        by_group[f"{dataset} / {task}"] = number
+    for (dataset, task), number in counts.groups.items():
         by_dataset[dataset] += number
         by_task[task] += number
-    num_lacking = {}
-    for key in KEYS:
-        num_lacking[key] = sum(n for key_set, n in key_sets.items() if key not in key_set)
-    report: dict[str, Any] = {"rows": num_examples}
-    report |= {name: values[key].count() for key, name in DISTINCT.items()}
+    report: dict[str, Any] = {"num_examples": counts.num_examples}
+    for key, name in DISTINCT.items():
+        report[name] = values[key].count()
     report |= {
-        "rows_without_audio": num_without_audio,
-        "marked_closed_ended": num_closed_ended,
-        "rows_lacking": num_lacking,
+        "without_audio": counts.num_without_audio,
+        "marked_closed_ended": counts.num_closed_ended,
+        "missing_keys": {key: counts.num_lacking(key) for key in KEYS},
         "dataset": dict(by_dataset.most_common()),
         "task": dict(by_task.most_common()),
-        "dataset_task": {
-            f"{dataset} / {task}": number
-            for (dataset, task), number in sorted(by_dataset_and_task.items())
-        },
-        "lengths": {key: summarize(counts) for key, counts in lengths.items()},
-        "answer_lengths": {
-            task: summarize(counts) for task, counts in sorted(answer_lengths.items())
-        },
-        "answer_histogram": {
-            str(length): number for length, number in sorted(lengths["output"].items())
-        },
+        "dataset_task": by_group,
+        "lengths": {key: summarize(counts.lengths[key]) for key in TEXTS},
+        "answer_lengths": {},
+        "answer_histogram": {},
     }
+    for task in sorted(counts.answer_lengths):
+        report["answer_lengths"][task] = summarize(counts.answer_lengths[task])
+    for length, number in sorted(counts.lengths["output"].items()):
+        report["answer_histogram"][str(length)] = number
     return report
 
 
@@ -118,10 +144,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, 3)
+    # Examples of the largest datasets, and of the largest tasks.
     for panel, kind in zip(panels[:2], ("dataset", "task"), strict=True):
-        largest = list(report[kind].items())[:MAX_BARS]
-        names = [name for name, _ in largest]
-        numbers = [number for _, number in largest]
+        names = list(report[kind])[:MAX_BARS]
+        numbers = list(report[kind].values())[:MAX_BARS]
         panel.barh(names, numbers)
         panel.invert_yaxis()
         title = f"{len(report[kind])} {kind}s"
@@ -129,10 +155,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
             title += ", the largest"
         panel.set(xlabel="examples", title=title)
 
+    # Answers by length, without the longest percent.
     end = report["lengths"]["output"].get("p99", 1)
-    histogram = {int(length): number for length, number in report["answer_histogram"].items()}
-    shown = {length: number for length, number in histogram.items() if length <= end}
-    panels[2].bar(list(shown), list(shown.values()), width=1)
+    lengths = []
+    numbers = []
+    for length, number in report["answer_histogram"].items():
+        if int(length) <= end:
+            lengths.append(int(length))
+            numbers.append(number)
+    panels[2].bar(lengths, numbers, width=1)
     panels[2].set(
         xlabel="words (99 % of the answers)", ylabel="examples", title="answers by length"
     )
@@ -141,13 +172,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser(__doc__, "The report to write, as JSON.")
+    parser = command_parser(__doc__, output_path="The report to write, as JSON.")
     parser.add_argument("--plot", type=Path, help="A PNG file for the plots.")
     args = parser.parse_args(argv)
     with temporary_folder(args.output_path, "stats") as folder:
-        report = count_rows(args.data_path, folder)
+        report = count_examples(args.data_path, folder)
     write_json(report, args.output_path)
-    print(f"{'examples':10}{report['rows']:>12,}")
+    print(f"{'examples':10}{report['num_examples']:>12,}")
     for name in DISTINCT.values():
         print(f"{name:10}{report[name]:>12,}")
     for kind in ("dataset", "task"):

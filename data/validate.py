@@ -7,7 +7,7 @@ An example must be valid for training (`ltu.data.check_examples`) and must not b
 that examples lack are counted.
 
 A clip must exist, and its header must say that it is 25 ms to an hour long. Sampling rates other
-than 16 kHz are only counted, since clips are resampled when they are loaded. --listen decodes every
+than 16 kHz are only counted, since clips are resampled when they are loaded. --decode decodes every
 clip as training does.
 
 A clip counts as one of the dataset of its first example. The dataset file is read twice, in
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from data.audio_ids import NO_AUDIO
-from data.command_line import command_parser
+from data.command_line import add_audio_root, command_parser
 from data.duplicate_detection import DuplicateDetector
 from data.provenance import write_json
 from ltu.data.dataset_io import stream_rows
@@ -46,22 +46,24 @@ class Findings:
     """Counts of errors by kind, and the first few of each kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    first: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, kind: str, example: str) -> None:
+    def add(self, kind: str, message: str) -> None:
         """Count an error and list it if it is one of the first."""
         self.counts[kind] += 1
-        if len(self.examples[kind]) < SHOWN:
-            self.examples[kind].append(example)
+        if len(self.first[kind]) < SHOWN:
+            self.first[kind].append(message)
 
 
-def check_rows(path: Path, folder: str, findings: Findings) -> tuple[int, Counter[str], np.ndarray]:
+def check_examples(
+    path: Path, folder: str, findings: Findings
+) -> tuple[int, Counter[str], np.ndarray]:
     """Check every example of a dataset file.
 
     Args:
         path: the dataset file.
-        folder: takes the temporary files.
-        findings: takes the errors.
+        folder: for the temporary files.
+        findings: the errors are added to them.
 
     Returns:
         the number of examples; the number of examples that lack each key; and the number of the
@@ -69,34 +71,41 @@ def check_rows(path: Path, folder: str, findings: Findings) -> tuple[int, Counte
     """
     from ltu.data.check_examples import what_is_wrong  # Imports torch.
 
+    # Check each example, and collect what must be compared with all others.
     clips = DuplicateDetector(folder, "clips")
-    contents = DuplicateDetector(folder, "rows")
-    lacking: Counter[str] = Counter()
+    contents = DuplicateDetector(folder, "examples")
+    missing_keys: Counter[str] = Counter()
     count = 0
-    for number, row in enumerate(stream_rows(path)):
+    for number, example in enumerate(stream_rows(path)):
         count += 1
-        reason = what_is_wrong(row, True)
+        reason = what_is_wrong(example, True)
         if reason:
-            findings.add("row", f"example {number + 1}: {reason}")
-        lacking.update(key for key in OPTIONAL_KEYS if key not in row)
-        audio_id = row.get("audio_id")
-        content = (row.get("instruction"), row.get("input"), audio_id, row.get("output"))
+            findings.add("example", f"example {number + 1}: {reason}")
+        missing_keys.update(key for key in OPTIONAL_KEYS if key not in example)
+        audio_id = example.get("audio_id")
+        content = (
+            example.get("instruction"),
+            example.get("input"),
+            audio_id,
+            example.get("output"),
+        )
         contents.add(content, number)
         if audio_id not in NO_AUDIO:
             clips.add(audio_id, number)
+    # Find examples with the same texts and clip.
     for _, repeated in contents.parts():
         for number in repeated.tolist():
             findings.add("duplicate", f"example {number + 1}: the same as an earlier one")
-    return count, lacking, clips.firsts()
+    return count, missing_keys, clips.firsts()
 
 
 def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
     """Yield (audio_id, dataset) of the examples with these numbers, (n,) in ascending order."""
     wanted = iter(firsts.tolist())
     next_number = next(wanted, None)
-    for number, row in enumerate(stream_rows(path)):
+    for number, example in enumerate(stream_rows(path)):
         if number == next_number:
-            yield str(row["audio_id"]), str(row.get("dataset"))
+            yield str(example["audio_id"]), str(example.get("dataset"))
             next_number = next(wanted, None)
 
 
@@ -146,7 +155,7 @@ def check_clips(
         clips: (audio_id, dataset) of each.
         root: folder of relative `audio_id`s.
         check: path -> (sampling rate in Hz, seconds); raises `AudioError`.
-        findings: takes the errors.
+        findings: the errors are added to them.
 
     Returns:
         coverage by dataset, number of clips by sampling rate, and hours of audio.
@@ -179,37 +188,41 @@ def check_clips(
     coverage = {}
     for dataset, number in total.most_common():
         coverage[dataset] = {"clips": number, "usable": usable[dataset]}
-    return {"coverage": coverage, "rates": dict(rates), "hours": round(seconds / 3600, 2)}
+    return {"coverage": coverage, "sampling_rates": dict(rates), "hours": round(seconds / 3600, 2)}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser(__doc__, None)
+    parser = command_parser(__doc__, output_path=None)
     parser.add_argument("--output_path", type=Path, help="The report to write, as JSON.")
-    parser.add_argument(
-        "--audio_root",
-        type=Path,
-        help="Folder of relative audio_ids (default: the folder of the dataset file).",
-    )
+    add_audio_root(parser)
     parser.add_argument("--no_audio", action="store_true", help="Check the examples only.")
     parser.add_argument(
         "--allow_duplicates",
         action="store_true",
         help="Accept repeated examples; recipes repeat some datasets on purpose.",
     )
-    parser.add_argument("--listen", action="store_true", help="Decode every clip.")
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="Decode every clip as training does (default: read its header).",
+    )
     parser.add_argument(
         "--max_bad", type=int, default=0, help="The number of examples and clips that may be wrong."
     )
     args = parser.parse_args(argv)
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
-        count, lacking, firsts = check_rows(args.data_path, folder, findings)
-    report: dict[str, Any] = {"rows": count, "clips": len(firsts), "rows_lacking": dict(lacking)}
+        count, missing_keys, firsts = check_examples(args.data_path, folder, findings)
+    report: dict[str, Any] = {
+        "num_examples": count,
+        "clips": len(firsts),
+        "missing_keys": dict(missing_keys),
+    }
     if not args.no_audio:
         root = args.audio_root or args.data_path.parent
-        check = decode_clip if args.listen else read_header
+        check = decode_clip if args.decode else read_header
         report |= check_clips(first_clips(args.data_path, firsts), root, check, findings)
-    report |= {"wrong": dict(findings.counts), "examples": dict(findings.examples)}
+    report |= {"wrong": dict(findings.counts), "first_errors": dict(findings.first)}
     print(json.dumps(report, indent=1, ensure_ascii=False))
     if args.output_path:
         write_json(report, args.output_path)

@@ -4,7 +4,8 @@
     python -m eval.toy_speech --run exp/as/fold0/stage3_all_mix_v2 exp/as/fold1/stage3_all_mix_v2
 
 The folder of a run holds `answers/<name>.json`, which `ltu_as.inference_batch` wrote for the
-dataset files `speech_*.json` of `data.toy.build_ltu_as`. Missing files leave their lines out.
+dataset files `speech_*.json` of `data.toy.build --kind ltu_as`. Missing files leave their lines
+out.
 
 An answer counts only if, as a whole, it has the form that was trained. An empty or failed answer is
 wrong. Transcripts are compared after Whisper's own normalizer; "Spoken text:" is removed where an
@@ -150,7 +151,7 @@ def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
     if not found:
         raise PredictionError(
             f"{folder} holds no answers/speech_*.json. "
-            "Answer the questions of data.toy.build_ltu_as first."
+            "Answer the questions of data.toy.build --kind ltu_as first."
         )
     return found
 

@@ -18,22 +18,23 @@ is not copied, only the embeddings are read, for `--init`.
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
 
-from ltu.checkpoints.convert import LtuKind, convert
+from ltu.checkpoints.convert import LtuConverter
 from ltu.files import run_command
 
 PROMPT_TEMPLATE = "alpaca_short"
 USAGE = (
     "give --llm and --output_dir with --checkpoint or --init (and its --audio_encoder, "
     "--prompt_template); --model with --to_original; or --model and --output_dir with --merge. "
-    "--llm_dtype is for --checkpoint and --merge"
+    "--llm_dtype is for --checkpoint and --merge, --lora_alpha and --lora_dropout for --checkpoint"
 )
 
 
-def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> argparse.Namespace:
     """Return the flags; contradictory ones end the program, as in argparse."""
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -70,13 +71,12 @@ def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
         help="Write the model with its language model, LoRA merged in.",
     )
     parser.add_argument(
-        "--lora_alpha", type=int, default=16, help="Alpha of LoRA, which original files lack."
+        "--lora_alpha", type=int, help="Alpha of LoRA, which original files lack (16)."
     )
     parser.add_argument(
         "--lora_dropout",
         type=float,
-        default=0.05,
-        help="Dropout of LoRA, which original files lack.",
+        help="Dropout of LoRA, which original files lack (0.05).",
     )
     parser.add_argument(
         "--llm_dtype",
@@ -92,10 +92,16 @@ def parse_args(argv: list[str] | None, kind: LtuKind) -> argparse.Namespace:
         "--seed", type=int, default=42, help="Seed of the weights that are initialized at random."
     )
     parser.add_argument("--output_dir", help="The checkpoint folder to write.")
-    kind.add_flags(parser)
+    converter_class.add_flags(parser)
     args = parser.parse_args(argv)
     if not _is_consistent(args):
         parser.error(USAGE)
+    if args.model:
+        for field in fields(converter_class):
+            if getattr(args, field.name) != field.default:
+                parser.error(
+                    f"--{field.name} is for --checkpoint and --init; {args.model} has its own."
+                )
     for source in (args.llm, args.checkpoint, args.audio_encoder, args.model):
         if source and args.output_dir and Path(source).resolve() == Path(args.output_dir).resolve():
             parser.error(f"--output_dir {args.output_dir} is also an input. Name another folder.")
@@ -116,13 +122,32 @@ def _is_consistent(args: argparse.Namespace) -> bool:
     has_init_flags = args.audio_encoder or args.prompt_template != PROMPT_TEMPLATE
     if has_init_flags and not args.init:
         return False
-    return not args.llm_dtype or bool(args.checkpoint or args.merge)
+    if args.llm_dtype and not (args.checkpoint or args.merge):
+        return False
+    has_lora_flags = args.lora_alpha is not None or args.lora_dropout is not None
+    return not has_lora_flags or bool(args.checkpoint)
 
 
-def main(argv: list[str] | None = None, kind: LtuKind | None = None) -> None:
-    kind = kind or LtuKind()
-    convert(parse_args(argv, kind), kind)
+def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = LtuConverter) -> None:
+    args = parse_args(argv, converter_class)
+    settings = {field.name: getattr(args, field.name) for field in fields(converter_class)}
+    converter = converter_class(**settings)
+    torch.manual_seed(args.seed)
+    if args.to_original:
+        converter.export_original(args.model, args.to_original)
+    elif args.merge:
+        converter.merge(args.model, args.output_dir, args.llm, args.llm_dtype)
+    elif args.init:
+        converter.make_initial_checkpoint(
+            args.llm, args.output_dir, args.audio_encoder, args.prompt_template
+        )
+    else:
+        lora = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        lora = {name: value for name, value in lora.items() if value is not None}
+        converter.convert_original(
+            args.checkpoint, args.llm, args.output_dir, llm_dtype=args.llm_dtype, **lora
+        )
 
 
 if __name__ == "__main__":
-    run_command(main, KeyError, SafetensorError)
+    run_command(main)

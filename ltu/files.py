@@ -1,6 +1,5 @@
 """Hashes files, writes them whole, locks them, and ends a command with one line of error."""
 
-import fcntl
 import hashlib
 import os
 import sys
@@ -9,7 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from filelock import lock_descriptor
+
 HASH_BLOCK = 2**22  # bytes
+WORKER_ERROR = "in DataLoader worker process"  # In messages of torch.utils.data.
 
 
 def sha256_of(*paths: str | Path) -> str:
@@ -35,10 +37,13 @@ def replace_file(
             replaces is lost then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp"
-    unfinished = path.with_name(name)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    if shared:
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if isinstance(content, bytes):
+        content = [content]
     with unfinished.open("wb") as file:
-        file.writelines([content] if isinstance(content, bytes) else content)
+        file.writelines(content)
         if is_synced:
             file.flush()
             os.fsync(file.fileno())
@@ -61,35 +66,36 @@ def lock_file(path: Path, output: Path) -> IO[bytes]:
     while True:
         file = path.open("ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            message = f"Another run is writing {output}. Wait for it, or stop it."
-            raise ValueError(message) from error
-        except OSError:
+            is_locked = lock_descriptor(file.fileno(), blocking=False)
+        except OSError:  # The file system has no locks.
             return file
+        if not is_locked:
+            file.close()
+            raise ValueError(f"Another run is writing {output}. Wait for it, or stop it.")
+        # If its last owner has removed or renamed the file by now, open another one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        file.close()  # Its last owner has removed or renamed it.
+        file.close()
 
 
-def run_command(command: Callable[[], int | None], *more_errors: type[Exception]) -> None:
+def run_command(command: Callable[[], int | None]) -> None:
     """Run a command and exit with its status.
 
-    An error that the user can fix is one line, which a traceback would hide.
+    An error that the user can fix (OSError or ValueError) is one line, which a traceback would
+    hide.
 
     Args:
         command: returns the exit status; None is 0.
-        more_errors: further types of such errors, besides OSError and ValueError.
     """
     try:
         status = command()
-    except (OSError, ValueError, *more_errors) as error:
+    except (OSError, ValueError) as error:
         message = str(error)
-        if isinstance(error, KeyError):  # Its text has quotes around it.
-            message = str(error.args[-1])
-        elif isinstance(error, OSError):  # transformers breaks its lines.
+        if WORKER_ERROR in message:
+            # A worker of a data loader puts its traceback in front of the message.
+            message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+        if isinstance(error, OSError):  # transformers breaks its lines.
             message = " ".join(message.split())
         sys.exit(f"error: {message}")
     sys.exit(status)

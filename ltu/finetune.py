@@ -13,7 +13,10 @@ The logged learning rate is the one after the step, and the epoch counts micro-b
 original's logs.
 """
 
+import json
+import os
 import sys
+from pathlib import Path
 
 from ltu.files import run_command
 from ltu.training.arguments import parse_args
@@ -21,8 +24,23 @@ from ltu.training.collator import describe_batch
 from ltu.training.trainer import find_resumed, make_trainer
 
 
+def is_finished(output_dir: str) -> bool:
+    """Return whether a run has trained all its steps, by the state that it wrote."""
+    state = Path(output_dir, "ltu_state.json")
+    if not state.is_file():
+        return False
+    try:
+        return json.loads(state.read_bytes()).get("finished", False)
+    except ValueError:  # The process was killed while it wrote the file.
+        return False
+
+
 def main(argv: list[str] | None = None) -> None:
     model_args, data, run = parse_args(argv)
+    if run.skip_finished and is_finished(run.output_dir):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{run.output_dir} is finished; remove it to train again")
+        return
     trainer = make_trainer(model_args, data, run)
     record = trainer.record
     if trainer.is_world_process_zero():

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from ltu.files import run_command
+from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
-from ltu.models.processing_ltu import WHISPER_FLAGS
 from ltu.training.dataset_index import IndexedRows, build_index
 
 
@@ -38,14 +38,18 @@ def main(argv: list[str] | None = None) -> None:
         help="The folder to which audio_ids are relative. The default is the folder of the "
         "dataset file.",
     )
-    for name in WHISPER_FLAGS:
-        parser.add_argument(f"--{name}", help="LTU-AS: the same as in training.")
+    parser.add_argument(
+        "--max_bad",
+        type=int,
+        default=0,
+        help="The number of clips that may fail to be transcribed, for models with transcripts.",
+    )
+    add_front_end_flags(parser)
     args = parser.parse_args(argv)
 
     processor = AutoProcessor.from_pretrained(find_checkpoint(args.base_model, CHECKPOINT_FILES))
-    whisper_settings = {name: getattr(args, name) for name in WHISPER_FLAGS}
-    processor.use(**whisper_settings)
-    index = build_index(args.data_path, processor, args.output_path, args.audio_root)
+    processor.front_end.configure(**read_front_end_flags(args))
+    index = build_index(args.data_path, processor, args.output_path, args.audio_root, args.max_bad)
     rows = IndexedRows(index)
     num_tokens = rows.num_tokens.float()  # (rows,)
     print(

@@ -33,9 +33,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_generation_flags(parser)
     parser.add_argument(
-        "--from",
-        dest="source",
-        help="Folder or URL from which released files are taken; they have the table's names.",
+        "--mirror",
+        metavar="DIR_OR_URL",
+        help="Take released files, which have the table's names, from a folder or the address of "
+        "one.",
     )
     parser.add_argument(
         "--host",
@@ -62,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, kind: str = "ltu") -> None:
     """Serve the page until Ctrl-C or SIGTERM. `kind` is that of the newest checkpoint."""
     args = parse_args(argv)
-    args.model = str(find_or_make(args.model, kind, args.llm, args.source))
+    args.model = str(find_or_make(args.model, kind, args.llm, args.mirror))
     if args.share or args.host != LOCAL_HOST:
         print(
             "warning: everyone who has the address can use the page. With --share, all data is "

@@ -12,7 +12,17 @@ import argparse
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from ltu.checkpoints.released_files import PREP, TABLE, VICUNA, Released, download, prep, size_of
+from ltu.checkpoints.released_files import (
+    PREP,
+    TABLE,
+    VICUNA,
+    Released,
+    address,
+    download,
+    find,
+    prep,
+    size_of,
+)
 from ltu.files import run_command
 
 
@@ -47,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         help="Also download the authors' evaluation questions, for eval.run.",
     )
     parser.add_argument(
-        "--from",
-        dest="source",
-        help="A folder, or the address of one, with files of the table's names.",
+        "--mirror",
+        metavar="DIR_OR_URL",
+        help="Take the files, which have the table's names, from a folder or the address of one.",
     )
     parser.add_argument(
         "--dry_run",
@@ -66,11 +76,23 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.command == "prep":
-        prep(args)
+        prep(
+            args.kind,
+            args.root,
+            args.llm,
+            mirror=args.mirror,
+            with_full_set=args.full,
+            with_eval=args.eval,
+            dry_run=args.dry_run,
+        )
     elif args.command == "download":
         if not args.name:
             parser.error("download needs a NAME")
-        print(download(args.name, args.root / "pretrained_mdls", args.source))
+        row = find(args.name)
+        folder = args.root / "pretrained_mdls"
+        print(f"{row.name}: {address(row, args.mirror)} ({size_of(row)}) -> {folder}")
+        if not args.dry_run:
+            print(download(row, folder, args.mirror))
     elif args.markdown:
         print_markdown()
     else:
@@ -90,4 +112,4 @@ def print_markdown() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, KeyError)
+    run_command(main)

@@ -5,9 +5,9 @@
 A message may contain a clip as a part
 {"type": "input_audio", "input_audio": {"data": base64, "format": "wav", "mp3" or "flac"}}.
 
-Without `temperature`, or with 0, decoding is greedy, as in the other commands (OpenAI's server
-samples by default). Above 0 tokens are sampled; without a `seed` each request gets another one,
-which the reply contains.
+/docs documents all fields of requests and replies. Without `temperature`, or with 0, decoding is
+greedy, as in the other commands (OpenAI's server samples by default). Above 0 tokens are sampled;
+without a `seed` each request gets another one, which the reply contains.
 
 A request may also have `transcript`, `mode`, `num_chunks`, `top_k` and `repetition_penalty`. A
 reply also has "ltu": status, seconds of audio that were used, and more. For a clip that cannot be
@@ -15,7 +15,7 @@ decoded the reply is a 400, and its `code` is the status.
 
 A field that would change an answer and is not supported is refused. Nothing that a request names is
 opened, and only counts are logged. If the environment variable LTU_API_KEY is set, /v1 requires
-that key; /health and /metrics are open.
+that key; /health, /metrics and /docs are open.
 """
 
 import argparse

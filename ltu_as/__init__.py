@@ -6,6 +6,7 @@ loads no weights.
 """
 
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
+from ltu_as.converter import LtuAsConverter
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
 from ltu_as.modeling_ltu_as import LtuAsForConditionalGeneration
 from ltu_as.modeling_tltr import TltrModel
@@ -13,6 +14,7 @@ from ltu_as.processing_ltu_as import LtuAsProcessor
 
 __all__ = [
     "LtuAsConfig",
+    "LtuAsConverter",
     "LtuAsFeatureExtractor",
     "LtuAsForConditionalGeneration",
     "LtuAsProcessor",

@@ -2,7 +2,7 @@
 
 A pair duplicates another if its clip already has the same question or the same answer, apart from
 case and punctuation: in any example of the metadata about that clip, or in the examples of another
-source that are named with --against.
+source that are named with --eval_files.
 
 "unanswerable" looks for phrases of refusal ("cannot determine", "not enough information"), so that
 "loud enough" or "cannot miss" stay. The original keeps such examples in its first sets, because
@@ -52,33 +52,37 @@ def make_filter(
             "metadata".
         min_words: Minimum length of an answer.
         names: Enabled filters, of FILTERS.
-        seen: Marks of the pairs that the clip already has; the marks of pairs that are not dropped
+        seen: Keys of the pairs that the clip already has; the keys of pairs that are not dropped
             are added.
     """
-    seen = set() if seen is None else seen
+    if seen is None:
+        seen = set()
     spoken = _runs(text)
 
     def reason(pair: Pair) -> str | None:
-        own_marks = marks(pair)
+        keys = duplicate_keys(pair)
         is_short = len(pair.answer.split()) < min_words or len(pair.question.split()) < 3
         names_metadata = METADATA.search(f"{pair.question}\n{pair.answer}")
         applies = {
             "short": is_short,
             "metadata": bool(names_metadata or spoken & _runs(pair.question)),
             "unanswerable": bool(UNANSWERABLE.search(pair.answer)),
-            "duplicate": bool(own_marks & seen),
+            "duplicate": bool(keys & seen),
         }
         for name in FILTERS:
             if name in names and applies[name]:
                 return name
-        seen.update(own_marks)
+        seen.update(keys)
         return None
 
     return reason
 
 
-def marks(pair: Pair) -> set[str]:
-    """Return the marks of a pair: its question and its answer, without case and punctuation."""
+def duplicate_keys(pair: Pair) -> set[str]:
+    """Return the keys by which duplicates of a pair are found.
+
+    They are its question and its answer, without case and punctuation.
+    """
     return {f"q {_plain(pair.question)}", f"a {_plain(pair.answer)}"}
 
 

@@ -1,7 +1,7 @@
 """Generates questions and answers about clips with a language model.
 
     python -m qa_generation.generate --source audioset_strong --input META.json \\
-        --output ROWS.json --model gpt-4o-mini
+        --output QA.json --model gpt-4o-mini
     ... --base_url http://127.0.0.1:8000/v1    any OpenAI-compatible endpoint
     ... --local --model DIR_OR_ID              a Hugging Face model on this machine
     ... --dry_run                              print requests and tokens; with --price, dollars
@@ -10,15 +10,15 @@ META.json is a list (or JSON lines) of what `qa_generation/metadata_prompts.py` 
 of the endpoint is read from $OPENAI_API_KEY. A dry run sends nothing.
 
 A run can be stopped at any time, also with kill -9, and resumes when it is started again: replies
-are stored in ROWS.json.replies.jsonl, and a stored reply is not paid again. After a first Ctrl-C,
+are stored in QA.json.replies.jsonl, and a stored reply is not paid again. After a first Ctrl-C,
 requests in flight are completed.
 
-ROWS.json depends only on META.json and the replies, not on the order of their arrival. Next to it
+QA.json depends only on META.json and the replies, not on the order of their arrival. Next to it
 are the rejected texts and the reasons (.rejects.jsonl) and the provenance (.provenance.json).
 
 A clip may occur more than once, with different facts: it gets no question and no answer twice. The
-examples of other sources about the same clips count too if --against names them, as for joint_v2
-with --against JOINT_V1.json.
+examples of other sources about the same clips count too if --eval_files names them, as for joint_v2
+with --eval_files JOINT_V1.json.
 
 The exit status is 1 if generation stopped early or more than --max_bad clips have no reply. A run
 without any reply writes no examples.
@@ -28,44 +28,65 @@ import argparse
 import asyncio
 import hashlib
 import json
-import os
 import signal
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
 
 from tqdm import tqdm
 
+from qa_generation.cost_estimate import CostEstimate
 from qa_generation.filters import FILTERS
-from qa_generation.generate_for_clip import Estimate, Generator
+from qa_generation.generate_for_clip import Generator, Prompts, load_prompts
 from qa_generation.llm import GenerationStopped, Llm, LlmSettings, ReplyStore
 from qa_generation.metadata import Clips, read_metadata, read_pairs
-from qa_generation.metadata_prompts import SOURCES, Row
-from qa_generation.qa_json import Reject
+from qa_generation.metadata_prompts import SOURCES, MetadataRow, Source
+from qa_generation.output_files import (
+    Counts,
+    ExampleWriter,
+    OutputPaths,
+    Provenance,
+    hash_file,
+    write_whole,
+)
 
-SHOWN_ERRORS = 20  # metadata rows whose error is printed
+MAX_SHOWN_ERRORS = 20  # metadata rows whose error is printed
 
 
-@contextmanager
-def write_whole(path: Path) -> Iterator[IO]:
-    """Open a file that appears as a whole when the block ends, and not at all if it fails."""
-    partial = path.with_name(f"{path.name}.tmp")
+# ---- replies -------------------------------------------------------------------------------------
+
+
+def generate_replies(generator: Generator, llm: Llm, clips: Clips) -> None:
+    """Generate and store the replies for all clips.
+
+    The reason of an early stop is printed at once, because writing the examples may fail for the
+    same reason.
+    """
+    warn_of_unused_replies(generator, llm, clips)
     try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)  # On a full disk it would only take space.
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        asyncio.run(store_replies(generator, llm, clips))
+    except GenerationStopped as error:
+        print(
+            f"stopped: {error}. Run it again to resume; no stored reply is paid twice.",
+            file=sys.stderr,
+        )
+
+
+def warn_of_unused_replies(generator: Generator, llm: Llm, clips: Clips) -> None:
+    """Print a note if there are stored replies, and none of them fits this run."""
+    num_stored = len(llm.store.offsets)
+    if not num_stored:
+        return
+    offline = Llm(llm.settings, llm.store, is_offline=True)
+    has_any_reply = generator.has_any_reply(offline, clips)
+    if not has_any_reply and not offline.counts["stored"]:
+        print(
+            f"note: none of the {num_stored} replies in {llm.store.path} fits the requests of "
+            "this run: prompt, model, settings or metadata differ. All requests are sent.",
+            file=sys.stderr,
+        )
 
 
 async def store_replies(generator: Generator, llm: Llm, clips: Clips) -> None:
@@ -74,125 +95,124 @@ async def store_replies(generator: Generator, llm: Llm, clips: Clips) -> None:
     Raises:
         GenerationStopped: Not all replies are there.
     """
-    counts: Counter = Counter()
-    _stop_on_signals(llm)
+    num_examples = 0
+    num_rejects = 0
+    stop_on_signals(llm)
     with tqdm(total=len(clips), unit="clip", desc="generating", file=sys.stderr) as bar:
 
-        async def job(rows: list[Row]) -> None:
-            examples, rejects, _ = await generator.generate_clip(llm, rows)
-            counts.update(rows=len(examples), rejects=len(rejects))
-            bar.set_postfix_str(_progress(counts, llm), refresh=False)
+        async def generate_clip(rows: list[MetadataRow]) -> None:
+            nonlocal num_examples, num_rejects
+            result = await generator.generate_clip(llm, rows)
+            num_examples += len(result.examples)
+            num_rejects += len(result.rejects)
+            bar.set_postfix_str(describe_progress(llm, num_examples, num_rejects), refresh=False)
             bar.update()
 
-        await llm.run((lambda rows=rows: job(rows)) for rows in clips.values())
+        await llm.run(partial(generate_clip, rows) for rows in clips.values())
 
 
-def _stop_on_signals(llm: Llm) -> None:
+def stop_on_signals(llm: Llm) -> None:
     """Stop generation on a first SIGINT or SIGTERM. A second one ends the run at once."""
     loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        llm.stop(number.name)
+        loop.remove_signal_handler(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-
-        def stop(number: int = number) -> None:
-            llm.stop(signal.Signals(number).name)
-            loop.remove_signal_handler(number)
-
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, stop, number)
 
 
-def _progress(counts: Counter, llm: Llm) -> str:
+def describe_progress(llm: Llm, num_examples: int, num_rejects: int) -> str:
     """Return the text after the progress bar."""
-    total = counts["rows"] + counts["rejects"]
     # Every other count of llm is a reason of a retry.
-    no_retries = llm.counts["answered"] + llm.counts["stored"] + llm.counts["failed"]
-    retries = sum(llm.counts.values()) - no_retries
+    num_without_retry = llm.counts["answered"] + llm.counts["stored"] + llm.counts["failed"]
+    num_retries = llm.counts.total() - num_without_retry
     return (
-        f"{llm.store.tokens} tokens, rejects {counts['rejects']} of {total}, "
-        f"retries {retries}, failed {llm.counts['failed']}"
+        f"{llm.store.tokens} tokens, rejects {num_rejects} of {num_examples + num_rejects}, "
+        f"retries {num_retries}, failed {llm.counts['failed']}"
     )
 
 
-def write_rows(output: Path, generator: Generator, llm: Llm, clips: Clips) -> Counter:
+# ---- outputs -------------------------------------------------------------------------------------
+
+
+def write_examples(paths: OutputPaths, generator: Generator, offline: Llm, clips: Clips) -> Counts:
     """Write the examples and the rejects, from the store alone.
 
-    Returns:
-        Counts. Among them are "clips not answered", in part or at all, and the tokens of the
-        replies that were used.
+    Args:
+        offline: Has used no reply yet.
     """
-    counts: Counter = Counter(clips=len(clips))
-    offline = Llm(llm.settings, llm.store, is_offline=True)
-    is_list = output.suffix == ".json"
+    is_list = paths.examples.suffix == ".json"
+    with write_whole(paths.examples) as examples_file, write_whole(paths.rejects) as rejects_file:
+        writer = ExampleWriter(examples_file, rejects_file, is_list)
 
-    async def write_clips(file: IO, rejects_file: IO) -> None:
-        file.write("[\n" if is_list else "")
-        for audio_id, rows in clips.items():
-            examples, rejects, failed = await generator.generate_clip(offline, rows)
-            counts["clips not answered"] += failed > 0
-            _write_examples(file, examples, is_list, counts)
-            counts["clips without a row"] += not examples and not failed
-            _write_rejects(rejects_file, audio_id, rejects, counts)
-        file.write("\n" if counts["rows"] else "")
-        file.write("]\n" if is_list else "")
+        async def write_clips() -> None:
+            for audio_id, rows in clips.items():
+                writer.write(audio_id, await generator.generate_clip(offline, rows))
 
-    rejects_path = Path(f"{output}.rejects.jsonl")
-    with write_whole(output) as file, write_whole(rejects_path) as rejects_file:
-        asyncio.run(write_clips(file, rejects_file))
-    counts.update(offline.used)
+        asyncio.run(write_clips())
+        writer.end()
+    counts = writer.counts
+    counts.prompt_tokens = offline.used_prompt_tokens
+    counts.completion_tokens = offline.used_completion_tokens
     return counts
 
 
-def _write_examples(file: IO, examples: list[Row], is_list: bool, counts: Counter) -> None:
-    """Append examples to an open JSON list or to JSON lines, and count them."""
-    separator = ",\n" if is_list else "\n"
-    for example in examples:
-        if counts["rows"]:
-            file.write(separator)
-        json.dump(example, file, ensure_ascii=False)
-        counts["rows"] += 1
+def hash_prompts(prompts: Prompts) -> dict[str, str]:
+    """Return the sha256 of each prompt."""
+    hashes = {}
+    for name, text in asdict(prompts).items():
+        if text is not None:
+            hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+    return hashes
 
 
-def _write_rejects(file: IO, audio_id: str, rejects: list[Reject], counts: Counter) -> None:
-    """Append what was dropped of a clip as JSON lines, and count the reasons."""
-    for reject in rejects:
-        counts[f"dropped: {reject.reason}"] += 1
-        line = {"audio_id": audio_id, "reason": reject.reason, "text": reject.text}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def print_errors(errors: list[str]) -> None:
+    """Print the errors of metadata rows, at most MAX_SHOWN_ERRORS of them."""
+    for line in errors[:MAX_SHOWN_ERRORS]:
+        print(line, file=sys.stderr)
+    if len(errors) > MAX_SHOWN_ERRORS:
+        print(f"... and {len(errors) - MAX_SHOWN_ERRORS} more metadata rows", file=sys.stderr)
 
 
-def digest(path: Path) -> str:
-    """Return the sha256 of a file of any size."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+def print_estimate(
+    replies: Path,
+    generator: Generator,
+    settings: LlmSettings,
+    clips: Clips,
+    price: list[float] | None,
+) -> None:
+    """Print what a run would send. No file is created."""
+    if not replies.exists():
+        CostEstimate(generator, settings, None).report(clips, price)
+        return
+    with ReplyStore(replies) as store:
+        stored = Llm(settings, store, is_offline=True)
+        CostEstimate(generator, settings, stored).report(clips, price)
 
 
-def provenance(
-    args: argparse.Namespace, generator: Generator, settings: LlmSettings, counts: Counter
-) -> dict[str, Any]:
-    """Return how the examples were made.
+def print_costs(llm: Llm) -> None:
+    """Print the requests of this run and the tokens of all runs."""
+    if llm.counts:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(llm.counts.items()))
+        print(f"requests: {counts}")
+    store = llm.store
+    lost = f"{store.lost} reserved for tries without a reply, which may be billed"
+    print(f"tokens: {store.tokens} spent, {lost}; by all runs with {store.path}")
 
-    It is the same for the same examples, however often the run was interrupted.
-    """
-    prompts = {}
-    for name, text in generator.prompts.items():
-        prompts[name] = hashlib.sha256(text.encode()).hexdigest()
-    packages = ("torch", "transformers") if args.local else ("openai",)
-    return {
-        "source": args.source,
-        "count": generator.source.count,
-        "min_words": generator.source.min_words,
-        "input": str(args.input),
-        "input_sha256": args.digests[args.input],
-        "against_sha256": {str(path): args.digests[path] for path in args.against},
-        "versions": {name: version(name) for name in packages},
-        "llm": settings.record() | {"model": args.model},
-        "prompts_sha256": prompts,
-        "seed": args.seed,
-        "filters": list(generator.drops),
-        "max_attempts": generator.max_attempts,
-        "counts": dict(sorted(counts.items())),
-    }
+
+# ---- command -------------------------------------------------------------------------------------
+
+
+def adapt_source(name: str, count: int | None, min_words: int | None) -> Source:
+    """Return a source with the count and min_words of the user."""
+    source = SOURCES[name]
+    if count is not None:
+        source = replace(source, count=count)
+    if min_words is not None:
+        source = replace(source, min_words=min_words)
+    return source
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -202,84 +222,125 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    default = LlmSettings("")
     add = parser.add_argument
-    own = LlmSettings("")
-    add("--source", required=True, choices=SOURCES, help="format of the metadata")
-    add("--input", required=True, type=Path, help="metadata file: a JSON list or JSON lines")
+    add("--source", required=True, choices=SOURCES, help="The format of the metadata.")
+    add("--input", required=True, type=Path, help="Metadata file: a JSON list or JSON lines.")
     add(
         "--output",
         required=True,
         type=Path,
-        help="dataset file to write: .json (a list) or .jsonl (JSON lines)",
+        help="Dataset file to write: .json (a list) or .jsonl (JSON lines).",
     )
-    add("--model", required=True, nargs="+", help="model; of several, each clip uses one")
     add(
-        "--local", action="store_true", help="--model is a folder or hub id of a Hugging Face model"
+        "--model",
+        required=True,
+        nargs="+",
+        help="Name of the model at the endpoint; of several, each clip uses one.",
     )
-    add("--base_url", help="URL of the endpoint (default: $OPENAI_BASE_URL, or OpenAI's)")
-    add("--key_from", default=own.key_from, help="environment variable with the key")
-    add("--temperature", type=float, default=own.temperature, help="sampling temperature")
+    add(
+        "--local",
+        action="store_true",
+        help="--model is a folder or hub id of a Hugging Face model, which runs on this machine.",
+    )
+    add("--base_url", help="URL of the endpoint (default: $OPENAI_BASE_URL, or OpenAI's).")
+    add(
+        "--key_from",
+        default=default.key_from,
+        help="Environment variable with the key (default: %(default)s).",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help="Sampling temperature (default: %(default)s).",
+    )
     add(
         "--max_tokens",
         type=int,
-        help="maximum length of a reply (default: 100 per question, at least 1024)",
+        help="Maximum length of a reply (default: 100 per question, at least 1024).",
     )
     add(
         "--extra",
         type=json.loads,
         default={},
-        help='further fields of a request as JSON, e.g. {"top_p": 0.9}',
+        help='Further fields of a request as JSON, e.g. {"top_p": 0.9}.',
     )
     add(
         "--concurrency",
         type=int,
-        default=own.concurrency,
-        help="number of requests at the same time",
+        default=default.concurrency,
+        help="Number of requests at the same time; batch size with --local (default: %(default)s).",
     )
     add(
         "--tries",
         type=int,
-        default=own.tries,
-        help="tries of a request before its clip is left out",
+        default=default.tries,
+        help="Maximum number of tries of a request, before its clip is left out "
+        "(default: %(default)s).",
     )
-    add("--timeout", type=float, default=own.timeout, help="seconds for a try")
+    add(
+        "--timeout",
+        type=float,
+        default=default.timeout,
+        help="Seconds for a try (default: %(default)s).",
+    )
     add(
         "--token_budget",
         type=int,
-        help="tokens of prompts and replies that all runs with this file of replies may use",
+        help="Tokens of prompts and replies that all runs with this file of replies may use.",
     )
     add(
         "--max_attempts",
         type=int,
         default=2,
-        help="maximum number of requests for a clip until a reply has a usable pair",
+        help="Maximum number of requests for a clip until a reply has a usable pair "
+        "(default: %(default)s).",
     )
-    add("--replies", type=Path, help="file of stored replies (default: next to the output)")
+    add("--replies", type=Path, help="File of stored replies (default: next to the output).")
     add(
         "--prompt",
         type=Path,
-        help="text file instead of the source's prompt; $count and $format are filled in",
+        help="Text file instead of the source's prompt; $count and $format are filled in.",
     )
-    add("--count", type=int, help="questions per clip (default: the source's)")
-    add("--min_words", type=int, help="minimum length of an answer (default: the source's)")
-    add("--keep", nargs="*", default=[], choices=FILTERS, help="filters to disable")
-    add("--dataset", help="dataset of examples that name none (default: the source)")
+    add("--count", type=int, help="Number of questions per clip (default: the source's).")
+    add("--min_words", type=int, help="Minimum length of an answer (default: the source's).")
     add(
-        "--against",
+        "--disable_filters",
+        nargs="*",
+        default=[],
+        choices=FILTERS,
+        help="Filters that drop nothing.",
+    )
+    add("--dataset", help="Dataset of metadata rows that name none (default: the source).")
+    add(
+        "--eval_files",
         nargs="+",
         type=Path,
         default=[],
-        help="dataset files whose pairs count as duplicates; streamed if JSON lines",
+        help="Dataset files whose questions and answers count as duplicates; JSON lines are "
+        "streamed.",
     )
-    add("--seed", type=int, default=0, help="seed of sampled models and questions of summaries")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of the models and of the questions for summaries that are sampled.",
+    )
     add(
         "--max_bad",
         type=int,
         default=0,
-        help="clips and metadata rows that may stay without a reply at an exit status of 0",
+        help="Exit with 0 if at most this many clips and metadata rows have no reply.",
     )
-    add("--dry_run", action="store_true", help="print requests and tokens, and send nothing")
-    add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="dollars per million tokens")
+    add("--dry_run", action="store_true", help="Print requests and tokens, and send nothing.")
+    add(
+        "--price",
+        nargs=2,
+        type=float,
+        metavar=("IN", "OUT"),
+        help="Dollars per million tokens of prompts and of replies, for --dry_run.",
+    )
     args = parser.parse_args(argv)
     positive = (args.concurrency, args.tries, args.max_attempts, args.count, args.max_tokens)
     is_too_small = any(value is not None and value < 1 for value in positive)
@@ -295,49 +356,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_paths(args: argparse.Namespace) -> None:
-    """Set the default of --replies and check all paths, before anything is paid.
+def main(argv: list[str] | None = None) -> int:
+    """Generate questions and answers, and write them with rejects and provenance."""
+    args = parse_args(argv)
+    paths = OutputPaths.next_to_examples(args.output, args.replies)
+    inputs = [args.input, *args.eval_files]
+    if args.prompt:
+        inputs.append(args.prompt)
+    paths.check(inputs)
+    # Hash the files now: they may change while replies are generated.
+    input_sha256 = hash_file(args.input)
+    eval_files_sha256 = {str(path): hash_file(path) for path in args.eval_files}
 
-    Every output must be writable and differ from every input and every other output.
-
-    Raises:
-        ValueError, OSError: A path is wrong; the message names it.
-    """
-    if args.output.suffix not in (".json", ".jsonl"):
-        raise ValueError(
-            f"--output {args.output}: the output is .json (a list) or .jsonl (JSON lines)."
-        )
-    args.replies = args.replies or Path(f"{args.output}.replies.jsonl")
-    outputs = [
-        args.output,
-        args.replies,
-        Path(f"{args.output}.rejects.jsonl"),
-        Path(f"{args.output}.provenance.json"),
-    ]
-    inputs = {path.resolve() for path in (args.input, args.prompt, *args.against) if path}
-    distinct = {path.resolve() for path in outputs} | inputs
-    if len(distinct) < len(outputs) + len(inputs):
-        names = ", ".join(str(path) for path in outputs)
-        raise ValueError(f"Each of these is written and must be a file of its own: {names}")
-    folders = [str(path) for path in outputs if path.is_dir()]
-    if folders:
-        raise ValueError(f"{folders[0]} is a folder; a file is needed.")
-    args.digests = {path: digest(path) for path in (args.input, *args.against)}
-
-
-def make_generator(args: argparse.Namespace) -> tuple[Generator, LlmSettings]:
-    """Return the generator and the settings of the language model that the flags describe."""
-    source = SOURCES[args.source]
-    if args.count is not None:
-        source = replace(source, count=args.count)
-    if args.min_words is not None:
-        source = replace(source, min_words=args.min_words)
+    source = adapt_source(args.source, args.count, args.min_words)
     settings = LlmSettings(
         args.model[0],
-        max_tokens=args.max_tokens or max(1024, 100 * source.count),
-        is_local=args.local,
         temperature=args.temperature,
+        max_tokens=args.max_tokens or max(1024, 100 * source.count),
         extra=args.extra,
+        is_local=args.local,
         base_url=args.base_url,
         key_from=args.key_from,
         concurrency=args.concurrency,
@@ -345,100 +382,65 @@ def make_generator(args: argparse.Namespace) -> tuple[Generator, LlmSettings]:
         timeout=args.timeout,
         token_budget=args.token_budget,
     )
-    drops = tuple(name for name in FILTERS if name not in args.keep)
-    generator = Generator(source, args.model, args.prompt, drops, args.max_attempts, args.seed)
-    return generator, settings
-
-
-def generate(generator: Generator, llm: Llm, clips: Clips) -> None:
-    """Generate the replies for all clips.
-
-    The reason of an early stop is printed at once, because writing the examples may fail for the
-    same reason.
-    """
-    offline = Llm(llm.settings, llm.store, is_offline=True)
-    stored = len(llm.store.offsets)
-    if stored:
-        has_any = generator.has_any_reply(offline, clips)
-        if not has_any and not offline.counts["stored"]:
-            print(
-                f"note: none of the {stored} replies in {llm.store.path} fits the requests of "
-                "this run: prompt, model, settings or metadata differ. All requests are sent.",
-                file=sys.stderr,
-            )
-    try:
-        asyncio.run(store_replies(generator, llm, clips))
-    except GenerationStopped as error:
-        print(
-            f"stopped: {error}. Run it again to resume; no stored reply is paid twice.",
-            file=sys.stderr,
-        )
-
-
-def print_errors(errors: list[str]) -> None:
-    """Print the errors of metadata rows, at most SHOWN_ERRORS of them."""
-    for line in errors[:SHOWN_ERRORS]:
-        print(line, file=sys.stderr)
-    if len(errors) > SHOWN_ERRORS:
-        print(f"... and {len(errors) - SHOWN_ERRORS} more rows", file=sys.stderr)
-
-
-def print_estimate(
-    args: argparse.Namespace, generator: Generator, settings: LlmSettings, clips: Clips
-) -> None:
-    """Print what a run would send. No file is created."""
-    with ReplyStore(args.replies) if args.replies.exists() else nullcontext() as store:
-        stored = Llm(settings, store, is_offline=True) if store else None
-        Estimate(generator, settings, stored).report(clips, args.price)
-
-
-def print_costs(llm: Llm) -> None:
-    """Print the requests of this run and the tokens of all runs."""
-    if llm.counts:
-        counts = ", ".join(f"{name} {count}" for name, count in sorted(llm.counts.items()))
-        print(f"requests: {counts}")
-    store = llm.store
-    lost = f"{store.lost} reserved for tries without a reply, which may be billed"
-    print(f"tokens: {store.tokens} spent, {lost}; by all runs with {store.path}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Generate questions and answers, and write them with rejects and provenance."""
-    args = parse_args(argv)
-    check_paths(args)
-    generator, settings = make_generator(args)
-    clips, bad, repeats = read_metadata(args.input, generator.source, args.dataset or args.source)
-    generator.earlier = read_pairs(args.against, clips)
-    print_errors(bad)
+    prompts = load_prompts(source, args.prompt)
+    metadata = read_metadata(args.input, source, args.dataset or args.source)
+    clips = metadata.clips
+    generator = Generator(
+        source=source,
+        prompts=prompts,
+        models=args.model,
+        filters=tuple(name for name in FILTERS if name not in args.disable_filters),
+        max_attempts=args.max_attempts,
+        seed=args.seed,
+        known_pairs=read_pairs(args.eval_files, clips),
+    )
+    print_errors(metadata.errors)
     if args.dry_run:
-        print_estimate(args, generator, settings, clips)
+        print_estimate(paths.replies, generator, settings, clips, args.price)
         return 0
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with ReplyStore(args.replies) as store:
+
+    paths.examples.parent.mkdir(parents=True, exist_ok=True)
+    with ReplyStore(paths.replies) as store:
         llm = Llm(settings, store)
-        generate(generator, llm, clips)
+        generate_replies(generator, llm, clips)
         # Write nothing if there is metadata but no reply to any of it.
-        is_empty = not clips and not bad
+        has_no_metadata = not clips and not metadata.errors
         offline = Llm(settings, store, is_offline=True)
-        is_written = is_empty or generator.has_any_reply(offline, clips)
+        is_written = has_no_metadata or generator.has_any_reply(offline, clips)
         if is_written:
-            counts = write_rows(args.output, generator, llm, clips)
-            counts["metadata rows that repeat one"] += repeats
-            counts["metadata rows that cannot be asked"] += len(bad)
-            with write_whole(Path(f"{args.output}.provenance.json")) as file:
-                found = provenance(args, generator, settings, counts)
-                file.write(json.dumps(found, indent=1) + "\n")
-            print("; ".join(f"{name} {count}" for name, count in counts.items()))
+            offline = Llm(settings, store, is_offline=True)
+            counts = write_examples(paths, generator, offline, clips)
+            counts.repeated_metadata_rows = metadata.num_repeats
+            counts.invalid_metadata_rows = len(metadata.errors)
+            packages = ("torch", "transformers") if args.local else ("openai",)
+            provenance = Provenance(
+                source=args.source,
+                count=source.count,
+                min_words=source.min_words,
+                input=str(args.input),
+                input_sha256=input_sha256,
+                eval_files_sha256=eval_files_sha256,
+                versions={name: version(name) for name in packages},
+                llm=settings.record() | {"model": args.model},
+                prompts_sha256=hash_prompts(prompts),
+                seed=args.seed,
+                filters=list(generator.filters),
+                max_attempts=args.max_attempts,
+                counts=counts,
+            )
+            provenance.write(paths.provenance)
+            print(counts)
         else:
             print(
-                f"no clip was answered: {args.output} is as it was, "
+                f"no clip has a reply: {paths.examples} is as it was, "
                 "its rejects and provenance too.",
                 file=sys.stderr,
             )
     print_costs(llm)
     if llm.stopped or not is_written:
         return 1
-    return int(counts["clips not answered"] + len(bad) > args.max_bad)
+    num_bad = counts.clips_without_reply + counts.invalid_metadata_rows
+    return int(num_bad > args.max_bad)
 
 
 if __name__ == "__main__":

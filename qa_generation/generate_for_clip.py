@@ -9,135 +9,201 @@ import asyncio
 import json
 import random
 import string
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from qa_generation.filters import make_filter
-from qa_generation.llm import Llm, LlmSettings, Message, Reply, RequestFailed, estimate_tokens
+from qa_generation.llm import Llm, Message, Reply, RequestFailed
 from qa_generation.metadata import Clips
-from qa_generation.metadata_prompts import Row, Source, message
-from qa_generation.qa_json import Pair, Reject, parse_pairs
+from qa_generation.metadata_prompts import MetadataRow, Source, message
+from qa_generation.qa_json import Pair, ParsedReply, Reject, parse_pairs
 
 PROMPTS = Path(__file__).parent / "prompts"
 TASK = "open-ended question"
 SUMMARY_TASK = "joint audio and speech summarization"
-TOKENS_PER_PAIR = 60  # estimated length of a pair in a reply
 INFERENCE_WORDS = 8  # minimum length of a paragraph; the prompt asks for about 30 words
-Read = tuple[list[Pair], list[Reject]]  # pairs of a reply, and what was dropped
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The system prompts of a source.
+
+    Args:
+        questions: Requests questions and answers. It contains `format`.
+        format: Describes the format of the replies.
+        inference: Requests a paragraph about the clip; None if the source has none.
+        summaries: The questions, one a line, that the paragraph may answer.
+    """
+
+    questions: str
+    format: str
+    inference: str | None = None
+    summaries: str | None = None
+
+
+def load_prompts(source: Source, questions: Path | None = None) -> Prompts:
+    """Load the prompts of a source, and fill in $count and $format.
+
+    Args:
+        questions: A file to use instead of the source's prompt for questions.
+    """
+    count = str(source.count)
+    format_template = string.Template(_read_prompt(PROMPTS / "format.txt"))
+    format_prompt = format_template.safe_substitute(count=count)
+    template = string.Template(_read_prompt(questions or PROMPTS / f"{source.prompt}.txt"))
+    prompt = template.safe_substitute(count=count, format=format_prompt)
+    if not source.infers:
+        return Prompts(prompt, format_prompt)
+    return Prompts(
+        prompt,
+        format_prompt,
+        inference=_read_prompt(PROMPTS / "joint_inference.txt"),
+        summaries=_read_prompt(PROMPTS / "joint_questions.txt"),
+    )
+
+
+def _read_prompt(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A generated example, with the fields of a dataset file in their order."""
+
+    instruction: str
+    input: str
+    audio_id: str
+    dataset: str
+    task: str
+    output: str
+
+
+@dataclass
+class ClipResult:
+    """The examples of a clip or of a metadata row, and what was dropped.
+
+    Args:
+        num_failed: Number of metadata rows without a reply.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    num_failed: int = 0
+
+
+class CompletesPrompts(Protocol):
+    """Completes prompts: `Llm` or, in a dry run, `cost_estimate.CostEstimate`."""
+
+    async def complete(self, messages: list[Message], model: str, sample: str) -> Reply:
+        """Return the reply to these messages."""
+
+
+@dataclass
 class Generator:
-    """A source with its prompts.
-
-    `earlier` may be set to the marks (`filters.marks`) of pairs that clips already have, by
-    audio_id.
+    """Generates the examples of clips.
 
     Args:
         source: The source, with the count and min_words that the user set.
+        prompts: The prompts of the source.
         models: Names of models, of which each clip uses one.
-        prompt: File to use instead of the prompt of the source.
-        drops: Enabled filters, of `filters.FILTERS`.
+        filters: Enabled filters, of `filters.FILTERS`.
         max_attempts: Maximum number of requests until a reply has a pair.
         seed: Seed of what is sampled for a clip.
+        known_pairs: audio_id -> the keys (`filters.duplicate_keys`) of pairs that the clip already
+            has in other dataset files.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        models: list[str],
-        prompt: Path | None,
-        drops: tuple[str, ...],
-        max_attempts: int,
-        seed: int,
-    ):
-        self.source = source
-        self.models = models
-        self.drops = drops
-        self.max_attempts = max_attempts
-        self.seed = seed
-        self.earlier: dict[str, set[str]] = {}
-        files = {
-            "questions": prompt or PROMPTS / f"{source.prompt}.txt",
-            "format": PROMPTS / "format.txt",
-        }
-        if source.infers:
-            files["inference"] = PROMPTS / "joint_inference.txt"
-            files["summaries"] = PROMPTS / "joint_questions.txt"
-        self.prompts = {}
-        for name, file in files.items():
-            self.prompts[name] = file.read_text(encoding="utf-8").strip()
-        # Fill in "format" first, because "questions" contains it.
-        for name in ("format", "questions"):
-            values = {"count": source.count, "format": self.prompts["format"]}
-            self.prompts[name] = string.Template(self.prompts[name]).safe_substitute(values)
+    source: Source
+    prompts: Prompts
+    models: list[str]
+    filters: tuple[str, ...]
+    max_attempts: int
+    seed: int
+    known_pairs: dict[str, set[str]] = field(default_factory=dict)
 
-    async def generate_clip(
-        self, llm: "Llm | Estimate", rows: list[Row]
-    ) -> tuple[list[Row], list[Reject], int]:
+    async def generate_clip(self, llm: CompletesPrompts, rows: list[MetadataRow]) -> ClipResult:
         """Generate the examples of a clip from all metadata rows about it.
-
-        Returns:
-            The examples, what was dropped, and the number of metadata rows without a reply.
 
         Raises:
             GenerationStopped: Not all replies are there, and no further request is sent.
         """
-        examples = []
-        rejects = []
-        failed = 0
-        seen = self.earlier.get(rows[0]["audio_id"], set())
+        result = ClipResult()
+        seen = self.known_pairs.get(rows[0]["audio_id"], set())
         for row in rows:
-            own_seen = set(seen)
+            seen_with_row = set(seen)
             try:
-                own_examples, own_rejects = await self.generate_row(llm, row, own_seen)
+                row_result = await self.generate_row(llm, row, seen_with_row)
             except RequestFailed:
                 # llm counts the failure. A row without examples has no pairs to duplicate.
-                failed += 1
+                result.num_failed += 1
                 continue
-            examples = examples + own_examples
-            rejects = rejects + own_rejects
-            seen = own_seen
-        return examples, rejects, failed
+            result.examples += row_result.examples
+            result.rejects += row_result.rejects
+            seen = seen_with_row
+        return result
 
     async def generate_row(
-        self, llm: "Llm | Estimate", row: Row, seen: set[str]
-    ) -> tuple[list[Row], list[Reject]]:
-        """Return the examples from one metadata row, and what was dropped.
+        self, llm: CompletesPrompts, row: MetadataRow, seen: set[str]
+    ) -> ClipResult:
+        """Generate the examples from one metadata row.
 
-        The replies and `seen` decide them. The marks of new pairs are added to `seen`.
+        The replies and `seen` decide them. The keys of new pairs are added to `seen`.
 
         Raises:
             RequestFailed, GenerationStopped: Not all replies are there.
         """
+        result = ClipResult()
         facts = message(self.source, row)
-        rejects: list[Reject] = []
-        examples = []
         if self.source.infers:
-
-            def read_paragraph(reply: Reply) -> Read:
-                return self._paragraph(reply, row)
-
-            found = await self._generate(llm, row, "inference", facts, read_paragraph, rejects)
-            if not found:
-                return [], rejects
-            summary = found[0]
-            names = tuple(name for name in self.drops if name == "duplicate")
-            reason = make_filter("", 0, names, seen)(summary)
-            if reason:
-                rejects.append(_reject(reason, summary))
-            else:
-                examples.append(_example(row, *summary, SUMMARY_TASK))
+            summary = await self._generate_summary(llm, row, facts, seen, result)
+            if summary is None:
+                return result
             facts = f"{facts}; Inference: {summary.answer}"
-        is_good = make_filter(row.get("text") or "", self.source.min_words, self.drops, seen)
+        drop_reason = make_filter(row.get("text") or "", self.source.min_words, self.filters, seen)
 
-        def read_pairs(reply: Reply) -> Read:
-            return _pairs(reply, is_good)
+        def read_pairs(reply: Reply) -> ParsedReply:
+            return _filter_pairs(reply, drop_reason)
 
-        found = await self._generate(llm, row, "questions", facts, read_pairs, rejects)
-        examples += [_example(row, *pair, TASK) for pair in found]
-        return examples, rejects
+        pairs = await self._generate_pairs(
+            llm, row, self.prompts.questions, facts, read_pairs, result.rejects
+        )
+        for pair in pairs:
+            result.examples.append(_example(row, pair, TASK))
+        return result
+
+    async def _generate_summary(
+        self,
+        llm: CompletesPrompts,
+        row: MetadataRow,
+        facts: str,
+        seen: set[str],
+        result: ClipResult,
+    ) -> Pair | None:
+        """Generate a paragraph about a clip, and add its example or its reject to `result`.
+
+        Returns:
+            The pair of a question and the paragraph, None if no reply is a paragraph.
+        """
+
+        def read_paragraph(reply: Reply) -> ParsedReply:
+            return self._parse_paragraph(reply, row)
+
+        pairs = await self._generate_pairs(
+            llm, row, self.prompts.inference, facts, read_paragraph, result.rejects
+        )
+        if not pairs:
+            return None
+        summary = pairs[0]
+        # Of the filters, only that of duplicates applies to a paragraph.
+        filters = tuple(name for name in self.filters if name == "duplicate")
+        reason = make_filter("", 0, filters, seen)(summary)
+        if reason:
+            result.rejects.append(_reject(reason, summary))
+        else:
+            result.examples.append(_example(row, summary, SUMMARY_TASK))
+        return summary
 
     def has_any_reply(self, offline: Llm, clips: Clips) -> bool:
         """Return whether the store answers any metadata row in full.
@@ -147,130 +213,75 @@ class Generator:
 
         async def search() -> bool:
             for rows in clips.values():
-                _, _, failed = await self.generate_clip(offline, rows)
-                if failed < len(rows):
+                result = await self.generate_clip(offline, rows)
+                if result.num_failed < len(rows):
                     return True
             return False
 
         return asyncio.run(search())
 
-    async def _generate(
+    async def _generate_pairs(
         self,
-        llm: "Llm | Estimate",
-        row: Row,
+        llm: CompletesPrompts,
+        row: MetadataRow,
         prompt: str,
         facts: str,
-        read: Callable[[Reply], Read],
-        rejects: list,
+        parse: Callable[[Reply], ParsedReply],
+        rejects: list[Reject],
     ) -> list[Pair]:
         """Send requests until a reply has a pair, and append what was dropped to `rejects`."""
         messages = [
-            {"role": "system", "content": self.prompts[prompt]},
+            {"role": "system", "content": prompt},
             {"role": "user", "content": facts},
         ]
         model = self._sample(row, self.models)
         for attempt in range(self.max_attempts):
             # With this name, clips with equal facts get replies of their own.
             reply = await llm.complete(messages, model, f"{row['audio_id']} {attempt}")
-            found, dropped = read(reply)
-            rejects += dropped
-            if found:
-                return found
+            parsed = parse(reply)
+            rejects += parsed.rejects
+            if parsed.pairs:
+                return parsed.pairs
         return []
 
-    def _sample(self, row: Row, options: list[str]) -> str:
+    def _sample(self, row: MetadataRow, options: list[str]) -> str:
         return random.Random(f"{self.seed} {row['audio_id']}").choice(options)
 
-    def _paragraph(self, reply: Reply, row: Row) -> Read:
+    def _parse_paragraph(self, reply: Reply, row: MetadataRow) -> ParsedReply:
         """Return the pair of a sampled question and the paragraph of a reply."""
         words = reply.text.split()
-        if reply.is_cut or len(words) < INFERENCE_WORDS:
-            return [], [Reject("no paragraph", reply.text)]
-        question = self._sample(row, self.prompts["summaries"].splitlines())
-        return [Pair(question, " ".join(words))], []
+        if reply.is_truncated or len(words) < INFERENCE_WORDS:
+            return ParsedReply(rejects=[Reject("no paragraph", reply.text)])
+        question = self._sample(row, self.prompts.summaries.splitlines())
+        return ParsedReply(pairs=[Pair(question, " ".join(words))])
 
 
-def _pairs(reply: Reply, is_good: Callable[[Pair], str | None]) -> Read:
+def _filter_pairs(reply: Reply, drop_reason: Callable[[Pair], str | None]) -> ParsedReply:
     """Return the pairs of a reply that no filter drops, and what was dropped."""
-    pairs, rejects = parse_pairs(reply.text, reply.is_cut)
-    good = []
-    for pair in pairs:
-        reason = is_good(pair)
+    parsed = parse_pairs(reply.text, reply.is_truncated)
+    filtered = ParsedReply(rejects=parsed.rejects)
+    for pair in parsed.pairs:
+        reason = drop_reason(pair)
         if reason:
-            rejects.append(_reject(reason, pair))
+            filtered.rejects.append(_reject(reason, pair))
         else:
-            good.append(pair)
-    return good, rejects
+            filtered.pairs.append(pair)
+    return filtered
 
 
 def _reject(reason: str, pair: Pair) -> Reject:
-    return Reject(reason, json.dumps([*pair], ensure_ascii=False))
+    return Reject(reason, json.dumps([pair.question, pair.answer], ensure_ascii=False))
 
 
-def _example(row: Row, question: str, answer: str, task: str) -> Row:
-    transcript = row["input"] if row.get("input") is not None else row.get("text") or ""
-    return {
-        "instruction": question,
-        "input": transcript.strip(),
-        "audio_id": row["audio_id"],
-        "dataset": row["dataset"],
-        "task": task,
-        "output": answer,
-    }
-
-
-class Estimate:
-    """Replaces `Llm` in a dry run: counts the requests, and replies itself.
-
-    Args:
-        stored: Replies from the store alone; None if there is no store yet.
-    """
-
-    def __init__(self, generator: Generator, settings: LlmSettings, stored: Llm | None):
-        self.generator = generator
-        self.settings = settings
-        self.stored = stored
-        self.counts: Counter = Counter()
-        # Long enough for a paragraph and for the answer of a pair.
-        self.answer = "word " * max(generator.source.min_words, 30)
-
-    async def complete(self, messages: list[Message], model: str, sample: str) -> Reply:
-        """Return the stored reply or, after counting the request, a reply with one pair."""
-        with suppress(RequestFailed):
-            if self.stored:
-                return await self.stored.complete(messages, model, sample)
-        is_paragraph = messages[0]["content"] == self.generator.prompts.get("inference")
-        expected = TOKENS_PER_PAIR * (1 if is_paragraph else self.generator.source.count)
-        prompt_tokens = estimate_tokens(messages)
-        at_most = self.settings.reserved(messages)
-        self.counts.update(
-            requests=1,
-            prompt_tokens=prompt_tokens,
-            reply_tokens=min(expected, at_most - prompt_tokens),
-            at_most=at_most,
-        )
-        # The number makes the pair unique: a duplicate would cause another request.
-        number = self.counts["requests"]
-        pair = {"q": f"What is noted here, {number}?", "a": f"{self.answer}{number}"}
-        return Reply(json.dumps(pair), "stop", "", 0, 0)
-
-    def report(self, clips: Clips, price: list[float] | None) -> None:
-        """Print the requests and tokens of a run. Nothing is sent."""
-
-        async def count_all() -> None:
-            for rows in clips.values():
-                await self.generator.generate_clip(self, rows)
-
-        asyncio.run(count_all())
-        requests = self.counts["requests"]
-        prompt_tokens = self.counts["prompt_tokens"]
-        reply_tokens = self.counts["reply_tokens"]
-        stored = self.stored.counts["stored"] if self.stored else 0
-        print(f"{len(clips)} clips: {requests} requests to send, {stored} replies already stored")
-        print(
-            f"about {prompt_tokens} tokens of prompts, {reply_tokens} of replies; "
-            f"at most {self.counts['at_most']}, each tried once"
-        )
-        if price:
-            dollars = (prompt_tokens * price[0] + reply_tokens * price[1]) / 1e6
-            print(f"about {dollars:.2f} dollars")
+def _example(row: MetadataRow, pair: Pair, task: str) -> Example:
+    transcript = row.get("input")
+    if transcript is None:
+        transcript = row.get("text") or ""
+    return Example(
+        instruction=pair.question,
+        input=transcript.strip(),
+        audio_id=row["audio_id"],
+        dataset=row["dataset"],
+        task=task,
+        output=pair.answer,
+    )

@@ -33,14 +33,17 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-from qa_generation.endpoint import (
+from qa_generation.endpoint import OpenAiEndpoint
+from qa_generation.llm_types import (
+    Endpoint,
     Forbidden,
     GenerationStopped,
     LlmSettings,
     Message,
-    OpenAiEndpoint,
     Refused,
     Reply,
     RequestFailed,
@@ -54,6 +57,7 @@ __all__ = [
     "Llm",
     "LlmSettings",
     "Message",
+    "OpenAiEndpoint",
     "Reply",
     "ReplyStore",
     "RequestFailed",
@@ -79,10 +83,13 @@ class Llm:
         self.settings = settings
         self.store = store
         self.is_offline = is_offline
-        self.endpoint: Any = None if is_offline else _open_endpoint(settings)
+        self.endpoint: Endpoint | None = None
+        if not is_offline:
+            self.endpoint = _open_endpoint(settings)
         self.in_flight: dict[str, asyncio.Task] = {}
         self.counts: Counter = Counter()  # "answered", "stored", "failed", each reason of a retry
-        self.used: Counter = Counter()  # tokens of the returned replies
+        self.used_prompt_tokens = 0  # of the returned replies
+        self.used_completion_tokens = 0  # of the returned replies
         self.sent = 0  # tries in flight
         self.failures_in_row = 0
         self.not_before = 0.0  # time before which no try may start
@@ -129,10 +136,11 @@ class Llm:
                 self.in_flight[key] = asyncio.ensure_future(self._complete(request, key))
                 self.in_flight[key].add_done_callback(lambda _: self.in_flight.pop(key))
             reply = await asyncio.shield(self.in_flight[key])
-        self.used.update(reply["usage"])
-        return Reply(reply["text"], reply["finish_reason"], reply["model"], **reply["usage"])
+        self.used_prompt_tokens += reply.prompt_tokens
+        self.used_completion_tokens += reply.completion_tokens
+        return reply
 
-    async def _complete(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+    async def _complete(self, request: dict[str, Any], key: str) -> Reply:
         """Send a request with retries, and stop the run on errors that concern all requests."""
         try:
             reply = await self._retry(request, key)
@@ -161,7 +169,7 @@ class Llm:
         self.failures_in_row = 0
         return reply
 
-    async def _retry(self, request: dict[str, Any], key: str) -> dict[str, Any]:
+    async def _retry(self, request: dict[str, Any], key: str) -> Reply:
         """Send a request until it has a reply or no try is left."""
         not_before = 0.0
         odd_bodies = 0
@@ -195,9 +203,12 @@ class Llm:
         """
         while not self.stopped:
             wait = max(not_before, self.not_before) - time.monotonic()
-            if wait <= 0 and self._fits(tokens):
+            if wait > 0:
+                await asyncio.sleep(min(wait, MOMENT))
+            elif self._fits(tokens):
                 return
-            await asyncio.sleep(min(wait, MOMENT) if wait > 0 else MOMENT)
+            else:
+                await asyncio.sleep(MOMENT)
         raise GenerationStopped(self.stopped)
 
     def _fits(self, tokens: int) -> bool:
@@ -218,7 +229,7 @@ class Llm:
             )
         return False
 
-    async def _send(self, request: dict[str, Any], key: str, tokens: int) -> dict[str, Any]:
+    async def _send(self, request: dict[str, Any], key: str, tokens: int) -> Reply:
         """Send a request once. The store records its cost before it is sent and afterwards."""
         self.store.reserve(key, tokens)
         self.sent += 1
@@ -246,11 +257,11 @@ class Llm:
             for job in waiting:
                 if self.stopped:
                     return
-                try:
+                with ExitStack() as on_failure:
+                    # If the job fails, for any reason, no other job is started.
+                    on_failure.callback(self.stop, "a job failed")
                     await job()
-                except Exception as error:
-                    self.stop(f"{type(error).__name__}: {error}")
-                    raise
+                    on_failure.pop_all()
 
         try:
             workers = [work() for _ in range(self.settings.concurrency)]
@@ -278,20 +289,20 @@ class Llm:
         Raises:
             GenerationStopped: Not all requests were sent. The replies so far are in the store.
         """
-        replies: list[Any] = [None] * len(messages)
+        replies: dict[int, Reply | RequestFailed] = {}
 
-        async def job(index: int) -> None:
+        async def complete_one(index: int) -> None:
             try:
                 replies[index] = await self.complete(messages[index])
             except RequestFailed as error:
                 replies[index] = error
             on_reply(index, replies[index])
 
-        asyncio.run(self.run((lambda index=index: job(index)) for index in range(len(messages))))
-        return replies
+        asyncio.run(self.run(partial(complete_one, index) for index in range(len(messages))))
+        return [replies[index] for index in range(len(messages))]
 
 
-def _open_endpoint(settings: LlmSettings) -> Any:
+def _open_endpoint(settings: LlmSettings) -> Endpoint:
     if not settings.is_local:
         return OpenAiEndpoint(settings)
     from qa_generation.local_model import LocalModel

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from qa_generation.endpoint import LlmSettings
+from qa_generation.llm_types import LlmSettings, Message, Reply
 
 
 @dataclass
@@ -33,12 +33,13 @@ class LocalModel:
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.to(device).eval()
         self.waiting: list[WaitingRequest] = []
         self.working: asyncio.Task | None = None
 
-    async def send(self, request: dict[str, Any], key: str) -> dict[str, Any]:
-        """Generate the reply to a request, in the form in which it is stored."""
+    async def send(self, request: dict[str, Any], key: str) -> Reply:
+        """Generate the reply to a request."""
         future = asyncio.get_running_loop().create_future()
         self.waiting.append(WaitingRequest(request, key, future))
         if self.working is None or self.working.done():
@@ -62,7 +63,7 @@ class LocalModel:
                 else:
                     waiting.future.set_result(generation.result()[number])
 
-    def _prompt(self, messages: list[dict[str, str]]) -> str:
+    def _prompt(self, messages: list[Message]) -> str:
         if self.tokenizer.chat_template:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -70,7 +71,8 @@ class LocalModel:
         paragraphs = [f"{message['content']}\n\n" for message in messages]
         return (self.tokenizer.bos_token or "") + "".join(paragraphs)
 
-    def _generate(self, batch: list[WaitingRequest]) -> list[dict[str, Any]]:
+    def _generate(self, batch: list[WaitingRequest]) -> list[Reply]:
+        """Generate the replies to a batch of requests, in their order."""
         import torch
 
         prompts = [self._prompt(waiting.request["messages"]) for waiting in batch]
@@ -89,20 +91,25 @@ class LocalModel:
         new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (batch, new tokens)
         prompt_lengths = inputs["attention_mask"].sum(-1).tolist()  # (batch,)
         replies = []
-        for row, prompt_tokens in zip(new_tokens, prompt_lengths, strict=True):
-            replies.append(self._reply(row, prompt_tokens))
+        for reply_tokens, prompt_tokens in zip(new_tokens, prompt_lengths, strict=True):
+            replies.append(self._decode_reply(reply_tokens, prompt_tokens))
         return replies
 
-    def _reply(self, tokens: list[int], prompt_tokens: int) -> dict[str, Any]:
-        """Return the reply in new tokens, which end with an end token or at the maximum length."""
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        positions = (position for position, token in enumerate(tokens) if token in ends)
-        count = next(positions, len(tokens))
-        text = self.tokenizer.decode(tokens[:count], skip_special_tokens=True).strip()
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": count}
-        reason = "stop" if count < len(tokens) else "length"
-        return {"text": text, "finish_reason": reason, "model": self.settings.model, "usage": usage}
+    def _decode_reply(self, tokens: list[int], prompt_tokens: int) -> Reply:
+        """Decode a reply, which ends with an end token or at the maximum length."""
+        end_tokens = self.model.generation_config.eos_token_id
+        if not isinstance(end_tokens, list):
+            end_tokens = [end_tokens]
+        count = 0
+        while count < len(tokens) and tokens[count] not in end_tokens:
+            count += 1
+        return Reply(
+            text=self.tokenizer.decode(tokens[:count], skip_special_tokens=True).strip(),
+            finish_reason="stop" if count < len(tokens) else "length",
+            model=self.settings.model,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=count,
+        )
 
     async def close(self) -> None:
         """Do nothing; there is nothing to close."""

@@ -8,14 +8,15 @@ repeats clip and facts is left out, because its questions would be paid, and wri
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qa_generation.filters import marks
-from qa_generation.metadata_prompts import Row, Source, message
+from qa_generation.filters import duplicate_keys
+from qa_generation.metadata_prompts import MetadataRow, Source, message
 from qa_generation.qa_json import Pair
 
-Clips = dict[str, list[Row]]  # audio_id -> its metadata rows, in the order of the file
+Clips = dict[str, list[MetadataRow]]  # audio_id -> its metadata rows, in the order of the file
 
 
 def read_json(path: Path) -> Iterator[Any]:
@@ -31,9 +32,14 @@ def read_json(path: Path) -> Iterator[Any]:
                 number += 1
                 if not line.strip():
                     continue
-                is_list = line.lstrip().startswith("[")
-                data = json.loads(line + file.read() if is_list else line)
-                yield from data if isinstance(data, list) else [data]
+                text = line
+                if line.lstrip().startswith("["):
+                    text += file.read()
+                data = json.loads(text)
+                if isinstance(data, list):
+                    yield from data
+                else:
+                    yield data
     except json.JSONDecodeError as error:
         position = f"line {number + error.lineno - 1}, column {error.colno}"
         raise ValueError(
@@ -45,52 +51,69 @@ def read_json(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def read_metadata(path: Path, source: Source, dataset: str) -> tuple[Clips, list[str], int]:
+@dataclass
+class Metadata:
+    """The metadata of clips.
+
+    Args:
+        clips: The metadata rows of each clip.
+        errors: A message with the number from 0 for each row that cannot be used.
+        num_repeats: Number of rows that repeat another.
+    """
+
+    clips: Clips = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    num_repeats: int = 0
+
+
+def read_metadata(path: Path, source: Source, dataset: str) -> Metadata:
     """Read the metadata of clips.
 
-    Returns:
-        The clips, an error message with the number from 0 for each row that cannot be used, and the
-        number of rows that repeat another.
+    Args:
+        dataset: The dataset of rows that name none.
 
     Raises:
         ValueError: The file is no JSON; the message states where.
     """
-    clips: Clips = {}
-    bad = []
-    repeats = 0
-    known = set()
+    metadata = Metadata()
+    known_hashes = set()
     for index, row in enumerate(read_json(path)):
         try:
             if not isinstance(row, dict) or not row.get("audio_id"):
                 raise ValueError("no audio_id")
             facts = message(source, row)
         except ValueError as error:
-            bad.append(f"{path}, row {index}: {error}")
+            metadata.errors.append(f"{path}, row {index}: {error}")
             continue
-        mark = hashlib.sha256(json.dumps([row["audio_id"], facts]).encode()).digest()
-        if mark in known:
-            repeats += 1
+        audio_id = row["audio_id"]
+        row_hash = hashlib.sha256(json.dumps([audio_id, facts]).encode()).digest()
+        if row_hash in known_hashes:
+            metadata.num_repeats += 1
             continue
-        known.add(mark)
-        own_dataset = row.get("dataset") or dataset
-        clips.setdefault(row["audio_id"], []).append(row | {"dataset": own_dataset})
-    return clips, bad, repeats
+        known_hashes.add(row_hash)
+        row_with_dataset = row | {"dataset": row.get("dataset") or dataset}
+        metadata.clips.setdefault(audio_id, []).append(row_with_dataset)
+    return metadata
 
 
 def read_pairs(paths: Iterable[Path], clips: Clips) -> dict[str, set[str]]:
-    """Return the marks of the questions and answers that clips have in other dataset files.
+    """Return the duplicate keys of the pairs that clips have in other dataset files.
 
     Raises:
         ValueError: A file holds something else than examples; the message states where.
     """
-    found: dict[str, set[str]] = {}
-    names = ("audio_id", "instruction", "output")
+    keys: dict[str, set[str]] = {}
     for path in paths:
-        for index, row in enumerate(read_json(path)):
-            values = [row.get(name) if isinstance(row, dict) else None for name in names]
-            if not all(isinstance(value, str) for value in values):
-                raise ValueError(f"{path}, row {index}: needs {', '.join(names)} as texts")
-            audio_id, question, answer = values
+        for index, example in enumerate(read_json(path)):
+            if not isinstance(example, dict):
+                example = {}
+            audio_id = example.get("audio_id")
+            question = example.get("instruction")
+            answer = example.get("output")
+            if not all(isinstance(value, str) for value in (audio_id, question, answer)):
+                raise ValueError(
+                    f"{path}, example {index}: needs audio_id, instruction, output as texts"
+                )
             if audio_id in clips:
-                found.setdefault(audio_id, set()).update(marks(Pair(question, answer)))
-    return found
+                keys.setdefault(audio_id, set()).update(duplicate_keys(Pair(question, answer)))
+    return keys

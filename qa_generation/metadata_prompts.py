@@ -32,7 +32,7 @@ SENTIMENTS = (
     "positive",
     "highly positive",
 )
-Row = dict[str, Any]
+MetadataRow = dict[str, Any]
 TEXT = "text"
 TEXTS = "text or a list of texts"
 NUMBER = "a number"
@@ -87,14 +87,14 @@ def pitch_rank(hertz: float, gender: str) -> str:
     return f"{PITCH_RANKS[rank]} ({bound} Hz)"
 
 
-def sounds(row: Row) -> str:
+def sounds(row: MetadataRow) -> str:
     """Return the facts of sound events."""
     facts = f"Sound Events: {_timed_events(row)}"
     captions = _texts(row.get("caption"))
     return f"{facts}; Description: {captions[0]}" if captions else facts
 
 
-def _timed_events(row: Row) -> str:
+def _timed_events(row: MetadataRow) -> str:
     if "temporal" in row:
         return row["temporal"]
     times: dict[str, list[str]] = {}
@@ -112,7 +112,7 @@ def _texts(value: Any) -> list[str]:
     return [text for text in values if not _is_absent(text)]
 
 
-def speech(row: Row) -> str:
+def speech(row: MetadataRow) -> str:
     """Return the facts of speech.
 
     Raises:
@@ -144,7 +144,7 @@ def speech(row: Row) -> str:
     return "; ".join(facts)
 
 
-def music(row: Row) -> str:
+def music(row: MetadataRow) -> str:
     """Return the facts of music."""
     facts = []
     for name in ("genre", "instruments", "tempo", "mood"):
@@ -154,7 +154,7 @@ def music(row: Row) -> str:
     return "; ".join(facts)
 
 
-def joint(row: Row) -> str:
+def joint(row: MetadataRow) -> str:
     """Return the facts of a clip with speech and other sounds."""
     labels = row["labels"] if isinstance(row["labels"], list) else row["labels"].split(";")
     labels = [label.strip() for label in labels if label.strip()]
@@ -176,7 +176,7 @@ class Source:
         infers: A paragraph about the clip is generated first.
     """
 
-    facts: Callable[[Row], str]
+    facts: Callable[[MetadataRow], str]
     needs: str
     takes: str
     prompt: str
@@ -199,7 +199,7 @@ SOURCES = {
 }
 
 
-def message(source: Source, row: Row) -> str:
+def message(source: Source, row: MetadataRow) -> str:
     """Return the user message about a row after checking all fields that are used.
 
     Raises:

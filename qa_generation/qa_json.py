@@ -12,11 +12,12 @@ import ast
 import json
 import re
 import warnings
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 # Maximum characters of a reply. Twenty questions are about 8,000, and an endless text would take
 # minutes.
-LONGEST = 200_000
+MAX_CHARACTERS = 200_000
 NAMES = {"q": "q", "question": "q", "a": "a", "answer": "a"}
 QUOTES = str.maketrans("“”„‟", '""""')
 # The beginning of an object, up to its first key of a pair.
@@ -45,39 +46,43 @@ class Reject(NamedTuple):
     text: str
 
 
-def parse_pairs(text: str, is_cut: bool = False) -> tuple[list[Pair], list[Reject]]:
-    """Return the pairs of a reply in their order, and what could not be parsed.
+@dataclass
+class ParsedReply:
+    """The pairs of a reply in their order, and what was dropped of it."""
 
-    Args:
-        is_cut: The reply is truncated.
-    """
+    pairs: list[Pair] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+
+
+def parse_pairs(text: str, is_truncated: bool = False) -> ParsedReply:
+    """Parse the pairs of a reply."""
     if not text.strip():
-        return [], [Reject("empty reply", text)]
-    if len(text) > LONGEST:
-        return [], [Reject("too long", text)]
-    pairs: list[Pair] = []
-    rejects: list[Reject] = []
+        return ParsedReply(rejects=[Reject("empty reply", text)])
+    if len(text) > MAX_CHARACTERS:
+        return ParsedReply(rejects=[Reject("too long", text)])
+    parsed = ParsedReply()
     position = 0
     while position < len(text):
         opener = OPENER.search(text, position)
         start = opener.start() if opener else len(text)
         skipped = text[position:start]
         if ANSWER.search(skipped) or OBJECT.search(skipped):
-            rejects.append(Reject("malformed", skipped.strip()))
+            parsed.rejects.append(Reject("malformed", skipped.strip()))
         if not opener:
             break
-        found, position = _read(text, start, is_cut)
+        found, position = _parse_object(text, start, is_truncated)
         if isinstance(found, Pair):
-            pairs.append(found)
+            parsed.pairs.append(found)
         else:
-            rejects.append(found)
-    if not pairs and not rejects:
-        rejects.append(Reject("cut off" if is_cut else "no question and answer", text))
-    return pairs, rejects
+            parsed.rejects.append(found)
+    if not parsed.pairs and not parsed.rejects:
+        reason = "cut off" if is_truncated else "no question and answer"
+        parsed.rejects.append(Reject(reason, text))
+    return parsed
 
 
-def _read(text: str, start: int, is_cut: bool) -> tuple[Pair | Reject, int]:
-    """Read the object at `start`. Return a pair or a reject, and the position after it."""
+def _parse_object(text: str, start: int, is_truncated: bool) -> tuple[Pair | Reject, int]:
+    """Parse the object at `start`. Return a pair or a reject, and the position after it."""
     try:
         members, size = DECODER.raw_decode(text[start:])
         end = start + size
@@ -93,10 +98,10 @@ def _read(text: str, start: int, is_cut: bool) -> tuple[Pair | Reject, int]:
         return Reject("more than one way to read it", broken.strip()), end
     repairs = (_commas, _typographic, _python, _brace, _inner)
     results = {repair(broken.strip()) for repair in repairs} - {None}
-    is_last_and_cut = is_cut and not following
-    if len(results) == 1 and not (is_last_and_cut and "}" not in broken):
+    is_last_and_truncated = is_truncated and not following
+    if len(results) == 1 and not (is_last_and_truncated and "}" not in broken):
         return results.pop(), end
-    if is_last_and_cut:
+    if is_last_and_truncated:
         reason = "cut off"
     elif results:
         reason = "more than one way to read it"
@@ -120,7 +125,8 @@ def _pair(members: Any) -> Pair | None:
         return None
     if re.search("[\ud800-\udfff]", "".join(texts)):
         return None  # Half an emoji cannot be written to a file.
-    return Pair(*[" ".join(text.split()) for text in texts])
+    question, answer = texts
+    return Pair(" ".join(question.split()), " ".join(answer.split()))
 
 
 def _loads(text: str) -> Pair | None:
@@ -150,12 +156,16 @@ def _python(text: str) -> Pair | None:
             found = ast.literal_eval(text[: text.rindex("}") + 1])
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-    return _pair(list(found.items())) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    return _pair(list(found.items()))
 
 
 def _brace(text: str) -> Pair | None:
     """Add a missing closing brace after a complete string."""
-    return _loads(text.rstrip(" ,\n]`") + "}") if "}" not in text else None
+    if "}" in text:
+        return None
+    return _loads(text.rstrip(" ,\n]`") + "}")
 
 
 def _inner(text: str) -> Pair | None:

@@ -12,12 +12,15 @@ file is opened. Only the offsets in the file are held in memory: about 150 bytes
 lock ends with its process: two runs on one file would pay twice.
 """
 
-import fcntl
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
+
+from qa_generation.llm_types import Reply
 
 BEGINNING = b'{"key": "'  # of every line
 
@@ -42,14 +45,11 @@ class ReplyStore:
         self.lost = 0  # tokens reserved for tries without a reply
         self.end = 0  # offset after the last whole line
         self.is_torn = False  # there may be half a line after `end`
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read_all()
-        except BlockingIOError:
+        if not lock_descriptor(self.file.fileno(), blocking=False):
             self.file.close()
-            raise ValueError(
-                f"Another run is adding to {self.path}. Wait for it or stop it."
-            ) from None
+            raise ValueError(f"Another run is adding to {self.path}. Wait for it or stop it.")
+        try:
+            self._read_all()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.file.close()
             raise ValueError(
@@ -70,13 +70,13 @@ class ReplyStore:
         """Account for a line that is in the file."""
         key = bytes.fromhex(entry["key"])
         if "reply" in entry or "sent" not in entry:
-            usage = entry["reply"]["usage"]
-            self.tokens += usage["prompt_tokens"] + usage["completion_tokens"]
+            reply = _reply_of(entry)
+            self.tokens += reply.prompt_tokens + reply.completion_tokens
             self.offsets[key] = self.end
         self.lost += entry.get("sent", 0)
         self.end += size
 
-    def get(self, key: str) -> dict | None:
+    def get(self, key: str) -> Reply | None:
         """Return the reply to the request with this key, None if there is none.
 
         Raises:
@@ -94,14 +94,14 @@ class ReplyStore:
                 )
             size *= 2
             data = os.pread(self.file.fileno(), size, offset)
-        return json.loads(data[: data.index(b"\n")])["reply"]
+        return _reply_of(json.loads(data[: data.index(b"\n")]))
 
     def reserve(self, key: str, tokens: int) -> None:
         """Record the maximum cost of a try before it is sent; a negative number cancels it."""
         self._append({"key": key, "sent": tokens})
 
-    def put(self, key: str, reply: dict, sent: int = 0) -> None:
-        """Add a reply with `usage`; it is on the disk when this returns.
+    def put(self, key: str, reply: Reply, sent: int = 0) -> None:
+        """Add a reply; it is on the disk when this returns.
 
         Args:
             sent: Tokens that were reserved for the try that got the reply.
@@ -110,7 +110,16 @@ class ReplyStore:
             OSError: The reply is not on the disk. All lines before it are, and the next line can be
                 added.
         """
-        entry: dict[str, Any] = {"key": key, "reply": reply}
+        stored_reply = {
+            "text": reply.text,
+            "finish_reason": reply.finish_reason,
+            "model": reply.model,
+            "usage": {
+                "prompt_tokens": reply.prompt_tokens,
+                "completion_tokens": reply.completion_tokens,
+            },
+        }
+        entry: dict[str, Any] = {"key": key, "reply": stored_reply}
         if sent:
             entry["sent"] = -sent
         self._append(entry, is_synced=True)
@@ -140,3 +149,16 @@ class ReplyStore:
     def __exit__(self, *_: object) -> None:
         # If half a line could not be cut off, the next opening of the file does it.
         self.file.close()
+
+
+def _reply_of(entry: dict[str, Any]) -> Reply:
+    """Return the reply in an entry of the file."""
+    reply = entry["reply"]
+    usage = reply["usage"]
+    return Reply(
+        text=reply["text"],
+        finish_reason=reply["finish_reason"],
+        model=reply["model"],
+        prompt_tokens=usage["prompt_tokens"],
+        completion_tokens=usage["completion_tokens"],
+    )

@@ -47,7 +47,7 @@ class FakeLlm:
 
     Args:
         answer: Maps the body of a request to the body of its reply.
-        fault_share: Fraction of tries that fail, at most twice in a row for one request.
+        fault_fraction: Fraction of tries that fail, at most twice in a row for one request.
         seed: Seed of the faults.
         faults: The faults to choose from.
         delay: Seconds before a reply.
@@ -58,14 +58,14 @@ class FakeLlm:
     def __init__(
         self,
         answer: Callable[[dict], dict],
-        fault_share: float = 0.0,
+        fault_fraction: float = 0.0,
         seed: int = 0,
         faults: Sequence[str] = QUICK_FAULTS,
         delay: float = 0.0,
         hold_after: int | None = None,
     ):
         self.answer = answer
-        self.share = fault_share
+        self.fault_fraction = fault_fraction
         self.rng = random.Random(seed)
         self.kinds = faults
         self.delay = delay
@@ -137,7 +137,7 @@ class FakeLlm:
     ) -> bool:
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         fault = self.script.pop(0) if self.script else ""
-        if not fault and self.rng.random() < self.share and self.failed[key] < 2:
+        if not fault and self.rng.random() < self.fault_fraction and self.failed[key] < 2:
             fault = self.rng.choice(self.kinds)
         if fault:
             self.failed[key] += 1

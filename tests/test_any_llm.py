@@ -472,7 +472,7 @@ def test_one_question_equals_the_processor(alpaca, rows, monkeypatch):
     assert same(alpaca.apply_chat_template(with_transcript, **ask), expected)
     # LTU-AS transcribes a clip without a transcript, as the patched method does here.
     monkeypatch.setattr(
-        alpaca, "complete_transcripts", lambda clips, given: ["the dog" for _ in clips]
+        alpaca.front_end, "complete_transcripts", lambda clips, given: ["the dog" for _ in clips]
     )
     assert same(
         alpaca.apply_chat_template(user(audio_part(CLIPS[0]), text_part("Loud?")), **ask), expected

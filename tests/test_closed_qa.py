@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from data import closed_qa
-from data.toy import sound_examples as toy_rows
+from data.toy import sound_examples as sound_examples
 from data.toy.sound_clips import HERE, read_manifest
 from data.toy.speech_clips import SPEECH, cut_offs, name_of, read_speech
 from ltu.data.check_examples import read_rows
@@ -35,7 +35,10 @@ def settings(**changes) -> closed_qa.RuleSettings:
 
 def outputs(task: str, record: dict, **changes) -> list[str]:
     record = {"audio_id": "a.flac"} | record
-    return [row["output"] for row in closed_qa.rows_of(record, [task], TEXTS, settings(**changes))]
+    return [
+        example["output"]
+        for example in closed_qa.examples_of(record, [task], TEXTS, settings(**changes))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_every_task_has_questions_that_can_be_filled():
         "How old is the speaker?",
     ]
     assert set(fixed) <= all_questions
-    assert closed_qa.PREFIX == toy_rows.QUESTIONS["closed_prefix"]
+    assert closed_qa.PREFIX == sound_examples.QUESTIONS["closed_prefix"]
     styled = {
         f"Write an audio caption describing the sound{style}."
         for style in ("", ", in AudioCaps style")
@@ -173,44 +176,44 @@ def test_examples_have_the_keys_and_input_of_the_papers():
     keys = ["instruction", "input", "audio_id", "dataset", "task", "output"]
     record = {"audio_id": "a", "labels": "Dog", "gender": "f"}
     assert all(
-        list(row) == keys and row["input"] == ""
-        for row in closed_qa.rows_of(record, ["cla_label"], TEXTS, settings())
+        list(example) == keys and example["input"] == ""
+        for example in closed_qa.examples_of(record, ["cla_label"], TEXTS, settings())
     )
     spoken = record | {"text": "Hello."}
     assert all(
-        "input" not in row
-        for row in closed_qa.rows_of(spoken, ["cla_label", "asr"], TEXTS, settings())
+        "input" not in example
+        for example in closed_qa.examples_of(spoken, ["cla_label", "asr"], TEXTS, settings())
     )
     transcribed = spoken | {"input": "hello"}
     assert all(
-        row["input"] == "hello"
-        for row in closed_qa.rows_of(transcribed, ["cla_label", "asr"], TEXTS, settings())
+        example["input"] == "hello"
+        for example in closed_qa.examples_of(transcribed, ["cla_label", "asr"], TEXTS, settings())
     )
 
 
-def test_draws_depend_only_on_seed_clip_and_task():
+def test_examples_depend_only_on_seed_clip_and_task():
     record = {"audio_id": "a", "labels": "Dog;Speech", "caption": "A dog.", "events": EVENTS}
-    everything = list(closed_qa.rows_of(record, list(closed_qa.TASKS), TEXTS, settings()))
+    everything = list(closed_qa.examples_of(record, list(closed_qa.TASKS), TEXTS, settings()))
     alone = [
-        row
+        example
         for task in closed_qa.TASKS
-        for row in closed_qa.rows_of(record, [task], TEXTS, settings())
+        for example in closed_qa.examples_of(record, [task], TEXTS, settings())
     ]
     assert everything == alone
     of_seeds = {
-        json.dumps(list(closed_qa.rows_of(record, ["caption"], TEXTS, settings(seed=s))))
+        json.dumps(list(closed_qa.examples_of(record, ["caption"], TEXTS, settings(seed=s))))
         for s in range(20)
     }
     assert len(of_seeds) > 5
-    asked = [
-        row
+    made = [
+        example
         for s in range(400)
-        for row in closed_qa.rows_of(
+        for example in closed_qa.examples_of(
             record, ["cla_label"], TEXTS, settings(seed=s, prefix_fraction=0.5)
         )
     ]
-    assert 150 < sum(row["instruction"].startswith(closed_qa.PREFIX) for row in asked) < 250
-    assert len({row["instruction"].removeprefix(closed_qa.PREFIX) for row in asked}) == len(
+    assert 150 < sum(example["instruction"].startswith(closed_qa.PREFIX) for example in made) < 250
+    assert len({example["instruction"].removeprefix(closed_qa.PREFIX) for example in made}) == len(
         TEXTS["cla_label"]["questions"]
     )
 
@@ -227,7 +230,7 @@ def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
     record |= {"pitch": 130.0, "speed": "slow", "energy": "high", "text": "A film."}
     (tmp_path / "clips.json").write_text(json.dumps([record]))
     made = run(tmp_path, "--metadata", tmp_path / "clips.json")
-    assert {row["task"]: row["output"] for row in made} == {
+    assert {example["task"]: example["output"] for example in made} == {
         "gender_cla": "Male.",
         "pitch_cla": "The pitch is medium.",
         "speed_cla": "The speed is slow.",
@@ -239,8 +242,10 @@ def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
         "gender_emotion_cla": "Male, happy.",
         "asr": "Spoken text: A film.",
     }
-    counts = json.loads((tmp_path / "rows.json.provenance.json").read_text())["counts"]
-    assert counts == {"records": 1, "records without a row": 0} | {row["task"]: 1 for row in made}
+    counts = json.loads((tmp_path / "examples.json.provenance.json").read_text())["counts"]
+    assert counts == {"records": 1, "records without an example": 0} | {
+        example["task"]: 1 for example in made
+    }
     published = json.loads((HERE.parent / "recipes/openasqa_classification.json").read_text())[
         "expected"
     ]["task"]
@@ -250,7 +255,7 @@ def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
 # The command
 
 
-def run(tmp_path: Path, *arguments, name: str = "rows.json") -> list[dict]:
+def run(tmp_path: Path, *arguments, name: str = "examples.json") -> list[dict]:
     assert closed_qa.main([*map(str, arguments), "--output_path", str(tmp_path / name)]) == 0
     return read_rows(tmp_path / name)
 
@@ -260,23 +265,23 @@ def test_toy_sounds_by_their_manifest(tmp_path):
     arguments = ["--metadata", HERE / "manifest.jsonl", "--columns", *columns, "--dataset", "toy"]
     made = run(tmp_path, *arguments)
     sounds = {sound["file"]: sound for sound in read_manifest()}
-    assert [row["audio_id"] for row in made if row["task"] == "caption"] == list(sounds)
-    for row in made:
-        sound = sounds[row["audio_id"]]
+    assert [example["audio_id"] for example in made if example["task"] == "caption"] == list(sounds)
+    for example in made:
+        sound = sounds[example["audio_id"]]
         expected = {
             "cla_label": f"Labels: {'; '.join(sound['audioset'])}",
             "caption": f"Audio caption: {sound['caption']}",
         }
-        assert row["output"] == expected[row["task"]]
-        assert row["dataset"] == "toy"
-    first = (tmp_path / "rows.json").read_bytes()
+        assert example["output"] == expected[example["task"]]
+        assert example["dataset"] == "toy"
+    first = (tmp_path / "examples.json").read_bytes()
     run(tmp_path, *arguments)
-    assert (tmp_path / "rows.json").read_bytes() == first
-    provenance = json.loads((tmp_path / "rows.json.provenance.json").read_text())
+    assert (tmp_path / "examples.json").read_bytes() == first
+    provenance = json.loads((tmp_path / "examples.json.provenance.json").read_text())
     assert provenance["seed"] == 0
     assert provenance["counts"] == {
         "records": 246,
-        "records without a row": 0,
+        "records without an example": 0,
         "cla_label": 246,
         "caption": 246,
     }
@@ -287,8 +292,8 @@ def test_toy_speech_by_its_manifest(tmp_path):
     made = run(tmp_path, "--metadata", SPEECH / "manifest.jsonl", "--columns", *columns)
     clips = {clip["file"]: clip for clip in read_speech()}
     low, high = closed_qa.thirds([clip["syllables_per_second"] for clip in clips.values()])
-    for row in made:
-        clip = clips[row["audio_id"]]
+    for example in made:
+        clip = clips[example["audio_id"]]
         pitch = name_of(clip["f0_hz"], closed_qa.PITCH[clip["gender"]], closed_qa.NAMES["pitch"][1])
         speed = name_of(clip["syllables_per_second"], (low, high), closed_qa.NAMES["speed"][0])
         expected = {
@@ -296,8 +301,8 @@ def test_toy_speech_by_its_manifest(tmp_path):
             "asr": f"Spoken text: {clip['text']}",
         }
         expected |= {"pitch_cla": f"The pitch is {pitch}.", "speed_cla": f"The speed is {speed}."}
-        assert row["output"] == expected[row["task"]]
-        assert "input" not in row
+        assert example["output"] == expected[example["task"]]
+        assert "input" not in example
     assert len(made) == 4 * len(clips)
     train = [clip["f0_hz"] for clip in clips.values() if clip["split"] == "train"]
     assert cut_offs(list(clips.values()))["f0_hz"] == tuple(
@@ -329,16 +334,18 @@ def test_csv_with_prepared_audio_and_other_names(tmp_path):
         "--descriptions",
         tmp_path / "des.json",
     ]
-    made = run(tmp_path, *arguments, "--prefix_fraction", 1, name="rows.jsonl")
-    assert {row["audio_id"] for row in made} == {"x/1.flac", "x/2.flac"}
-    assert [row["output"] for row in made if row["task"] == "temporal_all"] == ["Dog: [0.0-1.5]."]
-    assert [row["output"] for row in made if row["task"] == "age_cla"] == [
+    made = run(tmp_path, *arguments, "--prefix_fraction", 1, name="examples.jsonl")
+    assert {example["audio_id"] for example in made} == {"x/1.flac", "x/2.flac"}
+    assert [example["output"] for example in made if example["task"] == "temporal_all"] == [
+        "Dog: [0.0-1.5]."
+    ]
+    assert [example["output"] for example in made if example["task"] == "age_cla"] == [
         "The age of the speaker is 40."
     ]
-    assert sum(row["task"] == "cla_label_des" for row in made) == 2
-    assert all(row["instruction"].startswith(closed_qa.PREFIX) for row in made)
-    only = run(tmp_path, *arguments, "--tasks", "cla_label", name="rows.jsonl")
-    assert {row["task"] for row in only} == {"cla_label"}
+    assert sum(example["task"] == "cla_label_des" for example in made) == 2
+    assert all(example["instruction"].startswith(closed_qa.PREFIX) for example in made)
+    only = run(tmp_path, *arguments, "--tasks", "cla_label", name="examples.jsonl")
+    assert {example["task"] for example in only} == {"cla_label"}
 
 
 def test_tables_of_clotho_audiocaps_and_fsd50k(tmp_path):
@@ -347,15 +354,18 @@ def test_tables_of_clotho_audiocaps_and_fsd50k(tmp_path):
     )
     names = ["--columns", "audio_id=file_name", "caption=caption_1,caption_2"]
     made = run(tmp_path, "--metadata", tmp_path / "clotho.csv", *names, "--style", "Clotho")
-    assert [row["output"] for row in made] == ["Audio caption: A radio.", "Audio caption: It hums."]
-    assert all(row["instruction"].endswith(", in Clotho style.") for row in made)
+    assert [example["output"] for example in made] == [
+        "Audio caption: A radio.",
+        "Audio caption: It hums.",
+    ]
+    assert all(example["instruction"].endswith(", in Clotho style.") for example in made)
     lines = "".join(f"{number},r1nicOVtvkQ,130,Caption {number}\n" for number in range(20))
     (tmp_path / "audiocaps.csv").write_text(f"audiocap_id,youtube_id,start_time,caption\n{lines}")
     made = run(
         tmp_path, "--metadata", tmp_path / "audiocaps.csv", "--columns", "audio_id=youtube_id"
     )
     assert (
-        len(made) == 20 and len({row["instruction"] for row in made}) > 4
+        len(made) == 20 and len({example["instruction"] for example in made}) > 4
     )  # one clip, a line for each caption
     (tmp_path / "fsd.csv").write_text(
         'fname,labels,mids,split\n64760,"Guitar,Music","/m/0,/m/1",train\n'
@@ -369,13 +379,13 @@ def test_tables_of_clotho_audiocaps_and_fsd50k(tmp_path):
         "--separator",
         ",",
     )
-    assert [row["output"] for row in made] == ["Labels: Guitar; Music"]
+    assert [example["output"] for example in made] == ["Labels: Guitar; Music"]
 
 
 def test_clips_with_another_spelling_are_an_error(tmp_path):
     (tmp_path / "clips.csv").write_text("audio_id,labels\none.wav,Dog\n")
     (tmp_path / "audio_ids.csv").write_text("id,audio_id\none,one.flac\n")
-    with pytest.raises(ValueError, match="none of 0 records .* --against"):
+    with pytest.raises(ValueError, match="none of 0 records .* --clip_list"):
         run(
             tmp_path,
             "--metadata",
@@ -383,7 +393,7 @@ def test_clips_with_another_spelling_are_an_error(tmp_path):
             "--audio_ids",
             tmp_path / "audio_ids.csv",
         )
-    assert not (tmp_path / "rows.json").exists()
+    assert not (tmp_path / "examples.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -414,18 +424,18 @@ def test_given_cuts(tmp_path):
     )
     arguments = ["--metadata", tmp_path / "clips.csv", "--cuts", tmp_path / "cuts.json"]
     made = run(tmp_path, *arguments, "--tasks", "pitch_cla", "speed_cla")
-    words = [row["output"].split(" is ")[1] for row in made]
+    words = [example["output"].split(" is ")[1] for example in made]
     assert words == ["low.", "fast.", "high.", "very fast."]
 
 
-def test_numbers_that_have_no_thirds_make_no_rows(tmp_path, capsys):
+def test_numbers_that_have_no_thirds_make_no_examples(tmp_path, capsys):
     for speeds, words in (("23334", []), ("12345", ["slow", "slow", "normal", "fast", "fast"])):
         lines = "".join(f"{number}.wav,{speed},m\n" for number, speed in enumerate(speeds))
         (tmp_path / "clips.csv").write_text(f"audio_id,speed,gender\n{lines}")
         made = run(
             tmp_path, "--metadata", tmp_path / "clips.csv", "--tasks", "speed_cla", "gender_cla"
         )
-        assert [row["output"] for row in made if row["task"] == "speed_cla"] == [
+        assert [example["output"] for example in made if example["task"] == "speed_cla"] == [
             f"The speed is {w}." for w in words
         ]
         assert ("speed: no thirds, too many are 3" in capsys.readouterr().out) == (not words)
@@ -462,7 +472,7 @@ def test_bad_records_are_named_and_leave_nothing(record, message, tmp_path):
                 "--metadata",
                 str(tmp_path / "clips.json"),
                 "--output_path",
-                str(tmp_path / "rows.json"),
+                str(tmp_path / "examples.json"),
             ]
         )
     assert [path.name for path in tmp_path.iterdir()] == ["clips.json"]

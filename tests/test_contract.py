@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from ltu import LtuConfig, LtuForConditionalGeneration, LtuProcessor
 from ltu.models.generation_ltu import find_cache
 from ltu.training.collator import LtuCollator
-from tests.tiny import GOLDEN, LORA, audio_config, clip, write_checkpoint, write_llm
+from tests.tiny import GOLDEN, LLM, LORA, audio_config, clip, write_checkpoint, write_llm
 
 FIXED = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
 
@@ -416,7 +416,9 @@ def test_every_key_is_accounted_for(folder, tmp_path, change):
     else:
         state["stray"] = torch.zeros(1)
     save_file(state, tmp_path / "checkpoint" / "model.safetensors")
-    with pytest.raises(KeyError, match="1 keys missing" if change == "missing" else "1 left over"):
+    with pytest.raises(
+        ValueError, match="1 keys missing" if change == "missing" else "1 left over"
+    ):
         LtuForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
 
 
@@ -439,7 +441,7 @@ def test_trainable_parameters_are_fp32_on_a_bf16_language_model(folder, tmp_path
 
 
 def test_seven_billion_parameters_on_the_meta_device():
-    lora = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
     with torch.device("meta"):
         model = LtuForConditionalGeneration(
             LtuConfig(text_config={"model_type": "llama"}, lora=lora)
@@ -447,3 +449,11 @@ def test_seven_billion_parameters_on_the_meta_device():
     model.set_trainable("all")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 93_065_216
     assert sum(p.numel() for p in model.parameters()) == 6_831_480_832
+
+
+def test_lora_settings_that_peft_does_not_know_are_refused() -> None:
+    """The names are those of peft's LoraConfig."""
+    lora = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+    config = LtuConfig(text_config=LLM, lora=lora)
+    with pytest.raises(ValueError, match="no arguments of peft.*lora_alpha"):
+        LtuForConditionalGeneration(config)

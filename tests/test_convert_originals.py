@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -164,7 +164,7 @@ def test_a_full_file_answers_as_its_parts(
     )
     state = content(kind, "full")
     without_head = {key: value for key, value in state.items() if "lm_head" not in key}
-    with pytest.raises(KeyError, match="lm_head"):
+    with pytest.raises(ValueError, match="lm_head"):
         convert(kind, without_head, nameplate, tmp_path / "lacking")
 
 
@@ -299,7 +299,7 @@ REFUSED = {
 def refused(capsys, kind: str, *flags: str | Path) -> str:
     """Return the line with which a command ends."""
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda: command(kind, *flags), KeyError, SafetensorError)
+        run_command(lambda: command(kind, *flags))
     message = str(stop.value.code)  # A string: Python prints it and leaves with status 1.
     assert message.startswith("error: ") and "\n" not in message
     assert "a pickle ran code" not in capsys.readouterr().out

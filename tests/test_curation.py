@@ -1,4 +1,4 @@
-"""Tests curation: every format and command keeps the examples, and memory is constant."""
+"""Tests curation: every format and command preserves the examples; memory is constant."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from benchmarks.curation import CLOSED, OPEN, ROWS, random_rows
+from benchmarks.curation import CLOSED, NUM_EXAMPLES, OPEN, random_examples
 from data import (
     combine,
     contamination_check,
@@ -55,7 +55,7 @@ def nasty_text(chance: random.Random) -> str:
     return "".join(chance.choices(pieces, k=chance.randint(0, 12)))
 
 
-def nasty_rows(count: int, seed: int = 0) -> list[dict]:
+def nasty_examples(count: int, seed: int = 0) -> list[dict]:
     chance = random.Random(seed)
     keys = ("instruction", "input", "dataset", "output")
     return [
@@ -64,15 +64,15 @@ def nasty_rows(count: int, seed: int = 0) -> list[dict]:
     ]
 
 
-def write(path: Path, rows: list) -> Path:
+def write(path: Path, examples: list) -> Path:
     with RowWriter(path) as output:
-        for row in rows:
-            output.write(row)
+        for example in examples:
+            output.write(example)
     return path
 
 
-def multiset(rows) -> Counter:
-    return Counter(json.dumps(row, sort_keys=True) for row in rows)
+def multiset(examples) -> Counter:
+    return Counter(json.dumps(example, sort_keys=True) for example in examples)
 
 
 @pytest.fixture
@@ -82,69 +82,70 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_every_format_gives_the_rows_back(tmp_path, ending):
-    rows = nasty_rows(500)
-    path = write(tmp_path / f"rows{ending}", rows)
-    assert list(stream_rows(path)) == rows or ending == ".parquet"
-    assert multiset(stream_rows(path)) == multiset(rows)
+def test_every_format_gives_the_examples_back(tmp_path, ending):
+    examples = nasty_examples(500)
+    path = write(tmp_path / f"examples{ending}", examples)
+    assert list(stream_rows(path)) == examples or ending == ".parquet"
+    assert multiset(stream_rows(path)) == multiset(examples)
     first = path.read_bytes()
-    assert write(path, rows).read_bytes() == first
+    assert write(path, examples).read_bytes() == first
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_no_rows(tmp_path, ending):
-    assert list(stream_rows(write(tmp_path / f"rows{ending}", []))) == []
+def test_no_examples(tmp_path, ending):
+    assert list(stream_rows(write(tmp_path / f"examples{ending}", []))) == []
 
 
 @pytest.mark.parametrize("indent", [None, 1, 4])
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_lists_of_other_writers(tmp_path, small_blocks, indent, ascii_only):
-    rows = nasty_rows(200) + [
+    examples = nasty_examples(200) + [
         {"nested": [{"a": 1}, {"b": [{"c": None}, {}]}], "large": 2**80, "real": 0.1, "yes": True}
     ]
-    path = tmp_path / "rows.json"
-    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    path = tmp_path / "examples.json"
+    text = json.dumps(examples, indent=indent, ensure_ascii=ascii_only)
     path.write_text(f"\ufeff \n{text}\n\n", encoding="utf-8")
-    assert list(stream_rows(path)) == rows
-    lines = tmp_path / "rows.jsonl"
+    assert list(stream_rows(path)) == examples
+    lines = tmp_path / "examples.jsonl"
     lines.write_text(
-        "\r\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows) + "\n\n", newline=""
+        "\r\n".join(json.dumps(example, ensure_ascii=ascii_only) for example in examples) + "\n\n",
+        newline="",
     )
-    assert list(stream_rows(lines)) == rows
+    assert list(stream_rows(lines)) == examples
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_cut_into_blocks_gives_the_same_rows(tmp_path, monkeypatch, seed):
-    rows = nasty_rows(60, seed)
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows, ensure_ascii=bool(seed % 2)), encoding="utf-8")
+def test_any_cut_into_blocks_gives_the_same_examples(tmp_path, monkeypatch, seed):
+    examples = nasty_examples(60, seed)
+    path = tmp_path / "examples.json"
+    path.write_text(json.dumps(examples, ensure_ascii=bool(seed % 2)), encoding="utf-8")
     monkeypatch.setattr("ltu.data.dataset_io.BLOCK", random.Random(seed).randint(1, 400))
-    assert list(stream_rows(path)) == rows
+    assert list(stream_rows(path)) == examples
 
 
 def test_half_a_surrogate_pair_survives(tmp_path):
-    path = tmp_path / "rows.json"
-    rows = [{"output": "cut \ud83d"}, {"output": "whole"}]
-    path.write_text(json.dumps(rows))
-    assert list(stream_rows(path)) == rows
-    assert list(stream_rows(write(tmp_path / "again.jsonl", rows))) == rows
-    with pytest.raises(ValueError, match="rows 1 to 2 fit no table.*jsonl"):
-        write(tmp_path / "again.parquet", rows)
+    path = tmp_path / "examples.json"
+    examples = [{"output": "cut \ud83d"}, {"output": "whole"}]
+    path.write_text(json.dumps(examples))
+    assert list(stream_rows(path)) == examples
+    assert list(stream_rows(write(tmp_path / "again.jsonl", examples))) == examples
+    with pytest.raises(ValueError, match="examples 1 to 2 fit no table.*jsonl"):
+        write(tmp_path / "again.parquet", examples)
     assert not (tmp_path / "again.parquet").exists()
 
 
 @pytest.mark.parametrize(
-    "rows", [[{"e": {"b": 1}}, {"e": {"c": 1}}], [{"e": []}, {"e": [[{"b": 1}]]}], [{"e": {}}]]
+    "examples", [[{"e": {"b": 1}}, {"e": {"c": 1}}], [{"e": []}, {"e": [[{"b": 1}]]}], [{"e": {}}]]
 )
-def test_parquet_refuses_nested_keys(tmp_path, rows):
+def test_parquet_refuses_nested_keys(tmp_path, examples):
     """A struct column would lose keys of later examples and add those of others."""
     with pytest.raises(ValueError, match="fit no table: 'e' has keys of its own. Write .jsonl"):
-        write(tmp_path / "rows.parquet", rows)
+        write(tmp_path / "examples.parquet", examples)
     assert list(tmp_path.iterdir()) == []
     lists = [{"e": [[1], []]}, {"e": []}]
     assert [
-        {"e": row["e"]} for row in stream_rows(write(tmp_path / "rows.parquet", lists))
+        {"e": example["e"]} for example in stream_rows(write(tmp_path / "examples.parquet", lists))
     ] == lists
 
 
@@ -169,15 +170,15 @@ MALFORMED = {
 
 @pytest.mark.parametrize("text", MALFORMED)
 @pytest.mark.parametrize("block", [1, 7, 2**20])
-def test_malformed_input_names_row_and_byte(tmp_path, monkeypatch, text, block):
+def test_malformed_input_names_example_and_byte(tmp_path, monkeypatch, text, block):
     monkeypatch.setattr("ltu.data.dataset_io.BLOCK", block)
-    path = tmp_path / "rows.json"
+    path = tmp_path / "examples.json"
     path.write_text(text, encoding="utf-8")
-    row, mark = MALFORMED[text]
+    example, mark = MALFORMED[text]
     with pytest.raises(RowError) as found:
         list(stream_rows(path))
     message = str(found.value)
-    assert f"{path}, example {row}, byte " in message
+    assert f"{path}, example {example}, byte " in message
     assert "fix or remove" in message
     byte = int(message.split("byte ")[1].split(":")[0])
     wanted = len(text[: text.rindex(mark)].encode()) if mark else len(text)
@@ -185,44 +186,44 @@ def test_malformed_input_names_row_and_byte(tmp_path, monkeypatch, text, block):
 
 
 @pytest.mark.parametrize("form", ["[%s]", "%s"])
-def test_invalid_utf8_names_row_and_byte(tmp_path, form):
-    path = tmp_path / "rows.json"
-    rows = b'{"a": "b"}%s{"a": "\xff"}' % (b", " if form == "[%s]" else b"\n")
-    path.write_bytes(form.encode() % rows)
+def test_invalid_utf8_names_example_and_byte(tmp_path, form):
+    path = tmp_path / "examples.json"
+    examples = b'{"a": "b"}%s{"a": "\xff"}' % (b", " if form == "[%s]" else b"\n")
+    path.write_bytes(form.encode() % examples)
     with pytest.raises(
         RowError, match=rf"example 2, byte {path.read_bytes().index(255)}: not UTF-8"
     ):
         list(stream_rows(path))
 
 
-def test_malformed_row_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("ltu.data.dataset_parser.MAX_ROW", 2**14)
+def test_malformed_example_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("ltu.data.dataset_parser.MAX_EXAMPLE", 2**14)
     monkeypatch.setattr("ltu.data.dataset_io.BLOCK", 2**12)
-    rows = [json.dumps({"instruction": "q" * 50, "output": f"{n}"}) for n in range(3000)]
-    rows[1500] = rows[1500].replace(":", ";", 1)
-    path = tmp_path / "rows.json"
+    examples = [json.dumps({"instruction": "q" * 50, "output": f"{n}"}) for n in range(3000)]
+    examples[1500] = examples[1500].replace(":", ";", 1)
+    path = tmp_path / "examples.json"
     for separator, form in ((",\n", "[%s]"), ("\n", "%s")):
-        path.write_text(form % separator.join(rows))
+        path.write_text(form % separator.join(examples))
         with pytest.raises(RowError, match=f"example 1501, byte {path.read_text().index(';')}: "):
             list(stream_rows(path))
 
 
 @pytest.mark.parametrize("ending", [".json.gz", ".json.zst", ".parquet", ".json"])
 def test_cut_off_files_are_errors(tmp_path, ending):
-    path = write(tmp_path / f"rows{ending}", nasty_rows(3000))
+    path = write(tmp_path / f"examples{ending}", nasty_examples(3000))
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(RowError, match="rows"):
+    with pytest.raises(RowError, match="examples"):
         list(stream_rows(path))
 
 
 def test_gzip_of_python_and_several_members(tmp_path):
-    path = tmp_path / "rows.jsonl.gz"
+    path = tmp_path / "examples.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n') + gzip.compress(b'{"a": 2}\n'))
     assert list(stream_rows(path)) == [{"a": 1}, {"a": 2}]
 
 
-def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path):
-    path = write(tmp_path / "rows.json", [{"a": 1}])
+def test_an_error_leaves_no_file_and_does_not_change_the_old_one(tmp_path):
+    path = write(tmp_path / "examples.json", [{"a": 1}])
     with pytest.raises(RuntimeError), RowWriter(path) as output:
         output.write({"a": 2})
         raise RuntimeError
@@ -231,24 +232,26 @@ def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path):
     with pytest.raises(ValueError, match="is an input"):
         RowWriter(path, [path])
     with pytest.raises(ValueError, match="jsonl"):
-        RowWriter(tmp_path / "rows.txt")
+        RowWriter(tmp_path / "examples.txt")
 
 
 @pytest.mark.parametrize("splitter", [ListSplitter, LineSplitter])
-def test_parser_takes_nothing_that_is_not_json(splitter):
+def test_parser_accepts_nothing_that_is_not_json(splitter):
     """A file that is damaged at any byte gives a RowError or examples, and no other exception."""
     text = (
-        json.dumps(nasty_rows(4))[1:] if splitter is ListSplitter else json.dumps(nasty_rows(1)[0])
+        json.dumps(nasty_examples(4))[1:]
+        if splitter is ListSplitter
+        else json.dumps(nasty_examples(1)[0])
     ).encode()
     chance = random.Random(0)
     for _ in range(2000):
         damaged = bytearray(text)
         damaged[chance.randrange(len(text))] = chance.randrange(256)
         try:
-            rows, _ = splitter(Path("rows"), 0)(bytes(damaged), at_end=True)
+            examples, _ = splitter(Path("examples"), 0)(bytes(damaged), at_end=True)
         except RowError:
             continue
-        assert all(isinstance(row, dict) for row in rows)
+        assert all(isinstance(example, dict) for example in examples)
 
 
 # Shuffle, combine, filter.
@@ -260,12 +263,12 @@ def run_shuffle(source: Path, target: Path, *flags: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.zst"])
-def test_shuffle_keeps_rows_and_repeats(tmp_path, monkeypatch, ending):
-    rows = nasty_rows(2000)
-    source = write(tmp_path / f"a{ending}", rows)
+def test_shuffle_preserves_examples_and_repeats(tmp_path, monkeypatch, ending):
+    examples = nasty_examples(2000)
+    source = write(tmp_path / f"a{ending}", examples)
     found = run_shuffle(source, tmp_path / f"b{ending}", "--seed", "5")
-    assert multiset(found) == multiset(rows)
-    assert found != rows
+    assert multiset(found) == multiset(examples)
+    assert found != examples
     first = (
         (tmp_path / f"b{ending}").read_bytes(),
         (tmp_path / f"b{ending}.provenance.json").read_bytes(),
@@ -293,17 +296,21 @@ def test_shuffle_is_uniform():
 
 @pytest.mark.parametrize("count", [0, 1, 2, 257, 3000])
 def test_original_shuffle_is_pythons(tmp_path, count):
-    rows = [{"instruction": str(number)} for number in range(count)]
-    found = run_shuffle(write(tmp_path / "a.json", rows), tmp_path / "b.json", "--original_shuffle")
+    examples = [{"instruction": str(number)} for number in range(count)]
+    found = run_shuffle(
+        write(tmp_path / "a.json", examples), tmp_path / "b.json", "--original_shuffle"
+    )
     random.seed(0)
-    random.shuffle(rows)
-    assert found == rows
+    random.shuffle(examples)
+    assert found == examples
 
 
-def test_combine_shuffle_split_keeps_the_multiset(tmp_path):
+def test_combine_shuffle_split_preserves_the_multiset(tmp_path):
     for seed in range(5):
         files = [
-            write(tmp_path / f"{n}.jsonl", nasty_rows(random.Random(n + seed).randint(0, 300), n))
+            write(
+                tmp_path / f"{n}.jsonl", nasty_examples(random.Random(n + seed).randint(0, 300), n)
+            )
             for n in range(4)
         ]
         target = tmp_path / "all.json"
@@ -316,28 +323,31 @@ def test_combine_shuffle_split_keeps_the_multiset(tmp_path):
             write(tmp_path / "x.json", found[:cut]),
             write(tmp_path / "y.parquet", found[cut:]),
         ]
-        wanted = multiset(row for file in files for row in stream_rows(file))
+        wanted = multiset(example for file in files for example in stream_rows(file))
         assert sum((multiset(stream_rows(part)) for part in parts), Counter()) == wanted
 
 
 def test_combine_original_order_over_several_files(tmp_path):
-    rows = nasty_rows(900)
-    files = [write(tmp_path / "a.json", rows[:500]), write(tmp_path / "b.json", rows[500:])]
+    examples = nasty_examples(900)
+    files = [write(tmp_path / "a.json", examples[:500]), write(tmp_path / "b.json", examples[500:])]
     target = tmp_path / "all.json"
     combine.main(
         ["--data_path", *map(str, files), "--output_path", str(target), "--original_shuffle"]
     )
     random.seed(0)
-    random.shuffle(rows)
-    assert list(stream_rows(target)) == rows
+    random.shuffle(examples)
+    assert list(stream_rows(target)) == examples
 
 
 def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
     recipe = {
         "about": "",
-        "parts": {"c": {"rows": 1000, "closed_ended_share": 0.5}, "d": {"repeat": {"Clotho*": 2}}},
+        "parts": {
+            "c": {"num_examples": 1000, "closed_ended_fraction": 0.5},
+            "d": {"repeat": {"Clotho*": 2}},
+        },
     }
-    recipe["expected"] = {"rows": 1030, "dataset": {"Clotho": 20, "X": "1k"}}
+    recipe["expected"] = {"num_examples": 1030, "dataset": {"Clotho": 20, "X": "1k"}}
     recipe_path = tmp_path / "recipe.json"
     recipe_path.write_text(json.dumps(recipe))
     closed = write(
@@ -360,11 +370,15 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
     ]
     for order in ([], ["--original_shuffle"], ["--no_shuffle"]):
         assert combine.main([*flags, *order]) == 0
-        rows = list(stream_rows(target))
-        marked = sum(row["instruction"] == "Closed-ended question: q?" for row in rows)
-        assert len(rows) == 1025
+        examples = list(stream_rows(target))
+        marked = sum(example["instruction"] == "Closed-ended question: q?" for example in examples)
+        assert len(examples) == 1025
         assert 440 < marked < 560
-        assert Counter(row["dataset"] for row in rows) == {"x": 1000, "Clotho": 20, "other": 5}
+        assert Counter(example["dataset"] for example in examples) == {
+            "x": 1000,
+            "Clotho": 20,
+            "other": 5,
+        }
     record = json.loads((tmp_path / "out.jsonl.provenance.json").read_text())
     assert record["differences"] == ["all: 1,025 examples, published 1,030"]
     assert record["counts"]["part"] == {"c": 1000, "d": 25}
@@ -376,26 +390,42 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
         combine.main([*flags[:3], f"e={closed}", *flags[-2:]])
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"parts": {"a": {"repeats": {"x": 2}}}}', "unknown field `repeats` - at `$.parts"),
+        ('{"parts": {"a": {"repeat": {"x": "2"}}}}', "Expected `int`, got `str` - at `$.parts"),
+        ('{"parts": {}, "total": 3}', "unknown field `total`"),
+        ('{"about": "x"}', "missing required field `parts`"),
+        ('{"parts": {}', "truncated"),
+    ],
+)
+def test_a_wrong_recipe_is_an_error_with_its_path(tmp_path, text, reason):
+    path = tmp_path / "recipe.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="A part may have num_examples, repeat") as found:
+        combine.read_recipe(str(path))
+    assert str(found.value).startswith(f"{path}: ")
+    assert reason in str(found.value)
+
+
 def test_published_recipes_add_up():
-    recipes = {
-        path.stem: combine.read_mixture(path.stem) for path in combine.RECIPES.glob("*.json")
-    }
+    recipes = {path.stem: combine.read_recipe(path.stem) for path in combine.RECIPES.glob("*.json")}
     assert len(recipes) == 6
     for name in ("openaqa_all", "openasqa_classification", "openasqa_v1", "openasqa_v2"):
-        parts = recipes[name]["parts"].values()
-        assert sum(part["rows"] for part in parts) == recipes[name]["expected"]["rows"], name
-    exact = recipes["openasqa_classification"]["expected"]
-    assert (
-        sum(exact["dataset"].values()) == sum(exact["task"].values()) == exact["rows"] == 2_072_481
-    )
-    assert ROWS == recipes["openaqa_all"]["expected"]["rows"] == 5_681_708
+        numbers = [part.num_examples for part in recipes[name].parts.values()]
+        assert sum(numbers) == recipes[name].expected.num_examples, name
+    exact = recipes["openasqa_classification"].expected
+    assert sum(exact.dataset.values()) == exact.num_examples == 2_072_481
+    assert sum(exact.task.values()) == exact.num_examples
+    assert recipes["openaqa_all"].expected.num_examples == NUM_EXAMPLES == 5_681_708
 
 
 @pytest.mark.parametrize("rule", ["refusal", "original"])
 def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
     chance = random.Random(0)
     words = "the sound is loud I not to it for clear determine information about dog answer".split()
-    rows = []
+    examples = []
     for number in range(3000):
         parts = [
             chance.choice(filter_unanswerable.PHRASES)
@@ -403,10 +433,10 @@ def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
             else chance.choice(words)
             for _ in range(8)
         ]
-        rows.append(
+        examples.append(
             {"instruction": "q", "audio_id": str(number), "output": " ".join(parts).capitalize()}
         )
-    source = write(tmp_path / "a.json", rows)
+    source = write(tmp_path / "a.json", examples)
     first = tmp_path / "b.json"
     second = tmp_path / "c.json"
     flags = ["--rule", rule, "--dropped_path", str(tmp_path / "dropped.jsonl")]
@@ -416,13 +446,15 @@ def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
     )
     assert first.read_bytes() == second.read_bytes()
     dropped = list(stream_rows(tmp_path / "dropped.jsonl"))
-    assert multiset(dropped) + multiset(stream_rows(first)) == multiset(rows)
+    assert multiset(dropped) + multiset(stream_rows(first)) == multiset(examples)
     wanted = [
-        row
-        for row in rows
-        if any(phrase in row["output"].lower() for phrase in filter_unanswerable.PHRASES)
+        example
+        for example in examples
+        if any(phrase in example["output"].lower() for phrase in filter_unanswerable.PHRASES)
     ]
-    assert dropped == wanted if rule == "original" else all(row in wanted for row in dropped)
+    assert (
+        dropped == wanted if rule == "original" else all(example in wanted for example in dropped)
+    )
     record = json.loads((tmp_path / "b.json.provenance.json").read_text())
     assert record["dropped"]["original"] == len(wanted) > record["dropped"]["refusal"] > 0
 
@@ -453,7 +485,8 @@ def test_filter_rules():
 def published(tmp_path):
     """Return a file of 5,700 examples with the proportions of OpenAQA."""
     return write(
-        tmp_path / "rows.jsonl", [*random_rows(CLOSED, 0.001, 0), *random_rows(OPEN, 0.001, 1)]
+        tmp_path / "examples.jsonl",
+        [*random_examples(CLOSED, 0.001, 0), *random_examples(OPEN, 0.001, 1)],
     )
 
 
@@ -467,12 +500,14 @@ def test_stats(tmp_path, published):
         == 0
     )
     found = json.loads(target.read_text())
-    rows = list(stream_rows(published))
-    assert found["rows"] == len(rows)
-    assert found["clips"] == len({row["audio_id"] for row in rows})
-    assert found["questions"] == len({row["instruction"] for row in rows})
-    assert found["dataset"] == dict(Counter(row["dataset"] for row in rows).most_common())
-    words = sorted(len(row["output"].split(" ")) for row in rows)
+    examples = list(stream_rows(published))
+    assert found["num_examples"] == len(examples)
+    assert found["clips"] == len({example["audio_id"] for example in examples})
+    assert found["questions"] == len({example["instruction"] for example in examples})
+    assert found["dataset"] == dict(
+        Counter(example["dataset"] for example in examples).most_common()
+    )
+    words = sorted(len(example["output"].split(" ")) for example in examples)
     assert found["lengths"]["output"]["longest"] == words[-1]
     assert found["lengths"]["output"]["median"] == words[(len(words) - 1) // 2]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -481,9 +516,9 @@ def test_stats(tmp_path, published):
     assert target.read_bytes() == first
 
 
-def test_files_without_rows_or_audio(tmp_path):
-    for rows in ([], [{"instruction": "q", "audio_id": "empty", "output": "a"}]):
-        source = write(tmp_path / "a.json", rows)
+def test_files_without_examples_or_audio(tmp_path):
+    for examples in ([], [{"instruction": "q", "audio_id": "empty", "output": "a"}]):
+        source = write(tmp_path / "a.json", examples)
         target = str(tmp_path / "b.json")
         for command in (stats, shuffle, combine, filter_unanswerable):
             assert command.main(["--data_path", str(source), "--output_path", target]) == 0
@@ -508,7 +543,7 @@ def test_duplicate_detector(tmp_path, monkeypatch):
 
 
 def test_sample_takes_whole_clips(tmp_path, published):
-    target = tmp_path / "toy" / "rows.json"
+    target = tmp_path / "toy" / "examples.json"
     sample.main(
         [
             "--data_path",
@@ -522,15 +557,15 @@ def test_sample_takes_whole_clips(tmp_path, published):
         ]
     )
     found = list(stream_rows(target))
-    rows = list(stream_rows(published))
-    chosen = {row["audio_id"] for row in found}
+    examples = list(stream_rows(published))
+    chosen = {example["audio_id"] for example in found}
     assert len(chosen) == 40
-    assert found == [row for row in rows if row["audio_id"] in chosen]
-    reversed_rows = write(tmp_path / "reversed.jsonl", rows[::-1])
+    assert found == [example for example in examples if example["audio_id"] in chosen]
+    reversed_examples = write(tmp_path / "reversed.jsonl", examples[::-1])
     sample.main(
         [
             "--data_path",
-            str(reversed_rows),
+            str(reversed_examples),
             "--output_path",
             str(target),
             "--clips",
@@ -539,7 +574,7 @@ def test_sample_takes_whole_clips(tmp_path, published):
             "3",
         ]
     )
-    assert {row["audio_id"] for row in stream_rows(target)} == chosen
+    assert {example["audio_id"] for example in stream_rows(target)} == chosen
     sample.main(
         [
             "--data_path",
@@ -552,10 +587,13 @@ def test_sample_takes_whole_clips(tmp_path, published):
         ]
     )
     groups = Counter(
-        dataset for dataset, _ in {(row["dataset"], row["audio_id"]) for row in stream_rows(target)}
+        dataset
+        for dataset, _ in {
+            (example["dataset"], example["audio_id"]) for example in stream_rows(target)
+        }
     )
     assert set(groups.values()) <= {1, 2}
-    assert len(groups) == len({row["dataset"] for row in rows})
+    assert len(groups) == len({example["dataset"] for example in examples})
 
 
 def clip(path: Path, seed: int, rate: int = 16_000, seconds: float = 0.5) -> str:
@@ -580,12 +618,12 @@ def test_sample_copies_audio(tmp_path):
     names = [f"{folder}/same.wav" for folder in "ab"]
     for number, name in enumerate(names):
         clip(tmp_path / name, number)
-    source = write(tmp_path / "rows.json", [question(name) for name in names])
-    target = tmp_path / "toy" / "rows.json"
+    source = write(tmp_path / "examples.json", [question(name) for name in names])
+    target = tmp_path / "toy" / "examples.json"
     sample.main(
         ["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"]
     )
-    copied = [target.parent / row["audio_id"] for row in stream_rows(target)]
+    copied = [target.parent / example["audio_id"] for example in stream_rows(target)]
     assert [path.read_bytes() for path in copied] == [
         (tmp_path / name).read_bytes() for name in names
     ]
@@ -596,7 +634,7 @@ def test_sample_overwrites_no_clip(tmp_path):
     for number, name in enumerate(["a/1.wav", "audio/1.wav", "other/a/1.wav", "third/a/1.wav"]):
         clip(tmp_path / name, number)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.wav")}
-    target = tmp_path / "rows.json"
+    target = tmp_path / "examples.json"
     copied = []
     for folder, names in (
         ("", ["a/1.wav", "audio/1.wav"]),
@@ -615,7 +653,7 @@ def test_sample_overwrites_no_clip(tmp_path):
                 "--copy_audio",
             ]
         )
-        copied.append([row["audio_id"] for row in stream_rows(target)])
+        copied.append([example["audio_id"] for example in stream_rows(target)])
         for name, copy in zip(names, copied[-1], strict=True):
             assert (tmp_path / copy).read_bytes() == before[tmp_path / folder / name]
         assert all(path.read_bytes() == data for path, data in before.items())
@@ -624,36 +662,42 @@ def test_sample_overwrites_no_clip(tmp_path):
     assert len(list((tmp_path / "audio").iterdir())) == 4
 
 
-@pytest.mark.parametrize("listen", [False, True])
-def test_validate(tmp_path, capsys, listen):
+@pytest.mark.parametrize("decode", [False, True])
+def test_validate(tmp_path, capsys, decode):
     clip(tmp_path / "a.wav", 0)
     clip(tmp_path / "b.wav", 1, rate=44_100)
     clip(tmp_path / "short.wav", 2, seconds=0.01)
     (tmp_path / "text.wav").write_text("no sound")
-    rows = [
+    examples = [
         question("a.wav"),
         question("a.wav"),
         question("b.wav"),
         question("gone.wav"),
         question("short.wav"),
     ]
-    rows += [
+    examples += [
         question("text.wav", dataset="e"),
         question("empty"),
         {"instruction": "q", "audio_id": "a.wav"},
     ]
-    source = write(tmp_path / "rows.jsonl", rows)
+    source = write(tmp_path / "examples.jsonl", examples)
     report = tmp_path / "report.json"
-    flags = ["--data_path", str(source), "--output_path", str(report), *["--listen"] * listen]
+    flags = ["--data_path", str(source), "--output_path", str(report), *["--decode"] * decode]
     assert validate.main(flags) == 1
     found = json.loads(report.read_text())
-    wrong = {"row": 1, "duplicate": 1, "clip missing": 1, "clip too_short": 1, "clip unreadable": 1}
+    wrong = {
+        "example": 1,
+        "duplicate": 1,
+        "clip missing": 1,
+        "clip too_short": 1,
+        "clip unreadable": 1,
+    }
     assert found["wrong"] == wrong
-    assert (found["rows"], found["clips"]) == (8, 5)
+    assert (found["num_examples"], found["clips"]) == (8, 5)
     assert found["coverage"] == {"d": {"clips": 4, "usable": 2}, "e": {"clips": 1, "usable": 0}}
-    assert found["rates"] == {"16000 Hz": 1, "44100 Hz": 1}
-    assert found["examples"]["row"][0].startswith("example 8: no 'output'")
-    assert found["examples"]["duplicate"] == ["example 2: the same as an earlier one"]
+    assert found["sampling_rates"] == {"16000 Hz": 1, "44100 Hz": 1}
+    assert found["first_errors"]["example"][0].startswith("example 8: no 'output'")
+    assert found["first_errors"]["duplicate"] == ["example 2: the same as an earlier one"]
     assert validate.main([*flags, "--max_bad", "5"]) == 0
 
 
@@ -665,10 +709,10 @@ def test_contamination_check(tmp_path, capsys):
     clip(tmp_path / "eval/original.wav", 1)
     names = ["YabcdefghijK.wav", "renamed.flac", "clean.wav", "clean.wav"]
     train = write(
-        tmp_path / "train/rows.json", [question(name, str(n)) for n, name in enumerate(names)]
+        tmp_path / "train/examples.json", [question(name, str(n)) for n, name in enumerate(names)]
     )
     test = write(
-        tmp_path / "eval/rows.json",
+        tmp_path / "eval/examples.json",
         [question(n) for n in ("abcdefghijK_10.000.wav", "original.wav", "empty")],
     )
     flags = ["--data_path", str(train), "--eval_files", str(test), "--workers", "1"]
@@ -677,7 +721,7 @@ def test_contamination_check(tmp_path, capsys):
     clean = tmp_path / "clean.json"
     assert contamination_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
     assert "2 of 4 examples are on 2 clips" in capsys.readouterr().out
-    assert [row["instruction"] for row in stream_rows(clean)] == ["2", "3"]
+    assert [example["instruction"] for example in stream_rows(clean)] == ["2", "3"]
     again = [
         "--data_path",
         str(clean),
@@ -697,11 +741,11 @@ def test_numbers_are_not_ids(tmp_path, capsys):
     clip(tmp_path / "train/id3/JF4Rb0tDv1E/00001.wav", 5)
     clip(tmp_path / "train/id4/copy/00001.wav", 0)
     names = [str(path.relative_to(tmp_path / "test")) for path in map(Path, test)]
-    eval_file = write(tmp_path / "test/rows.json", [question(name) for name in names])
-    rows = [question(name) for name in ("id3/JF4Rb0tDv1E/00001.wav", "id4/copy/00001.wav")]
+    eval_file = write(tmp_path / "test/examples.json", [question(name) for name in names])
+    examples = [question(name) for name in ("id3/JF4Rb0tDv1E/00001.wav", "id4/copy/00001.wav")]
     flags = [
         "--data_path",
-        str(write(tmp_path / "train/rows.json", rows)),
+        str(write(tmp_path / "train/examples.json", examples)),
         "--eval_files",
         str(eval_file),
         "--workers",
@@ -715,14 +759,14 @@ def test_numbers_are_not_ids(tmp_path, capsys):
 
 def test_remap_paths(tmp_path, capsys):
     local = [clip(tmp_path / "disk/x/Yabcdefghijk.wav", 0), clip(tmp_path / "disk/other.flac", 1)]
-    rows = [
+    examples = [
         question("/far/audio/abcdefghijk.flac"),
         question("/far/other.wav"),
         question("empty"),
         question("/gone/z.wav"),
     ]
-    source = write(tmp_path / "rows.jsonl", rows)
-    target = tmp_path / "out" / "rows.jsonl"
+    source = write(tmp_path / "examples.jsonl", examples)
+    target = tmp_path / "out" / "examples.jsonl"
     flags = [
         "--data_path",
         str(source),
@@ -738,7 +782,7 @@ def test_remap_paths(tmp_path, capsys):
         remap_paths.main(flags)
     assert not target.exists()
     assert remap_paths.main([*flags, "--drop_missing"]) == 0
-    assert [row["audio_id"] for row in stream_rows(target)] == [*local, "empty"]
+    assert [example["audio_id"] for example in stream_rows(target)] == [*local, "empty"]
     assert remap_paths.main([*flags, "--drop_missing", "--relative"]) == 0
     assert (target.parent / next(stream_rows(target))["audio_id"]).resolve() == Path(local[0])
     table = tmp_path / "disk/audio_ids.csv"
@@ -747,15 +791,15 @@ def test_remap_paths(tmp_path, capsys):
     clip(tmp_path / "disk/abcdefghijk.flac", 5)
     clip(tmp_path / "disk/other.wav", 6)
     assert remap_paths.main([*flags[:4], *prefix, "--table", str(table)]) == 0
-    found = [Path(row["audio_id"]).name for row in stream_rows(target)]
+    found = [Path(example["audio_id"]).name for example in stream_rows(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
     # Each of two names is now the name of two files.
     assert remap_paths.main([*flags, "--drop_missing"]) == 0
-    assert [row["audio_id"] for row in stream_rows(target)] == [
+    assert [example["audio_id"] for example in stream_rows(target)] == [
         f"{tmp_path}/disk/other.wav",
         "empty",
     ]
-    record = json.loads((tmp_path / "out/rows.jsonl.provenance.json").read_text())
+    record = json.loads((tmp_path / "out/examples.jsonl.provenance.json").read_text())
     assert (record["missing"], record["ambiguous"]) == (1, 1)
 
 
@@ -771,19 +815,19 @@ def peak(run) -> int:
     return found
 
 
-def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+def test_memory_does_not_grow_with_the_examples(tmp_path, monkeypatch):
     monkeypatch.setattr(shuffle, "MAX_BUFFERED", 2**15)
     monkeypatch.setattr("ltu.data.dataset_io.BLOCK", 2**14)
     # Files are hashed in blocks of 1 MB, which is more than everything else in memory.
     monkeypatch.setattr("ltu.files.HASH_BLOCK", 2**14)
     monkeypatch.setattr("ltu.data.dataset_io.ROWS_AT_ONCE", 64)
     monkeypatch.setattr("data.duplicate_detection.MAX_BUFFERED", 2**11)
-    rows = [json.dumps(row) for row in random_rows(OPEN, 0.0001, 0)]  # 0.18 MB
+    examples = [json.dumps(example) for example in random_examples(OPEN, 0.0001, 0)]  # 0.18 MB
     peaks = {}
     for times in (1, 2, 10):  # The first run warms up: imports and their caches.
         source = tmp_path / f"{times}.json"
         with source.open("w") as file:
-            file.write("[" + ",\n".join(",\n".join(rows) for _ in range(times)) + "]")
+            file.write("[" + ",\n".join(",\n".join(examples) for _ in range(times)) + "]")
         flags = ["--data_path", str(source), "--output_path"]
         commands = {
             "shuffle": lambda flags=flags: shuffle.main([*flags, str(tmp_path / "b.json")]),
@@ -803,7 +847,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
 
 
 def test_commands_print_errors_in_one_line(tmp_path, tmp_path_factory):
-    path = tmp_path / "rows.json"
+    path = tmp_path / "examples.json"
     path.write_text('[{"a": 1},\n{"a": 2,}]')
     command = ["-m", "data.shuffle", "--data_path", str(path)]
     command += ["--output_path", str(tmp_path / "b.json")]
@@ -814,14 +858,14 @@ def test_commands_print_errors_in_one_line(tmp_path, tmp_path_factory):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_encoded_rows_have_no_line_ends():
-    assert all(b"\n" not in encode_row(row) for row in nasty_rows(500))
+def test_encoded_examples_have_no_line_ends():
+    assert all(b"\n" not in encode_row(example) for example in nasty_examples(500))
 
 
 def test_repeats_that_a_recipe_makes_can_be_allowed(tmp_path, capsys):
-    row = {"instruction": "What?", "input": "", "audio_id": "empty", "output": "A dog."}
-    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
-    command = ["--data_path", str(tmp_path / "rows.json"), "--no_audio"]
+    example = {"instruction": "What?", "input": "", "audio_id": "empty", "output": "A dog."}
+    (tmp_path / "examples.json").write_text(json.dumps([example, example]))
+    command = ["--data_path", str(tmp_path / "examples.json"), "--no_audio"]
     assert (validate.main(command), validate.main([*command, "--allow_duplicates"])) == (1, 0)
     assert '"duplicate": 1' in capsys.readouterr().out
 

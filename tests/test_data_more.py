@@ -39,11 +39,11 @@ def question(audio_id: str, dataset: str = "d") -> dict:
     }
 
 
-def write(path: Path, rows: list) -> Path:
+def write(path: Path, examples: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with RowWriter(path) as output:
-        for row in rows:
-            output.write(row)
+        for example in examples:
+            output.write(example)
     return path
 
 
@@ -80,12 +80,12 @@ def test_segments(one, other, is_same):
 
 
 def run_remap_paths(
-    tmp_path: Path, rows: list, files: list[str], *folders: str, flags: tuple = ()
+    tmp_path: Path, examples: list, files: list[str], *folders: str, flags: tuple = ()
 ) -> tuple[int, list]:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    source = write(tmp_path / "rows.jsonl", rows)
+    source = write(tmp_path / "examples.jsonl", examples)
     target = tmp_path / "out.jsonl"
     given = [
         flag for folder in folders for flag in ("--folder", folder.replace("DIR", str(tmp_path)))
@@ -93,7 +93,7 @@ def run_remap_paths(
     code = remap_paths.main(
         ["--data_path", str(source), "--output_path", str(target), *given, *flags, "--relative"]
     )
-    return code, [row["audio_id"] for row in stream_rows(target)]
+    return code, [example["audio_id"] for example in stream_rows(target)]
 
 
 @pytest.mark.parametrize(
@@ -139,23 +139,28 @@ def test_a_segment_without_file_is_missing_also_with_a_table(tmp_path):
     with pytest.raises(ValueError, match="1 of 1 examples have a clip that was not found"):
         run_remap_paths(tmp_path, [question(f"Y{VIDEO}_30_40")], [f"v/{VIDEO}_000050.wav"], "DIR")
     (tmp_path / "v/ids.csv").write_text(f"id,audio_id\n{VIDEO},{VIDEO}_000050.wav\n")
-    rows = [question(f"Y{VIDEO}_30_40"), question(f"Y{VIDEO}_50_60")]
+    examples = [question(f"Y{VIDEO}_30_40"), question(f"Y{VIDEO}_50_60")]
     code, found = run_remap_paths(
-        tmp_path, rows, [], flags=("--table", str(tmp_path / "v/ids.csv"))
+        tmp_path, examples, [], flags=("--table", str(tmp_path / "v/ids.csv"))
     )
     assert (code, found, provenance(tmp_path / "out.jsonl")["ambiguous"]) == (1, [], 2)
 
 
 def test_folders_of_datasets_that_share_a_video(tmp_path, capsys):
     files = [f"as/Y{VIDEO}.flac", f"vgg/{VIDEO}.wav"]
-    rows = [question(VIDEO, name) for name in ("as_2m", "AudioSet_20k", "vggsound_train")]
+    examples = [question(VIDEO, name) for name in ("as_2m", "AudioSet_20k", "vggsound_train")]
     folders = ["audioset=DIR/as", "vggsound=DIR/vgg"]
-    assert run_remap_paths(tmp_path, rows, files, *folders) == (0, [files[0], files[0], files[1]])
-    assert run_remap_paths(tmp_path, rows, files, *folders[::-1]) == (
+    assert run_remap_paths(tmp_path, examples, files, *folders) == (
         0,
         [files[0], files[0], files[1]],
     )
-    code, found = run_remap_paths(tmp_path, [*rows, question(VIDEO, "freesound")], files, *folders)
+    assert run_remap_paths(tmp_path, examples, files, *folders[::-1]) == (
+        0,
+        [files[0], files[0], files[1]],
+    )
+    code, found = run_remap_paths(
+        tmp_path, [*examples, question(VIDEO, "freesound")], files, *folders
+    )
     assert (code, found) == (1, [files[0], files[0], files[1]])
     out = capsys.readouterr().out
     assert f"ambiguous: 1 examples (example 4: {VIDEO} (" in out
@@ -206,13 +211,13 @@ def test_files_with_the_same_name_are_chosen_by_their_folders(tmp_path, ids, fil
 
 
 def test_a_folder_of_another_dataset_gives_no_certain_clip(tmp_path, capsys):
-    rows = [question("fma/102/102863.wav", "fma"), question("102863.wav", "fsd50k")]
+    examples = [question("fma/102/102863.wav", "fma"), question("102863.wav", "fsd50k")]
     files = ["fsd/102863.wav"]
-    assert run_remap_paths(tmp_path, rows, files, "fsd50k=DIR/fsd") == (1, files)
+    assert run_remap_paths(tmp_path, examples, files, "fsd50k=DIR/fsd") == (1, files)
     assert f"{tmp_path}/fsd/102863.wav, in the folder of another dataset" in capsys.readouterr().out
     files += ["fma/102/102863.wav"]
     for fma in ("DIR/fma", "fma=DIR/fma"):
-        assert run_remap_paths(tmp_path, rows, files, "fsd50k=DIR/fsd", fma) == (0, files[::-1])
+        assert run_remap_paths(tmp_path, examples, files, "fsd50k=DIR/fsd", fma) == (0, files[::-1])
 
 
 def test_tables_that_disagree_are_an_error_and_whole_ids_in_a_table_are_certain(tmp_path):
@@ -257,7 +262,8 @@ def test_time_of_remapping_is_linear(tmp_path, monkeypatch, stem):
 
 def test_audio_root_is_recorded_where_relative_ids_leave_their_folder(tmp_path, capsys):
     source = write(
-        tmp_path / "a/rows.jsonl", [question("clips/1.wav"), question("empty"), question("2.wav")]
+        tmp_path / "a/examples.jsonl",
+        [question("clips/1.wav"), question("empty"), question("2.wav")],
     )
     root = str((tmp_path / "a").resolve())
     near = tmp_path / "a/near.jsonl"
@@ -270,7 +276,10 @@ def test_audio_root_is_recorded_where_relative_ids_leave_their_folder(tmp_path, 
         for target in (near, far):
             output = "--clean_path" if command is contamination_check else "--output_path"
             assert command.main(["--data_path", str(source), output, str(target), *flags]) == 0
-            assert {row["audio_id"] for row in stream_rows(target)} >= {"clips/1.wav", "2.wav"}
+            assert {example["audio_id"] for example in stream_rows(target)} >= {
+                "clips/1.wav",
+                "2.wav",
+            }
             assert provenance(target).get("audio_root") == (root if target is far else None), (
                 command
             )
@@ -319,11 +328,11 @@ def test_no_older_provenance_next_to_a_new_file(tmp_path, name):
     write(source, [question("3.wav")])
     found = run_python(["-c", KILLED.format(command=name), *command], tmp_path)
     assert found.returncode == -signal.SIGKILL, found.stderr
-    assert [row["audio_id"] for row in stream_rows(target)] == ["3.wav"]
+    assert [example["audio_id"] for example in stream_rows(target)] == ["3.wav"]
     assert not target.with_name("b.jsonl.provenance.json").exists()
 
 
-def test_an_error_keeps_the_file_and_its_provenance(tmp_path):
+def test_an_error_does_not_change_the_file_and_its_provenance(tmp_path):
     source = write(tmp_path / "a.jsonl", [question("1.wav")])
     target = tmp_path / "b.jsonl"
     command = ["--data_path", str(source), "--output_path", str(target)]
@@ -381,15 +390,15 @@ def test_a_run_that_writes_is_not_disturbed(tmp_path, module, ending):
     source = write(tmp_path / "a.jsonl", [question("1.wav")])
     target = tmp_path / f"b{ending}"
     command = ["--data_path", str(source), "--output_path", str(target)]
-    rows = [question(f"{n}") for n in range(99)]
+    examples = [question(f"{n}") for n in range(99)]
     with RowWriter(target) as writer:
-        for row in rows:
-            writer.write(row)
+        for example in examples:
+            writer.write(example)
         writer._flush()
         with pytest.raises(ValueError, match=f"Another run is writing .*b{ending}"):
             module.main(command)
-        writer.write(rows[0])
-    assert list(stream_rows(target)) == [*rows, rows[0]]
+        writer.write(examples[0])
+    assert list(stream_rows(target)) == [*examples, examples[0]]
     left = target.with_name(f"{target.name}.tmp")
     left.write_text("of a killed run")
     assert module.main(command) == 0
@@ -398,20 +407,20 @@ def test_a_run_that_writes_is_not_disturbed(tmp_path, module, ending):
 
 
 def test_a_lock_follows_the_name_and_is_optional(tmp_path, monkeypatch):
-    flock, path = fcntl.flock, tmp_path / "rows.jsonl.tmp"
+    flock, path = fcntl.flock, tmp_path / "examples.jsonl.tmp"
 
     def finished_meanwhile(file, how):
         """Let the other run rename its file after this one has opened it."""
         monkeypatch.setattr(fcntl, "flock", flock)
-        os.replace(path, tmp_path / "rows.jsonl")
+        os.replace(path, tmp_path / "examples.jsonl")
         flock(file, how)
 
     path.write_text(json.dumps(question("1")) + "\n")
     monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
-    with RowWriter(tmp_path / "rows.jsonl") as output:
-        assert len(list(stream_rows(tmp_path / "rows.jsonl"))) == 1
+    with RowWriter(tmp_path / "examples.jsonl") as output:
+        assert len(list(stream_rows(tmp_path / "examples.jsonl"))) == 1
         with pytest.raises(ValueError, match="Another run"):
-            RowWriter(tmp_path / "rows.jsonl").__enter__()
+            RowWriter(tmp_path / "examples.jsonl").__enter__()
         output.write(question("2"))
         rename = dataset_io.sync_and_rename
         next_run = lambda *paths: (rename(*paths), path.write_text("of the next run"))  # noqa: E731
@@ -425,7 +434,7 @@ def test_a_lock_follows_the_name_and_is_optional(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", unsupported)
     command = [
         "--data_path",
-        str(tmp_path / "rows.jsonl"),
+        str(tmp_path / "examples.jsonl"),
         "--output_path",
         str(tmp_path / "b.json"),
     ]
@@ -438,11 +447,11 @@ def test_a_lock_follows_the_name_and_is_optional(tmp_path, monkeypatch):
 def test_input_that_changes_between_the_two_readings_is_an_error(tmp_path):
     for later in (1, 3):
         counts = iter([2, later])
-        rows = shuffle.shuffle_rows(
+        examples = shuffle.shuffle_examples(
             lambda _, p=counts: [{"n": n} for n in range(next(p))], tmp_path / "b", 0, True
         )
         with pytest.raises(ValueError, match="changed while it was read"):
-            list(rows)
+            list(examples)
     assert not os.listdir(tmp_path)
 
 
@@ -586,5 +595,5 @@ def test_whole_answers_are_dropped_by_the_narrow_rule_alone(tmp_path):
     filter_unanswerable.main(
         ["--data_path", str(source), "--output_path", str(tmp_path / "b.jsonl")]
     )
-    assert [row["output"] for row in stream_rows(tmp_path / "b.jsonl")] == ["Rain."]
+    assert [example["output"] for example in stream_rows(tmp_path / "b.jsonl")] == ["Rain."]
     assert provenance(tmp_path / "b.jsonl")["dropped"] == {"original": 0, "refusal": 1}

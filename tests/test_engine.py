@@ -320,9 +320,12 @@ def test_an_answer_says_what_was_found(ltu, folders, tmp_path):
     [
         ({"temperatur": 1.0}, "Unknown.*temperatur"),
         ({"temperature": 0}, "temperature is 0"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"top_k": True}, "top_k"),
+        ({"temperature": float("nan")}, "temperature is nan; possible: above 0, at most 100"),
+        ({"top_p": 1.5}, "top_p is 1.5; possible: above 0, at most 1"),
+        ({"top_k": True}, "top_k is True; possible: a whole number"),
         ({"max_new_tokens": "many"}, "max_new_tokens"),
+        ({"repetition_penalty": -1}, "repetition_penalty is -1; possible: above 0"),
+        ({"num_beams": 65}, "num_beams is 65; possible: a whole number from 1 to 64"),
         ({"do_sample": True, "num_beams": 3}, "Beams"),
     ],
 )

@@ -83,7 +83,7 @@ def test_verdicts(reply: str, verdict: bool | None) -> None:
 
 def test_rate_failures_and_what_is_recorded(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("qa_generation.llm.LONGEST_WAIT", 0.02)
-    with FakeLlm(answer, fault_share=0.5, seed=1) as server:
+    with FakeLlm(answer, fault_fraction=0.5, seed=1) as server:
         settings = LlmSettings(
             "judge-1", temperature=0.0, max_tokens=16, base_url=server.url, max_wait=5.0
         )

@@ -65,7 +65,7 @@ def model(root: Path) -> LtuAsForConditionalGeneration:
 @pytest.fixture(scope="module")
 def processor(root: Path) -> LtuAsProcessor:
     processor = LtuAsProcessor.from_pretrained(root / "all")
-    processor.use(feature_root=str(root / "features"))
+    processor.front_end.configure(feature_root=str(root / "features"))
     return processor
 
 
@@ -76,7 +76,9 @@ def collate(
     items = []
     for row in (read("toy_ltu_as")[index] for index in rows):
         ids, labels = processor.encode_example(row, CUTOFF)
-        features = processor.load_features(row | {"audio": row["audio_id"]}) if audio else None
+        features = (
+            processor.front_end.load_features(row | {"audio": row["audio_id"]}) if audio else None
+        )
         items.append({"input_ids": ids, "labels": labels, "input_features": features})
     return LtuCollator(processor, original_positions=True)(items)
 

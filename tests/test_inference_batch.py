@@ -14,6 +14,7 @@ import soundfile
 import torch
 
 from ltu.inference import batch_invariance
+from ltu.inference.batch_invariance import Step
 from ltu.inference.engine import LtuEngine
 from ltu.inference.predictions_file import AnswerFile
 from ltu.inference.requests import Request
@@ -417,9 +418,8 @@ def test_only_near_ties_below_fp32_may_differ(
 
     def generate(engine, requests, decoding):
         count = len(requests)
-        return [[7, 8 if count == 1 else 9, 2]] * count, [
-            [(5.0, 0.01), (lead, 0.01), (5.0, 0.01)]
-        ] * count
+        second = 8 if count == 1 else 9
+        return [[Step(7, 5.0, 0.01), Step(second, lead, 0.01), Step(2, 5.0, 0.01)]] * count
 
     monkeypatch.setattr(batch_invariance, "generate", generate)
     assert main(flags(folder, rows, tmp_path / "p.json", "--check_batch", "--dtype", dtype)) == code
@@ -432,13 +432,13 @@ def test_what_rounding_may_decide(folder, rows):
     engine = LtuEngine.from_pretrained(folder, device="cpu", dtype="bfloat16")
     engine.model.get_output_embeddings().weight.data.mul_(40)  # Logits in the tens.
     questions = [Request("What?"), Request("Why is it so?")]
-    _, margins = batch_invariance.generate(engine, questions, {"max_new_tokens": 4})
+    rows = batch_invariance.generate(engine, questions, {"max_new_tokens": 4})
     inputs = engine.inputs(questions)
     top = engine.model(**inputs).logits[:, -1].detach().topk(2).values  # (rows, 2), bfloat16
-    for (lead, near), (first, second) in zip([row[0] for row in margins], top, strict=True):
-        assert lead == float(first) - float(second)
+    for steps, (first, second) in zip(rows, top, strict=True):
+        assert steps[0].lead == float(first) - float(second)
         step = float(torch.nextafter(first, torch.tensor(torch.inf, dtype=first.dtype)) - first)
-        assert first > 8 and near == 4 * step > 0.1
+        assert first > 8 and steps[0].near_tie == 4 * step > 0.1
     half = LtuEngine.from_pretrained(folder, device="cpu", dtype="float16")
-    _, margins = batch_invariance.generate(half, questions, {"max_new_tokens": 4})
-    assert all(near == pytest.approx(0.01) for row in margins for _, near in row)
+    for steps in batch_invariance.generate(half, questions, {"max_new_tokens": 4}):
+        assert [step.near_tie for step in steps] == pytest.approx([0.01] * len(steps))

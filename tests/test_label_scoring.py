@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
-from ltu.inference.label_scoring import LabelScore, _chunks
+from ltu.inference.label_scoring import Candidate, LabelScore, group_candidates
 from ltu.inference.requests import Request
 from ltu.models.processing_ltu import IGNORED
 from ltu.models.prompt_template import load_prompt_template
@@ -33,7 +33,7 @@ LABELS = [
     "</s> is text",
     "<|im_end|> is text",
 ]
-LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
 def engine_of(root: Path, kind: str) -> LtuEngine:
@@ -68,18 +68,20 @@ def engine_of(root: Path, kind: str) -> LtuEngine:
 
 
 def alone(engine: LtuEngine, request: Request, texts: list[str]) -> list[LabelScore]:
-    """By the training row of question and answer, whole and without a cache."""
+    """Score each text by the training example of question and answer, whole, without a cache."""
     processor = engine.processor
     clips = []
     if request.audio is not None and request.mode != "asr_only":
-        clips.append(processor.load_clip(request.audio))
+        clips.append(processor.front_end.load_clip(request.audio))
     given = "" if request.mode == "audio_only" else request.transcript
-    transcript = processor.complete_transcripts(clips, [given])[0] if clips else given or ""
-    features = {"input_features": processor.extract_features(clips)} if clips else {}
+    transcript = (
+        processor.front_end.complete_transcripts(clips, [given])[0] if clips else given or ""
+    )
+    features = {"input_features": processor.front_end.extract_features(clips)} if clips else {}
     found = []
     for text in texts:
-        row = {"instruction": request.question, "input": transcript, "output": text}
-        ids, labels = processor.encode_example(row, 10_000, train_on_inputs=False)
+        example = {"instruction": request.question, "input": transcript, "output": text}
+        ids, labels = processor.encode_example(example, 10_000, train_on_inputs=False)
         batch = processor.pad_batch([ids], [bool(clips)])
         with torch.no_grad():
             logits = engine.model(**batch, **features).logits[0].double()
@@ -213,12 +215,17 @@ def test_what_cannot_be_scored_is_refused(llama: LtuEngine) -> None:
         llama.score(Request(QUESTION, "nowhere.wav"), ["dog"])
 
 
-def test_chunks_keep_to_their_budget_and_are_of_like_length() -> None:
+def test_groups_stay_in_their_budget_and_are_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(0, 60, 527).tolist()
-    chunks = _chunks(lengths, 90, 4000)
-    assert sorted(index for chunk in chunks for index in chunk) == list(range(527))
-    for chunk in chunks:
-        longest, shortest = (best(lengths[index] for index in chunk) for best in (max, min))
-        assert len(chunk) * (90 + longest) <= 4000 and shortest >= 0.75 * longest
-    assert len(chunks) < 40
-    assert _chunks([5000], 90, 4000) == [[0]]  # One that is too long for the budget goes alone.
+    candidates = [Candidate(str(index), [0] * (7 + n + 1), 7) for index, n in enumerate(lengths)]
+    groups = group_candidates(candidates, 7, 90, 4000)
+    grouped = [int(candidate.text) for group in groups for candidate in group]
+    assert sorted(grouped) == list(range(527))
+    for group in groups:
+        own_lengths = [lengths[int(candidate.text)] for candidate in group]
+        assert len(group) * (90 + max(own_lengths)) <= 4000
+        assert min(own_lengths) >= 0.75 * max(own_lengths)
+    assert len(groups) < 40
+    # One that is too long for the budget is alone.
+    too_long = Candidate("", [0] * 5001, 0)
+    assert group_candidates([too_long], 0, 90, 4000) == [[too_long]]

@@ -122,7 +122,7 @@ def test_input_of_an_example(root: Path) -> None:
         {"audio": str(root / "0.wav"), "audio_id": "0.wav", **given}
         for given in ({}, {"input": ""}, {"input": " x "})
     ]
-    inputs = [row["input"] for row in processor.add_transcripts(rows)]
+    inputs = [row["input"] for row in processor.front_end.add_transcripts(rows)]
     assert inputs == ["words", "", " x "] and batch_sizes == [1]
     batch = processor(text=["Q"] * 3, audio=[str(root / "0.wav")] * 3, transcript=[None, "", "x"])
     texts = [
@@ -199,11 +199,11 @@ def test_inference_batch_from_the_feature_folder_alone(
 def test_other_precision_is_a_warning_that_names_both(root: Path, features: Path) -> None:
     processor = AutoProcessor.from_pretrained(root / "init")
     with pytest.warns(UserWarning, match="fp32.*fp16"):
-        processor.use(feature_precision="fp16")
+        processor.front_end.configure(feature_precision="fp16")
     assert processor.feature_extractor.feature_precision == "fp16"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        AutoProcessor.from_pretrained(root / "init").use(feature_root=str(features))
+        AutoProcessor.from_pretrained(root / "init").front_end.configure(feature_root=str(features))
 
 
 def test_features_of_another_whisper_are_refused(
@@ -214,27 +214,27 @@ def test_features_of_another_whisper_are_refused(
     convert(f"{flags} --feature_precision fp32 --output_dir {tmp_path}/other".split())
     processor = AutoProcessor.from_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="whisper.pt.*other.pt"):
-        processor.use(feature_root=str(features))
+        processor.front_end.configure(feature_root=str(features))
 
 
 def test_a_whisper_without_fingerprint_is_compared_by_name(root: Path, features: Path) -> None:
     """A checkpoint converted with an official name has no fingerprint before its first use."""
     processor = AutoProcessor.from_pretrained(root / "init")
     processor.feature_extractor.whisper_fingerprint = None
-    processor.use(feature_root=str(features))
+    processor.front_end.configure(feature_root=str(features))
     # The fingerprint is taken from the folder, and saved from now on.
     assert processor.feature_extractor.whisper_fingerprint
     processor.feature_extractor.whisper_fingerprint = None
     with pytest.raises(ValueError, match="whisper.pt.*large-v1"):
-        processor.use(feature_root=str(features), whisper="large-v1")
+        processor.front_end.configure(feature_root=str(features), whisper="large-v1")
 
 
 def test_a_flag_that_contradicts_the_features_is_refused(root: Path, features: Path) -> None:
     processor = AutoProcessor.from_pretrained(root / "init")
     with pytest.raises(ValueError, match="fp16.*fp32"):
-        processor.use(feature_root=str(features), feature_precision="fp16")
+        processor.front_end.configure(feature_root=str(features), feature_precision="fp16")
     with pytest.raises(ValueError, match="bf16"):
-        processor.use(feature_precision="bf16")
+        processor.front_end.configure(feature_precision="bf16")
 
 
 def test_damaged_features_fail_one_clip(root: Path, features: Path, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_damaged_features_fail_one_clip(root: Path, features: Path, tmp_path: Pa
     file = next(folder.glob("*/1-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-9])
     engine = LtuEngine.from_pretrained(root / "init", device="cpu")
-    engine.processor.use(feature_root=str(folder))
+    engine.processor.front_end.configure(feature_root=str(folder))
     requests = [Request("What?", str(root / f"{i}.wav"), "", audio_id=f"{i}.wav") for i in (0, 1)]
     answers = engine(requests, max_new_tokens=4)
     assert [answer.status for answer in answers] == ["ok", "damaged"]
@@ -259,8 +259,8 @@ def test_two_kinds_in_one_process(root: Path, tmp_path: Path) -> None:
     assert type(engines[1].model) is ltu_as.LtuAsForConditionalGeneration
     for engine in engines:
         assert engine([Request("What?", tiny.clip(3))], max_new_tokens=4)[0].status == "ok"
-    with pytest.raises(ValueError, match="only LTU-AS"):
-        engines[0].processor.use(feature_precision="fp16")
+    with pytest.raises(ValueError, match="does not use --feature_precision"):
+        engines[0].processor.front_end.configure(feature_precision="fp16")
 
 
 def test_an_index_holds_the_transcripts_that_examples_lack(
@@ -306,7 +306,7 @@ def test_start_from_a_whisper_at_file(root: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="low"):
         init({"down_layer.0.weight": torch.zeros(1)})
-    with pytest.raises(KeyError, match="no rule matches"):
+    with pytest.raises(ValueError, match="no rule matches"):
         init({"time_tr2.weight": torch.zeros(1)})
 
 
@@ -317,7 +317,7 @@ def test_a_new_tltr_is_standardised(root: Path, features: Path, tmp_path: Path) 
     convert(f"{flags} --standardize_on {root}/rows.json --feature_root {features}".split())
     audio_encoder = AutoModelForCausalLM.from_pretrained(tmp_path / "out").audio_tower
     processor = AutoProcessor.from_pretrained(root / "init")
-    clips = [processor.load_features({"audio": root / f"{i}.wav"}) for i in range(6)]
+    clips = [processor.front_end.load_features({"audio": root / f"{i}.wav"}) for i in range(6)]
     inputs: list[torch.Tensor] = []
     audio_encoder.time_tr.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     audio_encoder(torch.stack(clips))

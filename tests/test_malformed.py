@@ -430,9 +430,9 @@ def test_a_run_over_files_ends_with_a_summary(
     cases = [case for case in cases if isinstance(case.source, str | Path) and str(case.source)]
     question = {"instruction": "What is it?", "input": ""}
     examples = [question | {"audio_id": str(case.source)} for case in cases]
-    (tmp_path / "rows.json").write_text(json.dumps(examples))
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
     command = ["--model", str(checkpoint), "--device", "cpu"]
-    command += ["--data_path", f"{tmp_path}/rows.json", "--output_path", f"{tmp_path}/p.json"]
+    command += ["--data_path", f"{tmp_path}/examples.json", "--output_path", f"{tmp_path}/p.json"]
     command += ["--max_new_tokens", "4", "--batch_size", "16"]
     assert inference_batch([*command, "--max_bad", str(len(cases))]) == 0
     printed = capsys.readouterr()

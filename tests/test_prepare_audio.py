@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-pytest.importorskip("msgspec")
-from data import prepare_audio  # noqa: E402
+from data import prepare_audio
 from data.audio_ids import RULES, audio_id_of, key_of, read_ids, read_table, read_wanted
+from data.audio_manifest import ManifestEntry
 from data.toy.sound_clips import AUDIO
 from data.toy.speech_clips import SPEECH
 from ltu.data.audio import AudioError, decode_audio, load_audio
@@ -125,10 +125,10 @@ def test_a_folder_is_converted(folder, tmp_path, capsys):
 def test_sixteen_bit_in_is_the_same_sixteen_bit_out(tmp_path):
     samples = RNG.integers(-(2**15), 2**15, 16000).astype(np.int16)
     soundfile.write(tmp_path / "in.wav", samples, 16000)
-    entry = prepare_audio.convert(tmp_path / "in.wav", tmp_path / "new" / "out.flac")
+    clip = prepare_audio.convert(tmp_path / "in.wav", tmp_path / "new" / "out.flac")
     assert (soundfile.read(tmp_path / "new" / "out.flac", dtype="int16")[0] == samples).all()
-    assert entry["clipped"] == 0
-    assert entry["bits"] == 16
+    assert clip.clipped == 0
+    assert clip.bits == 16
 
 
 def test_a_long_clip_is_refused(tmp_path):
@@ -213,11 +213,11 @@ def is_alive(group: int) -> bool:
     return True
 
 
-def run_or_die(job: tuple[str, str], *_) -> dict:
+def run_or_die(job: tuple[str, str], *_) -> ManifestEntry:
     """Replace `run_job`; one of the files kills its worker."""
     if job[0] == "bad":
         os.kill(os.getpid(), signal.SIGKILL)
-    return {"audio_id": job[1], "file": job[0], "status": "ok"}
+    return ManifestEntry(audio_id=job[1], file=job[0])
 
 
 def test_a_file_that_kills_its_worker_is_reported_and_the_others_are_converted(monkeypatch):
@@ -227,8 +227,8 @@ def test_a_file_that_kills_its_worker_is_reported_and_the_others_are_converted(m
     monkeypatch.setattr(prepare_audio, "JOBS_A_WORKER", 2)
     jobs = [(name, f"{name}.flac") for name in ("a", "b", "bad", "c", *map(str, range(30)))]
     entries = list(prepare_audio.run(jobs, 2))
-    assert sorted(entry["file"] for entry in entries) == sorted(job[0] for job in jobs)
-    assert [entry["file"] for entry in entries if entry["status"] == "crash"] == ["bad"]
+    assert sorted(entry.file for entry in entries) == sorted(job[0] for job in jobs)
+    assert [entry.file for entry in entries if entry.status == "crash"] == ["bad"]
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -325,10 +325,10 @@ def test_naming_and_coverage_of_a_dataset_file(tmp_path, capsys):
         "empty",
         None,
     ]
-    rows = [
+    examples = [
         {"instruction": "?", "input": "", "audio_id": audio_id, "output": "!"} for audio_id in ids
     ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
     run = [
         "--input",
         str(source),
@@ -339,8 +339,8 @@ def test_naming_and_coverage_of_a_dataset_file(tmp_path, capsys):
         "--workers",
         "1",
     ]
-    run += ["--against", str(tmp_path / "rows.json")]
-    assert prepare_audio.main([*run, "--only_asked", "--max_bad", "2"]) == 0
+    run += ["--clip_list", str(tmp_path / "examples.json")]
+    assert prepare_audio.main([*run, "--only_listed", "--max_bad", "2"]) == 0
     assert "coverage: 2 of the 4 clips" in capsys.readouterr().out
     coverage = json.loads((output / "audio_ids.csv.provenance.json").read_text())["coverage"]
     missing = {"absent": ["eeeeeeeeeee"], "unreadable": ["ddddddddddd"]}
@@ -354,7 +354,7 @@ def test_naming_and_coverage_of_a_dataset_file(tmp_path, capsys):
     entries = manifest(output)
     assert entries["notes.wav"]["status"] == "name"
     assert "not a name of audioset" in entries["notes.wav"]["error"]
-    # Without --only_asked, another file is converted; two files fail.
+    # Without --only_listed, another file is converted; two files fail.
     assert prepare_audio.main([*run, "--max_bad", "1"]) == 1
     assert len(table(output / "audio_ids.csv")) == 4
     assert decode_audio(output / "ccccccccccc.flac").sampling_rate == 16000
@@ -408,7 +408,7 @@ def test_bad_arguments_stop(tmp_path, capsys):
     base = ["--input", str(tmp_path), "--output_dir"]
     for bad in (
         [str(tmp_path)],
-        [f"{tmp_path}/o", "--only_asked"],
+        [f"{tmp_path}/o", "--only_listed"],
         [f"{tmp_path}/o", "--workers", "0"],
     ):
         with pytest.raises(SystemExit):

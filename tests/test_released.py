@@ -286,7 +286,7 @@ def test_a_server_that_stops_answering(
     monkeypatch.setattr(transport, "TIMEOUT", 0.1)
     monkeypatch.setattr(transport, "RETRIES", 1)
     site.is_silent = True
-    check_failure(a_row(site), tmp_path, "timed out", "2 times", "--from")
+    check_failure(a_row(site), tmp_path, "timed out", "2 times", "--mirror")
 
 
 def test_two_processes_transfer_once(site: Site, tmp_path: Path) -> None:
@@ -347,16 +347,16 @@ def test_a_large_json_file_is_checked_at_its_ends(
 def test_a_page_instead_of_the_file(site: Site, tmp_path: Path) -> None:
     site.content_type = "text/html; charset=utf-8"
     row = a_row(site, data=b"<!-- moved --><p>This link has died.</p>")
-    check_failure(row, tmp_path, "web page", "--from")
+    check_failure(row, tmp_path, "web page", "--mirror")
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_not_there(site: Site, tmp_path: Path) -> None:
     row = a_row(site)
     site.files.clear()
-    check_failure(row, tmp_path, "404", row.url, "--from")
+    check_failure(row, tmp_path, "404", row.url, "--mirror")
     assert len(site.requests) == 1
-    check_failure(row, tmp_path, "is not there", source=str(tmp_path / "nowhere"))
+    check_failure(row, tmp_path, "is not there", mirror=str(tmp_path / "nowhere"))
 
 
 # --- zips
@@ -459,12 +459,13 @@ def test_dry_run_writes_nothing(kind: str, tmp_path: Path, capsys: pytest.Captur
     flags = ["--full", "--eval", "--dry_run", "--root", str(tmp_path / "here"), "--llm", "my_llm"]
     main(["prep", "--kind", kind, *flags])
     text = capsys.readouterr().out
-    checkpoint, name, full_set, _ = PREP[kind]
+    needed = PREP[kind]
+    name = needed.data
     for part in (
         f"{name}_toy",
         f"{name}_toy_audio",
-        checkpoint,
-        full_set,
+        needed.checkpoint,
+        needed.full_set,
         f"{name}_subsets",
         f"{kind}_eval",
     ):
@@ -500,7 +501,7 @@ def test_prep_train_script(site: Site, tmp_path: Path, capsys: pytest.CaptureFix
     }
     site.drops = [10]
     llm, root = write_llm(tmp_path / "llm"), tmp_path / "root"
-    flags = ["--full", "--from", site.url, "--root", str(root)]
+    flags = ["--full", "--mirror", site.url, "--root", str(root)]
     status, arguments = run_script("prep_train", tmp_path, *flags, LLM=str(llm))
     assert status == 0
     assert arguments[:3] == ["-m", "ltu.released", "prep"]
@@ -525,7 +526,7 @@ def test_prep_train_script(site: Site, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_prep_from_a_folder_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"openaqa_toy\.json is not there"):
-        main(["prep", "--kind", "ltu", "--from", str(tmp_path), "--root", str(tmp_path / "root")])
+        main(["prep", "--kind", "ltu", "--mirror", str(tmp_path), "--root", str(tmp_path / "root")])
     assert dataclasses.asdict(find("vicuna"))["size"] is None
 
 

@@ -6,7 +6,6 @@ They parse, the scripts pass the papers' hyper-parameters, and finished stages a
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -16,17 +15,21 @@ from pathlib import Path
 
 import pytest
 
+from ltu import finetune
 from ltu.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["stage1_proj_cla", "stage2_all_cla", "stage3_all_close", "stage4_all_mix"]
 SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("train_scripts/**/*.sh"), ROOT / ".ci" / "run"])
 PACKAGES = ("ltu", "ltu_as", "data", "eval", "qa_generation", "benchmarks", "train_scripts")
-TINY = [
-    line
-    for line in (ROOT / "train_scripts/quickstart/toy.args").read_text().splitlines()
-    if not line.startswith("#")
-]
+CURRICULUM = "train_scripts/curriculum.args"
+TOY = "train_scripts/quickstart/toy.args"
+
+
+@pytest.fixture(autouse=True)
+def repository_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change to the folder in which the scripts start their commands."""
+    monkeypatch.chdir(ROOT)
 
 
 def run_script(
@@ -95,7 +98,7 @@ def test_hyper_parameters(name, plan, micro, epochs, rate, cutoff, tmp_path: Pat
     status, argv = run_script(name, tmp_path)
     assert status == 0
     package = name.split("/")[0] if "/" in name else "ltu"
-    assert argv[:2] == ["-m", f"{package}.finetune"]
+    assert argv[:3] == ["-m", f"{package}.finetune", f"@{CURRICULUM}"]
     model, data, run = parse_args(argv[2:])
     assert model.trainable_params == plan
     assert model.lora_target_modules == ('["dummy"]' if plan == "proj" else "[q_proj,v_proj]")
@@ -129,22 +132,49 @@ def test_stages_of_ltu_as(tmp_path: Path) -> None:
         _, argv = run_script(f"ltu_as/{name}", tmp_path, **environment)
         model, data, run = parse_args(argv[2:])
         assert run.output_dir == f"out dir/{name}"
-        assert data.feature_root == "my features"
+        assert data.front_end["feature_root"] == "my features"
         base_models.append(Path(model.base_model).name)
     assert base_models == ["my_init", "stage1_proj_cla", "stage2_all_cla", "stage2_all_cla"]
 
     _, argv = run_script("ltu_as/stage1_proj_cla", tmp_path)
     _, data, _ = parse_args(argv[2:])
-    assert data.feature_root is None
+    assert data.front_end["feature_root"] is None
 
 
 @pytest.mark.parametrize("name", [*STAGES, "finetune_toy"])
 def test_later_flags_override(name: str, tmp_path: Path) -> None:
-    expected = dict(line.lstrip("-").split(" ", 1) for line in TINY if " " in line)
-    _, argv = run_script(name, tmp_path, *" ".join(TINY).split(), "--seed", "7")
-    _, _, run = parse_args(argv[2:])
-    assert run.batch_size == int(expected["batch_size"])
+    _, argv = run_script(name, tmp_path, f"@{TOY}", "--seed", "7")
+    model, data, run = parse_args(argv[2:])
+    assert (run.batch_size, run.warmup_steps, run.learning_rate) == (4, 10, 2e-3)
+    assert model.freeze_audio_tower
+    assert not data.train_on_inputs
+    assert data.original_positions
     assert run.seed == 7
+
+
+def test_a_script_shows_only_what_is_its_own() -> None:
+    """No script repeats a flag of curriculum.args with the same value."""
+    text = (ROOT / CURRICULUM).read_text()
+    shared = [shlex.split(line, comments=True) for line in text.splitlines()]
+    for script in ROOT.glob("train_scripts/ltu*/*.sh"):
+        words = shlex.split(script.read_text(), comments=True)
+        for flag in shared:
+            if flag and flag[0] in words:
+                start = words.index(flag[0])
+                assert words[start : start + len(flag)] != flag, f"{script.name}: {flag}"
+
+
+def test_flags_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Comments, several flags in a line, quotes; the last value of a flag counts."""
+    required = ["--base_model", "a", "--data_path", "b", "--output_dir", "c"]
+    file = tmp_path / "my flags.args"
+    file.write_text("# 4\n\n--seed 4 --num_epochs 3  # epochs\n--llm 'my folder'\n")
+    model, _, run = parse_args([*required, "--seed", "1", f"@{file}", "--num_epochs", "2"])
+    assert (run.seed, run.num_epochs, model.llm) == (4, 2, "my folder")
+    with pytest.raises(SystemExit) as end:
+        parse_args([*required, f"@{tmp_path}/missing.args"])
+    assert end.value.code == 2
+    assert "missing.args" in capsys.readouterr().err
 
 
 def test_processes_and_exit_status(tmp_path: Path) -> None:
@@ -154,18 +184,117 @@ def test_processes_and_exit_status(tmp_path: Path) -> None:
     assert argv[: argv.index("ltu.finetune") + 1] == launcher.split()
 
 
+class TrainingStarted(Exception):
+    """A stage was not skipped."""
+
+
 @pytest.mark.parametrize("flags", [(), ("--output_dir", "{}"), ("--output_dir={}",)])
-def test_finished_stage_is_skipped(flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_finished_stage_is_skipped(
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     folder = tmp_path / "exp" / "stage1_proj_cla"
     folder.mkdir(parents=True)
     arguments = [flag.format(folder) for flag in flags]
     exp = str(tmp_path / "elsewhere" if flags else tmp_path / "exp")
-    for finished in (False, True):
-        state = {"step": 5, "finished": finished}
-        (folder / "ltu_state.json").write_text(json.dumps(state, indent=1))
-        status, argv = run_script("stage1_proj_cla", tmp_path, *arguments, EXP=exp)
-        assert status == 0
-        assert bool(argv) is not finished
+    status, argv = run_script("stage1_proj_cla", tmp_path, *arguments, EXP=exp)
+    assert status == 0
+
+    def train(*_) -> None:
+        raise TrainingStarted
+
+    monkeypatch.setattr(finetune, "make_trainer", train)
+    states = ['{"step": 5, "finished": false}', '{"stage": "init"}', '{"step": 5, "finis']
+    for text in states:
+        (folder / "ltu_state.json").write_text(text)
+        with pytest.raises(TrainingStarted):
+            finetune.main(argv[2:])
+    (folder / "ltu_state.json").write_text('{"step": 5, "finished": true}')
+    capsys.readouterr()
+    finetune.main(argv[2:])
+    assert capsys.readouterr().out == f"{folder} is finished; remove it to train again\n"
+    with pytest.raises(TrainingStarted):
+        finetune.main([*argv[2:], "--skip_finished", "False"])
+
+
+# A Python whose commands only create their outputs, empty. It appends the module of each command
+# to commands.txt in its folder.
+TOY_STUB = """#!/bin/sh
+shift
+module=$1
+flag=""
+for word in "$@"; do
+    case $word in
+        --*) flag=$word ;;
+        *)
+            case $flag in
+                --output_dir) mkdir -p "$word"; output_dir=$word ;;
+                --output_path) mkdir -p "$(dirname "$word")"; touch "$word" ;;
+            esac
+            ;;
+    esac
+done
+case $module in
+    *.finetune)
+        test -f "$output_dir/model.safetensors" && exit
+        touch "$output_dir/model.safetensors"
+        ;;
+    *.convert_checkpoint) touch "$output_dir/ltu_state.json" ;;
+esac
+echo "$module" >> "$(dirname "$0")/commands.txt"
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "last_stage"),
+    [
+        (
+            "ltu",
+            "data.toy.build ltu.convert_checkpoint"
+            + 4 * " ltu.finetune ltu.inference_batch eval.toy",
+            "stage4_all_mix",
+        ),
+        (
+            "ltu_as",
+            "data.toy.build ltu_as.extract_whisper_feature ltu_as.convert_checkpoint"
+            + " ltu_as.finetune"
+            + 2 * " ltu_as.finetune ltu_as.inference_batch eval.toy"
+            + " eval.toy_speech",
+            "stage3_all_mix_v2",
+        ),
+    ],
+)
+def test_toy_fold(kind: str, expected: str, last_stage: str, tmp_path: Path) -> None:
+    """A second run does nothing; a stage that was trained again gets new answers."""
+    stub = tmp_path / "python"
+    stub.write_text(TOY_STUB)
+    stub.chmod(0o755)
+    done = tmp_path / "commands.txt"
+    folder = tmp_path / "my fold"
+    command = ["bash", "train_scripts/quickstart/toy_fold.sh", kind, "0", "0", str(folder)]
+    environment = os.environ | {"PYTHON": str(stub)}
+
+    def run() -> list[str]:
+        done.write_text("")
+        subprocess.run(command, env=environment, timeout=60, check=True)
+        return done.read_text().split()
+
+    assert run() == expected.split()
+    assert run() == []
+
+    weights = folder / last_stage / "model.safetensors"
+    weights.unlink()
+    after_training = [f"{kind}.finetune", f"{kind}.inference_batch", "eval.toy"]
+    if kind == "ltu_as":
+        after_training.append("eval.toy_speech")
+    assert run() == after_training
+
+    # The run was killed after training, with the answers of an earlier model in place.
+    now = weights.stat().st_mtime
+    os.utime(weights, (now + 10, now + 10))
+    assert run() == after_training[1:]
 
 
 def test_paths_are_relative_to_the_repository(tmp_path: Path) -> None:

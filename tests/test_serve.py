@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from ltu.inference.requests import Request
 from ltu.models.prompt_template import load_prompt_template
 from ltu.serve import read_flags
 from ltu.serving.openai_server import make_server
+from ltu.serving.protocol import ChatCompletionRequest
+from ltu.serving.request_parser import ApiError, RequestParser
 from ltu_as.convert_checkpoint import main as convert
 from tests import tiny
 from tests.machine import PATIENCE, wait_until
@@ -315,6 +318,22 @@ def test_models_and_health(served: Served) -> None:
         served.client.embeddings.create(model="tiny", input="x")
 
 
+def test_the_documentation_has_the_models(served: Served) -> None:
+    with urllib.request.urlopen(f"{served.url}/openapi.json") as reply:
+        document = json.load(reply)
+    schemas = document["components"]["schemas"]
+    text = json.dumps(document)
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', text))
+    assert references <= set(schemas) and '"$defs"' not in text
+    operation = document["paths"]["/v1/chat/completions"]["post"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]) == set(ChatCompletionRequest.model_fields)
+    assert body["required"] == ["model", "messages"]
+    assert {"ChatCompletion", "ErrorReply", "AudioPart"} <= references
+    with urllib.request.urlopen(f"{served.url}/docs") as reply:
+        assert b"/openapi.json" in reply.read()
+
+
 def test_turns_need_a_chat_template(served: Served, tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
     turns += [
@@ -380,12 +399,12 @@ REFUSED = [
     ({"temperature": True}, "temperature"),
     ({"temperature": 1, "top_p": 1.5}, "top_p"),
     ({"temperature": 1, "extra_body": {"top_k": -1}}, "top_k"),
-    ({"max_tokens": 0}, "max_new_tokens"),
+    ({"max_tokens": 0}, "max_tokens is 0"),
     ({"max_tokens": 601}, "At most 600"),
     ({"seed": 1.5}, "seed"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     ({"stop": [""]}, "stop"),
-    ({"extra_body": {"mode": "loud"}}, "mode is one of"),
+    ({"extra_body": {"mode": "loud"}}, "mode is 'loud'.*asr_only"),
     ({"extra_body": {"num_chunks": -1}}, "num_chunks is"),
     ({"extra_body": {"num_chunks": "many"}}, "num_chunks is"),
     ({"extra_body": {"transcript": ["x"]}}, "transcript"),
@@ -458,6 +477,40 @@ def test_malformed_bodies(served: Served) -> None:
     assert served.post(start + b'x"}], "\\ud800": 1}')[0] == 400
     assert served.post(start + b'x"}]}', Content_Type="text/plain")[0] == 415
     assert served.ask(text_part()).choices[0].message.content == served.answer_alone(QUESTION)
+
+
+@pytest.mark.parametrize("name", [*ChatCompletionRequest.model_fields, "unknown", ""])
+def test_odd_values_are_refused_or_accepted(engine: LtuEngine, name: str) -> None:
+    args = read_flags(["--model", "tiny"])
+    parser = RequestParser(engine.processor, args, "tiny")
+    valid = {"model": "tiny", "messages": user(QUESTION), "temperature": 1}
+    values = ["null", "true", "-1", "0", "0.5", "1e999", "-1e-999", "NaN", "9" * 4000, '""', '"x"']
+    values += ['"\\ud800"', '"\\u0000"', "[]", "[[]]", '[""]', "{}", '{"type": 1}', "x", ""]
+    values += ["[" * 150 + "]" * 150, "[" * 100_000]
+    for value in values:
+        body = json.dumps(valid)[:-1] + f", {json.dumps(name)}: {value}}}"
+        try:
+            parser.parse(bytearray(body.encode()))
+        except ApiError as error:
+            assert error.status_code in (400, 404), value
+            assert len(error.detail["message"]) < 1000
+        except ValueError as error:  # The server makes it an ApiError too.
+            assert len(str(error)) < 10_000
+
+
+def test_a_body_with_very_many_errors(served: Served) -> None:
+    """The time and memory of an error do not grow with the number of errors."""
+    begin = b'{"model": "tiny", '
+    for body in (
+        begin + b'"messages": [' + b"0, " * 200_000 + b"0]}",
+        begin + b", ".join(b'"x%d": 0' % number for number in range(100_000)) + b"}",
+    ):
+        tracemalloc.start()
+        status, reply = served.post(body)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert status == 400 and reply["error"]["type"] == "invalid_request_error"
+        assert peak < 50 * 2**20
 
 
 def test_bodies_that_are_too_large(served: Served) -> None:
@@ -579,6 +632,45 @@ def test_an_engine_that_fails(
     assert "secret" not in caplog.text
 
 
+def test_a_bug_fails_one_request_of_a_batch(
+    engine: LtuEngine,
+    gate: tiny.Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The others are answered, nothing hangs, and the log has the traceback."""
+    encode = type(engine).encode
+
+    def encode_with_bug(engine, request, *args):
+        if request.question == "fails":
+            raise TypeError("a bug")
+        return encode(engine, request, *args)
+
+    monkeypatch.setattr(type(engine), "encode", encode_with_bug)
+    questions = ["first", "second", "fails", "third"]
+    requests = [Request(text) for text in questions if text != "fails"]
+    alone = engine(requests, max_new_tokens=12)
+    expected = {
+        request.question: answer.text for request, answer in zip(requests, alone, strict=True)
+    }
+    with serve(engine) as served, ThreadPoolExecutor() as pool:
+        running = pool.submit(served.ask, text_part("running"))
+        assert gate.is_reached.wait(PATIENCE)
+        replies = {text: pool.submit(served.ask, text_part(text)) for text in questions}
+        wait_until(lambda: served.metric("ltu_queue_depth") == len(questions))
+        gate.is_open.set()
+        assert running.result().choices[0].message.content
+        with pytest.raises(openai.InternalServerError) as error:
+            replies.pop("fails").result()
+        assert error.value.code == "engine_error"
+        answers = {text: reply.result() for text, reply in replies.items()}
+        for text, answer in answers.items():
+            assert answer.choices[0].message.content == expected[text]
+        assert served.metric('ltu_answers_total{status="failed"}') == 1
+        assert served.metric('ltu_answers_total{status="ok"}') == 4
+    assert "TypeError" in caplog.text and "encode_with_bug" in caplog.text
+
+
 # --- many requests at once, and the end of the server
 
 
@@ -640,7 +732,7 @@ def test_many_at_once(engine: LtuEngine, gate: tiny.Gate) -> None:
         assert served.metric('ltu_tokens_total{kind="new"}') > 13
         assert served.metric("ltu_queue_depth") == 0
         wait_until(lambda: served.metric("ltu_request_seconds_count") == 13)
-        assert served.metric("ltu_heard_seconds_total") > 0
+        assert served.metric("ltu_audio_seconds_total") > 0
 
 
 def test_shutdown_ends_what_runs_too_long(engine: LtuEngine, gate: tiny.Gate) -> None:

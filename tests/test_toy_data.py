@@ -2,8 +2,7 @@
 
 import json
 import re
-from argparse import Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from random import Random
 
@@ -23,32 +22,21 @@ from data.toy.sound_clips import (
     read_manifest,
     recording_of,
 )
+from data.toy.training_audio import sample_sounds
 from ltu.data.check_examples import read_rows
 
 SOUNDS = read_manifest()
 BY_FILE = {sound["file"]: sound for sound in SOUNDS}
 SPLIT = read_json("split.json")
 HELDOUT = [file for fold in SPLIT["folds"] for file in fold]
-STAGES = [f"stage{number}" for number in build.STAGES]
-
-
-def arguments(folder: Path, **changes) -> Namespace:
-    small = dict(
-        fold=0,
-        seed=0,
-        rows=[230, 60, 120, 160],
-        crops=2,
-        mixtures=6,
-        pairs=6,
-        output_dir=str(folder),
-    )
-    return Namespace(**(small | changes))
+STAGES = [f"stage{number}" for number in sound_examples.STAGES]
+SMALL = build.Sizes([230, 60, 120, 160], crops=2, mixtures=6, pairs=6)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "fold0"
-    build.build(arguments(folder))
+    build.build(build.BuildSettings("ltu", folder, SMALL))
     return folder
 
 
@@ -103,7 +91,7 @@ def test_split_holds_out_what_may_be_held_out():
 
 
 @pytest.mark.parametrize("fold", range(5))
-def test_fold_keeps_other_recordings_of_each_label_in_training(fold):
+def test_other_recordings_of_each_held_out_label_are_in_training(fold):
     training, heldout = read_fold(fold)
     assert len(training) + len(heldout) == len(SOUNDS)
     assert {sound["label"] for sound in heldout} <= {sound["label"] for sound in training}
@@ -139,10 +127,10 @@ def test_every_label_and_category_has_texts():
     assert not set(labels) & set(categories), (
         "a label that is a category's name could not be scored"
     )
-    for name, words in labels.items():
-        assert words["phrase"], name
-        assert len(words["descriptions"]) == len(set(words["descriptions"])) >= 2, name
-        for description in words["descriptions"]:
+    for name, texts in labels.items():
+        assert texts["phrase"], name
+        assert len(texts["descriptions"]) == len(set(texts["descriptions"])) >= 2, name
+        for description in texts["descriptions"]:
             assert not re.search(r"->|[.:;\n]", description), (name, description)
             assert not set(categories) & set(re.findall(r"\w+", description)), (name, description)
 
@@ -165,7 +153,7 @@ def test_test_questions_are_never_training_questions():
 
 
 def test_same_seed_same_bytes(built, tmp_path):
-    build.build(arguments(tmp_path / "fold0"))
+    build.build(build.BuildSettings("ltu", tmp_path / "fold0", SMALL))
     made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
     assert made == sorted(
         path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*")
@@ -182,8 +170,9 @@ def test_same_seed_same_bytes(built, tmp_path):
             ), path
 
 
-def test_another_seed_gives_other_rows(built, tmp_path):
-    build.build(arguments(tmp_path, seed=1, crops=1, mixtures=1, pairs=1))
+def test_another_seed_gives_other_examples(built, tmp_path):
+    sizes = build.Sizes(SMALL.num_examples, crops=1, mixtures=1, pairs=1)
+    build.build(build.BuildSettings("ltu", tmp_path, sizes, seed=1))
     assert load(built, "stage1") != load(tmp_path, "stage1")
 
 
@@ -191,59 +180,65 @@ def test_stages_have_the_requested_examples(built):
     for stage, count in zip(STAGES, [230, 60, 120, 160], strict=True):
         made = load(built, stage)
         assert len(made) == count
-        assert {row["task"] for row in made} <= set(build.STAGES[int(stage[-1])])
+        assert {example["task"] for example in made} <= set(sound_examples.STAGES[int(stage[-1])])
         assert all(
-            set(row) == {"instruction", "input", "audio_id", "dataset", "task", "output"}
-            for row in made
+            set(example) == {"instruction", "input", "audio_id", "dataset", "task", "output"}
+            for example in made
         )
-    assert {row["task"] for row in load(built, "stage1")} == {"cla_label", "cla_label_des"}
-    assert {row["task"] for row in load(built, "stage4")} == set(build.STAGES[4])
-    for shares in build.STAGES.values():
-        assert sum(shares.values()) == pytest.approx(1.0)
+    assert {example["task"] for example in load(built, "stage1")} == {"cla_label", "cla_label_des"}
+    assert {example["task"] for example in load(built, "stage4")} == set(sound_examples.STAGES[4])
+    for fractions in sound_examples.STAGES.values():
+        assert sum(fractions.values()) == pytest.approx(1.0)
 
 
 def test_examples_are_read_by_the_trainer(built):
     for name in (*STAGES, "heldout_right", "heldout_wrong", "heldout_none", "heldout_show"):
-        for row in read_rows(built / f"{name}.json"):
-            assert row["audio"] is None if name == "heldout_none" else Path(row["audio"]).is_file()
+        for example in read_rows(built / f"{name}.json"):
+            assert (
+                example["audio"] is None
+                if name == "heldout_none"
+                else Path(example["audio"]).is_file()
+            )
 
 
 def test_training_has_no_test_question_and_test_no_training_question(built):
-    trained = {normalised(row["instruction"]) for stage in STAGES for row in load(built, stage)}
+    trained = {
+        normalised(example["instruction"]) for stage in STAGES for example in load(built, stage)
+    }
     tested = {
-        normalised(row["instruction"])
+        normalised(example["instruction"])
         for name in ("right", "show")
-        for row in load(built, f"heldout_{name}")
+        for example in load(built, f"heldout_{name}")
     }
     assert not trained & tested
 
 
 def test_half_of_the_closed_questions_have_the_prefix(built):
-    made = [row for stage in STAGES for row in load(built, stage)]
+    made = [example for stage in STAGES for example in load(built, stage)]
     prefixed = [
-        row["instruction"].startswith("Closed-ended question: ")
-        for row in made
-        if row["task"] in build.CLOSED
+        example["instruction"].startswith("Closed-ended question: ")
+        for example in made
+        if example["task"] in sound_examples.CLOSED
     ]
     assert 0.4 < np.mean(prefixed) < 0.6
-    open_rows = [row for row in made if row["task"] not in build.CLOSED]
-    assert open_rows
-    assert not any(row["instruction"].startswith("Closed") for row in open_rows)
+    open_ended = [example for example in made if example["task"] not in sound_examples.CLOSED]
+    assert open_ended
+    assert not any(example["instruction"].startswith("Closed") for example in open_ended)
 
 
 def test_sampling_favours_rare_categories_and_includes_every_clip():
     training, _ = read_fold(0)
-    sampled = Counter(sound["file"] for sound in build.sample_sounds(training, 1200, Random(0)))
+    sampled = Counter(sound["file"] for sound in sample_sounds(training, 1200, Random(0)))
     assert sum(sampled.values()) == 1200
     assert set(sampled) == {sound["file"] for sound in training}
-    of = {
-        category: [s["file"] for s in training if s["category"] == category]
-        for category in ("drums", "instruments")
-    }
+    files_of = defaultdict(list)
+    for sound in training:
+        files_of[sound["category"]].append(sound["file"])
     drums, instruments = (
-        np.mean([sampled[file] for file in of[category]]) for category in ("drums", "instruments")
+        np.mean([sampled[file] for file in files_of[category]])
+        for category in ("drums", "instruments")
     )
-    assert instruments > 1.5 * drums  # A quarter of the draws is balanced.
+    assert instruments > 1.5 * drums  # A quarter of the samples is balanced.
 
 
 # Leakage, by the sources that the builder names and by the audio itself
@@ -253,13 +248,13 @@ def test_no_held_out_clip_or_recording_in_training_audio(built):
     heldout = {recording_of(BY_FILE[file]) for file in SPLIT["folds"][0]}
     sources = load(built, "sources")
     for stage in STAGES:
-        for row in load(built, stage):
-            if row["audio_id"] in sources:
-                clips = [part["clip"] for part in sources[row["audio_id"]]["parts"]]
+        for example in load(built, stage):
+            if example["audio_id"] in sources:
+                clips = [part["clip"] for part in sources[example["audio_id"]]["parts"]]
             else:
-                clips = [Path(row["audio_id"]).name]
-                assert (built / row["audio_id"]).resolve() == (AUDIO / clips[0]).resolve()
-            assert not {recording_of(BY_FILE[clip]) for clip in clips} & heldout, row
+                clips = [Path(example["audio_id"]).name]
+                assert (built / example["audio_id"]).resolve() == (AUDIO / clips[0]).resolve()
+            assert not {recording_of(BY_FILE[clip]) for clip in clips} & heldout, example
     assert {path.name for path in (built / "audio").iterdir()} == {
         Path(audio_id).name for audio_id in sources
     }
@@ -293,20 +288,24 @@ def test_training_audio_is_what_its_provenance_says(built):
 
 def test_answers_say_what_the_sources_are(built):
     sources = load(built, "sources")
-    for row in [row for stage in STAGES for row in load(built, stage)]:
-        provenance = sources.get(row["audio_id"], {"parts": [{"clip": Path(row["audio_id"]).name}]})
+    for example in [example for stage in STAGES for example in load(built, stage)]:
+        provenance = sources.get(
+            example["audio_id"], {"parts": [{"clip": Path(example["audio_id"]).name}]}
+        )
         sounds = [BY_FILE[part["clip"]] for part in provenance["parts"]]
         assert len(sounds) == (
-            2 if row["task"] in sound_examples.MIXTURE_TASKS + sound_examples.PAIR_TASKS else 1
-        ), row
-        if row["task"].startswith(("cla_label", "temporal")):
-            found = [row["output"].index(sound["label"]) for sound in sounds]
-            assert found == sorted(found), row
-        if row["task"].startswith("cla_label"):
-            assert row["output"].endswith(f"{sounds[0]['label']}; {sounds[0]['category']}."), row
-        if row["task"].startswith("caption"):
-            assert all(sound["caption"] in row["output"] for sound in sounds), row
-        assert "{" not in row["instruction"] + row["output"], row
+            2 if example["task"] in sound_examples.MIXTURE_TASKS + sound_examples.PAIR_TASKS else 1
+        ), example
+        if example["task"].startswith(("cla_label", "temporal")):
+            found = [example["output"].index(sound["label"]) for sound in sounds]
+            assert found == sorted(found), example
+        if example["task"].startswith("cla_label"):
+            assert example["output"].endswith(f"{sounds[0]['label']}; {sounds[0]['category']}."), (
+                example
+            )
+        if example["task"].startswith("caption"):
+            assert all(sound["caption"] in example["output"] for sound in sounds), example
+        assert "{" not in example["instruction"] + example["output"], example
 
 
 # The test questions
@@ -315,39 +314,57 @@ def test_answers_say_what_the_sources_are(built):
 def test_heldout_questions(built):
     right, wrong, none = (load(built, f"heldout_{name}") for name in ("right", "wrong", "none"))
     heldout = SPLIT["folds"][0]
-    assert sorted(Path(row["audio_id"]).name for row in right) == heldout
-    for row, with_wrong, without in zip(right, wrong, none, strict=True):
-        assert (built / row["audio_id"]).resolve().parent == AUDIO.resolve(), (
-            "held-out clips are not touched"
+    assert sorted(Path(example["audio_id"]).name for example in right) == heldout
+    for example, with_wrong, without in zip(right, wrong, none, strict=True):
+        assert (built / example["audio_id"]).resolve().parent == AUDIO.resolve(), (
+            "held-out clips are not changed"
         )
         assert (
-            row | {"audio_id": None}
+            example | {"audio_id": None}
             == with_wrong | {"audio_id": None}
             == without | {"audio_id": None}
         )
-        sound = BY_FILE[Path(row["audio_id"]).name]
+        sound = BY_FILE[Path(example["audio_id"]).name]
         other = BY_FILE[Path(with_wrong["audio_id"]).name]
         assert other["file"] in heldout
         assert other["category"] != sound["category"]
-        assert row["output"] == f"Labels: {sound['label']}; {sound['category']}."
+        assert example["output"] == f"Labels: {sound['label']}; {sound['category']}."
         assert without["audio_id"] == "empty"
     show = load(built, "heldout_show")
-    assert [row["task"] for row in show] == list(build.SHOWN)
-    assert len({BY_FILE[Path(row["audio_id"]).name]["category"] for row in show}) == 5
-    assert {Path(row["audio_id"]).name for row in show} <= set(heldout)
+    assert [example["task"] for example in show] == list(sound_examples.SHOWN)
+    assert len({BY_FILE[Path(example["audio_id"]).name]["category"] for example in show}) == 5
+    assert {Path(example["audio_id"]).name for example in show} <= set(heldout)
 
 
 # The command line
 
 
 @pytest.mark.parametrize(
-    "bad", [["--rows", "1,2,3"], ["--rows", "a,b,c,d"], ["--crop", "3"], ["--pairs", "0"]]
+    "bad",
+    [
+        ["--num_examples", "1,2,3"],
+        ["--num_examples", "a,b,c,d"],
+        ["--crop", "3"],
+        ["--pairs", "0"],
+        ["--versions", "2"],
+    ],
 )
 def test_bad_arguments_stop(bad, capsys):
     with pytest.raises(SystemExit):
-        build.parse(bad)
+        build.parse_args(bad)
     assert bad[0] in capsys.readouterr().err
 
 
 def test_default_output_folder_names_the_fold():
-    assert build.parse(["--fold", "3"]).output_dir == "exp/toy_data/fold3"
+    settings = build.parse_args(["--fold", "3"]).settings
+    assert settings.output_dir == Path("exp/toy_data/fold3")
+    settings = build.parse_args(["--kind", "ltu_as", "--fold", "3"]).settings
+    assert settings.output_dir == Path("exp/toy_data_as/fold3")
+
+
+def test_flags_change_the_sizes_of_one_run_only():
+    flags = ["--num_examples", "1,2,3,4", "--crops", "1"]
+    sizes = build.parse_args(flags).settings.sizes
+    assert sizes == build.Sizes([1, 2, 3, 4], crops=1, mixtures=120, pairs=160)
+    assert build.DEFAULTS["ltu"].num_examples == [240, 1500, 700, 600]
+    assert build.DEFAULTS["ltu"].crops == 6

@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.toy import build_ltu_as, speech_examples
+from data.toy import build, speech_examples
 from data.toy.attribution import write_speech_attribution
 from data.toy.sound_clips import read_fold, read_json, read_manifest
 from data.toy.speech_clips import (
@@ -58,15 +57,13 @@ FIELDS = {
 FIELDS |= {"seconds", "package", "licence", "author", "transcript_check"}
 
 
-def arguments(folder: Path, **changes) -> Namespace:
-    small = dict(fold=0, seed=0, rows=[100, 150, 200], crops=1, mixtures=2, pairs=2, versions=2)
-    return Namespace(**(small | changes | {"output_dir": str(folder)}))
+SMALL = build.Sizes([100, 150, 200], crops=1, mixtures=2, pairs=2, versions=2)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy_as") / "fold0"
-    build_ltu_as.make(arguments(folder))
+    build.build(build.BuildSettings("ltu_as", folder, SMALL))
     return folder
 
 
@@ -79,9 +76,11 @@ def plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
-def spoken_rows(folder: Path, *stages: int) -> list[dict]:
-    rows = [row for stage in stages or (1, 2, 3) for row in load(folder, f"stage{stage}")]
-    return [row for row in rows if row["dataset"] == speech_examples.DATASET]
+def spoken_examples(folder: Path, *stages: int) -> list[dict]:
+    examples = [
+        example for stage in stages or (1, 2, 3) for example in load(folder, f"stage{stage}")
+    ]
+    return [example for example in examples if example["dataset"] == speech_examples.DATASET]
 
 
 # The committed clips
@@ -156,7 +155,7 @@ def test_syllables_and_names():
     ]
 
 
-def test_split_keeps_sentences_and_test_voices_out_of_training():
+def test_sentences_and_voices_of_the_test_are_not_in_training():
     assert not {plain(clip["text"]) for clip in TRAIN} & {plain(clip["text"]) for clip in TEST}
     assert {clip["voice"] for clip in TEST} - {clip["voice"] for clip in TRAIN} == TEST_VOICES
     assert Counter(clip["voice"] for clip in TEST) == {
@@ -211,7 +210,7 @@ def test_attribution_names_every_licence_and_source(tmp_path):
 
 
 def test_same_seed_same_bytes(built, tmp_path):
-    build_ltu_as.make(arguments(tmp_path / "fold0"))
+    build.build(build.BuildSettings("ltu_as", tmp_path / "fold0", SMALL))
     made = sorted(path.relative_to(built) for path in built.rglob("*.*"))
     assert made == sorted(
         path.relative_to(tmp_path / "fold0") for path in (tmp_path / "fold0").rglob("*.*")
@@ -229,41 +228,51 @@ def test_same_seed_same_bytes(built, tmp_path):
 
 def test_stages_have_the_requested_examples(built):
     for stage, count in zip((1, 2, 3), (100, 150, 200), strict=True):
-        rows = load(built, f"stage{stage}")
-        assert len(rows) == count
-        assert len(spoken_rows(built, stage)) == round(0.4 * count)
+        examples = load(built, f"stage{stage}")
+        assert len(examples) == count
+        assert len(spoken_examples(built, stage)) == round(0.4 * count)
         assert all(
-            list(row)[0] == "instruction" and row["output"] and "{" not in row["output"]
-            for row in rows
+            list(example)[0] == "instruction" and example["output"] and "{" not in example["output"]
+            for example in examples
         )
-    assert {row["task"] for row in spoken_rows(built, 1, 2)} == set(build_ltu_as.CLASSIFY)
-    assert {row["task"] for row in spoken_rows(built, 3)} == set(speech_examples.TASKS)
-    assert {row["task"] for row in load(built, "stage1")} == {
+    assert {example["task"] for example in spoken_examples(built, 1, 2)} == set(
+        speech_examples.CLASSIFY
+    )
+    assert {example["task"] for example in spoken_examples(built, 3)} == set(speech_examples.TASKS)
+    assert {example["task"] for example in load(built, "stage1")} == {
         "cla_label",
         "cla_label_des",
-        *build_ltu_as.CLASSIFY,
+        *speech_examples.CLASSIFY,
     }
-    for shares in (build_ltu_as.CLASSIFY, build_ltu_as.ALL):
-        assert sum(shares.values()) == pytest.approx(1.0)
-    genders = Counter(row["output"] for row in spoken_rows(built) if row["task"] == "speech_gender")
+    for fractions in (speech_examples.CLASSIFY, speech_examples.ALL):
+        assert sum(fractions.values()) == pytest.approx(1.0)
+    genders = Counter(
+        example["output"]
+        for example in spoken_examples(built)
+        if example["task"] == "speech_gender"
+    )
     assert abs(genders["Female."] - genders["Male."]) <= 6
 
 
 def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
     """Only committed clips are transcribed by Whisper; rendered audio has an `input`."""
     for stage in (1, 2, 3):
-        for row in load(built, f"stage{stage}"):
-            rendered = row["audio_id"].startswith("audio/")
-            assert row["dataset"] != "toy_sounds" or row.get("input") == ("" if rendered else None)
-            assert "input" in row or not rendered
-        rows = spoken_rows(built, stage)
-        assert np.mean([row.get("input") == "" for row in rows]) == pytest.approx(0.3, abs=0.02)
-        assert sum("input" not in row for row in rows)
-        assert sum(bool(row.get("input")) for row in rows)
+        for example in load(built, f"stage{stage}"):
+            rendered = example["audio_id"].startswith("audio/")
+            assert example["dataset"] != "toy_sounds" or example.get("input") == (
+                "" if rendered else None
+            )
+            assert "input" in example or not rendered
+        examples = spoken_examples(built, stage)
+        assert np.mean([example.get("input") == "" for example in examples]) == pytest.approx(
+            0.3, abs=0.02
+        )
+        assert sum("input" not in example for example in examples)
+        assert sum(bool(example.get("input")) for example in examples)
         assert not [
-            row
-            for row in rows
-            if row["task"] in speech_examples.TRANSCRIPT_TASKS and row.get("input") == ""
+            example
+            for example in examples
+            if example["task"] in speech_examples.TRANSCRIPT_TASKS and example.get("input") == ""
         ]
     for right, wrong in zip(
         load(built, "heldout_right"), load(built, "heldout_wrong"), strict=True
@@ -271,20 +280,21 @@ def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
         assert right["output"] == wrong["output"]
         assert right["audio_id"] != wrong["audio_id"]
     for name in ("heldout_right", "heldout_wrong", "heldout_none"):
-        assert not [row for row in load(built, name) if "input" in row]
+        assert not [example for example in load(built, name) if "input" in example]
 
 
-def test_training_rows_say_what_the_manifest_says(built):
+def test_training_examples_say_what_the_manifest_says(built):
     cuts, sources = cut_offs(CLIPS), load(built, "sources")
-    for row in spoken_rows(built):
+    for example in spoken_examples(built):
         provenance = sources.get(
-            row["audio_id"], {"factor": 1.0, "parts": [{"clip": Path(row["audio_id"]).name}]}
+            example["audio_id"],
+            {"factor": 1.0, "parts": [{"clip": Path(example["audio_id"]).name}]},
         )
         clip = BY_FILE[provenance["parts"][0]["clip"]]
         assert clip["split"] == "train"
-        assert row["voice"] == clip["voice"]
-        assert row["voice"] not in TEST_VOICES
-        assert row.get("input") in (None, "", clip["text"])
+        assert example["voice"] == clip["voice"]
+        assert example["voice"] not in TEST_VOICES
+        assert example.get("input") in (None, "", clip["text"])
         pitch, speed = pitch_and_speed(clip, provenance["factor"], cuts)
         outputs = {"speech_gender": clip["gender"].capitalize() + "."}
         outputs |= {
@@ -292,11 +302,13 @@ def test_training_rows_say_what_the_manifest_says(built):
             "speech_speed": f"The speed is {speed}.",
         }
         outputs |= {"spoken_text": f"Spoken text: {clip['text']}"}
-        if row["task"] == "speech_joint":
-            assert all(part in row["output"] for part in (clip["text"], pitch, speed)), row
+        if example["task"] == "speech_joint":
+            assert all(part in example["output"] for part in (clip["text"], pitch, speed)), example
         else:
-            assert row["output"] == outputs[row["task"]], row
-        assert row["task"] not in speech_examples.TRANSCRIPT_TASKS or provenance["factor"] == 1.0
+            assert example["output"] == outputs[example["task"]], example
+        assert (
+            example["task"] not in speech_examples.TRANSCRIPT_TASKS or provenance["factor"] == 1.0
+        )
 
 
 def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
@@ -315,7 +327,7 @@ def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
         assert 0.05 < np.abs(made).max() < 1.0
 
 
-def test_rows_are_read_by_the_trainer(built):
+def test_examples_are_read_by_the_trainer(built):
     names = [
         "stage1",
         "stage2",
@@ -326,42 +338,46 @@ def test_rows_are_read_by_the_trainer(built):
         *(f"speech_{n}" for n in HELD_OUT),
     ]
     for name in names:
-        assert all(Path(row["audio"]).is_file() for row in read_rows(built / f"{name}.json")), name
-    assert all(row["audio"] is None for row in read_rows(built / "heldout_none.json"))
+        assert all(
+            Path(example["audio"]).is_file() for example in read_rows(built / f"{name}.json")
+        ), name
+    assert all(example["audio"] is None for example in read_rows(built / "heldout_none.json"))
 
 
 def test_heldout_speech(built):
     files = {name: load(built, f"speech_{name}") for name in HELD_OUT}
     texts = {file: clip["text"] for file, clip in BY_FILE.items()}
-    for name, rows in files.items():
-        clips = [BY_FILE[Path(row["audio_id"]).name] for row in rows]
+    for name, examples in files.items():
+        clips = [BY_FILE[Path(example["audio_id"]).name] for example in examples]
         expected_clips = (
             [clip for clip in TEST if clip["voice"] in TEST_VOICES]
             if name.startswith("gender")
             else TEST
         )
         assert clips == expected_clips, name
-        assert [row["output"] for row in rows] == [
+        assert [example["output"] for example in examples] == [
             toy_speech.reference(f"speech_{name}", clip) for clip in clips
         ]
-        for row, clip in zip(rows, clips, strict=True):
+        for example, clip in zip(examples, clips, strict=True):
             expected = {"gender_empty": "", "words_none": "", "words_whisper": None}.get(
                 name, clip["text"]
             )
             if name == "words_wrong":
-                assert row["input"] != clip["text"]
-                assert row["input"] in texts.values()
+                assert example["input"] != clip["text"]
+                assert example["input"] in texts.values()
             else:
-                assert row.get("input") == expected
+                assert example.get("input") == expected
     show = load(built, "show")
-    assert len({row["task"] for row in show}) == len(show) == 5
-    assert {row["dataset"] for row in show} == {"toy_sounds", "toy_speech"}
+    assert len({example["task"] for example in show}) == len(show) == 5
+    assert {example["dataset"] for example in show} == {"toy_sounds", "toy_speech"}
 
 
 def test_heldout_sounds_are_those_of_the_fold(built):
     _, heldout = read_fold(0)
     files = sorted(sound["file"] for sound in heldout)
-    assert sorted(Path(row["audio_id"]).name for row in load(built, "heldout_right")) == files
+    assert (
+        sorted(Path(example["audio_id"]).name for example in load(built, "heldout_right")) == files
+    )
 
 
 def test_test_questions_are_never_training_questions(built):
@@ -373,15 +389,23 @@ def test_test_questions_are_never_training_questions(built):
     assert not train & {plain(question) for texts in tasks for question in texts["test"]}
     assert "can you identify the spoken text" in train
     tested = {
-        plain(row["instruction"]) for name in HELD_OUT for row in load(built, f"speech_{name}")
+        plain(example["instruction"])
+        for name in HELD_OUT
+        for example in load(built, f"speech_{name}")
     }
-    assert not tested & {plain(row["instruction"]) for row in spoken_rows(built)}
+    assert not tested & {plain(example["instruction"]) for example in spoken_examples(built)}
 
 
 @pytest.mark.parametrize(
-    "bad", [["--rows", "1,2"], ["--rows", "a,b,c"], ["--version", "3"], ["--versions", "0"]]
+    "bad",
+    [
+        ["--num_examples", "1,2"],
+        ["--num_examples", "a,b,c"],
+        ["--version", "3"],
+        ["--versions", "0"],
+    ],
 )
 def test_bad_arguments_stop(bad, capsys):
     with pytest.raises(SystemExit):
-        build_ltu_as.parse(bad)
+        build.parse_args(["--kind", "ltu_as", *bad])
     assert bad[0] in capsys.readouterr().err

@@ -24,6 +24,7 @@ from ltu.training.trainer import make_trainer
 from tests.machine import PATIENCE
 from tests.test_scripts import run_script
 from tests.tiny import LORA, start_ranks, write_checkpoint, write_llm, write_rows
+from tests.tiny import training_flags as flags
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +37,6 @@ def checkpoint(tmp_path_factory):
 def data_path(tmp_path_factory):
     """A dataset file of 11 examples."""
     return write_rows(tmp_path_factory.mktemp("rows"), 11, without_audio=3)
-
-
-def flags(checkpoint, data_path, output, **more):
-    """Return the arguments of `ltu.finetune` for a small run."""
-    settings = {
-        "batch_size": 4,
-        "micro_batch_size": 2,
-        "warmup_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "bf16": False,
-        "num_workers": 0,
-        "save_steps": 100,
-    }
-    settings |= more
-    argv = ["--base_model", str(checkpoint)]
-    argv += ["--data_path", str(data_path)]
-    argv += ["--output_dir", str(output)]
-    for name, value in settings.items():
-        argv += [f"--{name}", str(value)]
-    return argv
 
 
 def losses(output):
@@ -311,8 +291,8 @@ def test_stage_one_then_stage_two(tmp_path, data_path):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "stage2")
     assert trained.config.lora == {
         "r": 4,
-        "alpha": 16,
-        "dropout": 0.05,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
         "target_modules": ["q_proj", "v_proj"],
     }
     largest = [

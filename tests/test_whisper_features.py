@@ -202,7 +202,8 @@ def test_silence_has_no_transcript(extractor, monkeypatch) -> None:
 def test_missing_weights(tmp_path: Path) -> None:
     for name in (str(tmp_path / "absent.pt"), "large-v9"):
         with pytest.raises(
-            FileNotFoundError, match=f"(?s){name}.*path of an openai-whisper .pt.*download_pretrained"
+            FileNotFoundError,
+            match=f"(?s){name}.*path of an openai-whisper .pt.*download_pretrained",
         ):
             LtuAsFeatureExtractor(whisper_model=name)(noise(1, 0))
     torch.save({"weights": 1}, tmp_path / "other.pt")

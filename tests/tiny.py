@@ -40,7 +40,7 @@ LLM = {
     "intermediate_size": 128,
 }
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
 def audio_config() -> CavMaeConfig:
@@ -118,6 +118,27 @@ def write_checkpoint(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def training_flags(checkpoint: Path, data_path: Path, output: Path, **more: object) -> list[str]:
+    """Return the arguments of `ltu.finetune` for a small run."""
+    settings = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "num_workers": 0,
+        "save_steps": 100,
+    }
+    settings |= more
+    argv = ["--base_model", str(checkpoint)]
+    argv += ["--data_path", str(data_path)]
+    argv += ["--output_dir", str(output)]
+    for name, value in settings.items():
+        argv += [f"--{name}", str(value)]
+    return argv
 
 
 def clip(seed: int, seconds: float = 0.5) -> np.ndarray:

@@ -6,25 +6,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # step TEXT...: prints a headline with the minutes and seconds since the start.
 step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
-# finetune FLAGS...: runs $MODEL.finetune, unless the stage in --output_dir is finished. Of a flag
-# that is given twice, the last one counts.
+# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and these. Of a flag that
+# is given twice, the last one counts.
 #   MODEL          ltu (the default) or ltu_as
 #   NPROC          number of processes; the default is one per visible GPU, or one
 #   PYTHON         the interpreter; the default is that of .venv
 #   NNODES         number of machines; run the same script on each of them, as slurm.sh does
 #   RDZV_ENDPOINT  HOST:PORT of one of the machines
 finetune() {
-    local python=${PYTHON:-.venv/bin/python} nproc=${NPROC:-1} output_dir="" previous="" flag
-    # Find the last --output_dir.
-    for flag in "$@"; do
-        if [ "$previous" = --output_dir ]; then output_dir=$flag; fi
-        case $flag in --output_dir=*) output_dir=${flag#*=} ;; esac
-        previous=$flag
-    done
-    if grep -qs '"finished": true' "$output_dir/ltu_state.json"; then
-        echo "$output_dir is finished; remove it to train again"
-        return
-    fi
+    local python=${PYTHON:-.venv/bin/python} nproc=${NPROC:-1}
     if ! command -v "$python" > /dev/null; then
         echo "error: no $python; run bash quickstart.sh or bash run_tests.sh, or set PYTHON" >&2
         return 1
@@ -33,15 +23,14 @@ finetune() {
         nproc=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
     fi
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    local launcher=("$python")
     if [ "${NNODES:-1}" -gt 1 ]; then
         : "${RDZV_ENDPOINT:?NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, which all machines reach}"
-        "$python" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc" \
-            --rdzv_id "${RDZV_ID:-ltu}" --rdzv_backend c10d --rdzv_endpoint "$RDZV_ENDPOINT" \
-            -m "${MODEL:-ltu}.finetune" "$@"
+        launcher+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc")
+        launcher+=(--rdzv_id "${RDZV_ID:-ltu}" --rdzv_backend c10d)
+        launcher+=(--rdzv_endpoint "$RDZV_ENDPOINT")
     elif [ "$nproc" -gt 1 ]; then
-        "$python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" \
-            -m "${MODEL:-ltu}.finetune" "$@"
-    else
-        "$python" -m "${MODEL:-ltu}.finetune" "$@"
+        launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$nproc")
     fi
+    "${launcher[@]}" -m "${MODEL:-ltu}.finetune" @train_scripts/curriculum.args "$@"
 }

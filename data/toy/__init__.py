@@ -1,4 +1,5 @@
 """Contains the embedded toy dataset: 246 freely licensed sounds, five folds, and spoken clips.
 
-`python -m data.toy.build` and `python -m data.toy.build_ltu_as` generate the training examples.
+`python -m data.toy.build` generates the training examples of LTU, and with `--kind ltu_as` those of
+LTU-AS.
 """

@@ -58,7 +58,7 @@ HEAD = """# Where the toy sounds come from
 
 {count} clips, {minutes:.1f} minutes. Each was mixed down to one channel, resampled to 16 kHz, \
 cut to at most 10 s,
-brought to a peak of 0.7 and stored as FLAC; nothing else was changed. These changed versions are \
+scaled to a peak of 0.7 and stored as FLAC; nothing else was changed. These changed versions are \
 shared under the
 licence of each clip's original. Authors are given as the package names them. This file is \
 written by
@@ -75,7 +75,7 @@ CC-BY-SA-3.0; its table gives the licence of each of its sounds.
 SPEECH_HEAD = """# Where the spoken clips come from
 
 {count} clips, {minutes:.1f} minutes. Each was resampled to 8 kHz, filtered to 70 to 3600 Hz, \
-trimmed, brought to a peak
+trimmed, scaled to a peak
 of 0.7 and stored as FLAC. No person listened to any of them; each transcript was checked as \
 `transcript_check` of
 `manifest.jsonl` says. The clips of a voice are shared under the terms given for it; the code of \

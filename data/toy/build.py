@@ -1,292 +1,285 @@
 """Generates the toy examples and the training audio of a fold.
 
     python -m data.toy.build --fold 0 --seed 0 --output_dir exp/toy_data/fold0
+    python -m data.toy.build --kind ltu_as --fold 0 --output_dir exp/toy_data_as/fold0
     python -m data.toy.build --write_split          # data/toy/split.json, from the manifest
     python -m data.toy.build --write_attribution    # data/toy/ATTRIBUTION.md, from the manifest
 
-The same arguments give the same bytes, JSON and audio; every item is drawn from a random stream of
-its own. Held-out clips are not changed: their examples point at the committed files. `sources.json`
-names the clips in every piece of training audio, so that tests can detect leakage.
+--kind ltu generates examples about sounds for the four stages of LTU. --kind ltu_as generates
+examples about the same sounds and about speech for the three stages of LTU-AS.
+
+The same arguments give the same bytes, JSON and audio; every item has a random stream of its own.
+Held-out clips are not changed: their examples point at the committed files. The folds divide the
+sounds; held-out voices and sentences are the same in every fold. `sources.json` names the clips in
+every piece of training audio, so that tests can detect leakage.
+
+In the examples of LTU-AS, those about committed sounds have no `input`: Whisper transcribes them,
+in training and in use alike, and its hallucinated transcript of a drum is part of what the model
+must cope with. Where a test replaces the clip, the transcript is that of the new clip.
 """
 
 import argparse
 import json
-import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-import soundfile
-from tqdm import tqdm
-
-from data.toy import render_sounds
+from data.command_line import command_parser
+from data.toy import sound_examples, speech_examples
 from data.toy.attribution import write_attribution
-from data.toy.sound_clips import AUDIO, HERE, Sound, make_split, read_fold, read_manifest
-from data.toy.sound_examples import MIXTURE_TASKS, OPEN_TASKS, PAIR_TASKS, make_row
-from ltu.data.audio import SAMPLING_RATE
+from data.toy.sound_clips import HERE, Sound, make_split, read_fold, read_manifest
+from data.toy.speech_clips import Clip, cut_offs, read_speech
+from data.toy.training_audio import (
+    AudioPools,
+    Version,
+    render_sound_audio,
+    render_speech_audio,
+)
 
-# Fraction of each task in a stage. As in the paper, stages 1 and 2 have classification, stage 3 has
-# all closed-ended questions and stage 4 has all questions.
-OPEN = {task: 0.3 / (len(OPEN_TASKS) + 1) for task in (*OPEN_TASKS, "how_many")}
-CLASSIFY = {"cla_label": 0.75, "cla_label_des": 0.25}
-CLOSED = {
-    "cla_label": 0.5,
-    "cla_label_des": 0.15,
-    "caption": 0.1,
-    "caption_mixture": 0.05,
-    "temporal_first": 0.1,
-    "temporal_order": 0.1,
+SPEECH_FRACTION = 0.4  # Of the examples of every stage of LTU-AS.
+# Stage of LTU-AS -> stages of LTU whose sound tasks it has, in equal parts, and the fractions of
+# the speech tasks. The last stage repeats classification: without it, a model that is trained for
+# so few steps forgets the format of its answers.
+STAGES_AS = {
+    1: ([1], speech_examples.CLASSIFY),
+    2: ([2], speech_examples.CLASSIFY),
+    3: ([2, 4], speech_examples.ALL),
 }
-STAGES = {
-    1: CLASSIFY,
-    2: CLASSIFY,
-    3: CLOSED,
-    4: {task: 0.7 * fraction for task, fraction in CLOSED.items()} | OPEN,
-}
-ROWS = "240,1500,700,600"  # Of stages 1 to 4, by default.
-# Fraction of the draws that gives every category the same probability. The others give it to every
-# clip.
-BALANCE = 0.25
-# Task of each example that the demo shows.
-SHOWN = ("cla_label", "cla_label_des", "caption", "identify_why", "scene")
+
+Files = dict[str, list[dict]]  # File name without .json -> examples.
 
 
 @dataclass
-class AudioPools:
-    """The training audio of a fold.
+class Sizes:
+    """How much is generated.
 
     Attributes:
-        crops: clip file -> `audio_id`s, of which the first is the committed clip itself.
-        mixtures: (`audio_id`, two sounds) of each mixture.
-        pairs: (`audio_id`, two sounds) of each ordered pair.
+        num_examples: number of examples of each stage.
+        crops: number of versions of each training sound, including the unchanged one.
+        mixtures: number of training clips of two sounds at once.
+        pairs: number of training clips of one sound after another.
+        versions: number of versions of each spoken training clip, including the unchanged one.
     """
 
-    crops: dict[str, list[str]] = field(default_factory=dict)
-    mixtures: list[tuple[str, tuple[Sound, Sound]]] = field(default_factory=list)
-    pairs: list[tuple[str, tuple[Sound, Sound]]] = field(default_factory=list)
+    num_examples: list[int]
+    crops: int
+    mixtures: int
+    pairs: int
+    versions: int = 5
 
 
-def sample_sounds(sounds: list[Sound], count: int, rng: Random) -> list[Sound]:
-    """Sample `count` sounds in random order, with rare categories above their proportion.
-
-    Within the balanced fraction, the probability of a label grows with the square root of its
-    number of clips. The draws are spaced evenly over the probabilities, so that every clip is
-    sampled if `count` is large enough.
-    """
-    in_label = Counter(sound["label"] for sound in sounds)
-    in_category: Counter = Counter()
-    for label, category in {(sound["label"], sound["category"]) for sound in sounds}:
-        in_category[category] += in_label[label] ** 0.5
-    probabilities = []
-    for sound in sounds:
-        weight = len(in_category) * in_category[sound["category"]] * in_label[sound["label"]] ** 0.5
-        probabilities.append(BALANCE / weight + (1 - BALANCE) / len(sounds))
-    order = list(range(len(sounds)))
-    rng.shuffle(order)
-    sampled: list[Sound] = []
-    cumulated = 0.0
-    offset = rng.random()
-    for index in order:
-        cumulated += probabilities[index] * count
-        sampled += [sounds[index]] * (int(cumulated + offset) - len(sampled))
-    sampled += [sounds[order[-1]]] * (count - len(sampled))  # Missing because of rounding.
-    rng.shuffle(sampled)
-    return sampled[:count]
+# Kind -> sizes by default.
+DEFAULTS = {
+    "ltu": Sizes([240, 1500, 700, 600], crops=6, mixtures=120, pairs=160),
+    "ltu_as": Sizes([160, 1440, 1200], crops=2, mixtures=40, pairs=40),
+}
+FOLDERS = {"ltu": "exp/toy_data", "ltu_as": "exp/toy_data_as"}
 
 
-def sample_pairs(sounds: list[Sound], count: int, rng: Random) -> list[tuple[Sound, Sound]]:
-    """Sample pairs of sounds of different categories."""
-    pairs = []
-    for first in sample_sounds(sounds, count, rng):
-        others = [sound for sound in sounds if sound["category"] != first["category"]]
-        second = sample_sounds(others, 1, rng)[0]
-        pairs.append((first, second))
-    return pairs
+@dataclass
+class BuildSettings:
+    """What is generated: the kind of model, a fold, the seed and the sizes."""
+
+    kind: str
+    output_dir: Path
+    sizes: Sizes
+    fold: int = 0
+    seed: int = 0
 
 
-def render_all(
-    sounds: list[Sound], args: argparse.Namespace, folder: Path
-) -> tuple[AudioPools, dict[str, dict]]:
-    """Write the training audio.
+def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
+    """Write everything of a fold and return the number of examples by (file, task)."""
+    folder = settings.output_dir
+    sizes = settings.sizes
+    name = f"{settings.seed}/{settings.fold}"
+    training, heldout = read_fold(settings.fold)
+    pools, sources = render_sound_audio(
+        training, folder, name, sizes.crops, sizes.mixtures, sizes.pairs
+    )
+    heldout_sounds = sound_examples.heldout_examples(heldout, folder, name)
+    if settings.kind == "ltu":
+        files = stages_ltu(settings, name, training, pools) | heldout_sounds
+    else:
+        clips = read_speech()
+        versions, speech_sources = render_speech_audio(
+            clips, folder, str(settings.seed), sizes.versions
+        )
+        sources |= speech_sources
+        name = f"as/{name}"
+        files = stages_ltu_as(settings, name, training, pools, clips, versions)
+        files |= heldout_ltu_as(name, heldout_sounds, clips, versions)
 
-    Returns:
-        the audio, and `audio_id` -> provenance.
-    """
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
-    name = f"{args.seed}/{args.fold}"
-    pools = AudioPools()
-    plan = []  # (audio_id, function that renders, its sound or sounds)
-    for sound in sounds:
-        stem = Path(sound["file"]).stem
-        crops = [f"audio/{stem}_{number}.flac" for number in range(1, args.crops)]
-        plan += [(audio_id, render_sounds.crop, sound) for audio_id in crops]
-        pools.crops[sound["file"]] = [committed(sound, folder), *crops]
-    for kind, render_two, count, pool in (
-        ("mixture", render_sounds.mixture, args.mixtures, pools.mixtures),
-        ("pair", render_sounds.pair, args.pairs, pools.pairs),
-    ):
-        for number, two in enumerate(sample_pairs(sounds, count, Random(f"{name}/{kind}"))):
-            audio_id = f"audio/{kind}_{number:03d}.flac"
-            plan.append((audio_id, render_two, two))
-            pool.append((audio_id, two))
-    sources = {}
-    for audio_id, render_clip, rendered_sounds in tqdm(plan, desc="rendering", unit="clip"):
-        waveform, provenance = render_clip(rendered_sounds, Random(f"{name}/{audio_id}"))
-        soundfile.write(folder / audio_id, waveform, SAMPLING_RATE, subtype="PCM_16")
-        sources[audio_id] = provenance | {"seconds": len(waveform) / SAMPLING_RATE}
-    return pools, sources
+    counts: Counter[tuple[str, str]] = Counter()
+    for file, examples in files.items():
+        counts.update((file, example["task"]) for example in examples)
+    for file, content in {**files, "sources": sources}.items():
+        _write_json(content, folder / f"{file}.json")
+    return counts
 
 
-def committed(sound: Sound, folder: Path) -> str:
-    """Return the `audio_id` of a committed clip, relative to the folder of the examples."""
-    return Path(os.path.relpath(AUDIO / sound["file"], folder)).as_posix()
-
-
-def stage_rows(
-    stage: int, count: int, sounds: list[Sound], pools: AudioPools, rng: Random
-) -> list[dict]:
-    """Return `count` examples of the tasks of a stage, shuffled."""
-    fractions = STAGES[stage]
-    tasks = []
-    for task, fraction in fractions.items():
-        tasks += [task] * round(fraction * count)
-    tasks = tasks[:count]
-    tasks += [next(iter(fractions))] * (count - len(tasks))
-
-    rows = []
-    singles = [task for task in tasks if task not in MIXTURE_TASKS + PAIR_TASKS]
-    rng.shuffle(singles)
-    for task, sound in zip(singles, sample_sounds(sounds, len(singles), rng), strict=True):
-        audio_id = rng.choice(pools.crops[sound["file"]])
-        rows.append(make_row(task, [sound], audio_id, rng))
-    for pool, tasks_of_two in ((pools.mixtures, MIXTURE_TASKS), (pools.pairs, PAIR_TASKS)):
-        start = rng.randrange(len(pool))
-        selected = [task for task in tasks if task in tasks_of_two]
-        for number, task in enumerate(selected):
-            audio_id, two = pool[(start + number) % len(pool)]
-            rows.append(make_row(task, list(two), audio_id, rng))
-    rng.shuffle(rows)
-    return rows
-
-
-def heldout_rows(heldout: list[Sound], folder: Path, name: str) -> dict[str, list[dict]]:
-    """Return the test questions: file name (without .json) -> examples.
-
-    The questions are the same with the right clip, with a clip of another category and without
-    audio. The reference is always that of the right clip, so that an answer that is right with a
-    wrong clip was guessed.
+def stages_ltu(
+    settings: BuildSettings, name: str, training: list[Sound], pools: AudioPools
+) -> Files:
+    """Return the examples of the stages of LTU.
 
     Args:
-        heldout: held-out clips.
-        folder: folder of the examples.
+        settings: of the build.
         name: of the random streams.
+        training: training sounds.
+        pools: their audio.
     """
-    right = []
-    wrong = []
-    none = []
-    for sound in heldout:
-        rng = Random(f"{name}/heldout/{sound['file']}")
-        row = make_row("cla_label", [sound], committed(sound, folder), rng, "test")
-        other = rng.choice([clip for clip in heldout if clip["category"] != sound["category"]])
-        right.append(row)
-        wrong.append(row | {"audio_id": committed(other, folder)})
-        none.append(row | {"audio_id": "empty"})
-
-    rng = Random(f"{name}/show")
-    categories = rng.sample(sorted({sound["category"] for sound in heldout}), len(SHOWN))
-    shown = []
-    for category in categories:
-        shown.append(rng.choice([sound for sound in heldout if sound["category"] == category]))
-    show = []
-    for task, sound in zip(SHOWN, shown, strict=True):
-        show.append(make_row(task, [sound], committed(sound, folder), rng, "test"))
-    return {
-        "heldout_right": right,
-        "heldout_wrong": wrong,
-        "heldout_none": none,
-        "heldout_show": show,
-    }
-
-
-def build(args: argparse.Namespace) -> Counter:
-    """Write everything of a fold and return the number of examples by (file, task)."""
-    folder = Path(args.output_dir)
-    name = f"{args.seed}/{args.fold}"
-    training, heldout = read_fold(args.fold)
-    pools, sources = render_all(training, args, folder)
     files = {}
-    for stage, count in zip(STAGES, args.rows, strict=True):
+    for stage, count in zip(sound_examples.STAGES, settings.sizes.num_examples, strict=True):
         rng = Random(f"{name}/stage{stage}")
-        files[f"stage{stage}"] = stage_rows(stage, count, training, pools, rng)
-    files |= heldout_rows(heldout, folder, name)
-    return write_files(files, sources, folder)
+        files[f"stage{stage}"] = sound_examples.stage_examples(stage, count, training, pools, rng)
+    return files
 
 
-def write_files(
-    files: dict[str, list[dict]], sources: dict[str, dict], folder: Path
-) -> Counter[tuple[str, str]]:
-    """Write dataset files and sources.json; return the number of examples by (file, task)."""
-    for file, content in {**files, "sources": sources}.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (folder / f"{file}.json").write_text(text, encoding="utf-8")
-    return Counter((file, row["task"]) for file, rows in files.items() for row in rows)
+def stages_ltu_as(
+    settings: BuildSettings,
+    name: str,
+    training: list[Sound],
+    pools: AudioPools,
+    clips: list[Clip],
+    versions: dict[str, list[Version]],
+) -> Files:
+    """Return the examples of the stages of LTU-AS, about sounds and about speech.
+
+    Args:
+        settings: of the build.
+        name: of the random streams.
+        training: training sounds.
+        pools: their audio.
+        clips: spoken clips.
+        versions: file -> the committed clip first, then its changed versions.
+    """
+    cuts = cut_offs(clips)
+    training_clips = [clip for clip in clips if clip["split"] == "train"]
+    files = {}
+    for stage, count in zip(STAGES_AS, settings.sizes.num_examples, strict=True):
+        sound_stages, fractions = STAGES_AS[stage]
+        rng = Random(f"{name}/stage{stage}")
+        num_speech = round(SPEECH_FRACTION * count)
+        examples = []
+        for number, sound_stage in enumerate(sound_stages):
+            num_sounds = (count - num_speech + number) // len(sound_stages)
+            examples += sound_examples.stage_examples(sound_stage, num_sounds, training, pools, rng)
+        examples = without_input(examples)
+        examples += speech_examples.stage_examples(
+            fractions, num_speech, training_clips, versions, cuts, rng
+        )
+        rng.shuffle(examples)
+        files[f"stage{stage}"] = examples
+    return files
 
 
-def parse_rows(parser: argparse.ArgumentParser, rows: str, num_stages: int) -> list[int]:
-    """Parse the value of --rows, or end with an error."""
-    numbers = rows.split(",")
-    if len(numbers) != num_stages or not all(number.strip().isdigit() for number in numbers):
-        shape = ",".join(["600"] * num_stages)
-        parser.error(f"--rows takes {num_stages} numbers like {shape}, got {rows!r}")
-    return [int(number) for number in numbers]
+def heldout_ltu_as(
+    name: str, heldout_sounds: Files, clips: list[Clip], versions: dict[str, list[Version]]
+) -> Files:
+    """Return the test questions of LTU-AS and the five of its demo.
+
+    Args:
+        name: of the random streams.
+        heldout_sounds: the test questions about sounds.
+        clips: spoken clips.
+        versions: file -> the committed clip first.
+    """
+    files = {}
+    for file, examples in heldout_sounds.items():
+        files[file] = without_input(examples)
+    files |= speech_examples.heldout_examples(clips, versions, name)
+    files["show"] = shown_examples(files, clips, versions, name)
+    del files["heldout_show"]
+    return files
 
 
-def require_positive(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, flags: tuple[str, ...]
-) -> None:
-    """End with an error if one of these flags is less than 1."""
-    for flag in flags:
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+def without_input(examples: list[dict]) -> list[dict]:
+    """Return the examples without `input`, so that Whisper transcribes their clips.
+
+    Examples on audio that was rendered for training are returned unchanged: to transcribe all of
+    it takes longer than the training.
+    """
+    changed = []
+    for example in examples:
+        if not speech_examples.is_rendered(example):
+            example = {key: value for key, value in example.items() if key != "input"}
+        changed.append(example)
+    return changed
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `rows` becomes a list of four numbers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def shown_examples(
+    files: Files, clips: list[Clip], versions: dict[str, list[Version]], name: str
+) -> list[dict]:
+    """Return five different questions for the demo of LTU-AS.
+
+    They are about the label of a sound and the reason for it, a gender without transcript, the
+    transcript by Whisper, and who says what.
+
+    Args:
+        files: file name -> test questions.
+        clips: spoken clips.
+        versions: file -> the committed clip first.
+        name: of the random stream.
+    """
+    rng = Random(f"{name}/show")
+    shown = []
+    for example in files["heldout_show"]:
+        if example["task"] in ("cla_label", "identify_why"):
+            shown.append(example)
+    clip = rng.choice([clip for clip in clips if clip["split"] == "test"])
+    joint = speech_examples.make_example(
+        "speech_joint", clip, versions[clip["file"]][0], cut_offs(clips), rng, "test"
+    )
+    shown.append(rng.choice(files["speech_gender_empty"]))
+    shown.append(rng.choice(files["speech_words_whisper"]))
+    shown.append(speech_examples.with_transcript(joint, clip["text"]))
+    return shown
+
+
+def _write_json(content: list | dict, path: Path) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; `settings` becomes a `BuildSettings`."""
+    parser = command_parser(__doc__, data_path=None, output_path=None)
+    parser.add_argument(
+        "--kind",
+        choices=list(DEFAULTS),
+        default="ltu",
+        help="The model that the examples are for (default: ltu).",
     )
     parser.add_argument(
-        "--fold", type=int, default=0, help="The fold, 0 to 4, whose clips are held out."
+        "--fold", type=int, default=0, help="The fold, 0 to 4, whose sounds are held out."
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the random streams.")
     parser.add_argument(
-        "--output_dir", default=None, help="The output folder (default: exp/toy_data/fold{K})."
+        "--output_dir",
+        type=Path,
+        help="The output folder (default: exp/toy_data/fold{K} or exp/toy_data_as/fold{K}).",
     )
     parser.add_argument(
-        "--rows",
-        default=ROWS,
-        help="The number of examples of stages 1 to 4; steps = examples / batch size.",
+        "--num_examples",
+        metavar="N,N,...",
+        help="The number of examples of each stage; steps = examples / batch size.",
     )
     parser.add_argument(
         "--crops",
         type=int,
-        default=6,
-        help="The number of versions of each training clip, including the unchanged one.",
+        help="The number of versions of each training sound, including the unchanged one.",
     )
     parser.add_argument(
-        "--mixtures",
-        type=int,
-        default=120,
-        help="The number of training clips of two sounds at once.",
+        "--mixtures", type=int, help="The number of training clips of two sounds at once."
     )
     parser.add_argument(
-        "--pairs",
+        "--pairs", type=int, help="The number of training clips of one sound after another."
+    )
+    parser.add_argument(
+        "--versions",
         type=int,
-        default=160,
-        help="The number of training clips of one sound after another.",
+        help="The number of versions of each spoken training clip, including the unchanged one.",
     )
     parser.add_argument(
         "--write_split", action="store_true", help="Only write data/toy/split.json."
@@ -295,13 +288,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--write_attribution", action="store_true", help="Only write data/toy/ATTRIBUTION.md."
     )
     args = parser.parse_args(argv)
-    args.rows = parse_rows(parser, args.rows, len(STAGES))
-    require_positive(parser, args, ("crops", "mixtures", "pairs"))
-    args.output_dir = args.output_dir or f"exp/toy_data/fold{args.fold}"
+    sizes = replace(DEFAULTS[args.kind])
+    if args.num_examples is not None:
+        num_stages = len(sizes.num_examples)
+        sizes.num_examples = parse_num_examples(parser, args.num_examples, num_stages)
+    if args.versions is not None and args.kind == "ltu":
+        parser.error("--versions is for --kind ltu_as only")
+    for flag in ("crops", "mixtures", "pairs", "versions"):
+        value = getattr(args, flag)
+        if value is None:
+            continue
+        if value < 1:
+            parser.error(f"--{flag} must be at least 1, got {value}")
+        setattr(sizes, flag, value)
+    folder = args.output_dir or Path(FOLDERS[args.kind]) / f"fold{args.fold}"
+    args.settings = BuildSettings(args.kind, folder, sizes, args.fold, args.seed)
     return args
 
 
-def print_counts(counts: Counter[tuple[str, str]], folder: str) -> None:
+def parse_num_examples(parser: argparse.ArgumentParser, text: str, num_stages: int) -> list[int]:
+    """Parse the value of --num_examples, or end with an error."""
+    numbers = text.split(",")
+    if len(numbers) != num_stages or not all(number.strip().isdigit() for number in numbers):
+        shape = ",".join(["600"] * num_stages)
+        parser.error(f"--num_examples takes {num_stages} numbers like {shape}, got {text!r}")
+    return [int(number) for number in numbers]
+
+
+def print_counts(counts: Counter[tuple[str, str]], folder: Path) -> None:
     """Print a line for each file with its number of examples, by task."""
     by_file: dict[str, dict[str, int]] = {}
     for (file, task), number in counts.items():
@@ -314,15 +328,14 @@ def print_counts(counts: Counter[tuple[str, str]], folder: str) -> None:
 
 def main() -> None:
     """Build a fold and print the number of examples."""
-    args = parse()
+    args = parse_args()
     if args.write_split:
-        text = json.dumps(make_split(read_manifest()), indent=1) + "\n"
-        (HERE / "split.json").write_text(text, encoding="utf-8")
+        _write_json(make_split(read_manifest()), HERE / "split.json")
     if args.write_attribution:
         write_attribution(read_manifest(), HERE / "ATTRIBUTION.md")
     if args.write_split or args.write_attribution:
         return
-    print_counts(build(args), args.output_dir)
+    print_counts(build(args.settings), args.settings.output_dir)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ click at every cut.
 
 Mixtures and pairs repeat their clips up to the length needed, as the audio encoder of the toy model
 repeats a short clip. A pair fills the whole input of the audio encoder, so that it is not repeated
-and "first" keeps its meaning.
+and "first" means what it says.
 """
 
 from functools import lru_cache
@@ -58,10 +58,15 @@ def crop(sound: Sound, rng: Random) -> tuple[np.ndarray, Provenance]:
                 length = size
                 break
     part = clip[start : start + length]
-    gain = min(10 ** (rng.uniform(-12.0, 3.0) / 20), PEAK / float(np.abs(part).max()))
+    gain = random_gain(part, rng)
     silence = rng.randrange(SAMPLING_RATE // 2) if rng.random() < 0.5 else 0
     waveform = np.pad(part * np.float32(gain), (0, min(silence, WINDOW - length)))
     return waveform, {"kind": "crop", "parts": [_part(sound, start, length, gain, 0)]}
+
+
+def random_gain(waveform: np.ndarray, rng: Random) -> float:
+    """Return a random gain of -12 to 3 dB, or less if the waveform would exceed `PEAK`."""
+    return min(10 ** (rng.uniform(-12.0, 3.0) / 20), PEAK / float(np.abs(waveform).max()))
 
 
 def mixture(sounds: tuple[Sound, Sound], rng: Random) -> tuple[np.ndarray, Provenance]:
@@ -74,13 +79,18 @@ def mixture(sounds: tuple[Sound, Sound], rng: Random) -> tuple[np.ndarray, Prove
     """
     clips = [centred(sound["file"]) for sound in sounds]
     length = min(max(2 * SAMPLING_RATE, *map(len, clips)), WINDOW)
-    gains = [LEVEL / _level(clip) * 10 ** (rng.uniform(-2.0, 2.0) / 20) for clip in clips]
-    loops = [np.resize(clip, length) for clip in clips]
-    scale = _headroom(sum(gain * loop for gain, loop in zip(gains, loops, strict=True)))
-    gains = [gain * scale for gain in gains]
-    waveform = sum(np.float32(gain) * loop for gain, loop in zip(gains, loops, strict=True))
+    gains = []
+    loops = []
+    for clip in clips:
+        gains.append(LEVEL / _level(clip) * 10 ** (rng.uniform(-2.0, 2.0) / 20))
+        loops.append(np.resize(clip, length))
+    scale = _headroom(gains[0] * loops[0] + gains[1] * loops[1])
+
+    waveform = np.zeros(length, dtype=np.float32)
     parts = []
-    for sound, clip, gain in zip(sounds, clips, gains, strict=True):
+    for sound, clip, loop, gain in zip(sounds, clips, loops, gains, strict=True):
+        gain *= scale
+        waveform += np.float32(gain) * loop
         parts.append(_part(sound, 0, len(clip), gain, 0))
     return waveform, {"kind": "mixture", "parts": parts}
 
@@ -121,7 +131,7 @@ def _level(clip: np.ndarray) -> float:
 
 
 def _headroom(waveform: np.ndarray) -> float:
-    """Return the gain, at most 1, that keeps a waveform below `PEAK`."""
+    """Return the largest gain, at most 1, at which a waveform is below `PEAK`."""
     return min(1.0, PEAK / float(np.abs(waveform).max()))
 
 

@@ -12,16 +12,16 @@ Every clip gets the same band (70 to 3600 Hz, 8 kHz), trimming and peak, so that
 nor level nor silence distinguishes the voices. The pitch is changed without moving the resonances
 of the voice (-F), so that it does not reveal the gender.
 
-piper draws random numbers, so the clips of joe are not reproduced to the bit; all other clips are.
+piper is not deterministic, so the clips of joe are not reproduced to the bit; all other clips are.
 The texts are those of speech/texts.json. Pitch and speed are measured on the finished clip
 (`data.toy.speech_clips`).
 """
 
-import argparse
 import json
 import shlex
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ import soundfile
 import torch
 import torchaudio.functional
 
+from data.command_line import command_parser
 from data.toy.attribution import write_speech_attribution
 from data.toy.sound_clips import read_json
 from data.toy.speech_clips import (
@@ -101,8 +102,16 @@ ABOUT: dict[str, dict[str, str]] = {
 }
 
 
+@dataclass
+class Piper:
+    """The program of piper-tts and the path of its model of the voice joe."""
+
+    program: str
+    model: str
+
+
 def synthesis_command(
-    voice: str, text: str, stretch: float, shift: str, args: argparse.Namespace
+    voice: str, text: str, stretch: float, shift: str, piper: Piper
 ) -> tuple[list[str], str]:
     """Return the command that writes the spoken text into out.wav, and its standard input.
 
@@ -111,10 +120,11 @@ def synthesis_command(
         text: to speak.
         stretch: factor of the duration.
         shift: one of PITCH_SHIFTS.
-        args: has the paths of piper and its model.
+        piper: for the voice joe.
     """
     if voice == "joe":
-        return [args.piper, "-m", args.joe, "-f", "out.wav", "--length-scale", str(stretch)], text
+        command = [piper.program, "-m", piper.model, "-f", "out.wav"]
+        return [*command, "--length-scale", str(stretch)], text
     if voice == "slt_hts":
         rate = (
             "(set! hts_engine_params (append hts_engine_params "
@@ -129,16 +139,19 @@ def synthesis_command(
 
 
 def speak(
-    voice: str, text: str, stretch: float, shift: str, args: argparse.Namespace
+    voice: str, text: str, stretch: float, shift: str, piper: Piper
 ) -> tuple[np.ndarray, str]:
     """Synthesise a text; the arguments are those of `synthesis_command`.
 
     Returns:
         waveform at 8 kHz, (samples,), and the commands that made it, without paths.
     """
-    command, stdin = synthesis_command(voice, text, stretch, shift, args)
-    shown = [Path(part).name if part in (args.piper, args.joe) else part for part in command]
-    recorded = shlex.join(shown)
+    command, stdin = synthesis_command(voice, text, stretch, shift, piper)
+    recorded = []
+    for part in command:
+        is_path = part in (piper.program, piper.model)
+        recorded.append(Path(part).name if is_path else part)
+    recorded_command = shlex.join(recorded)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(command, input=stdin, text=True, cwd=folder, check=True, capture_output=True)
         name = "out.wav"
@@ -147,8 +160,8 @@ def speak(
             change = ["rubberband", "-q", "-F", "-p", semitones, name, "turned.wav"]
             subprocess.run(change, cwd=folder, check=True, capture_output=True)
             name = "turned.wav"
-            recorded = f"{recorded}; {shlex.join(change)}"
-        return read_wave(Path(folder) / name), recorded
+            recorded_command += f"; {shlex.join(change)}"
+        return read_wave(Path(folder) / name), recorded_command
 
 
 def read_wave(path: Path) -> np.ndarray:
@@ -181,8 +194,13 @@ def record(clip: Clip, waveform: np.ndarray) -> Clip:
     }
 
 
-def render(args: argparse.Namespace) -> list[Clip]:
-    """Write all clips and return their manifest entries."""
+def render(prompts: Path, piper: Piper) -> list[Clip]:
+    """Write all clips and return their manifest entries.
+
+    Args:
+        prompts: folder of the recorded prompts.
+        piper: for the voice joe.
+    """
     texts = read_json("speech/texts.json")
     clips = []
     for number, (name, prompt) in enumerate(sorted(texts["prompts"].items())):
@@ -195,7 +213,7 @@ def render(args: argparse.Namespace) -> list[Clip]:
             "source_file": f"{name}.wav",
             "transcript_check": prompt["check"],
         }
-        clips.append(record(clip, read_wave(Path(args.prompts) / f"{name}.wav")))
+        clips.append(record(clip, read_wave(prompts / f"{name}.wav")))
 
     for index, voice in enumerate(VOICES):
         split = "train" if index < NUM_TRAINING_VOICES else "test"
@@ -205,7 +223,7 @@ def render(args: argparse.Namespace) -> list[Clip]:
         for number, text in enumerate(chosen):
             stretch = round(OWN_STRETCH[voice] * STRETCH[(number + index) % 3], 3)
             shift = PITCH_SHIFTS[number // 3 % 4]
-            waveform, command = speak(voice, text, stretch, shift, args)
+            waveform, command = speak(voice, text, stretch, shift, piper)
             clip = {
                 "file": f"{voice}_{number:02d}.flac",
                 "text": text,
@@ -225,20 +243,20 @@ def render(args: argparse.Namespace) -> list[Clip]:
 
 def main() -> None:
     """Write clips, manifest and attribution."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
-        "--prompts", required=True, metavar="DIR", help="The folder of the recorded prompts."
+        "--prompts",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="The folder of the recorded prompts.",
     )
     parser.add_argument("--piper", default="piper", help="The program of piper-tts.")
     parser.add_argument(
         "--joe", required=True, metavar="FILE", help="The model en_US-joe-medium.onnx."
     )
     args = parser.parse_args()
-    clips = render(args)
+    clips = render(args.prompts, Piper(args.piper, args.joe))
     with open(SPEECH / "manifest.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips)
     write_speech_attribution(clips, SPEECH / "ATTRIBUTION.md")

@@ -1,6 +1,6 @@
 """Reads the sounds of the toy dataset and splits them into five folds.
 
-A clip is held out in at most one fold, and only if another recording of its label stays in
+A clip is held out in at most one fold, and only if another recording of its label is in
 training. Takes of one recording (`recording` in the manifest: one source file that was cut up, or
 one drum sample at two strengths) are never divided between training and test. A label with a single
 recording is training only.
@@ -23,7 +23,12 @@ Sound = dict  # One line of manifest.jsonl.
 
 def read_manifest() -> list[Sound]:
     """Return a dict for each clip: file, label, category, caption, seconds, package, ..."""
-    with open(HERE / "manifest.jsonl", encoding="utf-8") as file:
+    return read_json_lines(HERE / "manifest.jsonl")
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Return the objects of a file of JSON lines."""
+    with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -87,10 +92,11 @@ def make_split(sounds: list[Sound]) -> dict:
         folds[fold].extend(clips)
         used[fold, category] += len(clips)
         used[fold, category, label] += 1
-    held_out = {file for fold in folds for file in fold}
+    held_out = set().union(*folds)
+    training_only = {sound["file"] for sound in sounds} - held_out
     return {
         "folds": [sorted(fold) for fold in folds],
-        "training_only": sorted(sound["file"] for sound in sounds if sound["file"] not in held_out),
+        "training_only": sorted(training_only),
     }
 
 
@@ -103,7 +109,11 @@ def read_fold(fold: int) -> tuple[list[Sound], list[Sound]]:
     folds = read_json("split.json")["folds"]
     if not 0 <= fold < len(folds):
         raise ValueError(f"There is no fold {fold}; the split has folds 0 to {len(folds) - 1}.")
-    sounds = read_manifest()
-    training = [sound for sound in sounds if sound["file"] not in folds[fold]]
-    held_out = [sound for sound in sounds if sound["file"] in folds[fold]]
+    training = []
+    held_out = []
+    for sound in read_manifest():
+        if sound["file"] in folds[fold]:
+            held_out.append(sound)
+        else:
+            training.append(sound)
     return training, held_out

@@ -6,13 +6,12 @@ every label. The cut points between low, medium and high, and between slow, norm
 thirds of the training clips.
 """
 
-import json
 import re
 
 import numpy as np
 
 from data.closed_qa import name_of, thirds
-from data.toy.sound_clips import HERE
+from data.toy.sound_clips import HERE, read_json_lines
 
 SPEECH = HERE / "speech"
 RATE = 8000  # Sampling rate of the committed clips in Hz, as of the recorded prompts.
@@ -36,8 +35,7 @@ Clip = dict  # One line of speech/manifest.jsonl.
 
 def read_speech() -> list[Clip]:
     """Return a new dict for each clip: file, text, voice, speaker, gender, split, speed, ..."""
-    with open(SPEECH / "manifest.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return read_json_lines(SPEECH / "manifest.jsonl")
 
 
 def spoken_span(waveform: np.ndarray, rate: int = RATE) -> tuple[int, int]:
@@ -116,10 +114,14 @@ def cut_offs(clips: list[Clip]) -> dict[str, tuple[float, float]]:
     """
     cuts = {}
     for key, step in (("f0_hz", 5.0), ("syllables_per_second", 0.1)):
-        values = [clip[key] for clip in clips if clip["split"] == "train"]
-        low, high = (round(round(cut / step) * step, 1) for cut in thirds(values))
-        cuts[key] = (low, high)
+        low, high = thirds([clip[key] for clip in clips if clip["split"] == "train"])
+        cuts[key] = (_rounded(low, step), _rounded(high, step))
     return cuts
+
+
+def _rounded(value: float, step: float) -> float:
+    """Return the multiple of `step` that is nearest."""
+    return round(round(value / step) * step, 1)
 
 
 def pitch_and_speed(

@@ -8,11 +8,13 @@ is not copied, only the embeddings are read, to initialize the projection.
 import argparse
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import FEATURE_EXTRACTOR_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from ltu.checkpoints.original_checkpoints import (
     CAV_MAE_KEYS,
@@ -32,12 +34,12 @@ from ltu.checkpoints.save_checkpoint import (
     write_folder,
 )
 from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig
+from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, sha256_of_weights
 from ltu.models.modeling_ltu import LtuMultiModalProjector
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import load_prompt_template
 
-AUDIO_ENCODERS = ("cavmae", "yamnet", "tltr")  # Model types of our folders of an audio encoder.
 # Names of the input embeddings in the files of language models.
 EMBEDDINGS = (
     "model.embed_tokens",
@@ -70,8 +72,8 @@ def lora_settings(state: dict[str, Tensor], alpha: int, dropout: float) -> dict 
         raise ValueError(f"LoRA of several ranks in one file: {sorted(ranks)}.")
     return {
         "r": ranks.pop(),
-        "alpha": alpha,
-        "dropout": dropout,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
         "target_modules": sorted(targets),
     }
 
@@ -92,76 +94,207 @@ def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
     )
 
 
-class LtuKind:
-    """What the conversion depends on of a model of the family; LTU-AS overrides it."""
+@dataclass
+class LtuConverter:
+    """Makes checkpoint folders of LTU; subclasses override what differs in other models.
 
-    config_class = LtuConfig
-    processor_class = LtuProcessor
-    audio_encoder_keys = CAV_MAE_KEYS
+    The fields of a subclass are settings of its audio encoder.
+    """
 
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flags that only this model has."""
+    config_class: ClassVar[type[LtuConfig]] = LtuConfig
+    processor_class: ClassVar[type[LtuProcessor]] = LtuProcessor
+    audio_encoder_keys: ClassVar[list] = CAV_MAE_KEYS
 
-    def make_audio_config(
-        self, state: dict[str, Tensor], args: argparse.Namespace
-    ) -> PreTrainedConfig:
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """Add a flag for each field, of the same name."""
+
+    def make_audio_config(self, state: dict[str, Tensor]) -> PreTrainedConfig:
         """Return the config of the audio encoder with the tensors `state`.
 
         If `state` is empty, return that of a random audio encoder.
         """
         return cav_mae_config(state) if state else CavMaeConfig()
 
-    def finish_audio_encoder(self, state: dict[str, Tensor], args: argparse.Namespace) -> None:
+    def finish_audio_encoder(self, state: dict[str, Tensor]) -> None:
         """Add to `state` what a random audio encoder needs besides random weights."""
 
-    def extractor_settings(self, args: argparse.Namespace) -> dict:
+    def extractor_settings(self) -> dict:
         """Return settings of the feature extractor, besides its sizes."""
         return {}
 
+    def convert_original(
+        self,
+        checkpoint: str | Path,
+        llm: str | Path,
+        output_dir: str | Path,
+        lora_alpha: int = 16,
+        lora_dropout: float = 0.05,
+        llm_dtype: str | None = None,
+    ) -> None:
+        """Write a checkpoint folder from files of the original, and print what was dropped.
 
-def load_audio_encoder(
-    kind: LtuKind, args: argparse.Namespace
-) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
-    """Load the audio encoder of `--audio_encoder`.
+        Args:
+            checkpoint: a file with the trainable parameters or a whole model, or a folder.
+            llm: the language model, a folder or hub id.
+            output_dir: the folder to write.
+            lora_alpha, lora_dropout: settings of LoRA, which the files lack.
+            llm_dtype: of the language model, if the files contain it.
 
-    It is a `.pth` file, one of our folders of an audio encoder, a released folder of the original
-    (of which the projection is loaded too), or None: then the audio encoder is random.
+        Raises:
+            ValueError: a file cannot be converted or does not fit the model, or the arguments
+                contradict it.
+            FileNotFoundError: a file or folder is not there.
+        """
+        file = load_state(checkpoint)
+        state, dropped = rename_keys(file, ORIGINAL_KEYS, (PREFIX,), checkpoint)
+        check_audio_encoder(state, self.config_class.model_type, checkpoint)
+        settings = {
+            "text_config": AutoConfig.from_pretrained(llm),
+            "audio_config": self.make_audio_config(state),
+            "lora": lora_settings(state, lora_alpha, lora_dropout),
+        }
+        # A language model that was trained is in the file, and the folder then contains it. Else
+        # the folder names the language model.
+        if not any(map(is_llm, state)):
+            if llm_dtype:
+                raise ValueError(
+                    f"{checkpoint} contains no language model; --llm_dtype does not apply."
+                )
+            settings |= _name_language_model(llm)
+        config = self.config_class(**settings)
+        processor = self.processor_class.from_config(config, llm, **self.extractor_settings())
+        record = {
+            "stage": "converted",
+            "parent": _provenance(checkpoint),
+            "dropped_keys": dropped,
+        }
+        placed = write_folder(output_dir, config, state, processor, record, llm_dtype)
+        report(output_dir, placed, dropped)
 
-    Returns:
-        its config; its tensors by key; and the keys that were dropped, each with the reason.
+    def make_initial_checkpoint(
+        self,
+        llm: str | Path,
+        output_dir: str | Path,
+        audio_encoder: str | Path | None = None,
+        prompt_template: str = "alpaca_short",
+    ) -> None:
+        """Write the checkpoint folder from which stage 1 starts.
 
-    Raises:
-        KeyError: a key is unknown, or the file contains no audio encoder.
-        ValueError: it contains the audio encoder of the other model, or cannot be opened.
-    """
-    path = args.audio_encoder
-    if path is None:
-        return _random_audio_encoder(kind, args)
-    if not Path(path).is_dir():
-        state, dropped = rename_keys(load_state(path), kind.audio_encoder_keys, ("module.",), path)
-    else:
-        weights = Path(path) / "model.safetensors"
-        if weights.is_file():
-            config = AutoConfig.from_pretrained(path)
-            if config.model_type in AUDIO_ENCODERS:
-                return config, _add_prefix("audio_tower", load_state(weights)), {}
-        state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
-    check_audio_encoder(state, kind.config_class.model_type, path)
-    return kind.make_audio_config(state, args), state, dropped
+        Args:
+            llm: the language model, a folder or hub id.
+            output_dir: the folder to write.
+            audio_encoder: as `load_audio_encoder` takes it.
+            prompt_template: "alpaca_short", a JSON file, or "chat".
+
+        Raises: as `convert_original`.
+        """
+        audio_config, state, dropped = self.load_audio_encoder(audio_encoder)
+        config = self.config_class(
+            text_config=AutoConfig.from_pretrained(llm),
+            audio_config=audio_config,
+            prompt_template=load_prompt_template(prompt_template, llm),
+            **_name_language_model(llm),
+        )
+        state = init_projector(config, llm) | state
+        processor = self.processor_class.from_config(config, llm, **self.extractor_settings())
+        parent = None if audio_encoder is None else _provenance(audio_encoder)
+        record = {"stage": "init", "parent": parent, "dropped_keys": dropped}
+        placed = write_folder(output_dir, config, state, processor, record, None)
+        report(output_dir, placed, dropped)
+
+    def load_audio_encoder(
+        self, path: str | Path | None
+    ) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+        """Load an audio encoder.
+
+        Args:
+            path: a `.pth` file, one of our folders of an audio encoder, or a released folder of the
+                original (of which the projection is loaded too). None: the audio encoder is random.
+
+        Returns:
+            its config; its tensors by key; and the keys that were dropped, each with the reason.
+
+        Raises:
+            ValueError: a key is unknown, or the file contains no audio encoder or that of the other
+                model, or cannot be opened.
+        """
+        if path is None:
+            return self._random_audio_encoder()
+        if not Path(path).is_dir():
+            file = load_state(path)
+            state, dropped = rename_keys(file, self.audio_encoder_keys, ("module.",), path)
+        else:
+            weights = Path(path) / "model.safetensors"
+            if weights.is_file():
+                config = AutoConfig.from_pretrained(path)
+                extractor_class = FEATURE_EXTRACTOR_MAPPING.get(type(config), object)
+                if issubclass(extractor_class, ChunkedFeatureExtractor):
+                    return config, _add_prefix("audio_tower", load_state(weights)), {}
+            state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
+        check_audio_encoder(state, self.config_class.model_type, path)
+        return self.make_audio_config(state), state, dropped
+
+    def _random_audio_encoder(
+        self,
+    ) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+        print(
+            "WARNING: no --audio_encoder: the audio encoder is RANDOM. Its embeddings mean nothing "
+            "until it has been trained on a lot of audio.",
+            file=sys.stderr,
+        )
+        config = self.make_audio_config({})
+        state = _add_prefix("audio_tower", AutoModel.from_config(config).state_dict())
+        self.finish_audio_encoder(state)
+        return config, state, {}
+
+    def export_original(self, model: str | Path, file: str | Path) -> None:
+        """Write a checkpoint folder as a file of the original, and print what was dropped."""
+        folder, config = self._find(model)
+        placed, dropped = to_original(config, folder, Path(file))
+        report(file, placed, dropped)
+
+    def merge(
+        self,
+        model: str | Path,
+        output_dir: str | Path,
+        llm: str | Path | None = None,
+        llm_dtype: str | None = None,
+    ) -> None:
+        """Write a checkpoint folder as a self-contained one, with LoRA merged in."""
+        folder, config = self._find(model)
+        processor = self.processor_class.from_pretrained(folder)
+        placed, dropped = merge(config, folder, output_dir, processor, llm, llm_dtype)
+        report(output_dir, placed, dropped)
+
+    def _find(self, model: str | Path) -> tuple[Path, PreTrainedConfig]:
+        """Return a checkpoint folder and its config.
+
+        Raises:
+            ValueError: it is a checkpoint of another model.
+        """
+        folder = find_checkpoint(model)
+        config = AutoConfig.from_pretrained(folder)
+        package = config.model_type
+        if package != self.config_class.model_type:
+            raise ValueError(
+                f"{folder} is a checkpoint of {package}. Use: "
+                f"python -m {package}.convert_checkpoint"
+            )
+        return folder, config
 
 
-def _random_audio_encoder(
-    kind: LtuKind, args: argparse.Namespace
-) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
-    print(
-        "WARNING: no --audio_encoder: the audio encoder is RANDOM. Its embeddings mean nothing "
-        "until it has been trained on a lot of audio.",
-        file=sys.stderr,
-    )
-    config = kind.make_audio_config({}, args)
-    state = _add_prefix("audio_tower", AutoModel.from_config(config).state_dict())
-    kind.finish_audio_encoder(state, args)
-    return config, state, {}
+# By the `model_type` of the config. ltu_as adds its own.
+CONVERTERS: dict[str, type[LtuConverter]] = {"ltu": LtuConverter}
+
+
+def _name_language_model(llm: str | Path) -> dict[str, str]:
+    """Return the fields of the config that name the language model, and identify its files."""
+    return {"language_model": str(llm), "language_model_sha256": hash_language_model(llm)}
+
+
+def _provenance(path: str | Path) -> dict[str, str]:
+    return {"name": Path(path).name, "sha256": sha256_of_weights(path)}
 
 
 def _add_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -191,79 +324,6 @@ def _embedding_std(llm: str | Path) -> float:
         if f"{name}.weight" in state:
             return float(state[f"{name}.weight"].float().std())
     return INITIALIZER_RANGE
-
-
-def convert(args: argparse.Namespace, kind: LtuKind) -> None:
-    """Do the conversion that the flags of `ltu.convert_checkpoint` name.
-
-    Raises:
-        KeyError: keys or shapes of a file do not fit the model.
-        ValueError: a file cannot be converted, or the flags contradict it.
-        FileNotFoundError: a file or folder is not there.
-    """
-    torch.manual_seed(args.seed)
-    if args.model:
-        export_folder(args, kind)
-    else:
-        make_folder(args, kind)
-
-
-def export_folder(args: argparse.Namespace, kind: LtuKind) -> None:
-    """Write a checkpoint folder of ours as a file of the original, or merge it."""
-    folder = find_checkpoint(args.model)
-    config = AutoConfig.from_pretrained(folder)
-    package = config.model_type
-    if package != kind.config_class.model_type:
-        raise ValueError(
-            f"{folder} is a checkpoint of {package}. Use: python -m {package}.convert_checkpoint"
-        )
-    if args.to_original:
-        placed, dropped = to_original(config, folder, Path(args.to_original))
-        report(args.to_original, placed, dropped)
-        return
-    processor = kind.processor_class.from_pretrained(folder)
-    placed, dropped = merge(config, folder, args.output_dir, processor, args.llm, args.llm_dtype)
-    report(args.output_dir, placed, dropped)
-
-
-def make_folder(args: argparse.Namespace, kind: LtuKind) -> None:
-    """Write a checkpoint folder from an original file, or from pretrained components (`--init`)."""
-    settings = {"text_config": AutoConfig.from_pretrained(args.llm)}
-    if args.init:
-        settings["prompt_template"] = load_prompt_template(args.prompt_template, args.llm)
-        settings["audio_config"], state, dropped = load_audio_encoder(kind, args)
-    else:
-        file = load_state(args.checkpoint)
-        state, dropped = rename_keys(file, ORIGINAL_KEYS, (PREFIX,), args.checkpoint)
-        check_audio_encoder(state, kind.config_class.model_type, args.checkpoint)
-        settings["audio_config"] = kind.make_audio_config(state, args)
-        settings["lora"] = lora_settings(state, args.lora_alpha, args.lora_dropout)
-
-    # A language model that was trained is in the file, and the folder then contains it. Else the
-    # folder names the language model of --llm.
-    if not any(map(is_llm, state)):
-        if args.llm_dtype:
-            raise ValueError(
-                f"{args.checkpoint} contains no language model; --llm_dtype does not apply."
-            )
-        settings["language_model"] = str(args.llm)
-        settings["language_model_sha256"] = hash_language_model(args.llm)
-    config = kind.config_class(**settings)
-    if args.init:
-        state = init_projector(config, args.llm) | state
-    processor = kind.processor_class.from_config(config, args.llm, **kind.extractor_settings(args))
-
-    parent = args.checkpoint or args.audio_encoder
-    provenance = None
-    if parent is not None:
-        provenance = {"name": Path(parent).name, "sha256": sha256_of_weights(parent)}
-    record = {
-        "stage": "init" if args.init else "converted",
-        "parent": provenance,
-        "dropped_keys": dropped,
-    }
-    placed = write_folder(args.output_dir, config, state, processor, record, args.llm_dtype)
-    report(args.output_dir, placed, dropped)
 
 
 def report(path: str | Path, placed: int, dropped: dict[str, str]) -> None:

@@ -10,7 +10,6 @@ for each request.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -20,10 +19,12 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from ltu.files import replace_file, sha256_of
@@ -33,7 +34,7 @@ RETRIES = 6  # tries in a row that bring no further byte
 WAIT = 1.0  # seconds before the first retry; the next waits are twice as long each
 MAX_WAIT = 30  # seconds
 SMALL_JSON = 1 << 28  # bytes; of a larger file only both ends are checked, and it is not parsed
-HINT = "Other way: --from DIR_OR_URL, a folder or mirror with files of the table's names."
+HINT = "Other way: --mirror DIR_OR_URL, a folder or an address that has this file."
 
 
 class DownloadError(ValueError):
@@ -41,29 +42,38 @@ class DownloadError(ValueError):
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file to download.
+class Receipt:
+    """The content of NAME.received.json; `url` is None for a file that was put there by hand."""
+
+    url: str | None
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PartNotes:
+    """The content of NAME.part.json: the version of the file that NAME.part is a part of.
 
     Attributes:
-        name: of the file in messages, and of the folder that a zip is unpacked into.
-        file: its name on this disk.
-        size: in bytes; None, or a text, if only a rounded size is known.
-        sha256: its hash, if it is known.
+        url: the address of the file.
+        version: its ETag or Last-Modified; None if the server sends neither.
+        total: the size of the whole file in bytes, if the server sends it.
     """
 
-    name: str
-    file: str
-    size: int | str | None = None
-    sha256: str | None = None
+    url: str
+    version: str | None = None
+    total: int | None = None
 
 
-def fetch(row: RemoteFile, url: str, folder: Path) -> Path:
-    """Download a file into a folder, unless it is there already.
+def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = None) -> Path:
+    """Download a file, unless it is there already.
 
     Args:
-        row: the file.
-        url: its address, or a path.
-        folder: is created.
+        url: the address of the file, or a path.
+        target: the path of the file on this disk. Its folder is created. A zip is unpacked into a
+            folder of its name without ".zip", and not stored.
+        size: the expected size in bytes, if it is known.
+        sha256: the expected hash, if it is known.
 
     Returns:
         the path of the file; for a zip, the folder with its content.
@@ -71,24 +81,30 @@ def fetch(row: RemoteFile, url: str, folder: Path) -> Path:
     Raises:
         DownloadError: the file cannot be downloaded, or its content is not what is expected.
     """
-    target = folder / row.file
-    is_zip = row.file.endswith(".zip")
-    result = folder / row.name if is_zip else target
+    is_zip = target.suffix == ".zip"
+    result = target
+    if is_zip:
+        result = target.with_suffix("")
     part = target.with_name(f"{target.name}.part")
-    receipt = target.with_name(f"{target.name}.received.json")
+    receipt_path = target.with_name(f"{target.name}.received.json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # The ranks of a run may all request the same file.
+    # The ranks of a run may all request the same file.
+    with FileLock(target.with_name(f".{target.name}.lock")):
         # A folder appears when it is complete: a folder without a receipt was unpacked by hand.
-        if result.is_dir() or _is_received(result, receipt):
+        if result.is_dir() or _is_received(result, receipt_path):
             return result
         # A file without a receipt was put there by hand, or by a call that was stopped just here.
         is_by_hand = target.is_file()
-        if not is_by_hand:
-            transfer(row, url, part)
-        received = target if is_by_hand else part
+        if is_by_hand:
+            received = target
+            origin = str(target)
+        else:
+            transfer(url, part)
+            received = part
+            origin = url
         try:
-            content = check(row, received, str(target) if is_by_hand else url)
+            digest = check(received, target.name, origin, size, sha256)
+            receipt = Receipt(url, received.stat().st_size, digest)
             if is_zip:
                 unpack(received, result)
             elif not is_by_hand:
@@ -96,58 +112,67 @@ def fetch(row: RemoteFile, url: str, folder: Path) -> Path:
         except DownloadError:
             part.unlink(missing_ok=True)  # Resuming the transfer of a wrong file cannot help.
             raise
-        record = {"url": None if is_by_hand else url} | content
-        replace_file(receipt, (json.dumps(record) + "\n").encode())
+        if is_by_hand:
+            receipt = replace(receipt, url=None)
+        replace_file(receipt_path, (json.dumps(asdict(receipt)) + "\n").encode())
         part.unlink(missing_ok=True)
-        _notes_of(part).unlink(missing_ok=True)
+        _notes_path(part).unlink(missing_ok=True)
     return result
 
 
-def _is_received(path: Path, receipt: Path) -> bool:
+def _is_received(path: Path, receipt_path: Path) -> bool:
     """Return whether a file is there with the size that its receipt records."""
-    if not (receipt.is_file() and path.is_file()):
+    if not (receipt_path.is_file() and path.is_file()):
         return False
-    return path.stat().st_size == json.loads(receipt.read_text())["bytes"]
+    receipt = Receipt(**json.loads(receipt_path.read_text()))
+    return path.stat().st_size == receipt.bytes
 
 
-def check(row: RemoteFile, path: Path, origin: str) -> dict:
-    """Return the bytes and sha256 of a received file.
+def check(path: Path, name: str, origin: str, size: int | None, sha256: str | None) -> str:
+    """Check a received file and return its sha256.
+
+    Args:
+        path: the received file.
+        name: the name that the file is to have; its ending says what the file must contain.
+        origin: where the file is from, for messages.
+        size: the expected size in bytes, or None.
+        sha256: the expected hash, or None.
 
     Raises:
-        DownloadError: the file is not what `row` describes.
+        DownloadError: the file has another size, hash or kind of content.
     """
-    size = path.stat().st_size
+    num_bytes = path.stat().st_size
     digest = sha256_of(path)
-    wrong = _what_is_wrong(row, path, size, digest)
-    if wrong:
-        raise DownloadError(f"{row.name}: {origin} is {wrong}. {HINT}")
-    return {"bytes": size, "sha256": digest}
-
-
-def _what_is_wrong(row: RemoteFile, path: Path, size: int, digest: str) -> str | None:
     with path.open("rb") as file:
         head = file.read(512).lstrip().lower()
-        file.seek(max(0, size - 512))
-        tail = file.read().rstrip()
     if head.startswith((b"<!doctype html", b"<html")):
-        return "a web page, not the file; the link may have died"
-    if isinstance(row.size, int) and row.size != size:
-        return f"{size:,} bytes instead of {row.size:,}"
-    if row.sha256 not in (None, digest):
-        return f"another file: sha256 {digest} instead of {row.sha256}"
-    if row.file.endswith(".zip") and not zipfile.is_zipfile(path):
+        wrong = "a web page, not the file; the link may have died"
+    elif size not in (None, num_bytes):
+        wrong = f"{num_bytes:,} bytes instead of {size:,}"
+    elif sha256 not in (None, digest):
+        wrong = f"another file: sha256 {digest} instead of {sha256}"
+    else:
+        wrong = _what_is_wrong(path, Path(name).suffix)
+    if wrong:
+        raise DownloadError(f"{name}: {origin} is {wrong}. {HINT}")
+    return digest
+
+
+def _what_is_wrong(path: Path, suffix: str) -> str | None:
+    """Return why a file is not a whole file of its kind, or None."""
+    size = path.stat().st_size
+    if suffix == ".zip" and not zipfile.is_zipfile(path):
         return f"not a complete zip ({size:,} bytes)"
-    if row.file.endswith(".bin"):
+    if suffix == ".bin":
         if not zipfile.is_zipfile(path):
             return f"not a complete file of torch.save ({size:,} bytes)"
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
         if not any(name.endswith("data.pkl") for name in members):
             return "a zip, but not of torch.save (no data.pkl in it)"
-    if row.file.endswith(".json"):
-        if size > SMALL_JSON:
-            ends = head[:1] + tail[-1:]
-            return None if ends in (b"[]", b"{}") else "not JSON, or cut off"
+    if suffix == ".json" and size > SMALL_JSON:
+        return _what_is_wrong_at_the_ends(path)
+    if suffix == ".json":
         try:
             json.loads(path.read_bytes())
         except ValueError as error:
@@ -155,93 +180,143 @@ def _what_is_wrong(row: RemoteFile, path: Path, size: int, digest: str) -> str |
     return None
 
 
-def transfer(row: RemoteFile, url: str, part: Path) -> None:
+def _what_is_wrong_at_the_ends(path: Path) -> str | None:
+    """Return why a JSON file is not whole, or None. Only its first and last bytes are read."""
+    with path.open("rb") as file:
+        head = file.read(512).lstrip()
+        file.seek(max(0, path.stat().st_size - 512))
+        tail = file.read().rstrip()
+    if head[:1] + tail[-1:] in (b"[]", b"{}"):
+        return None
+    return "not JSON, or cut off"
+
+
+def transfer(url: str, part: Path) -> None:
     """Download a file into `part`, resuming what is there, until no more bytes can be had.
 
     Raises:
         DownloadError: the file cannot be downloaded.
     """
+    name = part.name.removesuffix(".part")
     if "://" not in url:
         if not Path(url).is_file():
-            raise DownloadError(f"{row.name}: {url} is not there. {HINT}")
+            raise DownloadError(f"{name}: {url} is not there. {HINT}")
         shutil.copyfile(url, part)
         return
     most_received = 0
     failures = 0  # In a row, without a further byte.
     while True:
         try:
-            return receive(row, url, part)
+            return receive(url, part)
         except (OSError, HTTPException) as error:
             code = getattr(error, "code", 500)  # Of an HTTPError; else the connection failed.
             if code == 416:  # The part is not shorter than the file.
                 part.unlink(missing_ok=True)
             elif code < 500 and code not in (408, 429):
-                raise DownloadError(f"{row.name}: {url}: {error}. {HINT}") from error
+                raise DownloadError(f"{name}: {url}: {error}. {HINT}") from error
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise DownloadError(
                     f"{part}: the disk is full. Make room and run it again; it goes on."
                 ) from error
-            received = part.stat().st_size if part.is_file() else 0
-            failures = 1 if received > most_received else failures + 1
-            most_received = max(most_received, received)
+
+            received = _size_of(part)
+            if received > most_received:
+                most_received = received
+                failures = 0
+            failures += 1
             if failures > RETRIES:
                 raise DownloadError(
-                    f"{row.name}: {url}: {error!r}, {failures} times. {received:,} bytes are "
+                    f"{name}: {url}: {error!r}, {failures} times. {received:,} bytes are "
                     f"stored in {part}; run it again to go on. {HINT}"
                 ) from error
             time.sleep(min(WAIT * 2 ** (failures - 1), MAX_WAIT))
 
 
-def _notes_of(part: Path) -> Path:
-    """Return the file that records of which version of the file a part is."""
+def _size_of(path: Path) -> int:
+    """Return the size of a file in bytes, 0 if it is not there."""
+    if not path.is_file():
+        return 0
+    return path.stat().st_size
+
+
+def _notes_path(part: Path) -> Path:
     return Path(f"{part}.json")
 
 
-def receive(row: RemoteFile, url: str, part: Path) -> None:
+def _read_notes(part: Path) -> PartNotes | None:
+    """Return the notes of a part; None if there is no part, or none of a known version."""
+    path = _notes_path(part)
+    if not (path.is_file() and part.is_file()):
+        return None
+    notes = PartNotes(**json.loads(path.read_text()))
+    if not notes.version:
+        return None
+    return notes
+
+
+def receive(url: str, part: Path) -> None:
     """Request what is missing in `part`, once, and append it.
 
     Raises:
         OSError, HTTPException: another try may succeed.
         DownloadError: the link has died.
     """
-    # Resume only if the part is of a known version.
-    notes = _notes_of(part)
-    known = json.loads(notes.read_text()) if notes.is_file() and part.is_file() else {}
-    start = part.stat().st_size if known.get("version") and known["url"] == url else 0
-    if start and known["total"] == str(start):
-        return  # A call was stopped between the last byte and the check.
+    name = part.name.removesuffix(".part")
     headers = {"User-Agent": "ltu"}
+    start = 0
+    notes = _read_notes(part)
+    if notes is not None and notes.url == url:
+        start = _size_of(part)
+        if start == notes.total:
+            return  # A call was stopped between the last byte and the check.
     if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": known["version"]}
+        headers |= {"Range": f"bytes={start}-", "If-Range": notes.version}
+
     request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         if response.headers.get_content_type() == "text/html":
-            raise DownloadError(
-                f"{row.name}: {url} gives a web page; the link may have died. {HINT}"
-            )
-        tag = response.headers.get("ETag", "W/")
-        total = response.headers.get("Content-Length")
-        # A weak tag ("W/") does not promise equal bytes.
-        version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
-        if response.status == 206:  # The rest of a file: it must continue the part.
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            found = span and (int(span[1]), version or known.get("version"), span[2])
-            if found != (start, known.get("version"), known.get("total")):
-                notes.unlink(missing_ok=True)
-                raise ConnectionError("the file changed at its source")
-            total = span[2]
-        else:
+            raise DownloadError(f"{name}: {url} gives a web page; the link may have died. {HINT}")
+        if response.status != 206:  # The whole file, not the rest of it.
             start = 0
-        size = int(total) if total else None
-        # A new part is emptied before the notes are written: they must never describe old bytes.
-        with part.open("ab" if start else "wb") as file:
-            notes.write_text(json.dumps({"url": url, "version": version, "total": total}))
-            with tqdm(desc=row.file, total=size, initial=start, unit="B", unit_scale=True) as bar:
+            notes = _notes_of_response(url, response.headers)
+        elif not _continues(response.headers, notes, start):
+            _notes_path(part).unlink(missing_ok=True)
+            raise ConnectionError("the file changed at its source")
+        with part.open("ab") as file:
+            # Empty a new part before the notes are written: they must never describe old bytes.
+            file.truncate(start)
+            _notes_path(part).write_text(json.dumps(asdict(notes)))
+            bar = tqdm(desc=name, total=notes.total, initial=start, unit="B", unit_scale=True)
+            with bar:
                 while block := response.read1(1 << 16):
                     bar.update(file.write(block))
-    received = part.stat().st_size
-    if size is not None and received != size:
-        raise ConnectionError(f"the connection ended after {received:,} of {size:,} bytes")
+    received = _size_of(part)
+    if notes.total not in (None, received):
+        raise ConnectionError(f"the connection ended after {received:,} of {notes.total:,} bytes")
+
+
+def _version_of(headers: Message) -> str | None:
+    """Return the version of a file that a server promises to be of equal bytes, if it does."""
+    tag = headers.get("ETag", "W/")
+    if tag.startswith("W/"):  # A weak tag does not promise equal bytes.
+        return headers.get("Last-Modified")
+    return tag
+
+
+def _notes_of_response(url: str, headers: Message) -> PartNotes:
+    length = headers.get("Content-Length")
+    if length is None:
+        return PartNotes(url, _version_of(headers))
+    return PartNotes(url, _version_of(headers), int(length))
+
+
+def _continues(headers: Message, notes: PartNotes | None, start: int) -> bool:
+    """Return whether a response has the rest, from `start`, of the file that the notes describe."""
+    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+    if span is None or notes is None:
+        return False
+    is_same_version = _version_of(headers) in (None, notes.version)
+    return is_same_version and int(span[1]) == start and int(span[2]) == notes.total
 
 
 def unpack(archive: Path, folder: Path) -> None:

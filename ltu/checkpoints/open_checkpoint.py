@@ -1,22 +1,22 @@
 """Opens a checkpoint folder of any kind; the language model can be quantized to fit the device."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.models.version_check import warn_about_untested_versions
 
 
 def open_model(
     folder: str | Path,
-    dtype: Any = "auto",
+    dtype: torch.dtype | str = "auto",
     language_model: str | None = None,
-    device_map: Any = None,
+    device_map: str | dict | None = None,
     quantization: str | None = None,
     attention: str | None = None,
-) -> Any:
+) -> LtuForConditionalGeneration:
     """Return the model of a checkpoint folder.
 
     Args:

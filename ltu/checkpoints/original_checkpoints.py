@@ -147,8 +147,7 @@ def check_audio_encoder(state: dict[str, Tensor], package: str, path: str | Path
     """Check that a file contains the audio encoder of a package.
 
     Raises:
-        KeyError: it contains no audio encoder.
-        ValueError: it contains the audio encoder of the other model of the family.
+        ValueError: it contains no audio encoder, or that of the other model of the family.
     """
     for other_package, (audio_encoder, mark) in AUDIO_ENCODER_MARKS.items():
         if mark in state and other_package != package:
@@ -159,7 +158,7 @@ def check_audio_encoder(state: dict[str, Tensor], package: str, path: str | Path
             )
     _, mark = AUDIO_ENCODER_MARKS[package]
     if mark not in state:
-        raise KeyError(
+        raise ValueError(
             f"{path} contains no audio encoder ({mark}): not a whole checkpoint of {package}."
         )
 
@@ -179,8 +178,7 @@ def rename_keys(
         the tensors under our names; and the keys that were dropped, each with the reason.
 
     Raises:
-        KeyError: no rule matches a key, or two keys get the same name.
-        ValueError: a rule refuses the file.
+        ValueError: no rule matches a key, two keys get the same name, or a rule refuses the file.
     """
     placed = {}
     dropped = {}
@@ -200,13 +198,13 @@ def rename_keys(
                 break
             name = match.expand(replacement)
             if name in placed:
-                raise KeyError(f"{path}: {key} and another key both mean {name}.")
+                raise ValueError(f"{path}: {key} and another key both mean {name}.")
             placed[name] = tensor
             break
         else:
             unknown.append(key)
     if unknown:
-        raise KeyError(
+        raise ValueError(
             f"{path}: no rule matches {len(unknown)} keys: {unknown[:5]}. The file is not of the "
             "kind that is expected here."
         )

@@ -3,9 +3,7 @@
 The authors round sizes and publish no hashes: a row has a sha256 only where somebody published it.
 """
 
-import argparse
 import difflib
-import importlib
 import json
 import os
 import shlex
@@ -13,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from ltu.checkpoints.download import DownloadError, RemoteFile, fetch
+from ltu.checkpoints.convert import CONVERTERS
+from ltu.checkpoints.download import DownloadError, fetch
 from ltu.data.check_examples import NO_AUDIO
 from ltu.files import replace_file
 
@@ -243,20 +242,41 @@ TABLE = (
     ),
 )
 
-# Kind -> default checkpoint, name of the data, full set, and the dataset file of each stage as the
-# authors' scripts name it.
+
+@dataclass(frozen=True)
+class Preparation:
+    """What the training scripts of a kind need.
+
+    Attributes:
+        checkpoint: row of the default checkpoint.
+        data: name of the data.
+        full_set: row of the full set.
+        stage_files: the dataset file of each stage, as the authors' scripts name it.
+    """
+
+    checkpoint: str
+    data: str
+    full_set: str
+    stage_files: tuple[str, ...]
+
+
 PREP = {
-    "ltu": (
-        "ltu_ori_paper",
-        "openaqa",
-        "openaqa_5.6M",
-        ("combine_cla.json", "combine_cla.json", "all_closed_qa.json", "openaqa_5.6M.json"),
+    "ltu": Preparation(
+        checkpoint="ltu_ori_paper",
+        data="openaqa",
+        full_set="openaqa_5.6M",
+        stage_files=(
+            "combine_cla.json",
+            "combine_cla.json",
+            "all_closed_qa.json",
+            "openaqa_5.6M.json",
+        ),
     ),
-    "ltu_as": (
-        "ltu_as_long_noqa_a6",
-        "openasqa",
-        "openasqa_10.3M_v2",
-        (
+    "ltu_as": Preparation(
+        checkpoint="ltu_as_long_noqa_a6",
+        data="openasqa",
+        full_set="openasqa_10.3M_v2",
+        stage_files=(
             "openasqa_classification.json",
             "openasqa_classification.json",
             "openasqa_10.3M_v2.json",
@@ -280,9 +300,9 @@ def find(name: str) -> Released:
     return rows[name]
 
 
-def address(row: Released, source: str | None) -> str:
-    """Return where a row's file is downloaded from: its link, or `source` (a folder or address)."""
-    return f"{source.rstrip('/')}/{row.file}" if source else row.url
+def address(row: Released, mirror: str | None) -> str:
+    """Return where a row's file is downloaded from: its link, or a mirror (a folder or address)."""
+    return f"{mirror.rstrip('/')}/{row.file}" if mirror else row.url
 
 
 def size_of(row: Released) -> str:
@@ -292,13 +312,13 @@ def size_of(row: Released) -> str:
     return f"about {row.size}" if row.size else "size unknown"
 
 
-def download(row: Released | str, folder: str | Path, source: str | None = None) -> Path:
+def download(row: Released | str, folder: str | Path, mirror: str | None = None) -> Path:
     """Download the file of a row into a folder, unless it is there already.
 
     Args:
         row: the row, or its name.
         folder: is created.
-        source: a folder, or the address of one, instead of the row's link.
+        mirror: a folder, or the address of one, instead of the row's link.
 
     Returns:
         the path of the file, or the folder with the content of a zip.
@@ -308,8 +328,8 @@ def download(row: Released | str, folder: str | Path, source: str | None = None)
     """
     if isinstance(row, str):
         row = find(row)
-    remote_file = RemoteFile(row.name, row.file, row.size, row.sha256)
-    return fetch(remote_file, address(row, source), Path(folder))
+    size = row.size if isinstance(row.size, int) else None  # A text is rounded.
+    return fetch(address(row, mirror), Path(folder, row.file), size, row.sha256)
 
 
 def conversion(row: Released, models: Path, llm: str) -> list[str]:
@@ -328,7 +348,7 @@ def conversion(row: Released, models: Path, llm: str) -> list[str]:
     return flags
 
 
-def make_checkpoint(row: Released, models: Path, llm: str, source: str | None = None) -> Path:
+def make_checkpoint(row: Released, models: Path, llm: str, mirror: str | None = None) -> Path:
     """Return the checkpoint folder of a row; download and convert it unless that was done before.
 
     Raises:
@@ -342,32 +362,40 @@ def make_checkpoint(row: Released, models: Path, llm: str, source: str | None = 
         )
     folder = models / row.name
     if not (folder / "ltu_state.json").is_file():  # The conversion writes it last.
-        download(row, models, source)
-        # Import by name: ltu imports nothing of ltu_as.
-        command = importlib.import_module(f"{row.kind}.convert_checkpoint")
-        command.main(conversion(row, models, llm))
+        if row.kind not in CONVERTERS:
+            raise DownloadError(
+                f"{row.name} is of {row.kind}. Use the commands of {row.kind}: "
+                f"python -m {row.kind}.released"
+            )
+        download(row, models, mirror)
+        settings = {"feature_precision": row.precision} if row.precision else {}
+        converter = CONVERTERS[row.kind](**settings)
+        converter.convert_original(models / row.file, llm, folder)
     return folder
 
 
 def newest_checkpoint(kind: str, roots: tuple[str, ...] = ("exp", "pretrained_mdls")) -> Path:
     """Return the checkpoint folder of a kind that was written last.
 
-    An initial checkpoint, from which training starts, is returned only if there is no other.
+    An initial checkpoint, from which training starts, is returned only if there is no other. The
+    checkpoints inside a run, and those of a run that has not finished, do not count.
 
     Raises:
         FileNotFoundError: there is none.
     """
     candidates = []
     for root in roots:
-        for file in Path(root).rglob("model.safetensors"):
-            config = file.with_name("config.json")
-            state = file.with_name("ltu_state.json")
-            if not (config.is_file() and state.is_file()):
+        for state in Path(root).rglob("ltu_state.json"):  # The last file that is written.
+            folder = state.parent
+            config = folder / "config.json"
+            if folder.name.startswith("checkpoint-") or not config.is_file():
                 continue
-            if json.loads(config.read_bytes())["model_type"] != kind:
+            record = json.loads(state.read_bytes())
+            model_type = json.loads(config.read_bytes())["model_type"]
+            if model_type != kind or record.get("finished") is False:
                 continue
-            is_initial = json.loads(state.read_bytes()).get("stage") == "init"
-            candidates.append((not is_initial, file.stat().st_mtime, file.parent))
+            is_initial = record.get("stage") == "init"
+            candidates.append((not is_initial, state.stat().st_mtime, folder))
     if not candidates:
         raise FileNotFoundError(
             f"No checkpoint of {kind} is in {' or '.join(roots)}. Name one, --model DIR or a name "
@@ -377,7 +405,7 @@ def newest_checkpoint(kind: str, roots: tuple[str, ...] = ("exp", "pretrained_md
     return folder
 
 
-def find_or_make(name: str, kind: str, llm: str | None = None, source: str | None = None) -> str:
+def find_or_make(name: str, kind: str, llm: str | None = None, mirror: str | None = None) -> str:
     """Return the path of a checkpoint.
 
     Args:
@@ -385,7 +413,7 @@ def find_or_make(name: str, kind: str, llm: str | None = None, source: str | Non
             returned as it is; or "", the newest checkpoint of the kind.
         kind: ltu or ltu_as.
         llm: the language model of a row's checkpoint.
-        source: a folder, or the address of one, instead of the row's link.
+        mirror: a folder, or the address of one, instead of the row's link.
 
     Raises:
         DownloadError: the row is of another kind, or as `make_checkpoint`.
@@ -397,7 +425,7 @@ def find_or_make(name: str, kind: str, llm: str | None = None, source: str | Non
     row = rows[name]
     if row.kind in PREP and row.kind != kind:
         raise DownloadError(f"{name} is of {row.kind}: bash {row.kind}/inference.sh --model {name}")
-    return str(make_checkpoint(row, Path("pretrained_mdls"), llm or VICUNA, source))
+    return str(make_checkpoint(row, Path("pretrained_mdls"), llm or VICUNA, mirror))
 
 
 def link(file: Path, path: Path) -> None:
@@ -460,48 +488,62 @@ def _count_shared(path: Path, parts: list[str]) -> int:
     return sum(part in path.parts for part in parts)
 
 
-def prep(args: argparse.Namespace) -> None:
+def prep(
+    kind: str,
+    root: Path,
+    llm: str,
+    mirror: str | None = None,
+    with_full_set: bool = False,
+    with_eval: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Download what the scripts of a kind need, convert it and put it where they look for it.
 
     Files that are there already are not touched.
 
     Args:
-        args: the flags of `ltu.released`.
+        kind: ltu or ltu_as.
+        root: the folder of pretrained_mdls and data.
+        llm: the language model of the checkpoint, a folder or hub id.
+        mirror: a folder, or the address of one, instead of the rows' links.
+        with_full_set: also prepare the dataset files of the stages.
+        with_eval: also download the authors' evaluation questions.
+        dry_run: only print links, sizes, paths and commands.
 
     Raises:
         DownloadError: a file cannot be downloaded, or a stage's dataset file is not in the data.
     """
-    checkpoint, name, full_set, stages = PREP[args.kind]
-    models = args.root / "pretrained_mdls"
-    toy = args.root / "data" / f"{name}_toy"
-    data = args.root / "data" / name
+    needed = PREP[kind]
+    name = needed.data
+    models = root / "pretrained_mdls"
+    toy = root / "data" / f"{name}_toy"
+    data = root / "data" / name
     downloads = [
         (f"{name}_toy", toy / "original"),
         (f"{name}_toy_audio", toy / "original"),
-        (checkpoint, models),
+        (needed.checkpoint, models),
     ]
-    if args.full:
-        downloads += [(full_set, data), (f"{name}_subsets", data)]
-    if args.eval:
-        downloads += [(f"{args.kind}_eval", args.root / "data" / f"{name}_eval")]
+    if with_full_set:
+        downloads += [(needed.full_set, data), (f"{name}_subsets", data)]
+    if with_eval:
+        downloads += [(f"{kind}_eval", root / "data" / f"{name}_eval")]
     for row_name, folder in downloads:
         row = find(row_name)
-        source = address(row, args.source)
-        print(f"{row_name}: {source} ({size_of(row)}) -> {folder}", flush=True)
-        if not args.dry_run:
-            download(row, folder, args.source)
+        print(f"{row_name}: {address(row, mirror)} ({size_of(row)}) -> {folder}", flush=True)
+        if not dry_run:
+            download(row, folder, mirror)
 
-    row = find(checkpoint)
-    flags = shlex.join(conversion(row, models, args.llm))
-    print(f"{args.kind}: python -m {args.kind}.convert_checkpoint {flags}", flush=True)
-    if args.dry_run:
+    row = find(needed.checkpoint)
+    flags = shlex.join(conversion(row, models, llm))
+    print(f"{kind}: python -m {kind}.convert_checkpoint {flags}", flush=True)
+    if dry_run:
         return
     meta = toy / f"{name}_toy.json"
     if not meta.is_file():
         remap_toy_paths(toy / "original" / meta.name, toy / "original" / f"{name}_toy_audio", meta)
-    checkpoint_folder = make_checkpoint(row, models, args.llm, args.source)
-    if args.full:
-        for number, file in enumerate(stages, start=1):
+    checkpoint_folder = make_checkpoint(row, models, llm, mirror)
+    if with_full_set:
+        for number, file in enumerate(needed.stage_files, start=1):
             found = sorted(data.rglob(file))
             if not found:
                 raise DownloadError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
+from ltu.files import sync_and_rename
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
@@ -79,7 +80,7 @@ def write_folder(
         how many tensors were written.
 
     Raises:
-        KeyError: a key is missing or left over, or has another shape.
+        ValueError: a key is missing or left over, or has another shape.
         ValueError: `output_dir` contains something that no conversion made.
     """
     output_dir = Path(output_dir)
@@ -167,7 +168,7 @@ def match_keys(
         the keys of `state` in the model's order.
 
     Raises:
-        KeyError: a key is missing or left over, or has another shape.
+        ValueError: a key is missing or left over, or has another shape.
     """
     own = {key: value.shape for key, value in model.state_dict().items() if model.is_own(key)}
     for key in own:
@@ -189,7 +190,7 @@ def match_keys(
     }
     if any(found.values()):
         counts = ", ".join(f"{len(keys)} keys {what} {keys[:3]}" for what, keys in found.items())
-        raise KeyError(
+        raise ValueError(
             f"{source} does not fit the model: {counts}. Check --llm and the kind of the file."
         )
     return wanted
@@ -219,10 +220,12 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
     keys.sort(key=lambda key: ("lm_head" in key, not key.startswith("language_model.")))
     placed, _ = rename_keys({key: state[key] for key in keys}, TO_ORIGINAL, (), folder)
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(placed, file)
+    unfinished = file.with_name(f"{file.name}.tmp")
+    torch.save(placed, unfinished)
+    sync_and_rename(unfinished, file)
     if config.lora:
         print(
-            f"LoRA has r {config.lora['r']} and alpha {config.lora['alpha']}; "
+            f"LoRA has r {config.lora['r']} and alpha {config.lora['lora_alpha']}; "
             "the file cannot store alpha (original: 16)."
         )
     dropped = {}

@@ -44,6 +44,9 @@ QUIETEST = 2.0**-23
 BLOCK = 2**22
 # Weights of torchaudio's resampling kernel: 44,100 Hz needs 76,000, but 44,101 Hz 706 million.
 MAX_KERNEL = 2**20
+# Defaults of torchaudio.functional.resample.
+LOWPASS_FILTER_WIDTH = 6  # zero crossings of the sinc
+ROLLOFF = 0.99  # cut-off, as a fraction of the Nyquist frequency
 
 HINTS = {
     "missing": (
@@ -321,7 +324,7 @@ def _resample(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
     down = rate // common
     up = SAMPLING_RATE // common
     # How far torchaudio's kernel reaches to either side, in samples; then in whole periods.
-    width = math.ceil(6 * down / (0.99 * min(down, up)))
+    width = math.ceil(LOWPASS_FILTER_WIDTH * down / (ROLLOFF * min(down, up)))
     context = -(-width // down) * down
     is_large = up * (2 * width + down) > MAX_KERNEL
 
@@ -352,15 +355,16 @@ def _resample_by_phase(waveform: torch.Tensor, down: int, up: int, width: int) -
 
     Each of `up` phases has a few weights, where torchaudio's kernel has `up * down`.
     """
-    base = min(down, up) * 0.99
+    base = min(down, up) * ROLLOFF
     phases = torch.arange(up)
     nearest = phases * down // up  # (up,) sample at or before each output
     reach = torch.arange(-width, width + 2)  # (taps,)
     # In float32 and in the order of torchaudio's operations: rounded otherwise, the results differ
     # in the fifth digit.
     time = -phases[:, None] / up + (nearest[:, None] + reach) / down  # (up, taps)
-    time = (time * base).clamp(-6, 6)
-    kernel = torch.sinc(time) * torch.cos(time * math.pi / 12) ** 2 * (base / down)  # (up, taps)
+    time = (time * base).clamp(-LOWPASS_FILTER_WIDTH, LOWPASS_FILTER_WIDTH)
+    window = torch.cos(time * math.pi / LOWPASS_FILTER_WIDTH / 2) ** 2
+    kernel = torch.sinc(time) * window * (base / down)  # (up, taps)
     padded = torch.nn.functional.pad(waveform, (width, width + 2 + down))
     windows = padded.unfold(0, len(reach), 1)  # (positions, taps)
     pieces = [(windows[start + nearest] * kernel).sum(1) for start in range(0, len(waveform), down)]

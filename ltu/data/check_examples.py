@@ -1,14 +1,8 @@
 """Reads the examples of a dataset file and checks them.
 
-    python -m ltu.index_dataset all.json --base_model DIR        for millions of examples
-
 Everything that can be wrong with an example is found before training, in seconds, and reported with
 the file and the number of the example. The exception: in a dataset file of more than 100,000
 examples without an index, a question that fills the cutoff is found when the example is used.
-
-In training, a clip that cannot be decoded is skipped, counted and named, and the next example takes
-its position, so the number of steps and the batch sizes stay the same. Features are never made up.
-More than `max_bad` such examples stop the run.
 """
 
 from collections.abc import Iterator
@@ -74,33 +68,34 @@ def checked_rows(
         raise RowError(f"{path} contains no examples.")
 
 
-def with_audio(row: dict, root: Path) -> dict:
+def with_audio(example: dict, root: Path) -> dict:
     """Return an example with `audio`: the path of its clip, or None."""
-    audio_id = row.get("audio_id")
-    return row | {"audio": None if audio_id in NO_AUDIO else str(root / audio_id)}
+    audio_id = example.get("audio_id")
+    path = None if audio_id in NO_AUDIO else str(root / audio_id)
+    return example | {"audio": path}
 
 
-def no_answer_left(index: int, row: dict) -> RowError:
+def no_answer_left(index: int, example: dict) -> RowError:
     """Return the error of an example (`index` from 0) whose question alone fills the cutoff."""
     return RowError(
         f"Example {index + 1}: no answer is left within --cutoff_len: the question alone fills it. "
-        f"Raise --cutoff_len or shorten the question: {row['instruction'][:80]!r}"
+        f"Raise --cutoff_len or shorten the question: {example['instruction'][:80]!r}"
     )
 
 
-def what_is_wrong(row: dict, need_output: bool) -> str | None:
+def what_is_wrong(example: dict, need_output: bool) -> str | None:
     """Return why an example is invalid, or None."""
     required = ("instruction", "output") if need_output else ("instruction",)
     for key in required:
-        if key not in row:
-            return f"no {key!r}; it has {sorted(row)}"
+        if key not in example:
+            return f"no {key!r}; it has {sorted(example)}"
     for key in ("instruction", "input", "output"):
-        value = row.get(key)
+        value = example.get(key)
         if value is not None and not isinstance(value, str):
             return f"{key!r} is a {type(value).__name__}, not text"
-    if row["instruction"] is None or (need_output and row["output"] is None):
+    if example["instruction"] is None or (need_output and example["output"] is None):
         return "'instruction' or 'output' is null"
-    audio_id = row.get("audio_id")
+    audio_id = example.get("audio_id")
     if not isinstance(audio_id, str | None):
         return (
             f"'audio_id' is a {type(audio_id).__name__}; "
@@ -109,10 +104,10 @@ def what_is_wrong(row: dict, need_output: bool) -> str | None:
     return None
 
 
-def check_audio(rows: list[dict]) -> dict[str, AudioError]:
+def check_audio(examples: list[dict]) -> dict[str, AudioError]:
     """Decode every clip once and return the errors of those that cannot be decoded, by path."""
     errors = {}
-    paths = sorted({row["audio"] for row in rows if row["audio"]})
+    paths = sorted({example["audio"] for example in examples if example["audio"]})
     for path in tqdm(paths, desc="checking audio", unit="clip"):
         try:
             load_audio(path)

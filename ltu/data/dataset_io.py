@@ -3,9 +3,9 @@
 The formats are a JSON list, JSON lines (`.jsonl`) and Parquet; JSON also compressed (`.gz`,
 `.zst`). A reader goes by the first bytes of a file, a writer by its name.
 
-An example keeps its keys and their order. Parquet has a column for each key: a null in it means
-that the example lacks the key, and a key that only later examples have is an error. An example with
-keys within a value cannot be stored in Parquet.
+The keys of an example and their order are preserved. Parquet has a column for each key: a null in
+it means that the example lacks the key, and a key that only later examples have is an error. An
+example with keys within a value cannot be stored in Parquet.
 
 A file gets its name only when it is complete and on the disk.
 """
@@ -50,14 +50,11 @@ def stream_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     with _open_to_read(path, magic) as file:
         first = _read(file, path)
         # Skip the byte order mark and white space; then `[` begins a list.
-        begin = len(BYTE_ORDER_MARK) if first.startswith(BYTE_ORDER_MARK) else 0
-        begin += len(first[begin:]) - len(first[begin:].lstrip())
-        if first[begin : begin + 1] == b"[":
-            begin += 1
-            split = ListSplitter(path, begin)
-        else:
-            split = LineSplitter(path, begin)
-        data = first[begin:]
+        data = first.removeprefix(BYTE_ORDER_MARK).lstrip()
+        is_list = data.startswith(b"[")
+        data = data.removeprefix(b"[")
+        offset = len(first) - len(data)
+        split = ListSplitter(path, offset) if is_list else LineSplitter(path, offset)
         while True:
             block = _read(file, path)
             examples, used = split(data, at_end=not block)
@@ -68,12 +65,12 @@ def stream_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _open_to_read(path: Path, magic: bytes) -> IO[bytes]:
-    codec = next((codec for start, codec in MAGIC.items() if magic.startswith(start)), None)
-    if not codec:
-        return path.open("rb")
-    import pyarrow
+    for start, codec in MAGIC.items():
+        if magic.startswith(start):
+            import pyarrow
 
-    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), codec)
+            return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), codec)
+    return path.open("rb")
 
 
 def _read(file: IO[bytes], path: Path) -> bytes:
@@ -92,26 +89,27 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):
-                for row in batch.to_pylist():
-                    yield {key: value for key, value in row.items() if value is not None}
+                for example in batch.to_pylist():
+                    yield {key: value for key, value in example.items() if value is not None}
     except (pyarrow.ArrowInvalid, OSError) as error:
         message = f"{path}: not a complete Parquet file ({error}). Write it again."
         raise RowError(message) from error
 
 
-def encode_row(row: dict[str, Any]) -> bytes:
+def encode_row(example: dict[str, Any]) -> bytes:
     """Return an example as one line of JSON, without the line end."""
     try:
-        return _encode(row)
+        return _encode(example)
     except UnicodeEncodeError:
         # Half of a surrogate pair cannot be encoded as UTF-8, but an escape such as `\\ud83d` can.
-        return json.dumps(row, separators=(",", ":")).encode()
+        return json.dumps(example, separators=(",", ":")).encode()
 
 
 def _format_of(path: Path) -> tuple[str, str | None]:
     """Return the kind of file and the codec that a name stands for."""
     codec = CODECS.get(path.suffix)
-    kind = KINDS.get(Path(path.stem).suffix if codec else path.suffix)
+    name = path.stem if codec else path.name
+    kind = KINDS.get(Path(name).suffix)
     if not kind or (kind == "parquet" and codec):
         raise ValueError(f"{path}: name it .json, .jsonl (each also with .gz or .zst) or .parquet.")
     return kind, codec
@@ -158,9 +156,10 @@ class RowWriter:
             self.file.write(b"[")
         return self
 
-    def write(self, row: dict[str, Any] | bytes) -> None:
+    def write(self, example: dict[str, Any] | bytes) -> None:
         """Add an example, or the line that `encode_row` made of it."""
-        self.lines.append(row if isinstance(row, bytes) else encode_row(row))
+        line = example if isinstance(example, bytes) else encode_row(example)
+        self.lines.append(line)
         self.count += 1
         if len(self.lines) == ROWS_AT_ONCE:
             self._flush()
@@ -171,31 +170,32 @@ class RowWriter:
         elif self.lines and self.kind == "lines":
             self.file.write(b"\n".join(self.lines) + b"\n")
         elif self.lines:
-            is_first = self.count == len(self.lines)
-            self.file.write(b"\n" if is_first else b",\n")
-            self.file.write(b",\n".join(self.lines))
+            if self.count > len(self.lines):
+                self.file.write(b",")
+            self.file.write(b"\n" + b",\n".join(self.lines))
         self.lines = []
 
-    def _write_table(self, rows: list[dict]) -> None:
+    def _write_table(self, examples: list[dict]) -> None:
         """Write examples as a row group of Parquet; raise ValueError if they do not fit it."""
         import pyarrow
         import pyarrow.parquet
 
-        first = self.count - len(rows) + 1
+        first = self.count - len(examples) + 1
         try:
             if self.table is None:
-                schema = pyarrow.schema(_columns(rows))
+                schema = pyarrow.schema(_columns(examples))
                 self.table = pyarrow.parquet.ParquetWriter(self.file, schema, compression="zstd")
-            for number, row in enumerate(rows, start=first):
-                unknown = row.keys() - set(self.table.schema.names)
+            for number, example in enumerate(examples, start=first):
+                unknown = example.keys() - set(self.table.schema.names)
                 if unknown:
                     raise ValueError(
-                        f"row {number} has {min(unknown)!r}, which the first rows lack"
+                        f"example {number} has {min(unknown)!r}, which the first examples lack"
                     )
-            self.table.write_table(pyarrow.Table.from_pylist(rows, self.table.schema))
+            self.table.write_table(pyarrow.Table.from_pylist(examples, self.table.schema))
         except (pyarrow.ArrowException, UnicodeEncodeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.path}: rows {first} to {self.count} fit no table: {error}. Write .jsonl."
+                f"{self.path}: examples {first} to {self.count} fit no table: {error}. "
+                "Write .jsonl."
             ) from error
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -215,8 +215,10 @@ class RowWriter:
         """Write what is left and give the file its name."""
         if self.lines or self.table is None:
             self._flush()
+        if self.kind == "list" and self.count:
+            self.file.write(b"\n")
         if self.kind == "list":
-            self.file.write(b"\n]\n" if self.count else b"]\n")
+            self.file.write(b"]\n")
         if self.table is not None:
             self.table.close()
         self.file.close()
@@ -224,7 +226,7 @@ class RowWriter:
         self.unfinished = None  # The name may belong to another run from now on.
 
 
-def _columns(rows: list[dict]) -> list[tuple[str, Any]]:
+def _columns(examples: list[dict]) -> list[tuple[str, Any]]:
     """Return name and type of every column of a table.
 
     The keys of the examples are first, in their order, then the usual keys. A column is of text
@@ -233,16 +235,16 @@ def _columns(rows: list[dict]) -> list[tuple[str, Any]]:
     import pyarrow
 
     names: dict[str, None] = {}  # An ordered set.
-    for row in rows:
-        names.update(dict.fromkeys(row))
+    for example in examples:
+        names.update(dict.fromkeys(example))
     names.update(dict.fromkeys(KEYS))
     columns = []
     for name in names:
-        values = [row[name] for row in rows if row.get(name) is not None]
+        values = [example[name] for example in examples if example.get(name) is not None]
         is_text = all(isinstance(value, str) for value in values)
         column_type = pyarrow.string() if is_text else pyarrow.array(values).type
         if "struct<" in str(column_type):
-            # pyarrow would drop keys of such a value that only later rows have, without an error.
+            # pyarrow would drop keys that only later examples have in it, without an error.
             raise ValueError(f"{name!r} has keys of its own")
         columns.append((name, column_type))
     return columns

@@ -139,7 +139,7 @@ def make_keys(
         settings.quantization,
         engine.processor.to_dict(),  # With the prompt template and the audio encoder's input.
         engine.processor.tokenizer.get_vocab(),
-        engine.processor.audio_settings,
+        engine.processor.front_end.settings,
         check_decoding(settings.decoding),
         settings.seed,
     ]

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -21,6 +22,39 @@ NEAR_TIE = 1e-2
 BFLOAT16_STEPS = 4
 
 
+@dataclass
+class Step:
+    """A generated token.
+
+    Attributes:
+        token: the token.
+        lead: its logit minus that of the second best token.
+        near_tie: the lead up to which rounding may decide otherwise.
+    """
+
+    token: int
+    lead: float
+    near_tie: float
+
+
+@dataclass
+class Difference:
+    """The first step at which a batched answer differs from the single one.
+
+    Attributes:
+        batches: a name of the batches.
+        index: the number of the request.
+        position: the number of the step.
+        lead, near_tie: those of the single answer's token; a lead of infinity if it had ended.
+    """
+
+    batches: str
+    index: int
+    position: int
+    lead: float
+    near_tie: float
+
+
 class TopTwo(LogitsProcessor):
     """Stores the two highest scores of each step."""
 
@@ -34,67 +68,71 @@ class TopTwo(LogitsProcessor):
 
 def generate(
     engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]
-) -> tuple[list, list]:
-    """Generate greedily for one batch.
-
-    Returns:
-        for each request its new tokens, end token included; and for each of its steps the lead of
-        the token in logits, and the lead below which rounding may decide otherwise.
-    """
+) -> list[list[Step]]:
+    """Generate greedily for one batch. Return the steps of each request, end token included."""
     settings = check_decoding(decoding)
-    lead = TopTwo()
+    top_two = TopTwo()
     batch = engine.inputs(requests, settings["max_new_tokens"])
-    room = engine.model.config.num_positions - int(batch["attention_mask"].sum(1).max())
-    settings |= {
-        "max_new_tokens": min(settings["max_new_tokens"], room),
-        "logits_processor": [lead],
-    }
-    sequences = engine.model.generate(
-        **batch, **settings, pad_token_id=engine.processor.pad_token_id
+    num_positions_left = engine.model.config.num_positions - int(
+        batch["attention_mask"].sum(1).max()
     )
-    best = torch.stack(lead.values, 1)  # (rows, steps, 2)
-    ends = engine.end_ids
-    ids = sequences[:, batch["input_ids"].shape[1] :].tolist()
-    lengths = [
-        next((step + 1 for step, token in enumerate(row) if token in ends), len(row)) for row in ids
-    ]
-    near = torch.full_like(best[..., 0], NEAR_TIE)
+    settings["max_new_tokens"] = min(settings["max_new_tokens"], num_positions_left)
+    sequences = engine.model.generate(
+        **batch,
+        **settings,
+        logits_processor=[top_two],
+        pad_token_id=engine.processor.pad_token_id,
+    )
+    tokens = sequences[:, batch["input_ids"].shape[1] :].tolist()
+    best, second = torch.stack(top_two.values, 1).unbind(-1)  # (rows, steps) each
+    leads = (best - second).tolist()
+    near_ties = torch.full_like(best, NEAR_TIE)
     if engine.model.get_output_embeddings().weight.dtype == torch.bfloat16:
-        step = best[..., 0].abs().log2().floor().exp2() * torch.finfo(torch.bfloat16).eps
-        near = (BFLOAT16_STEPS * step).clamp(min=NEAR_TIE)
-    margins = torch.stack([best[..., 0] - best[..., 1], near], -1)  # (rows, steps, 2)
-    return [row[:length] for row, length in zip(ids, lengths, strict=True)], margins.tolist()
+        step = best.abs().log2().floor().exp2() * torch.finfo(torch.bfloat16).eps
+        near_ties = (BFLOAT16_STEPS * step).clamp(min=NEAR_TIE)
+    rows = []
+    for row in zip(tokens, leads, near_ties.tolist(), strict=True):
+        steps = []
+        for token, lead, near_tie in zip(*row, strict=True):
+            steps.append(Step(token, lead, near_tie))
+            if token in engine.end_ids:
+                break
+        rows.append(steps)
+    return rows
+
+
+def find_difference(single: list[Step], batched: list[Step]) -> int | None:
+    """Return the number of the first step whose tokens differ; None if all are equal."""
+    for position, (one, other) in enumerate(zip_longest(single, batched)):
+        if one is None or other is None or one.token != other.token:
+            return position
+    return None
 
 
 def differences(
     engine: LtuEngine, requests: list[Request], decoding: dict[str, Any]
-) -> list[tuple]:
-    """Compare generation one by one with all at once, and with shuffled smaller batches.
-
-    Returns:
-        for each answer that differs: a name of the batches, the number of the request, the first
-            step that differs, the lead of the single answer's token there, and the lead that
-            rounding may cause.
-    """
-    alone = [generate(engine, [request], decoding) for request in requests]
+) -> list[Difference]:
+    """Compare generation one by one with all at once, and with shuffled smaller batches."""
+    alone = [generate(engine, [request], decoding)[0] for request in requests]
     count = len(requests)
     order = random.Random(0).sample(range(count), count)
     size = max(2, count // 3)
     parts = [order[start : start + size] for start in range(0, count, size)]
+    batches = [(f"all {count} at once", list(range(count)))]
+    batches += [(f"shuffled, {size} at once", part) for part in parts]
+
     found = []
-    for name, batches in (
-        (f"all {count} at once", [range(count)]),
-        (f"shuffled, {size} at once", parts),
-    ):
-        for batch in batches:
-            together, _ = generate(engine, [requests[index] for index in batch], decoding)
-            for index, ids in zip(batch, together, strict=True):
-                (own,), (margins,) = alone[index]
-                pairs = enumerate(zip_longest(own, ids))
-                step = next((step for step, (one, other) in pairs if one != other), None)
-                if step is not None:
-                    lead = margins[step] if step < len(own) else (float("inf"), 0.0)
-                    found.append((name, index, step, *lead))
+    for name, batch in batches:
+        together = generate(engine, [requests[index] for index in batch], decoding)
+        for index, batched in zip(batch, together, strict=True):
+            single = alone[index]
+            position = find_difference(single, batched)
+            if position is None:
+                continue
+            lead, near_tie = float("inf"), 0.0
+            if position < len(single):
+                lead, near_tie = single[position].lead, single[position].near_tie
+            found.append(Difference(name, index, position, lead, near_tie))
     return found
 
 
@@ -104,34 +142,38 @@ def check_batch(engine: LtuEngine, requests: list[Request], decoding: dict[str, 
         raise ValueError(
             "--check_batch compares greedy answers: leave the flags of sampling and beams out."
         )
-    clips = engine.cache.encode(requests)
-    for clip in clips:
+    numbers = []
+    for index, clip in enumerate(engine.cache.encode(requests)):
         if isinstance(clip, AudioError):
             print(f"left out: {clip}", file=sys.stderr)
-    numbers = [index for index, clip in enumerate(clips) if not isinstance(clip, AudioError)]
+        else:
+            numbers.append(index)
     if len(numbers) < 2:
         raise ValueError("--check_batch needs two questions or more whose clips can be decoded.")
     dtypes = {parameter.dtype for parameter in engine.model.language_model.parameters()}
-    # Whisper computes in half precision on a GPU only.
-    has_fp16_whisper = (
-        engine.model.device.type == "cuda" and "fp16" in engine.processor.audio_settings
-    )
-    is_exact = dtypes == {torch.float32} and not has_fp16_whisper
+    is_exact = dtypes == {torch.float32} and engine.processor.front_end.is_exact
     found = differences(engine, [requests[index] for index in numbers], decoding)
-    if is_exact:
-        rule = "fp32, so every token must be equal"
-    else:
+    rule = "fp32, so every token must be equal"
+    if not is_exact:
         rule = (
             f"where a token leads by {NEAR_TIE} or less (bf16: {BFLOAT16_STEPS} of its steps), "
             "another may win"
         )
     print(f"{len(numbers)} questions one by one and batched: {rule}")
     print(f"{'question':>8} {'step':>5} {'lead':>9}  batches")
-    failures = [is_exact or lead > near for *_, lead, near in found]
-    for (name, index, step, lead, near), has_failed in zip(found, failures, strict=True):
-        verdict = "DIFFERS" if has_failed else f"near tie, up to {near:.2g}"
-        print(f"{numbers[index] + 1:8} {step + 1:5} {lead:9.2g}  {name}: {verdict}")
-    has_failed = any(failures)
-    same = f"equal single ones{', but for near ties' if found else ''}"
-    print(f"batched answers {'DIFFER from single ones' if has_failed else same}")
+    has_failed = False
+    for difference in found:
+        verdict = f"near tie, up to {difference.near_tie:.2g}"
+        if is_exact or difference.lead > difference.near_tie:
+            verdict = "DIFFERS"
+            has_failed = True
+        question = numbers[difference.index] + 1
+        step = difference.position + 1
+        print(f"{question:8} {step:5} {difference.lead:9.2g}  {difference.batches}: {verdict}")
+    if has_failed:
+        print("batched answers DIFFER from single ones")
+    elif found:
+        print("batched answers equal single ones, but for near ties")
+    else:
+        print("batched answers equal single ones")
     return int(has_failed)

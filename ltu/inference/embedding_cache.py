@@ -13,13 +13,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ltu.data.audio import AudioClip, AudioError, AudioSource, Waveform, load_audio
 from ltu.files import sha256_of
+from ltu.inference.requests import Request
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
+from ltu.models.processing_ltu import LtuProcessor
 
 # Seconds of audio that are decoded and not yet encoded, at most: 40 MB at 16 kHz.
 MAX_WAITING_SECONDS = 600
@@ -73,7 +75,9 @@ class EmbeddingCache:
             beyond one call of `encode`.
     """
 
-    def __init__(self, model: Any, processor: Any, megabytes: float = 256):
+    def __init__(
+        self, model: LtuForConditionalGeneration, processor: LtuProcessor, megabytes: float = 256
+    ):
         if not megabytes >= 0:
             raise ValueError(f"A cache of {megabytes} MB is not possible; give a number from 0.")
         self.model = model
@@ -84,12 +88,14 @@ class EmbeddingCache:
         self.encoded = 0  # Clips that the audio encoder has encoded, ever.
         self.lock = threading.Lock()
 
-    def hash_of(self, request: Any) -> str | None:
+    def hash_of(self, request: Request) -> str | None:
         """Return a hash of a clip: of its stored features if there are any, else of its content."""
         stored = None
         if request.num_chunks == 1:
             try:
-                stored = self.processor.find_stored_features(request.audio, request.audio_id)
+                stored = self.processor.front_end.find_stored_features(
+                    request.audio, request.audio_id
+                )
             except AudioError:
                 return None
         if stored is None:
@@ -98,7 +104,7 @@ class EmbeddingCache:
         features = stored.features.contiguous().numpy().tobytes()
         return hashlib.sha256(features + transcript).hexdigest()
 
-    def encode(self, requests: Sequence[Any]) -> list[AudioClip | AudioError | None]:
+    def encode(self, requests: Sequence[Request]) -> list[AudioClip | AudioError | None]:
         """Return each request's clip with embeddings and transcript, as far as the request needs
         them.
 
@@ -107,7 +113,7 @@ class EmbeddingCache:
         """
         # Hashing needs no shared state, so it does not make other threads wait.
         keys = [None if request.audio is None else self._key(request) for request in requests]
-        requests_by_key: dict[tuple, list[Any]] = {}
+        requests_by_key: dict[tuple, list[Request]] = {}
         for key, request in zip(keys, requests, strict=True):
             if key is not None:
                 requests_by_key.setdefault(key, []).append(request)
@@ -130,16 +136,16 @@ class EmbeddingCache:
             results |= self._encode_pending(pending)
         return [None if key is None else results[key] for key in keys]
 
-    def _key(self, request: Any) -> tuple:
+    def _key(self, request: Request) -> tuple:
         digest = self.hash_of(request)
         # Without content nothing can be cached, but two requests of one call may mean the same.
         name = None if digest else (str(request.audio), request.audio_id)
-        return digest, name, request.num_chunks, self.processor.audio_settings
+        return digest, name, request.num_chunks, self.processor.front_end.settings
 
-    def _find_or_load(self, key: tuple, requests: list[Any]) -> PendingClip:
+    def _find_or_load(self, key: tuple, requests: list[Request]) -> PendingClip:
         """Take a clip from the cache, or load it if the requests need more than the cache has."""
         needs_embeds = any(request.mode != "asr_only" for request in requests)
-        needs_transcript = self.processor.transcribes and any(
+        needs_transcript = self.processor.front_end.transcribes and any(
             request.transcript is None and request.mode != "audio_only" for request in requests
         )
         known = self.entries.get(key, AudioClip(None, 0.0))
@@ -153,8 +159,10 @@ class EmbeddingCache:
         clip.transcript = known.transcript or clip.transcript
         return PendingClip(key, clip, needs_embeds, needs_transcript)
 
-    def _load(self, request: Any, needs_transcript: bool) -> AudioClip:
-        clip = self.processor.load_clip(request.audio, request.audio_id, request.num_chunks)
+    def _load(self, request: Request, needs_transcript: bool) -> AudioClip:
+        clip = self.processor.front_end.load_clip(
+            request.audio, request.audio_id, request.num_chunks
+        )
         config = self.model.config
         max_chunks = max(1, config.num_positions // config.num_audio_tokens)
         clip.num_chunks = min(clip.num_chunks, max_chunks)
@@ -171,7 +179,7 @@ class EmbeddingCache:
             if waiting.needs_transcript and waiting.clip.transcript is None
         ]
         if without_transcript:
-            self.processor.complete_transcripts(
+            self.processor.front_end.complete_transcripts(
                 without_transcript, [None] * len(without_transcript)
             )
         batches = _make_batches([waiting.clip for waiting in pending if waiting.needs_embeds])
@@ -197,7 +205,7 @@ class EmbeddingCache:
         return errors
 
     def _embed(self, clips: list[AudioClip]) -> None:
-        features = self.processor.extract_features(clips)  # (chunks, ...)
+        features = self.processor.front_end.extract_features(clips)  # (chunks, ...)
         # TF32 would round convolutions to 10 bits, and make embeddings depend on the batch.
         with torch.backends.cudnn.flags(allow_tf32=False):
             parts = [

@@ -27,6 +27,8 @@ from ltu.inference.label_scoring import score_labels
 from ltu.inference.requests import ROW_SETTINGS, Answer, OnText, Request, batches
 from ltu.inference.sampling import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
+from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import RenderedPrompt
 from ltu.models.version_check import check_generation
 
@@ -56,7 +58,11 @@ class LtuEngine:
     """
 
     def __init__(
-        self, model: Any, processor: Any, cache_mb: float = 256, folder: str | Path | None = None
+        self,
+        model: LtuForConditionalGeneration,
+        processor: LtuProcessor,
+        cache_mb: float = 256,
+        folder: str | Path | None = None,
     ):
         self.model = model.eval()
         self.processor = processor
@@ -69,9 +75,9 @@ class LtuEngine:
         cls,
         folder: str | Path,
         device: str | None = None,
-        dtype: Any = "auto",
+        dtype: torch.dtype | str = "auto",
         language_model: str | None = None,
-        device_map: Any = None,
+        device_map: str | dict | None = None,
         quantization: str | None = None,
         attention: str | None = None,
         compile: bool = False,
@@ -104,8 +110,7 @@ class LtuEngine:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
         processor = AutoProcessor.from_pretrained(folder)
-        if hasattr(processor.feature_extractor, "device"):  # LTU-AS's is a Whisper.
-            processor.feature_extractor.device = device
+        processor.front_end.to(device)
         if compile:
             model.language_model.compile(dynamic=True)
         model = model if device_map else model.to(device)
@@ -114,7 +119,7 @@ class LtuEngine:
 
     @property
     def kind(self) -> str:
-        """ "ltu" or "ltu_as" """
+        """The model type of the config: ltu or ltu_as."""
         return self.model.config.model_type
 
     @property

@@ -5,7 +5,7 @@ import argparse
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
-from ltu.models.processing_ltu import WHISPER_FLAGS
+from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 
 DECODING_FLAGS = (
     "max_new_tokens",
@@ -25,64 +25,87 @@ def parse_num_chunks(text: str) -> int:
 
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="checkpoint folder, or hub id of one")
-    parser.add_argument("--llm", help="another folder or hub id of the same language model")
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the best of them")
+    parser.add_argument("--model", required=True, help="The checkpoint folder, or its hub id.")
     parser.add_argument(
-        "--dtype", default="auto", help="of the language model: auto, float32, bfloat16, float16"
+        "--llm", help="Another folder or hub id of the same language model as the checkpoint's."
+    )
+    parser.add_argument(
+        "--device", help="Device to use: cuda, mps or cpu. The default is the first one available."
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="Dtype of the language model: auto, float32, bfloat16 or float16.",
     )
     parser.add_argument(
         "--quantization",
         choices=("8bit", "4bit"),
-        help="of the language model's weights (bitsandbytes)",
-    )
-    parser.add_argument("--device_map", help="auto: spread the language model over all GPUs")
-    parser.add_argument("--attention", help="of the language model: sdpa, flash_attention_2, eager")
-    parser.add_argument(
-        "--compile", action="store_true", help="run the language model through torch.compile"
+        help="Quantization of the language model's weights, by bitsandbytes.",
     )
     parser.add_argument(
-        "--cache_mb", type=float, default=256, help="size of the cache of audio embeddings"
+        "--device_map", help="auto: spread the layers of the language model over all GPUs."
+    )
+    parser.add_argument(
+        "--attention",
+        help="Attention of the language model: sdpa, flash_attention_2 or eager.",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="Compile the language model with torch.compile."
+    )
+    parser.add_argument(
+        "--cache_mb",
+        type=float,
+        default=256,
+        help="Maximum size of the cache of audio embeddings, in MB.",
     )
     parser.add_argument(
         "--num_chunks",
         type=parse_num_chunks,
         default=1,
-        help="chunks of a clip to use: a number, or all",
+        help="Number of chunks of a clip that are encoded, or 'all'.",
     )
-    parser.add_argument("--max_new_tokens", type=int, help="by default 400")
-    parser.add_argument("--num_beams", type=int, help="search with beams instead of greedily")
-    parser.add_argument("--repetition_penalty", type=float, help="for tokens that occurred before")
     parser.add_argument(
-        "--temperature", type=float, help="of sampling; by default answers are greedy"
+        "--mode",
+        choices=MODES,
+        default="joint",
+        help="Input of the language model: audio and transcript, or only one of them.",
     )
-    parser.add_argument("--top_p", type=float, help="of sampling")
-    parser.add_argument("--top_k", type=int, help="of sampling")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="Maximum number of generated tokens (400)."
+    )
+    parser.add_argument(
+        "--num_beams", type=int, help="Number of beams of beam search. The default is greedy."
+    )
+    parser.add_argument(
+        "--repetition_penalty",
+        type=float,
+        help="Penalty on tokens that occurred before; 1 is none.",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="Temperature of sampling. Without it, decoding is greedy.",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        help="Sample from the most probable tokens that reach this probability together.",
+    )
+    parser.add_argument("--top_k", type=int, help="Sample from this many most probable tokens.")
     parser.add_argument(
         "--original_decoding",
         action="store_true",
-        help="sample as the papers did (temperature 0.1, top-p 0.95)",
+        help="Sample as the papers did (temperature 0.1, top-p 0.95).",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of sampling")
-    whisper = parser.add_argument_group("LTU-AS only")
-    whisper.add_argument(
-        "--mode", choices=MODES, default="joint", help="leave out the transcript, or the audio"
+    parser.add_argument(
+        "--seed", type=int, default=42, help="Seed of the random generator used for sampling."
     )
-    whisper.add_argument(
-        "--whisper", help="another name or .pt file of the Whisper that computes features"
-    )
-    whisper.add_argument("--transcription_model", help="another Whisper for the transcript")
-    whisper.add_argument(
-        "--feature_precision", help="fp16 or fp32, of Whisper's encoder (default: as trained)"
-    )
-    whisper.add_argument(
-        "--feature_root", help="folder of ltu_as.extract_whisper_feature, or of the original's .npz"
-    )
+    add_front_end_flags(parser)
 
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags; end the command if one is impossible for streamed answers about uploads."""
-    if args.feature_root is not None:
+    if getattr(args, "feature_root", None) is not None:
         parser.error("--feature_root: an upload has no features in a folder")
     if args.num_beams not in (None, 1):
         parser.error("--num_beams: beams are known at the end only, and answers are streamed here")
@@ -101,7 +124,7 @@ def open_engine(args: argparse.Namespace) -> LtuEngine:
         "cache_mb": args.cache_mb,
     }
     engine = LtuEngine.from_pretrained(args.model, **settings)
-    engine.processor.use(**{name: getattr(args, name) for name in WHISPER_FLAGS})
+    engine.processor.front_end.configure(**read_front_end_flags(args))
     return engine
 
 
@@ -118,7 +141,8 @@ def read_decoding_flags(args: argparse.Namespace) -> dict:
     decoding |= {"do_sample": True} if args.temperature is not None else {}
     if not decoding.get("do_sample") and (args.top_p is not None or args.top_k is not None):
         raise ValueError(
-            "--top_p and --top_k are of sampling: add --temperature, or --original_decoding."
+            "--top_p and --top_k have no effect without sampling: add --temperature, or "
+            "--original_decoding."
         )
     check_decoding(decoding)
     return decoding

@@ -28,6 +28,23 @@ class LabelScore:
     num_tokens: int
 
 
+@dataclass
+class Candidate:
+    """A text whose log-likelihood is to be computed.
+
+    Attributes:
+        text: the candidate.
+        tokens: of prompt and text, tokenized as one string.
+        start: position of the first token that is not the prompt's.
+        log_likelihood: the result.
+    """
+
+    text: str
+    tokens: list[int]
+    start: int
+    log_likelihood: float = 0.0
+
+
 @torch.no_grad()
 def score_labels(
     engine: Any,
@@ -41,9 +58,10 @@ def score_labels(
     Args:
         engine: an `ltu.inference.engine.LtuEngine`.
         request: clip and question; its decoding settings are not used.
+        candidates: the texts.
         with_end: count the end token too, so that "dog" and "dog bark" compete fairly.
-        tokens_at_once: of a forward pass, counting the shared part for each candidate; bounds the
-            memory.
+        tokens_at_once: the number of tokens of a forward pass, which bounds the memory; the shared
+            part counts for each candidate.
 
     Raises:
         ValueError: there are no candidates, or one has no tokens or does not fit into the language
@@ -57,18 +75,19 @@ def score_labels(
         raise clip
     prompt, embeds, transcript = engine.encode(request, clip, 0)
     rendered = engine.render(request, transcript)
-    ids = [_encode(engine.processor, rendered, text, with_end) for text in candidates]
-    # Tokens may merge where prompt and answer meet, so the common prefix can be shorter.
-    starts = [len(os.path.commonprefix([prompt, own])) for own in ids]
-    empty = [
-        text for text, own, start in zip(candidates, ids, starts, strict=True) if len(own) == start
-    ]
-    if empty:
-        raise ValueError(
-            f"The candidate {empty[0]!r} has no tokens of its own; use with_end, or leave it out."
-        )
+    encoded = []
+    for text in candidates:
+        tokens = _encode(engine.processor, rendered, text, with_end)
+        # Tokens may merge where prompt and answer meet, so the common prefix can be shorter.
+        start = len(os.path.commonprefix([prompt, tokens]))
+        if start == len(tokens):
+            raise ValueError(
+                f"The candidate {text!r} has no tokens of its own; use with_end, or leave it out."
+            )
+        encoded.append(Candidate(text, tokens, start))
+
     config = engine.model.config
-    length = max(len(own) for own in ids)
+    length = max(len(candidate.tokens) for candidate in encoded)
     if embeds is not None:
         # Use as many chunks as leave positions for every candidate.
         max_chunks = (config.num_positions - length) // config.num_audio_tokens
@@ -79,18 +98,22 @@ def score_labels(
             f"The longest candidate takes {length} tokens, "
             f"the language model {config.num_positions}."
         )
-    shared = min(starts)
-    inputs = engine.pad_batch([ids[0][:shared]], [embeds])
-    output = engine.model(**inputs, use_cache=True, logits_to_keep=1)
+
+    # Compute the audio and the tokens that all candidates share once.
+    num_shared = min(candidate.start for candidate in encoded)
+    inputs = engine.pad_batch([prompt[:num_shared]], [embeds])
+    prefix = engine.model(**inputs, use_cache=True, logits_to_keep=1)
     width = inputs["input_ids"].shape[1]
-    rests = [own[shared:] for own in ids]
-    values: dict[int, float] = {}
-    for chunk in _chunks([len(rest) - 1 for rest in rests], width, tokens_at_once):
-        found = _log_probabilities(engine, output, width, [rests[index] for index in chunk])
-        for index, own in zip(chunk, found, strict=True):
-            values[index] = float(own[starts[index] - shared :].sum())
-    counts = [len(own) - start for own, start in zip(ids, starts, strict=True)]
-    return [LabelScore(text, values[index], counts[index]) for index, text in enumerate(candidates)]
+    for group in group_candidates(encoded, num_shared, width, tokens_at_once):
+        rests = [candidate.tokens[num_shared:] for candidate in group]
+        log_probabilities = _log_probabilities(engine, prefix, width, rests)
+        for candidate, values in zip(group, log_probabilities, strict=True):
+            candidate.log_likelihood = float(values[candidate.start - num_shared :].sum())
+    scores = []
+    for candidate in encoded:
+        num_tokens = len(candidate.tokens) - candidate.start
+        scores.append(LabelScore(candidate.text, candidate.log_likelihood, num_tokens))
+    return scores
 
 
 def _encode(processor: Any, rendered: RenderedPrompt, candidate: str, with_end: bool) -> list[int]:
@@ -105,17 +128,28 @@ def _encode(processor: Any, rendered: RenderedPrompt, candidate: str, with_end: 
     return tokens
 
 
-def _chunks(lengths: list[int], width: int, tokens_at_once: int) -> list[list[int]]:
-    """Group candidates within the budget; their lengths differ by a quarter at most."""
-    chunks: list[list[int]] = []
-    longest = 0  # of the last chunk
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        is_full = not chunks or (len(chunks[-1]) + 1) * (width + longest) > tokens_at_once
-        if is_full or lengths[index] < 0.75 * longest:  # Padding costs as much as tokens.
-            chunks.append([])
-            longest = lengths[index]
-        chunks[-1].append(index)
-    return chunks
+def group_candidates(
+    candidates: list[Candidate], num_shared: int, width: int, tokens_at_once: int
+) -> list[list[Candidate]]:
+    """Group candidates for one forward pass each; their lengths differ by a quarter at most.
+
+    Args:
+        candidates: in any order.
+        num_shared: the number of tokens that all of them share, which are computed before.
+        width: the number of positions of the shared part, with audio.
+        tokens_at_once: the maximum number of tokens of a group.
+    """
+    groups: list[list[Candidate]] = []
+    longest = 0  # tokens of the longest candidate of the last group
+    for candidate in sorted(candidates, key=lambda candidate: -len(candidate.tokens)):
+        # The last token is predicted, but is no input.
+        length = len(candidate.tokens) - num_shared - 1
+        is_full = not groups or (len(groups[-1]) + 1) * (width + longest) > tokens_at_once
+        if is_full or length < 0.75 * longest:  # Padding costs as much as tokens.
+            groups.append([])
+            longest = length
+        groups[-1].append(candidate)
+    return groups
 
 
 def _log_probabilities(

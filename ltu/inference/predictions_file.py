@@ -36,7 +36,9 @@ class AnswerFile:
     def __init__(self, path: str | Path, rank: int = 0):
         self.path = Path(path)
         self.rank = rank
-        self.partial = Path(f"{path}.partial.{rank}.jsonl" if rank else f"{path}.partial.jsonl")
+        self.partial = Path(f"{path}.partial.jsonl")
+        if rank:
+            self.partial = Path(f"{path}.partial.{rank}.jsonl")
         self.lock_path = self.path.with_name(f".{self.path.name}.lock")
         self.locked: IO | None = None
         self.lines: IO | None = None
@@ -52,7 +54,8 @@ class AnswerFile:
         try:
             if self.rank == 0:
                 fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Ranks share the lock, which excludes an exclusive one.
+            # Ranks share the lock, which excludes an exclusive one. The shared locks of filelock
+            # need an SQLite database and cannot be made of an exclusive one.
             fcntl.flock(self.locked, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(

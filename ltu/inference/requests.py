@@ -119,7 +119,7 @@ class Answer:
             self.seconds_heard = 0.0
             self.error = (
                 f"The prompt has {self.prompt_tokens} tokens, the language model takes "
-                f"{config.num_positions}: ask less, or give a shorter clip or transcript."
+                f"{config.num_positions}: shorten the question, the clip or the transcript."
             )
         elif num_chunks and self.seconds_heard < self.seconds_total - UNUSED_SECONDS:
             self.status = "truncated"
@@ -137,11 +137,10 @@ def batches(requests: list[Request], settings: list[dict], batch_size: int) -> I
     groups: dict[str, list[int]] = {}
     clip_numbers: dict[Any, int] = {}
     for index, request in enumerate(requests):
-        has_beams = settings[index].get("num_beams", 1) > 1
-        row_settings = () if has_beams else ROW_SETTINGS
-        common = {
-            name: value for name, value in settings[index].items() if name not in row_settings
-        }
+        common = dict(settings[index])
+        if common.get("num_beams", 1) == 1:
+            for name in ROW_SETTINGS:
+                common.pop(name, None)
         groups.setdefault(json.dumps(common, sort_keys=True), []).append(index)
         clip_numbers.setdefault(_clip_name(request.audio), len(clip_numbers))
     for group in groups.values():
@@ -161,4 +160,6 @@ def _length(request: Request) -> tuple[bool, int]:
 def _clip_name(audio: AudioSource) -> Any:
     if isinstance(audio, str | Path):
         return str(audio)
-    return audio if isinstance(audio, bytes) else id(audio)
+    if isinstance(audio, bytes):
+        return audio
+    return id(audio)

@@ -10,9 +10,11 @@ import hashlib
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import (
@@ -34,22 +36,28 @@ ORIGINAL_DECODING = {
 # A token of tokenizers that spell rare characters in bytes.
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
-# Each setting: its types, whether a value is possible, and a description of possible values.
-SETTINGS: dict[str, tuple[tuple, Callable[[Any], bool], str]] = {
-    "do_sample": ((bool,), lambda value: True, "true or false"),
-    "temperature": (
-        (int, float),
-        lambda value: 0 < value <= 100,
-        "above 0, at most 100 (do_sample=False is greedy)",
-    ),
-    "top_p": ((int, float), lambda value: 0 < value <= 1, "above 0, at most 1"),
-    "top_k": ((int,), lambda value: value >= 0, "a whole number from 0 (0: no limit)"),
-    "repetition_penalty": ((int, float), lambda value: 0 < value <= 100, "above 0, at most 100"),
-    "max_new_tokens": ((int,), lambda value: value >= 1, "a whole number from 1"),
-    "min_new_tokens": ((int,), lambda value: value >= 0, "a whole number from 0"),
-    "num_beams": ((int,), lambda value: 1 <= value <= 64, "a whole number from 1 to 64"),
-    "length_penalty": ((int, float), lambda value: abs(value) < 100, "a number"),
-}
+
+
+class DecodingSettings(BaseModel):
+    """The settings of generation, with the values that are possible.
+
+    `GenerationConfig.validate` of transformers checks `max_new_tokens` only; it accepts, for
+    example, a negative temperature, top_p 1.5, top_k True and zero beams.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    do_sample: bool = Field(False, description="true or false")
+    temperature: float = Field(
+        1.0, gt=0, le=100, description="above 0, at most 100 (do_sample=False is greedy)"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="above 0, at most 1")
+    top_k: int = Field(0, ge=0, description="a whole number from 0 (0: no limit)")
+    repetition_penalty: float = Field(1.0, gt=0, le=100, description="above 0, at most 100")
+    max_new_tokens: int = Field(400, ge=1, description="a whole number from 1")
+    min_new_tokens: int = Field(0, ge=0, description="a whole number from 0")
+    num_beams: int = Field(1, ge=1, le=64, description="a whole number from 1 to 64")
+    length_penalty: float = Field(1.0, gt=-100, lt=100, description="above -100, below 100")
 
 
 def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
@@ -58,17 +66,18 @@ def check_decoding(decoding: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting is unknown, or its value impossible.
     """
-    unknown = sorted(set(decoding) - set(SETTINGS))
-    if unknown:
-        raise ValueError(f"Unknown decoding settings {unknown}; there are {', '.join(SETTINGS)}.")
-    for name, value in decoding.items():
-        types, is_possible, possible = SETTINGS[name]
-        is_of_type = isinstance(value, types)
-        if isinstance(value, bool) and bool not in types:  # A bool is an int for Python.
-            is_of_type = False
-        if not is_of_type or not is_possible(value):
-            raise ValueError(f"{name} is {value!r}; possible: {possible}.")
-    settings = GREEDY_DECODING | decoding
+    known = DecodingSettings.model_fields
+    try:
+        given = DecodingSettings.model_validate(decoding).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        details = error.errors()[0]
+        name = details["loc"][0]
+        if name not in known:
+            message = f"Unknown decoding setting {name!r}; there are {', '.join(known)}."
+        else:
+            message = f"{name} is {details['input']!r}; possible: {known[name].description}."
+        raise ValueError(message) from error
+    settings = GREEDY_DECODING | given
     if settings["do_sample"] and settings.get("num_beams", 1) > 1:
         raise ValueError("Beams are searched, not sampled: leave num_beams or do_sample out.")
     return settings
@@ -84,56 +93,78 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, seeds: list[str], settings: list[dict[str, Any]]):
-        # Not random.Random(text): how Python turns a text into a seed may change.
-        digests = [hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest() for seed in seeds]
-        self.rows = [random.Random(int.from_bytes(digest, "big")) for digest in digests]
-        self.alike: dict[tuple, list[int]] = {}  # temperature, top_k, top_p -> rows
+        self.generators: list[random.Random] = []  # one for each row
+        for seed in seeds:
+            # Not random.Random(text): how Python turns a text into a seed may change.
+            digest = hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest()
+            self.generators.append(random.Random(int.from_bytes(digest, "big")))
+        # Rows with equal settings are sampled together: (temperature, top_k, top_p) -> rows.
+        self.rows_of_settings: dict[tuple, list[int]] = {}
         for row, own in enumerate(settings):
             key = own.get("temperature", 1.0), own.get("top_k", 0), own.get("top_p", 1.0)
             if own["do_sample"]:
-                self.alike.setdefault(key, []).append(row)
+                self.rows_of_settings.setdefault(key, []).append(row)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
-        for (temperature, top_k, top_p), rows in self.alike.items():
-            warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-            warpers += [TopKLogitsWarper(top_k)] if top_k else []
-            warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-            warp = LogitsProcessorList(warpers)
+        for (temperature, top_k, top_p), rows in self.rows_of_settings.items():
+            warp = make_warpers(temperature, top_k, top_p)
             warped = warp(input_ids[rows], scores[rows])  # (rows, vocabulary)
-            scores[rows] = self._sample(warped, [self.rows[row] for row in rows])
+            thresholds = [self.generators[row].random() for row in rows]
+            scores[rows] = self._sample(warped, torch.tensor(thresholds, device=scores.device))
         return scores
 
-    def _sample(self, scores: Tensor, rows: list[random.Random]) -> Tensor:
+    def _sample(self, scores: Tensor, thresholds: Tensor) -> Tensor:
+        """Sample the token at which the sum of the probabilities exceeds a row's threshold.
+
+        Args:
+            scores: (rows, vocabulary).
+            thresholds: (rows,), random numbers from 0 to 1.
+
+        Returns:
+            (rows, vocabulary), 0 for the sampled token and minus infinity for the others.
+        """
         probabilities = scores.float().softmax(-1)  # (rows, vocabulary)
-        thresholds = torch.tensor([[row.random()] for row in rows], device=scores.device)
-        is_reached = (probabilities.cumsum(-1) > thresholds) & (probabilities > 0)
+        is_exceeded = probabilities.cumsum(-1) > thresholds[:, None]
+        is_exceeded &= probabilities > 0
+        first_exceeded = is_exceeded.int().argmax(-1)  # (rows,)
         # Rounding may leave the sum just below a threshold near 1: then take the likeliest token.
-        chosen = torch.where(
-            is_reached.any(-1), is_reached.int().argmax(-1), probabilities.argmax(-1)
-        )
+        likeliest = probabilities.argmax(-1)  # (rows,)
+        chosen = torch.where(is_exceeded.any(-1), first_exceeded, likeliest)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+
+def make_warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+    """Make the stock processors of sampling, without those that would change nothing."""
+    warpers = LogitsProcessorList()
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k > 0:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
 
 
 class Cancelling(StoppingCriteria):
     """Stops the rows of a beam search that nobody waits for.
 
-    `is_wanted` is called with each row at each step.
+    Args:
+        is_wanted: called with each row at each step.
+        num_rows: the number of prompts in the batch.
     """
 
-    def __init__(self, is_wanted: Callable[[int], bool], rows: int):
+    def __init__(self, is_wanted: Callable[[int], bool], num_rows: int):
         self.is_wanted = is_wanted
-        self.rows = rows
+        self.num_rows = num_rows
         self.cancelled: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.cancelled |= {
-            row for row in range(self.rows) if row not in self.cancelled and not self.is_wanted(row)
-        }
-        stops = torch.tensor(
-            [row in self.cancelled for row in range(self.rows)], device=input_ids.device
-        )
-        return stops.repeat_interleave(len(input_ids) // self.rows)
+        for row in range(self.num_rows):
+            if row not in self.cancelled and not self.is_wanted(row):
+                self.cancelled.add(row)
+        num_beams = len(input_ids) // self.num_rows
+        return stop_rows(self.cancelled, self.num_rows, input_ids).repeat_interleave(num_beams)
 
 
 class RowLimits(StoppingCriteria):
@@ -149,6 +180,23 @@ class RowLimits(StoppingCriteria):
         return (input_ids.shape[1] - self.start >= limits).to(input_ids.device)
 
 
+@dataclass
+class StreamedRow:
+    """A row of a batch whose text is streamed.
+
+    Attributes:
+        limit: the maximum number of new tokens.
+        tokens: the new tokens so far, without an end token.
+        shown: the text so far, as far as later tokens cannot change it.
+        is_done: no token follows, or nobody waits for it.
+    """
+
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    shown: str = ""
+    is_done: bool = False
+
+
 class BatchStreamer(BaseStreamer, StoppingCriteria):
     """Streams the growing text of each row, and stops the rows that nobody waits for.
 
@@ -157,7 +205,7 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         tokenizer: of the language model.
         decode: converts tokens to text.
         ends: end tokens.
-        limits: number of new tokens of each row, at most.
+        limits: the maximum number of new tokens of each row.
     """
 
     def __init__(
@@ -172,42 +220,52 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         self.tokenizer = tokenizer
         self.decode = decode
         self.ends = ends
-        self.limits = limits
-        self.tokens: list[list[int]] = []
-        self.shown: list[str] = []
-        self.is_done: list[bool] = []
+        self.rows = [StreamedRow(limit) for limit in limits]
         self.cancelled: set[int] = set()
+        self.has_prompts = False
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The new tokens of each row, without an end token."""
+        return [row.tokens for row in self.rows]
 
     def put(self, value: Tensor) -> None:
         """Take the prompts first, (rows, length), then one new token of each row, (rows,)."""
-        if not self.tokens:
-            self.tokens = [[] for _ in value]
-            self.shown = [""] * len(value)
-            self.is_done = [False] * len(value)
+        if not self.has_prompts:
+            self.has_prompts = True
             return
-        for row, token in enumerate(value.tolist()):
-            if self.is_done[row]:
+        for index, token in enumerate(value.tolist()):
+            row = self.rows[index]
+            if row.is_done:
                 continue
-            self.is_done[row] = token in self.ends
-            if self.is_done[row]:
+            if token in self.ends:
+                row.is_done = True
                 continue
-            self.tokens[row].append(token)
-            self.is_done[row] = len(self.tokens[row]) == self.limits[row]
-            text = self.decode(self.tokens[row])
-            # Text that was streamed must not change. An incomplete character decodes as U+FFFD, and
-            # so do all bytes of a run with a wrong one.
-            piece = self.tokenizer.convert_ids_to_tokens(token) or ""
-            is_open = text.endswith("\ufffd") or BYTE.fullmatch(piece)
-            if not is_open and text.startswith(self.shown[row]):
-                self.shown[row] = text
-            if self.on_text(row, self.shown[row]) is False:
-                self.is_done[row] = True
-                self.cancelled.add(row)
+            self._append(row, token)
+            if self.on_text(index, row.shown) is False:
+                row.is_done = True
+                self.cancelled.add(index)
+
+    def _append(self, row: StreamedRow, token: int) -> None:
+        """Append a token, and show the text that later tokens cannot change."""
+        row.tokens.append(token)
+        row.is_done = len(row.tokens) == row.limit
+        text = self.decode(row.tokens)
+        # An incomplete character decodes as U+FFFD, and so do all bytes of a run with a wrong one.
+        piece = self.tokenizer.convert_ids_to_tokens(token) or ""
+        is_open = text.endswith("\ufffd") or BYTE.fullmatch(piece)
+        if not is_open and text.startswith(row.shown):
+            row.shown = text
 
     def end(self) -> None:
         """Do nothing: the whole text is in the answer."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.tensor(
-            [row in self.cancelled for row in range(len(input_ids))], device=input_ids.device
-        )
+        return stop_rows(self.cancelled, len(input_ids), input_ids)
+
+
+def stop_rows(rows: set[int], num_rows: int, input_ids: Tensor) -> Tensor:
+    """Return (num_rows,), True for the rows to stop, on the device of `input_ids`."""
+    stops = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
+    stops[list(rows)] = True
+    return stops

@@ -132,8 +132,9 @@ class LtuConfig(PreTrainedConfig):
             language model.
         language_model_sha256: hash of that model's `config.json` and weight index; a model with
             another hash is not loaded.
-        lora: `{"r", "alpha", "dropout", "target_modules"}`, or None if the language model has no
-            LoRA (stage 1).
+        lora: arguments of peft's `LoraConfig`: `{"r", "lora_alpha", "lora_dropout",
+            "target_modules"}`, or None if the language model has no LoRA (stage 1). The whole
+            `LoraConfig.to_dict()` is not stored, because its keys differ between versions of peft.
         prompt_template: `{"name", "prompt_no_input", "prompt_input"}`, and `"chat_template"` if
             that of the language model is used; by default the template of the released checkpoints.
         projector_layer_norm_eps: eps of the LayerNorm in front of the projector.

@@ -92,7 +92,7 @@ def sha256_of_weights(path: str | Path) -> str:
     return sha256_of(*(weight_files(path) if path.is_dir() else [path]))
 
 
-def find_model_file(name: str | os.PathLike, file: str) -> Path | None:
+def find_model_file(name: str | os.PathLike, file: str, **hub_kwargs: Any) -> Path | None:
     """Return the path of a file of a model in a folder or on the hub; download it if need be.
 
     Returns None if the model has no such file, or if the file is not cached and the hub cannot be
@@ -105,12 +105,12 @@ def find_model_file(name: str | os.PathLike, file: str) -> Path | None:
         path = Path(name, file)
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(str(name), file))
+        return Path(hf_hub_download(str(name), file, **hub_kwargs))
     except EntryNotFoundError:
         return None
 
 
-def hash_language_model(name: str | os.PathLike) -> str:
+def hash_language_model(name: str | os.PathLike, **hub_kwargs: Any) -> str:
     """Return a sha256 that identifies a language model without reading its weights.
 
     It is that of `config.json` and the index of the weight files. A model in one safetensors file
@@ -118,6 +118,7 @@ def hash_language_model(name: str | os.PathLike) -> str:
 
     Args:
         name: a folder, or a hub id.
+        hub_kwargs: arguments of `huggingface_hub.hf_hub_download`, such as `token`.
 
     Raises:
         FileNotFoundError: there is no such model, or it has no weights.
@@ -127,14 +128,14 @@ def hash_language_model(name: str | os.PathLike) -> str:
             f"The language model {name} is not there. Give its folder or hub id: --llm DIR_OR_ID "
             "(language_model=... in Python)."
         )
-    digest = hashlib.sha256(Path(cached_file(name, "config.json")).read_bytes())
+    digest = hashlib.sha256(Path(cached_file(name, "config.json", **hub_kwargs)).read_bytes())
     for index in (
         "model.safetensors.index.json",
         "model.safetensors",
         "pytorch_model.bin.index.json",
         "pytorch_model.bin",
     ):
-        file = find_model_file(name, index)
+        file = find_model_file(name, index, **hub_kwargs)
         if file is None:
             continue
         with open(file, "rb") as stream:

@@ -3,28 +3,30 @@
 LoRA weights are fp32, whatever the dtype of the language model.
 """
 
-from typing import Any
-
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
-from transformers import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 
-def find_targets(language_model: Any, named: list[str] | None = None) -> list[str]:
+def find_targets(
+    language_model: PreTrainedModel, target_modules: list[str] | None = None
+) -> list[str]:
     """Return the names of the layers that take LoRA.
 
     Args:
         language_model: a causal LM.
-        named: the layers; by default q_proj and v_proj, as in the papers, or else those that peft
-            knows for this type of model.
+        target_modules: the layers; by default q_proj and v_proj, as in the papers, or else those
+            that peft knows for this type of model.
 
     Raises:
         ValueError: a named layer is not in the model, or no default fits it.
     """
     modules = dict(language_model.named_modules())
     model_type = language_model.config.model_type
-    candidates = [named] if named else [["q_proj", "v_proj"], PEFT_TARGETS.get(model_type)]
+    candidates = [["q_proj", "v_proj"], PEFT_TARGETS.get(model_type)]
+    if target_modules:
+        candidates = [target_modules]
     for targets in candidates:
         # For some types of model peft has a regular expression, which is not used here.
         if isinstance(targets, list) and all(_has_layer(modules, target) for target in targets):
@@ -35,8 +37,8 @@ def find_targets(language_model: Any, named: list[str] | None = None) -> list[st
     for name, module in modules.items():
         if isinstance(module, nn.Linear | Conv1D) and module is not output_layer:
             linear.add(name.split(".")[-1])
-    if named:
-        reason = f"LoRA cannot be added to {named}: the model lacks at least one of them"
+    if target_modules:
+        reason = f"LoRA cannot be added to {target_modules}: the model lacks at least one of them"
     else:
         reason = "The usual target layers of LoRA are not known"
     raise ValueError(
@@ -49,19 +51,24 @@ def _has_layer(modules: dict[str, nn.Module], target: str) -> bool:
     return any(f".{name}".endswith(f".{target}") for name in modules)
 
 
-def inject_lora(language_model: Any, lora: dict) -> None:
+def inject_lora(language_model: PreTrainedModel, lora: dict) -> None:
     """Inject a new LoRA, whose product is zero at first, into the layers of `target_modules`.
 
     Args:
         language_model: a causal LM, which is changed.
-        lora: `{"r", "alpha", "dropout", "target_modules"}`.
+        lora: arguments of peft's `LoraConfig`.
+
+    Raises:
+        ValueError: peft does not know one of the arguments.
     """
-    config = LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=lora["target_modules"],
-    )
+    try:
+        config = LoraConfig(**lora)
+    except TypeError as error:
+        known = "r, lora_alpha, lora_dropout and target_modules"
+        raise ValueError(
+            f"The LoRA settings {lora} are no arguments of peft's LoraConfig ({error}). Use the "
+            f"names {known} in config.json."
+        ) from error
     inject_adapter_in_model(config, language_model)
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name:

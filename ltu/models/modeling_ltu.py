@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
@@ -92,12 +93,16 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         """Do nothing: the parts initialise themselves, and a loaded language model is kept."""
 
     def add_lora(
-        self, r: int, alpha: int, dropout: float, target_modules: list[str] | None = None
+        self,
+        r: int,
+        lora_alpha: int,
+        lora_dropout: float,
+        target_modules: list[str] | None = None,
     ) -> None:
         """Inject a new LoRA into the language model; its product is zero at first.
 
         Args:
-            r, alpha, dropout: rank, scale and dropout, as in peft's `LoraConfig`.
+            r, lora_alpha, lora_dropout: rank, scale and dropout, as in peft's `LoraConfig`.
             target_modules: names of the layers; by default, those that `find_targets` chooses.
 
         Raises:
@@ -109,7 +114,12 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 "continue with it."
             )
         targets = find_targets(self.language_model, target_modules)
-        self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": targets}
+        self.config.lora = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "target_modules": targets,
+        }
         inject_lora(self.language_model, self.config.lora)
 
     def set_trainable(self, plan: str) -> None:
@@ -297,7 +307,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         config: LtuConfig | None = None,
         language_model: str | Path | None = None,
         dtype: str | torch.dtype = "auto",
-        device_map: Any = None,
+        device_map: str | dict | None = None,
         **kwargs: Any,
     ) -> "LtuForConditionalGeneration":
         """Open a checkpoint folder, or a hub id that holds one.
@@ -313,11 +323,13 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             kwargs: `HUB_ARGUMENTS` and `LLM_ARGUMENTS`.
 
         Raises:
-            ValueError: the language model is not the one that the checkpoint was trained with.
-            KeyError: a key of the checkpoint is missing or left over.
+            ValueError: the language model is not the one that the checkpoint was trained with, or a
+                key of the checkpoint is missing or left over.
             TypeError: there is no such argument.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        # The revision is that of the checkpoint; the language model is in another repository.
+        llm_hub_kwargs = {name: value for name, value in hub_kwargs.items() if name != "revision"}
         dtype = kwargs.pop("torch_dtype", dtype)
         llm_kwargs = {name: kwargs.pop(name) for name in LLM_ARGUMENTS if name in kwargs}
         left_over = [
@@ -333,9 +345,13 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 config.language_model = str(language_model)
             else:
                 config.language_model = config.find_language_model(folder)
-            check_language_model(config, folder)
+            check_language_model(config, folder, **llm_hub_kwargs)
             llm = AutoModelForCausalLM.from_pretrained(
-                config.language_model, dtype=dtype, device_map=device_map, **llm_kwargs
+                config.language_model,
+                dtype=dtype,
+                device_map=device_map,
+                **llm_kwargs,
+                **llm_hub_kwargs,
             )
             config.text_config = llm.config
         else:
@@ -369,9 +385,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
         Raises:
             FileNotFoundError: the folder holds no weights.
-            KeyError: a key is missing or left over.
+            ValueError: a key is missing or left over.
         """
-        files = sorted(folder.glob("model*.safetensors"))
+        files = sorted(folder.glob("model*.safetensors"))  # A .bin file is none of ours.
         if not files:
             raise FileNotFoundError(
                 f"{folder} holds no model.safetensors. Write one with: "
@@ -379,12 +395,15 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             )
         state: dict[str, Tensor] = {}
         for file in files:
-            state.update(load_file(file))
+            try:
+                state.update(load_file(file))
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged ({error}). Copy or write it again.") from error
         expected = {key for key in self.state_dict() if self.is_own(key)}
         missing = expected - set(state) - set(self.all_tied_weights_keys)
         left_over = set(state) - expected
         if missing or left_over:
-            raise KeyError(
+            raise ValueError(
                 f"{folder} does not fit its own config: {len(missing)} keys missing "
                 f"{sorted(missing)[:3]}, {len(left_over)} left over {sorted(left_over)[:3]}. Write "
                 "the folder again with: python -m ltu.convert_checkpoint"
@@ -392,13 +411,16 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.load_state_dict(state, strict=False)
 
 
-def check_language_model(config: LtuConfig, folder: Path) -> None:
+def check_language_model(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> None:
     """Check that the language model is the one that a checkpoint was trained with.
+
+    Args:
+        hub_kwargs: as for `hash_language_model`.
 
     Raises:
         ValueError: its hash differs from the one in the config.
     """
-    found = hash_language_model(config.language_model)
+    found = hash_language_model(config.language_model, **hub_kwargs)
     if config.language_model_sha256 not in (None, found):
         raise ValueError(
             f"{folder} was trained with a language model whose hash is "

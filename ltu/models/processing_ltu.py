@@ -25,7 +25,8 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ltu.data.audio import SAMPLING_RATE, AudioClip, AudioSource, decode_audio
+from ltu.data.audio import AudioSource
+from ltu.models.audio_front_end import make_front_end
 from ltu.models.configuration_ltu import ALPACA_SHORT, LtuConfig
 from ltu.models.prompt_template import (
     CUT,
@@ -41,8 +42,6 @@ from ltu.models.prompt_template import (
 )
 
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
-# Settings of `LtuProcessor.use`, as flags of commands. Only LTU-AS takes them.
-WHISPER_FLAGS = ("whisper", "transcription_model", "feature_precision", "feature_root")
 
 
 class LtuProcessor(ProcessorMixin):
@@ -62,7 +61,6 @@ class LtuProcessor(ProcessorMixin):
     # Arguments of the feature extractor that depend on the audio encoder, each with the field of
     # `audio_config` that holds the value.
     extractor_sizes = {"num_mel_bins": "num_mel_bins", "num_frames": "num_frames"}
-    transcribes = False
 
     def __init__(
         self,
@@ -78,6 +76,7 @@ class LtuProcessor(ProcessorMixin):
         self.num_audio_tokens = num_audio_tokens
         self.audio_token_id = audio_token_id
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
+        self.front_end = make_front_end(feature_extractor)
         self.controls = control_tokens(tokenizer, self.prompt_template.get("chat_template"))
         self.add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
         if tokenizer.eos_token_id is None:
@@ -236,8 +235,8 @@ class LtuProcessor(ProcessorMixin):
             text: one question, or a list of them.
             audio: one clip per question: a path, the bytes of a file, a 16 kHz mono waveform
                 (samples,), or None for a question without audio.
-            transcript: the speech of each clip as text; "" for none. If it is None, LTU uses none
-                and LTU-AS transcribes the clip.
+            transcript: the speech of each clip as text; "" for none. If it is None, the clip is
+                transcribed if the model takes transcripts, as LTU-AS does.
 
         Returns:
             `input_ids` and `attention_mask` (batch, audio tokens + longest text), and
@@ -304,8 +303,8 @@ class LtuProcessor(ProcessorMixin):
         clips = []
         for message in audio_messages:
             audio = message.get("audio")
-            clips.append(None if audio is None else self.load_clip(audio))
-        transcripts = self.complete_transcripts(
+            clips.append(None if audio is None else self.front_end.load_clip(audio))
+        transcripts = self.front_end.complete_transcripts(
             clips, [message.get("transcript") for message in audio_messages]
         )
         for message, transcript in zip(audio_messages, transcripts, strict=True):
@@ -315,7 +314,7 @@ class LtuProcessor(ProcessorMixin):
         batch = self.pad_batch(tokens, [clip is not None for clip in clips])
         loaded_clips = [clip for clip in clips if clip is not None]
         if loaded_clips:
-            batch["input_features"] = self.extract_features(loaded_clips)
+            batch["input_features"] = self.front_end.extract_features(loaded_clips)
         return BatchFeature(batch)
 
     def pad_batch(
@@ -348,90 +347,6 @@ class LtuProcessor(ProcessorMixin):
             input_ids[row, :num_audio] = self.audio_token_id
             attention_mask[row, :num_audio] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def load_clip(
-        self, audio: AudioSource, audio_id: str | None = None, num_chunks: int = 1
-    ) -> AudioClip:
-        """Load a clip.
-
-        Args:
-            audio: a path, the bytes of a file, or a waveform.
-            audio_id: the name of the clip in its example, by which LTU-AS finds it in a feature
-                folder.
-            num_chunks: the number of chunks to encode, at most those of the clip; 0 for all.
-
-        Raises:
-            ltu.data.audio.AudioError: the clip cannot be decoded.
-        """
-        decoded = decode_audio(audio)
-        available_chunks = self.feature_extractor.count_chunks(len(decoded.waveform))
-        return AudioClip(
-            audio,
-            len(decoded.waveform) / SAMPLING_RATE,
-            decoded.waveform,
-            sampling_rate=decoded.sampling_rate,
-            channels=decoded.channels,
-            num_chunks=min(num_chunks or available_chunks, available_chunks),
-        )
-
-    def find_stored_features(self, audio: AudioSource, audio_id: str | None = None) -> Any | None:
-        """Return what a feature folder holds of a clip: for LTU always None."""
-        return None
-
-    @property
-    def audio_settings(self) -> tuple:
-        """Settings that can change after opening and that change the features of a clip."""
-        return ()
-
-    def extract_features(self, clips: list[AudioClip]) -> Tensor:
-        """Return the input of the audio encoder: (chunks of all clips, frames, mel bins).
-
-        Features that a clip holds already are not computed again.
-        """
-        new_clips = [clip for clip in clips if clip.features is None]
-        new_features = iter(())
-        if new_clips:
-            num_chunks = [clip.num_chunks for clip in new_clips]
-            output = self.feature_extractor(
-                [clip.waveform for clip in new_clips],
-                sampling_rate=SAMPLING_RATE,
-                num_chunks=num_chunks,
-            )
-            new_features = iter(output.input_features.split(num_chunks))
-        features = []
-        for clip in clips:
-            if clip.features is None:
-                features.append(next(new_features))  # (chunks, frames, mel bins)
-            else:
-                features.append(clip.features[None])  # (1, frames, mel bins)
-        return torch.cat(features)
-
-    def load_features(self, row: dict) -> Tensor:
-        """Return the input of the audio encoder for the clip of an example: (frames, mel bins)."""
-        clip = self.load_clip(row["audio"], row.get("audio_id"))
-        return self.extract_features([clip])[0]
-
-    def complete_transcripts(
-        self, clips: list[AudioClip | None], transcripts: list[str | None]
-    ) -> list[str]:
-        """Replace each transcript that is None: by "" for LTU, by Whisper's for LTU-AS."""
-        return [transcript or "" for transcript in transcripts]
-
-    def add_transcripts(self, rows: list[dict]) -> list[dict]:
-        """Return examples with `input` where it is absent: "" for LTU, Whisper's for LTU-AS."""
-        return [row | {"input": row.get("input") or ""} for row in rows]
-
-    def use(self, **settings: str | None) -> None:
-        """Change the Whisper models, their precision or the feature folder of LTU-AS.
-
-        Raises:
-            ValueError: a setting is not None, and the checkpoint is of LTU.
-        """
-        given = [f"--{name}" for name, value in settings.items() if value is not None]
-        if given:
-            raise ValueError(
-                f"{', '.join(given)}: only LTU-AS uses Whisper, and this checkpoint is of LTU."
-            )
 
     def decode_answer(self, ids: Tensor | list[int]) -> str:
         """Return the text of newly generated tokens, without control tokens."""

@@ -15,8 +15,9 @@ from string import Formatter
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from ltu.data.audio import AudioSource
 from ltu.models.configuration_ltu import ALPACA_SHORT
 
 CHAT = {
@@ -91,7 +92,9 @@ def _fields_of(text: str) -> list[str]:
     return sorted({name for _, name, _, _ in Formatter().parse(text) if name is not None})
 
 
-def control_tokens(tokenizer: Any, chat_template: str | None) -> re.Pattern | None:
+def control_tokens(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+) -> re.Pattern | None:
     """Return a pattern of the tokens that only the chat template may write.
 
     These are the special tokens, and other added tokens that the template names. Returns None if
@@ -117,7 +120,10 @@ def escape_control_tokens(text: str, controls: re.Pattern | None) -> str:
 
 
 def render_prompt(
-    messages: list[dict], template: dict[str, str], controls: re.Pattern | None, tokenizer: Any
+    messages: list[dict],
+    template: dict[str, str],
+    controls: re.Pattern | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> RenderedPrompt:
     """Render the prompt of a conversation.
 
@@ -229,12 +235,14 @@ def _parts_of(content: Any) -> list[dict]:
     return content
 
 
-def user_message(text: str, transcript: str | None = None, audio: Any = None) -> dict:
+def user_message(text: str, transcript: str | None = None, audio: AudioSource = None) -> dict:
     """Return a message of the user, as `read_conversation` returns it."""
     return {"role": "user", "content": text, "transcript": transcript, "audio": audio}
 
 
-def tokenize_texts(tokenizer: Any, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+def tokenize_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], split_special_tokens: bool
+) -> list[list[int]]:
     """Tokenize each text, without special tokens around it.
 
     A fast tokenizer is called through its backend: its other outputs would double the time.
@@ -255,7 +263,7 @@ def tokenize_texts(tokenizer: Any, texts: list[str], split_special_tokens: bool)
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether texts begin with `<s>`, by the config in the tokenizer's folder.
 
     Old Llama folders have no such setting; their tokenizer always added `<s>`.

@@ -57,7 +57,7 @@ class Metrics:
             registry=registry,
         )
         self.audio_seconds = Counter(
-            "ltu_heard_seconds", "Seconds of audio that were encoded.", registry=registry
+            "ltu_audio_seconds", "Seconds of audio that were encoded.", registry=registry
         )
 
 
@@ -117,24 +117,36 @@ class BatchScheduler(threading.Thread):
         try:
             for index, answer in self.engine.run(requests, len(batch), on_text=on_text):
                 self._deliver(unanswered.pop(index), answer)
-        # Catch everything, because the server must outlive any failure of the model. The requests
-        # of a failed batch run again one by one, so that only the one that fails gets an error.
+        # Catch everything, also a bug: if the thread ended here, every request would wait until its
+        # timeout. No list of types is enough, because a GPU that is full or broken raises several,
+        # and a bug in the model or in a library any other. The requests run again one by one, so
+        # that only the one that fails gets an error. The log has the traceback, and the metric
+        # `ltu_answers` counts the failures.
         except Exception as error:
             log_without_message(error)
             for pending in unanswered.values():
                 if len(batch) == 1:
-                    failure = "The model failed on this request."
-                    pending.push(ApiError(500, failure, None, "engine_error"))
+                    self._fail(pending)
                 elif not pending.is_over:
                     self._answer([pending])
+
+    def _fail(self, pending: PendingRequest) -> None:
+        """Push the error of a request that the model fails on, and count it."""
+        message = "The model failed on this request; the server's log has the reason."
+        pending.push(ApiError(500, message, None, "engine_error"))
+        self.metrics.answers.labels("failed").inc()
 
     def _deliver(self, pending: PendingRequest, answer: Answer) -> None:
         """Push the complete answer, cut at a stop sequence, and count it."""
         found_stop = pending.show(answer.text, is_whole=True)
-        finish_reason = "stop" if found_stop else answer.finish_reason
-        pending.push(replace(answer, text=pending.shown, finish_reason=finish_reason))
-        status = "cancelled" if finish_reason == "cancelled" else answer.status
-        self.metrics.answers.labels(status).inc()
+        answer = replace(answer, text=pending.shown)
+        if found_stop:
+            answer.finish_reason = "stop"
+        pending.push(answer)
+        if answer.finish_reason == "cancelled":
+            self.metrics.answers.labels("cancelled").inc()
+        else:
+            self.metrics.answers.labels(answer.status).inc()
         self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
         self.metrics.tokens.labels("new").inc(answer.new_tokens)
         self.metrics.audio_seconds.inc(answer.seconds_heard)

@@ -31,7 +31,7 @@ from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import GREEDY_DECODING, ORIGINAL_DECODING
 from ltu.serving.gradio_security import check_is_upload, fastapi_settings
 
-TITLES = {
+TITLES = {  # by the model_type of the configuration
     "ltu": "LTU: Listen, Think, and Understand",
     "ltu_as": "LTU-AS: Joint Audio and Speech Understanding",
 }
@@ -100,7 +100,7 @@ class PageComponents:
     Attributes:
         clip: the upload or recording.
         preview: spectrogram of the clip, or the reason why it cannot be decoded.
-        transcript: transcript of the clip; visible for LTU-AS only.
+        transcript: transcript of the clip; visible if the model transcribes clips.
         chat: questions and answers about the clip.
         status: how the last question ended.
         question: the next question.
@@ -108,7 +108,7 @@ class PageComponents:
         stop: the button that cancels it.
         settings: name of a setting -> its component.
         transcribed_clip: path of the clip that `transcript` belongs to.
-        turns: the messages of `chat`.
+        messages: the messages of `chat`, as a state.
     """
 
     clip: gr.Audio
@@ -121,7 +121,7 @@ class PageComponents:
     stop: gr.Button
     settings: dict[str, gr.components.Component]
     transcribed_clip: gr.State
-    turns: gr.State
+    messages: gr.State
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ SLIDERS = (
 
 def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageComponents:
     """Build the components of the page inside an open `gr.Blocks`."""
-    is_ltu_as = engine.kind == "ltu_as"
+    transcribes = engine.processor.front_end.transcribes
     model_name = html.escape(Path(args.model).name)
     gr.HTML(f"<h1>{TITLES[engine.kind]}</h1>{model_name} {engine.checkpoint[:12]}")
     with gr.Row():
@@ -154,10 +154,10 @@ def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageCompone
             clip = gr.Audio(type="filepath", buttons=["download"], label="Clip", elem_id="clip")
             preview = gr.HTML(elem_id="spectrogram")
             transcript = gr.Textbox(
-                label="Transcript, which the model reads with the audio: correct or clear it",
+                label="Transcript, part of the prompt: correct or clear it",
                 lines=2,
                 elem_id="transcript",
-                visible=is_ltu_as,
+                visible=transcribes,
             )
             build_examples(clip)
         with gr.Column(min_width=320):
@@ -178,7 +178,7 @@ def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageCompone
                 stop = gr.Button("Stop", interactive=False, min_width=80, elem_id="stop")
             with gr.Row(elem_classes="presets"):
                 presets = PRESETS
-                if is_ltu_as:
+                if transcribes:
                     presets = PRESETS + SPEECH_PRESETS
                 build_presets(question, presets)
             with gr.Accordion("Sampling, length, chunks", open=False, elem_id="settings"):
@@ -194,7 +194,7 @@ def build_components(engine: LtuEngine, args: argparse.Namespace) -> PageCompone
         stop=stop,
         settings=settings,
         transcribed_clip=gr.State(None),
-        turns=gr.State([]),
+        messages=gr.State([]),
     )
 
 
@@ -413,7 +413,7 @@ class Demo:
             [
                 page.preview,
                 page.chat,
-                page.turns,
+                page.messages,
                 page.status,
                 page.transcript,
                 page.transcribed_clip,
@@ -431,17 +431,17 @@ class Demo:
             [
                 page.clip,
                 page.question,
-                page.turns,
+                page.messages,
                 page.transcript,
                 page.transcribed_clip,
                 *page.settings.values(),
             ],
-            [page.chat, page.turns, page.status, page.ask, page.stop],
+            [page.chat, page.messages, page.status, page.ask, page.stop],
             show_progress="hidden",
             **ONE_AT_A_TIME,
             **PRIVATE,
         )
-        page.chat.clear(list, outputs=page.turns, queue=False, **PRIVATE)
+        page.chat.clear(list, outputs=page.messages, queue=False, **PRIVATE)
         page.stop.click(
             lambda: ("stopped", *button_updates(is_busy=False)),
             None,
@@ -452,15 +452,18 @@ class Demo:
         )
 
     def _add_predict_endpoint(self, page: PageComponents) -> None:
-        """Add `/predict`, which has the parameters of the original's demo of this kind of model."""
+        """Add `/predict`, with the parameters of the original's demos.
+
+        That of LTU-AS, which transcribes, has a transcript and the size of the language model too.
+        """
         llm_size = gr.Textbox("7B (Default)", visible=False)
         answer = gr.Textbox(label="Answer", visible=False)
-        if self.engine.kind == "ltu":
-            function = self.predict_ltu
-            inputs = [page.clip, page.question]
+        if self.processor.front_end.transcribes:
+            function = self.predict_with_transcript
+            inputs = [page.clip, page.transcript, page.question, llm_size]
         else:
             function = self.predict
-            inputs = [page.clip, page.transcript, page.question, llm_size]
+            inputs = [page.clip, page.question]
         trigger = gr.Button(visible=False)
         trigger.click(function, inputs, answer, api_name="predict", **ONE_AT_A_TIME)
 
@@ -495,11 +498,11 @@ class Demo:
     def change_clip(self, path: str | None, num_chunks: int | None) -> Iterator[tuple]:
         """Yield the page for another clip, or for none: at once, and with the transcript.
 
-        Each item is the preview, an empty chat, its turns, an empty status, the transcript, and
+        Each item is the preview, an empty chat, its messages, an empty status, the transcript, and
         the clip that the transcript belongs to.
         """
         preview = self.preview(path, num_chunks)
-        is_transcribed = self.processor.transcribes and preview.is_decoded
+        is_transcribed = self.processor.front_end.transcribes and preview.is_decoded
         placeholder = "transcribing ..." if is_transcribed else ""
         transcript = gr.update(value="", placeholder=placeholder)
         yield preview.html, [], [], "", transcript, None
@@ -513,7 +516,7 @@ class Demo:
         self,
         path: str | None,
         question: str,
-        turns: list[dict],
+        messages: list[dict],
         transcript: str,
         transcribed_clip: str | None,
         *setting_values: Any,
@@ -523,20 +526,20 @@ class Demo:
         Args:
             path: the clip.
             question: the question about it.
-            turns: the messages of the chat so far.
+            messages: the messages of the chat so far.
             transcript: as it is on the page.
             transcribed_clip: the clip that the transcript belongs to.
             setting_values: values of the settings, in the order of their components.
 
         Yields:
-            the chat, its turns, the status, and the updates of Ask and Stop.
+            the chat, its messages, the status, and the updates of Ask and Stop.
         """
         settings = read_decoding_flags(self.args)
         settings |= dict(zip(self.setting_names, setting_values, strict=True))
         seed = int(settings.pop("seed") or 0)
         num_chunks = int(settings.pop("num_chunks") or 0)
         # A transcript of the clip before is not used; the engine then transcribes this one.
-        is_of_this_clip = transcribed_clip == path or not self.processor.transcribes
+        is_of_this_clip = transcribed_clip == path or not self.processor.front_end.transcribes
         request = Request(
             question,
             path,
@@ -545,21 +548,21 @@ class Demo:
             seed=seed,
             num_chunks=num_chunks,
         )
-        before = [*turns, {"role": "user", "content": question}]
-        turns = [*before, {"role": "assistant", "content": ""}]
-        yield turns, turns, "generating ...", *button_updates(is_busy=True)
+        before = [*messages, {"role": "user", "content": question}]
+        messages = [*before, {"role": "assistant", "content": ""}]
+        yield messages, messages, "generating ...", *button_updates(is_busy=True)
 
         last_update = 0.0
         for part in self.stream_answer(request, settings):
             if isinstance(part, Answer):
                 text = part.text if part.answered else "(no answer)"
-                turns = [*before, {"role": "assistant", "content": text}]
-                yield turns, turns, answer_status(part), *button_updates(is_busy=False)
+                messages = [*before, {"role": "assistant", "content": text}]
+                yield messages, messages, answer_status(part), *button_updates(is_busy=False)
             elif time.monotonic() - last_update > UPDATE_SECONDS:
-                turns = [*before, {"role": "assistant", "content": part}]
+                messages = [*before, {"role": "assistant", "content": part}]
                 # The status and the buttons are not sent again, because they might arrive after
                 # the update that Stop sends.
-                yield turns, turns, gr.skip(), gr.skip(), gr.skip()
+                yield messages, messages, gr.skip(), gr.skip(), gr.skip()
                 last_update = time.monotonic()
 
     def stream_answer(self, request: Request, decoding: dict[str, Any]) -> Iterator[str | Answer]:
@@ -589,7 +592,17 @@ class Demo:
             )
         self.load_upload(request.audio)
 
-    def predict(self, audio: str, transcript: str, question: str, llm_size: str = "") -> str:
+    def predict(self, audio: str, question: str) -> str:
+        """Return the text of an answer about an upload, from a model without transcripts.
+
+        Raises:
+            gr.Error: with the reason, if there is no answer.
+        """
+        return self.predict_with_transcript(audio, "", question)
+
+    def predict_with_transcript(
+        self, audio: str, transcript: str, question: str, llm_size: str = ""
+    ) -> str:
         """Return the text of an answer.
 
         Args:
@@ -614,7 +627,3 @@ class Demo:
         if not answer.answered:
             raise gr.Error(html.escape(f"{answer.status}: {answer.error}"), print_exception=False)
         return answer.text
-
-    def predict_ltu(self, audio: str, question: str) -> str:
-        """Return the text of an answer of LTU, which has no transcripts; otherwise as `predict`."""
-        return self.predict(audio, "", question)

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ try:
     import uvicorn
     from fastapi import Depends, FastAPI
     from fastapi import Request as HttpRequest
-    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+    from fastapi.security import HTTPBearer
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -34,22 +36,25 @@ from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer
 from ltu.serving.batch_scheduler import BatchScheduler, Metrics, log_without_message
+from ltu.serving.protocol import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Choice,
+    ChunkChoice,
+    Delta,
+    ErrorReply,
+    LtuFields,
+    ModelCard,
+    ModelList,
+    Usage,
+)
 from ltu.serving.request_parser import ApiError, PendingRequest, RequestParser, model_not_found
 
 MAX_BODY_SECONDS = 30  # seconds in which the body of a request must arrive
 PARSER_THREADS = 2
 SCHEDULER_SECONDS = 10  # seconds that the scheduler gets to end when the server stops
-# Attributes of an answer that a reply has under "ltu".
-ANSWER_FIELDS = (
-    "status",
-    "seconds_heard",
-    "seconds_total",
-    "num_chunks",
-    "transcript",
-    "sampling_rate",
-    "channels",
-    "checkpoint",
-)
 
 
 class Service:
@@ -81,7 +86,7 @@ class Service:
                 401, "Wrong API key.", None, "invalid_api_key", www_authenticate="Bearer"
             )
 
-    async def chat(self, http: HttpRequest) -> Response:
+    async def chat(self, http: HttpRequest) -> ChatCompletion | StreamingResponse:
         """Answer a chat completion request."""
         if self.num_parsing + len(self.pending_requests) >= self.args.max_queue:
             message = f"{self.args.max_queue} requests are already in progress."
@@ -102,7 +107,7 @@ class Service:
         if pending.streams:
             events = stream_events(pending, event, head)
             return StreamingResponse(events, media_type="text/event-stream")
-        return JSONResponse(completion(pending, event, head))
+        return completion(pending, event, head)
 
     async def _receive_and_parse(self, http: HttpRequest) -> PendingRequest:
         """Receive a body and parse it in another thread. Raises ApiError, asyncio.TimeoutError."""
@@ -172,51 +177,55 @@ async def stream_events(
         head: the keys that all chunks of the reply share.
     """
 
-    def server_event(content: dict) -> str:
-        return f"data: {json.dumps(content)}\n\n"
+    def chunk(delta: dict[str, str], finish_reason: str | None = None, **extras: Any) -> str:
+        choice = ChunkChoice(
+            index=0, delta=Delta(**delta), logprobs=None, finish_reason=finish_reason
+        )
+        return server_event(ChatCompletionChunk(**head, choices=[choice], **extras))
 
-    def chunk(delta: dict, finish_reason: str | None = None) -> dict:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return head | {"object": "chat.completion.chunk", "choices": [choice]}
-
-    yield server_event(chunk({"role": "assistant", "content": ""}))
+    head = head | {"object": "chat.completion.chunk"}
+    yield chunk({"role": "assistant", "content": ""})
     try:
         while isinstance(event, str):
-            yield server_event(chunk({"content": event}))
+            yield chunk({"content": event})
             event = await next_event(pending)
     except ApiError as error:
         # The status code was sent long ago.
-        yield server_event({"error": error.detail})
+        yield server_event(ErrorReply(error=error.detail))
         return
-    extras = usage_and_ltu(pending, event)
-    yield server_event(chunk({}, event.finish_reason) | {"ltu": extras["ltu"]})
+    ltu = ltu_fields(pending, event)
+    yield chunk({}, event.finish_reason, ltu=ltu)
     if pending.includes_usage:
-        yield server_event(chunk({}) | {"choices": []} | extras)
+        usage = count_tokens(event)
+        yield server_event(ChatCompletionChunk(**head, choices=[], usage=usage, ltu=ltu))
     yield "data: [DONE]\n\n"
 
 
-def completion(pending: PendingRequest, answer: Answer, head: dict) -> dict[str, Any]:
+def server_event(content: ChatCompletionChunk | ErrorReply) -> str:
+    """Return a server-sent event; fields that were not set are left out."""
+    return f"data: {content.model_dump_json(exclude_unset=True)}\n\n"
+
+
+def completion(pending: PendingRequest, answer: Answer, head: dict) -> ChatCompletion:
     """Return the body of a reply that is not streamed; `head` is the beginning of each reply."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": answer.text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": answer.finish_reason,
-    }
-    extras = usage_and_ltu(pending, answer)
-    return head | {"object": "chat.completion", "choices": [choice]} | extras
+    message = AnswerMessage(content=answer.text)
+    choice = Choice(message=message, finish_reason=answer.finish_reason)
+    ltu = ltu_fields(pending, answer)
+    return ChatCompletion(**head, choices=[choice], usage=count_tokens(answer), ltu=ltu)
 
 
-def usage_and_ltu(pending: PendingRequest, answer: Answer) -> dict[str, dict]:
-    """Return the numbers of tokens, and the fields of an answer that OpenAI's API does not have."""
-    usage = {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.new_tokens,
-        "total_tokens": answer.prompt_tokens + answer.new_tokens,
-    }
-    ltu = {name: getattr(answer, name) for name in ANSWER_FIELDS}
-    ltu["seed"] = pending.request.seed
-    return {"usage": usage, "ltu": ltu}
+def count_tokens(answer: Answer) -> Usage:
+    """Return the numbers of tokens of a prompt and its answer."""
+    return Usage(
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.new_tokens,
+        total_tokens=answer.prompt_tokens + answer.new_tokens,
+    )
+
+
+def ltu_fields(pending: PendingRequest, answer: Answer) -> LtuFields:
+    """Return the fields of a reply that OpenAI's API does not have."""
+    return LtuFields(**asdict(answer), seed=pending.request.seed)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -248,17 +257,12 @@ def create_app(service: Service) -> FastAPI:
         body = json.dumps({"error": api_error.detail})
         return Response(body, api_error.status_code, api_error.headers, "application/json")
 
-    model_card = {
-        "id": service.name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "ltu",
-    }
+    model_card = ModelCard(id=service.name, created=int(time.time()))
 
-    async def list_models() -> dict:
-        return {"object": "list", "data": [model_card]}
+    async def list_models() -> ModelList:
+        return ModelList(data=[model_card])
 
-    async def get_model(name: str) -> dict:
+    async def get_model(name: str) -> ModelCard:
         if name != service.name:
             raise model_not_found(service.name)
         return model_card
@@ -274,20 +278,42 @@ def create_app(service: Service) -> FastAPI:
 
     errors = (HTTPException, ClientDisconnect, asyncio.TimeoutError, Exception)
     handlers = dict.fromkeys(errors, reply_with_error)
-    app = FastAPI(openapi_url=None, lifespan=lifespan, exception_handlers=handlers)
-    needs_key = [Depends(service.check_key)]
+    app = FastAPI(
+        title="LTU",
+        description="Answers questions about audio clips through OpenAI's chat completions API.",
+        lifespan=lifespan,
+        exception_handlers=handlers,
+        responses={"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}},
+    )
+    # HTTPBearer only documents the key, which `check_key` checks.
+    needs_key = [Depends(HTTPBearer(auto_error=False)), Depends(service.check_key)]
     app.add_api_route(
         "/v1/chat/completions",
         service.chat,
         methods=["POST"],
-        response_model=None,
+        response_model=ChatCompletion,
         dependencies=needs_key,
+        openapi_extra={"requestBody": {"content": {"application/json": {}}, "required": True}},
     )
     app.add_api_route("/v1/models", list_models, dependencies=needs_key)
     app.add_api_route("/v1/models/{name:path}", get_model, dependencies=needs_key)
     app.add_api_route("/health", health)
-    app.add_api_route("/metrics", metrics)
+    app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
+    document_request(app)
     return app
+
+
+def document_request(app: FastAPI) -> None:
+    """Add the model of a request to the documentation.
+
+    FastAPI does not know it, because `Service` receives and parses bodies itself, within limits of
+    size and time.
+    """
+    schema = ChatCompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    document = app.openapi()
+    document["components"]["schemas"] |= schema.pop("$defs")
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+    body["content"]["application/json"]["schema"] = schema
 
 
 def make_server(engine: LtuEngine, args: argparse.Namespace) -> uvicorn.Server:

@@ -8,75 +8,35 @@ opened.
 import argparse
 import asyncio
 import base64
-import json
 import random
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ltu.data.audio import decode_audio
 from ltu.inference.generation_flags import read_decoding_flags
-from ltu.inference.requests import MODES, Answer, Request
+from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
 from ltu.models.prompt_template import read_conversation
+from ltu.serving.protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    ErrorDetail,
+    TextPart,
+    UnsupportedFields,
+)
 
-NUMBER = (int, float)
-# Supported fields and their types.
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "messages": list,
-    "stream": bool,
-    "stream_options": dict,
-    "max_tokens": int,
-    "max_completion_tokens": int,
-    "seed": int,
-    "stop": (str, list),
-    "temperature": NUMBER,
-    "top_p": NUMBER,
-    "top_k": int,
-    "repetition_penalty": NUMBER,
-    "transcript": str,
-    "mode": str,
-    "num_chunks": (int, str),
-}
-# Fields of OpenAI's API that change no answer, whatever their value.
-IGNORED_FIELDS = {
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "parallel_tool_calls",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "reasoning_effort",
-    "verbosity",
-    "prediction",
-}
-# Fields of OpenAI's API that change no answer if they have this value.
-NEUTRAL_VALUES = {
-    "n": 1,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
-    "tools": [],
-    "tool_choice": "none",
-    "modalities": ["text"],
-    "response_format": {"type": "text"},
-}
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 DECODING_FIELDS = (*SAMPLING_FIELDS, "repetition_penalty")
-AUDIO_FORMATS = ("wav", "mp3", "flac")
-ROLES = ("system", "user", "assistant")
-MAX_STOP_SEQUENCES = 4
 DEFAULT_MAX_TOKENS = 400
+MAX_CHARACTERS = 200  # of a name or a value of a request that an error quotes
 MESSAGE_FORMAT = (
     'A message is {"role": system, user or assistant, "content"}, where content is a text or a '
     'list of parts {"type": "text", "text"} and {"type": "input_audio", "input_audio": '
-    '{"data": base64, "format": wav, mp3 or flac}}'
+    '{"data": base64, "format": wav, mp3 or flac}}.'
 )
 
 
@@ -105,7 +65,7 @@ class ApiError(HTTPException):
             kind = "rate_limit_error"
         else:
             kind = "invalid_request_error"
-        detail = {"message": message, "type": kind, "param": param, "code": code}
+        detail = ErrorDetail(message=message, type=kind, param=param, code=code).model_dump()
         http_headers = {name.replace("_", "-"): value for name, value in headers.items()}
         super().__init__(status, detail, http_headers)
 
@@ -199,53 +159,44 @@ class RequestParser:
         Raises:
             ApiError, AudioError, ValueError, RecursionError: the body or its clip is refused.
         """
-        fields = parse_fields(data)
-        if fields["model"] != self.name:
+        try:
+            body = ChatCompletionRequest.model_validate_json(data)
+        except ValidationError as error:
+            raise describe_validation_error(error) from error
+        if body.model != self.name:
             raise model_not_found(self.name)
-        messages = self._parse_conversation(fields)
+        messages = self._parse_conversation(body)
         *history, question = messages
-        mode, num_chunks = self._parse_audio_settings(fields)
-        stop = parse_stop_sequences(fields)
+        settings = {
+            "mode": self.args.mode,
+            "num_chunks": self.args.num_chunks,
+            "seed": self.seeds.getrandbits(31),
+        }
+        settings |= body.model_dump(include=set(settings), exclude_none=True)
         request = Request(
             question["content"],
-            transcript=fields.get("transcript"),
-            mode=mode,
-            num_chunks=num_chunks,
+            transcript=body.transcript,
             history=history,
-            decoding=self._parse_decoding(fields),
-            seed=fields.get("seed", self.seeds.getrandbits(31)),
+            decoding=self._parse_decoding(body),
+            **settings,
         )
         # Decode the clip here, so that a clip that cannot be decoded does not wait for the engine.
         clips = [message["audio"] for message in messages if message.get("audio") is not None]
         if clips:
             request.audio = decode_audio(clips[0], max_seconds=self.args.max_seconds)
-        includes_usage = fields.get("stream_options", {}).get("include_usage") is True
-        return PendingRequest(request, stop, fields.get("stream", False), includes_usage)
+        return PendingRequest(request, body.stop, body.stream, body.stream_options.include_usage)
 
-    def _parse_conversation(self, fields: dict[str, Any]) -> list[dict]:
+    def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:
         """Return the messages, the user's question last, with the transcript in that one."""
-        messages = read_conversation(
-            parse_messages(fields["messages"]), self.processor.prompt_template
-        )
-        messages[-1]["transcript"] = fields.get("transcript")
+        template = self.processor.prompt_template
+        messages = read_conversation(convert_messages(body.messages), template)
+        messages[-1]["transcript"] = body.transcript
         prompt = self.processor.render(messages).prompt
         if len(prompt.encode()) > self.args.max_characters:
             raise ApiError(400, "The messages are too long.", "messages", "context_length_exceeded")
         return messages
 
-    def _parse_audio_settings(self, fields: dict[str, Any]) -> tuple[str, int]:
-        """Return the mode and the number of chunks, 0 for the whole clip."""
-        mode = fields.get("mode", self.args.mode)
-        num_chunks = fields.get("num_chunks", self.args.num_chunks)
-        if num_chunks == "all":
-            num_chunks = 0
-        if mode not in MODES or not isinstance(num_chunks, int) or num_chunks < 0:
-            raise ValueError(
-                f"mode is one of {', '.join(MODES)}; num_chunks is a whole number, or 'all'."
-            )
-        return mode, num_chunks
-
-    def _parse_decoding(self, fields: dict[str, Any]) -> dict[str, Any]:
+    def _parse_decoding(self, body: ChatCompletionRequest) -> dict[str, Any]:
         """Return the decoding settings: those of the flags, overridden by those of the request.
 
         Raises:
@@ -253,9 +204,10 @@ class RequestParser:
         """
         limit = self.args.max_tokens
         settings = {"max_new_tokens": min(DEFAULT_MAX_TOKENS, limit)} | self.decoding
-        settings |= {name: fields[name] for name in DECODING_FIELDS if name in fields}
-        for name in ("max_tokens", "max_completion_tokens"):
-            settings["max_new_tokens"] = fields.get(name, settings["max_new_tokens"])
+        settings |= body.model_dump(include=set(DECODING_FIELDS), exclude_none=True)
+        demanded = body.max_completion_tokens or body.max_tokens
+        if demanded is not None:
+            settings["max_new_tokens"] = demanded
         if settings["max_new_tokens"] > limit:
             raise ValueError(
                 f"At most {limit} tokens can be generated here, not {settings['max_new_tokens']}."
@@ -267,72 +219,58 @@ class RequestParser:
         return check_decoding(settings)
 
 
-def parse_fields(data: bytearray) -> dict[str, Any]:
-    """Parse a body as JSON and return its supported fields, which have the right types.
+def describe_validation_error(error: ValidationError) -> ApiError:
+    """Return an error about the first field that is wrong."""
+    details = error.errors(include_url=False)[0]
+    kind = details["type"]
+    reason = details["msg"][:MAX_CHARACTERS]
+    location = [str(key)[:MAX_CHARACTERS] for key in details["loc"]]
+    if not location:
+        return ApiError(400, f"The body is not the JSON object of a request: {reason}.")
+    param = location[0]
+    path = ".".join(location)
 
-    Fields that change no answer and fields that are null are left out. "model" and "messages" are
-    always there.
+    if kind == "missing":
+        message = f"{path} is missing."
+    elif kind == "extra_forbidden":
+        message = f"{path!r} is not supported here."
+    else:
+        message = f"{path} is {reprlib.repr(details['input'])}: {reason}."
 
-    Raises:
-        ValueError: the body is not a JSON object.
-        ApiError: a field is not supported or has the wrong type.
-    """
-    body = json.loads(data.decode("utf-8"))
-    if not isinstance(body, dict):
-        raise ValueError("The body is not a JSON object.")
-    fields: dict[str, Any] = {"model": "", "messages": []}
-    for name, value in body.items():
-        is_neutral = name in NEUTRAL_VALUES and value == NEUTRAL_VALUES[name]
-        if value is None or name in IGNORED_FIELDS or is_neutral:
-            continue
-        if name not in FIELDS:
-            shown = name[:80]
-            raise ApiError(400, f"{shown!r} is not supported here.", shown, "unsupported_parameter")
-        # In Python a bool is an int, but in JSON it is not a number.
-        is_wrong_bool = isinstance(value, bool) and FIELDS[name] is not bool
-        if is_wrong_bool or not isinstance(value, FIELDS[name]):
-            raise ApiError(400, f"The type of {name} is wrong.", name, "invalid_type")
-        fields[name] = value
-    return fields
-
-
-def parse_stop_sequences(fields: dict[str, Any]) -> list[str]:
-    """Return the stop sequences of a request. Raises ValueError."""
-    stop = fields.get("stop", [])
-    if isinstance(stop, str):
-        stop = [stop]
-    are_texts = all(isinstance(sequence, str) and sequence for sequence in stop)
-    if len(stop) > MAX_STOP_SEQUENCES or not are_texts:
-        raise ValueError(f"stop is a text, or a list of at most {MAX_STOP_SEQUENCES} texts.")
-    return stop
+    if len(location) == 1 and kind == "extra_forbidden" or param in UnsupportedFields.model_fields:
+        code = "unsupported_parameter"
+    elif param == "messages" and len(location) > 1:
+        code = "invalid_message"
+        message = f"{message} {MESSAGE_FORMAT}"
+    elif kind.endswith("_type"):
+        code = "invalid_type"
+    else:
+        code = "invalid_value"
+    return ApiError(400, message, param, code)
 
 
-def parse_messages(messages: list) -> list[dict]:
-    """Convert messages from OpenAI's form into the form that `read_conversation` takes.
+def convert_messages(messages: list[ChatMessage]) -> list[dict]:
+    """Convert messages into the form that `read_conversation` takes.
 
     Raises:
-        ApiError: a message has another form.
+        ApiError: a clip is not in base64.
     """
     converted = []
-    try:
-        for message in messages:
-            content = message["content"]
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            if message["role"] not in ROLES or message.get("tool_calls"):
-                raise ValueError("another role, or calls of tools")
-            converted_parts = [convert_part(**part) for part in parts]
-            converted.append({"role": message["role"], "content": converted_parts})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error)[:99]
-        text = f"{MESSAGE_FORMAT}; this is not one ({reason})."
-        raise ApiError(400, text, "messages", "invalid_message") from error
+    for message in messages:
+        parts: list[dict[str, Any]] = []
+        for part in message.content:
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": part.text})
+            else:
+                parts.append({"type": "audio", "audio": decode_base64(part.input_audio.data)})
+        converted.append({"role": message.role, "content": parts})
     return converted
 
 
-def convert_part(type: str, text: str = "", input_audio: dict | None = None) -> dict[str, Any]:
-    """Convert a part of a message; the parameters are the keys that a part can have."""
-    if type == "text" and isinstance(text, str):
-        return {"type": "text", "text": text}
-    if type != "input_audio" or input_audio["format"] not in AUDIO_FORMATS:
-        raise ValueError("another type, or format")
-    return {"type": "audio", "audio": base64.b64decode(input_audio["data"], validate=True)}
+def decode_base64(data: str) -> bytes:
+    """Return the bytes of a clip. Raises ApiError if they are not in base64."""
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        text = f"The data of input_audio is not in base64: {error}."
+        raise ApiError(400, text, "messages", "invalid_message") from error

@@ -3,19 +3,40 @@
 A checkpoint folder already stores its audio encoder, its LoRA settings and its prompt template, so
 that no flag repeats them. The LoRA flags are None unless a fresh LoRA needs them.
 `--add_eos_token` exists for its name only: it has no effect in the original either.
+
+@FILE stands for the flags in a file, for example train_scripts/curriculum.args.
 """
 
 import os
+import shlex
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 
 DESCRIPTION = (
     "Trains one stage. The checkpoint folder determines the audio encoder, the LoRA settings and "
-    "the prompt template; a flag that contradicts the folder is an error."
+    "the prompt template; a flag that contradicts the folder is an error. @FILE stands for the "
+    "flags in a file."
 )
+
+
+# The smallest values of flags that are numbers.
+SMALLEST = {
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "num_epochs": 1,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "cutoff_len": 2,
+    "val_set_size": 0,
+    "max_bad": 0,
+    "num_workers": 0,
+    "warmup_steps": 0,
+}
 
 
 @dataclass
@@ -97,26 +118,6 @@ class DataArguments:
             "dataset file."
         },
     )
-    feature_root: str | None = field(
-        default=None,
-        metadata={
-            "help": "LTU-AS: a folder of stored features, by ltu_as.extract_whisper_feature or the "
-            "original's .npz files."
-        },
-    )
-    feature_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "LTU-AS: the precision of Whisper's encoder, fp16 or fp32. The default is that "
-            "of the checkpoint."
-        },
-    )
-    whisper: str | None = field(
-        default=None, metadata={"help": "LTU-AS: another path of the checkpoint's Whisper."}
-    )
-    transcription_model: str | None = field(
-        default=None, metadata={"help": "LTU-AS: another Whisper, which makes the transcripts."}
-    )
     cutoff_len: int = field(
         default=108,
         metadata={
@@ -166,8 +167,10 @@ class DataArguments:
     )
     plan: bool = field(
         default=False,
-        metadata={"help": "Print steps, sizes and the trainable parameters, and stop."},
+        metadata={"help": "Print steps, sizes and the number of trainable parameters, and stop."},
     )
+    # Values of the flags that the audio front ends add, by name.
+    front_end: dict[str, str | None] = field(init=False, default_factory=dict)
 
 
 @dataclass
@@ -183,6 +186,10 @@ class RunArguments:
     )
     micro_batch_size: int = field(
         default=8, metadata={"help": "The number of examples in one forward pass of one rank."}
+    )
+    skip_finished: bool = field(
+        default=False,
+        metadata={"help": "Do not train again if the run in --output_dir is finished."},
     )
     num_epochs: int = 1
     max_steps: int = field(
@@ -214,7 +221,13 @@ class RunArguments:
     wandb_project: str = ""
     wandb_run_name: str = ""
     wandb_watch: str = field(default="", metadata={"help": "false, gradients or all."})
-    wandb_log_model: str = field(default="", metadata={"help": "false or true."})
+    wandb_log_model: str = field(
+        default="",
+        metadata={
+            "help": "Whether to upload the model to wandb: end, checkpoint or false. true, the "
+            "original's value, means end."
+        },
+    )
     tensorboard: bool = False
 
 
@@ -231,28 +244,48 @@ class OneGpuArguments(TrainingArguments):
         return min(1, super().n_gpu)
 
 
+class FlagParser(HfArgumentParser):
+    """Parses flags; `@FILE` stands for the flags in a file, where # begins a comment.
+
+    Of a flag that is given twice, the last one counts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
     """Parse the three groups of flags.
 
     A flag that is unknown or abbreviated, or a value that is not allowed, ends the process with
     exit status 2.
     """
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, RunArguments), description=DESCRIPTION, allow_abbrev=False
-    )
-    model_args, data_args, run_args = parser.parse_args_into_dataclasses(
+    parser = FlagParser((ModelArguments, DataArguments, RunArguments), description=DESCRIPTION)
+    add_front_end_flags(parser)
+    model_args, data_args, run_args, *others = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False
     )
+    if others:  # A namespace with the flags of the audio front ends.
+        data_args.front_end = read_front_end_flags(others[0])
 
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:
         parser.error(f"--trainable_params {plan}: choose from {', '.join(TRAINABLE_PLANS)}")
     if run_args.bf16 not in ("auto", "True", "False"):
         parser.error(f"--bf16 {run_args.bf16}: choose from auto, True, False")
-    for name in ("batch_size", "micro_batch_size", "num_epochs", "logging_steps", "save_steps"):
-        value = getattr(run_args, name)
-        if value < 1:
-            parser.error(f"--{name} {value}: it must be at least 1")
+    values = vars(data_args) | vars(run_args)
+    for name, smallest in SMALLEST.items():
+        if values[name] < smallest:
+            parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
+    if run_args.max_steps == 0:
+        parser.error("--max_steps 0 trains nothing; -1 means all epochs")
+    wandb_flags = ("wandb_run_name", "wandb_watch", "wandb_log_model")
+    given = [f"--{name}" for name in wandb_flags if values[name]]
+    if given and not run_args.wandb_project:
+        parser.error(f"{', '.join(given)} need --wandb_project")
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if run_args.batch_size // run_args.micro_batch_size // world_size < 1:

@@ -29,7 +29,7 @@ class QaDataset(Dataset):
     Args:
         rows: the examples, as `ltu.data.check_examples.read_rows` returns them.
         encode: example -> (tokens, labels), such as `LtuProcessor.encode_example`.
-        load_features: example -> input of the audio encoder, such as `LtuProcessor.load_features`.
+        load_features: example -> input of the audio encoder, such as `AudioFrontEnd.load_features`.
         max_bad: how many different examples this process may skip because their clip cannot be
             decoded.
         lengths: (rows,) number of text tokens of each example, which an index stores. Without them

@@ -26,10 +26,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ltu.data.audio import AudioError
 from ltu.data.check_examples import checked_rows, no_answer_left, with_audio
 from ltu.data.dataset_parser import RowError
 from ltu.files import sha256_of, sync_and_rename
+from ltu.models.processing_ltu import LtuProcessor
 
+MAX_LISTED = 10  # Errors in a message.
 ENDING = ".arrow"
 ROWS_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
@@ -40,9 +43,10 @@ PROBED = 256  # Examples whose lengths are compared with those of the processor 
 
 def build_index(
     path: str | Path,
-    processor: Any,
+    processor: LtuProcessor,
     output: str | Path | None = None,
     audio_root: str | Path | None = None,
+    max_bad: int = 0,
 ) -> Path:
     """Check and tokenize every example, in constant memory.
 
@@ -56,12 +60,14 @@ def build_index(
         audio_root: folder to which `audio_id`s are relative. Only LTU-AS reads clips, to make
             missing transcripts.
 
+        max_bad: how many clips may fail to be transcribed; their examples get the transcript "".
+
     Returns:
         The path of the index.
 
     Raises:
-        RowError: examples are not valid (the message lists the first ten), or the file changed
-            while it was read.
+        RowError: examples are not valid or more than `max_bad` clips cannot be decoded (the message
+            lists the first ten), or the file changed while it was read.
     """
     path = Path(path)
     output = Path(output or f"{path}{ENDING}")
@@ -71,15 +77,22 @@ def build_index(
     state = path.stat()
     schema = _index_schema(path, state, processor)
     unfinished = output.with_name(f"{output.name}.tmp")
+    errors: dict[str, AudioError] = {}
     try:
         with (
             pyarrow.OSFile(str(unfinished), "wb") as file,
             pyarrow.ipc.new_file(file, schema) as table,
             tqdm(desc="indexing", unit="example", unit_scale=True) as bar,
         ):
-            for columns in _tokenize_blocks(first, examples, processor):
+            for columns in _tokenize_blocks(first, examples, processor, errors):
                 table.write_batch(pyarrow.record_batch(columns, schema=schema))
                 bar.update(len(columns[0]))
+        if len(errors) > max_bad:
+            listed = "\n".join(f"  {error}" for error in list(errors.values())[:MAX_LISTED])
+            raise RowError(
+                f"{len(errors)} clips of {path} cannot be transcribed, more than --max_bad "
+                f"{max_bad}:\n{listed}"
+            )
         new_state = path.stat()
         is_same_size = new_state.st_size == state.st_size
         if not is_same_size or new_state.st_mtime_ns != state.st_mtime_ns:
@@ -90,21 +103,26 @@ def build_index(
     return output
 
 
-def _index_schema(path: Path, state: os.stat_result, processor: Any) -> pyarrow.Schema:
+def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> pyarrow.Schema:
     """Return the columns of an index, with a description of the dataset file as metadata."""
     about = {
         "source": path.name,
         "bytes": state.st_size,
         "mtime_ns": state.st_mtime_ns,
         "sha256": sha256_of(path),
-        "transcribes": processor.transcribes,
+        "transcribes": processor.front_end.transcribes,
     }
     fields = [(name, pyarrow.string()) for name in TEXTS]
     fields += [(name, pyarrow.int32()) for name in COUNTS]
     return pyarrow.schema(fields, {"ltu": json.dumps(about)})
 
 
-def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> Iterator[list[list]]:
+def _tokenize_blocks(
+    first: dict,
+    examples: Iterator[dict],
+    processor: LtuProcessor,
+    errors: dict[str, AudioError],
+) -> Iterator[list[list]]:
     """Yield the columns of each block of `ROWS_AT_ONCE` examples.
 
     A thread tokenizes a block while the next one is read; the tokenizer releases Python's lock.
@@ -114,7 +132,7 @@ def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> I
     pending: Future | None = None
     with ThreadPoolExecutor(1) as pool:
         while block:
-            submitted = pool.submit(_make_columns, block, processor, known)
+            submitted = pool.submit(_make_columns, block, processor, known, errors)
             block = list(islice(examples, ROWS_AT_ONCE))
             if pending is not None:
                 yield pending.result()
@@ -123,9 +141,14 @@ def _tokenize_blocks(first: dict, examples: Iterator[dict], processor: Any) -> I
             yield pending.result()
 
 
-def _make_columns(examples: list[dict], processor: Any, known: dict[str, int]) -> list[list]:
+def _make_columns(
+    examples: list[dict],
+    processor: LtuProcessor,
+    known: dict[str, int],
+    errors: dict[str, AudioError],
+) -> list[list]:
     """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
-    examples = processor.add_transcripts(examples)
+    examples = processor.front_end.add_transcripts(examples, errors)
     columns = []
     for name in TEXTS:
         columns.append([_as_utf8(example.get(name), name) for example in examples])
@@ -152,7 +175,7 @@ def _as_utf8(text: str | None, name: str) -> bytes | None:
 
 
 def count_tokens(
-    rows: list[dict], processor: Any, known: dict[str, int] | None = None
+    rows: list[dict], processor: LtuProcessor, known: dict[str, int] | None = None
 ) -> list[list[int]]:
     """Count the text tokens that `encode_example` makes of each example, before any cutoff.
 
@@ -240,20 +263,20 @@ class IndexedRows(Sequence):
         """Return the examples at the positions `part`, (n,)."""
         return IndexedRows(self.path, self.audio_root, self.part[part])
 
-    def check(self, processor: Any, cutoff_len: int, train_on_inputs: bool) -> None:
+    def check(self, processor: LtuProcessor, cutoff_len: int, train_on_inputs: bool) -> None:
         """Validate the index against the run that uses it.
 
         Raises:
             RowError: the index was made with another tokenizer or prompt template or for the other
                 kind of model, or a question alone fills the cutoff.
         """
-        # LTU and LTU-AS fill in different texts where an example has no `input`.
-        if self.about["transcribes"] != processor.transcribes:
-            made_for = "LTU" if processor.transcribes else "LTU-AS"
-            used_for = "LTU-AS" if processor.transcribes else "LTU"
+        # A model with transcripts fills in other texts where an example has no `input`.
+        transcribes = processor.front_end.transcribes
+        if self.about["transcribes"] != transcribes:
+            kinds = {True: "a model with transcripts", False: "a model without transcripts"}
             raise RowError(
-                f"{self.path} was made for {made_for}; this checkpoint is of {used_for}. "
-                "Build it again."
+                f"{self.path} was made for {kinds[not transcribes]}; this checkpoint is of "
+                f"{kinds[transcribes]}. Build it again."
             )
 
         probed = torch.linspace(0, len(self) - 1, min(PROBED, len(self))).long()

@@ -146,6 +146,11 @@ def infer_schedule(log: list[dict], warmup: int = 100) -> Schedule:
             f"The log ends at step {step}, within its {warmup} steps of warm-up: its number of "
             "steps is unknown."
         )
+    if not 0 <= rate < base:
+        raise ValueError(
+            f"The learning rate is {rate} at step {step}, and {base} after the warm-up: it does "
+            "not fall, so the number of steps is unknown."
+        )
     total = round((step - warmup * rate / base) / (1 - rate / base))
     return Schedule(base, warmup, total)
 

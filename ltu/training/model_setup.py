@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from ltu.checkpoints.open_checkpoint import open_model
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.training.arguments import ModelArguments, parse_list
 
-DEFAULT_LORA = {"r": 8, "alpha": 16, "dropout": 0.05}
+DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
 
 def device_has_bf16() -> bool:
@@ -26,7 +27,7 @@ def device_has_bf16() -> bool:
     return False
 
 
-def open_to_train(args: ModelArguments, bf16: bool) -> Any:
+def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
     """Open the model of `--base_model`, and add LoRA and freeze parameters as the flags say.
 
     Raises:
@@ -63,8 +64,8 @@ def _lora_flags(args: ModelArguments) -> dict[str, Any]:
     """Return the settings of LoRA that the flags give."""
     flags: dict[str, Any] = {
         "r": args.lora_r,
-        "alpha": args.lora_alpha,
-        "dropout": args.lora_dropout,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
     }
     if args.lora_target_modules is not None:
         flags["target_modules"] = parse_list(args.lora_target_modules)
@@ -77,8 +78,9 @@ def _check_lora_flags(
     """Raise a ValueError if a flag differs from the LoRA of the checkpoint."""
     differences = {}
     for name, value in lora_flags.items():
-        if _sorted_if_list(value) != _sorted_if_list(stored_lora[name]):
-            differences[name] = (value, stored_lora[name])
+        stored = stored_lora.get(name)
+        if _sorted_if_list(value) != _sorted_if_list(stored):
+            differences[name] = (value, stored)
     if differences:
         raise ValueError(
             f"{base_model} already has LoRA {stored_lora}; these flags differ: {differences}. "

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ltu.data.check_examples import check_audio, read_rows
+from ltu.files import replace_file
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
-from ltu.models.processing_ltu import IGNORED, WHISPER_FLAGS, LtuProcessor
+from ltu.models.processing_ltu import IGNORED, LtuProcessor
 from ltu.training.arguments import DataArguments, ModelArguments, OneGpuArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, total_steps
 from ltu.training.collator import LtuCollator
@@ -29,6 +30,8 @@ from ltu.training.dataset_index import IndexedRows, find_index
 from ltu.training.model_setup import device_has_bf16, open_to_train
 
 logger = logging.getLogger(__name__)
+
+ORDER_ARGUMENTS = ("seed", "batch_size", "val_set_size")
 
 MAX_LISTED_CLIPS = 20  # Clips that the message of --check_audio lists.
 
@@ -46,10 +49,8 @@ class LtuTrainer(Trainer):
         self.micro_batches = micro_batches
         self.record = record
 
-        # A Whisper on a GPU cannot be used in a forked process, so load the audio in this one.
-        processor = self.processing_class
-        device = getattr(processor.feature_extractor, "device", "")
-        if "cuda" in str(device) and processor.store is None:
+        # A forked process cannot use a GPU, so load the audio in this one.
+        if self.processing_class.front_end.needs_gpu:
             self.args.dataloader_num_workers = 0
 
         # With layers on several devices, the positions of the logits to keep can be on another
@@ -117,26 +118,18 @@ class LtuTrainer(Trainer):
         }
         if self.model.config.language_model is None:
             record["language_model"] = "in this folder"
-        record["skipped"] = []
-        if isinstance(self.train_dataset, QaDataset):
-            record["skipped"] = self.train_dataset.skipped
+        record["skipped"] = self.train_dataset.skipped
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-class EvaluateAtSave(TrainerCallback):
-    """Evaluates on the held-out examples when a checkpoint is saved and after the last step."""
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps:
-            control.should_evaluate = True
+        replace_file(folder / "ltu_state.json", f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def training_arguments(
-    run: RunArguments, steps: int, accumulation: int, bf16: bool
+    run: RunArguments, steps: int, accumulation: int, bf16: bool, has_held_out: bool
 ) -> TrainingArguments:
     """Return the arguments of the Trainer.
+
+    With held-out examples, the model is evaluated whenever it is saved, and after the last step.
 
     The optimizer is the original's: AdamW with betas 0.9 and 0.999 and epsilon 1e-8, no weight
     decay, gradients clipped at 1.0, and a linear schedule. The flags give the rest.
@@ -148,7 +141,9 @@ def training_arguments(
         if run.wandb_watch:
             os.environ["WANDB_WATCH"] = run.wandb_watch
         if run.wandb_log_model:
-            os.environ["WANDB_LOG_MODEL"] = run.wandb_log_model
+            # The original's "true" is of an older transformers.
+            is_original = run.wandb_log_model == "true"
+            os.environ["WANDB_LOG_MODEL"] = "end" if is_original else run.wandb_log_model
     if run.tensorboard:
         reports.append("tensorboard")
 
@@ -160,6 +155,8 @@ def training_arguments(
         run_name=run.wandb_run_name or None,
         per_device_train_batch_size=run.micro_batch_size,
         per_device_eval_batch_size=run.micro_batch_size,
+        eval_strategy="steps" if has_held_out else "no",
+        eval_steps=run.save_steps,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
         learning_rate=run.learning_rate,
@@ -208,15 +205,15 @@ def make_datasets(
         )
 
     # All examples in the order of the file, or a random split.
-    generator = torch.Generator().manual_seed(run.seed)
-    order = torch.randperm(len(rows), generator=generator)  # (rows,)
-    train, held_out = order.split([num_train, data.val_set_size])
+    numbers = torch.arange(len(rows))  # (rows,)
+    if data.val_set_size > 0:
+        generator = torch.Generator().manual_seed(run.seed)
+        numbers = torch.randperm(len(rows), generator=generator)
+    train, held_out = numbers.split([num_train, data.val_set_size])
+    train_set = _take_examples(rows, train, data, processor)
     held_out_set = None
     if data.val_set_size > 0:
-        train_set = _take_examples(rows, train, data, processor)
         held_out_set = _take_examples(rows, held_out, data, processor)
-    else:
-        train_set = _take_examples(rows, torch.arange(len(rows)), data, processor)
 
     if run.group_by_length and train_set.lengths is None:
         logger.warning(
@@ -235,7 +232,7 @@ def _open_rows(data: DataArguments, processor: LtuProcessor) -> list[dict] | Ind
         indexed.check(processor, data.cutoff_len, data.train_on_inputs)
         return indexed
     rows = read_rows(data.data_path, data.audio_root)
-    return processor.add_transcripts(rows)
+    return processor.front_end.add_transcripts(rows)
 
 
 def _check_clips(rows: list[dict] | IndexedRows, data_path: str) -> None:
@@ -269,7 +266,7 @@ def _take_examples(
     return QaDataset(
         part,
         encode=encode,
-        load_features=processor.load_features,
+        load_features=processor.front_end.load_features,
         max_bad=data.max_bad,
         lengths=lengths,
         numbers=numbers,
@@ -283,8 +280,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     # The processor and the datasets.
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
-    whisper_settings = {name: getattr(data, name) for name in WHISPER_FLAGS}
-    processor.use(**whisper_settings)
+    processor.front_end.configure(**data.front_end)
     train_set, held_out = make_datasets(data, run, processor)
 
     # The model.
@@ -318,6 +314,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     arguments = {}
     for part in (model_args, data, run):
         arguments |= dataclasses.asdict(part)
+    arguments |= arguments.pop("front_end")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = {
         "stage": Path(run.output_dir).name,
@@ -332,12 +329,11 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     }
     return LtuTrainer(
         model=model,
-        args=training_arguments(run, steps, accumulation, bf16),
+        args=training_arguments(run, steps, accumulation, bf16, held_out is not None),
         data_collator=LtuCollator(processor, data.original_positions),
         train_dataset=train_set,
         eval_dataset=held_out,
         processing_class=processor,
-        callbacks=[EvaluateAtSave()] if held_out else None,
         micro_batches=batches,
         record=record,
     )
@@ -362,10 +358,14 @@ def find_resumed(run: RunArguments, record: dict) -> str | None:
 
     state = Path(folder, "ltu_state.json")
     stored = json.loads(state.read_text()) if state.is_file() else {}
-    for key in ("rows", "grouped"):
-        if stored.get(key, record[key]) != record[key]:
+    # The order of the examples, and which of them are held out, depend on these.
+    trained = {key: stored[key] for key in ("rows", "grouped") if key in stored}
+    arguments = stored.get("arguments", {})
+    trained |= {name: arguments[name] for name in ORDER_ARGUMENTS if name in arguments}
+    for key, value in trained.items():
+        wanted = record[key] if key in record else record["arguments"][key]
+        if value != wanted:
             raise ValueError(
-                f"{folder} was trained with {key}: {stored[key]}, this run has {record[key]}. "
-                "Start a new run."
+                f"{folder} was trained with {key}: {value}, this run has {wanted}. Start a new run."
             )
     return folder

@@ -11,9 +11,9 @@ finetune \
     --data_path "${DATA:-data/openaqa_toy}/openaqa_toy.json" \
     --output_dir "${EXP:-exp/ltu}/finetune_toy" \
     --trainable_params all \
-    --lora_target_modules '[q_proj,v_proj]' \
-    --batch_size 256 --micro_batch_size 4 --num_epochs 1 \
-    --learning_rate 1e-4 --warmup_steps 100 \
-    --cutoff_len 100 --train_on_inputs --group_by_length --original_positions \
+    --micro_batch_size 4 \
+    --num_epochs 1 \
+    --learning_rate 1e-4 \
+    --cutoff_len 100 \
     --save_steps 10 \
     "$@"

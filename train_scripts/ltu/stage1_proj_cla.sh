@@ -11,14 +11,7 @@ finetune \
     --output_dir "${EXP:-exp/ltu}/stage1_proj_cla" \
     --trainable_params proj \
     --lora_target_modules '["dummy"]' \
-    --batch_size 256 \
     --micro_batch_size 8 \
     --num_epochs 2 \
     --learning_rate 1e-3 \
-    --warmup_steps 100 \
-    --cutoff_len 108 \
-    --train_on_inputs \
-    --group_by_length \
-    --original_positions \
-    --save_steps 1000 \
     "$@"

@@ -10,15 +10,7 @@ finetune \
     --output_dir "${EXP:-exp/ltu}/stage3_all_close" \
     --trainable_params all \
     --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 \
-    --lora_target_modules '[q_proj,v_proj]' \
-    --batch_size 256 \
     --micro_batch_size 4 \
     --num_epochs 1 \
     --learning_rate 1e-4 \
-    --warmup_steps 100 \
-    --cutoff_len 108 \
-    --train_on_inputs \
-    --group_by_length \
-    --original_positions \
-    --save_steps 1000 \
     "$@"

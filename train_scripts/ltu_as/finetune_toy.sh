@@ -12,10 +12,10 @@ MODEL=ltu_as finetune \
     --data_path "${DATA:-data/openasqa_toy}/openasqa_toy.json" \
     --output_dir "${EXP:-exp/ltu_as}/finetune_toy" \
     --trainable_params all \
-    --lora_target_modules '[q_proj,v_proj]' \
-    --batch_size 256 --micro_batch_size 4 --num_epochs 1 \
-    --learning_rate 2e-4 --warmup_steps 100 \
-    --cutoff_len 160 --train_on_inputs --group_by_length --original_positions \
+    --micro_batch_size 4 \
+    --num_epochs 1 \
+    --learning_rate 2e-4 \
+    --cutoff_len 160 \
     ${FEATURES:+--feature_root "$FEATURES"} \
     --save_steps 10 \
     "$@"

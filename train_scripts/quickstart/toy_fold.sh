@@ -1,46 +1,98 @@
 #!/usr/bin/env bash
-# Runs one fold of the toy experiment with LTU: builds the dataset and the initial checkpoint,
-# trains the stages, and generates answers for held-out clips after each of them.
-# bash train_scripts/quickstart/toy_fold.sh FOLD SEED DIR [FLAGS of ltu.finetune]
-#   STAGES  names of stage scripts in order; the default is all four
-#   ROWS    numbers of examples of stages 1 to 4; the default is that of data.toy.build
+# Runs one fold of the toy experiment: builds the dataset and the initial checkpoint (for LTU-AS
+# also Whisper's features and transcripts), trains the stages, and generates answers for held-out
+# clips after each of them.
+# bash train_scripts/quickstart/toy_fold.sh ltu|ltu_as FOLD SEED DIR [FLAGS of finetune]
+#   STAGES        names of stage scripts in order; the default is all of them
+#   NUM_EXAMPLES  numbers of examples of the stages; the default is that of data.toy.build
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
-fold=$1 seed=$2
-export EXP=$3
-shift 3
+kind=$1 fold=$2 seed=$3
+export EXP=$4
+shift 4
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 export NPROC=${NPROC:-1} PYTHON=${PYTHON:-.venv/bin/python}
 export DATA=$EXP/data BASE=$EXP/init
-stages=${STAGES:-stage1_proj_cla stage2_all_cla stage3_all_close stage4_all_mix}
+stages="stage1_proj_cla stage2_all_cla"
+
+# What differs between the two models. heldout_*.json are questions about sounds; show.json of
+# LTU-AS is about sounds and speech.
+case $kind in
+    ltu)
+        stages="$stages stage3_all_close stage4_all_mix"
+        init_flags=(--audio_encoder pretrained_mdls/yamnet)
+        cutoff_len=108
+        generate_flags=(--max_new_tokens 40)
+        question_sets="heldout_right heldout_wrong heldout_none heldout_show"
+        last_question_sets=""
+        ;;
+    ltu_as)
+        export FEATURES=$EXP/features
+        whisper=pretrained_mdls/whisper-tiny.en/whisper.pt
+        stages="$stages stage3_all_mix_v2"
+        init_flags=(--whisper "$whisper" --feature_root "$FEATURES")
+        init_flags+=(--standardize_on "$DATA/stage2.json")
+        cutoff_len=160
+        generate_flags=(--max_new_tokens 60 --feature_root "$FEATURES")
+        question_sets="heldout_right heldout_wrong heldout_none"
+        # Only after the last stage, because generating answers takes minutes.
+        last_question_sets="show speech_gender speech_gender_empty speech_words_right"
+        last_question_sets+=" speech_words_whisper speech_words_wrong speech_words_none"
+        last_question_sets+=" speech_pitch speech_speed"
+        ;;
+    *) echo "error: $kind: the first argument is ltu or ltu_as" >&2; exit 2 ;;
+esac
+stages=${STAGES:-$stages}
+last_stage=${stages##* }
 
 if [ ! -f "$DATA/finished" ]; then
-    step "Toy data: 246 clips, training examples, held-out questions"
-    "$PYTHON" -m data.toy.build --fold "$fold" --seed "$seed" --output_dir "$DATA" \
-        ${ROWS:+--rows "$ROWS"}
+    step "Toy data: clips, training examples, held-out questions"
+    "$PYTHON" -m data.toy.build --kind "$kind" --fold "$fold" --seed "$seed" \
+        --output_dir "$DATA" ${NUM_EXAMPLES:+--num_examples "$NUM_EXAMPLES"}
     touch "$DATA/finished"
 fi
-if [ ! -f "$BASE/ltu_state.json" ]; then
-    "$PYTHON" -m ltu.convert_checkpoint --init --llm pretrained_mdls/smollm2-135m-instruct \
-        --audio_encoder pretrained_mdls/yamnet --seed "$seed" --output_dir "$BASE"
+if [ "$kind" = ltu_as ] && [ ! -f "$FEATURES/finished" ]; then
+    step "Whisper's features and transcripts of every clip"
+    "$PYTHON" -m ltu_as.extract_whisper_feature --whisper "$whisper" --feature_precision fp16 \
+        --output_dir "$FEATURES" --data_path "$DATA"/stage*.json "$DATA"/heldout*.json \
+        "$DATA"/speech*.json "$DATA/show.json"
+    touch "$FEATURES/finished"
 fi
+if [ ! -f "$BASE/ltu_state.json" ]; then
+    "$PYTHON" -m "$kind.convert_checkpoint" --init --llm pretrained_mdls/smollm2-135m-instruct \
+        "${init_flags[@]}" --seed "$seed" --output_dir "$BASE"
+fi
+
 for stage in $stages; do
     step "$stage"
-    answers=$EXP/$stage/answers
-    is_new=""
-    if ! grep -qs '"finished": true' "$EXP/$stage/ltu_state.json"; then is_new=yes; fi
+    # The last stage adds open-ended questions, at a quarter of the learning rate. At the full one,
+    # the model would name fewer labels exactly.
+    stage_flags=(--cutoff_len "$cutoff_len")
+    case $kind/$stage in
+        ltu/stage4_* | ltu_as/stage3_*) stage_flags+=(--learning_rate 5e-4) ;;
+    esac
+    bash "train_scripts/$kind/$stage.sh" --seed "$seed" @train_scripts/quickstart/toy.args \
+        "${stage_flags[@]}" "$@"
 
-    # Stage 4 adds open-ended questions, at a quarter of the learning rate. At the full one, the
-    # model would name fewer labels exactly.
-    stage_flags=""
-    case $stage in stage4_*) stage_flags="--learning_rate 5e-4" ;; esac
-    bash "train_scripts/ltu/$stage.sh" --seed "$seed" $(grep -v '^#' train_scripts/quickstart/toy.args) \
-        $stage_flags "$@"
+    # After stage 1, LTU-AS does not generate well-formed answers yet.
+    case $kind/$stage in ltu_as/stage1_*) continue ;; esac
 
-    if [ -n "$is_new" ] || [ ! -f "$answers/show.json" ]; then
-        "$PYTHON" -m ltu.inference_batch --model "$EXP/$stage" --batch_size 34 \
-            --max_new_tokens 40 --data_path "$DATA"/heldout_{right,wrong,none,show}.json \
-            --output_path "$answers"/{right,wrong,none,show}.json
+    questions=() answers=()
+    names=$question_sets
+    if [ "$stage" = "$last_stage" ]; then names="$names $last_question_sets"; fi
+    for name in $names; do
+        questions+=("$DATA/$name.json")
+        last_answers=$EXP/$stage/answers/${name#heldout_}.json
+        answers+=("$last_answers")
+    done
+    # The files of answers are written one after the other: if the last one is older than the model,
+    # or is not there, answers are missing.
+    if [ "$EXP/$stage/model.safetensors" -nt "$last_answers" ]; then
+        "$PYTHON" -m "$kind.inference_batch" --model "$EXP/$stage" --batch_size 34 \
+            "${generate_flags[@]}" --data_path "${questions[@]}" --output_path "${answers[@]}"
         "$PYTHON" -m eval.toy --folds "$EXP" --no_probe
+        if [ "$kind/$stage" = "ltu_as/$last_stage" ]; then
+            "$PYTHON" -m eval.toy_speech --run "$EXP/$stage"
+        fi
     fi
 done

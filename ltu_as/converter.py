@@ -1,0 +1,170 @@
+"""Makes checkpoint folders of LTU-AS from original files and pretrained components."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from ltu.checkpoints.convert import CONVERTERS, LtuConverter
+from ltu.checkpoints.original_checkpoints import REFUSED
+from ltu.data.check_examples import read_rows
+from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
+from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
+from ltu_as.feature_store import FeatureStore
+from ltu_as.processing_ltu_as import LtuAsProcessor
+
+TLTR_KEYS = [
+    (r"((?:time|layer)_tr\..+)", r"audio_tower.\1", None),
+    (r"mlp_layer\..+", None, "the classifier of AudioSet's 527 classes"),
+    (
+        r"down_layer\..+",
+        None,
+        f"{REFUSED}a 'low' Whisper-AT has a layer that LTU-AS lacks, and is 512 wide; use 'ori'",
+    ),
+]
+
+
+@dataclass
+class LtuAsConverter(LtuConverter):
+    """Makes checkpoint folders of LTU-AS.
+
+    Attributes:
+        whisper: the Whisper of the features, a name or an openai-whisper `.pt` file.
+        transcription_model: the Whisper of the transcripts.
+        feature_precision: of Whisper's encoder, "fp16" or "fp32".
+        feature_root: the folder of the features of the clips of `standardize_on`.
+        standardize_on: a dataset file; a random TLTR scales each channel by its mean and standard
+            deviation on these clips.
+        num_time_heads, num_layer_heads: attention heads of TLTR, which no file states.
+    """
+
+    config_class: ClassVar[type[LtuAsConfig]] = LtuAsConfig
+    processor_class: ClassVar[type[LtuAsProcessor]] = LtuAsProcessor
+    audio_encoder_keys: ClassVar[list] = TLTR_KEYS
+
+    whisper: str = "large-v1"
+    transcription_model: str | None = None
+    feature_precision: str = "fp16"
+    feature_root: str | None = None
+    standardize_on: str | None = None
+    num_time_heads: int = 1
+    num_layer_heads: int = 8
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--whisper",
+            default=cls.whisper,
+            help="The Whisper of the features: a name, or an openai-whisper .pt file.",
+        )
+        parser.add_argument(
+            "--transcription_model",
+            help="The Whisper of the transcripts. The default is large-v2 for large-v1, and else "
+            "the same model.",
+        )
+        parser.add_argument(
+            "--feature_precision",
+            default=cls.feature_precision,
+            choices=("fp16", "fp32"),
+            help="The precision of Whisper's encoder.",
+        )
+        parser.add_argument(
+            "--feature_root",
+            help="With --standardize_on: the folder of the features of its clips.",
+        )
+        parser.add_argument(
+            "--standardize_on",
+            help="A dataset file, on whose clips a random TLTR scales channels by mean and std.",
+        )
+        parser.add_argument(
+            "--num_time_heads",
+            type=int,
+            default=cls.num_time_heads,
+            help="The attention heads of TLTR over time, which no file states.",
+        )
+        parser.add_argument(
+            "--num_layer_heads",
+            type=int,
+            default=cls.num_layer_heads,
+            help="The attention heads of TLTR over layers, which no file states.",
+        )
+
+    def make_audio_config(self, state: dict[str, Tensor]) -> TltrConfig:
+        """Return the config of TLTR, with the sizes of the Whisper.
+
+        Args:
+            state: the weights of TLTR, which are checked against the sizes; empty for a random one.
+
+        Raises:
+            ValueError: the weights are for another Whisper, or the flags contradict each other.
+        """
+        layers, width = LtuAsFeatureExtractor.shape_of(self.whisper)
+        query = state.get("audio_tower.time_tr.attn.query.weight")
+        if state and len(query) != width:
+            raise ValueError(
+                f"The file holds a TLTR of width {len(query)}, but Whisper {self.whisper} has "
+                f"features of width {width}. Name the Whisper that TLTR was trained with: --whisper"
+            )
+        if self.standardize_on and (state or not self.feature_root):
+            raise ValueError(
+                "--standardize_on is for a random TLTR (no --audio_encoder), and needs "
+                "--feature_root."
+            )
+        return TltrConfig(
+            hidden_size=width,
+            num_whisper_layers=layers,
+            num_time_heads=self.num_time_heads,
+            num_layer_heads=self.num_layer_heads,
+            standardize=bool(self.standardize_on),
+        )
+
+    def finish_audio_encoder(self, state: dict[str, Tensor]) -> None:
+        """Add mean and standard deviation of the features of `--standardize_on` to the weights.
+
+        They are those of each channel of each layer.
+
+        Raises:
+            ValueError: the feature folder holds none of the clips.
+        """
+        if not self.standardize_on:
+            return
+        store = FeatureStore(self.feature_root)
+        audio_ids = {row["audio_id"] for row in read_rows(self.standardize_on) if row["audio"]}
+        count = 0
+        total = 0.0
+        squares = 0.0
+        for audio_id in sorted(audio_ids):
+            stored = store.read(audio_id)
+            if stored is None:
+                continue
+            features = stored.features.double()  # (layers, time, width)
+            total = total + features.sum(1, True)
+            squares = squares + features.square().sum(1, True)
+            count += features.shape[1]
+        if not count:
+            raise ValueError(
+                f"{self.feature_root} holds features of no clip of {self.standardize_on}."
+            )
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=1e-10)
+        state["audio_tower.feature_mean"] = mean.float()  # (layers, 1, width)
+        state["audio_tower.feature_std"] = variance.sqrt().float()
+
+    def extractor_settings(self) -> dict:
+        """Return the arguments of `LtuAsFeatureExtractor`."""
+        settings = {
+            "whisper_model": self.whisper,
+            "transcription_model": self.transcription_model or TEXT_MODELS.get(self.whisper),
+            "feature_precision": self.feature_precision,
+        }
+        # A model with an official name may not be downloaded yet; its fingerprint is set at the
+        # first use.
+        if Path(self.whisper).is_file():
+            extractor = LtuAsFeatureExtractor(None, None, self.whisper)
+            settings["whisper_fingerprint"] = extractor.describe()["fingerprint"]
+        return settings
+
+
+CONVERTERS["ltu_as"] = LtuAsConverter
