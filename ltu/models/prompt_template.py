@@ -175,8 +175,9 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
     """Convert messages as Qwen2-Audio's processor takes them to messages with plain text.
 
     The `content` of a message is a text, or a list of `{"type": "text", "text"}` and
-    `{"type": "audio", "audio", "transcript"?}`, where `AUDIO_KEYS` are other names of "audio". Several texts of a message become
-    lines of one text. The audio tokens come before all text, wherever the clip is in the list.
+    `{"type": "audio", "audio", "transcript"?}`, where `AUDIO_KEYS` are other names of "audio".
+    Several texts of a message become lines of one text. The audio tokens come before all text,
+    wherever the clip is in the list.
 
     Returns:
         Messages with `role` and a text as `content`; one may have `audio` and `transcript` too.
