@@ -1,4 +1,4 @@
-"""Ask one clip one question.
+"""Answers one question about one clip.
 
     python -m ltu.ask CLIP "What can be inferred from the audio?" --model DIR
     python -m ltu.ask none "What is the capital of France?" --model DIR      without audio
@@ -20,11 +20,12 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("clip", help="an audio file, or 'none'")
-    parser.add_argument("question")
+    parser.add_argument("clip", help="An audio file, or 'none'.")
+    parser.add_argument("question", help="The question about the clip.")
     parser.add_argument(
         "--transcript",
-        help="what is said in the clip; '' for nothing (LTU-AS transcribes by default)",
+        help="The transcript of the clip; '' if nothing is said. By default, a model with "
+        "transcripts transcribes the clip.",
     )
     add_generation_flags(parser)
     args = parser.parse_args(argv)

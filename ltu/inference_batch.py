@@ -1,4 +1,4 @@
-"""Answer the questions of dataset files.
+"""Answers the questions of dataset files.
 
     python -m ltu.inference_batch --model DIR --data_path Q.json --output_path P.json
     python -m ltu.inference_batch --model DIR --data_path Q1.json Q2.json \\
@@ -14,8 +14,7 @@ questions.
 
 A stopped run continues when it is started again (`ltu.inference.predictions_file`). Equal
 questions about equal clips are answered once. The exit status is 1 if more than `--max_bad`
-questions have no answer. Fix their clips and run it again: only these questions are answered
-then.
+questions have no answer. Fix their clips and run it again: only these questions are answered then.
 """
 
 import argparse
@@ -45,19 +44,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--data_path", required=True, nargs="+", help="questions: JSON list or JSON lines"
+        "--data_path",
+        required=True,
+        nargs="+",
+        help="Dataset files with the questions: JSON list, JSON lines (also .gz, .zst) or Parquet.",
     )
     parser.add_argument(
-        "--output_path", nargs="+", help="answers as JSON, one for each file of questions"
+        "--output_path",
+        nargs="+",
+        help="Predictions files to write (JSON), one for each file of questions.",
     )
     parser.add_argument(
-        "--audio_root", help="folder of relative audio_ids (default: that of the data file)"
+        "--audio_root",
+        help="Folder to which audio_ids are relative. The default is that of the dataset file.",
     )
     parser.add_argument(
-        "--max_bad", type=int, default=0, help="questions that may fail without a non-zero exit"
+        "--max_bad",
+        type=int,
+        default=0,
+        help="Number of questions that may fail before the exit status is 1.",
     )
     check_help = (
-        "compare batched answers with single ones on the first N questions (16); nothing is written"
+        "Compare batched answers with single ones on the first N questions (16), and write nothing."
     )
     parser.add_argument(
         "--check_batch", type=int, nargs="?", const=16, metavar="N", help=check_help
@@ -65,6 +73,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_batch_flags(parser)
     args = parser.parse_args(argv)
     outputs = [Path(path).absolute() for path in args.output_path or []]
+    if args.check_batch and outputs:
+        parser.error("--check_batch writes nothing; leave --output_path out")
     if len(args.data_path) != len(outputs) and not args.check_batch:
         parser.error(f"{len(args.data_path)} files of questions, but {len(outputs)} --output_path")
     inputs = [Path(path).absolute() for path in args.data_path]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ltu.checkpoints.convert import CONVERTERS, LtuConverter
-from ltu.checkpoints.original_checkpoints import REFUSED
+from ltu.checkpoints.original_checkpoints import KeyRule
 from ltu.data.check_examples import read_rows
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
@@ -16,12 +16,11 @@ from ltu_as.feature_store import FeatureStore
 from ltu_as.processing_ltu_as import LtuAsProcessor
 
 TLTR_KEYS = [
-    (r"((?:time|layer)_tr\..+)", r"audio_tower.\1", None),
-    (r"mlp_layer\..+", None, "the classifier of AudioSet's 527 classes"),
-    (
+    KeyRule(r"((?:time|layer)_tr\..+)", r"audio_tower.\1"),
+    KeyRule(r"mlp_layer\..+", drop="the classifier of AudioSet's 527 classes"),
+    KeyRule(
         r"down_layer\..+",
-        None,
-        f"{REFUSED}a 'low' Whisper-AT has a layer that LTU-AS lacks, and is 512 wide; use 'ori'",
+        refuse="a 'low' Whisper-AT has a layer that LTU-AS lacks, and is 512 wide; use 'ori'",
     ),
 ]
 
@@ -42,7 +41,7 @@ class LtuAsConverter(LtuConverter):
 
     config_class: ClassVar[type[LtuAsConfig]] = LtuAsConfig
     processor_class: ClassVar[type[LtuAsProcessor]] = LtuAsProcessor
-    audio_encoder_keys: ClassVar[list] = TLTR_KEYS
+    audio_encoder_keys: ClassVar[list[KeyRule]] = TLTR_KEYS
 
     whisper: str = "large-v1"
     transcription_model: str | None = None
@@ -132,13 +131,15 @@ class LtuAsConverter(LtuConverter):
             return
         store = FeatureStore(self.feature_root)
         audio_ids = {row["audio_id"] for row in read_rows(self.standardize_on) if row["audio"]}
-        count = 0
+        num_clips = 0
+        count = 0  # Time steps.
         total = 0.0
         squares = 0.0
         for audio_id in sorted(audio_ids):
             stored = store.read(audio_id)
             if stored is None:
                 continue
+            num_clips += 1
             features = stored.features.double()  # (layers, time, width)
             total = total + features.sum(1, True)
             squares = squares + features.square().sum(1, True)
@@ -147,6 +148,7 @@ class LtuAsConverter(LtuConverter):
             raise ValueError(
                 f"{self.feature_root} holds features of no clip of {self.standardize_on}."
             )
+        print(f"mean and std of the features of {num_clips} of {len(audio_ids)} clips")
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=1e-10)
         state["audio_tower.feature_mean"] = mean.float()  # (layers, 1, width)

@@ -191,32 +191,43 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--data_path", required=True, nargs="+", help="dataset files: JSON list or JSON lines"
+        "--data_path",
+        required=True,
+        nargs="+",
+        help="Dataset files: JSON list, JSON lines (also .gz, .zst) or Parquet.",
     )
-    parser.add_argument("--output_dir", required=True, help="folder to write the features to")
+    parser.add_argument("--output_dir", required=True, help="Folder to write the features to.")
     parser.add_argument(
         "--audio_root",
-        help="folder that audio_ids are relative to (default: that of the dataset file)",
+        help="Folder to which audio_ids are relative. The default is that of the dataset file.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="checkpoint folder of LTU-AS, whose Whisper is used")
-    source.add_argument("--whisper", help="a name such as large-v1, or an openai-whisper .pt file")
-    parser.add_argument("--transcription_model", help="another Whisper for the transcripts")
+    source.add_argument("--model", help="Checkpoint folder of LTU-AS, whose Whisper is used.")
+    source.add_argument("--whisper", help="A name such as large-v1, or an openai-whisper .pt file.")
+    parser.add_argument("--transcription_model", help="Another Whisper for the transcripts.")
     parser.add_argument(
-        "--feature_precision", choices=("fp16", "fp32"), help="precision of Whisper's encoder"
+        "--feature_precision", choices=("fp16", "fp32"), help="Precision of Whisper's encoder."
     )
-    parser.add_argument("--language", help="language of the speech (default: Whisper detects it)")
+    parser.add_argument(
+        "--language", help="Language of the speech, such as en. By default, Whisper detects it."
+    )
     parser.add_argument(
         "--transcribe",
         choices=("missing", "all", "none"),
         default="missing",
-        help="clips to transcribe: those of examples without input, all or none",
+        help="Clips to transcribe: those of examples without input (missing), all or none.",
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="clips per batch")
+    parser.add_argument("--batch_size", type=int, default=16, help="Number of clips in a batch.")
     parser.add_argument(
-        "--max_bad", type=int, default=0, help="clips that may fail without a non-zero exit status"
+        "--max_bad",
+        type=int,
+        default=0,
+        help="Number of clips that may fail before the exit status is 1.",
     )
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
+    parser.add_argument(
+        "--device",
+        help="Device of Whisper: cuda, cuda:1 or cpu. The default is a GPU if there is one.",
+    )
     args = parser.parse_args(argv)
 
     examples = []

@@ -54,6 +54,12 @@ def flags(folder: Path, rows: Path, output: Path, *more: str) -> list[str]:
     return [*common.split(), "--batch_size", "4", *more]
 
 
+def check_flags(folder: Path, rows: Path, *more: str) -> list[str]:
+    """Return flags of --check_batch, which writes nothing."""
+    common = f"--model {folder} --data_path {rows} --device cpu --batch_size 4 --max_new_tokens"
+    return [*common.split(), "6", "--check_batch", *more]
+
+
 def read(path: Path) -> list[dict]:
     """Return what must be equal: everything except wall times."""
     return [
@@ -388,14 +394,16 @@ def test_what_cannot_be_written_is_said_first(folder, rows, tmp_path, capsys):
 
 
 def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
-    command = flags(folder, rows, tmp_path / "p.json", "--max_new_tokens", "6", "--check_batch")
+    command = check_flags(folder, rows)
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "16 questions" in shown and "batched answers equal" in shown
     assert main([*command, "5", "--dtype", "float16"]) == 0
     shown = capsys.readouterr().out
     assert "5 questions" in shown and "leads by 0.01 or less" in shown
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        main([*command, "--output_path", str(tmp_path / "p.json")])
+    assert "--check_batch writes nothing" in capsys.readouterr().err
     stock = LtuProcessor.pad_batch
 
     def attend_to_padding(*args, **kwargs):
@@ -411,9 +419,7 @@ def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "dtype, lead, code", [("float16", 0.009, 0), ("float16", 0.02, 1), ("float32", 0.009, 1)]
 )
-def test_only_near_ties_below_fp32_may_differ(
-    folder, rows, tmp_path, capsys, monkeypatch, dtype, lead, code
-):
+def test_only_near_ties_below_fp32_may_differ(folder, rows, capsys, monkeypatch, dtype, lead, code):
     """Answers made up here: the second token of every batched one is another."""
 
     def generate(engine, requests, decoding):
@@ -422,7 +428,7 @@ def test_only_near_ties_below_fp32_may_differ(
         return [[Step(7, 5.0, 0.01), Step(second, lead, 0.01), Step(2, 5.0, 0.01)]] * count
 
     monkeypatch.setattr(batch_invariance, "generate", generate)
-    assert main(flags(folder, rows, tmp_path / "p.json", "--check_batch", "--dtype", dtype)) == code
+    assert main(check_flags(folder, rows, "--dtype", dtype)) == code
     row = capsys.readouterr().out.splitlines()[2].split()
     assert row[:3] == ["1", "2", str(lead)] and ("DIFFERS" if code else "tie,") in row
 

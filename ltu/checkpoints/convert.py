@@ -21,6 +21,7 @@ from ltu.checkpoints.original_checkpoints import (
     FOLDER_KEYS,
     ORIGINAL_KEYS,
     PREFIX,
+    KeyRule,
     check_audio_encoder,
     load_state,
     rename_keys,
@@ -48,6 +49,7 @@ EMBEDDINGS = (
     "wte",
     "model.language_model.embed_tokens",
 )
+HEAD_WIDTH = 64  # Channels of an attention head, in all ViTs of the family of CAV-MAE.
 INITIALIZER_RANGE = 0.02  # The usual standard deviation of embeddings, if no file shows it.
 
 
@@ -89,7 +91,7 @@ def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
     return CavMaeConfig(
         hidden_size=width,
         num_hidden_layers=len(blocks),
-        num_attention_heads=width // 64,
+        num_attention_heads=width // HEAD_WIDTH,
         intermediate_size=intermediate_size,
     )
 
@@ -103,7 +105,7 @@ class LtuConverter:
 
     config_class: ClassVar[type[LtuConfig]] = LtuConfig
     processor_class: ClassVar[type[LtuProcessor]] = LtuProcessor
-    audio_encoder_keys: ClassVar[list] = CAV_MAE_KEYS
+    audio_encoder_keys: ClassVar[list[KeyRule]] = CAV_MAE_KEYS
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:

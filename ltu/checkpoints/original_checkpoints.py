@@ -7,6 +7,7 @@ which format it has, not its name.
 
 import mmap
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -17,56 +18,66 @@ from torch import Tensor
 
 from ltu.models.locate_checkpoint import weight_files
 
-# (pattern, replacement, None) places or renames a key; (pattern, None, reason) drops it; a reason
-# that begins with REFUSED refuses the file. The first rule that matches applies.
-REFUSED = "refused: "
+
+@dataclass(frozen=True)
+class KeyRule:
+    """What happens to the keys that match a pattern. The first rule that matches a key applies.
+
+    Attributes:
+        pattern: a regular expression, which the whole key matches.
+        new_name: the key is renamed to it; it may have groups of the pattern.
+        drop: the key is dropped, for this reason.
+        refuse: the whole file is refused, for this reason.
+    """
+
+    pattern: str
+    new_name: str | None = None
+    drop: str | None = None
+    refuse: str | None = None
+
+
 ORIGINAL_KEYS = [
-    (r"model\.audio_encoder\.(.+)", r"audio_tower.\1", None),
-    (r"model\.audio_proj\.1\.(weight|bias)", r"multi_modal_projector.linear.\1", None),
-    (
+    KeyRule(r"model\.audio_encoder\.(.+)", r"audio_tower.\1"),
+    KeyRule(r"model\.audio_proj\.1\.(weight|bias)", r"multi_modal_projector.linear.\1"),
+    KeyRule(
         r"(model\.layers\..+\.lora_[AB])(?:\.default)?\.weight",
         r"language_model.\1.default.weight",
-        None,
     ),
-    (r".+\.rotary_emb\.inv_freq", None, "a constant that the language model computes"),
-    (
+    KeyRule(r".+\.rotary_emb\.inv_freq", drop="a constant that the language model computes"),
+    KeyRule(
         r"((?:model\.(?:embed_tokens|layers|norm)|lm_head).*?)(?:\.base_layer)?(\.\w+)",
         r"language_model.\1\2",
-        None,
     ),
 ]
 CAV_MAE_KEYS = [
-    (
+    KeyRule(
         r"(patch_embed_a\.proj\..+|pos_embed_a|modality_a|blocks_a\..+|blocks_u\..+|norm_a\..+)",
         r"audio_tower.\1",
-        None,
     ),
-    (
+    KeyRule(
         r"(patch_embed_v|pos_embed_v|modality_v|blocks_v|norm_v)(\..+)?",
-        None,
-        "the visual branch",
+        drop="the visual branch",
     ),
-    (r"(norm|mlp_head\w*)(\..+)?", None, "the classifier of fine-tuning"),
-    (r"(decoder_\w+|mask_token)(\..+)?", None, "the decoder of pre-training"),
+    KeyRule(r"(norm|mlp_head\w*)(\..+)?", drop="the classifier of fine-tuning"),
+    KeyRule(r"(decoder_\w+|mask_token)(\..+)?", drop="the decoder of pre-training"),
 ]
 
 # For a folder of the original that also contains the language model (vicuna_ltu, vicuna_ltuas):
 # the audio encoder and the projection are taken from it.
 FOLDER_KEYS = [
     *ORIGINAL_KEYS[:2],
-    (r"(model|lm_head)\..+", None, "the language model's own, which --llm names"),
+    KeyRule(r"(model|lm_head)\..+", drop="the language model's own, which --llm names"),
 ]
 # Our names -> the names that the original's Trainer writes.
 PREFIX = "base_model.model."
 TO_ORIGINAL = [
-    (
+    KeyRule(
         r"audio_tower\.feature_(?:mean|std)",
-        None,
-        f"{REFUSED}the original's TLTR does not standardize its features",
+        refuse="the original's TLTR does not standardize its features",
     ),
-    (r"audio_tower\.(.+)", rf"{PREFIX}model.audio_encoder.\1", None),
-    (r"multi_modal_projector\.linear\.(.+)", rf"{PREFIX}model.audio_proj.1.\1", None),
-    (r"language_model\.(.+?)(?:\.base_layer)?(\.\w+)", rf"{PREFIX}\1\2", None),
+    KeyRule(r"audio_tower\.(.+)", rf"{PREFIX}model.audio_encoder.\1"),
+    KeyRule(r"multi_modal_projector\.linear\.(.+)", rf"{PREFIX}model.audio_proj.1.\1"),
+    KeyRule(r"language_model\.(.+?)(?:\.base_layer)?(\.\w+)", rf"{PREFIX}\1\2"),
 ]
 # Package -> the name of its audio encoder, and a tensor that only this audio encoder has.
 AUDIO_ENCODER_MARKS = {
@@ -163,14 +174,23 @@ def check_audio_encoder(state: dict[str, Tensor], package: str, path: str | Path
         )
 
 
+def find_rule(key: str, rules: list[KeyRule]) -> tuple[KeyRule, re.Match] | None:
+    """Return the first rule that matches a key, with the match, or None."""
+    for rule in rules:
+        match = re.fullmatch(rule.pattern, key)
+        if match is not None:
+            return rule, match
+    return None
+
+
 def rename_keys(
-    state: dict[str, Tensor], rules: list[tuple], prefixes: tuple[str, ...], path: str | Path
-) -> tuple[dict, dict]:
+    state: dict[str, Tensor], rules: list[KeyRule], prefixes: tuple[str, ...], path: str | Path
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Apply rules to every key of a file.
 
     Args:
         state: the tensors of the file by key.
-        rules: see ORIGINAL_KEYS.
+        rules: the first one that matches a key applies.
         prefixes: what is removed from the start of a key before the rules apply.
         path: the file, for messages.
 
@@ -187,22 +207,20 @@ def rename_keys(
         bare_key = key
         for prefix in prefixes:
             bare_key = bare_key.removeprefix(prefix)
-        for pattern, replacement, reason in rules:
-            match = re.fullmatch(pattern, bare_key)
-            if match is None:
-                continue
-            if replacement is None and reason.startswith(REFUSED):
-                raise ValueError(f"{path}, key {key}: {reason}.")
-            if replacement is None:
-                dropped[key] = reason
-                break
-            name = match.expand(replacement)
-            if name in placed:
-                raise ValueError(f"{path}: {key} and another key both mean {name}.")
-            placed[name] = tensor
-            break
-        else:
+        found = find_rule(bare_key, rules)
+        if found is None:
             unknown.append(key)
+            continue
+        rule, match = found
+        if rule.refuse is not None:
+            raise ValueError(f"{path}, key {key}: refused: {rule.refuse}.")
+        if rule.drop is not None:
+            dropped[key] = rule.drop
+            continue
+        name = match.expand(rule.new_name)
+        if name in placed:
+            raise ValueError(f"{path}: {key} and another key both mean {name}.")
+        placed[name] = tensor
     if unknown:
         raise ValueError(
             f"{path}: no rule matches {len(unknown)} keys: {unknown[:5]}. The file is not of the "

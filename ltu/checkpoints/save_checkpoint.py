@@ -11,6 +11,7 @@ stored.
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,13 +90,16 @@ def write_folder(
 
     # Plan what the files will contain, on the meta device.
     plan = {}
+    llm_dtypes: Counter[torch.dtype] = Counter()
     source = (record["parent"] or {}).get("name", "what was read")
     for key in match_keys(state, model, source):
         dtype = torch.float32
         if is_llm(key):
             dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
-            config.text_config.dtype = dtype
+            llm_dtypes[dtype] += 1
         plan[key] = torch.empty_like(state[key], dtype=dtype, device="meta")
+    if llm_dtypes:
+        config.text_config.dtype = llm_dtypes.most_common(1)[0][0]
 
     # Write next to the final folder, where a relative path of the language model is the same. The
     # folder itself is replaced when everything is written.

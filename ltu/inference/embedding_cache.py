@@ -105,8 +105,7 @@ class EmbeddingCache:
         return hashlib.sha256(features + transcript).hexdigest()
 
     def encode(self, requests: Sequence[Request]) -> list[AudioClip | AudioError | None]:
-        """Return each request's clip with embeddings and transcript, as far as the request needs
-        them.
+        """Return the clip of each request, with the embeddings and transcript that it needs.
 
         A clip that cannot be decoded is an AudioError in its place, a request without audio is
         None.
@@ -156,7 +155,8 @@ class EmbeddingCache:
             return PendingClip(key, known, False, False)
         clip = self._load(requests[0], needs_transcript)
         clip.embeds = known.embeds
-        clip.transcript = known.transcript or clip.transcript
+        if known.transcript is not None:  # "" is a transcript too.
+            clip.transcript = known.transcript
         return PendingClip(key, clip, needs_embeds, needs_transcript)
 
     def _load(self, request: Request, needs_transcript: bool) -> AudioClip:

@@ -101,11 +101,7 @@ class LtuEngine:
         """
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
         if device is None:
-            device = "cpu"
-            if torch.cuda.is_available():
-                device = "cuda"
-            elif torch.backends.mps.is_available():
-                device = "mps"
+            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if quantization and not device_map:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
@@ -249,8 +245,7 @@ class LtuEngine:
             return score_labels(self, request, candidates, **settings)
 
     def inputs(self, requests: list[Request], new_tokens: int = 0) -> BatchFeature:
-        """Make the arguments of `generate` for requests, with positions for `new_tokens` after
-        them.
+        """Make the arguments of `generate`, with positions left for `new_tokens`.
 
         Raises:
             ltu.data.audio.AudioError: a clip cannot be decoded.
@@ -286,8 +281,7 @@ class LtuEngine:
     def encode(
         self, request: Request, clip: AudioClip | None, new_tokens: int
     ) -> tuple[list[int], torch.Tensor | None, str]:
-        """Tokenize the prompt of a request, and choose as much of its audio as there are positions
-        for.
+        """Tokenize the prompt of a request, and take as much of its audio as fits.
 
         Returns:
             the tokens of the text, the audio embeddings (chunks, audio tokens, hidden) or None,

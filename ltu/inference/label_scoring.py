@@ -155,8 +155,7 @@ def group_candidates(
 def _log_probabilities(
     engine: Any, prefix: Any, width: int, rests: list[list[int]]
 ) -> list[Tensor]:
-    """Compute the log-probability of each token of `rests`, which continue a prefix of `width`
-    tokens.
+    """Compute the log-probability of each token of `rests`, which continue a prefix.
 
     Returns:
         (tokens,) for each of the rests.

@@ -1,5 +1,4 @@
-"""Checks the settings of generation, and adds per-row sampling, streaming and limits to stock
-`generate`.
+"""Checks decoding settings, and samples, streams and limits each row of stock `generate`.
 
 Answers are greedy by default. Sampling takes the random numbers of each row from a seed of its
 own, so a sampled answer does not depend on the batch, its order, or whether a run was interrupted.

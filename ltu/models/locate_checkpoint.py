@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from ltu.files import sha256_of
 
+WEIGHT_FILES = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
 CHECKPOINT_FILES = ("config.json", "processor_config.json")
 
 
@@ -68,18 +69,21 @@ def find_checkpoint(
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights of a folder; if it has two formats, safetensors.
+def weight_files(folder: Path, formats: tuple[str, ...] = ("safetensors", "bin")) -> list[Path]:
+    """Return the files that hold the weights of a folder, in the first format that it has.
 
     Raises:
         FileNotFoundError: the folder holds no weights.
     """
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no weights (model*.safetensors or pytorch_model*.bin)."
-        )
-    return files
+    patterns = [WEIGHT_FILES[name] for name in formats]
+    for pattern in patterns:
+        files = sorted(folder.glob(pattern))
+        if files:
+            return files
+    raise FileNotFoundError(
+        f"{folder} holds no weights ({' or '.join(patterns)}). Write a checkpoint folder with: "
+        "python -m ltu.convert_checkpoint"
+    )
 
 
 def sha256_of_weights(path: str | Path) -> str:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.generation_ltu import LtuGenerationMixin
-from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model
+from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
 from ltu.models.lora import find_targets, inject_lora
 
 # The parameters that each plan trains, as prefixes of their names, or as an infix if it begins with
@@ -387,12 +387,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             FileNotFoundError: the folder holds no weights.
             ValueError: a key is missing or left over.
         """
-        files = sorted(folder.glob("model*.safetensors"))  # A .bin file is none of ours.
-        if not files:
-            raise FileNotFoundError(
-                f"{folder} holds no model.safetensors. Write one with: "
-                "python -m ltu.convert_checkpoint"
-            )
+        files = weight_files(folder, formats=("safetensors",))
         state: dict[str, Tensor] = {}
         for file in files:
             try:

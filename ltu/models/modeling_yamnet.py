@@ -12,6 +12,8 @@ CAV-MAE.
 because most channels are nearly always close to zero.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -96,6 +98,12 @@ class YamnetModel(PreTrainedModel):
             raise ValueError(
                 f"The first layer of YAMNet has hidden_size / 32 channels: use a hidden_size that "
                 f"is a multiple of 32, not {config.hidden_size}."
+            )
+        time_stride = 2 * prod(stride for _, stride in BLOCKS)
+        if config.time_stride != time_stride:
+            raise ValueError(
+                f"time_stride is {config.time_stride}, but the strides of YAMNet's convolutions "
+                f"make {time_stride}. Remove it from the config."
             )
         widths = [config.hidden_size * channels // FULL_WIDTH for channels, _ in BLOCKS]
         num_channels = config.hidden_size // 32

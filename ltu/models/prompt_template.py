@@ -62,15 +62,14 @@ def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
                 f"The tokenizer of {llm} has no chat template. Use --prompt_template alpaca_short."
             )
         return CHAT | {"chat_template": tokenizer.get_chat_template()}
-    if name != ALPACA_SHORT["name"] and not Path(name).is_file():
+    if name == ALPACA_SHORT["name"]:
+        return dict(ALPACA_SHORT)
+    if not Path(name).is_file():
         raise ValueError(
             f"--prompt_template {name}: choose alpaca_short, chat, or a JSON file that exists."
         )
     try:
-        if name == ALPACA_SHORT["name"]:
-            template = ALPACA_SHORT
-        else:
-            template = json.loads(Path(name).read_text(encoding="utf-8"))
+        template = json.loads(Path(name).read_text(encoding="utf-8"))
         fields = [_fields_of(template["prompt_no_input"]), _fields_of(template["prompt_input"])]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is no prompt template: {error!r}.") from error
@@ -79,7 +78,7 @@ def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
             f"{name}: prompt_no_input must have the field {{instruction}}, and prompt_input the "
             f"fields {{instruction}} and {{input}}; the fields are {fields}."
         )
-    if name != ALPACA_SHORT["name"] and Path(name).stem in (ALPACA_SHORT["name"], CHAT["name"]):
+    if Path(name).stem in (ALPACA_SHORT["name"], CHAT["name"]):
         raise ValueError(
             f"{name}: a template is stored under the name of its file, and {Path(name).stem} is "
             "the name of another one. Rename the file."
@@ -176,8 +175,9 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
     """Convert messages as Qwen2-Audio's processor takes them to messages with plain text.
 
     The `content` of a message is a text, or a list of `{"type": "text", "text"}` and
-    `{"type": "audio", "audio" or "audio_url", "transcript"?}`. Several texts of a message become
-    lines of one text. The audio tokens come before all text, wherever the clip is in the list.
+    `{"type": "audio", "audio", "transcript"?}`, where `AUDIO_KEYS` are other names of "audio".
+    Several texts of a message become lines of one text. The audio tokens come before all text,
+    wherever the clip is in the list.
 
     Returns:
         Messages with `role` and a text as `content`; one may have `audio` and `transcript` too.
@@ -188,7 +188,7 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
     plain_messages = []
     clip_roles = []  # Of each audio part, the role of its message; "nothing" if it has no clip.
     for message in messages:
-        parts = _parts_of(message["content"])
+        parts = _parts_of(message.get("content"))
         texts = [part["text"] for part in parts if part["type"] == "text"]
         plain_message = {"role": message["role"], "content": "\n".join(texts)}
         for part in parts:
@@ -227,6 +227,9 @@ def _parts_of(content: Any) -> list[dict]:
         raise ValueError(
             f"The content of a message is a text, or a list of parts, not {content!r}."
         )
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"A part of type text needs a text, but here is {texts!r}.")
     other_types = {str(part.get("type")) for part in content} - {"text", "audio"}
     if other_types:
         raise ValueError(
