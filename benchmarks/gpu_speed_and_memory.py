@@ -322,8 +322,20 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", nargs="+", choices=list(LLMS), default=["7b"])
-    parser.add_argument("--kind", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        choices=list(LLMS),
+        default=["7b"],
+        help="Size of the language model.",
+    )
+    parser.add_argument(
+        "--kind",
+        nargs="+",
+        choices=list(STAGES),
+        default=list(STAGES),
+        help="LTU, LTU-AS, or both.",
+    )
     parser.add_argument(
         "--micro_batches",
         nargs="*",
@@ -334,7 +346,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--passes", type=int, default=6, help="Forward and backward passes timed per setting."
     )
-    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument(
+        "--device", type=torch.device, default=default_device(), help="cpu, cuda, ..."
+    )
     parser.add_argument(
         "--trains",
         nargs="+",

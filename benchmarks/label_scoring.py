@@ -112,9 +112,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--labels", required=True, help="A text file with one name a line.")
     parser.add_argument("--model", required=True, help="A checkpoint folder.")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", default="float32", help="Dtype of the language model.")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="Threads of torch."
+    )
     parser.add_argument("--rounds", type=int, default=3, help="Measurements of each way.")
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args(argv)

@@ -188,7 +188,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", nargs="+", choices=list(ORIGINAL), default=list(ORIGINAL))
+    parser.add_argument(
+        "--kind",
+        nargs="+",
+        choices=list(ORIGINAL),
+        default=list(ORIGINAL),
+        help="LTU, LTU-AS, or both.",
+    )
     parser.add_argument(
         "--clips",
         type=int,
@@ -208,8 +214,10 @@ def parse_args() -> argparse.Namespace:
         default="float32",
         help="Dtype of the language model.",
     )
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, ...")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="Threads of torch."
+    )
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args()
 

@@ -69,7 +69,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=list(LLMS), default="7b")
+    parser.add_argument(
+        "--size", choices=list(LLMS), default="7b", help="Size of the language model."
+    )
     parser.add_argument(
         "--dynamic",
         nargs="*",
@@ -85,7 +87,9 @@ def parse_args() -> argparse.Namespace:
         help="Batch sizes with a static cache.",
     )
     parser.add_argument("--num_tokens", type=int, default=64, help="New tokens of each answer.")
-    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument(
+        "--device", type=torch.device, default=default_device(), help="cpu, cuda, ..."
+    )
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args()
 

@@ -321,10 +321,10 @@ def print_table(settings: Settings, results: list[dict]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--kind", choices=list(MAX_TIME), default="ltu")
+    parser.add_argument("--kind", choices=list(MAX_TIME), default="ltu", help="LTU or LTU-AS.")
     parser.add_argument("--steps", type=int, default=5, help="Timed steps of each side.")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--text_tokens", type=int, default=112)
+    parser.add_argument("--batch_size", type=int, default=8, help="Examples of a step.")
+    parser.add_argument("--text_tokens", type=int, default=112, help="Text tokens of an example.")
     parser.add_argument(
         "--num_layers",
         type=int,
@@ -332,10 +332,16 @@ def parse_args() -> argparse.Namespace:
         help="Layers of the audio encoder; fewer for a quick test.",
     )
     parser.add_argument(
-        "--dtypes", nargs="+", choices=list(MAX_TIME["ltu"]), default=list(MAX_TIME["ltu"])
+        "--dtypes",
+        nargs="+",
+        choices=list(MAX_TIME["ltu"]),
+        default=list(MAX_TIME["ltu"]),
+        help="Dtypes to measure.",
     )
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, ...")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="Threads of torch."
+    )
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     parser.add_argument(
         "--worker", choices=SIDES, help="Print the peak of one side in bytes, and nothing else."

@@ -111,16 +111,16 @@ def parse_args() -> argparse.Namespace:
         default="base",
         help="Size of the random model that is used without --whisper.",
     )
-    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, ...")
     parser.add_argument(
         "--feature_precision",
         choices=MAX_ERROR,
         help="The default is fp32 on a CPU, fp16 on a GPU.",
     )
     parser.add_argument("--clips", type=int, default=32, help="Number of clips of 10 s.")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=16, help="Clips of a batch.")
+    parser.add_argument("--threads", type=int, default=2, help="Threads of torch.")
+    parser.add_argument("--rounds", type=int, default=3, help="Measurements of each side.")
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args()
 

@@ -76,7 +76,8 @@ class LlmSettings:
             means no limit.
 
     Raises:
-        ValueError: `extra` has a field that the client sets itself, or the budget cannot be kept.
+        ValueError: `extra` has a field that the client sets itself, or there is a token budget
+            and no maximum length of a reply.
     """
 
     model: str

@@ -12,6 +12,7 @@ from qa_generation.llm import (
     GenerationStopped,
     Llm,
     LlmSettings,
+    Reply,
     ReplyStore,
     RequestFailed,
     estimate_tokens,
@@ -90,6 +91,20 @@ def test_an_endpoint_that_is_gone_stops_the_run(tmp_path):
         Llm(settings, store).complete_all(
             [[{"role": "user", "content": str(i)}] for i in range(500)]
         )
+
+
+def test_no_request_is_sent_after_a_caller_fails(tmp_path):
+    """Whatever error the caller's function raises, it is raised, and the other requests stop."""
+    prompts = [[{"role": "user", "content": str(i)}] for i in range(5)]
+
+    def fail(index: int, reply: Reply | RequestFailed) -> None:
+        raise LookupError("of the caller")
+
+    with FakeLlm(good) as server, ReplyStore(tmp_path / "s") as store:
+        llm = Llm(LlmSettings("m", base_url=server.url, concurrency=1), store)
+        with pytest.raises(LookupError, match="of the caller"):
+            llm.complete_all(prompts, fail)
+        assert len(server.times) == 1 and len(store.offsets) == 1
 
 
 def test_equal_requests_are_sent_once(tmp_path):
