@@ -2,7 +2,7 @@
 
 A pair duplicates another if its clip already has the same question or the same answer, apart from
 case and punctuation: in any example of the metadata about that clip, or in the examples of another
-source that are named with --eval_files.
+source that are named with --previous_files.
 
 "unanswerable" looks for phrases of refusal ("cannot determine", "not enough information"), so that
 "loud enough" or "cannot miss" stay. The original keeps such examples in its first sets, because

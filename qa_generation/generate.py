@@ -17,8 +17,8 @@ QA.json depends only on META.json and the replies, not on the order of their arr
 are the rejected texts and the reasons (.rejects.jsonl) and the provenance (.provenance.json).
 
 A clip may occur more than once, with different facts: it gets no question and no answer twice. The
-examples of other sources about the same clips count too if --eval_files names them, as for joint_v2
-with --eval_files JOINT_V1.json.
+examples of other sources about the same clips count too if --previous_files names them, as for
+joint_v2 with --previous_files JOINT_V1.json.
 
 The exit status is 1 if generation stopped early or more than --max_bad clips have no reply. A run
 without any reply writes no examples.
@@ -314,7 +314,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--dataset", help="Dataset of metadata rows that name none (default: the source).")
     add(
-        "--eval_files",
+        "--previous_files",
         nargs="+",
         type=Path,
         default=[],
@@ -360,13 +360,13 @@ def main(argv: list[str] | None = None) -> int:
     """Generate questions and answers, and write them with rejects and provenance."""
     args = parse_args(argv)
     paths = OutputPaths.next_to_examples(args.output, args.replies)
-    inputs = [args.input, *args.eval_files]
+    inputs = [args.input, *args.previous_files]
     if args.prompt:
         inputs.append(args.prompt)
     paths.check(inputs)
     # Hash the files now: they may change while replies are generated.
     input_sha256 = hash_file(args.input)
-    eval_files_sha256 = {str(path): hash_file(path) for path in args.eval_files}
+    previous_files_sha256 = {str(path): hash_file(path) for path in args.previous_files}
 
     source = adapt_source(args.source, args.count, args.min_words)
     settings = LlmSettings(
@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
         filters=tuple(name for name in FILTERS if name not in args.disable_filters),
         max_attempts=args.max_attempts,
         seed=args.seed,
-        known_pairs=read_pairs(args.eval_files, clips),
+        known_pairs=read_pairs(args.previous_files, clips),
     )
     print_errors(metadata.errors)
     if args.dry_run:
@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
                 min_words=source.min_words,
                 input=str(args.input),
                 input_sha256=input_sha256,
-                eval_files_sha256=eval_files_sha256,
+                previous_files_sha256=previous_files_sha256,
                 versions={name: version(name) for name in packages},
                 llm=settings.record() | {"model": args.model},
                 prompts_sha256=hash_prompts(prompts),

@@ -108,7 +108,7 @@ class Provenance:
     min_words: int
     input: str
     input_sha256: str
-    eval_files_sha256: dict[str, str]
+    previous_files_sha256: dict[str, str]
     versions: dict[str, str]
     llm: dict[str, Any]
     prompts_sha256: dict[str, str]

@@ -403,7 +403,7 @@ def test_a_clip_of_another_source(tmp_path):
         assert main(arguments(tmp_path, server.url, source="joint_v1", count=2)) == 0
         earlier = (tmp_path / "qa.json").rename(tmp_path / "v1.json")
         given = arguments(
-            tmp_path, server.url, "--eval_files", str(earlier), source="joint_v2", count=3
+            tmp_path, server.url, "--previous_files", str(earlier), source="joint_v2", count=3
         )
         assert main(given) == 0
         examples = json.loads((tmp_path / "qa.json").read_text())
@@ -412,7 +412,7 @@ def test_a_clip_of_another_source(tmp_path):
         ]
         assert read_rejects(tmp_path) == [(f"clip{i}.wav", "duplicate") for i in (0, 0, 1, 1)]
         assert list(
-            json.loads((tmp_path / "qa.json.provenance.json").read_text())["eval_files_sha256"]
+            json.loads((tmp_path / "qa.json.provenance.json").read_text())["previous_files_sha256"]
         ) == [str(earlier)]
 
 
