@@ -28,7 +28,7 @@ from pathlib import Path
 
 from data.command_line import command_parser
 from data.filter_unanswerable import PHRASES
-from ltu.data.dataset_io import RowWriter
+from ltu.data.dataset_io import ExampleWriter
 
 # Dataset, task and number of examples of OpenAQA's 5,681,708: closed-ended questions.
 CLOSED = [
@@ -153,7 +153,7 @@ def random_examples(kinds: list[tuple[str, str, int]], scale: float, seed: int) 
 def generate(paths: list[Path], num_examples: int, seed: int = 0) -> None:
     """Write a file of closed-ended and one of open-ended examples, `num_examples` in total."""
     for number, (path, kinds) in enumerate(zip(paths, (CLOSED, OPEN), strict=True)):
-        with RowWriter(path) as output:
+        with ExampleWriter(path) as output:
             for example in random_examples(kinds, num_examples / NUM_EXAMPLES, seed + number):
                 output.write(example)
 

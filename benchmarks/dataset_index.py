@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.curation import CLOSED, NUM_EXAMPLES, OPEN, measure, random_examples
 from benchmarks.report import print_report, write_report
-from ltu.data.dataset_io import RowWriter
+from ltu.data.dataset_io import ExampleWriter
 
 CLIPS = Path(__file__).parent.parent / "data" / "toy" / "audio"
 FEW = 1000
@@ -32,7 +32,7 @@ def write_examples(path: Path, num_examples: int) -> None:
     clips = sorted(CLIPS.rglob("*.flac"))
     fraction = num_examples / NUM_EXAMPLES
     examples = chain(random_examples(CLOSED, fraction, 0), random_examples(OPEN, fraction, 1))
-    with RowWriter(path) as output:
+    with ExampleWriter(path) as output:
         for clip, example in zip(cycle(clips), islice(examples, num_examples), strict=False):
             output.write(example | {"audio_id": str(clip)})
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ltu.data.dataset_io import stream_rows
+from ltu.data.dataset_io import stream_examples
 
 DECODED = ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64"
 # Formats that libsndfile does not decode. They are found all the same, so that the manifest of
@@ -228,7 +228,7 @@ def read_ids(file: Path, column: str | None = None) -> Iterator[str]:
     if file.suffix.lower() in TABLES:
         yield from _ids_of_table(file, column)
         return
-    for number, example in enumerate(stream_rows(file), start=1):
+    for number, example in enumerate(stream_examples(file), start=1):
         name = column
         if name is None:
             name = next((name for name in ID_COLUMNS if name in example), None)

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltu.data.dataset_io import RowWriter
+from ltu.data.dataset_io import ExampleWriter
 from ltu.files import lock_file
 
 
@@ -107,7 +107,7 @@ class AudioManifest:
     def write(self, refused: list[ManifestEntry]) -> None:
         """Write the whole manifest: the entries, sorted by audio_id, then the refused files."""
         entries = [self.entries[audio_id] for audio_id in sorted(self.entries)]
-        with RowWriter(self.path) as file:
+        with ExampleWriter(self.path) as file:
             for entry in entries + refused:
                 file.write(entry.to_dict())
 

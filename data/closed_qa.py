@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 from data.audio_ids import read_cells
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
-from ltu.data.dataset_io import stream_rows
+from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 
 PREFIX = "Closed-ended question: "
@@ -369,7 +369,7 @@ def read_records(
         ValueError: a record has no `audio_id`, or the file cannot be read.
     """
     is_table = file.suffix.lower() in (".csv", ".tsv")
-    records = _table(file) if is_table else stream_rows(file)
+    records = _table(file) if is_table else stream_examples(file)
     for number, record in enumerate(records, start=1):
         # Rename the columns of --columns.
         for ours, theirs in columns.items():

@@ -32,7 +32,7 @@ import msgspec
 from data.command_line import OUTPUT_HELP, command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
 from data.shuffle import add_order_flags, order_facts, shuffle_examples
-from ltu.data.dataset_io import encode_row, stream_rows
+from ltu.data.dataset_io import encode_line, stream_examples
 from ltu.files import run_command
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -109,7 +109,7 @@ def part_examples(
     repeats = {pattern.lower(): times for pattern, times in part.repeat.items()}
     fraction = part.closed_ended_fraction
     for repetition in range(max([1, *repeats.values()])):
-        for example in stream_rows(path):
+        for example in stream_examples(path):
             if repetition >= _times(example, repeats):
                 continue
             if fraction and generator.random() < fraction:
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     files = [path for _, path in parts]
     with write_examples(args.output_path, files) as output:
         if args.no_shuffle:
-            lines = (encode_row(example) for example in examples(random.Random(args.seed)))
+            lines = (encode_line(example) for example in examples(random.Random(args.seed)))
         else:
             lines = shuffle_examples(examples, args.output_path, args.seed, args.original_shuffle)
         for line in lines:

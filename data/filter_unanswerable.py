@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
-from ltu.data.dataset_io import RowWriter, encode_row, stream_rows
+from ltu.data.dataset_io import ExampleWriter, encode_line, stream_examples
 from ltu.files import run_command
 
 # The phrases of the original, in its order.
@@ -153,9 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.dropped_path is None:
         dropped_writer = nullcontext()
     else:
-        dropped_writer = RowWriter(args.dropped_path, [args.data_path, args.output_path])
+        dropped_writer = ExampleWriter(args.dropped_path, [args.data_path, args.output_path])
     with write_examples(args.output_path, [args.data_path]) as remaining, dropped_writer as dropped:
-        for example in stream_rows(args.data_path):
+        for example in stream_examples(args.data_path):
             output = example.get("output")
             if not isinstance(output, str):
                 output = ""
@@ -166,9 +166,9 @@ def main(argv: list[str] | None = None) -> int:
             for rule in num_dropped:
                 num_dropped[rule] += is_dropped[rule]
             if not is_dropped[args.rule]:
-                remaining.write(encode_row(example))
+                remaining.write(encode_line(example))
             elif dropped is not None:
-                dropped.write(encode_row(example))
+                dropped.write(encode_line(example))
 
     # Record and print the counts of both rules.
     total = remaining.count + num_dropped[args.rule]

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from data.audio_ids import NO_AUDIO
-from ltu.data.dataset_io import RowWriter, stream_rows
+from ltu.data.dataset_io import ExampleWriter, stream_examples
 from ltu.files import replace_file, sha256_of
 
 
@@ -27,13 +27,13 @@ def provenance_path(output: str | Path) -> Path:
 
 
 @contextmanager
-def write_examples(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[RowWriter]:
-    """Open a `RowWriter` that removes an older provenance file before the output gets its name.
+def write_examples(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[ExampleWriter]:
+    """Open a `ExampleWriter` that removes an older provenance file before the output gets its name.
 
     A run that is killed may therefore leave a dataset file without provenance, but never one with
     the provenance of another.
     """
-    with RowWriter(path, inputs) as output:
+    with ExampleWriter(path, inputs) as output:
         yield output
         provenance_path(path).unlink(missing_ok=True)
 
@@ -90,7 +90,7 @@ def _roots_of(source: Path) -> list[str]:
 
 def _has_relative_ids(path: Path) -> bool:
     """Read a dataset file up to the first relative `audio_id`."""
-    for example in stream_rows(path):
+    for example in stream_examples(path):
         audio_id = example.get("audio_id")
         if audio_id not in NO_AUDIO and not str(audio_id).startswith("/"):
             return True

@@ -49,7 +49,7 @@ from typing import NamedTuple
 from data.audio_ids import NO_AUDIO, SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
 from data.command_line import command_parser
 from data.provenance import write_examples, write_provenance
-from ltu.data.dataset_io import stream_rows
+from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 
 HEADERS = {("id", "audio_id"), ("audio_id", "path"), ("audio_id", "file")}
@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         prefixes.append((old, new))
     locator = ClipLocator(args.table, prefixes, args.folder)
     # Read the examples once to find out which files several clips match.
-    for example in stream_rows(args.data_path):
+    for example in stream_examples(args.data_path):
         if example.get("audio_id") not in NO_AUDIO:
             locator.claim(str(example["audio_id"]), str(example.get("dataset")))
 
@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     first_ambiguous: list[str] = []
     base = args.output_path.parent.absolute()
     with write_examples(args.output_path, [args.data_path]) as output:
-        for number, example in enumerate(stream_rows(args.data_path), start=1):
+        for number, example in enumerate(stream_examples(args.data_path), start=1):
             audio_id = example.get("audio_id")
             if audio_id in NO_AUDIO:
                 output.write(example)

@@ -22,7 +22,7 @@ from pathlib import Path
 from data.audio_ids import NO_AUDIO
 from data.command_line import add_audio_root, command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
-from ltu.data.dataset_io import stream_rows
+from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 
 DIGEST_SIZE = 16  # Bytes of the hash that a clip is sampled by.
@@ -39,7 +39,7 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
     """
     chosen: dict[str, dict[str, bytes]] = defaultdict(dict)  # Dataset -> audio_id -> hash.
     highest: dict[str, bytes] = {}  # Dataset -> hash; clips with higher ones are not chosen.
-    for example in stream_rows(path):
+    for example in stream_examples(path):
         audio_id = example.get("audio_id")
         if audio_id in NO_AUDIO:
             continue
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         root = args.audio_root or args.data_path.parent
         new_ids = copy_clips(chosen, root, args.output_path.parent)
     with write_examples(args.output_path, [args.data_path]) as output:
-        for example in stream_rows(args.data_path):
+        for example in stream_examples(args.data_path):
             audio_id = example.get("audio_id")
             if audio_id in chosen:
                 output.write(example | {"audio_id": new_ids.get(audio_id, audio_id)})

@@ -19,7 +19,7 @@ from data.command_line import command_parser
 from data.duplicate_detection import DuplicateDetector
 from data.provenance import write_json
 from data.temporary_files import temporary_folder
-from ltu.data.dataset_io import KEYS, stream_rows
+from ltu.data.dataset_io import KEYS, stream_examples
 from ltu.files import run_command
 
 TEXTS = ("instruction", "input", "output")
@@ -101,7 +101,7 @@ def count_examples(path: Path, folder: str) -> dict[str, Any]:
     """
     counts = ExampleCounts()
     values = {key: DuplicateDetector(folder, key) for key in DISTINCT}
-    for example in stream_rows(path):
+    for example in stream_examples(path):
         counts.add(example)
         for key in DISTINCT:
             value = example.get(key)

@@ -32,7 +32,7 @@ from data.audio_ids import NO_AUDIO
 from data.command_line import add_audio_root, command_parser
 from data.duplicate_detection import DuplicateDetector
 from data.provenance import write_json
-from ltu.data.dataset_io import stream_rows
+from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 
 SHOWN = 10  # Errors of each kind that are listed.
@@ -76,7 +76,7 @@ def check_examples(
     contents = DuplicateDetector(folder, "examples")
     missing_keys: Counter[str] = Counter()
     count = 0
-    for number, example in enumerate(stream_rows(path)):
+    for number, example in enumerate(stream_examples(path)):
         count += 1
         reason = what_is_wrong(example, True)
         if reason:
@@ -103,7 +103,7 @@ def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
     """Yield (audio_id, dataset) of the examples with these numbers, (n,) in ascending order."""
     wanted = iter(firsts.tolist())
     next_number = next(wanted, None)
-    for number, example in enumerate(stream_rows(path)):
+    for number, example in enumerate(stream_examples(path)):
         if number == next_number:
             yield str(example["audio_id"]), str(example.get("dataset"))
             next_number = next(wanted, None)

@@ -27,8 +27,8 @@ from eval.report import (
 from eval.scorer_interface import ANSWERED
 from eval.tasks import Task
 from ltu.data.audio import AudioError
-from ltu.data.check_examples import read_rows
-from ltu.data.dataset_io import encode_row, stream_rows
+from ltu.data.check_examples import read_examples
+from ltu.data.dataset_io import encode_line, stream_examples
 from ltu.files import replace_file, sha256_of
 from ltu.inference.batch_inference import (
     BatchSettings,
@@ -117,7 +117,7 @@ def generate(
     for task, path in questions.items():
         wanted[task] = provenance(model, path, settings)
         if not is_done(folder / f"{task}{PREDICTIONS}", wanted[task]):
-            todo[task] = read_rows(path, settings.audio_root, need_output=False)
+            todo[task] = read_examples(path, settings.audio_root, need_output=False)
             is_sampled = wanted[task]["decoding"]["do_sample"]
             trials[task] = number_trials(todo[task], is_sampled)
             num_trials = max(num_trials, max(trials[task]) + 1)
@@ -187,7 +187,7 @@ def _merge_trials(task: str, trials: list[int], folder: Path) -> list[dict]:
     """
     streams = {}
     for number in sorted(set(trials)):
-        streams[number] = stream_rows(_trial_file(folder, task, number))
+        streams[number] = stream_examples(_trial_file(folder, task, number))
     predictions = []
     for number in trials:
         prediction = next(streams[number])
@@ -205,7 +205,7 @@ def is_done(predictions: Path, wanted: dict[str, Any]) -> bool:
     """Return whether these predictions have this provenance and all have an answer."""
     if read_provenance(predictions) != wanted:
         return False
-    return all(prediction["status"] in ANSWERED for prediction in stream_rows(predictions))
+    return all(prediction["status"] in ANSWERED for prediction in stream_examples(predictions))
 
 
 def score_labels(
@@ -218,7 +218,7 @@ def score_labels(
     first line is their provenance; a clip that failed is retried by the next run.
     """
     examples = []
-    for example in read_rows(questions, settings.audio_root, need_output=False):
+    for example in read_examples(questions, settings.audio_root, need_output=False):
         examples.append(example | {"instruction": settings.label_prompt})
     candidates = label_candidates(task, settings.label_answer)
     wanted = provenance(model, questions, settings)
@@ -287,7 +287,7 @@ def _add_scores(
                 failed[number] = error.reason
                 continue
             scores[number] = [score.log_likelihood for score in found]
-            lines.write(encode_row({"example": number, "scores": scores[number]}) + b"\n")
+            lines.write(encode_line({"example": number, "scores": scores[number]}) + b"\n")
             lines.flush()
     return failed
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from eval.scorer_interface import Outcome
 from eval.tasks import Task
-from ltu.data.dataset_io import RowWriter
+from ltu.data.dataset_io import ExampleWriter
 from ltu.files import replace_file, sha256_of
 
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
@@ -198,7 +198,7 @@ def write_json(value: Any, path: Path) -> None:
 
 def write_records(records: Iterable[dict], path: Path) -> None:
     """Write questions, predictions or items in the format of the file extension."""
-    with RowWriter(path) as writer:
+    with ExampleWriter(path) as writer:
         for record in records:
             writer.write(record)
 

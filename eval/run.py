@@ -36,8 +36,8 @@ from eval.generate_predictions import GenerationSettings
 from eval.judge import Judge
 from eval.scorer_interface import Context, EvaluationError, Outcome
 from eval.tasks import TASKS, Task, find_task
-from ltu.data.check_examples import read_rows
-from ltu.data.dataset_io import stream_rows
+from ltu.data.check_examples import read_examples
+from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 from qa_generation.llm import LlmSettings
 
@@ -254,7 +254,7 @@ def read_predictions(path: Path, questions: Path | None) -> list[dict]:
     Raises:
         EvaluationError: A prediction lacks a field, or belongs to no question.
     """
-    predictions = list(stream_rows(path))
+    predictions = list(stream_examples(path))
     for number, prediction in enumerate(predictions, start=1):
         lacking = sorted(set(FIELDS) - prediction.keys())
         if lacking:
@@ -277,7 +277,7 @@ def missing_predictions(predictions: list[dict], path: Path, questions: Path) ->
     """
     # Collect the references of each question, and remove those that have a prediction.
     open_references: dict[tuple, list[Any]] = defaultdict(list)
-    for example in read_rows(questions, need_output=False):
+    for example in read_examples(questions, need_output=False):
         question = (example.get("audio_id"), example["instruction"])
         open_references[question].append(example.get("output"))
     for number, prediction in enumerate(predictions, start=1):

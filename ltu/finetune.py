@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
             f"trainable%: {100 * trainable / total}"
         )
         print(
-            f"{record['rows']} examples, {record['total_steps']} steps of {run.batch_size}, "
-            f"bf16: {trainer.args.bf16}, {trainer.args.device}"
+            f"{record['num_examples']} examples, {record['total_steps']} steps of "
+            f"{run.batch_size}, bf16: {trainer.args.bf16}, {trainer.args.device}"
         )
     if data.plan:
         return

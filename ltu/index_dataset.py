@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 from ltu.files import run_command
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
-from ltu.training.dataset_index import IndexedRows, build_index
+from ltu.training.dataset_index import IndexedExamples, build_index
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(find_checkpoint(args.base_model, CHECKPOINT_FILES))
     processor.front_end.configure(**read_front_end_flags(args))
     index = build_index(args.data_path, processor, args.output_path, args.audio_root, args.max_bad)
-    rows = IndexedRows(index)
-    num_tokens = rows.num_tokens.float()  # (rows,)
+    examples = IndexedExamples(index)
+    num_tokens = examples.num_tokens.float()  # (examples,)
     print(
-        f"{index}: {len(rows)} examples, {num_tokens.mean():.1f} text tokens on average, "
+        f"{index}: {len(examples)} examples, {num_tokens.mean():.1f} text tokens on average, "
         f"{int(num_tokens.max())} at most"
     )
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from ltu.data.check_examples import read_rows
+from ltu.data.check_examples import read_examples
 from ltu.files import run_command
 from ltu.inference.batch_inference import (
     BatchSettings,
@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = BatchSettings.from_flags(args)
-    files = [read_rows(path, args.audio_root, need_output=False) for path in args.data_path]
+    files = [read_examples(path, args.audio_root, need_output=False) for path in args.data_path]
     if args.check_batch:
         args.cache_mb = 0  # A clip that was encoded alone must be encoded in its batch too.
         examples = list(chain.from_iterable(files))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltu.checkpoints.convert import CONVERTERS, LtuConverter
 from ltu.checkpoints.original_checkpoints import KeyRule
-from ltu.data.check_examples import read_rows
+from ltu.data.check_examples import read_examples
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
@@ -130,7 +130,11 @@ class LtuAsConverter(LtuConverter):
         if not self.standardize_on:
             return
         store = FeatureStore(self.feature_root)
-        audio_ids = {row["audio_id"] for row in read_rows(self.standardize_on) if row["audio"]}
+        audio_ids = {
+            example["audio_id"]
+            for example in read_examples(self.standardize_on)
+            if example["audio"]
+        }
         num_clips = 0
         count = 0  # Time steps.
         total = 0.0

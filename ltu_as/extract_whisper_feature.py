@@ -26,8 +26,8 @@ from transformers import AutoProcessor
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.data.audio import SAMPLING_RATE, AudioError, load_audio
-from ltu.data.check_examples import read_rows
-from ltu.data.dataset_parser import RowError
+from ltu.data.check_examples import read_examples
+from ltu.data.dataset_parser import DatasetError
 from ltu.files import replace_file, run_command
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
@@ -48,11 +48,11 @@ def clips_of(examples: list[dict], transcribe: str) -> dict[str, Clip]:
     """Return the clips of examples by their audio_id, in the order of the examples.
 
     Args:
-        examples: of `ltu.data.check_examples.read_rows`.
+        examples: of `ltu.data.check_examples.read_examples`.
         transcribe: "all" clips, "none", or those of examples without `input` ("missing").
 
     Raises:
-        RowError: one audio_id is the name of two files.
+        DatasetError: one audio_id is the name of two files.
     """
     clips: dict[str, Clip] = {}
     for example in examples:
@@ -61,7 +61,7 @@ def clips_of(examples: list[dict], transcribe: str) -> dict[str, Clip]:
         audio_id = example["audio_id"]
         clip = clips.setdefault(audio_id, Clip(example["audio"], transcribe == "all"))
         if clip.path != example["audio"]:
-            raise RowError(
+            raise DatasetError(
                 f"audio_id {audio_id!r} is {clip.path} and {example['audio']}. Give data with one "
                 "--audio_root."
             )
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
 
     examples = []
     for path in args.data_path:
-        examples += read_rows(path, args.audio_root, need_output=False)
+        examples += read_examples(path, args.audio_root, need_output=False)
     clips = clips_of(examples, args.transcribe)
     extractor = extractor_of(args)
     store = FeatureStore.create(args.output_dir, extractor.describe())

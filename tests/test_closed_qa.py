@@ -11,7 +11,7 @@ from data import closed_qa
 from data.toy import sound_examples as sound_examples
 from data.toy.sound_clips import HERE, read_manifest
 from data.toy.speech_clips import SPEECH, cut_offs, name_of, read_speech
-from ltu.data.check_examples import read_rows
+from ltu.data.check_examples import read_examples
 
 pytest.importorskip("msgspec")
 TEXTS = json.loads((HERE.parent / "closed_qa.json").read_text(encoding="utf-8"))
@@ -257,7 +257,7 @@ def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
 
 def run(tmp_path: Path, *arguments, name: str = "examples.json") -> list[dict]:
     assert closed_qa.main([*map(str, arguments), "--output_path", str(tmp_path / name)]) == 0
-    return read_rows(tmp_path / name)
+    return read_examples(tmp_path / name)
 
 
 def test_toy_sounds_by_their_manifest(tmp_path):

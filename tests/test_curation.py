@@ -23,7 +23,7 @@ from data import (
     validate,
 )
 from data.duplicate_detection import DuplicateDetector
-from ltu.data.dataset_io import RowError, RowWriter, encode_row, stream_rows
+from ltu.data.dataset_io import DatasetError, ExampleWriter, encode_line, stream_examples
 from ltu.data.dataset_parser import LineSplitter, ListSplitter
 from tests.machine import run_python
 
@@ -65,7 +65,7 @@ def nasty_examples(count: int, seed: int = 0) -> list[dict]:
 
 
 def write(path: Path, examples: list) -> Path:
-    with RowWriter(path) as output:
+    with ExampleWriter(path) as output:
         for example in examples:
             output.write(example)
     return path
@@ -85,8 +85,8 @@ def small_blocks(monkeypatch):
 def test_every_format_gives_the_examples_back(tmp_path, ending):
     examples = nasty_examples(500)
     path = write(tmp_path / f"examples{ending}", examples)
-    assert list(stream_rows(path)) == examples or ending == ".parquet"
-    assert multiset(stream_rows(path)) == multiset(examples)
+    assert list(stream_examples(path)) == examples or ending == ".parquet"
+    assert multiset(stream_examples(path)) == multiset(examples)
     first = path.read_bytes()
     assert write(path, examples).read_bytes() == first
     assert list(tmp_path.iterdir()) == [path]
@@ -94,7 +94,7 @@ def test_every_format_gives_the_examples_back(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_examples(tmp_path, ending):
-    assert list(stream_rows(write(tmp_path / f"examples{ending}", []))) == []
+    assert list(stream_examples(write(tmp_path / f"examples{ending}", []))) == []
 
 
 @pytest.mark.parametrize("indent", [None, 1, 4])
@@ -106,13 +106,13 @@ def test_lists_of_other_writers(tmp_path, small_blocks, indent, ascii_only):
     path = tmp_path / "examples.json"
     text = json.dumps(examples, indent=indent, ensure_ascii=ascii_only)
     path.write_text(f"\ufeff \n{text}\n\n", encoding="utf-8")
-    assert list(stream_rows(path)) == examples
+    assert list(stream_examples(path)) == examples
     lines = tmp_path / "examples.jsonl"
     lines.write_text(
         "\r\n".join(json.dumps(example, ensure_ascii=ascii_only) for example in examples) + "\n\n",
         newline="",
     )
-    assert list(stream_rows(lines)) == examples
+    assert list(stream_examples(lines)) == examples
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -121,15 +121,15 @@ def test_any_cut_into_blocks_gives_the_same_examples(tmp_path, monkeypatch, seed
     path = tmp_path / "examples.json"
     path.write_text(json.dumps(examples, ensure_ascii=bool(seed % 2)), encoding="utf-8")
     monkeypatch.setattr("ltu.data.dataset_io.BLOCK", random.Random(seed).randint(1, 400))
-    assert list(stream_rows(path)) == examples
+    assert list(stream_examples(path)) == examples
 
 
 def test_half_a_surrogate_pair_survives(tmp_path):
     path = tmp_path / "examples.json"
     examples = [{"output": "cut \ud83d"}, {"output": "whole"}]
     path.write_text(json.dumps(examples))
-    assert list(stream_rows(path)) == examples
-    assert list(stream_rows(write(tmp_path / "again.jsonl", examples))) == examples
+    assert list(stream_examples(path)) == examples
+    assert list(stream_examples(write(tmp_path / "again.jsonl", examples))) == examples
     with pytest.raises(ValueError, match="examples 1 to 2 fit no table.*jsonl"):
         write(tmp_path / "again.parquet", examples)
     assert not (tmp_path / "again.parquet").exists()
@@ -145,7 +145,8 @@ def test_parquet_refuses_nested_keys(tmp_path, examples):
     assert list(tmp_path.iterdir()) == []
     lists = [{"e": [[1], []]}, {"e": []}]
     assert [
-        {"e": example["e"]} for example in stream_rows(write(tmp_path / "examples.parquet", lists))
+        {"e": example["e"]}
+        for example in stream_examples(write(tmp_path / "examples.parquet", lists))
     ] == lists
 
 
@@ -175,8 +176,8 @@ def test_malformed_input_names_example_and_byte(tmp_path, monkeypatch, text, blo
     path = tmp_path / "examples.json"
     path.write_text(text, encoding="utf-8")
     example, mark = MALFORMED[text]
-    with pytest.raises(RowError) as found:
-        list(stream_rows(path))
+    with pytest.raises(DatasetError) as found:
+        list(stream_examples(path))
     message = str(found.value)
     assert f"{path}, example {example}, byte " in message
     assert "fix or remove" in message
@@ -191,9 +192,9 @@ def test_invalid_utf8_names_example_and_byte(tmp_path, form):
     examples = b'{"a": "b"}%s{"a": "\xff"}' % (b", " if form == "[%s]" else b"\n")
     path.write_bytes(form.encode() % examples)
     with pytest.raises(
-        RowError, match=rf"example 2, byte {path.read_bytes().index(255)}: not UTF-8"
+        DatasetError, match=rf"example 2, byte {path.read_bytes().index(255)}: not UTF-8"
     ):
-        list(stream_rows(path))
+        list(stream_examples(path))
 
 
 def test_malformed_example_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
@@ -204,40 +205,42 @@ def test_malformed_example_in_the_middle_of_a_large_file(tmp_path, monkeypatch):
     path = tmp_path / "examples.json"
     for separator, form in ((",\n", "[%s]"), ("\n", "%s")):
         path.write_text(form % separator.join(examples))
-        with pytest.raises(RowError, match=f"example 1501, byte {path.read_text().index(';')}: "):
-            list(stream_rows(path))
+        with pytest.raises(
+            DatasetError, match=f"example 1501, byte {path.read_text().index(';')}: "
+        ):
+            list(stream_examples(path))
 
 
 @pytest.mark.parametrize("ending", [".json.gz", ".json.zst", ".parquet", ".json"])
 def test_cut_off_files_are_errors(tmp_path, ending):
     path = write(tmp_path / f"examples{ending}", nasty_examples(3000))
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(RowError, match="examples"):
-        list(stream_rows(path))
+    with pytest.raises(DatasetError, match="examples"):
+        list(stream_examples(path))
 
 
 def test_gzip_of_python_and_several_members(tmp_path):
     path = tmp_path / "examples.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n') + gzip.compress(b'{"a": 2}\n'))
-    assert list(stream_rows(path)) == [{"a": 1}, {"a": 2}]
+    assert list(stream_examples(path)) == [{"a": 1}, {"a": 2}]
 
 
 def test_an_error_leaves_no_file_and_does_not_change_the_old_one(tmp_path):
     path = write(tmp_path / "examples.json", [{"a": 1}])
-    with pytest.raises(RuntimeError), RowWriter(path) as output:
+    with pytest.raises(RuntimeError), ExampleWriter(path) as output:
         output.write({"a": 2})
         raise RuntimeError
-    assert list(stream_rows(path)) == [{"a": 1}]
+    assert list(stream_examples(path)) == [{"a": 1}]
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="is an input"):
-        RowWriter(path, [path])
+        ExampleWriter(path, [path])
     with pytest.raises(ValueError, match="jsonl"):
-        RowWriter(tmp_path / "examples.txt")
+        ExampleWriter(tmp_path / "examples.txt")
 
 
 @pytest.mark.parametrize("splitter", [ListSplitter, LineSplitter])
 def test_parser_accepts_nothing_that_is_not_json(splitter):
-    """A file that is damaged at any byte gives a RowError or examples, and no other exception."""
+    """A file that is damaged at any byte gives a DatasetError or examples, nothing else."""
     text = (
         json.dumps(nasty_examples(4))[1:]
         if splitter is ListSplitter
@@ -249,7 +252,7 @@ def test_parser_accepts_nothing_that_is_not_json(splitter):
         damaged[chance.randrange(len(text))] = chance.randrange(256)
         try:
             examples, _ = splitter(Path("examples"), 0)(bytes(damaged), at_end=True)
-        except RowError:
+        except DatasetError:
             continue
         assert all(isinstance(example, dict) for example in examples)
 
@@ -259,7 +262,7 @@ def test_parser_accepts_nothing_that_is_not_json(splitter):
 
 def run_shuffle(source: Path, target: Path, *flags: str) -> list[dict]:
     assert shuffle.main(["--data_path", str(source), "--output_path", str(target), *flags]) == 0
-    return list(stream_rows(target))
+    return list(stream_examples(target))
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.zst"])
@@ -317,14 +320,14 @@ def test_combine_shuffle_split_preserves_the_multiset(tmp_path):
         combine.main(
             ["--data_path", *map(str, files), "--output_path", str(target), "--seed", str(seed)]
         )
-        found = list(stream_rows(target))
+        found = list(stream_examples(target))
         cut = len(found) // 3
         parts = [
             write(tmp_path / "x.json", found[:cut]),
             write(tmp_path / "y.parquet", found[cut:]),
         ]
-        wanted = multiset(example for file in files for example in stream_rows(file))
-        assert sum((multiset(stream_rows(part)) for part in parts), Counter()) == wanted
+        wanted = multiset(example for file in files for example in stream_examples(file))
+        assert sum((multiset(stream_examples(part)) for part in parts), Counter()) == wanted
 
 
 def test_combine_original_order_over_several_files(tmp_path):
@@ -336,7 +339,7 @@ def test_combine_original_order_over_several_files(tmp_path):
     )
     random.seed(0)
     random.shuffle(examples)
-    assert list(stream_rows(target)) == examples
+    assert list(stream_examples(target)) == examples
 
 
 def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
@@ -370,7 +373,7 @@ def test_recipe_marks_repeats_and_lists_differences(tmp_path, capsys):
     ]
     for order in ([], ["--original_shuffle"], ["--no_shuffle"]):
         assert combine.main([*flags, *order]) == 0
-        examples = list(stream_rows(target))
+        examples = list(stream_examples(target))
         marked = sum(example["instruction"] == "Closed-ended question: q?" for example in examples)
         assert len(examples) == 1025
         assert 440 < marked < 560
@@ -445,8 +448,8 @@ def test_filter_is_idempotent_and_never_wider(tmp_path, rule):
         ["--data_path", str(first), "--output_path", str(second), "--rule", rule]
     )
     assert first.read_bytes() == second.read_bytes()
-    dropped = list(stream_rows(tmp_path / "dropped.jsonl"))
-    assert multiset(dropped) + multiset(stream_rows(first)) == multiset(examples)
+    dropped = list(stream_examples(tmp_path / "dropped.jsonl"))
+    assert multiset(dropped) + multiset(stream_examples(first)) == multiset(examples)
     wanted = [
         example
         for example in examples
@@ -500,7 +503,7 @@ def test_stats(tmp_path, published):
         == 0
     )
     found = json.loads(target.read_text())
-    examples = list(stream_rows(published))
+    examples = list(stream_examples(published))
     assert found["num_examples"] == len(examples)
     assert found["clips"] == len({example["audio_id"] for example in examples})
     assert found["questions"] == len({example["instruction"] for example in examples})
@@ -556,8 +559,8 @@ def test_sample_takes_whole_clips(tmp_path, published):
             "3",
         ]
     )
-    found = list(stream_rows(target))
-    examples = list(stream_rows(published))
+    found = list(stream_examples(target))
+    examples = list(stream_examples(published))
     chosen = {example["audio_id"] for example in found}
     assert len(chosen) == 40
     assert found == [example for example in examples if example["audio_id"] in chosen]
@@ -574,7 +577,7 @@ def test_sample_takes_whole_clips(tmp_path, published):
             "3",
         ]
     )
-    assert {example["audio_id"] for example in stream_rows(target)} == chosen
+    assert {example["audio_id"] for example in stream_examples(target)} == chosen
     sample.main(
         [
             "--data_path",
@@ -589,7 +592,7 @@ def test_sample_takes_whole_clips(tmp_path, published):
     groups = Counter(
         dataset
         for dataset, _ in {
-            (example["dataset"], example["audio_id"]) for example in stream_rows(target)
+            (example["dataset"], example["audio_id"]) for example in stream_examples(target)
         }
     )
     assert set(groups.values()) <= {1, 2}
@@ -623,7 +626,7 @@ def test_sample_copies_audio(tmp_path):
     sample.main(
         ["--data_path", str(source), "--output_path", str(target), "--clips", "2", "--copy_audio"]
     )
-    copied = [target.parent / example["audio_id"] for example in stream_rows(target)]
+    copied = [target.parent / example["audio_id"] for example in stream_examples(target)]
     assert [path.read_bytes() for path in copied] == [
         (tmp_path / name).read_bytes() for name in names
     ]
@@ -653,7 +656,7 @@ def test_sample_overwrites_no_clip(tmp_path):
                 "--copy_audio",
             ]
         )
-        copied.append([example["audio_id"] for example in stream_rows(target)])
+        copied.append([example["audio_id"] for example in stream_examples(target)])
         for name, copy in zip(names, copied[-1], strict=True):
             assert (tmp_path / copy).read_bytes() == before[tmp_path / folder / name]
         assert all(path.read_bytes() == data for path, data in before.items())
@@ -721,7 +724,7 @@ def test_contamination_check(tmp_path, capsys):
     clean = tmp_path / "clean.json"
     assert contamination_check.main([*flags, "--content", "--clean_path", str(clean)]) == 1
     assert "2 of 4 examples are on 2 clips" in capsys.readouterr().out
-    assert [example["instruction"] for example in stream_rows(clean)] == ["2", "3"]
+    assert [example["instruction"] for example in stream_examples(clean)] == ["2", "3"]
     again = [
         "--data_path",
         str(clean),
@@ -782,20 +785,20 @@ def test_remap_paths(tmp_path, capsys):
         remap_paths.main(flags)
     assert not target.exists()
     assert remap_paths.main([*flags, "--drop_missing"]) == 0
-    assert [example["audio_id"] for example in stream_rows(target)] == [*local, "empty"]
+    assert [example["audio_id"] for example in stream_examples(target)] == [*local, "empty"]
     assert remap_paths.main([*flags, "--drop_missing", "--relative"]) == 0
-    assert (target.parent / next(stream_rows(target))["audio_id"]).resolve() == Path(local[0])
+    assert (target.parent / next(stream_examples(target))["audio_id"]).resolve() == Path(local[0])
     table = tmp_path / "disk/audio_ids.csv"
     table.write_text("id,audio_id\nz,other.flac\n")
     prefix = ["--prefix", f"/far/audio={tmp_path}/disk", "--prefix", f"/far={tmp_path}/disk"]
     clip(tmp_path / "disk/abcdefghijk.flac", 5)
     clip(tmp_path / "disk/other.wav", 6)
     assert remap_paths.main([*flags[:4], *prefix, "--table", str(table)]) == 0
-    found = [Path(example["audio_id"]).name for example in stream_rows(target)]
+    found = [Path(example["audio_id"]).name for example in stream_examples(target)]
     assert found == ["abcdefghijk.flac", "other.wav", "empty", "other.flac"]
     # Each of two names is now the name of two files.
     assert remap_paths.main([*flags, "--drop_missing"]) == 0
-    assert [example["audio_id"] for example in stream_rows(target)] == [
+    assert [example["audio_id"] for example in stream_examples(target)] == [
         f"{tmp_path}/disk/other.wav",
         "empty",
     ]
@@ -820,7 +823,7 @@ def test_memory_does_not_grow_with_the_examples(tmp_path, monkeypatch):
     monkeypatch.setattr("ltu.data.dataset_io.BLOCK", 2**14)
     # Files are hashed in blocks of 1 MB, which is more than everything else in memory.
     monkeypatch.setattr("ltu.files.HASH_BLOCK", 2**14)
-    monkeypatch.setattr("ltu.data.dataset_io.ROWS_AT_ONCE", 64)
+    monkeypatch.setattr("ltu.data.dataset_io.EXAMPLES_AT_ONCE", 64)
     monkeypatch.setattr("data.duplicate_detection.MAX_BUFFERED", 2**11)
     examples = [json.dumps(example) for example in random_examples(OPEN, 0.0001, 0)]  # 0.18 MB
     peaks = {}
@@ -859,7 +862,7 @@ def test_commands_print_errors_in_one_line(tmp_path, tmp_path_factory):
 
 
 def test_encoded_examples_have_no_line_ends():
-    assert all(b"\n" not in encode_row(example) for example in nasty_examples(500))
+    assert all(b"\n" not in encode_line(example) for example in nasty_examples(500))
 
 
 def test_repeats_that_a_recipe_makes_can_be_allowed(tmp_path, capsys):
@@ -875,4 +878,4 @@ def test_an_input_by_another_path_is_not_overwritten(tmp_path):
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
     for name, given in (("link.jsonl", "a.jsonl"), ("b.jsonl", "b.jsonl.tmp")):
         with pytest.raises(ValueError, match="another name"):
-            RowWriter(tmp_path / name, [tmp_path / given])
+            ExampleWriter(tmp_path / name, [tmp_path / given])

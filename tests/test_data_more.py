@@ -22,7 +22,7 @@ from data import (
 from data.audio_ids import is_same_segment, segment, youtube
 from data.audio_manifest import AudioManifest
 from ltu.data import dataset_io
-from ltu.data.dataset_io import RowWriter, stream_rows
+from ltu.data.dataset_io import ExampleWriter, stream_examples
 from tests.machine import check_growth, run_python, start_python
 
 VIDEO = "-_Yabcdefgh"  # 11 characters
@@ -41,7 +41,7 @@ def question(audio_id: str, dataset: str = "d") -> dict:
 
 def write(path: Path, examples: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with RowWriter(path) as output:
+    with ExampleWriter(path) as output:
         for example in examples:
             output.write(example)
     return path
@@ -93,7 +93,7 @@ def run_remap_paths(
     code = remap_paths.main(
         ["--data_path", str(source), "--output_path", str(target), *given, *flags, "--relative"]
     )
-    return code, [example["audio_id"] for example in stream_rows(target)]
+    return code, [example["audio_id"] for example in stream_examples(target)]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_audio_root_is_recorded_where_relative_ids_leave_their_folder(tmp_path, 
         for target in (near, far):
             output = "--clean_path" if command is contamination_check else "--output_path"
             assert command.main(["--data_path", str(source), output, str(target), *flags]) == 0
-            assert {example["audio_id"] for example in stream_rows(target)} >= {
+            assert {example["audio_id"] for example in stream_examples(target)} >= {
                 "clips/1.wav",
                 "2.wav",
             }
@@ -328,7 +328,7 @@ def test_no_older_provenance_next_to_a_new_file(tmp_path, name):
     write(source, [question("3.wav")])
     found = run_python(["-c", KILLED.format(command=name), *command], tmp_path)
     assert found.returncode == -signal.SIGKILL, found.stderr
-    assert [example["audio_id"] for example in stream_rows(target)] == ["3.wav"]
+    assert [example["audio_id"] for example in stream_examples(target)] == ["3.wav"]
     assert not target.with_name("b.jsonl.provenance.json").exists()
 
 
@@ -342,7 +342,7 @@ def test_an_error_does_not_change_the_file_and_its_provenance(tmp_path):
     with pytest.raises(ValueError, match="example 1"):
         shuffle.main(command)
     assert provenance(target) == before
-    assert len(list(stream_rows(target))) == 1
+    assert len(list(stream_examples(target))) == 1
 
 
 HOLDING = """
@@ -381,7 +381,7 @@ def test_the_next_run_clears_what_a_killed_one_left_and_nothing_else(tmp_path, m
     for run in runs.values():
         run.communicate()  # Waits for its end and closes its pipes.
     if module is not stats:
-        assert list(stream_rows(target)) == [question("1.wav")]
+        assert list(stream_examples(target)) == [question("1.wav")]
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.gz", ".parquet"])
@@ -391,18 +391,18 @@ def test_a_run_that_writes_is_not_disturbed(tmp_path, module, ending):
     target = tmp_path / f"b{ending}"
     command = ["--data_path", str(source), "--output_path", str(target)]
     examples = [question(f"{n}") for n in range(99)]
-    with RowWriter(target) as writer:
+    with ExampleWriter(target) as writer:
         for example in examples:
             writer.write(example)
         writer._flush()
         with pytest.raises(ValueError, match=f"Another run is writing .*b{ending}"):
             module.main(command)
         writer.write(examples[0])
-    assert list(stream_rows(target)) == [*examples, examples[0]]
+    assert list(stream_examples(target)) == [*examples, examples[0]]
     left = target.with_name(f"{target.name}.tmp")
     left.write_text("of a killed run")
     assert module.main(command) == 0
-    assert list(stream_rows(target)) == [question("1.wav")]
+    assert list(stream_examples(target)) == [question("1.wav")]
     assert not left.exists()
 
 
@@ -417,10 +417,10 @@ def test_a_lock_follows_the_name_and_is_optional(tmp_path, monkeypatch):
 
     path.write_text(json.dumps(question("1")) + "\n")
     monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
-    with RowWriter(tmp_path / "examples.jsonl") as output:
-        assert len(list(stream_rows(tmp_path / "examples.jsonl"))) == 1
+    with ExampleWriter(tmp_path / "examples.jsonl") as output:
+        assert len(list(stream_examples(tmp_path / "examples.jsonl"))) == 1
         with pytest.raises(ValueError, match="Another run"):
-            RowWriter(tmp_path / "examples.jsonl").__enter__()
+            ExampleWriter(tmp_path / "examples.jsonl").__enter__()
         output.write(question("2"))
         rename = dataset_io.sync_and_rename
         next_run = lambda *paths: (rename(*paths), path.write_text("of the next run"))  # noqa: E731
@@ -439,7 +439,7 @@ def test_a_lock_follows_the_name_and_is_optional(tmp_path, monkeypatch):
         str(tmp_path / "b.json"),
     ]
     assert shuffle.main(command) == 0
-    assert list(stream_rows(tmp_path / "b.json")) == [question("2")]
+    assert list(stream_examples(tmp_path / "b.json")) == [question("2")]
     with AudioManifest(tmp_path):
         pass
 
@@ -595,5 +595,5 @@ def test_whole_answers_are_dropped_by_the_narrow_rule_alone(tmp_path):
     filter_unanswerable.main(
         ["--data_path", str(source), "--output_path", str(tmp_path / "b.jsonl")]
     )
-    assert [example["output"] for example in stream_rows(tmp_path / "b.jsonl")] == ["Rain."]
+    assert [example["output"] for example in stream_examples(tmp_path / "b.jsonl")] == ["Rain."]
     assert provenance(tmp_path / "b.jsonl")["dropped"] == {"original": 0, "refusal": 1}

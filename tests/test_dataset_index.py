@@ -13,14 +13,14 @@ import torch
 from transformers import AutoProcessor
 
 from ltu import index_dataset
-from ltu.data.check_examples import read_rows
-from ltu.data.dataset_parser import RowError
+from ltu.data.check_examples import read_examples
+from ltu.data.dataset_parser import DatasetError
 from ltu.files import run_command
 from ltu.finetune import main as train
 from ltu.training import dataset as dataset_module
 from ltu.training import dataset_index
 from ltu.training.arguments import parse_args
-from ltu.training.dataset_index import IndexedRows, build_index, find_index
+from ltu.training.dataset_index import IndexedExamples, build_index, find_index
 from ltu.training.trainer import make_trainer
 from tests.tiny import LORA, training_flags, write_checkpoint, write_llm, write_rows
 
@@ -39,7 +39,7 @@ def processor(checkpoint):
 @pytest.fixture
 def data_path(tmp_path, monkeypatch):
     """23 examples, three to a record batch, with a text that JSON can contain and UTF-8 cannot."""
-    monkeypatch.setattr(dataset_index, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(dataset_index, "EXAMPLES_AT_ONCE", 3)
     path = write_rows(tmp_path, 23, without_audio=3)
     examples = json.loads(path.read_text())
     for number, example in enumerate(examples):
@@ -73,8 +73,8 @@ def test_an_index_equals_the_file(checkpoint, processor, data_path, tmp_path, cu
     plain = open_trainer(checkpoint, data_path, tmp_path / "run", **more)
     build_index(data_path, processor)
     indexed = open_trainer(checkpoint, data_path, tmp_path / "run", **more)
-    assert isinstance(indexed.train_dataset.rows, IndexedRows)
-    assert isinstance(plain.train_dataset.rows, list)
+    assert isinstance(indexed.train_dataset.examples, IndexedExamples)
+    assert isinstance(plain.train_dataset.examples, list)
     assert indexed.train_dataset.lengths.tolist() == plain.train_dataset.lengths.tolist()
     assert list(indexed.micro_batches) == list(plain.micro_batches)
     pairs = [(indexed.train_dataset, plain.train_dataset)]
@@ -84,7 +84,7 @@ def test_an_index_equals_the_file(checkpoint, processor, data_path, tmp_path, cu
         assert len(found) == len(expected)
         for index in range(len(expected)):
             assert found[index]["input_ids"] == expected[index]["input_ids"]
-            assert found.rows[index]["audio"] == expected.rows[index]["audio"]
+            assert found.examples[index]["audio"] == expected.examples[index]["audio"]
 
 
 def test_training_and_resuming_from_an_index_equals_training_from_the_file(
@@ -114,7 +114,7 @@ def test_too_many_examples_without_an_index_are_not_grouped_with_a_warning(
     ungrouped = open_trainer(checkpoint, data_path, tmp_path / "run", group_by_length=False)
     assert micro_batches == list(ungrouped.micro_batches)
     cut = open_trainer(checkpoint, data_path, tmp_path / "run", train_on_inputs=False, cutoff_len=5)
-    with pytest.raises(RowError, match="Example 8: no answer is left"):
+    with pytest.raises(DatasetError, match="Example 8: no answer is left"):
         cut.train_dataset[7]
 
 
@@ -125,7 +125,7 @@ def test_an_index_of_another_file_is_refused(processor, data_path):
     assert len(find_index(data_path)) == 23
     data_path.write_text(data_path.read_text().replace("more", "less", 1))
     message = "is not the file that .*rows.json.arrow was made of. Index it again"
-    with pytest.raises(RowError, match=message):
+    with pytest.raises(DatasetError, match=message):
         find_index(data_path)
 
 
@@ -135,7 +135,7 @@ def test_an_index_for_another_template_is_refused(checkpoint, processor, data_pa
     for name in ("config.json", "processor_config.json"):
         path = other / name
         path.write_text(path.read_text().replace("### Response:", "### A much longer response:"))
-    with pytest.raises(RowError, match="made for another tokenizer or prompt template"):
+    with pytest.raises(DatasetError, match="made for another tokenizer or prompt template"):
         open_trainer(other, data_path, tmp_path / "run")
 
 
@@ -144,7 +144,7 @@ def test_an_index_for_the_other_kind_of_model_is_refused(processor, data_path, m
     # Examples without `input` would differ.
     monkeypatch.setattr(processor.front_end, "transcribes", True)
     with pytest.raises(
-        RowError,
+        DatasetError,
         match="for a model without transcripts; this checkpoint is of a model with transcripts",
     ):
         find_index(data_path).check(processor, 108, True)
@@ -152,7 +152,7 @@ def test_an_index_for_the_other_kind_of_model_is_refused(processor, data_path, m
 
 def test_an_audio_id_that_is_not_utf8_is_refused(processor, data_path):
     data_path.write_text(data_path.read_text().replace('"7.wav"', '"caf\\udce9.wav"'))
-    with pytest.raises(RowError, match="'caf.udce9.wav' is not UTF-8"):
+    with pytest.raises(DatasetError, match="'caf.udce9.wav' is not UTF-8"):
         build_index(data_path, processor)
 
 
@@ -178,7 +178,7 @@ def test_an_example_keeps_its_number_when_examples_are_held_out(
         build_index(data_path, processor)
     (tmp_path / "8.wav").unlink()
     trainer = open_trainer(checkpoint, data_path, tmp_path / "run", val_set_size=4)
-    with pytest.raises(RowError, match=r"The last: example 9: .*8\.wav"):
+    with pytest.raises(DatasetError, match=r"The last: example 9: .*8\.wav"):
         for dataset in (trainer.train_dataset, trainer.eval_dataset):
             for index in range(len(dataset)):
                 dataset[index]
@@ -186,7 +186,7 @@ def test_an_example_keeps_its_number_when_examples_are_held_out(
 
 def test_a_question_that_fills_the_cutoff_is_refused(checkpoint, processor, data_path, tmp_path):
     build_index(data_path, processor)
-    with pytest.raises(RowError, match="Example 1: no answer is left"):
+    with pytest.raises(DatasetError, match="Example 1: no answer is left"):
         open_trainer(checkpoint, data_path, tmp_path / "run", train_on_inputs=False, cutoff_len=5)
 
 
@@ -194,7 +194,7 @@ def test_a_question_that_fills_the_cutoff_is_refused(checkpoint, processor, data
 def test_a_truncated_index_is_refused(processor, data_path, cut):
     index = build_index(data_path, processor)
     index.write_bytes(index.read_bytes()[:cut])
-    with pytest.raises(RowError, match="is not a complete index"):
+    with pytest.raises(DatasetError, match="is not a complete index"):
         find_index(data_path)
 
 
@@ -203,15 +203,15 @@ def test_invalid_examples_are_named_and_leave_no_file(processor, data_path):
     examples[10]["output"] = None
     examples[20]["audio_id"] = 3
     data_path.write_text(json.dumps(examples))
-    with pytest.raises(RowError, match="example 11: .*null\n.*example 21: 'audio_id' is a int"):
+    with pytest.raises(DatasetError, match="example 11: .*null\n.*example 21: 'audio_id' is a int"):
         build_index(data_path, processor)
     assert not list(data_path.parent.glob("*.arrow*"))
 
 
 def test_workers_can_be_spawned(processor, data_path):
-    index = IndexedRows(build_index(data_path, processor)).take(torch.tensor([6, 2]))
+    index = IndexedExamples(build_index(data_path, processor)).take(torch.tensor([6, 2]))
     copy = pickle.loads(pickle.dumps(index))
-    examples = read_rows(data_path)
+    examples = read_examples(data_path)
     expected = [examples[number] | {"input": ""} for number in (6, 2)]
     assert list(copy) == list(index) == expected
 

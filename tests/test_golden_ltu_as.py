@@ -208,7 +208,9 @@ def test_five_steps(
     golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Audio encoder, projector and a new LoRA are trained from a folder of features."""
-    monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
+    monkeypatch.setattr(
+        MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.num_examples)
+    )
     figures, arrays = read("traj_ltu_as_all"), stored("traj_ltu_as_all")
     names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
     flags = {

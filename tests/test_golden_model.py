@@ -409,7 +409,9 @@ def test_first_steps_of_stage_one(
     golden_report, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The golden run did not shuffle the examples.
-    monkeypatch.setattr(MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.rows))
+    monkeypatch.setattr(
+        MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.num_examples)
+    )
     figures, arrays = read("traj_ltu_stage1"), stored("traj_ltu_stage1")
     trainer = stage_one(folders["no_lora"], data, tmp_path)
     trained = {

@@ -21,7 +21,7 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.inference_batch import main as inference_batch
 from ltu.training.arguments import parse_args
-from ltu.training.dataset_index import IndexedRows
+from ltu.training.dataset_index import IndexedExamples
 from ltu.training.trainer import make_trainer
 from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
@@ -90,7 +90,7 @@ def test_raw_audio_and_folder_train_alike(root: Path, features: Path, tmp_path: 
     command = f"--data_path {half_data} --audio_root {root} --output_dir {half}"
     extract(f"{command} --model {root}/init".split())
     both = make(root, tmp_path / "both", "--feature_root", str(half))
-    for one, other in zip(raw.train_dataset.rows, stored.train_dataset.rows, strict=True):
+    for one, other in zip(raw.train_dataset.examples, stored.train_dataset.examples, strict=True):
         assert one["input"] == other["input"]
     for index in range(6):
         computed = raw.train_dataset[index]["input_features"]
@@ -270,7 +270,7 @@ def test_an_index_holds_the_transcripts_that_examples_lack(
     data = Path(shutil.copy(root / "rows.json", tmp_path))
     command = f"{data} --base_model {root}/init --output_path {tmp_path}/rows.arrow"
     index_rows(f"{command} --audio_root {root} --feature_root {features}".split())
-    indexed = IndexedRows(tmp_path / "rows.arrow", root)
+    indexed = IndexedExamples(tmp_path / "rows.arrow", root)
     plain = make(root, tmp_path / "plain", "--feature_root", str(features))
     trainer = make(
         root,
@@ -280,8 +280,12 @@ def test_an_index_holds_the_transcripts_that_examples_lack(
         "--audio_root",
         str(root),
     )
-    assert [row["input"] for row in indexed] == [row["input"] for row in plain.train_dataset.rows]
-    assert [row["input"] for row in trainer.train_dataset.rows] == [row["input"] for row in indexed]
+    assert [row["input"] for row in indexed] == [
+        row["input"] for row in plain.train_dataset.examples
+    ]
+    assert [row["input"] for row in trainer.train_dataset.examples] == [
+        row["input"] for row in indexed
+    ]
     assert trainer.train_dataset.lengths.tolist() == plain.train_dataset.lengths.tolist()
 
 

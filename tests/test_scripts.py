@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import ltu_as  # noqa: F401  adds the flags of Whisper
 from ltu import finetune
 from ltu.training.arguments import parse_args
 

@@ -23,7 +23,7 @@ from data.toy.sound_clips import (
     recording_of,
 )
 from data.toy.training_audio import sample_sounds
-from ltu.data.check_examples import read_rows
+from ltu.data.check_examples import read_examples
 
 SOUNDS = read_manifest()
 BY_FILE = {sound["file"]: sound for sound in SOUNDS}
@@ -193,7 +193,7 @@ def test_stages_have_the_requested_examples(built):
 
 def test_examples_are_read_by_the_trainer(built):
     for name in (*STAGES, "heldout_right", "heldout_wrong", "heldout_none", "heldout_show"):
-        for example in read_rows(built / f"{name}.json"):
+        for example in read_examples(built / f"{name}.json"):
             assert (
                 example["audio"] is None
                 if name == "heldout_none"

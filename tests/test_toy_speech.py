@@ -26,7 +26,7 @@ from data.toy.speech_clips import (
 )
 from eval import toy_speech
 from ltu.data.audio import load_audio
-from ltu.data.check_examples import read_rows
+from ltu.data.check_examples import read_examples
 
 CLIPS = read_speech()
 BY_FILE = {clip["file"]: clip for clip in CLIPS}
@@ -339,9 +339,9 @@ def test_examples_are_read_by_the_trainer(built):
     ]
     for name in names:
         assert all(
-            Path(example["audio"]).is_file() for example in read_rows(built / f"{name}.json")
+            Path(example["audio"]).is_file() for example in read_examples(built / f"{name}.json")
         ), name
-    assert all(example["audio"] is None for example in read_rows(built / "heldout_none.json"))
+    assert all(example["audio"] is None for example in read_examples(built / "heldout_none.json"))
 
 
 def test_heldout_speech(built):

@@ -14,8 +14,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ltu import LtuForConditionalGeneration
 from ltu.data.audio import AudioError, load_audio
-from ltu.data.check_examples import check_audio, read_rows
-from ltu.data.dataset_parser import RowError
+from ltu.data.check_examples import check_audio, read_examples
+from ltu.data.dataset_parser import DatasetError
 from ltu.finetune import main
 from ltu.training.arguments import parse_args, parse_list
 from ltu.training.batch_sampler import MicroBatchSampler, batches_per_rank, total_steps
@@ -370,8 +370,8 @@ def test_lists_parse_as_in_the_original():
 )
 def test_an_invalid_example_is_named(tmp_path, content, message):
     (tmp_path / "rows.json").write_text(content)
-    with pytest.raises(RowError) as error:
-        read_rows(tmp_path / "rows.json")
+    with pytest.raises(DatasetError) as error:
+        read_examples(tmp_path / "rows.json")
     assert message in str(error.value)
     assert "rows.json" in str(error.value)
 
@@ -380,8 +380,8 @@ def test_a_list_and_lines_give_the_same_examples(tmp_path, data_path):
     examples = json.loads(data_path.read_text())
     lines_path = data_path.parent / "rows.jsonl"
     lines_path.write_text("\n".join(json.dumps(example) for example in examples))
-    found = read_rows(data_path)
-    assert found == read_rows(lines_path)
+    found = read_examples(data_path)
+    assert found == read_examples(lines_path)
     assert found[0]["audio"] is None
     assert found[5]["audio"] == str(data_path.parent / "5.wav")
 
@@ -396,7 +396,7 @@ def write_broken_rows(tmp_path):
 
 def test_undecodable_clips_are_found_at_the_start(checkpoint, tmp_path):
     data_path = write_broken_rows(tmp_path)
-    errors = check_audio(read_rows(data_path)).values()
+    errors = check_audio(read_examples(data_path)).values()
     assert {error.reason for error in errors} == {"unreadable", "missing"}
     with pytest.raises(ValueError, match="2 clips of .* cannot be decoded"):
         main([*flags(checkpoint, data_path, tmp_path / "run"), "--check_audio"])
@@ -408,12 +408,12 @@ def test_undecodable_clips_are_skipped_counted_and_named(checkpoint, tmp_path):
     state = json.loads((tmp_path / "run" / "ltu_state.json").read_text())
     assert sorted(state["skipped"]) == ["1.wav", "2.wav"]
     assert state["finished"]
-    with pytest.raises(RowError, match="more than --max_bad 1"):
+    with pytest.raises(DatasetError, match="more than --max_bad 1"):
         main(flags(checkpoint, data_path, tmp_path / "run2", max_bad=1))
 
 
 def test_a_question_that_fills_the_cutoff_is_refused(checkpoint, data_path, tmp_path):
-    with pytest.raises(RowError, match="Example 1: no answer is left"):
+    with pytest.raises(DatasetError, match="Example 1: no answer is left"):
         main(flags(checkpoint, data_path, tmp_path / "run", train_on_inputs=False, cutoff_len=10))
 
 
@@ -425,7 +425,7 @@ def test_workers_can_be_spawned(checkpoint, data_path, tmp_path):
 
 def test_a_skipped_example_is_replaced_not_invented(tmp_path):
     dataset = QaDataset(
-        read_rows(write_broken_rows(tmp_path)),
+        read_examples(write_broken_rows(tmp_path)),
         encode=lambda example: ([1], [1]),
         load_features=lambda example: torch.tensor(load_audio(example["audio"])),
         max_bad=2,
@@ -433,4 +433,4 @@ def test_a_skipped_example_is_replaced_not_invented(tmp_path):
     assert torch.equal(dataset[1]["input_features"], dataset[3]["input_features"])
     assert dataset.skipped == ["1.wav", "2.wav"]
     with pytest.raises(AudioError):
-        dataset.load_features(dataset.rows[1])
+        dataset.load_features(dataset.examples[1])

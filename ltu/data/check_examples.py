@@ -11,24 +11,24 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError, load_audio
-from ltu.data.dataset_io import stream_rows
-from ltu.data.dataset_parser import RowError
+from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_parser import DatasetError
 
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
 
 
-def read_rows(
+def read_examples(
     path: str | Path, audio_root: str | Path | None = None, need_output: bool = True
 ) -> list[dict]:
-    """Return all examples of `checked_rows`.
+    """Return all examples of `checked_examples`.
 
     Raises:
-        RowError: as `checked_rows`.
+        DatasetError: as `checked_examples`.
     """
-    return list(checked_rows(path, audio_root, need_output))
+    return list(checked_examples(path, audio_root, need_output))
 
 
-def checked_rows(
+def checked_examples(
     path: str | Path,
     audio_root: str | Path | None = None,
     need_output: bool = True,
@@ -47,14 +47,14 @@ def checked_rows(
         the examples, each with `audio`: the path of its clip, or None.
 
     Raises:
-        RowError: the file has no examples; or, at the end, examples are invalid. The message lists
-            the first `max_errors` of them by number (from 1).
+        DatasetError: the file has no examples; or, at the end, examples are invalid. The message
+            lists the first `max_errors` of them by number (from 1).
     """
     path = Path(path)
     root = Path(audio_root or path.parent)
     errors = []
     number = 0
-    for number, example in enumerate(stream_rows(path), start=1):
+    for number, example in enumerate(stream_examples(path), start=1):
         reason = what_is_wrong(example, need_output)
         if reason:
             errors.append(f"{path}, example {number}: {reason}")
@@ -63,9 +63,9 @@ def checked_rows(
         elif not errors:
             yield with_audio(example, root)
     if errors:
-        raise RowError("\n".join(errors))
+        raise DatasetError("\n".join(errors))
     if not number:
-        raise RowError(f"{path} contains no examples.")
+        raise DatasetError(f"{path} contains no examples.")
 
 
 def with_audio(example: dict, root: Path) -> dict:
@@ -75,9 +75,9 @@ def with_audio(example: dict, root: Path) -> dict:
     return example | {"audio": path}
 
 
-def no_answer_left(index: int, example: dict) -> RowError:
+def no_answer_left(index: int, example: dict) -> DatasetError:
     """Return the error of an example (`index` from 0) whose question alone fills the cutoff."""
-    return RowError(
+    return DatasetError(
         f"Example {index + 1}: no answer is left within --cutoff_len: the question alone fills it. "
         f"Raise --cutoff_len or shorten the question: {example['instruction'][:80]!r}"
     )

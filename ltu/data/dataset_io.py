@@ -17,11 +17,11 @@ from typing import IO, Any
 
 import msgspec
 
-from ltu.data.dataset_parser import LineSplitter, ListSplitter, RowError
+from ltu.data.dataset_parser import DatasetError, LineSplitter, ListSplitter
 from ltu.files import lock_file, sync_and_rename
 
 BLOCK = 2**20  # bytes
-ROWS_AT_ONCE = 8192  # examples that are written at once; in Parquet, a row group
+EXAMPLES_AT_ONCE = 8192  # examples that are written at once; in Parquet, a row group
 KEYS = ("instruction", "input", "audio_id", "dataset", "task", "output")
 KINDS = {".json": "list", ".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet"}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -31,21 +31,21 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _encode = msgspec.json.Encoder().encode
 
 
-def stream_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def stream_examples(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the examples of a dataset file, in constant memory.
 
     Raises:
-        RowError: the file is malformed, cut off or missing.
+        DatasetError: the file is malformed, cut off or missing.
     """
     path = Path(path)
     if not path.is_file():
-        raise RowError(
+        raise DatasetError(
             f"{path} is not there. Give a JSON list, JSON lines or Parquet file (also .gz, .zst)."
         )
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"PAR1":
-        yield from _parquet_rows(path)
+        yield from _parquet_examples(path)
         return
     with _open_to_read(path, magic) as file:
         first = _read(file, path)
@@ -77,26 +77,26 @@ def _read(file: IO[bytes], path: Path) -> bytes:
     try:
         return file.read(BLOCK)
     except OSError as error:
-        raise RowError(
+        raise DatasetError(
             f"{path}: cannot be decompressed ({error}). Download or write it again."
         ) from error
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_examples(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):
+            for batch in file.iter_batches(EXAMPLES_AT_ONCE, use_threads=False):
                 for example in batch.to_pylist():
                     yield {key: value for key, value in example.items() if value is not None}
     except (pyarrow.ArrowInvalid, OSError) as error:
         message = f"{path}: not a complete Parquet file ({error}). Write it again."
-        raise RowError(message) from error
+        raise DatasetError(message) from error
 
 
-def encode_row(example: dict[str, Any]) -> bytes:
+def encode_line(example: dict[str, Any]) -> bytes:
     """Return an example as one line of JSON, without the line end."""
     try:
         return _encode(example)
@@ -115,7 +115,7 @@ def _format_of(path: Path) -> tuple[str, str | None]:
     return kind, codec
 
 
-class RowWriter:
+class ExampleWriter:
     """Writes examples. The file appears, complete, when the `with` block ends without an error.
 
     Args:
@@ -143,7 +143,7 @@ class RowWriter:
         self.lines: list[bytes] = []
         self.table: Any = None  # pyarrow's writer, once the columns are known
 
-    def __enter__(self) -> "RowWriter":
+    def __enter__(self) -> "ExampleWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_file(self.unfinished, self.path)
         if self.codec:
@@ -157,11 +157,11 @@ class RowWriter:
         return self
 
     def write(self, example: dict[str, Any] | bytes) -> None:
-        """Add an example, or the line that `encode_row` made of it."""
-        line = example if isinstance(example, bytes) else encode_row(example)
+        """Add an example, or the line that `encode_line` made of it."""
+        line = example if isinstance(example, bytes) else encode_line(example)
         self.lines.append(line)
         self.count += 1
-        if len(self.lines) == ROWS_AT_ONCE:
+        if len(self.lines) == EXAMPLES_AT_ONCE:
             self._flush()
 
     def _flush(self) -> None:

@@ -22,14 +22,14 @@ ANOTHER_EXAMPLE = re.compile(r"[ \t\r\n]*,[ \t\r\n]*(?=\{)")
 END_OF_LIST = re.compile(r"[ \t\r\n]*\][ \t\r\n]*\Z")
 
 
-class RowError(ValueError):
+class DatasetError(ValueError):
     """A file that is not a valid dataset file.
 
     The message has the path, the example (from 1), the byte offset (from 0) and a hint.
     """
 
 
-def malformed(path: str | Path, offset: int, number: int, reason: str) -> RowError:
+def malformed(path: str | Path, offset: int, number: int, reason: str) -> DatasetError:
     """Return the error of a malformed example.
 
     Args:
@@ -38,7 +38,7 @@ def malformed(path: str | Path, offset: int, number: int, reason: str) -> RowErr
         number: of the example, from 1.
         reason: what is wrong.
     """
-    return RowError(
+    return DatasetError(
         f"{path}, example {number}, byte {offset}: {reason}. The file must be a JSON list of "
         "objects or one object a line, in UTF-8; fix or remove that example. In a compressed file, "
         "bytes are counted after decompression."
@@ -75,7 +75,7 @@ class LineSplitter(Splitter):
         """Return the examples of the block's complete lines, and how many bytes these lines have.
 
         Raises:
-            RowError: a line is malformed or does not end.
+            DatasetError: a line is malformed or does not end.
         """
         used = len(data) if at_end else data.rfind(b"\n") + 1
         if not used and len(data) > MAX_EXAMPLE:
@@ -106,7 +106,7 @@ class LineSplitter(Splitter):
             before: how many examples of the block are before it.
 
         Raises:
-            RowError: the line is not one object.
+            DatasetError: the line is not one object.
         """
         # The line is parsed as a list of one example.
         count = self.count + before
@@ -125,7 +125,7 @@ class ListSplitter(Splitter):
         Each block begins at an example.
 
         Raises:
-            RowError: an example is malformed or does not end.
+            DatasetError: an example is malformed or does not end.
         """
         used = len(data) if at_end else _last_example(data)
         examples = []
@@ -147,7 +147,7 @@ class ListSplitter(Splitter):
         """Parse a block with Python's parser, as far as possible; returns the same as `__call__`.
 
         Raises:
-            RowError: an example that is complete cannot be parsed.
+            DatasetError: an example that is complete cannot be parsed.
         """
         text = data.decode("utf-8", "surrogateescape")
         examples = []

@@ -190,7 +190,7 @@ class LtuProcessor(ProcessorMixin):
         return encoded
 
     def encode_example(
-        self, row: dict, cutoff_len: int, train_on_inputs: bool = True
+        self, example: dict, cutoff_len: int, train_on_inputs: bool = True
     ) -> tuple[list[int], list[int]]:
         """Tokenize one training example.
 
@@ -198,14 +198,14 @@ class LtuProcessor(ProcessorMixin):
         answer has no end.
 
         Args:
-            row: an example with `instruction`, `output` and perhaps `input`.
+            example: with `instruction`, `output` and perhaps `input`.
             cutoff_len: the largest number of text tokens; audio tokens do not count.
             train_on_inputs: whether the prompt carries a loss too.
 
         Returns:
             Tokens and labels, both (length <= cutoff_len,).
         """
-        rendered, text = self.example(row)
+        rendered, text = self.example(example)
         tokens = self.encode(text)[:cutoff_len]
         if len(tokens) < cutoff_len and tokens[-1] != rendered.end_id:
             tokens.append(rendered.end_id)
@@ -215,10 +215,10 @@ class LtuProcessor(ProcessorMixin):
             labels[:num_masked] = [IGNORED] * min(num_masked, len(labels))
         return tokens, labels
 
-    def example(self, row: dict) -> tuple[RenderedPrompt, str]:
+    def example(self, example: dict) -> tuple[RenderedPrompt, str]:
         """Return the rendered prompt of a training example, and its whole text with the answer."""
-        rendered = self.render([user_message(row["instruction"], row.get("input"))])
-        answer = escape_control_tokens(row["output"], self.controls)
+        rendered = self.render([user_message(example["instruction"], example.get("input"))])
+        answer = escape_control_tokens(example["output"], self.controls)
         text = rendered.prompt + rendered.leading_space + answer + rendered.end
         return rendered, text
 

@@ -22,17 +22,17 @@ ORIGINAL_RANKS = 4
 MAX_BATCHES_IN_MEGABATCH = 50  # As in transformers' get_length_grouped_indices.
 
 
-def batches_per_rank(rows: int, micro_batch_size: int, world_size: int) -> int:
-    """Return the number of micro-batches of one rank in one epoch of `rows` examples."""
-    rows_per_rank = ceil(rows / world_size)
-    return ceil(rows_per_rank / micro_batch_size)
+def batches_per_rank(num_examples: int, micro_batch_size: int, world_size: int) -> int:
+    """Return the number of micro-batches of one rank in one epoch of `num_examples` examples."""
+    examples_per_rank = ceil(num_examples / world_size)
+    return ceil(examples_per_rank / micro_batch_size)
 
 
 def total_steps(
-    rows: int, micro_batch_size: int, accumulation: int, world_size: int, epochs: int
+    num_examples: int, micro_batch_size: int, accumulation: int, world_size: int, epochs: int
 ) -> int:
     """Return the number of optimizer steps of a whole run, which is at least one per epoch."""
-    batches = batches_per_rank(rows, micro_batch_size, world_size)
+    batches = batches_per_rank(num_examples, micro_batch_size, world_size)
     steps_per_epoch = max(1, batches // accumulation)
     return epochs * steps_per_epoch
 
@@ -41,18 +41,18 @@ class MicroBatchSampler:
     """Batch sampler of one rank over all epochs.
 
     Args:
-        rows: the number of examples.
+        num_examples: the number of examples.
         micro_batch_size: examples in one forward pass.
         accumulation: micro-batches of a rank in one optimizer step.
         epochs: how often every example is used.
-        lengths: (rows,) number of text tokens of each example. If given, examples of similar length
-            are batched together, within megabatches of 12.5 steps.
+        lengths: (examples,) number of text tokens of each example. If given, examples of similar
+            length are batched together, within megabatches of 12.5 steps.
         seed: seed of the shuffle, to which the number of the epoch is added.
     """
 
     def __init__(
         self,
-        rows: int,
+        num_examples: int,
         micro_batch_size: int,
         accumulation: int = 1,
         epochs: int = 1,
@@ -61,7 +61,7 @@ class MicroBatchSampler:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.rows = rows
+        self.num_examples = num_examples
         self.micro_batch_size = micro_batch_size
         self.accumulation = accumulation
         self.epochs = epochs
@@ -69,7 +69,7 @@ class MicroBatchSampler:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.per_epoch = batches_per_rank(rows, micro_batch_size, world_size)
+        self.per_epoch = batches_per_rank(num_examples, micro_batch_size, world_size)
 
     def __len__(self) -> int:
         return self.epochs * self.per_epoch
@@ -79,30 +79,30 @@ class MicroBatchSampler:
             yield from self._batches_of_rank(self.order(epoch))
 
     def order(self, epoch: int) -> Tensor:
-        """Return the order of all examples in an epoch, (rows,). It is the same on every rank."""
+        """Return the order of all examples in an epoch, (examples,), the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(self.rows, generator=generator)  # (rows,)
+        order = torch.randperm(self.num_examples, generator=generator)  # (examples,)
         if self.lengths is None:
             return order
         return self._group_by_length(order)
 
     def _group_by_length(self, order: Tensor) -> Tensor:
-        """Sort the examples of each megabatch by length, the longest first, (rows,).
+        """Sort the examples of each megabatch by length, the longest first, (examples,).
 
         The result equals that of transformers' `get_length_grouped_indices`, which would hold
         millions of Python integers three times.
         """
         batch_size = self.micro_batch_size * self.accumulation * self.world_size
         batch_size = max(1, batch_size // ORIGINAL_RANKS)
-        batches_in_megabatch = min(self.rows // (batch_size * 4), MAX_BATCHES_IN_MEGABATCH)
+        batches_in_megabatch = min(self.num_examples // (batch_size * 4), MAX_BATCHES_IN_MEGABATCH)
         megabatch_size = batch_size * max(1, batches_in_megabatch)
 
         # Sort by megabatch, then by decreasing length. A stable sort keeps the shuffled order of
         # examples of the same length.
-        lengths = self.lengths[order].long()  # (rows,)
+        lengths = self.lengths[order].long()  # (examples,)
         longest = lengths.max()
-        megabatch = torch.arange(self.rows) // megabatch_size  # (rows,)
-        key = megabatch * (longest + 1) + (longest - lengths)  # (rows,)
+        megabatch = torch.arange(self.num_examples) // megabatch_size  # (examples,)
+        key = megabatch * (longest + 1) + (longest - lengths)  # (examples,)
         order = order[key.argsort(stable=True)]
 
         # Move the longest example to the front, where it shows at once whether memory is enough.
@@ -117,10 +117,10 @@ class MicroBatchSampler:
         All ranks get the same number of examples. Where the number of examples is not divisible by
         the number of ranks, the first examples of the order are repeated at its end.
         """
-        rows_per_rank = ceil(len(order) / self.world_size)
+        examples_per_rank = ceil(len(order) / self.world_size)
         start = 0
         for batch in range(self.per_epoch):
-            rows_left = rows_per_rank - batch * self.micro_batch_size
+            rows_left = examples_per_rank - batch * self.micro_batch_size
             size = min(self.micro_batch_size, rows_left)
             begin = start + self.rank * size
             positions = torch.arange(begin, begin + size) % len(order)  # (size,)

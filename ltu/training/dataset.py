@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import no_answer_left
-from ltu.data.dataset_parser import RowError
+from ltu.data.dataset_parser import DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -27,43 +27,43 @@ class QaDataset(Dataset):
     """Examples as tokens, labels and features.
 
     Args:
-        rows: the examples, as `ltu.data.check_examples.read_rows` returns them.
+        examples: the examples, as `ltu.data.check_examples.read_examples` returns them.
         encode: example -> (tokens, labels), such as `LtuProcessor.encode_example`.
         load_features: example -> input of the audio encoder, such as `AudioFrontEnd.load_features`.
         max_bad: how many different examples this process may skip because their clip cannot be
             decoded.
-        lengths: (rows,) number of text tokens of each example, which an index stores. Without them
-            the examples are tokenized here, unless there are more than `MAX_UNINDEXED`: then the
-            attribute `lengths` is None.
-        numbers: (rows,) number of each example in its dataset file, from 0. By default it is its
-            position in `rows`.
+        lengths: (examples,) number of text tokens of each example, which an index stores. Without
+            them the examples are tokenized here, unless there are more than `MAX_UNINDEXED`: then
+            the attribute `lengths` is None.
+        numbers: (examples,) number of each example in its dataset file, from 0. By default it is
+            its position in `examples`.
     """
 
     def __init__(
         self,
-        rows: Sequence[dict],
+        examples: Sequence[dict],
         encode: Callable,
         load_features: Callable,
         max_bad: int = 0,
         lengths: torch.Tensor | None = None,
         numbers: torch.Tensor | None = None,
     ):
-        self.rows = rows
+        self.examples = examples
         self.encode = encode
         self.load_features = load_features
         self.max_bad = max_bad
-        self.numbers = range(len(rows)) if numbers is None else numbers
+        self.numbers = range(len(examples)) if numbers is None else numbers
         self.lengths = lengths
-        if lengths is None and len(rows) <= MAX_UNINDEXED:
+        if lengths is None and len(examples) <= MAX_UNINDEXED:
             self.lengths = self._count_tokens()
         # Shared memory, because each worker of the data loader is a process of its own.
-        self.is_bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+        self.is_bad = torch.zeros(len(examples), dtype=torch.bool).share_memory_()
 
     def _count_tokens(self) -> torch.Tensor:
-        """Return the number of text tokens of each example, (rows,) int32."""
-        lengths = torch.zeros(len(self.rows), dtype=torch.int32)
-        is_quick = len(self.rows) < MIN_PROGRESS_BAR
-        bar = tqdm(self.rows, desc="tokenizing", unit="example", disable=is_quick)
+        """Return the number of text tokens of each example, (examples,) int32."""
+        lengths = torch.zeros(len(self.examples), dtype=torch.int32)
+        is_quick = len(self.examples) < MIN_PROGRESS_BAR
+        bar = tqdm(self.examples, desc="tokenizing", unit="example", disable=is_quick)
         for index, example in enumerate(bar):
             tokens, _ = self._encode(index, example)
             lengths[index] = len(tokens)
@@ -73,7 +73,7 @@ class QaDataset(Dataset):
         """Return the tokens and labels of an example.
 
         Raises:
-            RowError: no token of the example carries loss.
+            DatasetError: no token of the example carries loss.
         """
         tokens, labels = self.encode(example)
         if max(labels) < 0:
@@ -81,13 +81,13 @@ class QaDataset(Dataset):
         return tokens, labels
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.examples)
 
     @property
     def skipped(self) -> list[str]:
         """The `audio_id` of every example that was skipped so far."""
         indices = self.is_bad.nonzero()[:, 0].tolist()
-        return [self.rows[index]["audio_id"] for index in indices]
+        return [self.examples[index]["audio_id"] for index in indices]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return an example, or the next one whose clip can be decoded.
@@ -97,12 +97,12 @@ class QaDataset(Dataset):
             the audio encoder, which is None for an example without audio.
 
         Raises:
-            RowError: more than `max_bad` clips or all clips cannot be decoded, or no token carries
-                loss.
+            DatasetError: more than `max_bad` clips or all clips cannot be decoded, or no token
+                carries loss.
         """
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
-            example = self.rows[candidate]
+            example = self.examples[candidate]
             features = None
             if example["audio"] is not None:
                 try:
@@ -112,13 +112,13 @@ class QaDataset(Dataset):
                     continue
             tokens, labels = self._encode(candidate, example)
             return {"input_ids": tokens, "labels": labels, "input_features": features}
-        raise RowError(f"None of the {len(self)} examples has a clip that can be decoded.")
+        raise DatasetError(f"None of the {len(self)} examples has a clip that can be decoded.")
 
     def _skip(self, index: int, error: AudioError) -> None:
         """Mark an example as skipped.
 
         Raises:
-            RowError: more than `max_bad` examples were skipped.
+            DatasetError: more than `max_bad` examples were skipped.
         """
         number = int(self.numbers[index]) + 1
         if not self.is_bad[index]:
@@ -126,7 +126,7 @@ class QaDataset(Dataset):
             logger.warning("Example %d skipped: %s", number, error)
         num_bad = int(self.is_bad.sum())
         if num_bad > self.max_bad:
-            raise RowError(
+            raise DatasetError(
                 f"{num_bad} examples have a clip that cannot be decoded, more than --max_bad "
                 f"{self.max_bad}. The last: example {number}: {error} Fix the dataset file "
                 "(--check_audio lists all such clips at the start), or allow more with --max_bad."

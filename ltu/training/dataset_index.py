@@ -27,14 +27,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError
-from ltu.data.check_examples import checked_rows, no_answer_left, with_audio
-from ltu.data.dataset_parser import RowError
+from ltu.data.check_examples import checked_examples, no_answer_left, with_audio
+from ltu.data.dataset_parser import DatasetError
 from ltu.files import sha256_of, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
 
 MAX_LISTED = 10  # Errors in a message.
 ENDING = ".arrow"
-ROWS_AT_ONCE = 16_384  # Examples in one record batch.
+EXAMPLES_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
 COUNTS = ("num_tokens", "num_prompt_tokens")
 MAX_KNOWN = 100_000  # Prompts whose number of tokens is cached.
@@ -66,12 +66,12 @@ def build_index(
         The path of the index.
 
     Raises:
-        RowError: examples are not valid or more than `max_bad` clips cannot be decoded (the message
-            lists the first ten), or the file changed while it was read.
+        DatasetError: examples are not valid or more than `max_bad` clips cannot be decoded (the
+            message lists the first ten), or the file changed while it was read.
     """
     path = Path(path)
     output = Path(output or f"{path}{ENDING}")
-    examples = checked_rows(path, audio_root)
+    examples = checked_examples(path, audio_root)
     # Read the first example now: a file that is not valid fails before it is hashed.
     first = next(examples)
     state = path.stat()
@@ -89,14 +89,14 @@ def build_index(
                 bar.update(len(columns[0]))
         if len(errors) > max_bad:
             listed = "\n".join(f"  {error}" for error in list(errors.values())[:MAX_LISTED])
-            raise RowError(
+            raise DatasetError(
                 f"{len(errors)} clips of {path} cannot be transcribed, more than --max_bad "
                 f"{max_bad}:\n{listed}"
             )
         new_state = path.stat()
         is_same_size = new_state.st_size == state.st_size
         if not is_same_size or new_state.st_mtime_ns != state.st_mtime_ns:
-            raise RowError(f"{path} changed while it was read. Index it again.")
+            raise DatasetError(f"{path} changed while it was read. Index it again.")
         sync_and_rename(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -123,17 +123,17 @@ def _tokenize_blocks(
     processor: LtuProcessor,
     errors: dict[str, AudioError],
 ) -> Iterator[list[list]]:
-    """Yield the columns of each block of `ROWS_AT_ONCE` examples.
+    """Yield the columns of each block of `EXAMPLES_AT_ONCE` examples.
 
     A thread tokenizes a block while the next one is read; the tokenizer releases Python's lock.
     """
     known: dict[str, int] = {}
-    block = [first, *islice(examples, ROWS_AT_ONCE - 1)]
+    block = [first, *islice(examples, EXAMPLES_AT_ONCE - 1)]
     pending: Future | None = None
     with ThreadPoolExecutor(1) as pool:
         while block:
             submitted = pool.submit(_make_columns, block, processor, known, errors)
-            block = list(islice(examples, ROWS_AT_ONCE))
+            block = list(islice(examples, EXAMPLES_AT_ONCE))
             if pending is not None:
                 yield pending.result()
             pending = submitted
@@ -162,20 +162,20 @@ def _as_utf8(text: str | None, name: str) -> bytes | None:
     tokenizes. In an `audio_id` it would change the name of a file.
 
     Raises:
-        RowError: an `audio_id` is not UTF-8.
+        DatasetError: an `audio_id` is not UTF-8.
     """
     if text is None:
         return None
     try:
         return text.encode("utf-8", "strict" if name == "audio_id" else "replace")
     except UnicodeEncodeError as error:
-        raise RowError(
+        raise DatasetError(
             f"The audio_id {text!r} is not UTF-8. Rename the file, or train without an index."
         ) from error
 
 
 def count_tokens(
-    rows: list[dict], processor: LtuProcessor, known: dict[str, int] | None = None
+    examples: list[dict], processor: LtuProcessor, known: dict[str, int] | None = None
 ) -> list[list[int]]:
     """Count the text tokens that `encode_example` makes of each example, before any cutoff.
 
@@ -189,7 +189,7 @@ def count_tokens(
     known = {} if known is None else known
     rendered_prompts = []
     texts = []
-    for example in rows:
+    for example in examples:
         rendered, text = processor.example(example)
         rendered_prompts.append(rendered)
         texts.append(text)
@@ -209,10 +209,10 @@ def count_tokens(
     return [num_tokens, num_prompt_tokens]
 
 
-class IndexedRows(Sequence):
+class IndexedExamples(Sequence):
     """The examples of an index, mapped into memory.
 
-    They are as `ltu.data.check_examples.read_rows` returns them.
+    They are as `ltu.data.check_examples.read_examples` returns them.
 
     Args:
         path: the index.
@@ -221,7 +221,7 @@ class IndexedRows(Sequence):
         part: (n,) numbers of the examples to use, in their order. The default is all examples.
 
     Raises:
-        RowError: the file is not a complete index.
+        DatasetError: the file is not a complete index.
     """
 
     def __init__(
@@ -236,7 +236,9 @@ class IndexedRows(Sequence):
             num_tokens = self._read_counts("num_tokens")
             num_prompt_tokens = self._read_counts("num_prompt_tokens")
         except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
-            raise RowError(f"{path} is not a complete index ({error}). Build it again.") from error
+            raise DatasetError(
+                f"{path} is not a complete index ({error}). Build it again."
+            ) from error
         self.part = torch.arange(len(num_tokens)) if part is None else part
         self.num_tokens = num_tokens[self.part]  # (n,) int32
         self.num_prompt_tokens = num_prompt_tokens[self.part]  # (n,) int32
@@ -250,31 +252,31 @@ class IndexedRows(Sequence):
         return len(self.part)
 
     def __getitem__(self, index: int) -> dict[str, str | None]:
-        number, position = divmod(int(self.part[index]), ROWS_AT_ONCE)
+        number, position = divmod(int(self.part[index]), EXAMPLES_AT_ONCE)
         batch = self.batches[number]
         example = {name: batch.column(name)[position].as_py() for name in TEXTS}
         return with_audio(example, self.audio_root)
 
     def __reduce__(self) -> tuple:
         # A spawned worker maps the index again.
-        return IndexedRows, (self.path, self.audio_root, self.part)
+        return IndexedExamples, (self.path, self.audio_root, self.part)
 
-    def take(self, part: Tensor) -> "IndexedRows":
+    def take(self, part: Tensor) -> "IndexedExamples":
         """Return the examples at the positions `part`, (n,)."""
-        return IndexedRows(self.path, self.audio_root, self.part[part])
+        return IndexedExamples(self.path, self.audio_root, self.part[part])
 
     def check(self, processor: LtuProcessor, cutoff_len: int, train_on_inputs: bool) -> None:
         """Validate the index against the run that uses it.
 
         Raises:
-            RowError: the index was made with another tokenizer or prompt template or for the other
-                kind of model, or a question alone fills the cutoff.
+            DatasetError: the index was made with another tokenizer or prompt template or for the
+                other kind of model, or a question alone fills the cutoff.
         """
         # A model with transcripts fills in other texts where an example has no `input`.
         transcribes = processor.front_end.transcribes
         if self.about["transcribes"] != transcribes:
             kinds = {True: "a model with transcripts", False: "a model without transcripts"}
-            raise RowError(
+            raise DatasetError(
                 f"{self.path} was made for {kinds[not transcribes]}; this checkpoint is of "
                 f"{kinds[transcribes]}. Build it again."
             )
@@ -283,7 +285,7 @@ class IndexedRows(Sequence):
         expected = count_tokens([self[index] for index in probed], processor)
         stored = [self.num_tokens[probed].tolist(), self.num_prompt_tokens[probed].tolist()]
         if stored != expected:
-            raise RowError(
+            raise DatasetError(
                 f"{self.path} was made for another tokenizer or prompt template. Build it again."
             )
 
@@ -293,28 +295,28 @@ class IndexedRows(Sequence):
             raise no_answer_left(int(self.part[first]), self[first])
 
 
-def find_index(path: str | Path, audio_root: str | Path | None = None) -> IndexedRows | None:
+def find_index(path: str | Path, audio_root: str | Path | None = None) -> IndexedExamples | None:
     """Open the index at `path`, or the one next to the dataset file `path`.
 
     Returns:
         The examples of the index, or None if there is no index.
 
     Raises:
-        RowError: the dataset file is not the one that was indexed.
+        DatasetError: the dataset file is not the one that was indexed.
     """
     path = Path(path)
     if path.suffix == ENDING:
-        return IndexedRows(path, audio_root)
+        return IndexedExamples(path, audio_root)
     index_path = path.with_name(f"{path.name}{ENDING}")
     if not index_path.is_file():
         return None
-    rows = IndexedRows(index_path, audio_root)
-    if path.is_file() and not _is_source(path, rows.about):
-        raise RowError(
+    indexed = IndexedExamples(index_path, audio_root)
+    if path.is_file() and not _is_source(path, indexed.about):
+        raise DatasetError(
             f"{path} is not the file that {index_path} was made of. Index it again, or remove the "
             "index."
         )
-    return rows
+    return indexed
 
 
 def _is_source(path: Path, about: dict[str, Any]) -> bool:

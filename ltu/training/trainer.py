@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ltu.data.check_examples import check_audio, read_rows
+from ltu.data.check_examples import check_audio, read_examples
 from ltu.files import replace_file
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
@@ -26,7 +26,7 @@ from ltu.training.arguments import DataArguments, ModelArguments, OneGpuArgument
 from ltu.training.batch_sampler import MicroBatchSampler, total_steps
 from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
-from ltu.training.dataset_index import IndexedRows, find_index
+from ltu.training.dataset_index import IndexedExamples, find_index
 from ltu.training.model_setup import device_has_bf16, open_to_train
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class LtuTrainer(Trainer):
             first = int(labelled[0]) if len(labelled) else 0
             # Pass positions instead of a count: a count makes transformers slice, and the slice is
             # not contiguous. Its product with the vocabulary would then take a slow path on CPUs
-            # that copies the weight for every row.
+            # that copies the weight for every position.
             start = max(first - 1, 0)
             keep = torch.arange(start, labels.shape[1], device=labelled.device)
             inputs = inputs | {"labels": labels[:, keep], "logits_to_keep": keep}
@@ -194,26 +194,26 @@ def make_datasets(
         ValueError: the dataset file, its index or, with `--check_audio`, a clip is not valid, or
             `--val_set_size` leaves no example to train on.
     """
-    rows = _open_rows(data, processor)
+    examples = _open_rows(data, processor)
     if data.check_audio:
-        _check_clips(rows, data.data_path)
-    num_train = len(rows) - data.val_set_size
+        _check_clips(examples, data.data_path)
+    num_train = len(examples) - data.val_set_size
     if num_train <= 0:
         raise ValueError(
-            f"--val_set_size {data.val_set_size} leaves none of the {len(rows)} examples of "
+            f"--val_set_size {data.val_set_size} leaves none of the {len(examples)} examples of "
             f"{data.data_path}."
         )
 
     # All examples in the order of the file, or a random split.
-    numbers = torch.arange(len(rows))  # (rows,)
+    numbers = torch.arange(len(examples))  # (examples,)
     if data.val_set_size > 0:
         generator = torch.Generator().manual_seed(run.seed)
-        numbers = torch.randperm(len(rows), generator=generator)
+        numbers = torch.randperm(len(examples), generator=generator)
     train, held_out = numbers.split([num_train, data.val_set_size])
-    train_set = _take_examples(rows, train, data, processor)
+    train_set = _take_examples(examples, train, data, processor)
     held_out_set = None
     if data.val_set_size > 0:
-        held_out_set = _take_examples(rows, held_out, data, processor)
+        held_out_set = _take_examples(examples, held_out, data, processor)
 
     if run.group_by_length and train_set.lengths is None:
         logger.warning(
@@ -225,19 +225,19 @@ def make_datasets(
     return train_set, held_out_set
 
 
-def _open_rows(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedRows:
+def _open_rows(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedExamples:
     """Return the examples of the index, if there is one, or of the dataset file."""
     indexed = find_index(data.data_path, data.audio_root)
     if indexed is not None:
         indexed.check(processor, data.cutoff_len, data.train_on_inputs)
         return indexed
-    rows = read_rows(data.data_path, data.audio_root)
-    return processor.front_end.add_transcripts(rows)
+    examples = read_examples(data.data_path, data.audio_root)
+    return processor.front_end.add_transcripts(examples)
 
 
-def _check_clips(rows: list[dict] | IndexedRows, data_path: str) -> None:
+def _check_clips(examples: list[dict] | IndexedExamples, data_path: str) -> None:
     """Raise a ValueError if a clip cannot be decoded."""
-    bad = check_audio(rows)
+    bad = check_audio(examples)
     if not bad:
         return
     errors = list(bad.values())[:MAX_LISTED_CLIPS]
@@ -246,18 +246,18 @@ def _check_clips(rows: list[dict] | IndexedRows, data_path: str) -> None:
 
 
 def _take_examples(
-    rows: list[dict] | IndexedRows,
+    examples: list[dict] | IndexedExamples,
     numbers: torch.Tensor,
     data: DataArguments,
     processor: LtuProcessor,
 ) -> QaDataset:
     """Return the dataset of the examples with these numbers, (n,)."""
     lengths = None
-    if isinstance(rows, IndexedRows):
-        part = rows.take(numbers)
+    if isinstance(examples, IndexedExamples):
+        part = examples.take(numbers)
         lengths = part.num_tokens.clamp(max=data.cutoff_len)  # (n,)
     else:
-        part = [rows[number] for number in numbers.tolist()]
+        part = [examples[number] for number in numbers.tolist()]
     encode = partial(
         processor.encode_example,
         cutoff_len=data.cutoff_len,
@@ -320,7 +320,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         "stage": Path(run.output_dir).name,
         "parent": {"name": parent.name, "sha256": sha256_of_weights(parent)},
         "parameters": {"trainable": trainable, "all": model.num_parameters()},
-        "rows": len(train_set),
+        "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": accumulation,
         "batches_per_epoch": batches.per_epoch,
@@ -359,7 +359,7 @@ def find_resumed(run: RunArguments, record: dict) -> str | None:
     state = Path(folder, "ltu_state.json")
     stored = json.loads(state.read_text()) if state.is_file() else {}
     # The order of the examples, and which of them are held out, depend on these.
-    trained = {key: stored[key] for key in ("rows", "grouped") if key in stored}
+    trained = {key: stored[key] for key in ("num_examples", "grouped") if key in stored}
     arguments = stored.get("arguments", {})
     trained |= {name: arguments[name] for name in ORDER_ARGUMENTS if name in arguments}
     for key, value in trained.items():
