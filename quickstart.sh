@@ -68,7 +68,8 @@ if [ "$only" != ltu ]; then
     "$PYTHON" -m eval.toy --folds "$EXP/ltu_as" --no_probe
     step "LTU-AS: results on speech"
     "$PYTHON" -m eval.toy_speech --run "$EXP"/ltu_as/stage3*
-    "$PYTHON" -m train_scripts.quickstart.plot_loss --output_path "$EXP/ltu_as/loss.png" "$EXP"/ltu_as/stage*
+    "$PYTHON" -m train_scripts.quickstart.plot_loss --output_path "$EXP/ltu_as/loss.png" \
+        "$EXP"/ltu_as/stage*
 fi
 
 step "Done"

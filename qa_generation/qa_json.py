@@ -22,7 +22,8 @@ NAMES = {"q": "q", "question": "q", "a": "a", "answer": "a"}
 QUOTES = str.maketrans("“”„‟", '""""')
 # The beginning of an object, up to its first key of a pair.
 OPENER = re.compile(
-    r"""\{\s*(?:"\w+"\s*:\s*(?:\d+|"[^"]*")\s*,\s*){0,3}["'“”]?(?:q|a|question|answer)["'“”]?\s*:""",
+    r"""\{\s*(?:"\w+"\s*:\s*(?:\d+|"[^"]*")\s*,\s*){0,3}"""
+    r"""["'“”]?(?:q|a|question|answer)["'“”]?\s*:""",
     re.IGNORECASE,
 )
 OBJECT = re.compile(r"\{[^{}]*\}")

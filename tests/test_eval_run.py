@@ -19,7 +19,7 @@ from eval.scorer_interface import Outcome
 from eval.tasks import find_task
 from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import open_engine
-from ltu.inference.predictions_file import AnswerFile
+from ltu.inference.predictions_file import PredictionsFile
 from ltu.inference.requests import Request
 from ltu_as.convert_checkpoint import main as convert
 from tests.test_eval_questions import Stub
@@ -47,7 +47,7 @@ class Killed(BaseException):
 
 def run_killed(argv: list[str], monkeypatch) -> None:
     """Run a command that is killed before it stores the third batch of answers."""
-    stock, count = AnswerFile.append, 0
+    stock, count = PredictionsFile.append, 0
 
     def append(*args) -> None:
         nonlocal count
@@ -57,7 +57,7 @@ def run_killed(argv: list[str], monkeypatch) -> None:
         stock(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(AnswerFile, "append", append)
+        patch.setattr(PredictionsFile, "append", append)
         run.main(argv)
 
 

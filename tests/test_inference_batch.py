@@ -16,7 +16,7 @@ import torch
 from ltu.inference import batch_invariance
 from ltu.inference.batch_invariance import Step
 from ltu.inference.engine import LtuEngine
-from ltu.inference.predictions_file import AnswerFile
+from ltu.inference.predictions_file import PredictionsFile
 from ltu.inference.requests import Request
 from ltu.inference_batch import main, parse_args
 from ltu.models.processing_ltu import LtuProcessor
@@ -271,7 +271,7 @@ def test_two_runs_at_once(folder, rows, tmp_path):
     """An error, also when only a later rank of the other run is left."""
     output = tmp_path / "p.json"
     for rank in (0, 1):
-        other = AnswerFile(output, rank)
+        other = PredictionsFile(output, rank)
         other.lock()
         with pytest.raises(ValueError, match="Another run is writing .*p.json"):
             main(flags(folder, rows, output))

@@ -6,8 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # step TEXT...: prints a headline with the minutes and seconds since the start.
 step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
-# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and these. Of a flag that
-# is given twice, the last one counts.
+# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and then these. Of a
+# flag that is given twice, the last one counts.
 #   MODEL          ltu (the default) or ltu_as
 #   NPROC          number of processes; the default is one per visible GPU, or one
 #   PYTHON         the interpreter; the default is that of .venv

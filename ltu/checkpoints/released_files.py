@@ -28,7 +28,7 @@ class Released:
     Attributes:
         name: of the row.
         link: a whole link, or the part below https://www.dropbox.com/scl/, where fo/ is a folder.
-        kind: ltu, ltu_as, llm, start, whisper, toy, data or eval.
+        kind: ltu, ltu_as, llm, components, whisper, toy, data or eval.
         size: in bytes; a text where the authors round it.
         llm: the language model that a checkpoint was trained with.
         audio_encoder: the audio encoder of a checkpoint.
@@ -161,7 +161,7 @@ TABLE = (
     Released(
         name="vicuna_ltu",
         link="fo/wzw72e9e88x6nfd94zwi7/h?rlkey=9izvxo6eegww5qfkukz2bhdch",
-        kind="start",
+        kind="components",
         llm=VICUNA,
         audio_encoder=CAV_MAE,
         note="for --init --audio_encoder; the authors' scripts link vicuna's two shards into it",
@@ -169,7 +169,7 @@ TABLE = (
     Released(
         name="vicuna_ltuas",
         link="fo/254wkiknythx5vlenic3j/h?rlkey=zzneclei6tmagbxhqlewkj7l3",
-        kind="start",
+        kind="components",
         llm=VICUNA,
         audio_encoder=TLTR,
         note="the same for LTU-AS",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import add_generation_flags, read_decoding_flags
-from ltu.inference.predictions_file import AnswerFile, Key
+from ltu.inference.predictions_file import Key, PredictionsFile
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
 
@@ -187,7 +187,7 @@ def answer_files(
         ranks = stack.enter_context(closing(Ranks()))
         outputs = []
         for path in files:
-            outputs.append(stack.enter_context(closing(AnswerFile(path, ranks.rank))))
+            outputs.append(stack.enter_context(closing(PredictionsFile(path, ranks.rank))))
         # Rank 0 locks first and finds out whether another run writes the files.
         for is_own_turn in (ranks.rank == 0, ranks.rank > 0):
             if is_own_turn:
@@ -197,7 +197,7 @@ def answer_files(
         engine = open_engine()
         answers = []
         for output, examples in zip(outputs, files.values(), strict=True):
-            answers += answer_file(output, examples, engine, settings, ranks)
+            answers += write_predictions(output, examples, engine, settings, ranks)
         if ranks.rank > 0:
             return False
         num_failed = sum(not answer.answered for answer in answers)
@@ -215,8 +215,8 @@ def answer_files(
     return has_failed
 
 
-def answer_file(
-    file: AnswerFile,
+def write_predictions(
+    file: PredictionsFile,
     examples: list[dict],
     engine: LtuEngine,
     settings: BatchSettings,
@@ -266,7 +266,7 @@ def answer_file(
 
 
 def _answer_own_part(
-    file: AnswerFile,
+    file: PredictionsFile,
     todo: dict[Key, Request],
     engine: LtuEngine,
     settings: BatchSettings,

@@ -25,7 +25,7 @@ from ltu.inference.requests import Answer
 Key = tuple[str | None, str, str | None, str, int | None, str]
 
 
-class AnswerFile:
+class PredictionsFile:
     """One output of a run, for one of its ranks.
 
     Args:
