@@ -6,13 +6,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # step TEXT...: prints a headline with the minutes and seconds since the start.
 step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
-# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and then these. Of a
-# flag that is given twice, the last one counts.
+# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and then these. If a
+# flag is given twice, the last one counts.
 #   MODEL          ltu (the default) or ltu_as
 #   NPROC          number of processes; the default is one per visible GPU, or one
 #   PYTHON         the interpreter; the default is that of .venv
 #   NNODES         number of machines; run the same script on each of them, as slurm.sh does
 #   RDZV_ENDPOINT  HOST:PORT of one of the machines
+#   RDZV_ID        name of the run, the same on all machines; the default is ltu
 finetune() {
     local python=${PYTHON:-.venv/bin/python} nproc=${NPROC:-1}
     if ! command -v "$python" > /dev/null; then

@@ -101,7 +101,8 @@ TABLE = (
         link="fo/pik0pubn1qg7q0rorkn3b/h?rlkey=x83qhk4mpwgrgns0e4rholcsr",
         llm="LLaMA-13B",
         note=(
-            "stages 1-4, the last with 108 and 192 ids; recommended inside: stage4_all_mix_long_seq"
+            "stages 1-4, the last with 108 and 192 text tokens; recommended inside: "
+            "stage4_all_mix_long_seq"
         ),
     ),
     LTU_AS(

@@ -129,5 +129,5 @@ class QaDataset(Dataset):
             raise DatasetError(
                 f"{num_bad} examples have a clip that cannot be decoded, more than --max_bad "
                 f"{self.max_bad}. The last: example {number}: {error} Fix the dataset file "
-                "(--check_audio lists all such clips at the start), or allow more with --max_bad."
+                "(--check_audio looks for such clips at the start), or allow more with --max_bad."
             ) from error

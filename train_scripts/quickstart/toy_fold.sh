@@ -4,7 +4,8 @@
 # clips after each of them.
 # bash train_scripts/quickstart/toy_fold.sh ltu|ltu_as FOLD SEED DIR [FLAGS of finetune]
 #   STAGES        names of stage scripts in order; the default is all of them
-#   NUM_EXAMPLES  numbers of examples of the stages; the default is that of data.toy.build
+#   NUM_EXAMPLES  numbers of examples of the stages, with commas; the default is that of
+#                 data.toy.build
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 kind=$1 fold=$2 seed=$3
