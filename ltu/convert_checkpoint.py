@@ -117,7 +117,7 @@ def _is_consistent(args: argparse.Namespace) -> bool:
     reads_our_model = bool(args.to_original or args.merge)
     if bool(args.model) != reads_our_model or not (reads_our_model or args.llm):
         return False
-    if bool(args.output_dir) == bool(args.to_original):
+    if bool(args.output_dir) == bool(args.to_original) or (args.llm and args.to_original):
         return False
     has_init_flags = args.audio_encoder or args.prompt_template != PROMPT_TEMPLATE
     if has_init_flags and not args.init:

@@ -17,27 +17,67 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from ltu.files import run_command
+from ltu.models.locate_checkpoint import find_checkpoint, sha256_of_weights
 from ltu.training.arguments import parse_args
 from ltu.training.collator import describe_batch
 from ltu.training.trainer import find_resumed, make_trainer
 
+# Flags that decide what is trained.
+DECISIVE_FLAGS = (
+    "base_model",
+    "data_path",
+    "trainable_params",
+    "cutoff_len",
+    "batch_size",
+    "num_epochs",
+    "max_steps",
+    "learning_rate",
+    "seed",
+)
 
-def is_finished(output_dir: str) -> bool:
-    """Return whether a run has trained all its steps, by the state that it wrote."""
+
+def is_finished(output_dir: str, flags: dict[str, Any]) -> bool:
+    """Return whether a run with these flags has trained all its steps, by the state that it wrote.
+
+    Raises:
+        ValueError: the finished run had other flags, or its base model has other weights now.
+    """
     state = Path(output_dir, "ltu_state.json")
     if not state.is_file():
         return False
     try:
-        return json.loads(state.read_bytes()).get("finished", False)
-    except ValueError:  # The process was killed while it wrote the file.
+        record = json.loads(state.read_bytes())
+    except ValueError:  # A power failure can leave an incomplete file.
         return False
+    if not record.get("finished", False):
+        return False
+    hint = "Give another --output_dir, or remove the folder to train again."
+    stored = record.get("arguments", {})
+    for name in DECISIVE_FLAGS:
+        if name in stored and stored[name] != flags[name]:
+            raise ValueError(
+                f"{output_dir} has a finished run with --{name} {stored[name]}, not "
+                f"{flags[name]}. {hint}"
+            )
+    parent = record.get("parent")
+    if parent is not None:
+        base_model = find_checkpoint(flags["base_model"])
+        if sha256_of_weights(base_model) != parent["sha256"]:
+            raise ValueError(
+                f"{output_dir} has a finished run from other weights than {base_model} has now. "
+                f"{hint}"
+            )
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
     model_args, data, run = parse_args(argv)
-    if run.skip_finished and is_finished(run.output_dir):
+    trains = not (data.plan or data.show_batch)
+    flags = vars(model_args) | vars(data) | vars(run)
+    if trains and run.skip_finished and is_finished(run.output_dir, flags):
         if os.environ.get("RANK", "0") == "0":
             print(f"{run.output_dir} is finished; remove it to train again")
         return
@@ -52,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(
             f"{record['num_examples']} examples, {record['total_steps']} steps of "
-            f"{run.batch_size}, bf16: {trainer.args.bf16}, {trainer.args.device}"
+            f"{record['examples_per_step']}, bf16: {trainer.args.bf16}, {trainer.args.device}"
         )
     if data.plan:
         return

@@ -73,12 +73,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_batch_flags(parser)
     args = parser.parse_args(argv)
     outputs = [Path(path).absolute() for path in args.output_path or []]
+    if args.check_batch is not None and args.check_batch < 2:
+        parser.error(f"--check_batch {args.check_batch}: it compares 2 questions or more")
     if args.check_batch and outputs:
         parser.error("--check_batch writes nothing; leave --output_path out")
     if len(args.data_path) != len(outputs) and not args.check_batch:
         parser.error(f"{len(args.data_path)} files of questions, but {len(outputs)} --output_path")
     inputs = [Path(path).absolute() for path in args.data_path]
-    if len({*outputs, *inputs}) < len(outputs) + len(set(args.data_path)):
+    if len({*outputs, *inputs}) < len(outputs) + len(set(inputs)):
         parser.error("an --output_path is that of another file, or of the questions themselves")
     for path in outputs:  # Before hours of work, not after.
         if path.is_dir():

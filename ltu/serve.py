@@ -28,6 +28,20 @@ from ltu.inference.generation_flags import add_generation_flags, open_engine, re
 from ltu.inference.requests import Request
 from ltu.serving.openai_server import make_server
 
+# The smallest values of flags that are numbers.
+SMALLEST = {
+    "port": 0,
+    "max_batch": 1,
+    "max_wait_ms": 0,
+    "max_queue": 1,
+    "max_body_mb": 0,
+    "max_characters": 1,
+    "max_seconds": 0,
+    "max_tokens": 1,
+    "timeout": 0,
+    "shutdown_seconds": 0,
+}
+
 
 def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags; exits with 2 and a message if one is unknown or impossible."""
@@ -39,6 +53,10 @@ def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add_generation_flags(parser)
     add_server_flags(parser)
     args = refuse_unused(parser, parser.parse_args(argv))
+    for name, smallest in SMALLEST.items():
+        value = getattr(args, name)
+        if not value >= smallest:  # Also if it is not a number (nan).
+            parser.error(f"--{name} {value}: it must be at least {smallest}")
     if (args.max_new_tokens or 0) > args.max_tokens:
         parser.error(
             f"--max_new_tokens {args.max_new_tokens} is more than --max_tokens {args.max_tokens}"
@@ -64,7 +82,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add("max_wait_ms", 20.0, "Milliseconds that a request waits for others to form a batch.")
     add("max_queue", 64, "Maximum number of requests at the same time; more get a 429.")
     add("max_body_mb", 25.0, "Maximum size of a request's body in MiB.")
-    add("max_characters", 100_000, "Maximum length of a prompt in bytes of UTF-8.")
+    add("max_characters", 100_000, "Maximum length of a prompt in characters.")
     add("max_seconds", 300.0, "Maximum length of a clip in seconds.")
     add("max_tokens", 1024, "Maximum number of new tokens that a request may demand.")
     add("timeout", 300.0, "Seconds until a request is cancelled.")

@@ -32,6 +32,7 @@ class WhisperFrontEnd(AudioFrontEnd):
         "feature_root": "A folder of stored features, by ltu_as.extract_whisper_feature, or of the "
         "original's .npz files.",
     }
+    dataset_flags = ("feature_root",)
     feature_extractor: LtuAsFeatureExtractor
     store: FeatureStore | None = None
 
@@ -178,7 +179,7 @@ class WhisperFrontEnd(AudioFrontEnd):
         Raises:
             ltu.data.audio.AudioError: the features of a clip are not finite.
         """
-        features = super().extract_features(clips)
+        features = super().extract_features(clips)  # (chunks, layers, time, width)
         if not torch.isfinite(features).all():
             parts = features.split([clip.num_chunks for clip in clips])
             names = [

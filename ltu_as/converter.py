@@ -111,6 +111,8 @@ class LtuAsConverter(LtuConverter):
                 "--standardize_on is for a random TLTR (no --audio_encoder), and needs "
                 "--feature_root."
             )
+        if self.feature_root and not self.standardize_on:
+            raise ValueError("--feature_root has an effect only with --standardize_on.")
         return TltrConfig(
             hidden_size=width,
             num_whisper_layers=layers,

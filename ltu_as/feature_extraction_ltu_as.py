@@ -290,8 +290,8 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         else:
             batch_size = GPU_BATCH
             mels = mels.to(dtype)
-        # With TF32, the "fp32" convolutions of a recent GPU would have a mantissa of 10 bits.
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        # Without cuDNN, whose "fp32" convolutions have the 10 bits of TF32 on a recent GPU.
+        with torch.backends.cudnn.flags(enabled=False):
             parts = [self._layers(encoder, part) for part in mels.split(batch_size)]
         features = torch.cat(parts).to("cpu", dtype)
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)

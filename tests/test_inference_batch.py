@@ -394,6 +394,7 @@ def test_what_cannot_be_written_is_said_first(folder, rows, tmp_path, capsys):
 
 
 def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = check_flags(folder, rows)
     assert main(command) == 0
     shown = capsys.readouterr().out
@@ -401,6 +402,7 @@ def test_check_batch(folder, rows, tmp_path, capsys, monkeypatch):
     assert main([*command, "5", "--dtype", "float16"]) == 0
     shown = capsys.readouterr().out
     assert "5 questions" in shown and "leads by 0.01 or less" in shown
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):
         main([*command, "--output_path", str(tmp_path / "p.json")])
     assert "--check_batch writes nothing" in capsys.readouterr().err

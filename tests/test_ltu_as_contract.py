@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 import ltu_as
 from ltu import LtuForConditionalGeneration
+from ltu.data.check_examples import read_examples
+from ltu.data.dataset_parser import DatasetError
 from ltu.index_dataset import main as index_rows
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
@@ -287,6 +289,22 @@ def test_an_index_holds_the_transcripts_that_examples_lack(
         row["input"] for row in indexed
     ]
     assert trainer.train_dataset.lengths.tolist() == plain.train_dataset.lengths.tolist()
+
+
+def test_an_index_of_clips_that_cannot_be_transcribed(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is an error, unless --max_bad allows it: then the clips are named."""
+    data = Path(shutil.copy(root / "rows.json", tmp_path))
+    output = tmp_path / "rows.arrow"
+    command = f"{data} --base_model {root}/init --output_path {output}".split()
+    # The clips are not next to the dataset file.
+    with pytest.raises(DatasetError, match="cannot be decoded, more than --max_bad 0"):
+        index_rows(command)
+    assert not output.exists()
+    index_rows([*command, "--max_bad", "100"])
+    assert len(IndexedExamples(output, root)) == len(read_examples(data))
+    assert 'have the transcript "" now' in caplog.text
 
 
 def test_start_from_a_whisper_at_file(root: Path, tmp_path: Path) -> None:

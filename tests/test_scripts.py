@@ -218,6 +218,21 @@ def test_finished_stage_is_skipped(
     assert capsys.readouterr().out == f"{folder} is finished; remove it to train again\n"
     with pytest.raises(TrainingStarted):
         finetune.main([*argv[2:], "--skip_finished", "False"])
+    with pytest.raises(TrainingStarted):
+        finetune.main([*argv[2:], "--plan"])
+
+    # A finished run with other flags, or from other weights, is not taken for this one.
+    other_seed = '{"finished": true, "arguments": {"seed": 1}}'
+    (folder / "ltu_state.json").write_text(other_seed)
+    with pytest.raises(ValueError, match="finished run with --seed 1, not 42"):
+        finetune.main(argv[2:])
+    base_model = tmp_path / "base"
+    base_model.mkdir()
+    (base_model / "config.json").write_text('{"model_type": "ltu"}')
+    (base_model / "model.safetensors").write_bytes(b"trained again")
+    (folder / "ltu_state.json").write_text('{"finished": true, "parent": {"sha256": "of before"}}')
+    with pytest.raises(ValueError, match="from other weights than"):
+        finetune.main([*argv[2:], "--base_model", str(base_model)])
 
 
 # A Python whose commands only create their outputs, empty. It appends the module of each command

@@ -16,6 +16,7 @@ from ltu import LtuForConditionalGeneration
 from ltu.data.audio import AudioError, load_audio
 from ltu.data.check_examples import check_audio, read_examples
 from ltu.data.dataset_parser import DatasetError
+from ltu.files import run_command
 from ltu.finetune import main
 from ltu.training.arguments import parse_args, parse_list
 from ltu.training.batch_sampler import MicroBatchSampler, batches_per_rank, total_steps
@@ -335,8 +336,9 @@ def test_plan_and_show_batch(checkpoint, data_path, tmp_path, capsys):
     "wrong", [["--learning_rat", "1"], ["--no_such_flag"], ["--trainable_params", "everything"]]
 )
 def test_a_typo_stops_the_run(checkpoint, data_path, tmp_path, wrong, capsys):
-    with pytest.raises((SystemExit, ValueError)):
+    with pytest.raises(SystemExit) as end:
         parse_args([*flags(checkpoint, data_path, tmp_path), *wrong])
+    assert end.value.code == 2
 
 
 def test_a_stray_file_sets_no_flags(checkpoint, data_path, tmp_path, monkeypatch):
@@ -392,6 +394,16 @@ def write_broken_rows(tmp_path):
     (tmp_path / "1.wav").write_bytes(b"not audio")
     (tmp_path / "2.wav").unlink()
     return data_path
+
+
+def test_the_error_of_a_worker_has_no_traceback(checkpoint, tmp_path):
+    """A worker of the data loader sends its error with a traceback in the message."""
+    data_path = write_broken_rows(tmp_path)
+    arguments = flags(checkpoint, data_path, tmp_path / "run", num_workers=1)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda: main(arguments))
+    assert end.value.code.startswith("error: 1 examples have a clip that cannot be decoded")
+    assert "Traceback" not in end.value.code
 
 
 def test_undecodable_clips_are_found_at_the_start(checkpoint, tmp_path):

@@ -1,5 +1,5 @@
-# Functions of the stage scripts, which source this file. Paths are then relative to the repository
-# root.
+# Functions of quickstart.sh and the stage scripts, which source this file. Paths are then relative
+# to the repository root.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

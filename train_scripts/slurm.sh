@@ -13,6 +13,7 @@
 # (torchrun's c10d rendezvous).
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
+: "${1:?name a stage script: sbatch train_scripts/slurm.sh train_scripts/ltu/stage1_proj_cla.sh}"
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NNODES=$SLURM_JOB_NUM_NODES RDZV_ID=$SLURM_JOB_ID
 export RDZV_ENDPOINT=$first_node:$((20000 + SLURM_JOB_ID % 20000))

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ltu.files import replace_file, sha256_of
 
 TIMEOUT = 60  # seconds without a byte until a connection is given up
-RETRIES = 6  # tries in a row that bring no further byte
+RETRIES = 6  # retries without a further byte, until a transfer is given up
 WAIT = 1.0  # seconds before the first retry; the next waits are twice as long each
 MAX_WAIT = 30  # seconds
 SMALL_JSON = 1 << 28  # bytes; of a larger file only both ends are checked, and it is not parsed
@@ -285,7 +285,7 @@ def receive(url: str, part: Path) -> None:
         with part.open("ab") as file:
             # Empty a new part before the notes are written: they must never describe old bytes.
             file.truncate(start)
-            _notes_path(part).write_text(json.dumps(asdict(notes)))
+            replace_file(_notes_path(part), json.dumps(asdict(notes)).encode())
             bar = tqdm(desc=name, total=notes.total, initial=start, unit="B", unit_scale=True)
             with bar:
                 while block := response.read1(1 << 16):

@@ -296,7 +296,8 @@ def find(name: str) -> Released:
     if name not in rows:
         near = difflib.get_close_matches(name, rows, n=5, cutoff=0.4) or rows
         raise DownloadError(
-            f"No released {name!r}. Near: {', '.join(near)}. python -m ltu.released lists all."
+            f"No released file has the name {name!r}. Similar names: {', '.join(near)}. "
+            "python -m ltu.released lists all."
         )
     return rows[name]
 
@@ -514,6 +515,10 @@ def prep(
     Raises:
         DownloadError: a file cannot be downloaded, or a stage's dataset file is not in the data.
     """
+    if kind not in CONVERTERS and not dry_run:
+        raise DownloadError(
+            f"Use the commands of {kind}: python -m {kind}.released prep --kind {kind}"
+        )
     needed = PREP[kind]
     name = needed.data
     models = root / "pretrained_mdls"

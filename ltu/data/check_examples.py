@@ -104,6 +104,27 @@ def what_is_wrong(example: dict, need_output: bool) -> str | None:
     return None
 
 
+MAX_LISTED_CLIPS = 20  # Errors of clips in a message.
+
+
+def list_errors(errors: dict[str, AudioError]) -> str:
+    """Return the first errors of clips, one a line."""
+    return "\n".join(f"  {error}" for error in list(errors.values())[:MAX_LISTED_CLIPS])
+
+
+def check_num_errors(errors: dict[str, AudioError], path: str | Path, max_bad: int = 0) -> None:
+    """Check how many clips of a dataset file cannot be decoded.
+
+    Raises:
+        DatasetError: they are more than `max_bad`.
+    """
+    if len(errors) > max_bad:
+        raise DatasetError(
+            f"{len(errors)} clips of {path} cannot be decoded, more than --max_bad {max_bad}:\n"
+            f"{list_errors(errors)}"
+        )
+
+
 def check_audio(examples: list[dict]) -> dict[str, AudioError]:
     """Decode every clip once and return the errors of those that cannot be decoded, by path."""
     errors = {}

@@ -62,7 +62,7 @@ class TopTwo(LogitsProcessor):
         self.values: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.values.append(scores.float().topk(2).values)
+        self.values.append(scores.float().topk(2).values)  # (rows, 2)
         return scores
 
 

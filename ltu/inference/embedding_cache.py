@@ -206,8 +206,9 @@ class EmbeddingCache:
 
     def _embed(self, clips: list[AudioClip]) -> None:
         features = self.processor.front_end.extract_features(clips)  # (chunks, ...)
-        # TF32 would round convolutions to 10 bits, and make embeddings depend on the batch.
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        # Without cuDNN, which would round convolutions to the 10 bits of TF32, and may choose its
+        # algorithm by the size of the batch. Embeddings then do not depend on the batch.
+        with torch.backends.cudnn.flags(enabled=False):
             parts = [
                 self.model.get_audio_features(part) for part in features.split(CHUNKS_PER_PASS)
             ]

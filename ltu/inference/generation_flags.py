@@ -5,7 +5,11 @@ import argparse
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
-from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
+from ltu.models.audio_front_end import (
+    add_front_end_flags,
+    find_dataset_flags,
+    read_front_end_flags,
+)
 
 DECODING_FLAGS = (
     "max_new_tokens",
@@ -105,10 +109,14 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags; end the command if one is impossible for streamed answers about uploads."""
-    if getattr(args, "feature_root", None) is not None:
-        parser.error("--feature_root: an upload has no features in a folder")
+    for flag in find_dataset_flags(args):
+        parser.error(f"{flag}: an upload has no features in a folder")
     if args.num_beams not in (None, 1):
         parser.error("--num_beams: beams are known at the end only, and answers are streamed here")
+    try:
+        read_decoding_flags(args)  # Before the model is opened, which takes minutes.
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -1,11 +1,12 @@
 """Writes a predictions file whole or not at all, and stores answers in a partial file meanwhile.
 
 During a run, P.json.partial.jsonl has one line for each answer; rank r > 0 of torchrun writes
-P.json.partial.r.jsonl. Each line has a key of everything that decides the answer, but of no file
-name. A line is used only for a question with the same key. Partial files of a killed run are merged
-into one before anything is added. An incomplete line is dropped there, and any number of ranks can
-continue the run of any other number. The lock is released with the processes that hold it, so
-nothing is left to clean up after kill -9.
+P.json.partial.r.jsonl. Each line has a key of everything that decides the answer: the clip by its
+content, not by its name, and Whisper and the feature folder by their paths. A line is used only for
+a question with the same key. Partial files of a killed run are merged into one before anything is
+added. An incomplete line is dropped there, and any number of ranks can continue the run of any
+other number. The lock is released with the processes that hold it, so nothing is left to clean up
+after kill -9.
 """
 
 import fcntl

@@ -28,11 +28,13 @@ class AudioFrontEnd:
     Attributes:
         transcribes: whether a clip without a transcript is transcribed.
         flags: settings that can change after opening: the names of flags, with their help texts.
+        dataset_flags: those of `flags` that need the clips of a dataset file.
         title: a headline for the flags.
     """
 
     transcribes = False
     flags: dict[str, str] = {}
+    dataset_flags: tuple[str, ...] = ()
     title = ""
 
     def __init__(self, feature_extractor: ChunkedFeatureExtractor):
@@ -172,3 +174,9 @@ def read_front_end_flags(args: argparse.Namespace) -> dict[str, str | None]:
     """Return the values of the flags that `add_front_end_flags` has added."""
     names = [name for front_end in _REGISTERED.values() for name in front_end.flags]
     return {name: getattr(args, name) for name in names}
+
+
+def find_dataset_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that are given and that need the clips of a dataset file."""
+    names = [name for front_end in _REGISTERED.values() for name in front_end.dataset_flags]
+    return [f"--{name}" for name in names if getattr(args, name) is not None]

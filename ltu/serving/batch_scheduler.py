@@ -30,7 +30,10 @@ class Metrics:
         registry = CollectorRegistry()
         self.registry = registry
         self.requests = Counter(
-            "ltu_requests", "HTTP requests, by status code.", ["code"], registry=registry
+            "ltu_requests",
+            "Chat completions, and requests that failed, by status code.",
+            ["code"],
+            registry=registry,
         )
         self.answers = Counter(
             "ltu_answers",
@@ -96,12 +99,13 @@ class BatchScheduler(threading.Thread):
     def _gather(self) -> list[PendingRequest | None]:
         """Wait for a request and return it with those that followed; None, if there, is last."""
         batch = [self.pending_requests.get()]
-        if self.pending_requests.qsize() < self.max_batch - 1:
-            time.sleep(self.max_wait)
+        deadline = time.monotonic() + self.max_wait
         while batch[-1] is not None and len(batch) < self.max_batch:
-            if self.pending_requests.empty():
+            seconds_left = max(0.0, deadline - time.monotonic())
+            try:
+                batch.append(self.pending_requests.get(timeout=seconds_left))
+            except queue.Empty:
                 break
-            batch.append(self.pending_requests.get())
         return batch
 
     def _answer(self, batch: list[PendingRequest]) -> None:

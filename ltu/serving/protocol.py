@@ -1,8 +1,9 @@
 """Defines the bodies of requests and replies of the chat completions API.
 
 They are those of OpenAI's API, restricted to what the server supports. Requests are validated
-strictly: values are not converted to other types, an unknown field is an error, and null means that
-a field is absent. FastAPI documents the models at /docs.
+strictly: values are not converted to other types, null means that a field is absent, and an unknown
+field is an error, except in a message and in `stream_options`, where clients send more of them.
+FastAPI documents the models at /docs.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_FIELDS = 100  # of an object in a request
+MAX_TOKENS = 2**31 - 1  # of a request; --max_tokens is usually far less
 StopSequence = Annotated[str, Field(min_length=1)]
 
 
@@ -148,13 +150,15 @@ class ChatCompletionRequest(UnsupportedFields, IgnoredFields):
     stream: bool = Field(False, description="Send the answer as server-sent events while it grows.")
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(
-        None, ge=1, description="Former name of `max_completion_tokens`."
+        None, ge=1, le=MAX_TOKENS, description="Former name of `max_completion_tokens`."
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="The maximum number of new tokens."
+        None, ge=1, le=MAX_TOKENS, description="The maximum number of new tokens."
     )
     seed: int | None = Field(
         None,
+        ge=-(2**63),
+        lt=2**63,
         description="Seed of the random generator used for sampling. By default another one "
         "for each request; the reply contains it.",
     )

@@ -1,8 +1,8 @@
 """Parses bodies of chat completion requests into requests for the engine.
 
-A body is accepted only if each of its fields is supported or changes no answer. Everything else
-raises an error in OpenAI's form. A clip comes as base64 in the body; nothing that a body names is
-opened.
+A body is accepted only if each of its top-level fields is supported or changes no answer.
+Everything else raises an error in OpenAI's form. A clip comes as base64 in the body; nothing that a
+body names is opened.
 """
 
 import argparse
@@ -192,7 +192,7 @@ class RequestParser:
         messages = read_conversation(convert_messages(body.messages), template)
         messages[-1]["transcript"] = body.transcript
         prompt = self.processor.render(messages).prompt
-        if len(prompt.encode()) > self.args.max_characters:
+        if len(prompt) > self.args.max_characters:
             raise ApiError(400, "The messages are too long.", "messages", "context_length_exceeded")
         return messages
 

@@ -254,7 +254,10 @@ class FlagParser(HfArgumentParser):
         super().__init__(*args, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"{error} in this line of a file of flags: {line}")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -265,9 +268,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     """
     parser = FlagParser((ModelArguments, DataArguments, RunArguments), description=DESCRIPTION)
     add_front_end_flags(parser)
-    model_args, data_args, run_args, *others = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False
+    model_args, data_args, run_args, *others, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
     )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if others:  # A namespace with the flags of the audio front ends.
         data_args.front_end = read_front_end_flags(others[0])
 

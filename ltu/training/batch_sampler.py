@@ -120,8 +120,8 @@ class MicroBatchSampler:
         examples_per_rank = ceil(len(order) / self.world_size)
         start = 0
         for batch in range(self.per_epoch):
-            rows_left = examples_per_rank - batch * self.micro_batch_size
-            size = min(self.micro_batch_size, rows_left)
+            examples_left = examples_per_rank - batch * self.micro_batch_size
+            size = min(self.micro_batch_size, examples_left)
             begin = start + self.rank * size
             positions = torch.arange(begin, begin + size) % len(order)  # (size,)
             yield order[positions].tolist()

@@ -13,6 +13,7 @@ makes them, or they are read from `--feature_root`.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +28,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError
-from ltu.data.check_examples import checked_examples, no_answer_left, with_audio
+from ltu.data.check_examples import (
+    MAX_LISTED_CLIPS,
+    check_num_errors,
+    checked_examples,
+    list_errors,
+    no_answer_left,
+    with_audio,
+)
 from ltu.data.dataset_parser import DatasetError
-from ltu.files import sha256_of, sync_and_rename
+from ltu.files import lock_file, sha256_of, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
 
-MAX_LISTED = 10  # Errors in a message.
+logger = logging.getLogger(__name__)
+
 ENDING = ".arrow"
 EXAMPLES_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
@@ -59,7 +68,6 @@ def build_index(
             for it.
         audio_root: folder to which `audio_id`s are relative. Only LTU-AS reads clips, to make
             missing transcripts.
-
         max_bad: how many clips may fail to be transcribed; their examples get the transcript "".
 
     Returns:
@@ -67,7 +75,7 @@ def build_index(
 
     Raises:
         DatasetError: examples are not valid or more than `max_bad` clips cannot be decoded (the
-            message lists the first ten), or the file changed while it was read.
+            message lists the first of them), or the file changed while it was read.
     """
     path = Path(path)
     output = Path(output or f"{path}{ENDING}")
@@ -78,6 +86,8 @@ def build_index(
     schema = _index_schema(path, state, processor)
     unfinished = output.with_name(f"{output.name}.tmp")
     errors: dict[str, AudioError] = {}
+    is_renamed = False
+    lock = lock_file(unfinished, output)
     try:
         with (
             pyarrow.OSFile(str(unfinished), "wb") as file,
@@ -87,19 +97,23 @@ def build_index(
             for columns in _tokenize_blocks(first, examples, processor, errors):
                 table.write_batch(pyarrow.record_batch(columns, schema=schema))
                 bar.update(len(columns[0]))
-        if len(errors) > max_bad:
-            listed = "\n".join(f"  {error}" for error in list(errors.values())[:MAX_LISTED])
-            raise DatasetError(
-                f"{len(errors)} clips of {path} cannot be transcribed, more than --max_bad "
-                f"{max_bad}:\n{listed}"
+                if len(errors) >= max_bad + MAX_LISTED_CLIPS:
+                    break  # Enough to list; transcribing the rest may take days.
+        check_num_errors(errors, path, max_bad)
+        if errors:
+            logger.warning(
+                '%d clips have the transcript "" now:\n%s', len(errors), list_errors(errors)
             )
         new_state = path.stat()
         is_same_size = new_state.st_size == state.st_size
         if not is_same_size or new_state.st_mtime_ns != state.st_mtime_ns:
             raise DatasetError(f"{path} changed while it was read. Index it again.")
         sync_and_rename(unfinished, output)
+        is_renamed = True
     finally:
-        unfinished.unlink(missing_ok=True)
+        if not is_renamed:  # Otherwise the name may be that of another run by now.
+            unfinished.unlink(missing_ok=True)
+        lock.close()
     return output
 
 
@@ -252,7 +266,8 @@ class IndexedExamples(Sequence):
         return len(self.part)
 
     def __getitem__(self, index: int) -> dict[str, str | None]:
-        number, position = divmod(int(self.part[index]), EXAMPLES_AT_ONCE)
+        # All record batches but the last one have the same number of examples.
+        number, position = divmod(int(self.part[index]), len(self.batches[0]))
         batch = self.batches[number]
         example = {name: batch.column(name)[position].as_py() for name in TEXTS}
         return with_audio(example, self.audio_root)

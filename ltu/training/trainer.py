@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from ltu.data.check_examples import check_audio, read_examples
+from ltu.data.audio import AudioError
+from ltu.data.check_examples import check_audio, check_num_errors, read_examples
 from ltu.files import replace_file
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
@@ -32,8 +32,6 @@ from ltu.training.model_setup import device_has_bf16, open_to_train
 logger = logging.getLogger(__name__)
 
 ORDER_ARGUMENTS = ("seed", "batch_size", "val_set_size")
-
-MAX_LISTED_CLIPS = 20  # Clips that the message of --check_audio lists.
 
 
 class LtuTrainer(Trainer):
@@ -147,9 +145,6 @@ def training_arguments(
     if run.tensorboard:
         reports.append("tensorboard")
 
-    optional = {}
-    if run.gradient_checkpointing:
-        optional["gradient_checkpointing"] = True
     return OneGpuArguments(
         output_dir=run.output_dir,
         run_name=run.wandb_run_name or None,
@@ -177,7 +172,8 @@ def training_arguments(
         ddp_find_unused_parameters=True,
         report_to=reports or "none",
         seed=run.seed,
-        **optional,
+        # transformers 5.24 warns of any value but None; 5.17 lacks the new name of the argument.
+        gradient_checkpointing=run.gradient_checkpointing or None,
     )
 
 
@@ -194,9 +190,9 @@ def make_datasets(
         ValueError: the dataset file, its index or, with `--check_audio`, a clip is not valid, or
             `--val_set_size` leaves no example to train on.
     """
-    examples = _open_rows(data, processor)
+    examples = _open_examples(data, processor)
     if data.check_audio:
-        _check_clips(examples, data.data_path)
+        check_num_errors(check_audio(examples), data.data_path)
     num_train = len(examples) - data.val_set_size
     if num_train <= 0:
         raise ValueError(
@@ -225,24 +221,17 @@ def make_datasets(
     return train_set, held_out_set
 
 
-def _open_rows(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedExamples:
+def _open_examples(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedExamples:
     """Return the examples of the index, if there is one, or of the dataset file."""
     indexed = find_index(data.data_path, data.audio_root)
     if indexed is not None:
         indexed.check(processor, data.cutoff_len, data.train_on_inputs)
         return indexed
     examples = read_examples(data.data_path, data.audio_root)
-    return processor.front_end.add_transcripts(examples)
-
-
-def _check_clips(examples: list[dict] | IndexedExamples, data_path: str) -> None:
-    """Raise a ValueError if a clip cannot be decoded."""
-    bad = check_audio(examples)
-    if not bad:
-        return
-    errors = list(bad.values())[:MAX_LISTED_CLIPS]
-    listed = "\n".join(f"  {error}" for error in errors)
-    raise ValueError(f"{len(bad)} clips of {data_path} cannot be decoded:\n{listed}")
+    errors: dict[str, AudioError] = {}
+    examples = processor.front_end.add_transcripts(examples, errors)
+    check_num_errors(errors, data.data_path, data.max_bad)
+    return examples
 
 
 def _take_examples(
@@ -323,6 +312,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": accumulation,
+        "examples_per_step": run.micro_batch_size * accumulation * world_size,
         "batches_per_epoch": batches.per_epoch,
         "total_steps": steps,
         "arguments": arguments,
@@ -339,6 +329,10 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     )
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def find_resumed(run: RunArguments, record: dict) -> str | None:
     """Return the checkpoint to resume from, or None for a new run.
 
@@ -350,7 +344,10 @@ def find_resumed(run: RunArguments, record: dict) -> str | None:
     if folder is None:
         return None
     if folder == "last":
-        folder = get_last_checkpoint(run.output_dir)
+        # A checkpoint without trainer_state.json is not complete.
+        states = Path(run.output_dir).glob("checkpoint-*/trainer_state.json")
+        folders = sorted((state.parent for state in states), key=_step_of)
+        folder = str(folders[-1]) if folders else None
     if folder is None or not Path(folder, "trainer_state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint: {folder or run.output_dir} holds no checkpoint of a run."
@@ -359,9 +356,13 @@ def find_resumed(run: RunArguments, record: dict) -> str | None:
     state = Path(folder, "ltu_state.json")
     stored = json.loads(state.read_text()) if state.is_file() else {}
     # The order of the examples, and which of them are held out, depend on these.
-    trained = {key: stored[key] for key in ("num_examples", "grouped") if key in stored}
+    names = ("num_examples", "grouped", "examples_per_step")
+    trained = {key: stored[key] for key in names if key in stored}
+    order_arguments = ORDER_ARGUMENTS
+    if record["grouped"]:  # Examples are grouped by their lengths within the cutoff.
+        order_arguments += ("cutoff_len",)
     arguments = stored.get("arguments", {})
-    trained |= {name: arguments[name] for name in ORDER_ARGUMENTS if name in arguments}
+    trained |= {name: arguments[name] for name in order_arguments if name in arguments}
     for key, value in trained.items():
         wanted = record[key] if key in record else record["arguments"][key]
         if value != wanted:

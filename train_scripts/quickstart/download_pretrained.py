@@ -35,7 +35,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ltu.files import run_command, sha256_of
+from ltu.files import replace_file, run_command, sha256_of
 
 MANIFEST = "parts.json"
 UNZIP_BLOCK = 2**20  # bytes
@@ -416,7 +416,7 @@ def fetch(
             "num_parameters": part.num_parameters,
             "files": digests,
         }
-        manifest_path.write_text(json.dumps(manifest, indent=2) + "\n")
+        replace_file(manifest_path, f"{json.dumps(manifest, indent=2)}\n".encode())
         print(f"{root / part.name}: {part.num_parameters:,} parameters from {source}", flush=True)
 
 

@@ -46,11 +46,15 @@ esac
 stages=${STAGES:-$stages}
 last_stage=${stages##* }
 
+built="$kind, fold $fold, seed $seed, ${NUM_EXAMPLES:-default} examples"
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: clips, training examples, held-out questions"
     "$PYTHON" -m data.toy.build --kind "$kind" --fold "$fold" --seed "$seed" \
         --output_dir "$DATA" ${NUM_EXAMPLES:+--num_examples "$NUM_EXAMPLES"}
-    touch "$DATA/finished"
+    echo "$built" > "$DATA/finished"
+elif [ "$(cat "$DATA/finished")" != "$built" ]; then
+    echo "error: $DATA is of $(cat "$DATA/finished"), not of $built; give another DIR" >&2
+    exit 2
 fi
 if [ "$kind" = ltu_as ] && [ ! -f "$FEATURES/finished" ]; then
     step "Whisper's features and transcripts of every clip"
