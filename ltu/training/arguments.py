@@ -247,7 +247,7 @@ class OneGpuArguments(TrainingArguments):
 class FlagParser(HfArgumentParser):
     """Parses flags; `@FILE` stands for the flags in a file, where # begins a comment.
 
-    Of a flag that is given twice, the last one counts.
+    If a flag is given twice, the last one counts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
