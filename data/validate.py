@@ -13,7 +13,8 @@ clip as training does.
 A clip counts as one of the dataset of its first example. The dataset file is read twice, in
 constant memory.
 
-The exit code is 1 if more than `--max_bad` examples or clips are wrong.
+The exit code is 1 if more than `--max_bad` examples or clips are wrong, or if the file contains no
+examples.
 """
 
 import json
