@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_io import stream_examples
 
 DECODED = ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64"
@@ -25,8 +26,6 @@ SUFFIXES = {*DECODED.split(), *NOT_DECODED.split()}
 YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_([0-9]+\.?[0-9]*)(?:[_-]([0-9]+\.?[0-9]*))?)?")
 # Usual names of the column that contains the clip id, the most certain first.
 ID_COLUMNS = "audio_id ytid youtube_id segment_id video_id file_name filename fname file id".split()
-# The same as ltu.data.check_examples.NO_AUDIO. That module imports torch, so it is not imported.
-NO_AUDIO = (None, "", "empty")
 TABLES = (".csv", ".tsv", ".txt")
 MILLISECONDS = 1000.0  # Times of this size or larger may be in milliseconds.
 

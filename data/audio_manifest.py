@@ -54,8 +54,8 @@ class ManifestEntry:
 class AudioManifest:
     """The manifest of a folder of prepared clips.
 
-    Once a run has ended, the file is sorted and has one line for each clip or refused file. As a
-    context manager it ends with other runs being able to write into the folder.
+    When a run has ended, the file is sorted and has one line for each clip or refused file. Leaving
+    the `with` block releases the lock of the folder.
 
     Raises:
         ValueError: another run writes into the folder.

@@ -47,13 +47,15 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data.audio_ids import read_cells
+from data.combine import CLOSED_ENDED
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 
-PREFIX = "Closed-ended question: "
 # Cut points in Hz between the five names of pitch, as in LTU-AS's own generators.
 PITCH = {"male": (95.0, 120.0, 135.0, 180.0), "female": (160.0, 200.0, 220.0, 270.0)}
 # Key -> names for two cut points, and names for four.
@@ -81,7 +83,7 @@ class RuleSettings:
     Attributes:
         dataset: name of the dataset, for records without one.
         seed: of the random streams.
-        prefix_fraction: fraction of the questions that begin with `PREFIX`.
+        prefix_fraction: fraction of the questions that begin with `CLOSED_ENDED`.
         style: style that questions about captions name, or None.
         descriptions: label -> acoustic descriptions.
         cuts: key -> cut points, or {gender: cut points}.
@@ -104,7 +106,7 @@ def make_question(
         questions: templates, of which one is selected.
         answer: template of the answer.
         fields: fill both.
-        rng: selects the question and whether it begins with `PREFIX`.
+        rng: selects the question and whether it begins with `CLOSED_ENDED`.
         prefix_fraction: fraction of the questions that do.
 
     Returns:
@@ -112,7 +114,7 @@ def make_question(
     """
     question = rng.choice(questions)
     if prefix_fraction and rng.random() < prefix_fraction:
-        question = PREFIX + question
+        question = CLOSED_ENDED + question
     return question.format(**fields), answer.format(**fields)
 
 
@@ -140,8 +142,6 @@ def name_of(value: float, cuts: tuple[float, ...], names: tuple[str, ...]) -> st
 
 def thirds(values: list[float]) -> tuple[float, float]:
     """Return the two values that divide others into thirds."""
-    import numpy as np
-
     low, high = np.quantile(values, [1 / 3, 2 / 3])
     return float(low), float(high)
 
@@ -552,7 +552,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--prefix_fraction",
         type=float,
         default=0.0,
-        help=f"The fraction of questions that begin with {PREFIX!r}.",
+        help=f"The fraction of questions that begin with {CLOSED_ENDED!r}.",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="Seed of the random streams (default: 0)."

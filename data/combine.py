@@ -10,8 +10,8 @@ it says how often the examples of a dataset are repeated, and the fraction of th
 the prefix "Closed-ended question: ". A part may have several files. A published recipe also has the
 published numbers of examples: every difference from them is listed.
 
-The parts are read in the order in which they are given, and all files of a part before their
-repetition.
+The files are read in the order in which they are given. A file is read again for its repeated
+examples before the next file is read.
 
 Without a seed the original's lists have an arbitrary order. --original_shuffle gives the order that
 its scripts would give after `random.seed(0)`: the questions that get the prefix are sampled

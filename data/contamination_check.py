@@ -7,7 +7,7 @@ r"""Finds clips of evaluation sets in training data, by id and by content.
 
 Ids are file names without folder and suffix; of the name of a YouTube clip, only the YouTube id
 counts. Any other name that several clips of one evaluation file have is not an id (VoxCeleb numbers
-the clips of each video): such clips are counted, and compared with --content only.
+the clips of each video): such clips are compared with --content only.
 
 --content compares the sha256 of the mono 16 kHz waveform in 16 bit, so that another name, container
 or lossless format hides nothing. Every clip is decoded once. Clips that cannot be decoded are
@@ -17,7 +17,8 @@ The memory grows with the evaluation sets and the number of clips that are found
 number of training examples. --clean_path writes the examples without those on clips that were
 found.
 
-The exit code is 1 if a clip was found or cannot be decoded.
+The exit code is 1 if a clip was found, cannot be decoded or, without --content, was not compared
+because its name is not unique.
 """
 
 import argparse
@@ -25,18 +26,24 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from data.audio_ids import NO_AUDIO, stem, youtube
+import numpy as np
+
+from data.audio_ids import stem, youtube
 from data.command_line import add_audio_root, add_workers, command_parser
-from data.duplicate_detection import DuplicateDetector
+from data.duplicate_detection import DuplicateDetector, first_clips
 from data.provenance import audio_root_of, write_examples, write_provenance
-from data.validate import CLIPS_AT_ONCE, SHOWN, first_clips
+from data.worker_pool import decoding_pool
+from ltu.data.audio import AudioError, load_audio
+from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
+
+CLIPS_AT_ONCE = 4096  # Clips that are given to the workers at once.
+SHOWN = 10  # Clips that are listed.
 
 
 def id_of(audio_id: str) -> str:
@@ -46,10 +53,6 @@ def id_of(audio_id: str) -> str:
 
 def hash_content(path: str) -> str | None:
     """Return the sha256 of the waveform as 16-bit samples, or None if it cannot be decoded."""
-    import numpy as np
-
-    from ltu.data.audio import AudioError, load_audio
-
     try:
         waveform = load_audio(path)  # (samples,)
     except AudioError:
@@ -61,7 +64,7 @@ def hash_content(path: str) -> str | None:
 def hash_clips(names: Iterable[str], root: Path, workers: int) -> Iterator[tuple[str, str | None]]:
     """Yield (audio_id, hash) of clips, in several processes."""
     names = iter(names)
-    with ProcessPoolExecutor(workers) as pool:
+    with decoding_pool(workers) as pool:
         while block := list(islice(names, CLIPS_AT_ONCE)):
             paths = [str(root / name) for name in block]
             yield from zip(block, pool.map(hash_content, paths, chunksize=16), strict=True)
@@ -85,10 +88,12 @@ class EvalClips:
     Attributes:
         by_id: clip id -> description of the clip.
         by_content: hash of the waveform -> description of the clip.
+        num_not_compared: number of clips that have no unique name and were not decoded.
     """
 
     by_id: dict[str, str] = field(default_factory=dict)
     by_content: dict[str, str] = field(default_factory=dict)
+    num_not_compared: int = 0
 
 
 @dataclass
@@ -131,10 +136,11 @@ def read_eval_clips(
                 ambiguous.append(clip)
             else:
                 eval_clips.by_id[id_of(clip)] = f"{path.name}: {clip}"
-        if ambiguous:
+        if ambiguous and not has_content:
+            eval_clips.num_not_compared += len(ambiguous)
             print(
-                f"{path}: {len(ambiguous):,} clips have no unique name, such as {ambiguous[0]}; "
-                "use --content"
+                f"{path}: {len(ambiguous):,} clips were not compared, because they have no unique "
+                f"name, such as {ambiguous[0]}. Use --content."
             )
 
         if has_content:
@@ -224,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         facts = {"content": args.content, "num_examples": output.count, "removed": num_contaminated}
         facts |= audio_root_of(args.clean_path, [args.data_path], args.audio_root)
         write_provenance(args.clean_path, "contamination_check", inputs, **facts)
-    return int(bool(found or unreadable.count))
+    return int(bool(found or unreadable.count or eval_clips.num_not_compared))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,11 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+
+from ltu.data.dataset_io import stream_examples
 
 NUM_FILES = 256  # Each is small enough to be sorted in memory.
 MAX_BUFFERED = 2**18  # Values in memory before they are written to the files.
@@ -78,3 +81,13 @@ class DuplicateDetector:
         """Return the number of the first occurrence of every value, (n,) in ascending order."""
         numbers = [firsts for firsts, _ in self.parts()]
         return np.sort(np.concatenate([np.zeros(0, np.int64), *numbers]))
+
+
+def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Yield (audio_id, dataset) of the examples with these numbers, (n,) in ascending order."""
+    wanted = iter(firsts.tolist())
+    next_number = next(wanted, None)
+    for number, example in enumerate(stream_examples(path)):
+        if number == next_number:
+            yield str(example["audio_id"]), str(example.get("dataset"))
+            next_number = next(wanted, None)

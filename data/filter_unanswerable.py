@@ -56,13 +56,15 @@ PHRASES = [
     "it is difficult to",
     "no indication",
 ]
+
+
+def _contains_another(phrase: str) -> bool:
+    return any(other in phrase for other in PHRASES if other != phrase)
+
+
 # A text that contains "enough information" contains "enough" too: only the phrases that contain no
 # other phrase need to be searched.
-DECIDING = [
-    phrase
-    for phrase in PHRASES
-    if not any(other != phrase and other in phrase for other in PHRASES)
-]
+DECIDING = [phrase for phrase in PHRASES if not _contains_another(phrase)]
 
 # Parts of the pattern of a refusal.
 FINDING_OUT = (

@@ -30,14 +30,11 @@ import argparse
 import csv
 import errno
 import io
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -45,15 +42,15 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import torch
 from tqdm import tqdm
 
 from data.audio_ids import RULES, SUFFIXES, audio_id_of, key_of, read_table, read_wanted, stem_of
 from data.audio_manifest import AudioManifest, ManifestEntry
 from data.command_line import add_workers, command_parser
 from data.provenance import provenance_path, write_provenance
+from data.worker_pool import decoding_pool
 from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, decode_audio
-from ltu.files import run_command, sync_and_rename
+from ltu.files import replace_file, run_command, sync_and_rename
 
 # Peak of a clip (-48 dB of full scale) below which 16 bit would leave fewer than 8.
 QUIET = 2.0**-8
@@ -174,10 +171,7 @@ def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> Con
     # Encode in memory first, because libsndfile does not report a full disk.
     flac = io.BytesIO()
     soundfile.write(flac, steps, SAMPLING_RATE, subtype=f"PCM_{bits}", format="FLAC")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".tmp")
-    unfinished.write_bytes(flac.getvalue())
-    sync_and_rename(unfinished, target)
+    replace_file(target, flac.getvalue(), is_synced=True)
     return ConvertedClip(
         seconds=round(len(steps) / SAMPLING_RATE, 3),
         sampling_rate=clip.sampling_rate,
@@ -234,7 +228,7 @@ def run(jobs: list[Job], workers: int, *settings) -> Iterator[ManifestEntry]:
     unfinished: dict[str, Job] = {}  # audio_id -> a job that was given to the workers
     while True:
         try:
-            with _pool(workers) as pool:
+            with decoding_pool(workers) as pool:
                 running: dict[Future, str] = {}
                 while True:
                     for job in islice(waiting, workers * JOBS_A_WORKER - len(running)):
@@ -257,7 +251,7 @@ def _run_alone(job: Job, *settings) -> ManifestEntry:
     """Run a job in a process of its own and return its entry, also if it kills the process."""
     name, audio_id = job
     try:
-        with _pool(1) as pool:
+        with decoding_pool(1) as pool:
             return pool.submit(run_job, job, *settings).result()
     except BrokenProcessPool:
         error = (
@@ -265,26 +259,6 @@ def _run_alone(job: Job, *settings) -> ManifestEntry:
             "Leave it out."
         )
         return ManifestEntry(audio_id, name, "crash", error=error)
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # A process that is forked from one with threads can hang. The fork server is started before
-    # there are any.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ltu.data.audio"])  # Imports torch, once for all workers.
-    return ProcessPoolExecutor(workers, context, _start_worker)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent tells its workers to stop.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker with its parent. After kill -9 of the parent it would wait forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def write_ids(
@@ -417,6 +391,11 @@ def main(argv: list[str] | None = None) -> int:
         for source, audio_id in jobs[:SHOWN]:
             print(_printable(f"{source} -> {audio_id}"))
         return 0
+    if not jobs and not refused:
+        raise ValueError(
+            f"{args.input} has no audio file to convert. Check --input and, with --only_listed, "
+            "--clip_list and --naming."
+        )
 
     with AudioManifest(args.output_dir) as manifest:
         # Convert what no earlier run has converted.

@@ -1,4 +1,4 @@
-"""Writes reports, and FILE.provenance.json next to a dataset file: its inputs and settings."""
+"""Writes FILE.provenance.json next to a dataset file: its inputs and settings."""
 
 import json
 import platform
@@ -9,16 +9,9 @@ from typing import Any
 
 import msgspec
 
-from data.audio_ids import NO_AUDIO
+from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_io import ExampleWriter, stream_examples
-from ltu.files import replace_file, sha256_of
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write a report or provenance file, whole or not at all."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    # File names may contain bytes that are not UTF-8.
-    replace_file(path, text.encode("utf-8", "backslashreplace"), is_synced=True)
+from ltu.files import sha256_of, write_json
 
 
 def provenance_path(output: str | Path) -> Path:
@@ -28,10 +21,10 @@ def provenance_path(output: str | Path) -> Path:
 
 @contextmanager
 def write_examples(path: Path, inputs: Iterable[str | Path] = ()) -> Iterator[ExampleWriter]:
-    """Open a `ExampleWriter` that removes an older provenance file before the output gets its name.
+    """Open an `ExampleWriter`, and remove an older provenance file.
 
-    A run that is killed may therefore leave a dataset file without provenance, but never one with
-    the provenance of another.
+    It is removed before the output gets its name. A run that is killed may therefore leave a
+    dataset file without provenance, but never one with the provenance of another.
     """
     with ExampleWriter(path, inputs) as output:
         yield output
@@ -60,11 +53,11 @@ def audio_root_of(
     folders_of = {}
     for source in sources:
         folders_of[source] = [str(root.resolve())] if root else _roots_of(source)
-    roots = {folder for folders in folders_of.values() for folder in folders}
+    roots = set().union(*folders_of.values())
     # Only sources that have relative ids count. To find out, they are read, so this comes second.
     if not roots <= {here}:
         relevant = [folders for source, folders in folders_of.items() if _has_relative_ids(source)]
-        roots = {folder for folders in relevant for folder in folders}
+        roots = set().union(*relevant)
     if roots <= {here}:
         return {}
     found = sorted(roots)

@@ -46,9 +46,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from data.audio_ids import NO_AUDIO, SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
+from data.audio_ids import SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
 from data.command_line import command_parser
 from data.provenance import write_examples, write_provenance
+from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 

@@ -14,16 +14,14 @@ then relative to it.
 
 import filecmp
 import hashlib
-import os
-import shutil
 from collections import defaultdict
 from pathlib import Path
 
-from data.audio_ids import NO_AUDIO
 from data.command_line import add_audio_root, command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
+from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_io import stream_examples
-from ltu.files import run_command
+from ltu.files import replace_file, run_command
 
 DIGEST_SIZE = 16  # Bytes of the hash that a clip is sampled by.
 
@@ -74,7 +72,6 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
     Returns:
         `audio_id` -> new `audio_id`, relative to `folder`.
     """
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
     new_ids: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(names):
@@ -90,9 +87,7 @@ def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
         taken.add(target.name)
         new_ids[name] = f"audio/{target.name}"
         if not target.exists():
-            unfinished = target.with_name(f"{target.name}.tmp")
-            shutil.copyfile(source, unfinished)
-            os.replace(unfinished, target)
+            replace_file(target, source.read_bytes())
     return new_ids
 
 

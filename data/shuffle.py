@@ -153,7 +153,10 @@ def shuffle_examples(
 def add_order_flags(parser: argparse.ArgumentParser) -> None:
     """Add --seed and --original_shuffle."""
     parser.add_argument(
-        "--seed", type=int, default=0, help="Seed of the random generator used for the order (0)."
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed of the random generator used for the order (default: 0).",
     )
     parser.add_argument(
         "--original_shuffle",

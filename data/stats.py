@@ -13,14 +13,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from data.audio_ids import NO_AUDIO
 from data.combine import CLOSED_ENDED
 from data.command_line import command_parser
 from data.duplicate_detection import DuplicateDetector
-from data.provenance import write_json
 from data.temporary_files import temporary_folder
+from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_io import KEYS, stream_examples
-from ltu.files import run_command
+from ltu.files import run_command, write_json
 
 TEXTS = ("instruction", "input", "output")
 # Key of an example whose different values are counted -> name of the count.

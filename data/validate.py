@@ -13,7 +13,8 @@ clip as training does.
 A clip counts as one of the dataset of its first example. The dataset file is read twice, in
 constant memory.
 
-The exit code is 1 if more than `--max_bad` examples or clips are wrong.
+The exit code is 1 if more than `--max_bad` examples or clips are wrong, or if the file contains no
+examples.
 """
 
 import json
@@ -27,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
-from data.audio_ids import NO_AUDIO
 from data.command_line import add_audio_root, command_parser
-from data.duplicate_detection import DuplicateDetector
-from data.provenance import write_json
+from data.duplicate_detection import DuplicateDetector, first_clips
+from ltu.data.audio import MAX_SECONDS, MIN_SAMPLES, SAMPLING_RATE, AudioError, decode_audio
+from ltu.data.check_examples import NO_AUDIO, what_is_wrong
 from ltu.data.dataset_io import stream_examples
-from ltu.files import run_command
+from ltu.files import run_command, write_json
 
 SHOWN = 10  # Errors of each kind that are listed.
 CLIPS_AT_ONCE = 4096
@@ -69,8 +71,6 @@ def check_examples(
         the number of examples; the number of examples that lack each key; and the number of the
         first example of each clip, from 0, (clips,) in ascending order.
     """
-    from ltu.data.check_examples import what_is_wrong  # Imports torch.
-
     # Check each example, and collect what must be compared with all others.
     clips = DuplicateDetector(folder, "clips")
     contents = DuplicateDetector(folder, "examples")
@@ -99,26 +99,12 @@ def check_examples(
     return count, missing_keys, clips.firsts()
 
 
-def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
-    """Yield (audio_id, dataset) of the examples with these numbers, (n,) in ascending order."""
-    wanted = iter(firsts.tolist())
-    next_number = next(wanted, None)
-    for number, example in enumerate(stream_examples(path)):
-        if number == next_number:
-            yield str(example["audio_id"]), str(example.get("dataset"))
-            next_number = next(wanted, None)
-
-
 def read_header(path: Path) -> tuple[int, float]:
     """Return the sampling rate in Hz and the seconds that the header of a clip claims.
 
     Raises:
         AudioError: the clip does not exist, or training would refuse it.
     """
-    import soundfile
-
-    from ltu.data.audio import MAX_SECONDS, MIN_SAMPLES, SAMPLING_RATE, AudioError
-
     if not path.is_file():
         raise AudioError(str(path), "missing", "no such file")
     try:
@@ -137,8 +123,6 @@ def decode_clip(path: Path) -> tuple[int, float]:
     Raises:
         AudioError: training would refuse the clip.
     """
-    from ltu.data.audio import SAMPLING_RATE, decode_audio
-
     clip = decode_audio(path)
     return clip.sampling_rate, len(clip.waveform) / SAMPLING_RATE
 
@@ -160,7 +144,6 @@ def check_clips(
     Returns:
         coverage by dataset, number of clips by sampling rate, and hours of audio.
     """
-    from ltu.data.audio import AudioError
 
     def check_clip(clip: tuple[str, str]) -> tuple[int, float] | AudioError:
         audio_id, _ = clip
@@ -213,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
         count, missing_keys, firsts = check_examples(args.data_path, folder, findings)
+    if not count:
+        raise ValueError(f"{args.data_path} contains no examples. Training refuses such a file.")
     report: dict[str, Any] = {
         "num_examples": count,
         "clips": len(firsts),

@@ -27,7 +27,7 @@ from qa_generation.llm_types import (
     estimate_tokens,
 )
 
-# Statuses of errors that pass; so do all from 500 on.
+# Statuses of transient errors; all from 500 on are transient too.
 TRANSIENT = {408, 409, 425, 429}
 # Statuses that concern key, account, model or address: every further request would fail too.
 FATAL = {401, 402, 404, 405}
@@ -56,11 +56,12 @@ class OpenAiEndpoint:
         try:
             import openai
         except ImportError as error:
-            raise ValueError(f"{error}: pip install openai, or use a --local model") from None
+            raise ValueError(f"{error}: pip install openai, or use a local model.") from None
         self.key = os.environ.get(settings.key_from, "").strip()
         if not self.key and urlsplit(settings.url).hostname == urlsplit(OPENAI_URL).hostname:
             raise ValueError(
-                f"No key for {OPENAI_URL}: set {settings.key_from}, or name another --base_url."
+                f"No key for {OPENAI_URL}: set {settings.key_from}, or OPENAI_BASE_URL for another "
+                "endpoint."
             )
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError(
@@ -98,14 +99,14 @@ class OpenAiEndpoint:
             # The client limits only the time between two bytes, so a trickle would never end.
             raw = await asyncio.wait_for(response, self.settings.timeout)
         except asyncio.TimeoutError:
-            raise TryAgain("time-out", is_lost=True) from None
+            raise TryAgain("time-out", is_billable=True) from None
         except self.openai.APIConnectionError as error:
             is_sent = type(error.__cause__).__name__ not in UNSENT
             if isinstance(error, self.openai.APITimeoutError):
                 reason = "time-out"
             else:
                 reason = f"connection: {self._clean(error.__cause__ or error)}"
-            raise TryAgain(reason, is_lost=is_sent) from None
+            raise TryAgain(reason, is_billable=is_sent) from None
         except self.openai.APIStatusError as error:
             raise self._classify(error) from None
         return self._parse_completion(raw.http_response.text, request)
@@ -118,7 +119,7 @@ class OpenAiEndpoint:
             return GenerationStopped(reason)
         if status in TRANSIENT or status >= 500:
             wait = _retry_after(error.response.headers)
-            return TryAgain(str(status), wait, is_lost=status in GATEWAY)
+            return TryAgain(str(status), wait, is_billable=status in GATEWAY)
         if status == 403:
             return Forbidden(reason)
         return Refused(reason)
@@ -141,7 +142,7 @@ class OpenAiEndpoint:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             beginning = self._clean(body[:80])
             reason = f"a body that is no chat completion: {beginning!r}"
-            raise TryAgain(reason, is_lost=True, is_odd=True) from None
+            raise TryAgain(reason, is_billable=True, is_malformed=True) from None
         # The reply may be billed, so it is used even if other fields are not valid.
         model = data.get("model")
         if not (isinstance(model, str) and model):

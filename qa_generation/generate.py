@@ -198,8 +198,11 @@ def print_costs(llm: Llm) -> None:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(llm.counts.items()))
         print(f"requests: {counts}")
     store = llm.store
-    lost = f"{store.lost} reserved for tries without a reply, which may be billed"
-    print(f"tokens: {store.tokens} spent, {lost}; by all runs with {store.path}")
+    unanswered = f"{store.unanswered_tokens} reserved for tries without a reply"
+    print(
+        f"tokens: {store.tokens} spent, {unanswered}, which may be billed; "
+        f"by all runs with {store.path}"
+    )
 
 
 # ---- command -------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ them for an endpoint that supports it.
 or an empty account stops the run, a 403 only if nothing was answered yet.
 
 The token budget covers the cost of the store so far, and the maximum cost of each try that was sent
-and has no reply (time-out, lost connection, gateway, odd body, kill -9), because it may be billed.
-A try starts only if its longest reply still fits. Tokens of prompts are estimated until an endpoint
-counts them.
+and has no reply (time-out, lost connection, gateway, malformed response, kill -9), because it may
+be billed. A try starts only if its longest reply still fits. Tokens of prompts are estimated until
+an endpoint counts them.
 
-A request whose response is an odd body, such as a page instead of an endpoint, is sent three times
-at most: each response may be paid.
+A request whose response is malformed, such as a web page, is sent three times at most, because each
+response may be billed.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ __all__ = [
 ]
 # Failed requests in a row after which the endpoint counts as gone and the run stops.
 FAILURES_IN_ROW = 20
-ODD_BODIES = 3  # of one request, before it fails
+MAX_MALFORMED = 3  # malformed responses to one request, before it fails
 LONGEST_WAIT = 60.0  # seconds between two tries without Retry-After
 MOMENT = 0.1  # seconds after which a waiting request checks whether generation has stopped
 
@@ -172,7 +172,7 @@ class Llm:
     async def _retry(self, request: dict[str, Any], key: str) -> Reply:
         """Send a request until it has a reply or no try is left."""
         not_before = 0.0
-        odd_bodies = 0
+        num_malformed = 0
         reason = ""
         tokens = self.settings.reserved(request["messages"])
         for attempt in range(self.settings.tries):
@@ -182,9 +182,9 @@ class Llm:
             except TryAgain as error:
                 reason = str(error)
                 wait = error.wait
-                odd_bodies += error.is_odd
+                num_malformed += error.is_malformed
             self.counts[reason.partition(":")[0]] += 1
-            if odd_bodies == ODD_BODIES:
+            if num_malformed == MAX_MALFORMED:
                 break
             if not wait:
                 wait = min(2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
@@ -219,12 +219,12 @@ class Llm:
         """
         budget = self.settings.token_budget
         store = self.store
-        if budget is None or store.tokens + store.lost + tokens <= budget:
+        if budget is None or store.tokens + store.unanswered_tokens + tokens <= budget:
             return True
         if not self.sent:
             self.stop(
                 f"token budget: {store.tokens} of {budget} spent, "
-                f"{store.lost} reserved for tries without a reply; "
+                f"{store.unanswered_tokens} reserved for tries without a reply; "
                 f"the next request may take {tokens}"
             )
         return False
@@ -239,7 +239,7 @@ class Llm:
             self.store.put(key, reply, tokens)
             return reply
         except (TryAgain, RequestFailed, GenerationStopped) as error:
-            if not getattr(error, "is_lost", False):
+            if not getattr(error, "is_billable", False):
                 self.store.reserve(key, -tokens)
             raise
         finally:

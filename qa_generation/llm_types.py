@@ -40,19 +40,25 @@ class GenerationStopped(Exception):
 
 
 class TryAgain(Exception):
-    """A try failed for a reason that passes.
+    """A try failed with a transient error.
 
     Args:
-        wait: The wait that the endpoint asks for in seconds, 0 if it asks for none.
-        is_lost: The request was sent and may be billed.
-        is_odd: The response is no valid reply.
+        wait: Seconds of the Retry-After of the endpoint, 0 if it has none.
+        is_billable: The request was sent and may be billed.
+        is_malformed: The response is no valid reply.
     """
 
-    def __init__(self, reason: str, wait: float = 0.0, is_lost: bool = False, is_odd: bool = False):
+    def __init__(
+        self,
+        reason: str,
+        wait: float = 0.0,
+        is_billable: bool = False,
+        is_malformed: bool = False,
+    ):
         super().__init__(reason)
         self.wait = wait
-        self.is_lost = is_lost
-        self.is_odd = is_odd
+        self.is_billable = is_billable
+        self.is_malformed = is_malformed
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from qa_generation.llm_types import LlmSettings, Message, Reply
 
 
@@ -26,9 +29,6 @@ class LocalModel:
     """The model `settings.model`, on the GPU if there is one."""
 
     def __init__(self, settings: LlmSettings):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.settings = settings
         self.tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -73,8 +73,6 @@ class LocalModel:
 
     def _generate(self, batch: list[WaitingRequest]) -> list[Reply]:
         """Generate the replies to a batch of requests, in their order."""
-        import torch
-
         prompts = [self._prompt(waiting.request["messages"]) for waiting in batch]
         inputs = self.tokenizer(
             prompts, return_tensors="pt", padding=True, add_special_tokens=False

@@ -4,8 +4,8 @@ A reply is one JSON line, under the sha256 of everything that its request says. 
 the line is on the disk.
 
 A line "sent" precedes each try, with the tokens that the try may cost. The reply cancels them, and
-so does an error that nobody bills. The sum of the rest, `lost`, was sent without a reply, also by a
-run that was killed.
+so does an error that nobody bills. The sum of the rest, `unanswered_tokens`, was sent without a
+reply, also by a run that was killed.
 
 Half a line, of a killed run or a full disk, is cut off: at once, before the next line, or when the
 file is opened. Only the offsets in the file are held in memory: about 150 bytes for each reply. The
@@ -42,7 +42,7 @@ class ReplyStore:
         self.file: Any = self.path.open("a+b", buffering=0)
         self.offsets: dict[bytes, int] = {}  # sha256 -> offset
         self.tokens = 0  # tokens of all replies, prompts included
-        self.lost = 0  # tokens reserved for tries without a reply
+        self.unanswered_tokens = 0  # tokens reserved for tries without a reply
         self.end = 0  # offset after the last whole line
         self.is_torn = False  # there may be half a line after `end`
         if not lock_descriptor(self.file.fileno(), blocking=False):
@@ -73,7 +73,7 @@ class ReplyStore:
             reply = _reply_of(entry)
             self.tokens += reply.prompt_tokens + reply.completion_tokens
             self.offsets[key] = self.end
-        self.lost += entry.get("sent", 0)
+        self.unanswered_tokens += entry.get("sent", 0)
         self.end += size
 
     def get(self, key: str) -> Reply | None:

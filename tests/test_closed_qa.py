@@ -158,7 +158,7 @@ def test_every_task_has_questions_that_can_be_filled():
         "How old is the speaker?",
     ]
     assert set(fixed) <= all_questions
-    assert closed_qa.PREFIX == sound_examples.QUESTIONS["closed_prefix"]
+    assert closed_qa.CLOSED_ENDED == sound_examples.QUESTIONS["closed_prefix"]
     styled = {
         f"Write an audio caption describing the sound{style}."
         for style in ("", ", in AudioCaps style")
@@ -212,10 +212,10 @@ def test_examples_depend_only_on_seed_clip_and_task():
             record, ["cla_label"], TEXTS, settings(seed=s, prefix_fraction=0.5)
         )
     ]
-    assert 150 < sum(example["instruction"].startswith(closed_qa.PREFIX) for example in made) < 250
-    assert len({example["instruction"].removeprefix(closed_qa.PREFIX) for example in made}) == len(
-        TEXTS["cla_label"]["questions"]
-    )
+    questions = [example["instruction"] for example in made]
+    assert 150 < sum(text.startswith(closed_qa.CLOSED_ENDED) for text in questions) < 250
+    different = {text.removeprefix(closed_qa.CLOSED_ENDED) for text in questions}
+    assert len(different) == len(TEXTS["cla_label"]["questions"])
 
 
 def test_a_mosei_clip_has_the_tasks_of_the_published_counts(tmp_path):
@@ -343,7 +343,7 @@ def test_csv_with_prepared_audio_and_other_names(tmp_path):
         "The age of the speaker is 40."
     ]
     assert sum(example["task"] == "cla_label_des" for example in made) == 2
-    assert all(example["instruction"].startswith(closed_qa.PREFIX) for example in made)
+    assert all(example["instruction"].startswith(closed_qa.CLOSED_ENDED) for example in made)
     only = run(tmp_path, *arguments, "--tasks", "cla_label", name="examples.jsonl")
     assert {example["task"] for example in only} == {"cla_label"}
 

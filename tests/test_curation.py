@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import random
 import tracemalloc
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from benchmarks.curation import CLOSED, NUM_EXAMPLES, OPEN, random_examples
 from data import (
@@ -528,7 +530,11 @@ def test_files_without_examples_or_audio(tmp_path):
         assert (
             sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"]) == 0
         )
-        assert validate.main(["--data_path", str(source)]) == 0
+        if examples:
+            assert validate.main(["--data_path", str(source)]) == 0
+        else:  # Training refuses it.
+            with pytest.raises(ValueError, match="a.json contains no examples"):
+                validate.main(["--data_path", str(source)])
         assert (
             contamination_check.main(["--data_path", str(source), "--eval_files", str(source)]) == 0
         )
@@ -754,10 +760,33 @@ def test_numbers_are_not_ids(tmp_path, capsys):
         "--workers",
         "1",
     ]
-    assert contamination_check.main(flags) == 0
-    assert "2 clips have no unique name" in capsys.readouterr().out
+    assert contamination_check.main(flags) == 1
+    printed = capsys.readouterr().out
+    assert "2 clips were not compared, because they have no unique name" in printed
+    assert "0 of 2 examples" in printed
     assert contamination_check.main([*flags, "--content"]) == 1
-    assert "1 of 2 examples" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 2 examples" in printed
+    assert "not compared" not in printed
+    # Without the copy, all clips are compared and none is found.
+    write(tmp_path / "train/examples.json", examples[:1])
+    assert contamination_check.main([*flags, "--content"]) == 0
+
+
+def describe_process(path: str) -> str:
+    """Replace `hash_content`; return how the process was started, and its number of threads."""
+    return f"{multiprocessing.get_start_method()} {torch.get_num_threads()}"
+
+
+def test_contents_are_hashed_by_processes_with_one_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(contamination_check, "hash_content", describe_process)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # A forked process would have two.
+    try:
+        hashes = list(contamination_check.hash_clips(["a.wav", "b.wav"], tmp_path, 1))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert hashes == [("a.wav", "forkserver 1"), ("b.wav", "forkserver 1")]
 
 
 def test_remap_paths(tmp_path, capsys):

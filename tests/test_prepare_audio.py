@@ -416,3 +416,19 @@ def test_bad_arguments_stop(tmp_path, capsys):
         assert bad[-1] in capsys.readouterr().err or bad == [str(tmp_path)]
     assert prepare_audio.main([*base, f"{tmp_path}/o", "--dry_run"]) == 0
     assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_without_audio_is_an_error(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "notes.pdf").touch()
+    run = ["--input", str(source), "--output_dir", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match="in has no audio file to convert. Check --input"):
+        prepare_audio.main(run)
+    # A list that names none of the files is the same mistake.
+    soundfile.write(source / "a.wav", tone(0.1, 16000), 16000)
+    (tmp_path / "list.csv").write_text("id\nb\n")
+    listed = ["--clip_list", str(tmp_path / "list.csv"), "--only_listed"]
+    with pytest.raises(ValueError, match="no audio file to convert"):
+        prepare_audio.main([*run, *listed])
+    assert not (tmp_path / "o").exists()

@@ -1,4 +1,4 @@
-"""Tests the client: retries, equal requests, reserved tokens, odd bodies, keys and local models."""
+"""Tests the client of LLMs: retries, reserved tokens, malformed responses, keys, local models."""
 
 import time
 from itertools import pairwise
@@ -27,7 +27,8 @@ from tests.qa_runs import (  # noqa: F401
 
 
 def test_no_key_for_openai(tmp_path):
-    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+    hint = "set OPENAI_API_KEY, or OPENAI_BASE_URL for another endpoint"
+    with pytest.raises(ValueError, match=hint):
         main(arguments(tmp_path, "https://api.openai.com/v1"))
     with (
         pytest.raises(StopIteration),
@@ -152,7 +153,7 @@ def test_the_maximum_cost_of_a_request_is_reserved(tmp_path, extra, tokens):
         assert not server.times
         settings = LlmSettings("m", base_url=server.url, extra=extra, token_budget=need)
         assert Llm(settings, store).complete_all([HELLO])[0].text
-        assert (store.tokens, store.lost) == (150, 0)
+        assert (store.tokens, store.unanswered_tokens) == (150, 0)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,10 @@ def test_lost_tries_count_as_reserved(tmp_path, capsys, fault, tries):
                 GenerationStopped, match=f"{1000 * tries} reserved for tries without a reply"
             ):
                 Llm(settings, store).complete_all([HELLO, [{"role": "user", "content": "other"}]])
-        assert len(server.times) == tries and (store.tokens, store.lost) == (0, 1000 * tries)
+        assert len(server.times) == tries
+        assert (store.tokens, store.unanswered_tokens) == (0, 1000 * tries)
     with ReplyStore(tmp_path / "s") as store:
-        assert store.lost == 1000 * tries
+        assert store.unanswered_tokens == 1000 * tries
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "503", "error in a 200"])
@@ -204,12 +206,12 @@ def test_tries_that_nobody_bills_cost_nothing(tmp_path, fault):
         server.script = [fault] * 5
         settings = LlmSettings("m", base_url=server.url, max_tokens=991, token_budget=1000)
         assert Llm(settings, store).complete_all([HELLO])[0].text
-        assert (store.tokens, store.lost) == (150, 0)
+        assert (store.tokens, store.unanswered_tokens) == (150, 0)
         gone = LlmSettings("m", base_url="http://127.0.0.1:9/v1", tries=2)
         assert isinstance(
             Llm(gone, store).complete_all([[{"role": "user", "content": "x"}]])[0], RequestFailed
         )
-        assert store.lost == 0  # No endpoint was there to bill it.
+        assert store.unanswered_tokens == 0  # No endpoint was there to bill it.
 
 
 def test_prompts_are_not_estimated_too_low():
@@ -257,7 +259,7 @@ PAID = [
 
 
 @pytest.mark.parametrize("body, stored", PAID)
-def test_odd_bodies(tmp_path, body, stored):
+def test_malformed_responses(tmp_path, body, stored):
     with FakeLlm(lambda _: body) as server, ReplyStore(tmp_path / "s") as store:
         reply = Llm(LlmSettings("m", base_url=server.url), store).complete_all([HELLO])[0]
         if stored is None:

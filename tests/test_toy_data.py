@@ -24,6 +24,7 @@ from data.toy.sound_clips import (
 )
 from data.toy.training_audio import sample_sounds
 from ltu.data.check_examples import read_examples
+from tests.machine import run_python
 
 SOUNDS = read_manifest()
 BY_FILE = {sound["file"]: sound for sound in SOUNDS}
@@ -368,3 +369,10 @@ def test_flags_change_the_sizes_of_one_run_only():
     assert sizes == build.Sizes([1, 2, 3, 4], crops=1, mixtures=120, pairs=160)
     assert build.DEFAULTS["ltu"].num_examples == [240, 1500, 700, 600]
     assert build.DEFAULTS["ltu"].crops == 6
+
+
+def test_an_error_of_the_command_is_one_line(tmp_path):
+    command = ["-m", "data.toy.build", "--fold", "9", "--output_dir", str(tmp_path / "out")]
+    ended = run_python(command, tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: There is no fold 9; the split has folds 0 to 4.\n"

@@ -19,7 +19,6 @@ must cope with. Where a test replaces the clip, the transcript is that of the ne
 """
 
 import argparse
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from data.toy.training_audio import (
     render_sound_audio,
     render_speech_audio,
 )
+from ltu.files import run_command, write_json
 
 SPEECH_FRACTION = 0.4  # Of the examples of every stage of LTU-AS.
 # Stage of LTU-AS -> stages of LTU whose sound tasks it has, in equal parts, and the fractions of
@@ -114,7 +114,7 @@ def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
     for file, examples in files.items():
         counts.update((file, example["task"]) for example in examples)
     for file, content in {**files, "sources": sources}.items():
-        _write_json(content, folder / f"{file}.json")
+        write_json(content, folder / f"{file}.json")
     return counts
 
 
@@ -237,11 +237,6 @@ def shown_examples(
     return shown
 
 
-def _write_json(content: list | dict, path: Path) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `settings` becomes a `BuildSettings`."""
     parser = command_parser(__doc__, data_path=None, output_path=None)
@@ -326,11 +321,11 @@ def print_counts(counts: Counter[tuple[str, str]], folder: Path) -> None:
     print(f"in {folder}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Build a fold and print the number of examples."""
-    args = parse_args()
+    args = parse_args(argv)
     if args.write_split:
-        _write_json(make_split(read_manifest()), HERE / "split.json")
+        write_json(make_split(read_manifest()), HERE / "split.json")
     if args.write_attribution:
         write_attribution(read_manifest(), HERE / "ATTRIBUTION.md")
     if args.write_split or args.write_attribution:
@@ -339,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -43,6 +43,7 @@ from data.toy.speech_clips import (
     spoken_span,
     syllables,
 )
+from ltu.files import run_command
 
 BAND = (70.0, 3600.0)  # Hz
 EDGE = 40.0  # Hz, over which the band falls to zero on either side.
@@ -265,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
