@@ -1,12 +1,13 @@
 """Hashes files, writes them whole, locks them, and ends a command with one line of error."""
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import lock_descriptor
 
@@ -48,6 +49,15 @@ def replace_file(
             file.flush()
             os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write a value as JSON, whole or not at all.
+
+    Bytes in file names that are not UTF-8 are escaped.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    replace_file(path, text.encode("utf-8", "backslashreplace"), is_synced=True)
 
 
 def sync_and_rename(unfinished: Path, path: Path) -> None:
