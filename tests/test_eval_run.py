@@ -445,7 +445,7 @@ def test_the_embedder_and_the_judge_are_opened_once(folder, monkeypatch):
         (["--judge_budget", "9"], "need --judge_model"),
         (["--label_prompt", "Genre?"], "need --score_labels"),
         (["--label_answer", "{}"], "need --score_labels"),
-        (["--embedder", "minilm", "--embeddings", "t.json"], "not allowed with"),
+        (["--embedder", "FOLDER", "--embeddings", "t.json"], "not allowed with"),
     ],
 )
 def test_flags_without_effect_are_refused(folder, capsys, flags, message):
