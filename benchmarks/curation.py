@@ -16,19 +16,17 @@ Each command is a process of its own: seconds and the largest resident memory ar
 """
 
 import argparse
-import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.measure_command import measure_command
+from benchmarks.report import print_report, write_report
 from data.command_line import command_parser
 from data.filter_unanswerable import PHRASES
 from ltu.data.dataset_io import ExampleWriter
+from ltu.files import run_command
 
 # Dataset, task and number of examples of OpenAQA's 5,681,708: closed-ended questions.
 CLOSED = [
@@ -158,29 +156,6 @@ def generate(paths: list[Path], num_examples: int, seed: int = 0) -> None:
                 output.write(example)
 
 
-def measure(command: list[str]) -> dict[str, float]:
-    """Run `python -m ...`: wall-clock and processor seconds, and the peak of resident memory in MB.
-
-    Raises:
-        RuntimeError: the command failed.
-    """
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    expected = [0]
-    if command[0] == "data.validate":
-        expected = [0, 1]  # 1: it found something.
-    if process.returncode not in expected:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    seconds = time.perf_counter() - start
-    return {
-        "seconds": round(seconds, 1),
-        "processor": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_mb": round(usage.ru_maxrss / 1024),
-    }
-
-
 def commands(folder: Path) -> dict[str, list[str]]:
     """Return every command that reads a whole file, for the files of a folder."""
     closed = str(folder / "closed.json")
@@ -247,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         generate([folder / "closed.json", folder / "open.json"], args.num_examples)
         for name, command in commands(folder).items():
-            results[name] = measure(command)
+            results[name] = measure_command(command)
             print(f"{name:17} {results[name]}", flush=True)
         size = (folder / "shuffled.json").stat().st_size
     preparation = sum(results[name]["seconds"] for name in ("combine", "shuffle", "filter"))
@@ -270,13 +245,11 @@ def main(argv: list[str] | None = None) -> int:
     }
     if args.num_examples != NUM_EXAMPLES:
         report["extrapolated"] = extrapolated
-    text = json.dumps(report | {"reached": reached}, indent=1)
-    print(text)
-    if args.output_path:
-        args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        args.output_path.write_text(text + "\n", encoding="utf-8")
-    return 0 if reached else 1
+    report["reached"] = reached
+    print_report(report)
+    write_report(report, args.output_path)
+    return int(not reached)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

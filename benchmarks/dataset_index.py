@@ -13,14 +13,16 @@ any process of the command, which includes the pages of the index that it read. 
 """
 
 import argparse
-import sys
 import tempfile
 from itertools import chain, cycle, islice
 from pathlib import Path
 
-from benchmarks.curation import CLOSED, NUM_EXAMPLES, OPEN, measure, random_examples
+from benchmarks.curation import CLOSED, NUM_EXAMPLES, OPEN, random_examples
+from benchmarks.measure_command import measure_command
 from benchmarks.report import print_report, write_report
+from data.command_line import command_parser
 from ltu.data.dataset_io import ExampleWriter
+from ltu.files import run_command
 
 CLIPS = Path(__file__).parent.parent / "data" / "toy" / "audio"
 FEW = 1000
@@ -59,11 +61,7 @@ def training_command(base_model: str, data: Path, output: Path, ranks: int) -> l
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--base_model", required=True, help="A checkpoint folder, of stage 1 or later."
     )
@@ -95,13 +93,12 @@ def main(argv: list[str] | None = None) -> int:
         many = folder / "many.json"
         few = folder / "few.json"
         for path, num_examples in ((many, args.num_examples), (few, FEW)):
-            if not path.is_file():
-                write_examples(path, num_examples)
+            write_examples(path, num_examples)
             command = ["ltu.index_dataset", str(path), "--base_model", args.base_model]
-            results[f"index {path.stem}"] = measure(command)
+            results[f"index {path.stem}"] = measure_command(command)
             for ranks in args.ranks:
                 command = training_command(args.base_model, path, folder / "run", ranks)
-                results[f"one step of {path.stem}, ranks: {ranks}"] = measure(command)
+                results[f"one step of {path.stem}, ranks: {ranks}"] = measure_command(command)
         sizes = {"json": many.stat().st_size, "index": Path(f"{many}.arrow").stat().st_size}
     step_seconds = []
     extra_memory = []
@@ -130,4 +127,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

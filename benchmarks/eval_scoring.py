@@ -1,6 +1,6 @@
 """Measures the scoring of AudioSet's 20,000 predictions, and of cosines against a Python loop.
 
-    python -m benchmarks.eval_scoring --output_path benchmarks/results/scoring.json
+    python -m benchmarks.eval_scoring --output_path benchmarks/results/eval_scoring.json
     python -m benchmarks.eval_scoring --embedder pretrained_mdls/minilm
 
 The predictions name one to four of 527 classes in words of their own, so most texts differ. By
@@ -12,18 +12,19 @@ loop multiplies one Python float after another, as the original's evaluators do.
 answers, and its time is extrapolated.
 """
 
-import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.curation import measure
+from benchmarks.measure_command import measure_command
+from benchmarks.report import print_report, write_report
+from data.command_line import command_parser
 from eval.classification import LABELS, cosines
+from ltu.files import run_command
 
 NUM_PREDICTIONS = 20_000
 DIM = 384
@@ -75,7 +76,7 @@ def loop(answers: list[list[float]], classes: list[list[float]]) -> None:
 def measure_commands(
     folder: Path, count: int, embedder: str | None, classes: list[str], rng: np.random.Generator
 ) -> dict[str, dict]:
-    """Score predictions with each protocol; return what `measure` returns for each command."""
+    """Score predictions with each protocol and return the measurements of each command."""
     predictions = folder / "predictions.json"
     texts = write_predictions(predictions, count, classes)
     table = folder / "vectors.npz"
@@ -87,7 +88,7 @@ def measure_commands(
         runs = {"warm-up": "strict"} | runs
     results = {}
     for name, protocol in runs.items():
-        results[name] = measure(
+        results[name] = measure_command(
             [
                 "eval.run",
                 *("--task", "audioset"),
@@ -120,11 +121,7 @@ def measure_cosines(count: int, num_classes: int, rng: np.random.Generator) -> d
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--num_predictions", type=int, default=NUM_PREDICTIONS, help="Number of predictions."
     )
@@ -161,12 +158,10 @@ def main(argv: list[str] | None = None) -> int:
         "bars": BARS,
         "reached": is_met,
     }
-    print(json.dumps(report, indent=1))
-    if args.output_path:
-        args.output_path.parent.mkdir(parents=True, exist_ok=True)
-        args.output_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print_report(report)
+    write_report(report, args.output_path)
     return int(not is_met)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

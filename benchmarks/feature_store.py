@@ -8,10 +8,8 @@ features of real clips by a smaller Whisper, because random numbers have other e
 Both sides read from the page cache, alternately, and write without waiting for the disk.
 """
 
-import argparse
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +21,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.report import print_report, write_report  # noqa: E402
+from data.command_line import command_parser  # noqa: E402
 from ltu.data.audio import load_audio  # noqa: E402
+from ltu.files import run_command  # noqa: E402
 from ltu_as import LtuAsFeatureExtractor  # noqa: E402
 from ltu_as.feature_store import FeatureStore  # noqa: E402
 
@@ -129,9 +129,7 @@ def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--whisper",
         required=True,
@@ -166,4 +164,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

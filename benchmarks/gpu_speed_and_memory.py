@@ -35,7 +35,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.device import default_device, device_name, synchronize
 from benchmarks.report import write_report
 from benchmarks.train_step import LORA
+from data.command_line import command_parser
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration
+from ltu.files import run_command
 from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
 
 LLMS = {
@@ -58,7 +60,7 @@ class Stage:
     """A stage as in its script; docs/benchmarks.md#costs-at-7b has its costs."""
 
     script: str
-    trains: str  # "proj" or "all"
+    trainable_params: str  # "proj" or "all"
     cutoff: int  # text tokens
     examples: int  # times epochs
 
@@ -78,13 +80,15 @@ STAGES = {
 }
 
 
-def make_model(kind: str, size: str, trains: str, device: torch.device) -> torch.nn.Module:
+def make_model(
+    kind: str, size: str, trainable_params: str, device: torch.device
+) -> torch.nn.Module:
     """Return a model with random weights, in the dtypes of `ltu.finetune`.
 
-    The language model is bf16, the rest fp32. There is LoRA if `trains` is "all".
+    The language model is bf16, the rest fp32. There is LoRA if `trainable_params` is "all".
     """
     torch.manual_seed(0)
-    lora = None if trains == "proj" else LORA
+    lora = None if trainable_params == "proj" else LORA
     text_config = LlamaConfig(**LLMS[size], dtype=torch.bfloat16)
     with torch.device(device):
         llm = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
@@ -150,32 +154,32 @@ def free_memory(device: torch.device) -> None:
 class TrainingCost:
     """Medians of a micro-batch and of an optimizer step, in seconds, and the peak of memory."""
 
-    pass_seconds: float
+    micro_batch_seconds: float
     step_seconds: float
     peak_gib: float | None
 
 
 def train(
     model: torch.nn.Module,
-    plan: str,
+    trainable_params: str,
     micro_batch: int,
     text_tokens: int,
     checkpointing: bool,
-    passes: int,
+    num_micro_batches: int,
 ) -> TrainingCost:
     """Measure forward and backward passes of a micro-batch, and optimizer steps.
 
     Args:
         model: the model.
-        plan: what is trained, "proj" or "all".
+        trainable_params: what is trained, "proj" or "all".
         micro_batch: examples of a forward pass.
         text_tokens: text tokens of an example.
         checkpointing: whether activations are recomputed instead of stored.
-        passes: how many passes are timed.
+        num_micro_batches: how many micro-batches are timed.
     """
     device = model.get_input_embeddings().weight.device
     model.train()
-    model.set_trainable(plan)
+    model.set_trainable(trainable_params)
     if checkpointing:
         model.gradient_checkpointing_enable()
     else:
@@ -190,7 +194,7 @@ def train(
     inputs["logits_to_keep"] = keep
     inputs["use_cache"] = False
     reset_peak(device)
-    times: dict[str, list[float]] = {"pass": [], "step": []}
+    times: dict[str, list[float]] = {"micro_batch": [], "step": []}
 
     def timed(name: str, run: Callable[[], None]) -> None:
         synchronize(device)
@@ -209,21 +213,26 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
 
-    # The first pass and the first step are warm-ups: kernels are chosen, AdamW allocates its state.
+    # The first micro-batch and the first step are warm-ups: kernels are chosen, and AdamW allocates
+    # its state.
     for _ in range(2):
-        for _ in range(passes // 2 + 1):
-            timed("pass", forward_backward)
+        for _ in range(num_micro_batches // 2 + 1):
+            timed("micro_batch", forward_backward)
         timed("step", step)
-    return TrainingCost(statistics.median(times["pass"][1:]), times["step"][-1], peak_gib(device))
+    return TrainingCost(
+        micro_batch_seconds=statistics.median(times["micro_batch"][1:]),
+        step_seconds=times["step"][-1],
+        peak_gib=peak_gib(device),
+    )
 
 
 def measure_training(
     model: torch.nn.Module,
     kind: str,
     size: str,
-    trains: str,
+    trainable_params: str,
     micro_batches: list[int],
-    passes: int,
+    num_micro_batches: int,
 ) -> list[dict]:
     """Measure every cutoff and micro-batch size, with and without gradient checkpointing.
 
@@ -231,30 +240,32 @@ def measure_training(
         model: the model.
         kind: "ltu" or "ltu_as".
         size: of LLMS.
-        trains: what is trained, "proj" or "all".
+        trainable_params: what is trained, "proj" or "all".
         micro_batches: numbers of examples of a forward pass.
-        passes: how many passes are timed for each setting.
+        num_micro_batches: how many micro-batches are timed for each setting.
     """
     device = model.get_input_embeddings().weight.device
     measurements = []
-    stages = [stage for stage in STAGES[kind] if stage.trains == trains]
+    stages = [stage for stage in STAGES[kind] if stage.trainable_params == trainable_params]
     cutoffs = sorted({stage.cutoff for stage in stages})
     settings = itertools.product(cutoffs, micro_batches, (False, True))
     for cutoff, micro_batch, checkpointing in settings:
         measurement = dict(
             kind=kind,
             llm=size,
-            trains=trains,
+            trainable_params=trainable_params,
             text_tokens=cutoff,
             micro_batch=micro_batch,
             gradient_checkpointing=checkpointing,
         )
         try:
-            cost = train(model, trains, micro_batch, cutoff, checkpointing, passes)
+            cost = train(
+                model, trainable_params, micro_batch, cutoff, checkpointing, num_micro_batches
+            )
         except torch.OutOfMemoryError:
             measurement["out_of_memory"] = True
         else:
-            seconds = cost.pass_seconds * BATCH / micro_batch + cost.step_seconds
+            seconds = cost.micro_batch_seconds * BATCH / micro_batch + cost.step_seconds
             samples_per_second = BATCH / seconds
             hours = {}
             for stage in stages:
@@ -319,9 +330,7 @@ def measure_generation(model: torch.nn.Module, batch: int, clips: int) -> dict:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--size",
         nargs="+",
@@ -344,13 +353,16 @@ def parse_args() -> argparse.Namespace:
         help="Numbers of examples of a forward pass; none to measure generation only.",
     )
     parser.add_argument(
-        "--passes", type=int, default=6, help="Forward and backward passes timed per setting."
+        "--num_micro_batches",
+        type=int,
+        default=6,
+        help="Number of micro-batches that are timed for each setting.",
     )
     parser.add_argument(
         "--device", type=torch.device, default=default_device(), help="cpu, cuda, ..."
     )
     parser.add_argument(
-        "--trains",
+        "--trainable_params",
         nargs="+",
         choices=("proj", "all"),
         default=["proj", "all"],
@@ -369,12 +381,13 @@ def main() -> None:
         "training": [],
         "generation": [],
     }
-    for size, kind, trains in itertools.product(args.size, args.kind, args.trains):
-        model = make_model(kind, size, trains, args.device)
+    models = itertools.product(args.size, args.kind, args.trainable_params)
+    for size, kind, trainable_params in models:
+        model = make_model(kind, size, trainable_params, args.device)
         report["training"] += measure_training(
-            model, kind, size, trains, args.micro_batches, args.passes
+            model, kind, size, trainable_params, args.micro_batches, args.num_micro_batches
         )
-        if trains == "all":
+        if trainable_params == "all":
             for batch, clips in ((1, 2), (16, 16)):
                 measurement = dict(kind=kind, llm=size) | measure_generation(model, batch, clips)
                 print(json.dumps(measurement), flush=True)
@@ -386,4 +399,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,7 +16,6 @@ Medians are compared, and the scores must be equal.
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,8 @@ import torch  # noqa: E402
 
 from benchmarks.device import device_name  # noqa: E402
 from benchmarks.report import print_report, write_report  # noqa: E402
+from data.command_line import command_parser  # noqa: E402
+from ltu.files import run_command  # noqa: E402
 from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu.models.processing_ltu import IGNORED  # noqa: E402
@@ -107,9 +108,7 @@ def measure(engine: LtuEngine, labels: list[str], rounds: int) -> dict[str, Any]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument("--labels", required=True, help="A text file with one name a line.")
     parser.add_argument("--model", required=True, help="A checkpoint folder.")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
@@ -156,4 +155,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

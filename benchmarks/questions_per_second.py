@@ -18,7 +18,6 @@ fp32 all answers must be equal.
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -36,8 +35,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 from benchmarks.device import default_device, device_name  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
 from benchmarks.whisper_features import SIZES, random_whisper  # noqa: E402
+from data.command_line import command_parser  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig, LtuProcessor  # noqa: E402
 from ltu.data.audio import SAMPLING_RATE  # noqa: E402
+from ltu.files import run_command  # noqa: E402
 from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu_as import LtuAsConfig, LtuAsProcessor, TltrConfig  # noqa: E402
@@ -185,9 +186,7 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--kind",
         nargs="+",
@@ -265,4 +264,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

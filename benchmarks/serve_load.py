@@ -33,6 +33,8 @@ import openai  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.report import print_report, write_report  # noqa: E402
+from data.command_line import command_parser  # noqa: E402
+from ltu.files import run_command  # noqa: E402
 from ltu.inference.generation_flags import open_engine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu.serve import read_flags  # noqa: E402
@@ -219,9 +221,7 @@ def wait_for_server(server: subprocess.Popen, command: list[str]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument("--model", required=True, help="A checkpoint folder.")
     parser.add_argument(
         "--clients", type=int, default=32, help="Number of clients at the same time."
@@ -288,4 +288,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -19,6 +19,8 @@ import torch
 from benchmarks.device import default_device, device_name, synchronize
 from benchmarks.gpu_speed_and_memory import LLMS, make_inputs, make_model, peak_gib
 from benchmarks.report import print_report, write_report
+from data.command_line import command_parser
+from ltu.files import run_command
 from ltu.models.version_check import compare_cached_logits
 
 PROMPT_TOKENS = 40  # text tokens of the prompt
@@ -66,9 +68,7 @@ def time_generate(model: torch.nn.Module, batch: int, num_tokens: int, **setting
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--size", choices=list(LLMS), default="7b", help="Size of the language model."
     )
@@ -123,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -38,7 +38,9 @@ from whisper.model import ResidualAttentionBlock, disable_sdpa  # noqa: E402
 
 from benchmarks.device import default_device, synchronize  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
+from data.command_line import command_parser  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig  # noqa: E402
+from ltu.files import run_command  # noqa: E402
 from ltu_as import LtuAsConfig, TltrConfig  # noqa: E402
 
 SIDES = ("bare", "ours")
@@ -320,7 +322,7 @@ def print_table(settings: Settings, results: list[dict]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument("--kind", choices=list(MAX_TIME), default="ltu", help="LTU or LTU-AS.")
     parser.add_argument("--steps", type=int, default=5, help="Timed steps of each side.")
     parser.add_argument("--batch_size", type=int, default=8, help="Examples of a step.")
@@ -379,4 +381,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

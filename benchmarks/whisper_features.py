@@ -15,7 +15,6 @@ import argparse
 import copy
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +32,9 @@ from whisper.model import ModelDimensions, Whisper, disable_sdpa  # noqa: E402
 
 from benchmarks.device import default_device, synchronize  # noqa: E402
 from benchmarks.report import print_report, write_report  # noqa: E402
+from data.command_line import command_parser  # noqa: E402
 from ltu.data.audio import SAMPLING_RATE  # noqa: E402
+from ltu.files import run_command  # noqa: E402
 from ltu_as import LtuAsFeatureExtractor  # noqa: E402
 
 SIZES = {"tiny": (384, 6, 4), "base": (512, 8, 6), "large": (1280, 20, 32)}  # width, heads, layers
@@ -101,9 +102,7 @@ def measure_seconds(run: Callable[[], object], device: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument("--whisper", help="An openai-whisper .pt file, or the name of a model.")
     parser.add_argument(
         "--size",
@@ -198,4 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

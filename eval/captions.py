@@ -22,7 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from eval.scorer_interface import Context, EvaluationError, Outcome, start_items, without_lead
+from eval.scorer_interface import (
+    Context,
+    EvaluationError,
+    Outcome,
+    start_items,
+    without_answer_prefix,
+)
 from eval.tasks import Task
 
 Captions = dict[int, list[str]]  # index of a clip -> its captions
@@ -158,7 +164,7 @@ def _text(text: str | None, context: Context) -> str:
         # The original drops a letter where there is no prefix, and all that precedes "10:30".
         text = (text or "").split(":")[-1][1:]
     else:
-        text = without_lead(text or "")
+        text = without_answer_prefix(text or "")
     return " ".join(text.translate(PUNCTUATION).lower().split())
 
 

@@ -5,9 +5,9 @@ gives the highest likelihood.
 
 Options of a task: `labels` is a file in eval/labels with one class per line and ` | ` before other
 spellings of it; `prefix` is put before every embedded text; `answer` and `reference` name how the
-original reads predictions and references; `separator` separates several references; with `mode`
-"max" the original clips negative cosines to 0; with `scores` it ranks by cosines, else by 1 for the
-chosen class and 0 for the others.
+original reads predictions and references; `separator` separates several references; with
+`clip_negative_cosines` the original raises negative cosines to 0; with `rank_by_cosine` it ranks by
+cosines, else by 1 for the chosen class and 0 for the others.
 
 The strict protocol removes from a prediction only a leading "Audio caption:" or the like and
 quotes. It collapses white space everywhere, matches a reference whatever its case, commas and
@@ -21,9 +21,14 @@ from statistics import NormalDist
 
 import numpy as np
 
-from eval import toy
 from eval.ranking_metrics import Ranking
-from eval.scorer_interface import Context, EvaluationError, Outcome, start_items, without_lead
+from eval.scorer_interface import (
+    Context,
+    EvaluationError,
+    Outcome,
+    start_items,
+    without_answer_prefix,
+)
 from eval.tasks import Task
 
 LABELS = Path(__file__).parent / "labels"
@@ -101,7 +106,7 @@ class Classes:
 
     def answer(self, answer: str) -> str:
         """Return the text that is embedded for a prediction."""
-        content = without_lead(answer).lower() if self.is_strict else self.read(answer)
+        content = without_answer_prefix(answer).lower() if self.is_strict else self.read(answer)
         return self.text(content)
 
     def reference_numbers(self, reference: str) -> list[int]:
@@ -184,7 +189,7 @@ def class_scores(items: list[dict], classes: Classes, task: Task, context: Conte
     embeddings = np.asarray(context.embed([*classes.texts, *items_of_text]), dtype=np.float64)
     class_embeddings, answer_embeddings = np.split(embeddings, [len(classes.texts)])
     found = cosines(answer_embeddings, class_embeddings, context.protocol)  # (texts, classes)
-    if is_original and task.options.get("mode") == "max":
+    if is_original and task.options.get("clip_negative_cosines", False):
         found = np.maximum(found, 0)
     scores = np.full(shape, -np.inf)
     for indices, text_scores in zip(items_of_text.values(), found, strict=True):
@@ -264,7 +269,7 @@ def single_label(predictions: list[dict], task: Task, context: Context) -> Outco
     ranking = None
     notes = []
     if context.protocol == "original":
-        if not task.options.get("scores", False):
+        if not task.options.get("rank_by_cosine", False):
             scores = (chosen[:, None] == np.arange(count)).astype(float)
         ranking = Ranking(scores, references)
         notes = _absence_notes(references)
@@ -367,34 +372,3 @@ def confusion_counts(reference: np.ndarray, chosen: np.ndarray, count: int) -> n
     has_choice = chosen >= 0
     pairs = reference[has_choice] * count + chosen[has_choice]
     return np.bincount(pairs, minlength=count * count).reshape(count, count)
-
-
-def toy_category(predictions: list[dict], task: Task, context: Context) -> Outcome:
-    """Score category, label and form of answers to the toy set as eval.toy does.
-
-    Both protocols are the same.
-    """
-    items = start_items(predictions, context)
-    reader = toy.Toy.load().reader
-    answered = []
-    for index, item in enumerate(items):
-        if reader.read(item["ref"]) is None:
-            reason = f"the reference {item['ref']!r} has no form of data/toy/questions.json."
-            raise context.error(index, reason)
-        answer = item["pred"] if item["failed"] is None else None
-        answered.append({"ref": item["ref"], "pred": answer})
-    hits = toy.score(answered, reader)
-    for item, is_right in zip(items, hits.category, strict=True):
-        item["right"] = is_right
-    accuracy = np.array(hits.category, dtype=float)
-    exact_label = np.array(hits.label, dtype=float)
-    well_formed = np.array(hits.well_formed, dtype=float)
-
-    def compute(indices: np.ndarray) -> dict[str, float]:
-        return {
-            "accuracy": float(accuracy[indices].mean()),
-            "exact_label": float(exact_label[indices].mean()),
-            "well_formed": float(well_formed[indices].mean()),
-        }
-
-    return Outcome(items, compute)

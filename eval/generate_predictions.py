@@ -21,7 +21,6 @@ from eval.report import (
     file_record,
     provenance_file,
     read_provenance,
-    write_json,
     write_records,
 )
 from eval.scorer_interface import ANSWERED
@@ -29,7 +28,7 @@ from eval.tasks import Task
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import read_examples
 from ltu.data.dataset_io import encode_line, stream_examples
-from ltu.files import replace_file, sha256_of
+from ltu.files import replace_file, sha256_of, write_json
 from ltu.inference.batch_inference import (
     BatchSettings,
     add_batch_flags,

@@ -124,9 +124,7 @@ def open_ended(predictions: list[dict], task: Task, context: Context) -> Outcome
         judged = follows[indices][~np.isnan(follows[indices])]
         return {"following_rate": float(judged.mean()) if len(judged) else float("nan")}
 
-    notes = []
-    if hasattr(context.judge, "record"):
-        notes.append(f"judge: {context.judge.record()}")
+    notes = [f"judge: {context.judge.record()}"]
     lost = int(np.isnan(follows).sum())
     if lost:
         notes.append(f"{lost} judgements failed or are unparsed: they are in no metric")

@@ -31,7 +31,7 @@ from eval.tasks import TASKS, Task, find_task
 from ltu.files import run_command
 
 # Extensions of audio files.
-SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aiff", ".au", ".mp4", ".webm"}
+AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aiff", ".au", ".mp4", ".webm"}
 # Templates of references, where they are not "Labels: {}". There is no space where the original
 # does not strip one.
 REFERENCES = {
@@ -44,7 +44,7 @@ REFERENCES = {
     "voxceleb_age": "The age of the speaker is {}.",
 }
 # Patterns of the labels of tasks that have no file of classes.
-POSSIBLE = {
+LABEL_PATTERNS = {
     "voxceleb_gender": "male|female",
     "voxceleb_age": "1?[0-9]?[0-9]",
 }
@@ -170,7 +170,7 @@ class ReferenceWriter:
         label = label.strip()
         if self.classes is not None:
             label = self._class_names(label, position)
-        elif not re.fullmatch(POSSIBLE.get(self.task.name, ".+"), label):
+        elif not re.fullmatch(LABEL_PATTERNS.get(self.task.name, ".+"), label):
             raise EvaluationError(f"{position}: {label!r} is no label of {self.task.name}.")
         return self.template.format(label)
 
@@ -196,7 +196,7 @@ class ClipFinder:
         self.root = root
         self.paths: dict[str, list[str]] = defaultdict(list)  # name -> relative paths
         for path in sorted(root.rglob("*")):
-            if path.suffix.lower() in SOUNDS:
+            if path.suffix.lower() in AUDIO_SUFFIXES:
                 self.paths[path.stem].append(path.relative_to(root).as_posix())
 
     def find(self, clip: LabelledClip) -> str | None:
@@ -249,7 +249,7 @@ def build(task: Task, metadata: list[Path], root: Path) -> tuple[list[dict], dic
 
 def _without_extension(name: str) -> str:
     path = Path(name)
-    if path.suffix.lower() in SOUNDS:
+    if path.suffix.lower() in AUDIO_SUFFIXES:
         return path.stem
     return path.name
 
@@ -262,16 +262,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     names = [task.name for task in TASKS if task.prompt]
     add = parser.add_argument
-    add("--task", required=True, choices=names, metavar="TASK", help="the benchmark")
+    add("--task", required=True, choices=names, metavar="TASK", help="The benchmark.")
     add(
         "--audio_root",
         required=True,
         type=Path,
-        help="folder of the clips; give eval.run the same",
+        help="The folder of the clips; give eval.run the same.",
     )
-    add("--metadata", type=Path, help="metadata file, if it cannot be found by its name")
-    add("--output_path", required=True, type=Path, help="file to write: .json or .jsonl")
-    add("--allow_missing", action="store_true", help="leave out clips that are not on the disk")
+    add("--metadata", type=Path, help="The metadata file, if it cannot be found by its name.")
+    add(
+        "--output_path",
+        required=True,
+        type=Path,
+        help="The dataset file to write: .json or .jsonl.",
+    )
+    add("--allow_missing", action="store_true", help="Leave out clips that are not on the disk.")
     return parser.parse_args(argv)
 
 
@@ -289,9 +294,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{task.name}: {len(questions)} questions, {len(clips)} clips; {len(missing)} missing")
     for clip, position in list(missing.items())[:20]:
         print(f"  missing: {clip} ({position})", file=sys.stderr)
-    if not questions or (missing and not args.allow_missing):
+    if missing and not args.allow_missing:
         hint = "Download them, or give --allow_missing."
         raise EvaluationError(f"{args.audio_root} lacks {len(missing)} clips. {hint}")
+    if not questions:
+        names = ", ".join(map(str, metadata))
+        raise EvaluationError(
+            f"No question is left: {names} names {len(missing)} clips, of which {args.audio_root} "
+            "has none. Check --audio_root and --metadata."
+        )
     write_records(questions, args.output_path)
     return 0
 

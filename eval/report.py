@@ -8,6 +8,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from scipy import stats
 from eval.scorer_interface import Outcome
 from eval.tasks import Task
 from ltu.data.dataset_io import ExampleWriter
-from ltu.files import replace_file, sha256_of
+from ltu.files import replace_file, sha256_of, write_json
 
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
 PREDICTIONS = ".predictions.json"  # follows the name of a task
@@ -191,11 +192,6 @@ def write_text(text: str, path: Path) -> None:
     replace_file(path, text.encode("utf-8", "backslashreplace"), is_synced=True)
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write a JSON file as a whole."""
-    write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", path)
-
-
 def write_records(records: Iterable[dict], path: Path) -> None:
     """Write questions, predictions or items in the format of the file extension."""
     with ExampleWriter(path) as writer:
@@ -232,7 +228,7 @@ def write_report(results: list[Result], common: dict[str, Any], folder: Path) ->
     """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        if next(iter(metadata.distributions(name=name)), None):
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     entries = [result.to_json() for result in results]
     write_json({**common, "versions": versions, "results": entries}, folder / "report.json")

@@ -15,9 +15,10 @@ A run can be stopped at any time and resumes when it is started again: answers t
 with the same weights, questions and flags are used again. If answers are sampled, a repeated
 question (captions: five trials) is sampled with the next seed.
 
-A question of --questions without a prediction counts as failed. The report names what "all" leaves
-out. OUT has report.json, .md and .png; OUT/NAME has TASK.predictions.json, .provenance.json,
-.items.jsonl and .confusion.png.
+A question of --questions without a prediction counts as failed. "all" is every task that has a
+file. The report names the tasks that have questions but no predictions, or predictions but no
+questions, or no classes for --score_labels. OUT has report.json, .md and .png; OUT/NAME has
+TASK.predictions.json, .provenance.json, .items.jsonl and .confusion.png.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,7 @@ class ScoringSettings:
         output_dir: Folder of the report.
         protocol: "strict" or "original".
         seed: Seed of the bootstrap.
-        embedder: Name, folder or table for `text_embeddings.open_embedder`.
-        cache_dir: Folder where embeddings and judgements are cached.
+        open_embedder: Opens the embedder once for all predictions files.
         whisper_text: JSON audio_id -> transcript; None takes the transcripts in the predictions.
         judge: The judge of open-ended answers, None if there is none.
     """
@@ -62,10 +63,9 @@ class ScoringSettings:
     output_dir: Path
     protocol: str
     seed: int
-    embedder: str
-    cache_dir: Path
+    open_embedder: Callable[[], text_embeddings.Embedder]
     whisper_text: Path | None
-    judge: LlmSettings | None
+    judge: Judge | None
 
 
 @dataclass(frozen=True)
@@ -118,22 +118,19 @@ class Plan:
 
 
 class LazyEmbedder:
-    """The embedder, opened when a scoring function first needs it.
+    """The embedder of one predictions file, opened when the scoring function needs it.
 
     `used` is its name; None until then.
     """
 
-    def __init__(self, name: str, cache_dir: Path):
-        self.name = name
-        self.cache_dir = cache_dir
-        self.embedder: text_embeddings.Embedder | None = None
+    def __init__(self, open_embedder: Callable[[], text_embeddings.Embedder]):
+        self.open_embedder = open_embedder
         self.used: str | None = None
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        if self.embedder is None:
-            self.embedder = text_embeddings.open_embedder(self.name, self.cache_dir)
-        self.used = self.embedder.name
-        return self.embedder(texts)
+        embedder = self.open_embedder()
+        self.used = embedder.name
+        return embedder(texts)
 
 
 # --- What to evaluate
@@ -300,15 +297,12 @@ def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
     """Return the result of one predictions file, and write its items and its confusion matrix."""
     task = find_task(scoring.task)
     predictions = read_predictions(scoring.predictions, scoring.questions)
-    embedder = LazyEmbedder(settings.embedder, settings.cache_dir)
-    judge = None
-    if settings.judge is not None:
-        judge = Judge(settings.judge, settings.cache_dir)
+    embedder = LazyEmbedder(settings.open_embedder)
     context = Context(
         protocol=settings.protocol,
         embed=embedder,
         whisper=read_transcripts(predictions, settings.whisper_text) or None,
-        judge=judge,
+        judge=settings.judge,
         label_scores=scoring.label_scores,
         source=str(scoring.predictions),
     )
@@ -427,7 +421,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--list", action="store_true", help="print the tasks and exit")
+    add("--list", action="store_true", help="Print the tasks and exit.")
     names = ["all", *(task.name for task in TASKS)]
     add(
         "--task",
@@ -435,7 +429,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         choices=names,
         metavar="TASK",
-        help="tasks to run, or all",
+        help="The tasks to run, or all.",
     )
     add(
         "--model",
@@ -443,7 +437,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=named,
         default=[],
         metavar="[NAME=]DIR",
-        help="checkpoint folders whose answers are generated and scored",
+        help="The checkpoint folders whose answers are generated and scored.",
     )
     add(
         "--predictions",
@@ -451,73 +445,91 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=named,
         default=[],
         metavar="[NAME=]P.json",
-        help="predictions files, or folders of them, that are only scored",
+        help="The predictions files, or folders of them, that are only scored.",
     )
-    add("--questions", type=Path, help="dataset file, or a folder with the file of each task")
+    add("--questions", type=Path, help="The dataset file, or a folder with the file of each task.")
     add(
         "--max_bad",
         type=int,
         default=0,
-        help="number of questions that a model may fail without an exit status of 1",
+        help="The number of questions that a model may leave unanswered with an exit status of 0.",
     )
     add(
         "--audio_root",
         type=Path,
-        help="folder of relative audio_ids (default: the folder of the questions)",
+        help="Folder of relative audio_ids (default: the folder of the questions).",
     )
-    add("--output_dir", type=Path, help="folder of the report")
+    add("--output_dir", type=Path, help="The folder of the report.")
     add(
         "--protocol",
         choices=("strict", "original"),
         default="strict",
-        help="docs/evaluation.md#protocols lists the differences",
+        help="The rules of scoring; docs/evaluation.md#protocols lists the differences.",
     )
-    add(
+    embeddings = parser.add_mutually_exclusive_group()
+    embeddings.add_argument(
         "--embedder",
         default="minilm",
-        help="minilm, a sentence-transformers folder, or openai:MODEL",
+        help="The embedder: minilm, a sentence-transformers folder, or openai:MODEL.",
     )
-    add("--embeddings", help="table of embeddings instead: JSON {text: embedding}, or .npz")
+    embeddings.add_argument(
+        "--embeddings",
+        help="A table of embeddings to use instead: JSON {text: embedding}, or .npz.",
+    )
     add(
         "--cache_dir",
         type=Path,
         default=Path("exp/eval_cache"),
-        help="folder where embeddings and judgements are cached",
+        help="The folder where embeddings and judgements are cached.",
     )
     add(
         "--whisper_text",
         type=Path,
-        help="JSON audio_id -> transcript (default: the transcripts in the predictions)",
+        help="A JSON file: audio_id -> transcript (default: the transcripts in the predictions).",
     )
     add(
         "--score_labels",
         action="store_true",
-        help="choose a class by its log-likelihood instead of embeddings",
+        help="Choose a class by its log-likelihood instead of embeddings.",
     )
     add(
         "--label_prompt",
         default=GenerationSettings.label_prompt,
-        help="prompt of --score_labels",
+        help="The prompt of --score_labels.",
     )
     add(
         "--label_answer",
         default=GenerationSettings.label_answer,
-        help="template of a class as the answer",
+        help="The template of a class as the answer, for --score_labels.",
     )
     judge = parser.add_argument_group("open-ended answers")
     judge.add_argument(
         "--judge_model",
-        help="model at an OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY",
+        help="The model at an OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY.",
     )
     judge.add_argument(
-        "--judge_url", help="URL of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)"
+        "--judge_url", help="The URL of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)."
     )
-    judge.add_argument("--judge_local", action="store_true", help="--judge_model is a local folder")
     judge.add_argument(
-        "--judge_temperature", type=float, default=0.0, help="sampling temperature of the judge"
+        "--judge_local",
+        action="store_true",
+        help="Run the judge on this machine: --judge_model is a folder or a hub id.",
     )
-    judge.add_argument("--judge_budget", type=int, help="tokens that all runs may use together")
-    add("--seed", type=int, default=42, help="seed of the bootstrap and of sampling")
+    judge.add_argument(
+        "--judge_temperature",
+        type=float,
+        default=0.0,
+        help="Sampling temperature of the judge.",
+    )
+    judge.add_argument(
+        "--judge_budget", type=int, help="Number of tokens that all runs may use together."
+    )
+    add(
+        "--seed",
+        type=int,
+        default=42,
+        help="Seed of the random generators used for the bootstrap and for sampling.",
+    )
     args, args.rest = parser.parse_known_args(argv)
     if not args.list:
         check_args(parser, args)
@@ -532,8 +544,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--model: give --questions; python -m eval.prepare_questions builds them")
     if args.rest and not args.model:
         parser.error(f"unknown without --model: {' '.join(args.rest)}")
+    if (args.judge_url or args.judge_local or args.judge_budget) and not args.judge_model:
+        parser.error("--judge_url, --judge_local and --judge_budget need --judge_model")
     if args.score_labels and (args.protocol == "original" or not args.model):
         parser.error("--score_labels needs --model and --protocol strict: the original embeds")
+    label_flags = (args.label_prompt, args.label_answer)
+    defaults = (GenerationSettings.label_prompt, GenerationSettings.label_answer)
+    if label_flags != defaults and not args.score_labels:
+        parser.error("--label_prompt and --label_answer need --score_labels")
     if args.score_labels:
         lacking = []
         for name in args.task:
@@ -550,7 +568,7 @@ def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
     """Return the settings that the flags describe."""
     judge = None
     if args.judge_model:
-        judge = LlmSettings(
+        llm = LlmSettings(
             args.judge_model,
             args.judge_temperature,
             max_tokens=16,
@@ -558,12 +576,13 @@ def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
             base_url=args.judge_url,
             token_budget=args.judge_budget,
         )
+        judge = Judge(llm, args.cache_dir)
+    embedder = args.embeddings or args.embedder
     return ScoringSettings(
         output_dir=args.output_dir,
         protocol=args.protocol,
         seed=args.seed,
-        embedder=args.embeddings or args.embedder,
-        cache_dir=args.cache_dir,
+        open_embedder=cache(partial(text_embeddings.open_embedder, embedder, args.cache_dir)),
         whisper_text=args.whisper_text,
         judge=judge,
     )

@@ -1,15 +1,15 @@
 """Defines the context that a scoring function gets and the outcome that it returns."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 # Statuses with an answer, see ltu.inference.requests.Answer. Predictions of the original have none.
 ANSWERED = (None, "ok", "truncated")
-LEAD = re.compile(
+ANSWER_PREFIX = re.compile(
     r"""\A[\s"']*(?:audio caption|labels?|(?:music )?genre|emotion)\s*:""", re.IGNORECASE
 )
 
@@ -18,9 +18,19 @@ class EvaluationError(ValueError):
     """Predictions cannot be scored. The message has file, number from 1, reason and hint."""
 
 
+class AnswerJudge(Protocol):
+    """A judge of open-ended answers, such as `eval.judge.Judge`."""
+
+    def record(self) -> dict[str, Any]:
+        """Return everything that decides a judgement."""
+
+    def __call__(self, pairs: list[tuple[str, str]]) -> Sequence[str | Exception]:
+        """Return the reply to each (question, response), or the error of its request."""
+
+
 @dataclass
 class Context:
-    """Everything that is the same for all predictions of a file.
+    """The settings of scoring that are the same for all predictions of a file.
 
     Args:
         protocol: "strict" or "original"; the latter reproduces the metrics of the original's
@@ -35,7 +45,7 @@ class Context:
     protocol: str = "strict"
     embed: Callable[[list[str]], np.ndarray] | None = None
     whisper: Mapping[str, str] | None = None
-    judge: Callable[..., Any] | None = None
+    judge: AnswerJudge | None = None
     label_scores: np.ndarray | None = None
     source: str = "predictions"
 
@@ -65,21 +75,22 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
-def without_lead(answer: str) -> str:
+def without_answer_prefix(answer: str) -> str:
     """Remove a leading "Audio caption:" or the like from an answer, and the quotes around it."""
-    return LEAD.sub("", answer).strip("\"' \n")
+    return ANSWER_PREFIX.sub("", answer).strip("\"' \n")
 
 
 def failure(prediction: dict, protocol: str) -> str | None:
     """Return the reason why a prediction has no answer, None if it has one.
 
-    In the strict protocol an answer that is a lead alone is empty. The original scores it.
+    In the strict protocol an answer that consists of the prefix alone is empty. The original
+    scores it.
     """
     if prediction.get("status") not in ANSWERED:
         return str(prediction["status"])
     if prediction.get("pred") is None:
         return "no answer"
-    if protocol == "strict" and not without_lead(prediction["pred"]).strip():
+    if protocol == "strict" and not without_answer_prefix(prediction["pred"]).strip():
         return "empty answer"
     return None
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from eval.classification import choice_metrics, confusion_counts
 from eval.scorer_interface import Context, Outcome, start_items
@@ -68,8 +69,6 @@ def word_error_rate(predictions: list[dict], task: Task, context: Context) -> Ou
 
     A failed answer lacks all words.
     """
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
     # Find the file without importing whisper, which takes seconds.
     spellings = Path(find_spec("whisper").origin).parent / "normalizers" / "english.json"
     normalize = EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))

@@ -24,7 +24,7 @@ IEMOCAP = "How would you describe the speaker's emotions? Give the emotion class
 GENRE = "Describe the music genre with a sentence?"
 ONE = "classification:single_label"
 MANY = "classification:multi_label"
-SOUND = {"prefix": "sound of ", "answer": "after_colon_cut", "mode": "max"}
+SOUND = {"prefix": "sound of ", "answer": "after_colon_cut", "clip_negative_cosines": True}
 PHRASE = {
     "prefix": "sound of ",
     "answer": "after_phrase",
@@ -81,7 +81,8 @@ TASKS = (
          SOUND | {"labels": "beijing_opera.txt", "reference": "no_hyphenation"}),
     Task("vggsound", "ltu", ONE, "vggsound.json", CAPTION, "accuracy", {"LTU": 0.503},
          {"labels": "vggsound.txt", "prefix": "sound of ", "answer": "after_phrase",
-          "reference": "after_colon_space_lower", "mode": "max", "scores": True}),
+          "reference": "after_colon_space_lower", "clip_negative_cosines": True,
+          "rank_by_cosine": True}),
     Task("fsd50k", "ltu", MANY, "fsd50k.json", CAPTION, "mAP",
          {"LTU": 0.463, "LTU full FT": 0.457, "Pengi": 0.467}, PHRASE | {"labels": "fsd50k.txt"}),
     Task("audioset", "ltu", MANY, "audioset.json", CAPTION, "mAP", {"LTU": 0.187},
@@ -111,7 +112,7 @@ TASKS = (
     Task("open_ended", "both", "judge:open_ended", "open_as_gpt4.json", "", "following_rate",
          {"LTU": 0.969, "Pengi": 0.031}),
     # data.toy.build writes the questions.
-    Task("toy", "both", "classification:toy_category", "heldout_right.json", "", "accuracy"),
+    Task("toy", "both", "toy:toy_category", "heldout_right.json", "", "accuracy"),
 )
 # fmt: on
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 from eval.scorer_interface import EvaluationError
 from ltu.files import sha256_of
@@ -162,9 +164,6 @@ class SentenceModel:
     """
 
     def __init__(self, folder: Path):
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
         modules = _read(folder / "modules.json") or [{"type": "nothing"}]
         kinds = [module["type"].rpartition(".")[2] for module in modules]
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -215,8 +214,6 @@ class SentenceModel:
 
     def _encode(self, tokens: list[list[int]], length: int) -> np.ndarray:
         """Return the embeddings (texts, dim) of at most BATCH_SIZE texts."""
-        import torch
-
         # Fill the batch up with copies of its first text.
         filled = tokens + tokens[:1] * (BATCH_SIZE - len(tokens))
         inputs = self.tokenizer.pad(
@@ -265,12 +262,13 @@ class EmbeddingApi(OpenAiEndpoint):
 
         The client itself waits and retries: 408, 409, 429, 5xx, time-outs, lost connections.
         """
+        max_retries = self.settings.tries - 1
         settings = {
             "base_url": self.settings.url,
             "api_key": self.key or "none",
             "timeout": self.settings.timeout,
         }
-        with self.openai.OpenAI(max_retries=self.settings.tries, **settings) as client:
+        with self.openai.OpenAI(max_retries=max_retries, **settings) as client:
             for start in range(0, len(texts), TEXTS_PER_REQUEST):
                 batch = texts[start : start + TEXTS_PER_REQUEST]
                 yield batch, self._request(client, batch)

@@ -27,9 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from eval import toy_baselines
+from eval.scorer_interface import Context, EvaluationError, Outcome, start_items
+from eval.tasks import Task
+from ltu.files import run_command, write_json
 
 TOY = Path(__file__).parent.parent / "data" / "toy"
 CONDITIONS = ("right", "wrong", "none")
@@ -47,10 +51,6 @@ COLUMN_WIDTH = 17
 
 Predictions = list[dict]
 Stages = dict[str, dict[str, Predictions]]  # stage ("stage1", ...) -> condition -> predictions
-
-
-class PredictionError(ValueError):
-    """Predictions cannot be scored. The message has the file, the reason and a hint."""
 
 
 class Reader:
@@ -92,11 +92,11 @@ def answer_pattern(template: str) -> str:
 
     A field has no full stop, colon, arrow or line break.
     """
-    field = r"(?:(?!->)[^.:\n])+"
+    field_pattern = r"(?:(?!->)[^.:\n])+"
     pattern = ""
     for piece in re.split(r"(\{\w+\})", template.strip().rstrip(".")):
         if piece.startswith("{"):
-            pattern += f"(?P<{piece[1:-1]}>{field})"
+            pattern += f"(?P<{piece[1:-1]}>{field_pattern})"
         else:
             pattern += re.escape(piece).replace(r"\ ", r"\s+")
     return pattern + r"\s*\.?"
@@ -239,13 +239,13 @@ def score(predictions: Predictions, reader: Reader) -> Hits:
     """Return whether category, label and form of each prediction are right.
 
     Raises:
-        PredictionError: A reference has no answer format of the data.
+        EvaluationError: A reference has no answer format of the data.
     """
     hits = Hits()
     for prediction in predictions:
         reference = reader.read(prediction["ref"])
         if reference is None:
-            raise PredictionError(
+            raise EvaluationError(
                 f"The reference {prediction['ref']!r} has no answer format of "
                 "data/toy/questions.json. Build the data and generate the predictions again."
             )
@@ -258,23 +258,54 @@ def score(predictions: Predictions, reader: Reader) -> Hits:
     return hits
 
 
+def toy_category(predictions: list[dict], task: Task, context: Context) -> Outcome:
+    """Score category, label and form of answers to the toy set as eval.toy does.
+
+    Both protocols are the same.
+    """
+    items = start_items(predictions, context)
+    reader = Toy.load().reader
+    answered = []
+    for index, item in enumerate(items):
+        if reader.read(item["ref"]) is None:
+            reason = f"the reference {item['ref']!r} has no form of data/toy/questions.json."
+            raise context.error(index, reason)
+        answer = item["pred"] if item["failed"] is None else None
+        answered.append({"ref": item["ref"], "pred": answer})
+    hits = score(answered, reader)
+    for item, is_right in zip(items, hits.category, strict=True):
+        item["right"] = is_right
+    accuracy = np.array(hits.category, dtype=float)
+    exact_label = np.array(hits.label, dtype=float)
+    well_formed = np.array(hits.well_formed, dtype=float)
+
+    def compute(indices: np.ndarray) -> dict[str, float]:
+        return {
+            "accuracy": float(accuracy[indices].mean()),
+            "exact_label": float(exact_label[indices].mean()),
+            "well_formed": float(well_formed[indices].mean()),
+        }
+
+    return Outcome(items, compute)
+
+
 def read_predictions(folder: Path) -> Stages:
     """Read the predictions of one fold.
 
     Raises:
-        PredictionError: There are no predictions, or those of a stage do not belong together.
+        EvaluationError: There are no predictions, or those of a stage do not belong together.
     """
     stages: Stages = {}
     found = [*folder.glob("stage*/right.json"), *folder.glob("stage*/*/right.json")]
     for directory in sorted(path.parent for path in found):
         stage = directory.relative_to(folder).parts[0][: len("stage1")]
         if stage in stages:
-            raise PredictionError(
+            raise EvaluationError(
                 f"{folder} holds predictions of {stage} twice. Leave one right.json."
             )
         stages[stage] = read_stage(directory)
     if not stages:
-        raise PredictionError(
+        raise EvaluationError(
             f"{folder} holds no stage*/right.json, nor one in a folder below that of a stage."
         )
     return stages
@@ -284,7 +315,7 @@ def read_stage(folder: Path) -> dict[str, Predictions]:
     """Read the predictions of one stage, by condition. "show" are those to be shown.
 
     Raises:
-        PredictionError: The conditions do not have the same questions.
+        EvaluationError: The conditions do not have the same questions.
     """
     stage = {}
     for name in (*CONDITIONS, "show"):
@@ -294,7 +325,7 @@ def read_stage(folder: Path) -> dict[str, Predictions]:
     references = _references(stage["right"])
     for name in CONDITIONS:
         if name in stage and _references(stage[name]) != references:
-            raise PredictionError(
+            raise EvaluationError(
                 f"{folder / f'{name}.json'} does not have the questions of right.json. "
                 "Generate both again."
             )
@@ -309,7 +340,7 @@ def fold_of(predictions: Predictions, toy: Toy) -> int:
     """Return the fold whose held-out clips have one prediction each.
 
     Raises:
-        PredictionError: There is no such fold, or a reference differs from the manifest.
+        EvaluationError: There is no such fold, or a reference differs from the manifest.
     """
     files = [Path(prediction["audio_id"]).name for prediction in predictions]
     found = None
@@ -317,24 +348,34 @@ def fold_of(predictions: Predictions, toy: Toy) -> int:
         if sorted(files) == sorted(heldout):
             found = fold
     if found is None:
-        raise PredictionError(
+        raise EvaluationError(
             f"right.json has {len(files)} clips, which are not the held-out clips of any fold of "
             "data/toy/split.json. Build the data and generate the predictions again."
         )
     for file, prediction in zip(files, predictions, strict=True):
         clip = toy.clips[file]
         if toy.reader.read(prediction["ref"]) != (clip["label"], clip["category"]):
-            raise PredictionError(
+            raise EvaluationError(
                 f"The reference {prediction['ref']!r} is not what the manifest says of {file}."
             )
     return found
 
 
 def stage_rows(folds: list[Stages], reader: Reader) -> list[Row]:
-    """Return the rows of the table for the stages that every fold has, pooled over folds."""
+    """Return the rows of the table for the stages that every fold has, pooled over folds.
+
+    Raises:
+        EvaluationError: No stage is in every fold.
+    """
     common = set(folds[0])
     for fold in folds:
         common &= set(fold)
+    if not common:
+        found = [sorted(fold) for fold in folds]
+        raise EvaluationError(
+            f"No stage has predictions in every folder; they have {found}. "
+            "Generate those that are missing."
+        )
     rows = []
     for stage in sorted(common):
         own_stages = [fold[stage] for fold in folds]
@@ -450,7 +491,7 @@ def evaluate(folders: list[Path], audio_encoder: Path | None) -> Table:
         audio_encoder: Folder of the YAMNet for the linear probe; None leaves the probe out.
 
     Raises:
-        PredictionError: The folders do not have the predictions of one fold each.
+        EvaluationError: The folders do not have the predictions of one fold each.
     """
     toy = Toy.load()
     stages = [read_predictions(folder) for folder in folders]
@@ -470,7 +511,7 @@ def find_folds(folders: list[Stages], toy: Toy) -> list[int]:
     """Return the fold of each folder.
 
     Raises:
-        PredictionError: A folder has predictions of several folds, or two have the same fold.
+        EvaluationError: A folder has predictions of several folds, or two have the same fold.
     """
     found = []  # folds of each folder
     for stages in folders:
@@ -480,7 +521,7 @@ def find_folds(folders: list[Stages], toy: Toy) -> list[int]:
     for own_folds in found:
         folds += own_folds
     if len(folds) != len(folders) or len(set(folds)) != len(folds):
-        raise PredictionError(
+        raise EvaluationError(
             f"The folders hold the folds {found}. "
             "Give one folder for each fold, and each fold once."
         )
@@ -500,29 +541,29 @@ def main(argv: list[str] | None = None) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="one folder for each fold",
+        help="One folder for each fold.",
     )
     add(
         "--audio_encoder",
         type=Path,
         default=Path("pretrained_mdls/yamnet"),
-        help="folder of the YAMNet for the linear probe",
+        help="The folder of the YAMNet for the linear probe.",
     )
-    add("--no_probe", action="store_true", help="leave the linear probe out")
-    add("--output_path", type=Path, help="JSON file (default: table.json in the first folder)")
+    add("--no_probe", action="store_true", help="Leave the linear probe out.")
+    add(
+        "--output_path",
+        type=Path,
+        help="The JSON file to write (default: table.json in the first folder).",
+    )
     args = parser.parse_args(argv)
     audio_encoder = None if args.no_probe else args.audio_encoder
-    try:
-        table = evaluate(args.folds, audio_encoder)
-    except PredictionError as error:
-        parser.exit(1, f"{error}\n")
+    table = evaluate(args.folds, audio_encoder)
     path = args.output_path or args.folds[0] / "table.json"
-    text = json.dumps(table.to_json(), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(table.to_json(), path)
     print(format_table(table))
     print(f"\nFive answers of the last stage\n\n{format_show(table.show)}")
     print(f"\nThe table as JSON: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,7 +9,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
+
+from ltu.data.audio import load_audio
+from ltu.models.feature_extraction_ltu import YamnetFeatureExtractor
+from ltu.models.modeling_yamnet import YamnetModel
 
 # Strength of the ridge regression on standardized features. Leave-one-out on the training clips
 # alone prefers 100 in four folds of five (30 in the other). On the held-out clips the category is
@@ -95,12 +100,6 @@ def ridge_classify(
 
 def audio_encoder_means(files: list[Path], audio_encoder: Path) -> dict[str, np.ndarray]:
     """Return the mean of the audio embeddings of each clip by file name, float64 (hidden_size,)."""
-    import torch
-
-    from ltu.data.audio import load_audio
-    from ltu.models.feature_extraction_ltu import YamnetFeatureExtractor
-    from ltu.models.modeling_yamnet import YamnetModel
-
     model = YamnetModel.from_pretrained(audio_encoder).eval()
     extractor = YamnetFeatureExtractor()
     means = {}

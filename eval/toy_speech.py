@@ -8,8 +8,8 @@ dataset files `speech_*.json` of `data.toy.build --kind ltu_as`. Missing files l
 out.
 
 An answer counts only if, as a whole, it has the form that was trained. An empty or failed answer is
-wrong. Transcripts are compared after Whisper's own normalizer; "Spoken text:" is removed where an
-answer begins with it.
+wrong. Transcripts are compared after Whisper's normalizer, without its table of British spellings.
+"Spoken text:" is removed where an answer begins with it.
 
 All runs have the same clips and voices, so each run has a column and a 95 % Wilson interval of its
 own; the mean over runs has none. Four training voices and three test voices say little about voices
@@ -27,7 +27,9 @@ from typing import Any
 import jiwer
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from eval.toy import TOY, PredictionError, Rate, format_row
+from eval.scorer_interface import EvaluationError
+from eval.toy import TOY, Rate, format_row
+from ltu.files import run_command, write_json
 
 # Name of the dataset file -> form of an answer; the group is the chosen value.
 CHOICES = {
@@ -37,17 +39,17 @@ CHOICES = {
     "speech_speed": r"the speed is (slow|normal|fast)\s*\.?",
 }
 TITLES = {
-    "speech_gender": "gender, words given",
-    "speech_gender_empty": "gender, no words",
+    "speech_gender": "gender, transcript given",
+    "speech_gender_empty": "gender, no transcript",
     "speech_pitch": "pitch",
     "speech_speed": "speed",
 }
 # Name of the dataset file -> content of `input`.
-WORDS = {
-    "speech_words_right": "right words given",
-    "speech_words_whisper": "Whisper's words",
-    "speech_words_wrong": "another clip's words",
-    "speech_words_none": "no words",
+TRANSCRIPTS = {
+    "speech_words_right": "right transcript given",
+    "speech_words_whisper": "Whisper's transcript",
+    "speech_words_wrong": "another clip's transcript",
+    "speech_words_none": "no transcript",
 }
 SPOKEN = re.compile(r"\A\s*spoken text:\s*", re.IGNORECASE)
 
@@ -141,15 +143,15 @@ def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
     """Read the predictions of each dataset file; "clip" of each is its line of the manifest.
 
     Raises:
-        PredictionError: There are no predictions, or they do not fit the data.
+        EvaluationError: There are no predictions, or they do not fit the data.
     """
     found = {}
-    for file in (*CHOICES, *WORDS):
+    for file in (*CHOICES, *TRANSCRIPTS):
         path = folder / "answers" / f"{file}.json"
         if path.is_file():
             found[file] = read_answers(path, file, clips)
     if not found:
-        raise PredictionError(
+        raise EvaluationError(
             f"{folder} holds no answers/speech_*.json. "
             "Answer the questions of data.toy.build --kind ltu_as first."
         )
@@ -160,19 +162,19 @@ def read_answers(path: Path, file: str, clips: dict[str, dict]) -> list[dict]:
     """Read the predictions of one dataset file.
 
     Raises:
-        PredictionError: They do not have each held-out clip once, or another reference.
+        EvaluationError: They do not have each held-out clip once, or another reference.
     """
     predictions = json.loads(path.read_text(encoding="utf-8"))
     names = [Path(prediction["audio_id"]).name for prediction in predictions]
     if sorted(names) != sorted(expected_clips(file, clips)):
-        raise PredictionError(
+        raise EvaluationError(
             f"{path} does not have each held-out clip once. "
             "Build the data and generate the predictions again."
         )
     for prediction, name in zip(predictions, names, strict=True):
         prediction["clip"] = clips[name]
         if prediction["ref"] != reference(file, clips[name]):
-            raise PredictionError(
+            raise EvaluationError(
                 f"{path}: the reference {prediction['ref']!r} is not what "
                 f"data/toy/speech/manifest.jsonl says of {name}. "
                 "Build the data and generate the predictions again."
@@ -196,7 +198,7 @@ def expected_clips(file: str, clips: dict[str, dict]) -> list[str]:
 
 def reference(file: str, clip: dict) -> str:
     """Return the right answer to the question of a dataset file about a clip."""
-    if file in WORDS:
+    if file in TRANSCRIPTS:
         return f"Spoken text: {clip['text']}"
     if file.startswith("speech_gender"):
         return f"{clip['gender'].capitalize()}."
@@ -238,7 +240,7 @@ def choice_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     return scores
 
 
-def word_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
+def transcript_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     """Return word error rates and the fraction of well-formed answers.
 
     There is a word error rate of all clips, of the recorded voice, of the synthetic voices, and of
@@ -247,7 +249,7 @@ def word_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     Returns:
         title of a row -> score
     """
-    title = WORDS[file]
+    title = TRANSCRIPTS[file]
     recorded = []
     synthetic = []
     for prediction in predictions:
@@ -263,7 +265,7 @@ def word_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     transcripts = [prediction.get("transcript") or "" for prediction in predictions]
     if any(transcripts):
         errors = word_error_rate(texts, transcripts)
-        scores[f"WER, {title}: those words themselves"] = WordErrorRate(errors)
+        scores[f"WER, {title}: the transcript itself"] = WordErrorRate(errors)
     well_formed = []
     for prediction in predictions:
         match = SPOKEN.match(prediction["pred"] or "")
@@ -283,7 +285,7 @@ def evaluate(folders: list[Path]) -> Table:
     """Return the table with a column for each run.
 
     Raises:
-        PredictionError: A run has no answers, or answers to other questions.
+        EvaluationError: A run has no answers, or answers to other questions.
     """
     clips = {}
     for line in (TOY / "speech" / "manifest.jsonl").read_text(encoding="utf-8").splitlines():
@@ -292,7 +294,7 @@ def evaluate(folders: list[Path]) -> Table:
     rows: dict[str, Row] = {}
     for number, folder in enumerate(folders):
         for file, predictions in read_run(folder, clips).items():
-            make_scores = choice_scores if file in CHOICES else word_scores
+            make_scores = choice_scores if file in CHOICES else transcript_scores
             for title, score in make_scores(file, predictions).items():
                 row = rows.setdefault(title, Row(title, [None] * len(folders)))
                 row.scores[number] = score
@@ -331,23 +333,19 @@ def main(argv: list[str] | None = None) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folders that hold answers/",
+        help="The folders that contain answers/.",
     )
     parser.add_argument(
         "--output_path",
         type=Path,
-        help="JSON file (default: speech_table.json in the first folder)",
+        help="The JSON file to write (default: speech_table.json in the first folder).",
     )
     args = parser.parse_args(argv)
-    try:
-        table = evaluate(args.run)
-    except PredictionError as error:
-        parser.exit(1, f"{error}\n")
+    table = evaluate(args.run)
     path = args.output_path or args.run[0] / "speech_table.json"
-    text = json.dumps(table.to_json(), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(table.to_json(), path)
     print(f"{format_table(table)}\n\nThe table as JSON: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

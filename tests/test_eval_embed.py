@@ -354,6 +354,17 @@ def test_no_text_is_sent_twice(api: FakeEmbeddings, tmp_path: Path) -> None:
     assert set(api.paid.values()) == {1} and len(api.paid) == 10
 
 
+def test_a_request_has_as_many_tries_as_those_of_the_judge(
+    api: FakeEmbeddings, tmp_path: Path
+) -> None:
+    embedder = open_embedder("openai:m", tmp_path)
+    tries = embedder.encode.settings.tries
+    api.script = ["500"] * (tries + 1)
+    with pytest.raises(EvaluationError, match="busy|no:"):
+        embedder(["a"])
+    assert len(api.bodies) == tries
+
+
 def test_endpoint_that_gives_up(
     api: FakeEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -341,6 +341,17 @@ def test_missing_clips(tmp_path, capsys):
     ]
 
 
+def test_metadata_without_a_question_stops(tmp_path):
+    (tmp_path / "empty.csv").write_text("filename,category\n")
+    (tmp_path / "missing.csv").write_text("filename,category\n1.wav,dog\n")
+    flags = ["--task", "esc50", "--audio_root", str(tmp_path)]
+    flags += ["--output_path", str(tmp_path / "q.json"), "--allow_missing", "--metadata"]
+    for name, count in (("empty.csv", 0), ("missing.csv", 1)):
+        with pytest.raises(ValueError, match=f"No question is left: .*{name} names {count} clips"):
+            prepare_questions.main([*flags, str(tmp_path / name)])
+    assert not (tmp_path / "q.json").exists()
+
+
 def test_a_missing_clip_with_five_captions_counts_once(tmp_path, capsys):
     audiocaps(tmp_path)
     (tmp_path / "sub/6CDl4CqOgMg.wav").unlink()

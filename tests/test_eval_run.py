@@ -416,6 +416,46 @@ def test_two_models_side_by_side(folder, capsys):
     assert not re.search(rb"(?i)matplotlib|20\d\d-\d\d-\d\d", first["report.png"])
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_the_embedder_and_the_judge_are_opened_once(folder, monkeypatch):
+    opened = []
+
+    def open_embedder(name, folder):
+        opened.append(name)
+        return Stub()
+
+    class CountedJudge(run.Judge):
+        def __init__(self, settings, folder):
+            opened.append(settings.model)
+            super().__init__(settings, folder)
+
+    monkeypatch.setattr(text_embeddings, "open_embedder", open_embedder)
+    monkeypatch.setattr(run, "Judge", CountedJudge)
+    write(Path("p.json"), predictions(("Rock", "Rock"), ("Jazz", "Jazz")))
+    flags = ["--task", "gtzan", "--predictions", "p.json", "same=p.json", "--output_dir", "out"]
+    assert run.main([*flags, "--judge_model", "judge"]) == 0
+    assert sorted(opened) == ["judge", "minilm"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--judge_url", "http://127.0.0.1:9"], "need --judge_model"),
+        (["--judge_local"], "need --judge_model"),
+        (["--judge_budget", "9"], "need --judge_model"),
+        (["--label_prompt", "Genre?"], "need --score_labels"),
+        (["--label_answer", "{}"], "need --score_labels"),
+        (["--embedder", "FOLDER", "--embeddings", "t.json"], "not allowed with"),
+    ],
+)
+def test_flags_without_effect_are_refused(folder, capsys, flags, message):
+    write(Path("p.json"), predictions(("Rock", "Rock")))
+    command = ["--task", "gtzan", "--predictions", "p.json", "--output_dir", "out"]
+    with pytest.raises(SystemExit):
+        run.main([*command, *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_a_reference_that_is_no_class(folder):
     write(Path("p.json"), predictions(("Rock", "Rock"), ("Schlager", "Rock")))
     for protocol in ("strict", "original"):

@@ -22,12 +22,12 @@ from eval.classification import (
     multi_label,
     plain,
     single_label,
-    toy_category,
 )
 from eval.ranking_metrics import Ranking
 from eval.scorer_interface import Context, EvaluationError
 from eval.speech import age, gender, read_age, read_gender, substituted, word_error_rate
 from eval.tasks import TASKS, find_task
+from eval.toy import toy_category
 from ltu.files import sha256_of
 from tests.golden import rule_init
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from eval import toy_baselines
+from eval.scorer_interface import EvaluationError
 from eval.toy import (
     Hits,
-    PredictionError,
     Rate,
     Reader,
     Toy,
@@ -153,7 +153,7 @@ def test_another_answer_format_needs_no_other_code():
 
 
 def test_a_reference_in_another_form_is_an_error():
-    with pytest.raises(PredictionError, match="no answer format"):
+    with pytest.raises(EvaluationError, match="no answer format"):
         score([prediction("Labels: dog; animals.", ref="A dog.")], READER)
 
 
@@ -285,19 +285,33 @@ def test_main_prints_and_writes(tmp_path, capsys):
     assert json.loads((tmp_path / "table.json").read_text())["folds"] == [2]
 
 
-def test_predictions_that_cannot_be_scored(tmp_path, capsys):
-    with pytest.raises(PredictionError, match="no stage"):
+def test_predictions_that_cannot_be_scored(tmp_path):
+    with pytest.raises(EvaluationError, match="no stage"):
         read_predictions(tmp_path)
     folder = write_fold(tmp_path / "a", 0, stages=1)
-    with pytest.raises(PredictionError, match="each fold once"):
+    with pytest.raises(EvaluationError, match="each fold once"):
         evaluate([folder, folder], audio_encoder=None)
-    with pytest.raises(PredictionError, match="not the held-out clips of any fold"):
+    with pytest.raises(EvaluationError, match="not the held-out clips of any fold"):
         fold_of(perfect(0)[1:], TOY)
     mislabelled = perfect(0)
     mislabelled[0] = mislabelled[0] | {"ref": "Labels: dog; animals."}
-    with pytest.raises(PredictionError, match="not what the manifest says"):
+    with pytest.raises(EvaluationError, match="not what the manifest says"):
         fold_of(mislabelled, TOY)
     (folder / "stage1_name" / "wrong.json").write_text(json.dumps(perfect(0)[::-1]))
-    with pytest.raises(SystemExit):
+    with pytest.raises(EvaluationError, match=r"does not have the questions of right\.json"):
         main(["--folds", str(folder)])
-    assert "does not have the questions of right.json" in capsys.readouterr().err
+
+
+def test_folds_without_a_common_stage_stop(tmp_path):
+    first = write_fold(tmp_path / "a", 0, stages=1)
+    second = write_fold(tmp_path / "b", 1, stages=1)
+    (second / "stage1_name").rename(second / "stage2_name")
+    with pytest.raises(EvaluationError, match="No stage has predictions in every folder"):
+        evaluate([first, second], audio_encoder=None)
+
+
+def test_the_folder_of_the_table_is_created(tmp_path):
+    folder = write_fold(tmp_path / "fold", 2, stages=1)
+    path = tmp_path / "new" / "table.json"
+    main(["--folds", str(folder), "--no_probe", "--output_path", str(path)])
+    assert json.loads(path.read_text())["folds"] == [2]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import toy_speech
-from eval.toy import PredictionError
+from benchmarks import toy_cross_validation
+from eval import toy, toy_speech
+from eval.scorer_interface import EvaluationError
 from eval.toy_speech import (
     Table,
     evaluate,
@@ -104,27 +105,27 @@ def test_gender_by_voice_with_and_without_words(tmp_path):
     )
     scores = means(evaluate([folder]))
     assert (
-        scores["gender, words given"]
+        scores["gender, transcript given"]
         == pytest.approx(2 / 3)
-        == scores["gender, words given: well-formed"]
+        == scores["gender, transcript given: well-formed"]
     )
     assert (
-        scores["gender, words given: slt_hts (female)"]
+        scores["gender, transcript given: slt_hts (female)"]
         == 1
-        == scores["gender, words given: kal (male)"]
+        == scores["gender, transcript given: kal (male)"]
     )
-    assert scores["gender, words given: awb (male)"] == 0
+    assert scores["gender, transcript given: awb (male)"] == 0
     assert (
-        scores["gender, no words"]
+        scores["gender, no transcript"]
         == pytest.approx(2 / 3)
-        == scores["gender, no words: if always the most frequent"]
+        == scores["gender, no transcript: if always the most frequent"]
     )
     assert (
-        scores["gender, no words: slt_hts (female)"] == 0
-        and scores["gender, no words: well-formed"] == 1
+        scores["gender, no transcript: slt_hts (female)"] == 0
+        and scores["gender, no transcript: well-formed"] == 1
     )
     rows = {row.name: row for row in evaluate([folder]).rows}
-    (cell,) = rows["gender, words given: kal (male)"].scores
+    (cell,) = rows["gender, transcript given: kal (male)"].scores
     assert (cell.right, cell.count, cell.high) == (20, 20, 1.0) and 0.83 < cell.low < 0.85
 
 
@@ -156,14 +157,18 @@ def test_transcripts_in_four_conditions(tmp_path):
         speech_words_none=predictions("speech_words_none", lambda clip: None),
     )
     scores = means(evaluate([folder]))
-    assert scores["WER, right words given"] == 0 == scores["WER, right words given: recorded voice"]
-    assert scores["WER, Whisper's words"] == 0 == scores["Whisper's words: well-formed"]
-    assert scores["WER, Whisper's words: those words themselves"] == pytest.approx(1, abs=0.02)
     assert (
-        0.85 < scores["WER, another clip's words"] < 1.3
-        and scores["another clip's words: well-formed"] == 1
+        scores["WER, right transcript given"]
+        == 0
+        == scores["WER, right transcript given: recorded voice"]
     )
-    assert scores["WER, no words"] == 1 and scores["no words: well-formed"] == 0
+    assert scores["WER, Whisper's transcript"] == 0 == scores["Whisper's transcript: well-formed"]
+    assert scores["WER, Whisper's transcript: the transcript itself"] == pytest.approx(1, abs=0.02)
+    assert (
+        0.85 < scores["WER, another clip's transcript"] < 1.3
+        and scores["another clip's transcript: well-formed"] == 1
+    )
+    assert scores["WER, no transcript"] == 1 and scores["no transcript: well-formed"] == 0
 
 
 def test_several_runs_have_a_column_each_and_a_mean(tmp_path, capsys):
@@ -175,7 +180,7 @@ def test_several_runs_have_a_column_each_and_a_mean(tmp_path, capsys):
         speech_pitch=predictions("speech_pitch", lambda clip: "The pitch is low."),
     )
     table = evaluate([tmp_path / "fold0", tmp_path / "fold1"])
-    assert means(table)["gender, words given"] == pytest.approx(0.5)
+    assert means(table)["gender, transcript given"] == pytest.approx(0.5)
     rows = {row.name: row for row in table.rows}
     assert rows["pitch"].scores[0] is None
     assert "fold0" in format_table(table) and "mean" in format_table(table)
@@ -184,11 +189,11 @@ def test_several_runs_have_a_column_each_and_a_mean(tmp_path, capsys):
     assert json.loads((tmp_path / "fold0" / "speech_table.json").read_text())["runs"] == ["fold0"]
 
 
-def test_wrong_references_and_missing_answers_stop(tmp_path, capsys):
+def test_wrong_references_and_missing_answers_stop(tmp_path):
     rows = predictions("speech_gender", lambda clip: "Male.", UNKNOWN)
     other = {"ref": "Male." if rows[0]["ref"] == "Female." else "Female."}
     write(tmp_path, speech_gender=[rows[0] | other, *rows[1:]])
-    with pytest.raises(PredictionError, match="manifest.jsonl says"):
+    with pytest.raises(EvaluationError, match="manifest.jsonl says"):
         evaluate([tmp_path])
     for others in (
         rows[:-1],
@@ -196,8 +201,23 @@ def test_wrong_references_and_missing_answers_stop(tmp_path, capsys):
         [*rows[:-1], rows[-1] | {"audio_id": "rms_00.flac"}],
     ):
         write(tmp_path, speech_gender=others)
-        with pytest.raises(PredictionError, match="each held-out clip once"):
+        with pytest.raises(EvaluationError, match="each held-out clip once"):
             evaluate([tmp_path])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(EvaluationError, match="holds no answers"):
         main(["--run", str(tmp_path / "elsewhere")])
-    assert stopped.value.code == 1 and "holds no answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("num_right", "status"), [(7, 0), (6, 1)])
+def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, status):
+    """The bound of the category is 0.65."""
+    category = toy.Rate.of([True] * num_right + [False] * (10 - num_right))
+    sounds = toy.Table(clips=10, folds=[0], rows=[toy.Row("stage3", right=category)], show=[])
+    speech = Table(["fold0"], [toy_speech.Row("pitch", [category])])
+    monkeypatch.setattr(toy_cross_validation, "run_fold", lambda *args: None)
+    monkeypatch.setattr(toy, "evaluate", lambda *args, **kwargs: sounds)
+    monkeypatch.setattr(toy_speech, "evaluate", lambda folders: speech)
+    (tmp_path / "fold0" / "stage3_all_mix").mkdir(parents=True)
+    flags = ["--kind", "ltu_as", "--folds", "0", "--output_dir", str(tmp_path)]
+    assert toy_cross_validation.main(flags) == status
+    verdicts = json.loads((tmp_path / "results.json").read_text())["verdicts"]
+    assert list(verdicts.values()) == [status == 0]
