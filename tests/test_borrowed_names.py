@@ -82,11 +82,6 @@ BORROWED_NAMES = [
     ),
     # Training
     BorrowedName(
-        "transformers.trainer_utils:get_last_checkpoint",
-        "ltu/training/trainer.py",
-        "the folder checkpoint-N with the highest N",
-    ),
-    BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
         "ltu/training/model_setup.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
