@@ -68,7 +68,7 @@ class BatchSettings:
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the engine, of generation and of `BatchSettings`."""
     parser.add_argument(
-        "--batch_size", type=int, default=8, help="number of questions that are answered at once"
+        "--batch_size", type=int, default=8, help="Number of questions that are answered at once."
     )
     add_generation_flags(parser)
 
@@ -163,6 +163,11 @@ def make_keys(
     return keys
 
 
+def lock_all(outputs: list[PredictionsFile]) -> None:
+    for output in outputs:
+        output.lock()
+
+
 def answer_files(
     files: dict[str | Path, list[dict]],
     open_engine: Callable[[], LtuEngine],
@@ -189,11 +194,12 @@ def answer_files(
         for path in files:
             outputs.append(stack.enter_context(closing(PredictionsFile(path, ranks.rank))))
         # Rank 0 locks first and finds out whether another run writes the files.
-        for is_own_turn in (ranks.rank == 0, ranks.rank > 0):
-            if is_own_turn:
-                for output in outputs:
-                    output.lock()
-            ranks.gather()
+        if ranks.rank == 0:
+            lock_all(outputs)
+        ranks.gather()
+        if ranks.rank > 0:
+            lock_all(outputs)
+        ranks.gather()
         engine = open_engine()
         answers = []
         for output, examples in zip(outputs, files.values(), strict=True):
