@@ -32,8 +32,8 @@ case $seed in
     '' | *[!0-9]*) echo "error: --seed $seed is not a whole number" >&2; exit 2 ;;
 esac
 
-packages=3300 parts=171
-if wants_cpu_torch || [ "$(uname -s)" != Linux ]; then packages=460; fi
+packages=3500 parts=171
+if wants_cpu_torch || [ "$(uname -s)" != Linux ]; then packages=500; fi
 if [ -n "$from_hub" ]; then parts=350; fi
 echo "Downloads once: about $packages MB of Python packages and $parts MB of pretrained components."
 echo "Training takes about 12 minutes per model on 2 cores."

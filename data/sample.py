@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.clips < 1:
         parser.error(f"--clips must be at least 1, got {args.clips}")
     chosen = choose_clips(args.data_path, args.clips, args.seed, args.by_dataset)
+    if not chosen:
+        raise ValueError(f"{args.data_path} has no example with a clip, so nothing can be sampled.")
     new_ids: dict[str, str] = {}
     if args.copy_audio:
         root = args.audio_root or args.data_path.parent

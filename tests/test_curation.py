@@ -527,9 +527,8 @@ def test_files_without_examples_or_audio(tmp_path):
         target = str(tmp_path / "b.json")
         for command in (stats, shuffle, combine, filter_unanswerable):
             assert command.main(["--data_path", str(source), "--output_path", target]) == 0
-        assert (
-            sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"]) == 0
-        )
+        with pytest.raises(ValueError, match="no example with a clip"):
+            sample.main(["--data_path", str(source), "--output_path", target, "--clips", "1"])
         if examples:
             assert validate.main(["--data_path", str(source)]) == 0
         else:  # Training refuses it.
