@@ -54,8 +54,11 @@ def train(trainer: LtuTrainer, start: Start) -> int:
     def stop(_: int, __: FrameType | None) -> None:
         trainer.is_stopping = True
 
-    signal.signal(signal.SIGTERM, stop)
-    trainer.train(resume_from_checkpoint=start.checkpoint)
+    handler = signal.signal(signal.SIGTERM, stop)
+    try:
+        trainer.train(resume_from_checkpoint=start.checkpoint)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     step = trainer.state.global_step
     if step < trainer.state.max_steps:
         if trainer.is_world_process_zero():

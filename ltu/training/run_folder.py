@@ -179,7 +179,7 @@ def what_is_incomplete(checkpoint: Path) -> str | None:
     """Return why training cannot continue from a checkpoint, or None if it can."""
     state = read_state(checkpoint)
     if state is None or "files" not in state:
-        return f"{STATE} lists no files: it was not written to the end"
+        return f"{STATE} is missing or lists no files, so the checkpoint was not written to the end"
     for name, size in state["files"].items():
         path = checkpoint / name
         if not path.is_file():

@@ -197,10 +197,13 @@ class LtuTrainer(Trainer):
         counts = self.accelerator.reduce(is_bad.int().to(self.args.device), "sum")
         is_bad |= counts.cpu().bool()
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save the model, and with it `ltu_state.json`: how it was trained, and how far."""
-        super().save_model(output_dir, *args, **kwargs)
-        if self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and with it `ltu_state.json`: how it was trained, and how far.
+
+        In a checkpoint, `_save_checkpoint` writes this file, after all others.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
             write_state(Path(output_dir or self.args.output_dir), self._current_record())
 
     def _current_record(self) -> dict[str, Any]:
