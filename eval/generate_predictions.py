@@ -25,6 +25,7 @@ from eval.report import (
 )
 from eval.scorer_interface import ANSWERED
 from eval.tasks import Task
+from ltu.checkpoints.model_card import EVALUATION
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import read_examples
 from ltu.data.dataset_io import encode_line, stream_examples
@@ -79,7 +80,8 @@ def provenance(model: str, questions: Path, settings: GenerationSettings) -> dic
     for path in sorted(folder.iterdir()):
         # The weights are hashed once, by `sha256_of_weights`.
         is_weights = path.name.startswith(("model", "pytorch_model"))
-        if path.is_file() and path.suffix != ".md" and not is_weights:
+        is_about_model = path.suffix == ".md" or path.name == EVALUATION
+        if path.is_file() and not is_about_model and not is_weights:
             small_files[path.name] = sha256_of(path)
     batch_settings = BatchSettings.from_flags(settings.parse_flags(model))
     return {
