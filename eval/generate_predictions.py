@@ -25,7 +25,6 @@ from eval.report import (
 )
 from eval.scorer_interface import ANSWERED
 from eval.tasks import Task
-from ltu.checkpoints.model_card import EVALUATION
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import read_examples
 from ltu.data.dataset_io import encode_line, stream_examples
@@ -39,6 +38,7 @@ from ltu.inference.batch_inference import (
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.sampling import check_decoding
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.model_card import EVALUATION
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ from eval.generate_predictions import GenerationSettings
 from eval.judge import Judge
 from eval.scorer_interface import Context, EvaluationError, Outcome
 from eval.tasks import TASKS, Task, find_task
-from ltu.checkpoints.model_card import EvaluationResult, save_evaluation
 from ltu.data.check_examples import read_examples
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 from ltu.models.locate_checkpoint import find_checkpoint
+from ltu.models.model_card import EvaluationResult, save_evaluation
 from qa_generation.llm import LlmSettings
 
 # Fields of every prediction.

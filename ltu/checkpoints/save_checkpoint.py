@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ltu.checkpoints.model_card import write_model_card
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
-from ltu.checkpoints.provenance import code_version, library_versions, lineage_from
 from ltu.files import sync_and_rename
 from ltu.models.card_seal import CARD, is_replaceable
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.locate_checkpoint import sha256_of_weights
+from ltu.models.model_card import write_model_card
 from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
 from ltu.models.processing_ltu import LtuProcessor
+from ltu.models.provenance import code_version, library_versions, lineage_from
 
 SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
 CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.

@@ -2,30 +2,17 @@
 
 The first line below the metadata of such a card is a comment with the hash of all the rest. The
 hash no longer fits if anything is edited, in the text or in the metadata.
-
-`push_to_hub` of transformers uploads a card of its own; `copy_card` puts that of the checkpoint
-folder in its place.
 """
 
 import hashlib
-import logging
 import re
-import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ltu.files import replace_file
-
-logger = logging.getLogger(__name__)
-
 CARD = "README.md"
-# Files that a card describes, besides those that `save_pretrained` writes.
-CARD_FILES = ("ltu_state.json", "trainer_state.json", "evaluation.json")
 SEAL = "<!-- Written by ltu; an edited card is not replaced. sha256 of the rest: {} -->\n"
 SEAL_PATTERN = re.compile(SEAL.replace("{}", "([0-9a-f]{64})").replace(".", r"\."))
-# A sentence of the card that transformers writes if a repository has none.
-STOCK_SENTENCE = "This model card has been automatically generated"
 
 
 def seal_card(data: ModelCardData, text: str) -> str:
@@ -46,33 +33,22 @@ def is_sealed(content: str) -> bool:
 
 
 def is_replaceable(path: Path) -> bool:
-    """Return whether a model card is absent, ours, or the one that transformers generates."""
+    """Return whether there is no model card at a path, or one of ours that nobody edited."""
     if not path.is_file():
         return True
-    content = path.read_text(encoding="utf-8", errors="replace")
-    return is_sealed(content) or STOCK_SENTENCE in content
+    return is_sealed(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def copy_card(folder: Path, target: Path) -> None:
-    """Copy the card of a checkpoint folder, and the records behind it, into what is uploaded.
+def is_stock(path: Path) -> bool:
+    """Return whether a model card is the one that transformers makes for a new repository.
 
-    A card in `target` that somebody wrote stays, without the records. Tags in the card that
-    transformers generates are kept.
+    It is the template of huggingface_hub with a description of one line.
     """
-    own = folder / CARD
-    if not own.is_file():
-        return
-    if not is_replaceable(target / CARD):
-        logger.warning("The repository has a model card that was edited: it stays as it is.")
-        return
-    content = own.read_text(encoding="utf-8")
-    if (target / CARD).is_file() and is_sealed(content):
-        # transformers has put the tags of the call into its card.
-        card = ModelCard(content)
-        tags = ModelCard.load(target / CARD, ignore_metadata_errors=True).data.tags or []
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
-        content = seal_card(card.data, SEAL_PATTERN.sub("", card.text))
-    replace_file(target / CARD, content.encode())
-    for name in CARD_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    text = ModelCard.load(path, ignore_metadata_errors=True).text
+    mark = "DESCRIPTION OF THE MODEL"
+    stock = ModelCard.from_template(ModelCardData(), model_description=mark).text
+    before, _, after = stock.strip().partition(mark)
+    text = text.strip()
+    if not text.startswith(before) or not text.endswith(after):
+        return False
+    return "\n" not in text[len(before) : len(text) - len(after)]

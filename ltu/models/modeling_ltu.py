@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ltu.models.card_seal import CARD, copy_card
+from ltu.models.card_seal import CARD
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
 from ltu.models.lora import find_targets, inject_lora
+from ltu.models.model_card import add_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +313,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         folder = self.checkpoint_folder
         if folder is not None and (folder / CARD).is_file():
             if self._has_weights_of(folder):
-                copy_card(folder, Path(working_dir))
+                add_model_card(folder, Path(working_dir))
             else:
                 logger.warning(
                     "The weights are not those of %s any more: its model card is not uploaded.",
@@ -329,7 +330,10 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 for key in tensors.keys():  # noqa: SIM118  the file is no dict
                     stored_keys.add(key)
                     stored = tensors.get_tensor(key)
-                    if key not in own_state or not torch.equal(own_state[key].cpu(), stored):
+                    own = own_state.get(key)
+                    if own is None or own.dtype != stored.dtype:
+                        return False
+                    if not torch.equal(own.cpu(), stored):
                         return False
         return set(own_state) - stored_keys <= set(self.all_tied_weights_keys)
 

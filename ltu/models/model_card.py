@@ -12,15 +12,20 @@ never replaced.
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from ltu.checkpoints.provenance import (
+from ltu.files import replace_file, write_json
+from ltu.models.card_seal import CARD, is_replaceable, is_stock, seal_card
+from ltu.models.configuration_ltu import LtuConfig
+from ltu.models.locate_checkpoint import sha256_of_weights
+from ltu.models.provenance import (
     StageRecord,
     is_local_path,
     public_arguments,
@@ -28,14 +33,12 @@ from ltu.checkpoints.provenance import (
     read_stage,
     read_state,
 )
-from ltu.files import replace_file, write_json
-from ltu.models.card_seal import CARD, is_replaceable, seal_card
-from ltu.models.configuration_ltu import LtuConfig
-from ltu.models.locate_checkpoint import sha256_of_weights
 
 logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
+# The files of a checkpoint folder that a card is made of, besides config and weights.
+RECORDS = ("ltu_state.json", "trainer_state.json", EVALUATION)
 PIPELINE = "audio-text-to-text"
 LOSS_ROWS = 10  # Lines of the table of losses.
 HASH_DIGITS = 12  # Digits of a sha256 in a table; the files have all 64.
@@ -164,6 +167,37 @@ def save_evaluation(folder: Path, results: Sequence[EvaluationResult], sha256: s
 # --- the card
 
 
+def add_model_card(folder: Path, target: Path) -> None:
+    """Add the model card of a checkpoint folder, and its records, to files that are uploaded.
+
+    The card is written again, because the files may name another language model than those in the
+    folder; one that somebody edited is copied. A card in `target` that somebody wrote stays. Of the
+    card that transformers generates, only the tags are used.
+
+    Args:
+        folder: the checkpoint folder.
+        target: a folder with the same config and weights.
+
+    Raises: as `write_model_card`.
+    """
+    if not is_replaceable(target / CARD) and not is_stock(target / CARD):
+        logger.warning("The repository has a model card that was edited: it stays as it is.")
+        return
+    for name in RECORDS:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    if not is_replaceable(folder / CARD):
+        shutil.copyfile(folder / CARD, target / CARD)
+        return
+    metadata = {}
+    if (target / CARD).is_file():
+        own_tags = ModelCard.load(folder / CARD).data.tags or []
+        tags = ModelCard.load(target / CARD, ignore_metadata_errors=True).data.tags or []
+        metadata["tags"] = list(dict.fromkeys([*own_tags, *tags]))
+    content = render_model_card(target, metadata=metadata, name=folder.resolve().name)
+    replace_file(target / CARD, content.encode("utf-8", "backslashreplace"))
+
+
 def write_model_card(
     folder: str | Path,
     log_history: list[dict[str, Any]] | None = None,
@@ -198,11 +232,21 @@ def render_model_card(
     folder: Path,
     log_history: list[dict[str, Any]] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> str:
-    """Return the model card of a checkpoint folder; arguments and errors as `write_model_card`."""
+    """Return the model card of a checkpoint folder.
+
+    Args:
+        folder, log_history, metadata: as for `write_model_card`.
+        name: of the model, by default that of the folder.
+
+    Raises: as `write_model_card`.
+    """
     config = AutoConfig.from_pretrained(folder)
     state = read_state(folder)
     stage = read_stage(folder)
+    if name is not None:
+        stage = replace(stage, name=name)
     lineage = [*read_lineage(state), stage]
     results = read_evaluation(folder, stage.sha256)
     log = _read_log(folder) if log_history is None else log_history
@@ -220,8 +264,8 @@ def render_model_card(
     ]
     text = "\n\n".join(section for section in sections if section)
     data = _metadata(config, lineage, results)
-    for name, value in (metadata or {}).items():
-        data[name] = value
+    for key, value in (metadata or {}).items():
+        data[key] = value
     return seal_card(data, f"\n{text}\n")
 
 
@@ -336,7 +380,7 @@ def _model_section(
 def _trained_parts(config: LtuConfig, state: Mapping[str, Any], plan: str | None) -> list[str]:
     """Return the parts of the model that a plan of `--trainable_params` trains."""
     parts = ["projection"]
-    if plan != "proj" and not state["arguments"].get("freeze_audio_tower", False):
+    if plan != "proj" and not state.get("arguments", {}).get("freeze_audio_tower"):
         parts.insert(0, "audio encoder")
     if plan == "full":
         parts.append("language model")
