@@ -111,6 +111,7 @@ def test_metadata(runs, stage2):
     assert data.base_model == "lmsys/vicuna-7b-v1.1"
     assert data.base_model_relation == "adapter"
     assert data.license == "mit"
+    assert "states the licence `mit`" in card_of(stage2)
     assert "LLaMA" in card_of(stage2)
     assert "LLaMA" not in card_of(runs / "stage2")
 
@@ -372,6 +373,8 @@ def test_code_version_without_git(checkout, monkeypatch, missing):
 
 def test_push_to_hub_uploads_the_card(runs, stage2):
     """The model is pushed to a new repository, and to one whose card somebody wrote."""
+    private = str(Path(read_state(stage2)["arguments"]["output_dir"]).parent).encode()
+    assert private in (stage2 / "ltu_state.json").read_bytes()
     mine = "---\nlicense: mit\n---\n# Mine\n"
     code = f"""
 import torch
@@ -398,7 +401,8 @@ model.push_to_hub("me/other_weights")
         assert "# stage2" in card.text
         assert "| stage1 |" in card.text
         assert "org/llm" in card.text
-        assert str(stage2.parent) not in card.text
+        for (repo, path), content in hub.files.items():
+            assert private not in content, f"{repo}: {path}"
         names = {path for repo, path in hub.files if repo == "me/new"}
         assert {"ltu_state.json", "model.safetensors", "processor_config.json"} <= names
 

@@ -29,6 +29,7 @@ from ltu.models.provenance import (
     StageRecord,
     is_local_path,
     public_arguments,
+    public_value,
     read_lineage,
     read_stage,
     read_state,
@@ -172,7 +173,7 @@ def add_model_card(folder: Path, target: Path) -> None:
 
     The card is written again, because the files may name another language model than those in the
     folder; one that somebody edited is copied. A card in `target` that somebody wrote stays. Of the
-    card that transformers generates, only the tags are used.
+    card that transformers generates, only the tags are used. Paths in the records become names.
 
     Args:
         folder: the checkpoint folder.
@@ -185,7 +186,8 @@ def add_model_card(folder: Path, target: Path) -> None:
         return
     for name in RECORDS:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+            record = json.loads((folder / name).read_bytes())
+            write_json(public_value(record), target / name)
     if not is_replaceable(folder / CARD):
         shutil.copyfile(folder / CARD, target / CARD)
         return
@@ -260,7 +262,7 @@ def render_model_card(
         _evaluation_section(results),
         _arguments_section(state),
         _versions_section(state),
-        _licence_section(config, lineage),
+        _licence_section(config, lineage, (metadata or {}).get("license")),
     ]
     text = "\n\n".join(section for section in sections if section)
     data = _metadata(config, lineage, results)
@@ -374,7 +376,7 @@ def _model_section(
     elif "all" in parameters:
         rows.append(("parameters", f"{parameters['all']:,}"))
     rows.append(("sha256 of the weights", f"`{stage.sha256}`"))
-    return "## Model\n\n" + _table(("", ""), rows)
+    return "## Model\n\n" + _table(("part", "this model"), rows)
 
 
 def _trained_parts(config: LtuConfig, state: Mapping[str, Any], plan: str | None) -> list[str]:
@@ -586,17 +588,19 @@ def _versions_section(state: Mapping[str, Any]) -> str:
         rows.insert(0, ("code", f"`{state['code']}`"))
     if not rows:
         return ""
-    return "## Versions\n\n" + _table(("", ""), rows)
+    return "## Versions\n\n" + _table(("package", "version of the run"), rows)
 
 
-def _licence_section(config: LtuConfig, lineage: Sequence[StageRecord]) -> str:
+def _licence_section(config: LtuConfig, lineage: Sequence[StageRecord], stated: str | None) -> str:
     title = AUDIO_ENCODERS.get(config.audio_config.model_type, config.audio_config.model_type)
+    own = "This card does not state a licence of its own."
+    if stated is not None:
+        own = f"Who published this model states the licence `{stated}`."
     lines = [
         "## Licence",
         "",
         "The licences of the language model, of the audio encoder "
-        f"({title}) and of the training data apply to these weights. This card does not state a "
-        "licence of its own.",
+        f"({title}) and of the training data apply to these weights. {own}",
     ]
     note = LLM_LICENCES.get(_language_model_on_hub(lineage) or "")
     if note:
