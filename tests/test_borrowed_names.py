@@ -71,6 +71,11 @@ BORROWED_NAMES = [
         for name in ("_supports_sdpa", "_supports_flash_attn", "_no_split_modules")
     ),
     BorrowedName(
+        "transformers:PreTrainedModel._upload_modified_files",
+        "ltu/models/modeling_ltu.py",
+        "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
+    ),
+    BorrowedName(
         "transformers.initialization:trunc_normal_",
         "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "torch.nn.init, for parameters that were not loaded",
