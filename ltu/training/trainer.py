@@ -27,7 +27,14 @@ from transformers.trainer_utils import rotate_checkpoints
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import check_audio, check_num_errors, read_examples
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.model_card import write_model_card
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
+from ltu.models.provenance import (
+    code_version,
+    library_versions,
+    lineage_from,
+    public_arguments,
+)
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
@@ -203,8 +210,19 @@ class LtuTrainer(Trainer):
         In a checkpoint, `_save_checkpoint` writes this file, after all others.
         """
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not _internal_call:
-            write_state(Path(output_dir or self.args.output_dir), self._current_record())
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # A pickle of the arguments, with the token of the hub; `ltu_state.json` has the arguments.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if not _internal_call:
+            write_state(folder, self._current_record())
+            write_model_card(folder, self.state.log_history)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write our model card, where the Trainer would write its own before an upload."""
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir, self.state.log_history)
 
     def _current_record(self) -> dict[str, Any]:
         """Return the content of `ltu_state.json` at the current step."""
@@ -376,9 +394,11 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     arguments |= arguments.pop("front_end")
     arguments |= run.to_dict()
     arguments["bf16"] = run.bf16
+    parent_sha256 = sha256_of_weights(parent)
     record = {
         "stage": Path(run.output_dir).name,
-        "parent": {"name": parent.name, "sha256": sha256_of_weights(parent)},
+        "parent": {"name": parent.name, "sha256": parent_sha256},
+        "lineage": lineage_from(parent, parent_sha256),
         "data": {"name": Path(data.data_path).name, "sha256": sha256_of_dataset(data.data_path)},
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
@@ -387,8 +407,10 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         "batches_per_epoch": steps.batches_per_epoch,
         "total_steps": steps.total_steps,
         "warmup_steps": run.get_warmup_steps(steps.total_steps),
-        # As it is after it was written and read.
-        "arguments": json.loads(json.dumps(arguments, default=str)),
+        "versions": library_versions(),
+        "code": code_version(),
+        # As they are after they were written and read.
+        "arguments": json.loads(json.dumps(public_arguments(arguments), default=str)),
     }
     return RunSetup(parent, processor, train_set, held_out, steps, record)
 
