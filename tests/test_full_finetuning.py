@@ -6,11 +6,12 @@ The quantized tests need bitsandbytes, which also computes on a CPU.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ltu_as.convert_checkpoint  # noqa: F401  registers LTU-AS with the Auto classes
 from ltu import LtuConfig, LtuForConditionalGeneration
@@ -113,6 +114,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     resumed = {"save_steps": 3, "resume_from_checkpoint": full / "checkpoint-3"}
     train(checkpoint, data_path, tmp_path / "run", **FULL, **resumed)
     assert not different(state_of(tmp_path / "run"), state_of(full))
+
+
+def test_a_run_whose_checkpoints_are_in_shards_resumes(
+    full: Path, checkpoint: Path, data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers writes shards of 50 GB; 13B in fp32 have more."""
+    stock = PreTrainedModel.save_pretrained
+
+    def save_in_shards(*args: Any, **kwargs: Any) -> None:
+        stock(*args, **kwargs, max_shard_size="200KB")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_in_shards)
+    train(checkpoint, data_path, tmp_path / "run", **FULL, save_steps=3)
+    middle = tmp_path / "run" / "checkpoint-3"
+    assert len(list(middle.glob("model-*-of-*.safetensors"))) > 1
+    resumed = {"save_steps": 3, "resume_from_checkpoint": middle}
+    train(checkpoint, data_path, tmp_path / "resumed", **FULL, **resumed)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "resumed").state_dict()
+    assert not different(dict(found), state_of(full))
 
 
 def test_lora_is_merged_as_by_the_converter(
