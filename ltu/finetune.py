@@ -104,7 +104,6 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         setup.record["run_id"] = start.run_id
         trainer = make_trainer(model_args, data, run, setup)
-        trainer.run_folder = folder
         if is_main:
             folder.begin(start)
             print_parameters(trainer)

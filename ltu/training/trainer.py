@@ -40,8 +40,8 @@ from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
 from ltu.training.dataset_index import IndexedExamples, find_index, sha256_of_dataset
-from ltu.training.model_setup import open_to_train
-from ltu.training.run_folder import RunFolder, complete_checkpoint, write_state
+from ltu.training.model_setup import apply_liger, open_to_train
+from ltu.training.run_folder import complete_checkpoint, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,6 @@ class LtuTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
-        self.run_folder: RunFolder | None = None
         self.is_stopping = False
         self.step_losses: list[Tensor] = []  # Of the micro-batches of the current step.
 
@@ -102,13 +101,7 @@ class LtuTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
-            worker_init_fn=self._init_worker,
         )
-
-    def _init_worker(self, _: int) -> None:
-        """Give the folder free in a worker, which may outlive the run that has forked it."""
-        if self.run_folder is not None:
-            self.run_folder.close_in_worker()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -219,6 +212,13 @@ class LtuTrainer(Trainer):
             write_state(folder, self._current_record())
             write_model_card(folder, self.state.log_history)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint, every key of them."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.model.load_own(Path(resume_from_checkpoint))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our model card, where the Trainer would write its own before an upload."""
         if self.is_world_process_zero():
@@ -231,6 +231,8 @@ class LtuTrainer(Trainer):
             "finished": self.state.global_step >= self.state.max_steps,
             "skipped": self.train_dataset.skipped,
         }
+        if self.args.load_best_model_at_end and record["finished"]:
+            record["weights_of_step"] = self.state.best_global_step
         if self.model.config.language_model is None:
             record["language_model"] = "in this folder"
         return record
@@ -445,6 +447,8 @@ def make_trainer(
         total_batches=steps.total_batches,
     )
     run.max_steps = steps.total_steps
+    if run.use_liger_kernel:
+        apply_liger(model, run.liger_kernel_config)
     return LtuTrainer(
         model=model,
         args=run,
