@@ -15,7 +15,7 @@ makes them, or they are read from `--feature_root`.
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,10 +31,10 @@ from tqdm import tqdm
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import (
     MAX_LISTED_CLIPS,
+    NO_AUDIO,
     check_num_errors,
     checked_examples,
     list_errors,
-    no_answer_left,
     with_audio,
 )
 from ltu.data.dataset_parser import DatasetError
@@ -43,6 +44,7 @@ from ltu.models.processing_ltu import LtuProcessor
 logger = logging.getLogger(__name__)
 
 ENDING = ".arrow"
+VERSION = 2  # Of the rules by which examples are checked before they are indexed.
 EXAMPLES_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
 COUNTS = ("num_tokens", "num_prompt_tokens")
@@ -56,6 +58,7 @@ def build_index(
     output: str | Path | None = None,
     audio_root: str | Path | None = None,
     max_bad: int = 0,
+    ignored_keys: Collection[str] = (),
 ) -> Path:
     """Check and tokenize every example, in constant memory.
 
@@ -69,6 +72,7 @@ def build_index(
         audio_root: folder to which `audio_id`s are relative. Only LTU-AS reads clips, to make
             missing transcripts.
         max_bad: how many clips may fail to be transcribed; their examples get the transcript "".
+        ignored_keys: further keys that examples may have; the index does not contain them.
 
     Returns:
         The path of the index.
@@ -79,7 +83,7 @@ def build_index(
     """
     path = Path(path)
     output = Path(output or f"{path}{ENDING}")
-    examples = checked_examples(path, audio_root)
+    examples = checked_examples(path, audio_root, ignored_keys=ignored_keys)
     # Read the first example now: a file that is not valid fails before it is hashed.
     first = next(examples)
     state = path.stat()
@@ -120,6 +124,7 @@ def build_index(
 def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> pyarrow.Schema:
     """Return the columns of an index, with a description of the dataset file as metadata."""
     about = {
+        "version": VERSION,
         "source": path.name,
         "bytes": state.st_size,
         "mtime_ns": state.st_mtime_ns,
@@ -253,6 +258,11 @@ class IndexedExamples(Sequence):
             raise DatasetError(
                 f"{path} is not a complete index ({error}). Build it again."
             ) from error
+        if self.about.get("version") != VERSION:
+            raise DatasetError(
+                f"{path} was made by another version of this program, whose rules for examples "
+                "were others. Build it again."
+            )
         self.part = torch.arange(len(num_tokens)) if part is None else part
         self.num_tokens = num_tokens[self.part]  # (n,) int32
         self.num_prompt_tokens = num_prompt_tokens[self.part]  # (n,) int32
@@ -280,12 +290,21 @@ class IndexedExamples(Sequence):
         """Return the examples at the positions `part`, (n,)."""
         return IndexedExamples(self.path, self.audio_root, self.part[part])
 
-    def check(self, processor: LtuProcessor, cutoff_len: int, train_on_inputs: bool) -> None:
-        """Validate the index against the run that uses it.
+    def count_audio(self) -> tuple[int, int]:
+        """Count the examples with audio, and their distinct clips, of the whole index."""
+        audio_ids = pyarrow.chunked_array([batch.column("audio_id") for batch in self.batches])
+        no_audio = pyarrow.array(NO_AUDIO, pyarrow.string())
+        has_audio = pyarrow.compute.invert(pyarrow.compute.is_in(audio_ids, no_audio))
+        with_audio_only = audio_ids.filter(has_audio)
+        num_clips = pyarrow.compute.count_distinct(with_audio_only).as_py()
+        return len(with_audio_only), num_clips
+
+    def check(self, processor: LtuProcessor) -> None:
+        """Validate the index against the processor of the run that uses it.
 
         Raises:
             DatasetError: the index was made with another tokenizer or prompt template or for the
-                other kind of model, or a question alone fills the cutoff.
+                other kind of model.
         """
         # A model with transcripts fills in other texts where an example has no `input`.
         transcribes = processor.front_end.transcribes
@@ -303,11 +322,6 @@ class IndexedExamples(Sequence):
             raise DatasetError(
                 f"{self.path} was made for another tokenizer or prompt template. Build it again."
             )
-
-        has_no_answer = self.num_prompt_tokens >= self.num_tokens.clamp(max=cutoff_len)  # (n,)
-        if not train_on_inputs and has_no_answer.any():
-            first = int(has_no_answer.nonzero()[0])
-            raise no_answer_left(int(self.part[first]), self[first])
 
 
 def find_index(path: str | Path, audio_root: str | Path | None = None) -> IndexedExamples | None:

@@ -6,30 +6,23 @@ original's logs.
 
 import dataclasses
 import json
-import logging
 import os
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
 
-from ltu.data.audio import AudioError
-from ltu.data.check_examples import check_audio, check_num_errors, read_examples
 from ltu.files import replace_file
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
-from ltu.models.processing_ltu import IGNORED, LtuProcessor
+from ltu.models.processing_ltu import IGNORED
 from ltu.training.arguments import DataArguments, ModelArguments, OneGpuArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, total_steps
 from ltu.training.collator import LtuCollator
-from ltu.training.dataset import QaDataset
-from ltu.training.dataset_index import IndexedExamples, find_index
 from ltu.training.model_setup import device_has_bf16, open_to_train
-
-logger = logging.getLogger(__name__)
+from ltu.training.open_dataset import make_datasets
 
 ORDER_ARGUMENTS = ("seed", "batch_size", "val_set_size")
 
@@ -177,91 +170,6 @@ def training_arguments(
     )
 
 
-def make_datasets(
-    data: DataArguments, run: RunArguments, processor: LtuProcessor
-) -> tuple[QaDataset, Dataset | None]:
-    """Open the dataset file, or its index, and split it.
-
-    Returns:
-        The training examples, and the held-out ones or None. The training examples are in the
-        order of the file if none are held out.
-
-    Raises:
-        ValueError: the dataset file, its index or, with `--check_audio`, a clip is not valid, or
-            `--val_set_size` leaves no example to train on.
-    """
-    examples = _open_examples(data, processor)
-    if data.check_audio:
-        check_num_errors(check_audio(examples), data.data_path)
-    num_train = len(examples) - data.val_set_size
-    if num_train <= 0:
-        raise ValueError(
-            f"--val_set_size {data.val_set_size} leaves none of the {len(examples)} examples of "
-            f"{data.data_path}."
-        )
-
-    # All examples in the order of the file, or a random split.
-    numbers = torch.arange(len(examples))  # (examples,)
-    if data.val_set_size > 0:
-        generator = torch.Generator().manual_seed(run.seed)
-        numbers = torch.randperm(len(examples), generator=generator)
-    train, held_out = numbers.split([num_train, data.val_set_size])
-    train_set = _take_examples(examples, train, data, processor)
-    held_out_set = None
-    if data.val_set_size > 0:
-        held_out_set = _take_examples(examples, held_out, data, processor)
-
-    if run.group_by_length and train_set.lengths is None:
-        logger.warning(
-            "%d examples without an index: their order is random, not grouped by length. "
-            "For --group_by_length, first: python -m ltu.index_dataset %s --base_model DIR",
-            len(train_set),
-            data.data_path,
-        )
-    return train_set, held_out_set
-
-
-def _open_examples(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedExamples:
-    """Return the examples of the index, if there is one, or of the dataset file."""
-    indexed = find_index(data.data_path, data.audio_root)
-    if indexed is not None:
-        indexed.check(processor, data.cutoff_len, data.train_on_inputs)
-        return indexed
-    examples = read_examples(data.data_path, data.audio_root)
-    errors: dict[str, AudioError] = {}
-    examples = processor.front_end.add_transcripts(examples, errors)
-    check_num_errors(errors, data.data_path, data.max_bad)
-    return examples
-
-
-def _take_examples(
-    examples: list[dict] | IndexedExamples,
-    numbers: torch.Tensor,
-    data: DataArguments,
-    processor: LtuProcessor,
-) -> QaDataset:
-    """Return the dataset of the examples with these numbers, (n,)."""
-    lengths = None
-    if isinstance(examples, IndexedExamples):
-        part = examples.take(numbers)
-        lengths = part.num_tokens.clamp(max=data.cutoff_len)  # (n,)
-    else:
-        part = [examples[number] for number in numbers.tolist()]
-    encode = partial(
-        processor.encode_example,
-        cutoff_len=data.cutoff_len,
-        train_on_inputs=data.train_on_inputs,
-    )
-    return QaDataset(
-        part,
-        encode=encode,
-        load_features=processor.front_end.load_features,
-        max_bad=data.max_bad,
-        lengths=lengths,
-        numbers=numbers,
-    )
-
-
 def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
     """Open the checkpoint and the dataset, and return a trainer that is ready to train."""
     set_seed(run.seed)
@@ -270,7 +178,7 @@ def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArgume
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
     processor.front_end.configure(**data.front_end)
-    train_set, held_out = make_datasets(data, run, processor)
+    train_set, held_out, _ = make_datasets(data, run, processor)
 
     # The model.
     bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
