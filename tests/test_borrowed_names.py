@@ -25,9 +25,9 @@ LIBRARIES = (
 ).split()
 # Modules inside a library whose documentation describes them as the place to import from.
 DOCUMENTED_MODULES = (
-    "fastapi.responses fastapi.security huggingface_hub.errors pyarrow.compute pyarrow.ipc "
-    "pyarrow.parquet safetensors.numpy safetensors.torch starlette.exceptions "
-    "starlette.middleware starlette.requests "
+    "fastapi.responses fastapi.security huggingface_hub.errors pyarrow.ipc pyarrow.parquet "
+    "safetensors.numpy "
+    "safetensors.torch starlette.exceptions starlette.middleware starlette.requests "
     "torchaudio.compliance torchaudio.functional transformers.generation "
     "transformers.modeling_outputs transformers.utils"
 ).split()

@@ -12,6 +12,7 @@ that tokenize alike. Transcripts that examples of LTU-AS lack are written into t
 makes them, or they are read from `--feature_root`.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -23,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -48,6 +48,7 @@ VERSION = 2  # Of the rules by which examples are checked before they are indexe
 EXAMPLES_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
 COUNTS = ("num_tokens", "num_prompt_tokens")
+CLIP_HASH = "clip_hash"  # Column by which distinct clips are counted without reading their names.
 MAX_KNOWN = 100_000  # Prompts whose number of tokens is cached.
 PROBED = 256  # Examples whose lengths are compared with those of the processor that is to train.
 
@@ -133,6 +134,7 @@ def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) ->
     }
     fields = [(name, pyarrow.string()) for name in TEXTS]
     fields += [(name, pyarrow.int32()) for name in COUNTS]
+    fields.append((CLIP_HASH, pyarrow.int64()))
     return pyarrow.schema(fields, {"ltu": json.dumps(about)})
 
 
@@ -166,12 +168,21 @@ def _make_columns(
     known: dict[str, int],
     errors: dict[str, AudioError],
 ) -> list[list]:
-    """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
+    """Return the columns `TEXTS`, `COUNTS` and `CLIP_HASH` of a block of examples."""
     examples = processor.front_end.add_transcripts(examples, errors)
     columns = []
     for name in TEXTS:
         columns.append([_as_utf8(example.get(name), name) for example in examples])
-    return columns + count_tokens(examples, processor, known)
+    hashes = [_clip_hash(example["audio_id"]) for example in examples]
+    return [*columns, *count_tokens(examples, processor, known), hashes]
+
+
+def _clip_hash(audio_id: str | None) -> int:
+    """Return 62 bits of a hash of an `audio_id` plus 1, or 0 for a question without audio."""
+    if audio_id in NO_AUDIO:
+        return 0
+    digest = hashlib.blake2b(audio_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") // 4 + 1
 
 
 def _as_utf8(text: str | None, name: str) -> bytes | None:
@@ -292,12 +303,10 @@ class IndexedExamples(Sequence):
 
     def count_audio(self) -> tuple[int, int]:
         """Count the examples with audio, and their distinct clips, of the whole index."""
-        audio_ids = pyarrow.chunked_array([batch.column("audio_id") for batch in self.batches])
-        no_audio = pyarrow.array(NO_AUDIO, pyarrow.string())
-        has_audio = pyarrow.compute.invert(pyarrow.compute.is_in(audio_ids, no_audio))
-        with_audio_only = audio_ids.filter(has_audio)
-        num_clips = pyarrow.compute.count_distinct(with_audio_only).as_py()
-        return len(with_audio_only), num_clips
+        hashes = [batch.column(CLIP_HASH).to_numpy() for batch in self.batches]
+        hashes = np.concatenate(hashes)  # (examples in the index,) int64
+        hashes = hashes[hashes != 0]
+        return len(hashes), len(np.unique(hashes))
 
     def check(self, processor: LtuProcessor) -> None:
         """Validate the index against the processor of the run that uses it.
