@@ -38,6 +38,7 @@ from ltu.inference.batch_inference import (
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.sampling import check_decoding
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.model_card import EVALUATION
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def provenance(model: str, questions: Path, settings: GenerationSettings) -> dic
     for path in sorted(folder.iterdir()):
         # The weights are hashed once, by `sha256_of_weights`.
         is_weights = path.name.startswith(("model", "pytorch_model"))
-        if path.is_file() and path.suffix != ".md" and not is_weights:
+        is_about_model = path.suffix == ".md" or path.name == EVALUATION
+        if path.is_file() and not is_about_model and not is_weights:
             small_files[path.name] = sha256_of(path)
     batch_settings = BatchSettings.from_flags(settings.parse_flags(model))
     return {

@@ -25,7 +25,7 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +41,8 @@ from eval.tasks import TASKS, Task, find_task
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
+from ltu.models.locate_checkpoint import find_checkpoint
+from ltu.models.model_card import EvaluationResult, save_evaluation
 from qa_generation.llm import LlmSettings
 
 # Fields of every prediction.
@@ -393,6 +395,36 @@ def write_report(
     return report.write_report(results, common, settings.output_dir)
 
 
+def update_model_card(model: ModelRun, results: list[report.Result], protocol: str) -> None:
+    """Write the results of a model into its checkpoint folder, and its model card.
+
+    Raises:
+        ValueError: The weights in the folder have changed since they were evaluated.
+        OSError: The folder cannot be written.
+    """
+    entries = []
+    checkpoint = None
+    for result in results:
+        if result.model != model.name:
+            continue
+        summary = result.summary
+        checkpoint = result.origin["checkpoint"]
+        entry = EvaluationResult(
+            task=result.task,
+            metric=summary.metric,
+            scoring=result.scoring,
+            protocol=protocol,
+            num_examples=summary.num_examples,
+            answered=summary.answered,
+            **asdict(summary.value),
+            failed=summary.failed,
+            questions_sha256=result.origin["questions"]["sha256"],
+        )
+        entries.append(entry)
+    if checkpoint is not None:
+        save_evaluation(find_checkpoint(model.checkpoint), entries, checkpoint)
+
+
 # --- The command
 
 
@@ -467,6 +499,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_ignored_keys(parser)
     add("--output_dir", type=Path, help="The folder of the report.")
+    add(
+        "--update_model_card",
+        action="store_true",
+        help="Write the results of each --model into its folder too: evaluation.json and the table "
+        "of its model card.",
+    )
     add(
         "--protocol",
         choices=("strict", "original"),
@@ -549,6 +587,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--task, --output_dir, and --model or --predictions are needed (or --list)")
     if args.model and not args.questions:
         parser.error("--model: give --questions; python -m eval.prepare_questions builds them")
+    if args.update_model_card:
+        check_model_folders(parser, args.model)
     if args.rest and not args.model:
         parser.error(f"unknown without --model: {' '.join(args.rest)}")
     if (args.judge_url or args.judge_local or args.judge_budget) and not args.judge_model:
@@ -569,6 +609,15 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     names = [name for name, _ in args.model + args.predictions]
     if len(set(names)) < len(names):
         parser.error(f"two of the same name among {', '.join(names)}: give NAME=PATH")
+
+
+def check_model_folders(parser: argparse.ArgumentParser, models: list[tuple[str, Path]]) -> None:
+    """End the command if the results of a model cannot be written into its folder."""
+    if not models:
+        parser.error("--update_model_card needs --model")
+    for _, path in models:
+        if not path.is_dir() and not Path("pretrained_mdls", path).is_dir():
+            parser.error(f"--update_model_card: {path} is no folder of this machine")
 
 
 def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
@@ -639,6 +688,9 @@ def main(argv: list[str] | None = None) -> int:
     for scoring in plan.scorings:
         results.append(score(scoring, settings))
     print(write_report(results, plan.left_out, settings))
+    if args.update_model_card:
+        for model in plan.models:
+            update_model_card(model, results, settings.protocol)
     return int(has_failed)
 
 

@@ -282,6 +282,8 @@ def test_a_run_records_the_examples_without_answer(checkpoint, cut_path):
     state = json.loads((output / "ltu_state.json").read_text())
     assert state["finished"]
     assert state["skipped"] == ["2.wav", "7.wav"]
+    assert state["data"]["num_with_audio"] == 9
+    assert state["data"]["sha256"] == hashlib.sha256(cut_path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("train_on_inputs", [True, False])
@@ -351,10 +353,13 @@ def test_summary_of_a_dataset(checkpoint, processor, tmp_path, is_indexed):
     ]
 
 
-def test_the_summary_says_how_many_answers_are_cut(checkpoint, processor, cut_path):
-    _, _, summary = open_datasets(processor, checkpoint, cut_path, cutoff_len=40, max_bad=2)
-    expected = "answers cut by --cutoff_len 40: 3, 2 of them completely, which are skipped"
-    assert summary.lines()[1] == expected
+def test_plan_prints_audio_and_answers_that_are_cut(checkpoint, cut_path, capsys):
+    flags = training_flags(checkpoint, cut_path, cut_path.parent / "run", cutoff_len=40, max_bad=2)
+    train([*flags, "--plan"])
+    printed = capsys.readouterr().out
+    assert "rows.json: 10 examples, 9 with audio (9 clips), 1 without\n" in printed
+    expected = "answers cut by --cutoff_len 40: 3, 2 of them completely, which are skipped\n"
+    assert expected in printed
 
 
 @pytest.mark.parametrize("is_indexed", [True, False])

@@ -12,21 +12,26 @@ copy, unless the language model was trained too. Audio encoder, projector and Lo
 memory and on disk. The frozen language model may be bf16; autocast converts between the two.
 """
 
+import logging
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ltu.models.card_seal import CARD
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
 from ltu.models.lora import find_targets, inject_lora
+from ltu.models.model_card import add_model_card
+
+logger = logging.getLogger(__name__)
 
 # The parameters that each plan trains, as prefixes of their names, or as an infix if it begins with
 # a dot. The plans are named as in the original.
@@ -78,6 +83,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
     def __init__(self, config: LtuConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
+        self.checkpoint_folder: Path | None = None  # The folder that was opened.
         self.audio_tower = AutoModel.from_config(config.audio_config)
         self.multi_modal_projector = LtuMultiModalProjector(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
@@ -299,6 +305,38 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             )
         return super().push_to_hub(*args, **kwargs)
 
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained` wrote, with the model card of the opened folder.
+
+        The card describes the weights of the folder, so it is uploaded with these only.
+        """
+        folder = self.checkpoint_folder
+        if folder is not None and (folder / CARD).is_file():
+            if self._has_weights_of(folder):
+                add_model_card(folder, Path(working_dir))
+            else:
+                logger.warning(
+                    "The weights are not those of %s any more: its model card is not uploaded.",
+                    folder,
+                )
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _has_weights_of(self, folder: Path) -> bool:
+        """Return whether the weights are equal to those that a checkpoint folder holds."""
+        own_state = {key: value for key, value in self.state_dict().items() if self.is_own(key)}
+        stored_keys = set()
+        for file in weight_files(folder, formats=("safetensors",)):
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  the file is no dict
+                    stored_keys.add(key)
+                    stored = tensors.get_tensor(key)
+                    own = own_state.get(key)
+                    if own is None or own.dtype != stored.dtype:
+                        return False
+                    if not torch.equal(own.cpu(), stored):
+                        return False
+        return set(own_state) - stored_keys <= set(self.all_tied_weights_keys)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -369,6 +407,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 )
         model = cls(config, language_model=llm)
         model._load_own(folder)
+        model.checkpoint_folder = folder
         if llm is not None:
             device = llm.get_input_embeddings().weight.device
             model.audio_tower.to(device)

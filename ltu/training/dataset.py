@@ -110,6 +110,10 @@ class QaDataset(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
+    def name_of(self, index: int) -> str:
+        """Return the number (from 1, in the dataset file) and the clip of an example."""
+        return f"{self._number(index)} ({self.examples[index]['audio_id']})"
+
     @property
     def skipped(self) -> list[str]:
         """The `audio_id` of every example that was skipped so far, or its number without audio."""
