@@ -49,6 +49,7 @@ class GenerationSettings:
         flags: flags of ltu.inference_batch, as given on the command line.
         seed: seed of sampling in the first trial; the next trial has the next seed.
         audio_root: folder of relative `audio_id`s; None is the folder of the questions.
+        ignored_keys: further keys that questions may have.
         label_prompt: question of `score_labels`.
         label_answer: template of a class as the answer, for `score_labels`.
     """
@@ -56,6 +57,7 @@ class GenerationSettings:
     flags: list[str] = field(default_factory=list)
     seed: int = 42
     audio_root: Path | None = None
+    ignored_keys: frozenset[str] = frozenset()
     label_prompt: str = "Closed-ended question: Generate audio labels."
     label_answer: str = "Labels: {}"
 
@@ -118,7 +120,7 @@ def generate(
     for task, path in questions.items():
         wanted[task] = provenance(model, path, settings)
         if not is_done(folder / f"{task}{PREDICTIONS}", wanted[task]):
-            todo[task] = read_examples(path, settings.audio_root, need_output=False)
+            todo[task] = read_examples(path, settings.audio_root, False, settings.ignored_keys)
             is_sampled = wanted[task]["decoding"]["do_sample"]
             trials[task] = number_trials(todo[task], is_sampled)
             num_trials = max(num_trials, max(trials[task]) + 1)
@@ -219,7 +221,7 @@ def score_labels(
     first line is their provenance; a clip that failed is retried by the next run.
     """
     examples = []
-    for example in read_examples(questions, settings.audio_root, need_output=False):
+    for example in read_examples(questions, settings.audio_root, False, settings.ignored_keys):
         examples.append(example | {"instruction": settings.label_prompt})
     candidates = label_candidates(task, settings.label_answer)
     wanted = provenance(model, questions, settings)

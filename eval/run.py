@@ -38,7 +38,7 @@ from eval.generate_predictions import GenerationSettings
 from eval.judge import Judge
 from eval.scorer_interface import Context, EvaluationError, Outcome
 from eval.tasks import TASKS, Task, find_task
-from ltu.data.check_examples import read_examples
+from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
 from ltu.models.locate_checkpoint import find_checkpoint
@@ -60,6 +60,7 @@ class ScoringSettings:
         open_embedder: Opens the embedder once for all predictions files.
         whisper_text: JSON audio_id -> transcript; None takes the transcripts in the predictions.
         judge: The judge of open-ended answers, None if there is none.
+        ignored_keys: Further keys that questions may have.
     """
 
     output_dir: Path
@@ -68,6 +69,7 @@ class ScoringSettings:
     open_embedder: Callable[[], text_embeddings.Embedder]
     whisper_text: Path | None
     judge: Judge | None
+    ignored_keys: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,9 @@ def score_labels(
 # --- Scoring
 
 
-def read_predictions(path: Path, questions: Path | None) -> list[dict]:
+def read_predictions(
+    path: Path, questions: Path | None, ignored_keys: frozenset[str] = frozenset()
+) -> list[dict]:
     """Read predictions with `prompt`, `pred`, `ref` and `audio_id`.
 
     Each question without a prediction is appended as a prediction without an answer.
@@ -264,11 +268,13 @@ def read_predictions(path: Path, questions: Path | None) -> list[dict]:
     if not predictions:
         raise EvaluationError(f"{path} contains no predictions.")
     if questions:
-        predictions += missing_predictions(predictions, path, questions)
+        predictions += missing_predictions(predictions, path, questions, ignored_keys)
     return predictions
 
 
-def missing_predictions(predictions: list[dict], path: Path, questions: Path) -> list[dict]:
+def missing_predictions(
+    predictions: list[dict], path: Path, questions: Path, ignored_keys: frozenset[str]
+) -> list[dict]:
     """Return a prediction without an answer for each question that has no prediction.
 
     Raises:
@@ -276,7 +282,7 @@ def missing_predictions(predictions: list[dict], path: Path, questions: Path) ->
     """
     # Collect the references of each question, and remove those that have a prediction.
     open_references: dict[tuple, list[Any]] = defaultdict(list)
-    for example in read_examples(questions, need_output=False):
+    for example in read_examples(questions, need_output=False, ignored_keys=ignored_keys):
         question = (example.get("audio_id"), example["instruction"])
         open_references[question].append(example.get("output"))
     for number, prediction in enumerate(predictions, start=1):
@@ -298,7 +304,7 @@ def missing_predictions(predictions: list[dict], path: Path, questions: Path) ->
 def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
     """Return the result of one predictions file, and write its items and its confusion matrix."""
     task = find_task(scoring.task)
-    predictions = read_predictions(scoring.predictions, scoring.questions)
+    predictions = read_predictions(scoring.predictions, scoring.questions, settings.ignored_keys)
     embedder = LazyEmbedder(settings.open_embedder)
     context = Context(
         protocol=settings.protocol,
@@ -491,6 +497,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="Folder of relative audio_ids (default: the folder of the questions).",
     )
+    add_ignored_keys(parser)
     add("--output_dir", type=Path, help="The folder of the report.")
     add(
         "--update_model_card",
@@ -634,6 +641,7 @@ def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
         open_embedder=cache(partial(text_embeddings.open_embedder, embedder, args.cache_dir)),
         whisper_text=args.whisper_text,
         judge=judge,
+        ignored_keys=parse_ignored_keys(args.ignored_keys),
     )
 
 
@@ -643,6 +651,7 @@ def generation_settings(args: argparse.Namespace) -> GenerationSettings:
         flags=args.rest,
         seed=args.seed,
         audio_root=args.audio_root,
+        ignored_keys=parse_ignored_keys(args.ignored_keys),
         label_prompt=args.label_prompt,
         label_answer=args.label_answer,
     )

@@ -32,7 +32,7 @@ STOPPED = 128 + signal.SIGTERM  # Exit status of a run that SIGTERM has ended.
 
 def print_plan(setup: RunSetup, run: RunArguments) -> None:
     """Print what a run is going to do."""
-    for line in setup.steps.describe(run.batch_size):
+    for line in [*setup.dataset.lines(), *setup.steps.describe(run.batch_size)]:
         print(line)
     print(f"bf16: {run.bf16}, {run.device}")
 

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ltu.checkpoints.open_checkpoint import QUANTIZATIONS
+from ltu.data.check_examples import IGNORED_KEYS_HELP
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 
@@ -190,7 +191,15 @@ class DataArguments:
         default=0,
         metadata={
             "help": "The number of examples that each process may skip because their clip cannot "
-            "be decoded."
+            "be decoded or no answer is left within --cutoff_len."
+        },
+    )
+    ignored_keys: str = field(default="", metadata={"help": IGNORED_KEYS_HELP})
+    text_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on a dataset in which no example has audio, which is an error without "
+            "this flag."
         },
     )
     original_positions: bool = field(

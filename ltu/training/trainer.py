@@ -6,12 +6,10 @@ original's logs.
 
 import dataclasses
 import json
-import logging
 import math
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Trainer, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
-from ltu.data.audio import AudioError
-from ltu.data.check_examples import check_audio, check_num_errors, read_examples
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.model_card import write_model_card
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
@@ -39,11 +35,9 @@ from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
-from ltu.training.dataset_index import IndexedExamples, find_index, sha256_of_dataset
 from ltu.training.model_setup import apply_liger, open_to_train
+from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, write_state
-
-logger = logging.getLogger(__name__)
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
 
@@ -266,91 +260,6 @@ class LtuTrainer(Trainer):
             )
 
 
-def make_datasets(
-    data: DataArguments, run: RunArguments, processor: LtuProcessor
-) -> tuple[QaDataset, Dataset | None]:
-    """Open the dataset file, or its index, and split it.
-
-    Returns:
-        The training examples, and the held-out ones or None. The training examples are in the
-        order of the file if none are held out.
-
-    Raises:
-        ValueError: the dataset file, its index or, with `--check_audio`, a clip is not valid, or
-            `--val_set_size` leaves no example to train on.
-    """
-    examples = _open_examples(data, processor)
-    if data.check_audio:
-        check_num_errors(check_audio(examples), data.data_path)
-    num_train = len(examples) - data.val_set_size
-    if num_train <= 0:
-        raise ValueError(
-            f"--val_set_size {data.val_set_size} leaves none of the {len(examples)} examples of "
-            f"{data.data_path}."
-        )
-
-    # All examples in the order of the file, or a random split.
-    numbers = torch.arange(len(examples))  # (examples,)
-    if data.val_set_size > 0:
-        generator = torch.Generator().manual_seed(run.seed)
-        numbers = torch.randperm(len(examples), generator=generator)
-    train, held_out = numbers.split([num_train, data.val_set_size])
-    train_set = _take_examples(examples, train, data, processor)
-    held_out_set = None
-    if data.val_set_size > 0:
-        held_out_set = _take_examples(examples, held_out, data, processor)
-
-    if run.group_by_length and train_set.lengths is None:
-        logger.warning(
-            "%d examples without an index: their order is random, not grouped by length. "
-            "For --group_by_length, first: python -m ltu.index_dataset %s --base_model DIR",
-            len(train_set),
-            data.data_path,
-        )
-    return train_set, held_out_set
-
-
-def _open_examples(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedExamples:
-    """Return the examples of the index, if there is one, or of the dataset file."""
-    indexed = find_index(data.data_path, data.audio_root)
-    if indexed is not None:
-        indexed.check(processor, data.cutoff_len, data.train_on_inputs)
-        return indexed
-    examples = read_examples(data.data_path, data.audio_root)
-    errors: dict[str, AudioError] = {}
-    examples = processor.front_end.add_transcripts(examples, errors)
-    check_num_errors(errors, data.data_path, data.max_bad)
-    return examples
-
-
-def _take_examples(
-    examples: list[dict] | IndexedExamples,
-    numbers: torch.Tensor,
-    data: DataArguments,
-    processor: LtuProcessor,
-) -> QaDataset:
-    """Return the dataset of the examples with these numbers, (n,)."""
-    lengths = None
-    if isinstance(examples, IndexedExamples):
-        part = examples.take(numbers)
-        lengths = part.num_tokens.clamp(max=data.cutoff_len)  # (n,)
-    else:
-        part = [examples[number] for number in numbers.tolist()]
-    encode = partial(
-        processor.encode_example,
-        cutoff_len=data.cutoff_len,
-        train_on_inputs=data.train_on_inputs,
-    )
-    return QaDataset(
-        part,
-        encode=encode,
-        load_features=processor.front_end.load_features,
-        max_bad=data.max_bad,
-        lengths=lengths,
-        numbers=numbers,
-    )
-
-
 @dataclass
 class RunSetup:
     """What a run is made of, before its model is opened.
@@ -359,6 +268,7 @@ class RunSetup:
         parent: the folder of `--base_model`.
         processor: its processor.
         train_set, held_out: the examples to train on, and those to evaluate, if any.
+        dataset: what both together contain.
         steps: the sizes of the run.
         record: what the run is, as in `ltu_state.json`.
     """
@@ -367,6 +277,7 @@ class RunSetup:
     processor: LtuProcessor
     train_set: QaDataset
     held_out: Dataset | None
+    dataset: DatasetSummary
     steps: StepPlan
     record: dict[str, Any]
 
@@ -381,7 +292,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
     processor.front_end.configure(**data.front_end)
-    train_set, held_out = make_datasets(data, run, processor)
+    train_set, held_out, dataset = make_datasets(data, run, processor)
     steps = StepPlan(
         num_examples=len(train_set),
         micro_batch_size=run.micro_batch_size,
@@ -401,7 +312,12 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         "stage": Path(run.output_dir).name,
         "parent": {"name": parent.name, "sha256": parent_sha256},
         "lineage": lineage_from(parent, parent_sha256),
-        "data": {"name": Path(data.data_path).name, "sha256": sha256_of_dataset(data.data_path)},
+        "data": {
+            "name": dataset.name,
+            "sha256": dataset.sha256,
+            "num_examples": dataset.num_examples,
+            "num_with_audio": dataset.num_with_audio,
+        },
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": steps.accumulation,
@@ -414,7 +330,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         # As they are after they were written and read.
         "arguments": json.loads(json.dumps(public_arguments(arguments), default=str)),
     }
-    return RunSetup(parent, processor, train_set, held_out, steps, record)
+    return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
 
 def make_trainer(
