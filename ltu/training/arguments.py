@@ -229,6 +229,8 @@ class RunArguments:
         },
     )
     tensorboard: bool = False
+    fsdp: str | None = field(default=None, metadata={"nargs": "?", "const": True})
+    fsdp_config: str | None = None
 
 
 class OneGpuArguments(TrainingArguments):

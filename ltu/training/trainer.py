@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import AutoProcessor, TrainingArguments, set_seed
 
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import check_audio, check_num_errors, read_examples
@@ -28,13 +28,14 @@ from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
 from ltu.training.dataset_index import IndexedExamples, find_index
 from ltu.training.model_setup import device_has_bf16, open_to_train
+from ltu.training.sharding import ShardedTrainer
 
 logger = logging.getLogger(__name__)
 
 ORDER_ARGUMENTS = ("seed", "batch_size", "val_set_size")
 
 
-class LtuTrainer(Trainer):
+class LtuTrainer(ShardedTrainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
     Args:
@@ -174,6 +175,8 @@ def training_arguments(
         seed=run.seed,
         # transformers 5.24 warns of any value but None; 5.17 lacks the new name of the argument.
         gradient_checkpointing=run.gradient_checkpointing or None,
+        fsdp=run.fsdp,
+        fsdp_config=run.fsdp_config,
     )
 
 
