@@ -82,6 +82,11 @@ BORROWED_NAMES = [
     ),
     # Training
     BorrowedName(
+        "transformers.integrations:apply_liger_kernel",
+        "ltu/training/model_setup.py",
+        "liger_kernel.transformers.apply_liger_kernel_to_llama and its siblings",
+    ),
+    BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
         "ltu/training/model_setup.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",

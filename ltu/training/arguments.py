@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from ltu.checkpoints.open_checkpoint import QUANTIZATIONS
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 
@@ -48,7 +49,8 @@ class ModelArguments:
         default="all",
         metadata={
             "help": "proj trains the projection only; all trains the audio encoder, the projection "
-            "and LoRA."
+            "and LoRA; full trains the audio encoder, the projection and the whole language model, "
+            "in fp32 and without LoRA. LoRA of the checkpoint is merged first."
         },
     )
     freeze_audio_tower: bool = field(
@@ -99,6 +101,42 @@ class ModelArguments:
             "all visible GPUs."
         },
     )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "4bit or 8bit: quantize the frozen language model during training. LoRA stays "
+            "fp32. Needs pip install -e '.[4bit]'."
+        },
+    )
+
+    def find_contradiction(self) -> str | None:
+        """Return why these flags cannot be used together, or None if they can."""
+        if self.quantization not in (None, *QUANTIZATIONS):
+            choices = ", ".join(QUANTIZATIONS)
+            return f"--quantization {self.quantization}: choose from {choices}"
+        if self.trainable_params != "full":
+            return None
+        lora_flags = {
+            "lora_r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+        }
+        if self.lora_target_modules is not None:
+            targets = parse_list(self.lora_target_modules)
+            lora_flags["lora_target_modules"] = None if targets == ["dummy"] else targets
+        given = [f"--{name}" for name, value in lora_flags.items() if value is not None]
+        if given:
+            return (
+                f"{', '.join(given)} with --trainable_params full, which trains the language model "
+                "itself and has no LoRA: leave the flag out, or say --lora_target_modules "
+                "'[\"dummy\"]'"
+            )
+        if self.quantization is not None:
+            return (
+                f"--quantization {self.quantization} with --trainable_params full: quantized "
+                "weights cannot be trained. Train LoRA: --trainable_params all"
+            )
+        return None
 
 
 @dataclass
@@ -281,6 +319,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:
         parser.error(f"--trainable_params {plan}: choose from {', '.join(TRAINABLE_PLANS)}")
+    contradiction = model_args.find_contradiction()
+    if contradiction is not None:
+        parser.error(contradiction)
     if run_args.bf16 not in ("auto", "True", "False"):
         parser.error(f"--bf16 {run_args.bf16}: choose from auto, True, False")
     values = vars(data_args) | vars(run_args)
