@@ -96,6 +96,20 @@ BORROWED_NAMES = [
         "ltu/training/model_setup.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
     ),
+    *(
+        BorrowedName(
+            f"transformers:Trainer.{name}",
+            "ltu/training/sharding.py",
+            "save_model and the callbacks on_save and on_train_begin",
+        )
+        for name in (
+            "_save",
+            "_save_optimizer_and_scheduler",
+            "_load_from_checkpoint",
+            "_load_optimizer_and_scheduler",
+            "_load_best_model",
+        )
+    ),
     # The page
     BorrowedName(
         "gradio.utils:get_upload_folder",

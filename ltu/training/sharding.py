@@ -14,22 +14,46 @@ only a part is here:
   zeros, of which nothing is used: its gradient is zero.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
 from ltu.models.locate_checkpoint import weight_files
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 
-OPTIMIZER_FILE = "optimizer.pt"  # Of a run without FSDP.
+OPTIMIZER_FOLDER = "optimizer_sharded"
 SCHEDULER_FILE = "scheduler.pt"
+METADATA_FILE = ".metadata"  # Of a folder that torch.distributed.checkpoint writes.
+
+# The names that its pickle of metadata refers to, besides dtypes of torch.
+METADATA_NAMES = {
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.serialization", "_get_layout"),
+}
 
 
 def check_devices(args: TrainingArguments) -> None:
@@ -187,6 +211,72 @@ def _load_tensor(target: Tensor, whole: Tensor) -> None:
         target.copy_(whole)
 
 
+def save_optimizer(model: LtuForConditionalGeneration, optimizer: Optimizer, folder: Path) -> None:
+    """Write the states of a sharded optimizer; each rank writes its part.
+
+    Every rank must call this.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    try:
+        dcp.save(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:  # It is no Exception, but a BaseException.
+        raise OSError(f"{folder} cannot be written: {_describe(error)}") from error
+
+
+def load_optimizer(model: LtuForConditionalGeneration, optimizer: Optimizer, folder: Path) -> None:
+    """Load the states of a sharded optimizer, which any number of ranks may have written.
+
+    accelerate's own function loads nothing into a new optimizer in some of its versions.
+    Every rank must call this.
+
+    Raises:
+        ValueError: the folder is damaged, or of another model.
+    """
+    check_metadata(folder / METADATA_FILE)
+    # A new optimizer has no states to load into: this makes some.
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{folder} is damaged, or of another model: {_describe(error)}") from error
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def _describe(error: dcp.CheckpointException) -> str:
+    """Return the error of the first rank that failed, in one line."""
+    rank, (reason, _) = next(iter(error.failures.items()))
+    lines = str(reason).splitlines() or [""]
+    return f"rank {rank}: {type(reason).__name__}: {lines[0]}"
+
+
+def check_metadata(path: Path) -> None:
+    """Check that a pickle of metadata refers to nothing but metadata.
+
+    torch opens it as any pickle, which could run code.
+
+    Raises:
+        ValueError: it refers to something else, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: the checkpoint is not complete.") from error
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or no metadata of torch: {error}") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in METADATA_NAMES:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+
 class ShardedTrainer(Trainer):
     """The Trainer of transformers, whose FSDP2 fits a model of which checkpoints hold a part.
 
@@ -254,8 +344,8 @@ class ShardedTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        folder = Path(output_dir, OPTIMIZER_FOLDER)
+        save_optimizer(self.model, self.optimizer.optimizer, folder)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_FILE))
 
@@ -268,7 +358,7 @@ class ShardedTrainer(Trainer):
             ValueError: FSDP has written it and is off now, or the reverse.
         """
         folder = Path(resume_from_checkpoint)
-        is_sharded = not (folder / OPTIMIZER_FILE).is_file()
+        is_sharded = (folder / OPTIMIZER_FOLDER).is_dir()
         if is_sharded != self.is_fsdp_enabled:
             written = "with" if is_sharded else "without"
             raise ValueError(
@@ -280,6 +370,15 @@ class ShardedTrainer(Trainer):
             load_weights(self.model, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `_save_optimizer_and_scheduler` has written."""
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint, OPTIMIZER_FOLDER))
+        state = torch.load(Path(checkpoint, SCHEDULER_FILE), weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint."""
