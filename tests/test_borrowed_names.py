@@ -94,6 +94,11 @@ BORROWED_NAMES = [
         )
     ),
     BorrowedName(
+        "transformers.integrations:get_available_reporting_integrations",
+        "ltu/training/arguments.py",
+        "the RuntimeError of the Trainer's constructor",
+    ),
+    BorrowedName(
         "transformers.trainer_utils:rotate_checkpoints",
         "ltu/training/trainer.py",
         "shutil.rmtree of all checkpoints but the newest and the best",
@@ -112,6 +117,20 @@ BORROWED_NAMES = [
         "torch.cpu:_is_avx512_bf16_supported",
         "ltu/training/arguments.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
+    ),
+    *(
+        BorrowedName(
+            f"transformers:Trainer.{name}",
+            "ltu/training/sharding.py",
+            "save_model and the callbacks on_save and on_train_begin",
+        )
+        for name in (
+            "_save",
+            "_save_optimizer_and_scheduler",
+            "_load_from_checkpoint",
+            "_load_optimizer_and_scheduler",
+            "_load_best_model",
+        )
     ),
     # The page
     BorrowedName(

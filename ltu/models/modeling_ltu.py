@@ -255,7 +255,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 f"{self.config.audio_token_id}); LtuProcessor writes them."
             )
         token_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
-        if num_runs == 0:
+        # Clips that no run uses are encoded all the same: with FSDP, the audio encoder must run on
+        # every rank or on none.
+        if num_clips == 0:
             return token_embeds
         if audio_embeds is None:
             audio_embeds = self.get_audio_features(input_features)
@@ -291,7 +293,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             position_ids: (batch, length); by default positions count unmasked tokens only. The
                 original's training counts padding too.
             inputs_embeds: (batch, length, hidden), in place of `input_ids`.
-            audio_index: (runs,) the clip of each run, where several runs share a clip.
+            audio_index: (runs,) the clip of each run, where several runs share a clip, or a clip
+                has no run.
             audio_embeds: (clips, tokens of a clip, hidden), such as those of `get_audio_features`,
                 in place of `input_features`.
             prompt_embeds: (batch, prompt length, hidden) embeddings of the first tokens of

@@ -20,6 +20,7 @@ from ltu.checkpoints.open_checkpoint import QUANTIZATIONS
 from ltu.data.check_examples import IGNORED_KEYS_HELP
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
+from ltu.training import sharding
 
 DESCRIPTION = (
     "Trains one stage. The checkpoint folder determines the audio encoder, the LoRA settings and "
@@ -365,11 +366,6 @@ class RunArguments(TrainingArguments):
         if self.bf16 not in ("auto", "True", "False"):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
         self.bf16 = device_has_bf16() if self.bf16 == "auto" else self.bf16 == "True"
-        if self.fsdp and self.use_cpu:
-            raise ValueError(
-                "--fsdp: this machine has no GPU, and on CPUs the Trainer would use DDP instead. "
-                "Leave the flag out, or train on GPUs."
-            )
         # transformers 5.24 warns of the old name of this argument, 5.17 lacks the new one.
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = True
@@ -385,6 +381,8 @@ class RunArguments(TrainingArguments):
         self.gradient_accumulation_steps = self.batch_size // self.micro_batch_size // world_size
         self._set_reports()
         super().__post_init__()
+        if self.fsdp:
+            sharding.check_devices(self)
         for name in ("eval_strategy", "logging_strategy", "save_strategy"):
             if getattr(self, name) == "epoch":
                 raise ValueError(

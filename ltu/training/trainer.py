@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, Trainer, set_seed
+from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
@@ -38,6 +38,7 @@ from ltu.training.dataset import QaDataset
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, write_state
+from ltu.training.sharding import ShardedTrainer
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
 
@@ -46,7 +47,7 @@ class NonFiniteError(ValueError):
     """A loss or a gradient norm that is NaN or infinite."""
 
 
-class LtuTrainer(Trainer):
+class LtuTrainer(ShardedTrainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
     Training ends at the first loss or gradient norm that is not finite, before it changes the
@@ -205,13 +206,6 @@ class LtuTrainer(Trainer):
         if not _internal_call:
             write_state(folder, self._current_record())
             write_model_card(folder, self.state.log_history)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the weights of a checkpoint, every key of them."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.model.load_own(Path(resume_from_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our model card, where the Trainer would write its own before an upload."""
