@@ -69,6 +69,11 @@ class TltrConfig(PreTrainedConfig):
         self.feature_divisor = feature_divisor
         super().__init__(**kwargs)
 
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """The shape of the features of a clip."""
+        return (self.num_whisper_layers, self.num_audio_tokens, self.hidden_size)
+
 
 class LtuAsConfig(LtuConfig):
     """`LtuConfig` with TLTR as the default audio encoder."""

@@ -83,6 +83,11 @@ class CavMaeConfig(PreTrainedConfig):
     def num_audio_tokens(self) -> int:
         return self.num_frames // self.patch_size // self.time_pooling
 
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """The shape of the features of a clip."""
+        return (self.num_frames, self.num_mel_bins)
+
 
 class YamnetConfig(PreTrainedConfig):
     """YAMNet, a MobileNet trained on AudioSet: the small audio encoder of the quickstart.
@@ -119,6 +124,11 @@ class YamnetConfig(PreTrainedConfig):
     @property
     def num_audio_tokens(self) -> int:
         return ceil(self.num_frames / self.time_stride)
+
+    @property
+    def feature_shape(self) -> tuple[int, ...]:
+        """The shape of the features of a clip."""
+        return (self.num_frames, self.num_mel_bins)
 
 
 class LtuConfig(PreTrainedConfig):
