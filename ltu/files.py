@@ -60,10 +60,16 @@ def write_json(value: Any, path: Path) -> None:
     replace_file(path, text.encode("utf-8", "backslashreplace"), is_synced=True)
 
 
+def sync_files(paths: Iterable[Path]) -> None:
+    """Return when the contents of files are on the disk."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def sync_and_rename(unfinished: Path, path: Path) -> None:
     """Give a file its name, once it is on the disk."""
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
+    sync_files([unfinished])
     os.replace(unfinished, path)
 
 

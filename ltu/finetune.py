@@ -5,115 +5,117 @@
     python -m ltu.finetune ... --show_batch             print a batch as the model gets it, and stop
     python -m ltu.finetune ... --plan                   print steps, sizes and parameters, and stop
 
-The flags have the names of the original's. `--base_model` is a checkpoint folder that
-`ltu.convert_checkpoint` or the stage before has written. The folder determines the audio encoder,
-the rank of LoRA and the prompt template; a flag that contradicts it is an error.
+The flags are those of the original, by name, and those of the Trainer of transformers.
+`--base_model` is a checkpoint folder that `ltu.convert_checkpoint` or the stage before has written.
+The folder determines the audio encoder, the rank of LoRA and the prompt template; a flag that
+contradicts it is an error.
 
 The logged learning rate is the one after the step, and the epoch counts micro-batches, as in the
 original's logs.
+
+Exit status: 0 when the run is finished; 1 for an error, also for a loss that is not finite; 2 for a
+wrong flag; 143 when SIGTERM has ended the run early, with a checkpoint.
 """
 
-import json
-import os
+import signal
 import sys
-from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from ltu.files import run_command
-from ltu.models.locate_checkpoint import find_checkpoint, sha256_of_weights
-from ltu.training.arguments import parse_args
+from ltu.training.arguments import RunArguments, parse_args
 from ltu.training.collator import describe_batch
-from ltu.training.trainer import find_resumed, make_trainer
+from ltu.training.run_folder import RunFolder, Start, on_main_process
+from ltu.training.trainer import LtuTrainer, RunSetup, make_trainer, prepare_run
 
-# Flags that decide what is trained.
-DECISIVE_FLAGS = (
-    "base_model",
-    "data_path",
-    "trainable_params",
-    "cutoff_len",
-    "batch_size",
-    "num_epochs",
-    "max_steps",
-    "learning_rate",
-    "seed",
-)
+STOPPED = 128 + signal.SIGTERM  # Exit status of a run that SIGTERM has ended.
 
 
-def is_finished(output_dir: str, flags: dict[str, Any]) -> bool:
-    """Return whether a run with these flags has trained all its steps, by the state that it wrote.
+def print_plan(setup: RunSetup, run: RunArguments) -> None:
+    """Print what a run is going to do."""
+    for line in setup.steps.describe(run.batch_size):
+        print(line)
+    print(f"bf16: {run.bf16}, {run.device}")
 
-    Raises:
-        ValueError: the finished run had other flags, or its base model has other weights now.
-    """
-    state = Path(output_dir, "ltu_state.json")
-    if not state.is_file():
-        return False
-    try:
-        record = json.loads(state.read_bytes())
-    except ValueError:  # A power failure can leave an incomplete file.
-        return False
-    if not record.get("finished", False):
-        return False
-    hint = "Give another --output_dir, or remove the folder to train again."
-    stored = record.get("arguments", {})
-    for name in DECISIVE_FLAGS:
-        if name in stored and stored[name] != flags[name]:
-            raise ValueError(
-                f"{output_dir} has a finished run with --{name} {stored[name]}, not "
-                f"{flags[name]}. {hint}"
+
+def print_parameters(trainer: LtuTrainer) -> None:
+    """Print the number of trainable parameters, in the words of peft."""
+    parameters = trainer.record["parameters"]
+    trainable = parameters["trainable"]
+    total = parameters["all"]
+    print(
+        f"trainable params: {trainable} || all params: {total} || "
+        f"trainable%: {100 * trainable / total}"
+    )
+
+
+def train(trainer: LtuTrainer, start: Start) -> int:
+    """Train to the end, or until SIGTERM; return the exit status."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        trainer.is_stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    trainer.train(resume_from_checkpoint=start.checkpoint)
+    step = trainer.state.global_step
+    if step < trainer.state.max_steps:
+        if trainer.is_world_process_zero():
+            print(
+                f"SIGTERM: stopped at step {step} of {trainer.state.max_steps}. Continue with "
+                f"--resume_from_checkpoint last ({trainer.args.output_dir}/checkpoint-{step})",
+                file=sys.stderr,
             )
-    parent = record.get("parent")
-    if parent is not None:
-        base_model = find_checkpoint(flags["base_model"])
-        if sha256_of_weights(base_model) != parent["sha256"]:
-            raise ValueError(
-                f"{output_dir} has a finished run from other weights than {base_model} has now. "
-                f"{hint}"
-            )
-    return True
+        return STOPPED
 
-
-def main(argv: list[str] | None = None) -> None:
-    model_args, data, run = parse_args(argv)
-    trains = not (data.plan or data.show_batch)
-    flags = vars(model_args) | vars(data) | vars(run)
-    if trains and run.skip_finished and is_finished(run.output_dir, flags):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{run.output_dir} is finished; remove it to train again")
-        return
-    trainer = make_trainer(model_args, data, run)
-    record = trainer.record
-    if trainer.is_world_process_zero():
-        trainable = record["parameters"]["trainable"]
-        total = record["parameters"]["all"]
-        print(
-            f"trainable params: {trainable} || all params: {total} || "
-            f"trainable%: {100 * trainable / total}"
-        )
-        print(
-            f"{record['num_examples']} examples, {record['total_steps']} steps of "
-            f"{record['examples_per_step']}, bf16: {trainer.args.bf16}, {trainer.args.device}"
-        )
-    if data.plan:
-        return
-    if data.show_batch:
-        batch = next(iter(trainer.get_train_dataloader()))
-        print(describe_batch(batch, trainer.processing_class))
-        return
-
-    trainer.train(resume_from_checkpoint=find_resumed(run, record))
     trainer.gather_skipped()
-    trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        skipped = trainer.train_dataset.skipped
-        if skipped:
-            print(f"{len(skipped)} examples skipped: {skipped[:10]}", file=sys.stderr)
+    trainer.save_model()
+    skipped = trainer.train_dataset.skipped
+    if skipped and trainer.is_world_process_zero():
+        print(f"{len(skipped)} examples skipped: {skipped[:10]}", file=sys.stderr)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    model_args, data, run = parse_args(argv)
+    is_main = run.process_index == 0
+    setup = prepare_run(model_args, data, run)
+    if is_main:
+        print_plan(setup, run)
+    if data.plan or data.show_batch:
+        trainer = make_trainer(model_args, data, run, setup)
+        print_parameters(trainer)
+        if data.show_batch:
+            batch = next(iter(trainer.get_train_dataloader()))
+            print(describe_batch(batch, trainer.processing_class))
+        return 0
+
+    folder = RunFolder(run, setup.record)
+    try:
+        start = on_main_process(folder.open, run.process_index, run.world_size)
+        if is_main:
+            for note in start.notes:
+                print(f"note: {note}", file=sys.stderr)
+        if start.is_finished:
+            if is_main:
+                print(f"{run.output_dir} is finished; remove it to train again")
+            return 0
+        setup.record["run_id"] = start.run_id
+        trainer = make_trainer(model_args, data, run, setup)
+        trainer.run_folder = folder
+        if is_main:
+            folder.begin(start)
+            print_parameters(trainer)
+            if start.checkpoint is not None:
+                print(f"continues from {start.checkpoint}")
+        status = train(trainer, start)
+    finally:
+        folder.close()
 
     # Wait for all processes: one that exits while others still write would abort, and with it the
     # rendezvous of several machines.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    return status
 
 
 if __name__ == "__main__":

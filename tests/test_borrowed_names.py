@@ -25,8 +25,8 @@ LIBRARIES = (
 ).split()
 # Modules inside a library whose documentation describes them as the place to import from.
 DOCUMENTED_MODULES = (
-    "fastapi.responses fastapi.security huggingface_hub.errors pyarrow.ipc pyarrow.parquet "
-    "safetensors.numpy "
+    "accelerate.utils fastapi.responses fastapi.security huggingface_hub.errors pyarrow.ipc "
+    "pyarrow.parquet safetensors.numpy "
     "safetensors.torch starlette.exceptions starlette.middleware starlette.requests "
     "torchaudio.compliance torchaudio.functional transformers.generation "
     "transformers.modeling_outputs transformers.utils"
@@ -81,14 +81,26 @@ BORROWED_NAMES = [
         "LoraConfig without target_modules, which peft fills in",
     ),
     # Training
+    *(
+        BorrowedName(f"transformers:Trainer.{name}", "ltu/training/trainer.py", replacement)
+        for name, replacement in (
+            ("_get_grad_norm", "the callback on_pre_optimizer_step, with a norm of our own"),
+            ("_save_checkpoint", "the callback on_save, after old checkpoints were deleted"),
+        )
+    ),
+    BorrowedName(
+        "transformers.trainer_utils:rotate_checkpoints",
+        "ltu/training/trainer.py",
+        "shutil.rmtree of all checkpoints but the newest and the best",
+    ),
     BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
-        "ltu/training/model_setup.py",
+        "ltu/training/arguments.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
     ),
     BorrowedName(
         "torch.cpu:_is_avx512_bf16_supported",
-        "ltu/training/model_setup.py",
+        "ltu/training/arguments.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
     ),
     # The page

@@ -6,6 +6,7 @@ They parse, the scripts pass the papers' hyper-parameters, and finished stages a
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ import pytest
 import ltu_as  # noqa: F401  adds the flags of Whisper
 from ltu import finetune
 from ltu.training.arguments import parse_args
+from tests.tiny import write_checkpoint, write_llm, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["stage1_proj_cla", "stage2_all_cla", "stage3_all_close", "stage4_all_mix"]
@@ -189,50 +191,38 @@ class TrainingStarted(Exception):
     """A stage was not skipped."""
 
 
-@pytest.mark.parametrize("flags", [(), ("--output_dir", "{}"), ("--output_dir={}",)])
 def test_finished_stage_is_skipped(
-    flags: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    """`stage1_proj_cla.sh` trains once; a second call with the same flags does nothing."""
+    base_model = write_checkpoint(tmp_path / "base", write_llm(tmp_path / "llm"))
+    data_path = write_rows(tmp_path / "data", 8)
     folder = tmp_path / "exp" / "stage1_proj_cla"
-    folder.mkdir(parents=True)
-    arguments = [flag.format(folder) for flag in flags]
-    exp = str(tmp_path / "elsewhere" if flags else tmp_path / "exp")
-    status, argv = run_script("stage1_proj_cla", tmp_path, *arguments, EXP=exp)
+    small = "--batch_size 4 --micro_batch_size 2 --num_workers 0 --bf16 False --cutoff_len 100"
+    paths = ["--base_model", str(base_model), "--data_path", str(data_path)]
+    exp = str(tmp_path / "exp")
+    status, argv = run_script("stage1_proj_cla", tmp_path, *paths, *small.split(), EXP=exp)
     assert status == 0
+    finetune.main(argv[2:])
+    assert json.loads((folder / "ltu_state.json").read_text())["finished"]
 
     def train(*_) -> None:
         raise TrainingStarted
 
     monkeypatch.setattr(finetune, "make_trainer", train)
-    states = ['{"step": 5, "finished": false}', '{"stage": "init"}', '{"step": 5, "finis']
-    for text in states:
-        (folder / "ltu_state.json").write_text(text)
-        with pytest.raises(TrainingStarted):
-            finetune.main(argv[2:])
-    (folder / "ltu_state.json").write_text('{"step": 5, "finished": true}')
     capsys.readouterr()
     finetune.main(argv[2:])
-    assert capsys.readouterr().out == f"{folder} is finished; remove it to train again\n"
-    with pytest.raises(TrainingStarted):
-        finetune.main([*argv[2:], "--skip_finished", "False"])
-    with pytest.raises(TrainingStarted):
-        finetune.main([*argv[2:], "--plan"])
+    assert f"{folder} is finished; remove it to train again\n" in capsys.readouterr().out
+    for flags in (["--overwrite"], ["--plan"], ["--output_dir", str(tmp_path / "new")]):
+        with pytest.raises(TrainingStarted):
+            finetune.main([*argv[2:], *flags])
 
     # A finished run with other flags, or from other weights, is not taken for this one.
-    other_seed = '{"finished": true, "arguments": {"seed": 1}}'
-    (folder / "ltu_state.json").write_text(other_seed)
-    with pytest.raises(ValueError, match="finished run with --seed 1, not 42"):
+    with pytest.raises(ValueError, match="another run: --seed: 42 there, 1 here"):
+        finetune.main([*argv[2:], "--seed", "1"])
+    write_checkpoint(base_model, tmp_path / "llm", seed=1)
+    with pytest.raises(ValueError, match="another run: the weights of --base_model"):
         finetune.main(argv[2:])
-    base_model = tmp_path / "base"
-    base_model.mkdir()
-    (base_model / "config.json").write_text('{"model_type": "ltu"}')
-    (base_model / "model.safetensors").write_bytes(b"trained again")
-    (folder / "ltu_state.json").write_text('{"finished": true, "parent": {"sha256": "of before"}}')
-    with pytest.raises(ValueError, match="from other weights than"):
-        finetune.main([*argv[2:], "--base_model", str(base_model)])
 
 
 # A Python whose commands only create their outputs, empty. It appends the module of each command

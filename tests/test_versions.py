@@ -14,7 +14,7 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.models import version_check
 from ltu.models.generation_ltu import find_cache
-from ltu.training.arguments import OneGpuArguments
+from ltu.training.arguments import RunArguments
 from tests.tiny import LORA, SPECIAL, audio_config, clip, write_checkpoint, write_llm
 
 QUESTIONS = ["What is it?", "Which of the two sounds comes first, and why do you think so?"]
@@ -354,4 +354,4 @@ def test_a_language_model_that_needs_more_than_the_cache_is_refused():
 @pytest.mark.parametrize("visible, used", [(0, 0), (1, 1), (4, 1)])
 def test_a_process_trains_on_one_gpu(tmp_path, monkeypatch, visible, used):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: visible))
-    assert OneGpuArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == used
+    assert RunArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == used

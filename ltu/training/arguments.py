@@ -10,9 +10,10 @@ that no flag repeats them. The LoRA flags are None unless a fresh LoRA needs the
 import os
 import shlex
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
-from transformers import HfArgumentParser, TrainingArguments
+import torch
+from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
@@ -29,8 +30,6 @@ SMALLEST = {
     "batch_size": 1,
     "micro_batch_size": 1,
     "num_epochs": 1,
-    "logging_steps": 1,
-    "save_steps": 1,
     "cutoff_len": 2,
     "val_set_size": 0,
     "max_bad": 0,
@@ -173,33 +172,54 @@ class DataArguments:
     front_end: dict[str, str | None] = field(init=False, default_factory=dict)
 
 
+# Flags of the Trainer that are refused, because another flag has their meaning here or because they
+# would change the loss or the order of examples of the original; each with what to do.
+REFUSED = {
+    "per_device_train_batch_size": "the name of this flag is --micro_batch_size",
+    "num_train_epochs": "the name of this flag is --num_epochs",
+    "dataloader_num_workers": "the name of this flag is --num_workers",
+    "gradient_accumulation_steps": "it follows from --batch_size, --micro_batch_size and the "
+    "number of processes",
+    "train_sampling_strategy": "the order of examples is the original's; --group_by_length "
+    "batches examples of similar length",
+    "length_column_name": "--group_by_length counts the tokens itself",
+    "dataloader_drop_last": "the micro-batches are the original's",
+    "accelerator_config": "the micro-batches of a process are the original's",
+    "auto_find_batch_size": "it would change the micro-batches; lower --micro_batch_size",
+    "ignore_data_skip": "a resumed run would use the same examples again",
+    "remove_unused_columns": "examples are checked when they are read",
+    "label_names": "the labels are the answers",
+    "average_tokens_across_devices": "the loss is the original's: the mean of the means of "
+    "micro-batches",
+    "label_smoothing_factor": "the loss is the original's",
+    "fp16": "its loss scaling skips steps without an error; use bf16, or fp32 on devices without",
+    "logging_nan_inf_filter": "training ends at the first loss that is not finite",
+    "enable_jit_checkpoint": "SIGTERM always writes a checkpoint",
+    "local_rank": "torchrun sets it",
+}
+
+
 @dataclass
-class RunArguments:
-    """Flags of the training run."""
+class RunArguments(TrainingArguments):
+    """Flags of the training run: all flags of the Trainer but `REFUSED`, and the original's.
+
+    The defaults are the original's: AdamW with betas 0.9 and 0.999 and epsilon 1e-8, no weight
+    decay, gradients clipped at 1.0, and a linear schedule after 100 steps of warm-up.
+    """
 
     output_dir: str = field(
         metadata={"help": "The folder of the run. It is a checkpoint folder when training is done."}
     )
-    batch_size: int = field(
-        default=256,
-        metadata={"help": "The number of examples in one optimizer step, over all ranks."},
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "The learning rate after the warm-up."}
     )
-    micro_batch_size: int = field(
-        default=8, metadata={"help": "The number of examples in one forward pass of one rank."}
+    warmup_steps: float = field(
+        default=100,
+        metadata={
+            "help": "The number of warm-up steps, or their fraction of all steps if below 1."
+        },
     )
-    skip_finished: bool = field(
-        default=False,
-        metadata={"help": "Do not train again if the run in --output_dir is finished."},
-    )
-    num_epochs: int = 1
-    max_steps: int = field(
-        default=-1,
-        metadata={"help": "The number of optimizer steps, instead of that of the epochs."},
-    )
-    learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    group_by_length: bool = False
-    gradient_checkpointing: bool = False
+    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
     bf16: str = field(
         default="auto",
         metadata={
@@ -207,19 +227,60 @@ class RunArguments:
             "it."
         },
     )
-    seed: int = 42
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Compute activations again in the backward pass, to save memory."},
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "The number of steps between two entries of the log."}
+    )
+    save_steps: float = field(
+        default=200, metadata={"help": "The number of steps between two checkpoints."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "The number of checkpoints that are kept."}
+    )
+    per_device_eval_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Held-out examples in one forward pass; by default --micro_batch_size."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "last continues from the newest complete checkpoint of the run in "
+            "--output_dir; auto does so too, or starts the run if there is none; a folder "
+            "checkpoint-N continues from there."
+        },
+    )
+    # The audio encoder has norms that are not used, and a batch may have no audio.
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "Whether DDP looks for parameters without a gradient."}
+    )
+
+    batch_size: int = field(
+        default=256,
+        metadata={"help": "The number of examples in one optimizer step, over all ranks."},
+    )
+    micro_batch_size: int = field(
+        default=8, metadata={"help": "The number of examples in one forward pass of one rank."}
+    )
+    num_epochs: int = field(default=1, metadata={"help": "How often every example is used."})
+    group_by_length: bool = field(
+        default=False, metadata={"help": "Put examples of similar length into one batch."}
+    )
     num_workers: int = field(
         default=2, metadata={"help": "The number of processes that load audio."}
     )
-    logging_steps: int = 10
-    save_steps: int = 200
-    save_total_limit: int = 2
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "A folder checkpoint-N of this run, or 'last', to resume from."},
+    skip_finished: bool = field(
+        default=False,
+        metadata={"help": "Do not train again if the run in --output_dir is finished."},
     )
-    wandb_project: str = ""
-    wandb_run_name: str = ""
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Delete the run that --output_dir holds, and train from the beginning."},
+    )
+    wandb_project: str = field(default="", metadata={"help": "Log to this project of wandb."})
+    wandb_run_name: str = field(default="", metadata={"help": "The name of the run in wandb."})
     wandb_watch: str = field(default="", metadata={"help": "false, gradients or all."})
     wandb_log_model: str = field(
         default="",
@@ -228,20 +289,104 @@ class RunArguments:
             "original's value, means end."
         },
     )
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata={"help": "Log to tensorboard."})
 
+    # Not flags: `__post_init__` sets them, or they have the only value that is right here.
+    per_device_train_batch_size: int = field(init=False, default=8)
+    num_train_epochs: float = field(init=False, default=1)
+    dataloader_num_workers: int = field(init=False, default=0)
+    gradient_accumulation_steps: int = field(init=False, default=1)
+    train_sampling_strategy: str = field(init=False, default="random")
+    length_column_name: str = field(init=False, default="length")
+    dataloader_drop_last: bool = field(init=False, default=False)
+    accelerator_config: dict | str | None = field(init=False, default=None)
+    auto_find_batch_size: bool = field(init=False, default=False)
+    ignore_data_skip: bool = field(init=False, default=False)
+    remove_unused_columns: bool = field(init=False, default=False)
+    label_names: list[str] | None = field(init=False, default=None)
+    average_tokens_across_devices: bool = field(init=False, default=False)
+    label_smoothing_factor: float = field(init=False, default=0.0)
+    fp16: bool = field(init=False, default=False)
+    logging_nan_inf_filter: bool = field(init=False, default=False)
+    enable_jit_checkpoint: bool = field(init=False, default=False)
+    local_rank: int = field(init=False, default=-1)
 
-class OneGpuArguments(TrainingArguments):
-    """Training arguments of a process that uses one GPU, however many are visible.
+    def __post_init__(self) -> None:
+        has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+        self.use_cpu = self.use_cpu or not has_accelerator
+        if self.bf16 not in ("auto", "True", "False"):
+            raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
+        self.bf16 = device_has_bf16() if self.bf16 == "auto" else self.bf16 == "True"
+        if self.fsdp and self.use_cpu:
+            raise ValueError(
+                "--fsdp: this machine has no GPU, and on CPUs the Trainer would use DDP instead. "
+                "Leave the flag out, or train on GPUs."
+            )
+        # transformers 5.24 warns of the old name of this argument, 5.17 lacks the new one.
+        if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = True
+        if not self.gradient_checkpointing or hasattr(self, "activation_checkpointing"):
+            self.gradient_checkpointing = None
 
-    With more than one, the Trainer would use DataParallel, which splits every tensor of a batch by
-    its first dimension. Clips and rows would no longer match, because rows without audio have no
-    clip.
-    """
+        self.per_device_train_batch_size = self.micro_batch_size
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.micro_batch_size
+        self.num_train_epochs = self.num_epochs
+        self.dataloader_num_workers = self.num_workers
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.gradient_accumulation_steps = self.batch_size // self.micro_batch_size // world_size
+        self._set_reports()
+        super().__post_init__()
+        for name in ("eval_strategy", "logging_strategy", "save_strategy"):
+            if getattr(self, name) == "epoch":
+                raise ValueError(
+                    f"--{name} epoch: one loader covers all epochs here, so that this would be the "
+                    "end of the run. Give a number of steps."
+                )
+
+    def _set_reports(self) -> None:
+        """Add wandb and tensorboard to `report_to`, and set the variables that wandb reads."""
+        reports = self.report_to if isinstance(self.report_to, list) else [self.report_to]
+        reports = [report for report in reports if report not in (None, "none")]
+        if self.wandb_project:
+            reports.append("wandb")
+            os.environ["WANDB_PROJECT"] = self.wandb_project
+            self.run_name = self.wandb_run_name or self.run_name
+            if self.wandb_watch:
+                os.environ["WANDB_WATCH"] = self.wandb_watch
+            if self.wandb_log_model:
+                # The original's "true" is of an older transformers.
+                is_original = self.wandb_log_model == "true"
+                os.environ["WANDB_LOG_MODEL"] = "end" if is_original else self.wandb_log_model
+        if self.tensorboard:
+            reports.append("tensorboard")
+        self.report_to = reports or "none"
 
     @property
     def n_gpu(self) -> int:
+        """The number of GPUs of this process, at most one.
+
+        With more than one, the Trainer would use DataParallel, which splits every tensor of a batch
+        by its first dimension. Clips and rows would no longer match, because rows without audio
+        have no clip.
+        """
         return min(1, super().n_gpu)
+
+
+def device_has_bf16() -> bool:
+    """Return whether the device multiplies in bf16.
+
+    CUDA does from Ampere on, and a CPU with AMX or AVX512-BF16.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return False
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        is_supported = getattr(torch.cpu, name, None)
+        if is_supported is not None and is_supported():
+            return True
+    return False
 
 
 class FlagParser(HfArgumentParser):
@@ -252,6 +397,10 @@ class FlagParser(HfArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one line, which the usage of some 150 flags would hide."""
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         try:
@@ -268,23 +417,26 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     """
     parser = FlagParser((ModelArguments, DataArguments, RunArguments), description=DESCRIPTION)
     add_front_end_flags(parser)
-    model_args, data_args, run_args, *others, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        model_args, data_args, run_args, *others, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # Flags that the Trainer does not take together.
+        parser.error(str(error))
+    _check_unknown(parser, unknown)
     if others:  # A namespace with the flags of the audio front ends.
         data_args.front_end = read_front_end_flags(others[0])
 
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:
         parser.error(f"--trainable_params {plan}: choose from {', '.join(TRAINABLE_PLANS)}")
-    if run_args.bf16 not in ("auto", "True", "False"):
-        parser.error(f"--bf16 {run_args.bf16}: choose from auto, True, False")
     values = vars(data_args) | vars(run_args)
     for name, smallest in SMALLEST.items():
         if values[name] < smallest:
             parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
+    for name in ("logging_steps", "save_steps"):
+        if values[name] <= 0:
+            parser.error(f"--{name} {values[name]}: it must be more than 0")
     if run_args.max_steps == 0:
         parser.error("--max_steps 0 trains nothing; -1 means all epochs")
     wandb_flags = ("wandb_run_name", "wandb_watch", "wandb_log_model")
@@ -292,14 +444,30 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     if given and not run_args.wandb_project:
         parser.error(f"{', '.join(given)} need --wandb_project")
 
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if run_args.batch_size // run_args.micro_batch_size // world_size < 1:
+    if run_args.gradient_accumulation_steps < 1:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
         parser.error(
             f"--batch_size {run_args.batch_size} is less than "
             f"--micro_batch_size {run_args.micro_batch_size} x {world_size} processes. "
             "Raise the one or lower the other."
         )
+    # The loss of held-out examples is logged whenever the model is saved.
+    if data_args.val_set_size > 0 and run_args.eval_strategy == IntervalStrategy.NO:
+        run_args.eval_strategy = IntervalStrategy.STEPS
+        run_args.eval_steps = run_args.eval_steps or run_args.save_steps
+        run_args.do_eval = True
     return model_args, data_args, run_args
+
+
+def _check_unknown(parser: FlagParser, unknown: list[str]) -> None:
+    """End the process with exit status 2 if there are unknown arguments."""
+    if not unknown:
+        return
+    for argument in unknown:
+        name = argument.removeprefix("--").partition("=")[0]
+        if name in REFUSED:
+            parser.error(f"--{name} is not available: {REFUSED[name]}")
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def parse_list(text: str) -> list[str]:

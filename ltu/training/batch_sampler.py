@@ -11,6 +11,8 @@ process with doubled accumulation does.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from math import ceil
 
 import torch
@@ -37,6 +39,96 @@ def total_steps(
     return epochs * steps_per_epoch
 
 
+@dataclass
+class StepPlan:
+    """The sizes of a run that follow from its flags and the number of examples.
+
+    Args:
+        num_examples: the number of examples.
+        micro_batch_size: examples in one forward pass of one rank.
+        accumulation: micro-batches of a rank in one optimizer step.
+        world_size: the number of ranks.
+        epochs: how often every example is to be used.
+        max_steps: optimizer steps, instead of those of the epochs, if positive.
+    """
+
+    num_examples: int
+    micro_batch_size: int
+    accumulation: int
+    world_size: int
+    epochs: int
+    max_steps: int = -1
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.micro_batch_size * self.accumulation * self.world_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """The number of micro-batches of one rank in an epoch."""
+        return batches_per_rank(self.num_examples, self.micro_batch_size, self.world_size)
+
+    @property
+    def total_steps(self) -> int:
+        if self.max_steps > 0:
+            return self.max_steps
+        return total_steps(
+            self.num_examples,
+            self.micro_batch_size,
+            self.accumulation,
+            self.world_size,
+            self.epochs,
+        )
+
+    @property
+    def total_batches(self) -> int:
+        """The number of micro-batches that one rank uses."""
+        return self.total_steps * self.accumulation
+
+    @property
+    def epochs_needed(self) -> int:
+        """The number of epochs that are begun."""
+        return ceil(self.total_batches / self.batches_per_epoch)
+
+    @property
+    def num_left_out(self) -> int:
+        """The number of examples that the last epoch does not reach."""
+        batches = self.total_batches % self.batches_per_epoch
+        if batches == 0:
+            return 0
+        return max(0, self.num_examples - batches * self.micro_batch_size * self.world_size)
+
+    def check(self, batch_size: int) -> None:
+        """Raise a ValueError if a step needs more examples than there are."""
+        if self.examples_per_step > self.num_examples:
+            raise ValueError(
+                f"--batch_size {batch_size} is more than the {self.num_examples} examples to train "
+                f"on: a step would use some of them twice. Lower --batch_size to at most "
+                f"{self.num_examples}."
+            )
+
+    def describe(self, batch_size: int) -> list[str]:
+        """Return the lines that a run prints about its steps."""
+        num_epochs = self.total_batches / self.batches_per_epoch
+        lines = [
+            f"{self.num_examples} examples, {self.total_steps} steps of {self.examples_per_step} "
+            f"({self.accumulation} micro-batches of {self.micro_batch_size} on each of "
+            f"{self.world_size} ranks), {num_epochs:.4g} epochs"
+        ]
+        if self.examples_per_step != batch_size:
+            lines.append(
+                f"note: --batch_size {batch_size} is no multiple of micro-batch size x ranks "
+                f"({self.micro_batch_size} x {self.world_size}), so a step has "
+                f"{self.examples_per_step} examples"
+            )
+        if self.num_left_out:
+            lines.append(
+                f"note: {self.num_left_out} of {self.num_examples} examples are left out in the "
+                "last epoch, because they fill no step"
+            )
+        return lines
+
+
 class MicroBatchSampler:
     """Batch sampler of one rank over all epochs.
 
@@ -48,6 +140,8 @@ class MicroBatchSampler:
         lengths: (examples,) number of text tokens of each example. If given, examples of similar
             length are batched together, within megabatches of 12.5 steps.
         seed: seed of the shuffle, to which the number of the epoch is added.
+        total_batches: the number of micro-batches after which the sampler ends; by default that of
+            all epochs.
     """
 
     def __init__(
@@ -60,6 +154,7 @@ class MicroBatchSampler:
         seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
+        total_batches: int | None = None,
     ):
         self.num_examples = num_examples
         self.micro_batch_size = micro_batch_size
@@ -70,13 +165,22 @@ class MicroBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.per_epoch = batches_per_rank(num_examples, micro_batch_size, world_size)
+        self.total_batches = total_batches or epochs * self.per_epoch
 
     def __len__(self) -> int:
-        return self.epochs * self.per_epoch
+        return self.total_batches
 
     def __iter__(self) -> Iterator[list[int]]:
+        return islice(self._batches_of_epochs(), self.total_batches)
+
+    def _batches_of_epochs(self) -> Iterator[list[int]]:
         for epoch in range(self.epochs):
             yield from self._batches_of_rank(self.order(epoch))
+
+    def step_batches(self, step: int) -> list[list[int]]:
+        """Return the micro-batches of an optimizer step, counted from 0."""
+        first = step * self.accumulation
+        return list(islice(self, first, first + self.accumulation))
 
     def order(self, epoch: int) -> Tensor:
         """Return the order of all examples in an epoch, (examples,), the same on every rank."""

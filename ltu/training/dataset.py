@@ -83,6 +83,10 @@ class QaDataset(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
+    def name_of(self, index: int) -> str:
+        """Return the number (from 1, in the dataset file) and the clip of an example."""
+        return f"{int(self.numbers[index]) + 1} ({self.examples[index]['audio_id']})"
+
     @property
     def skipped(self) -> list[str]:
         """The `audio_id` of every example that was skipped so far."""

@@ -334,6 +334,12 @@ def find_index(path: str | Path, audio_root: str | Path | None = None) -> Indexe
     return indexed
 
 
+def sha256_of_dataset(path: str | Path) -> str:
+    """Return the sha256 of the contents of a dataset file, which its index stores."""
+    indexed = find_index(path)
+    return sha256_of(path) if indexed is None else indexed.about["sha256"]
+
+
 def _is_source(path: Path, about: dict[str, Any]) -> bool:
     """Return whether the dataset file is the one that an index describes.
 

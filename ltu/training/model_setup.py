@@ -11,22 +11,6 @@ from ltu.training.arguments import ModelArguments, parse_list
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
 
-def device_has_bf16() -> bool:
-    """Return whether the device multiplies in bf16.
-
-    CUDA does from Ampere on, and a CPU with AMX or AVX512-BF16.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return False
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        is_supported = getattr(torch.cpu, name, None)
-        if is_supported is not None and is_supported():
-            return True
-    return False
-
-
 def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
     """Open the model of `--base_model`, and add LoRA and freeze parameters as the flags say.
 

@@ -7,45 +7,69 @@ original's logs.
 import dataclasses
 import json
 import logging
-import os
+import math
+import shutil
+import sys
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import AutoProcessor, Trainer, set_seed
+from transformers.trainer_utils import rotate_checkpoints
 
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import check_audio, check_num_errors, read_examples
-from ltu.files import replace_file
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
-from ltu.training.arguments import DataArguments, ModelArguments, OneGpuArguments, RunArguments
-from ltu.training.batch_sampler import MicroBatchSampler, total_steps
+from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
+from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
-from ltu.training.dataset_index import IndexedExamples, find_index
-from ltu.training.model_setup import device_has_bf16, open_to_train
+from ltu.training.dataset_index import IndexedExamples, find_index, sha256_of_dataset
+from ltu.training.model_setup import open_to_train
+from ltu.training.run_folder import RunFolder, complete_checkpoint, write_state
 
 logger = logging.getLogger(__name__)
 
-ORDER_ARGUMENTS = ("seed", "batch_size", "val_set_size")
+MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient norm that is NaN or infinite."""
 
 
 class LtuTrainer(Trainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
+    Training ends at the first loss or gradient norm that is not finite, before it changes the
+    weights. SIGTERM ends it after the current step, with a checkpoint.
+
     Args:
         micro_batches: the batch sampler of this rank, over all epochs.
         record: how the model is trained, which `save_model` writes into `ltu_state.json`.
+
+    Attributes:
+        is_stopping: set it to end training after the current step.
     """
 
     def __init__(self, *args: Any, micro_batches: MicroBatchSampler, record: dict, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
+        self.run_folder: RunFolder | None = None
+        self.is_stopping = False
+        self.step_losses: list[Tensor] = []  # Of the micro-batches of the current step.
+
+        # The stock method deletes old checkpoints before the new one is known to be complete.
+        self.save_total_limit = self.args.save_total_limit
+        self.args.save_total_limit = None
 
         # A forked process cannot use a GPU, so load the audio in this one.
         if self.processing_class.front_end.needs_gpu:
@@ -66,8 +90,18 @@ class LtuTrainer(Trainer):
             batch_sampler=self.micro_batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
+            worker_init_fn=self._init_worker,
         )
+
+    def _init_worker(self, _: int) -> None:
+        """Give the folder free in a worker, which may outlive the run that has forked it."""
+        if self.run_folder is not None:
+            self.run_folder.close_in_worker()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -90,6 +124,64 @@ class LtuTrainer(Trainer):
         inputs = inputs | {"use_cache": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.step_losses.append(loss.detach())
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the gradient norm of a step, if it and all losses of the step are finite.
+
+        The Trainer calls this between the last backward pass of a step and the optimizer.
+
+        Raises:
+            NonFiniteError: they are not.
+        """
+        norm = super()._get_grad_norm(*args, **kwargs)
+        local_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        losses = torch.stack(self.step_losses)  # (micro-batches,)
+        self.step_losses = []
+        is_finite = bool(losses.isfinite().all()) and math.isfinite(local_norm)
+        # All ranks must agree on whether they go on.
+        flags = torch.tensor([not is_finite, self.is_stopping], device=losses.device).int()
+        num_bad, num_stopping = self.accelerator.reduce(flags, "sum").tolist()
+        if num_bad:
+            self._raise_non_finite(losses, float(local_norm))
+        if num_stopping:
+            self.is_stopping = True
+            self.control.should_save = True
+            self.control.should_training_stop = True
+        return norm
+
+    def _raise_non_finite(self, losses: Tensor, norm: float) -> None:
+        """Raise the error of a step, with the examples of micro-batches without a finite loss.
+
+        If all losses are finite, it names all examples of the step.
+        """
+        step = self.state.global_step
+        batches = self.micro_batches.step_batches(step)
+        bad = (~losses.isfinite()).tolist()
+        dataset = self.train_dataset
+        names = []
+        for batch, is_bad in zip(batches, bad, strict=True):
+            if is_bad:
+                names += [dataset.name_of(index) for index in batch]
+        names = gather_object(names)
+        if not names:
+            names = gather_object([dataset.name_of(index) for index in sum(batches, [])])
+        if not self.is_world_process_zero():
+            sys.exit(1)
+        listed = ", ".join(names[:MAX_LISTED_EXAMPLES])
+        if len(names) > MAX_LISTED_EXAMPLES:
+            listed += f" and {len(names) - MAX_LISTED_EXAMPLES} more"
+        raise NonFiniteError(
+            f"Step {step + 1} of {self.state.max_steps}: the losses of its micro-batches are "
+            f"{[round(loss, 4) for loss in losses.tolist()]} and the gradient norm is {norm}. "
+            f"Training ends before they change the weights; the checkpoints in "
+            f"{self.args.output_dir} are of earlier steps. Lower --learning_rate (now "
+            f"{self.args.learning_rate}), or look at these examples: {listed}"
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log metrics with the learning rate after the step, and the epoch by micro-batches."""
         if "learning_rate" in logs:
@@ -108,73 +200,47 @@ class LtuTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save the model, and with it `ltu_state.json`: how it was trained, and how far."""
         super().save_model(output_dir, *args, **kwargs)
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            write_state(Path(output_dir or self.args.output_dir), self._current_record())
+
+    def _current_record(self) -> dict[str, Any]:
+        """Return the content of `ltu_state.json` at the current step."""
         record = self.record | {
             "step": self.state.global_step,
             "finished": self.state.global_step >= self.state.max_steps,
+            "skipped": self.train_dataset.skipped,
         }
         if self.model.config.language_model is None:
             record["language_model"] = "in this folder"
-        record["skipped"] = self.train_dataset.skipped
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "ltu_state.json", f"{json.dumps(record, indent=1)}\n".encode())
+        return record
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint, mark it as complete, and delete the oldest ones.
 
-def training_arguments(
-    run: RunArguments, steps: int, accumulation: int, bf16: bool, has_held_out: bool
-) -> TrainingArguments:
-    """Return the arguments of the Trainer.
-
-    With held-out examples, the model is evaluated whenever it is saved, and after the last step.
-
-    The optimizer is the original's: AdamW with betas 0.9 and 0.999 and epsilon 1e-8, no weight
-    decay, gradients clipped at 1.0, and a linear schedule. The flags give the rest.
-    """
-    reports = []
-    if run.wandb_project:
-        reports.append("wandb")
-        os.environ["WANDB_PROJECT"] = run.wandb_project
-        if run.wandb_watch:
-            os.environ["WANDB_WATCH"] = run.wandb_watch
-        if run.wandb_log_model:
-            # The original's "true" is of an older transformers.
-            is_original = run.wandb_log_model == "true"
-            os.environ["WANDB_LOG_MODEL"] = "end" if is_original else run.wandb_log_model
-    if run.tensorboard:
-        reports.append("tensorboard")
-
-    return OneGpuArguments(
-        output_dir=run.output_dir,
-        run_name=run.wandb_run_name or None,
-        per_device_train_batch_size=run.micro_batch_size,
-        per_device_eval_batch_size=run.micro_batch_size,
-        eval_strategy="steps" if has_held_out else "no",
-        eval_steps=run.save_steps,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps,
-        learning_rate=run.learning_rate,
-        warmup_steps=run.warmup_steps,
-        lr_scheduler_type="linear",
-        optim="adamw_torch",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        bf16=bf16,
-        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        logging_steps=run.logging_steps,
-        logging_nan_inf_filter=False,  # A loss that is not a number must be visible.
-        save_steps=run.save_steps,
-        save_total_limit=run.save_total_limit,
-        dataloader_num_workers=run.num_workers,
-        remove_unused_columns=False,
-        # The audio encoder has norms that are not used, and a batch may have no audio.
-        ddp_find_unused_parameters=True,
-        report_to=reports or "none",
-        seed=run.seed,
-        # transformers 5.24 warns of any value but None; 5.17 lacks the new name of the argument.
-        gradient_checkpointing=run.gradient_checkpointing or None,
-    )
+        Raises:
+            OSError: it cannot be written, for example to a full disk.
+        """
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # An incomplete one of that step.
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise OSError(
+                f"{checkpoint} cannot be written ({error}). Free the disk, then continue with "
+                "--resume_from_checkpoint last."
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            complete_checkpoint(checkpoint, self._current_record())
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
 
 def make_datasets(
@@ -262,111 +328,105 @@ def _take_examples(
     )
 
 
-def make_trainer(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> LtuTrainer:
-    """Open the checkpoint and the dataset, and return a trainer that is ready to train."""
-    set_seed(run.seed)
+@dataclass
+class RunSetup:
+    """What a run is made of, before its model is opened.
 
-    # The processor and the datasets.
+    Attributes:
+        parent: the folder of `--base_model`.
+        processor: its processor.
+        train_set, held_out: the examples to train on, and those to evaluate, if any.
+        steps: the sizes of the run.
+        record: what the run is, as in `ltu_state.json`.
+    """
+
+    parent: Path
+    processor: LtuProcessor
+    train_set: QaDataset
+    held_out: Dataset | None
+    steps: StepPlan
+    record: dict[str, Any]
+
+
+def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArguments) -> RunSetup:
+    """Open the processor and the dataset of a run, and plan its steps.
+
+    Raises:
+        ValueError: the dataset is not valid, or a step needs more examples than there are.
+    """
+    set_seed(run.seed)
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
     processor.front_end.configure(**data.front_end)
     train_set, held_out = make_datasets(data, run, processor)
-
-    # The model.
-    bf16 = device_has_bf16() if run.bf16 == "auto" else run.bf16 == "True"
-    model = open_to_train(model_args, bf16)
-
-    # The number of steps, and the micro-batches of this rank.
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    accumulation = run.batch_size // run.micro_batch_size // world_size
-    if run.max_steps > 0:
-        steps = run.max_steps
-    else:
-        steps = total_steps(
-            len(train_set), run.micro_batch_size, accumulation, world_size, run.num_epochs
-        )
-    batches = MicroBatchSampler(
-        len(train_set),
+    steps = StepPlan(
+        num_examples=len(train_set),
         micro_batch_size=run.micro_batch_size,
-        accumulation=accumulation,
+        accumulation=run.gradient_accumulation_steps,
+        world_size=run.world_size,
         epochs=run.num_epochs,
-        lengths=train_set.lengths if run.group_by_length else None,
-        seed=run.seed,
-        rank=rank,
-        world_size=world_size,
+        max_steps=run.max_steps,
     )
-    # --max_steps may need more epochs than --num_epochs.
-    epochs_of_steps = -(-steps * accumulation // batches.per_epoch)
-    batches.epochs = max(run.num_epochs, epochs_of_steps)
+    steps.check(run.batch_size)
 
-    arguments = {}
-    for part in (model_args, data, run):
-        arguments |= dataclasses.asdict(part)
+    arguments: dict[str, Any] = dataclasses.asdict(model_args) | dataclasses.asdict(data)
     arguments |= arguments.pop("front_end")
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    arguments |= run.to_dict()
+    arguments["bf16"] = run.bf16
     record = {
         "stage": Path(run.output_dir).name,
         "parent": {"name": parent.name, "sha256": sha256_of_weights(parent)},
-        "parameters": {"trainable": trainable, "all": model.num_parameters()},
+        "data": {"name": Path(data.data_path).name, "sha256": sha256_of_dataset(data.data_path)},
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
-        "accumulation": accumulation,
-        "examples_per_step": run.micro_batch_size * accumulation * world_size,
-        "batches_per_epoch": batches.per_epoch,
-        "total_steps": steps,
-        "arguments": arguments,
+        "accumulation": steps.accumulation,
+        "examples_per_step": steps.examples_per_step,
+        "batches_per_epoch": steps.batches_per_epoch,
+        "total_steps": steps.total_steps,
+        "warmup_steps": run.get_warmup_steps(steps.total_steps),
+        # As it is after it was written and read.
+        "arguments": json.loads(json.dumps(arguments, default=str)),
     }
+    return RunSetup(parent, processor, train_set, held_out, steps, record)
+
+
+def make_trainer(
+    model_args: ModelArguments,
+    data: DataArguments,
+    run: RunArguments,
+    setup: RunSetup | None = None,
+) -> LtuTrainer:
+    """Open the model, and return a trainer that is ready to train.
+
+    Args:
+        setup: what `prepare_run` returned for the same flags, if it was called already.
+    """
+    setup = setup or prepare_run(model_args, data, run)
+    steps = setup.steps
+    model = open_to_train(model_args, run.bf16)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record = setup.record
+    record["parameters"] = {"trainable": trainable, "all": model.num_parameters()}
+
+    micro_batches = MicroBatchSampler(
+        len(setup.train_set),
+        micro_batch_size=steps.micro_batch_size,
+        accumulation=steps.accumulation,
+        epochs=steps.epochs_needed,
+        lengths=setup.train_set.lengths if run.group_by_length else None,
+        seed=run.seed if run.data_seed is None else run.data_seed,
+        rank=run.process_index,
+        world_size=steps.world_size,
+        total_batches=steps.total_batches,
+    )
+    run.max_steps = steps.total_steps
     return LtuTrainer(
         model=model,
-        args=training_arguments(run, steps, accumulation, bf16, held_out is not None),
-        data_collator=LtuCollator(processor, data.original_positions),
-        train_dataset=train_set,
-        eval_dataset=held_out,
-        processing_class=processor,
-        micro_batches=batches,
+        args=run,
+        data_collator=LtuCollator(setup.processor, data.original_positions),
+        train_dataset=setup.train_set,
+        eval_dataset=setup.held_out,
+        processing_class=setup.processor,
+        micro_batches=micro_batches,
         record=record,
     )
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def find_resumed(run: RunArguments, record: dict) -> str | None:
-    """Return the checkpoint to resume from, or None for a new run.
-
-    Raises:
-        ValueError: the checkpoint does not exist, or was trained with another number or order of
-            examples, so that some would never be used.
-    """
-    folder = run.resume_from_checkpoint
-    if folder is None:
-        return None
-    if folder == "last":
-        # A checkpoint without trainer_state.json is not complete.
-        states = Path(run.output_dir).glob("checkpoint-*/trainer_state.json")
-        folders = sorted((state.parent for state in states), key=_step_of)
-        folder = str(folders[-1]) if folders else None
-    if folder is None or not Path(folder, "trainer_state.json").is_file():
-        raise ValueError(
-            f"--resume_from_checkpoint: {folder or run.output_dir} holds no checkpoint of a run."
-        )
-
-    state = Path(folder, "ltu_state.json")
-    stored = json.loads(state.read_text()) if state.is_file() else {}
-    # The order of the examples, and which of them are held out, depend on these.
-    names = ("num_examples", "grouped", "examples_per_step")
-    trained = {key: stored[key] for key in names if key in stored}
-    order_arguments = ORDER_ARGUMENTS
-    if record["grouped"]:  # Examples are grouped by their lengths within the cutoff.
-        order_arguments += ("cutoff_len",)
-    arguments = stored.get("arguments", {})
-    trained |= {name: arguments[name] for name in order_arguments if name in arguments}
-    for key, value in trained.items():
-        wanted = record[key] if key in record else record["arguments"][key]
-        if value != wanted:
-            raise ValueError(
-                f"{folder} was trained with {key}: {value}, this run has {wanted}. Start a new run."
-            )
-    return folder

@@ -1,0 +1,355 @@
+"""Decides whether a run starts, continues or is refused, and which checkpoint it continues from.
+
+A run has an identity: a random id, and everything that changes the loss or the order of examples
+(the weights it starts from, the contents of its dataset file, its flags but `FREE_FLAGS`). The
+identity is in `ltu_state.json`, in the folder of the run from its start on and in every checkpoint.
+
+A checkpoint is complete if its `ltu_state.json` lists its files with their sizes, which is written
+after all of them are on the disk, and the files have these sizes. So a run that was killed while it
+wrote a checkpoint continues from the one before.
+"""
+
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from uuid import uuid4
+
+from accelerate.utils import broadcast_object_list
+
+from ltu.files import lock_file, replace_file, sync_files
+from ltu.training.arguments import RunArguments
+
+T = TypeVar("T")
+
+STATE = "ltu_state.json"
+TRAINER_STATE = "trainer_state.json"
+LOCK = "_run.lock"  # The stock upload to the hub leaves out names that begin with "_".
+# What would be lost if another run began in a folder.
+RESULTS = (TRAINER_STATE, "model*.safetensors*", "checkpoint-*")
+# Files without which training cannot continue from a checkpoint.
+NEEDED = (TRAINER_STATE, "scheduler.pt", "optimizer*", "rng_state*.pth")
+
+# Flags that change neither the loss nor the order of examples. Where they name files, the contents
+# of these files are compared instead. (Loss means: but for the rounding of floating point numbers.)
+FREE_FLAGS = {
+    # Places.
+    "base_model",
+    "data_path",
+    "audio_root",
+    "output_dir",
+    "llm",
+    "feature_root",
+    # What is checked, printed, logged, evaluated and uploaded.
+    "check_audio",
+    "max_bad",
+    "plan",
+    "gpu_memory",
+    "show_batch",
+    "disable_tqdm",
+    "report_to",
+    "tensorboard",
+    "run_name",
+    "project",
+    "debug",
+    "include_for_metrics",
+    "include_num_input_tokens_seen",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "prediction_loss_only",
+    "per_device_eval_batch_size",
+    "skip_memory_metrics",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "push_to_hub",
+    # How the folder of the run is used.
+    "overwrite",
+    "resume_from_checkpoint",
+    "restore_callback_states_from_checkpoint",
+    "skip_finished",
+    # How the work is spread over devices and processes. The examples of a step are compared.
+    "device_map",
+    "num_workers",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "batch_size",
+    "use_cpu",
+    "torch_empty_cache_steps",
+    "parallelism_config",
+    "fsdp",
+    "fsdp_config",
+    "deepspeed",
+}
+FREE_PREFIXES = ("wandb_", "logging_", "log_", "save_", "eval_", "hub_", "trackio_", "ddp_")
+FREE_PREFIXES += ("dataloader_", "batch_eval_")
+
+
+@dataclass
+class Start:
+    """How a run starts.
+
+    Attributes:
+        run_id: the id of the run.
+        checkpoint: the checkpoint from which it continues, or None.
+        is_finished: whether it has trained all its steps already.
+        notes: what the user should know.
+    """
+
+    run_id: str
+    checkpoint: str | None = None
+    is_finished: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a folder's `ltu_state.json`, or None if it has none that is whole."""
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a folder's `ltu_state.json`."""
+    replace_file(folder / STATE, f"{json.dumps(state, indent=1)}\n".encode(), is_synced=True)
+
+
+def is_compared(flag: str) -> bool:
+    """Return whether runs that differ in this flag are different runs."""
+    return flag not in FREE_FLAGS and not flag.startswith(FREE_PREFIXES)
+
+
+def find_differences(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """Return the differences between two runs in what changes the loss or the order of examples.
+
+    Args:
+        stored: the `ltu_state.json` of the run that exists.
+        record: that of the run that is to be trained.
+    """
+    contents = {
+        "the weights of --base_model": ("parent", "sha256"),
+        "the contents of --data_path": ("data", "sha256"),
+        "the examples to train on": ("num_examples",),
+        "the examples of a step": ("examples_per_step",),
+        "grouping by length": ("grouped",),
+    }
+    differences = []
+    for name, keys in contents.items():
+        old: Any = stored
+        new: Any = record
+        for key in keys:
+            old = (old or {}).get(key)
+            new = (new or {}).get(key)
+        if old != new:
+            differences.append(f"{name}: {_shorten(old)} there, {_shorten(new)} here")
+    old_flags = stored.get("arguments", {})
+    new_flags = record["arguments"]
+    # Another version of transformers may have other flags.
+    for name in old_flags.keys() & new_flags.keys():
+        if is_compared(name) and old_flags[name] != new_flags[name]:
+            differences.append(f"--{name}: {old_flags[name]} there, {new_flags[name]} here")
+    return sorted(differences)
+
+
+def _shorten(value: Any) -> str:
+    """Return a value as text, of a hash its beginning."""
+    return str(value)[:12]
+
+
+def check_same_run(folder: Path, stored: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise a ValueError if the run of a folder is another one than the run to be trained."""
+    differences = find_differences(stored, record)
+    if differences:
+        raise ValueError(
+            f"{folder} is of another run: {'; '.join(differences)}. Continue it with its own "
+            "settings, give another --output_dir, or delete it with --overwrite."
+        )
+
+
+def what_is_incomplete(checkpoint: Path) -> str | None:
+    """Return why training cannot continue from a checkpoint, or None if it can."""
+    state = read_state(checkpoint)
+    if state is None or "files" not in state:
+        return f"{STATE} lists no files: it was not written to the end"
+    for name, size in state["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    for pattern in NEEDED:
+        if not any(checkpoint.glob(pattern)):
+            return f"it has no {pattern} (--save_only_model writes none)"
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_bytes())
+    except ValueError as error:
+        return f"{TRAINER_STATE} is damaged ({error})"
+    # A file of torch.save is a zip archive, whose entries have check sums.
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+            return f"{path.name} is damaged ({error})"
+        if damaged is not None:
+            return f"{path.name} is damaged ({damaged})"
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, complete or not, the newest first."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(checkpoints, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def complete_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
+    """Mark a checkpoint as complete: sync its files, then write its state, which lists them."""
+    files = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path != checkpoint / STATE:
+            files[str(path.relative_to(checkpoint))] = path.stat().st_size
+    sync_files(checkpoint / name for name in files)
+    write_state(checkpoint, record | {"files": files})
+
+
+def on_main_process(decide: Callable[[], T], rank: int, world_size: int) -> T:
+    """Return on every rank what `decide` returns on rank 0.
+
+    If it raises an error there, rank 0 raises it, and the others exit without a message.
+    """
+    if world_size == 1:
+        return decide()
+    results: list[Any] = [None]
+    error: ValueError | OSError | None = None
+    if rank == 0:
+        try:
+            results = [decide()]
+        except (ValueError, OSError) as raised:
+            error = raised
+    broadcast_object_list(results)
+    if error is not None:
+        raise error
+    if results[0] is None:
+        sys.exit(1)
+    return results[0]
+
+
+class RunFolder:
+    """The folder of a run. It belongs to one process at a time, which is rank 0.
+
+    Args:
+        run: the flags.
+        record: what the run is, as in `ltu_state.json`.
+    """
+
+    def __init__(self, run: RunArguments, record: dict[str, Any]):
+        self.run = run
+        self.record = record
+        self.folder = Path(run.output_dir)
+        self.lock: IO[bytes] | None = None
+
+    def open(self) -> Start:
+        """Lock the folder and decide how the run starts.
+
+        Raises:
+            ValueError: another process trains there; the folder holds another run, or one that the
+                flags do not continue; or there is no checkpoint to continue from.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_file(self.folder / LOCK, self.folder)
+        return self._decide()
+
+    def begin(self, start: Start) -> None:
+        """Write the identity of the run into its folder, and delete what an older run has left.
+
+        Until then, a run that cannot start changes nothing.
+        """
+        self.record["run_id"] = start.run_id
+        write_state(self.folder, self.record | {"step": 0, "finished": False})
+        if start.checkpoint is not None:
+            return
+        for pattern in RESULTS:
+            for path in self.folder.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+    def close(self) -> None:
+        """Give the folder free."""
+        if self.lock is not None:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.lock.close()
+
+    def close_in_worker(self) -> None:
+        """Close the lock in a process that the run has forked, and that may outlive it."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def _decide(self) -> Start:
+        resumed = self.run.resume_from_checkpoint
+        stored = read_state(self.folder)
+        new_run = Start(uuid4().hex)
+        is_used = any(any(self.folder.glob(pattern)) for pattern in RESULTS)
+        if self.run.overwrite or (not is_used and resumed in (None, "auto")):
+            return new_run
+        if resumed not in (None, "last", "auto"):
+            return self._continue_from(Path(resumed))
+
+        continues = resumed is not None
+        if (continues or self.run.skip_finished) and stored and stored.get("finished"):
+            check_same_run(self.folder, stored, self.record)
+            return Start(stored.get("run_id", ""), is_finished=True)
+        is_run = stored is not None and "run_id" in stored
+        if is_used and not continues:
+            content = "a run that is not finished" if is_run else "a model or an older run"
+            raise ValueError(
+                f"{self.folder} holds {content}. Give another --output_dir, continue a run with "
+                "--resume_from_checkpoint last, or delete it with --overwrite."
+            )
+        if is_run:
+            check_same_run(self.folder, stored, self.record)
+        skipped = []
+        for checkpoint in list_checkpoints(self.folder):
+            reason = what_is_incomplete(checkpoint)
+            state = read_state(checkpoint) or {}
+            if reason is None and is_run and state["run_id"] != stored["run_id"]:
+                reason = "it is of an older run"
+            if reason is None:
+                check_same_run(checkpoint, state, self.record)
+                return Start(state["run_id"], str(checkpoint), notes=skipped)
+            skipped.append(f"{checkpoint} is skipped: {reason}")
+        # The run was stopped before its first checkpoint was complete.
+        if resumed == "auto" and is_run:
+            new_run.notes = skipped
+            return new_run
+        reasons = "; ".join(skipped) or "it has none"
+        raise ValueError(
+            f"--resume_from_checkpoint {resumed}: {self.folder} holds no complete checkpoint of a "
+            f"run ({reasons}). Give another --output_dir, or start again with --overwrite."
+        )
+
+    def _continue_from(self, checkpoint: Path) -> Start:
+        """Continue from a checkpoint that the flags name."""
+        if not checkpoint.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {checkpoint}: there is no such folder.")
+        reason = what_is_incomplete(checkpoint)
+        if reason is not None:
+            raise ValueError(f"{checkpoint} is not complete: {reason}.")
+        stored = read_state(checkpoint) or {}
+        check_same_run(checkpoint, stored, self.record)
+        own = read_state(self.folder)
+        if own is not None and own.get("run_id") != stored["run_id"]:
+            raise ValueError(
+                f"{checkpoint} is of another run than {self.folder}. Give another --output_dir."
+            )
+        return Start(stored["run_id"], str(checkpoint))
