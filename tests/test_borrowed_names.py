@@ -94,6 +94,11 @@ BORROWED_NAMES = [
         "shutil.rmtree of all checkpoints but the newest and the best",
     ),
     BorrowedName(
+        "transformers.integrations:apply_liger_kernel",
+        "ltu/training/model_setup.py",
+        "liger_kernel.transformers.apply_liger_kernel_to_llama and its siblings",
+    ),
+    BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
         "ltu/training/arguments.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",

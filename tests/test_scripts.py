@@ -89,11 +89,13 @@ def test_stage_scripts_are_short(script: Path) -> None:
         ("stage2_all_cla", "all", 4, 2, 1e-4, 108),
         ("stage3_all_close", "all", 4, 1, 1e-4, 108),
         ("stage4_all_mix", "all", 4, 1, 1e-4, 108),
+        ("stage4_full_finetune", "full", 4, 1, 2e-5, 108),
         ("finetune_toy", "all", 4, 1, 1e-4, 100),
         ("ltu_as/stage1_proj_cla", "proj", 8, 2, 1e-3, 108),
         ("ltu_as/stage2_all_cla", "all", 8, 2, 1e-4, 108),
         ("ltu_as/stage3_all_mix_v1", "all", 8, 1, 2e-4, 108),
         ("ltu_as/stage3_all_mix_v2", "all", 4, 1, 2e-4, 160),
+        ("ltu_as/stage3_full_finetune", "full", 4, 1, 2e-5, 160),
         ("ltu_as/finetune_toy", "all", 4, 1, 2e-4, 160),
     ],
 )
@@ -104,7 +106,8 @@ def test_hyper_parameters(name, plan, micro, epochs, rate, cutoff, tmp_path: Pat
     assert argv[:3] == ["-m", f"{package}.finetune", f"@{CURRICULUM}"]
     model, data, run = parse_args(argv[2:])
     assert model.trainable_params == plan
-    assert model.lora_target_modules == ('["dummy"]' if plan == "proj" else "[q_proj,v_proj]")
+    targets = "[q_proj,v_proj]" if plan == "all" else '["dummy"]'
+    assert model.lora_target_modules == targets
     assert run.batch_size == 256
     assert run.micro_batch_size == micro
     assert run.num_epochs == epochs
@@ -125,19 +128,24 @@ def test_each_stage_starts_where_the_one_before_ended(tmp_path: Path) -> None:
         assert run.output_dir == f"out dir/{name}"
         assert data.data_path == f"rows/{name.split('_')[0]}.json"
         before = run.output_dir
+    _, argv = run_script("stage4_full_finetune", tmp_path, EXP="out dir")
+    model, data, _ = parse_args(argv[2:])
+    assert model.base_model == "out dir/stage3_all_close"
+    assert data.data_path.endswith("/stage4.json")
 
 
 def test_stages_of_ltu_as(tmp_path: Path) -> None:
-    """Both kinds of stage 3 start from stage 2; FEATURES is the folder of stored features."""
+    """All kinds of stage 3 start from stage 2; FEATURES is the folder of stored features."""
     environment = {"BASE": "my_init", "EXP": "out dir", "FEATURES": "my features"}
     base_models = []
-    for name in ("stage1_proj_cla", "stage2_all_cla", "stage3_all_mix_v1", "stage3_all_mix_v2"):
+    last = ("stage3_all_mix_v1", "stage3_all_mix_v2", "stage3_full_finetune")
+    for name in ("stage1_proj_cla", "stage2_all_cla", *last):
         _, argv = run_script(f"ltu_as/{name}", tmp_path, **environment)
         model, data, run = parse_args(argv[2:])
         assert run.output_dir == f"out dir/{name}"
         assert data.front_end["feature_root"] == "my features"
         base_models.append(Path(model.base_model).name)
-    assert base_models == ["my_init", "stage1_proj_cla", "stage2_all_cla", "stage2_all_cla"]
+    assert base_models == ["my_init", "stage1_proj_cla", *["stage2_all_cla"] * 3]
 
     _, argv = run_script("ltu_as/stage1_proj_cla", tmp_path)
     _, data, _ = parse_args(argv[2:])

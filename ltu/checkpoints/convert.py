@@ -36,6 +36,7 @@ from ltu.checkpoints.save_checkpoint import (
 )
 from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
+from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, sha256_of_weights
 from ltu.models.modeling_ltu import LtuMultiModalProjector
 from ltu.models.processing_ltu import LtuProcessor
@@ -320,11 +321,17 @@ def init_projector(config: LtuConfig, llm: str | Path) -> dict[str, Tensor]:
 
 
 def _embedding_std(llm: str | Path) -> float:
-    """Return the standard deviation of the token embeddings of a language model."""
+    """Return the standard deviation of the token embeddings of a language model.
+
+    Raises:
+        ValueError: an embedding is NaN or infinite.
+    """
     state = load_state(find_weights(llm))
     for name in EMBEDDINGS:
-        if f"{name}.weight" in state:
-            return float(state[f"{name}.weight"].float().std())
+        key = f"{name}.weight"
+        if key in state:
+            check_finite({key: state[key]}, str(llm))
+            return float(state[key].float().std())
     return INITIALIZER_RANGE
 
 

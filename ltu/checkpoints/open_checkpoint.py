@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.models.version_check import warn_about_untested_versions
 
+QUANTIZATIONS = ("4bit", "8bit")  # Bits of a weight of the language model, by bitsandbytes.
+
 
 def open_model(
     folder: str | Path,
@@ -29,7 +31,7 @@ def open_model(
         ValueError: a setting is impossible, or its package is not installed.
     """
     warn_about_untested_versions()
-    if quantization not in (None, "4bit", "8bit"):
+    if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization is '4bit' or '8bit', not {quantization!r}.")
     settings = {"device_map": device_map, "attn_implementation": attention}
     if language_model is not None:
@@ -44,6 +46,8 @@ def open_model(
             settings["quantization_config"] = BitsAndBytesConfig(
                 **{f"load_in_{quantization}": True},
                 bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+                # The levels of 4 bits follow a normal distribution, as weights do (QLoRA).
+                bnb_4bit_quant_type="nf4",
             )
         settings = {name: value for name, value in settings.items() if value is not None}
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **settings)

@@ -4,6 +4,8 @@ Every key and shape is compared with the model that the config describes, on the
 a byte is written. Weights are mapped and written shard by shard, so memory holds at most one shard,
 however large the language model is.
 
+No folder or file with NaN or infinite weights is written.
+
 Merging uses peft's own arithmetic in fp32. The result has the dtype in which the language model is
 stored.
 """
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
 from ltu.files import sync_and_rename
 from ltu.models.configuration_ltu import LtuConfig
+from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
 from ltu.models.processing_ltu import LtuProcessor
@@ -81,7 +84,8 @@ def write_folder(
         how many tensors were written.
 
     Raises:
-        ValueError: a key is missing or left over, or has another shape.
+        ValueError: a key is missing or left over, or has another shape, or a weight is NaN or
+            infinite.
         ValueError: `output_dir` contains something that no conversion made.
     """
     output_dir = Path(output_dir)
@@ -109,7 +113,8 @@ def write_folder(
     config.architectures = [type(model).__name__]
     config.save_pretrained(part)
     model.generation_config.save_pretrained(part)
-    write_shards(part, plan, lambda key: finish(key, state[key]))
+    subject = f"{output_dir} is not written from {source}"
+    write_shards(part, plan, lambda key: finish(key, state[key]), subject)
     processor.save_pretrained(part)
     if config.language_model is None:
         record["language_model"] = "in this folder"
@@ -137,17 +142,28 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def write_shards(folder: Path, plan: dict[str, Tensor], get: Callable[[str], Tensor]) -> None:
+def write_shards(
+    folder: Path, plan: dict[str, Tensor], get: Callable[[str], Tensor], subject: str
+) -> None:
     """Write tensors as safetensors, in shards of at most SHARD.
 
     Args:
         folder: where the files are written.
         plan: tensors on the meta device, which have the final shapes and dtypes.
         get: returns the tensor of a key; called when its shard is written.
+        subject: begins the message about weights that are not finite.
+
+    Raises:
+        ValueError: a weight is NaN or infinite. The folder is removed.
     """
     shards = split_torch_state_dict_into_shards(plan, max_shard_size=SHARD)
     for file, keys in shards.filename_to_tensors.items():
         tensors = {key: get(key).to(plan[key].dtype).contiguous() for key in keys}
+        try:
+            check_finite(tensors, subject)
+        except ValueError:
+            shutil.rmtree(folder)
+            raise
         # safetensors refuses two names of one storage: copy all tensors of a storage but the first.
         first_key = {tensor.data_ptr(): key for key, tensor in reversed(tensors.items())}
         for key, tensor in tensors.items():
@@ -208,7 +224,8 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
         are not restored, each with the reason.
 
     Raises:
-        ValueError: the original has no such audio encoder or language model.
+        ValueError: the original has no such audio encoder or language model, or a weight is NaN or
+            infinite.
     """
     audio_encoder = config.audio_config.model_type
     llm = config.text_config.model_type
@@ -223,6 +240,7 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
     keys = match_keys(state, build_on_meta(config), folder)
     keys.sort(key=lambda key: ("lm_head" in key, not key.startswith("language_model.")))
     placed, _ = rename_keys({key: state[key] for key in keys}, TO_ORIGINAL, (), folder)
+    check_finite(placed, f"{file} is not written from {folder}")
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.tmp")
     torch.save(placed, unfinished)
@@ -261,12 +279,13 @@ def merge(
         how many tensors were written; and the keys that were dropped, each with the reason.
 
     Raises:
-        ValueError: there is nothing to merge, the language model is another one, or LoRA is on a
-            tied weight.
+        ValueError: there is nothing to merge and `llm_dtype` is None, the language model is another
+            one, or LoRA is on a tied weight.
     """
-    if config.language_model is None and config.lora is None:
+    if config.language_model is None and config.lora is None and llm_dtype is None:
         raise ValueError(
-            f"{folder} contains its language model, and has no LoRA: there is nothing to merge."
+            f"{folder} contains its language model, and has no LoRA: there is nothing to merge. "
+            "Name a dtype to write the language model in it: --llm_dtype bfloat16"
         )
     with_lora = build_on_meta(config)
     own = load_state(folder)

@@ -202,6 +202,16 @@ class LtuConfig(PreTrainedConfig):
         """Tokens that the language model has positions for; 2**20 if its config has no limit."""
         return getattr(self.text_config, "max_position_embeddings", None) or 2**20
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as a dict.
+
+        It lacks how the language model was quantized when it was opened, which is a setting of a
+        run: the same checkpoint is opened with and without quantization.
+        """
+        content = super().to_dict()
+        content["text_config"].pop("quantization_config", None)
+        return content
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `config.json`.
 

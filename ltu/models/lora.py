@@ -1,4 +1,4 @@
-"""Finds the layers of a language model that take LoRA, and injects it with peft.
+"""Finds the layers of a language model that take LoRA, injects it with peft, and merges it.
 
 LoRA weights are fp32, whatever the dtype of the language model.
 """
@@ -73,3 +73,29 @@ def inject_lora(language_model: PreTrainedModel, lora: dict) -> None:
     for name, parameter in language_model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def merge_lora(language_model: PreTrainedModel) -> None:
+    """Add the product of LoRA to the weights, by peft's own arithmetic, and remove LoRA.
+
+    Args:
+        language_model: a causal LM with LoRA, which is changed.
+
+    Raises:
+        ValueError: LoRA is on a tied weight, whose other use has no LoRA.
+    """
+    layers = {}
+    for name, module in language_model.named_modules():
+        if hasattr(module, "get_delta_weight"):  # A layer of peft.
+            layers[name] = module
+    changed = {f"{name}.weight" for name in layers}
+    for pair in language_model.all_tied_weights_keys.items():
+        if changed & set(pair):
+            raise ValueError(
+                f"LoRA is on one of {pair}, which are one tensor: it cannot be merged."
+            )
+    for name, layer in layers.items():
+        layer.merge()
+        language_model.set_submodule(name, layer.get_base_layer())
+    # peft would otherwise take a later LoRA for a second one next to this.
+    del language_model.peft_config

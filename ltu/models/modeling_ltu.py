@@ -9,10 +9,14 @@ and many questions can share one audio prefix.
 
 A checkpoint holds the trained weights, and the name and hash of its language model instead of a
 copy, unless the language model was trained too. Audio encoder, projector and LoRA are fp32, in
-memory and on disk. The frozen language model may be bf16; autocast converts between the two.
+memory and on disk. The frozen language model may be bf16 or quantized; autocast converts between
+the two. A language model that is trained is fp32 too.
+
+No checkpoint with NaN or infinite weights is written or opened.
 """
 
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +28,17 @@ from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.models.configuration_ltu import LtuConfig
+from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
-from ltu.models.lora import find_targets, inject_lora
+from ltu.models.lora import find_targets, inject_lora, merge_lora
 
 # The parameters that each plan trains, as prefixes of their names, or as an infix if it begins with
-# a dot. The plans are named as in the original.
+# a dot. The plans "proj" and "all" are named as in the original.
 TRAINABLE_PLANS = {
     "proj": ("multi_modal_projector.",),
     "all": ("audio_tower.", "multi_modal_projector.", ".lora_"),
+    "full": ("audio_tower.", "multi_modal_projector.", "language_model."),
 }
 
 # Arguments that `from_pretrained` passes to the hub.
@@ -122,18 +128,67 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         }
         inject_lora(self.language_model, self.config.lora)
 
+    def merge_lora(self) -> None:
+        """Add the product of LoRA to the weights of the language model, and remove LoRA.
+
+        The language model that the config names lacks this product, so a checkpoint holds the
+        language model from now on.
+
+        Raises:
+            ValueError: LoRA is on a tied weight, or the language model is quantized.
+        """
+        if self.config.lora is None:
+            return
+        self._check_not_quantized("LoRA cannot be merged into it")
+        merge_lora(self.language_model)
+        self.config.lora = None
+        self._own_language_model()
+
+    def _check_not_quantized(self, consequence: str) -> None:
+        if getattr(self.language_model, "is_quantized", False):
+            raise ValueError(
+                f"The language model is quantized: {consequence}. Open it without quantization."
+            )
+
+    def _own_language_model(self) -> None:
+        """Let checkpoints hold the language model, instead of naming another copy of it."""
+        self.config.language_model = None
+        self.config.language_model_sha256 = None
+
     def set_trainable(self, plan: str) -> None:
         """Freeze all parameters but those of a plan.
 
         Args:
-            plan: "proj" (projector), or "all" (audio encoder, projector and LoRA).
+            plan: "proj" (projector), "all" (audio encoder, projector and LoRA), or "full" (audio
+                encoder, projector and language model, which checkpoints then hold).
+
+        Raises:
+            ValueError: the plan is "full", and the language model has LoRA or is quantized.
         """
+        if plan == "full":
+            if self.config.lora is not None:
+                raise ValueError("The plan 'full' trains no LoRA: call merge_lora() first.")
+            self._check_not_quantized("its weights cannot be trained")
+            self._own_language_model()
         patterns = TRAINABLE_PLANS[plan]
         prefixes = tuple(pattern for pattern in patterns if not pattern.startswith("."))
         infixes = [pattern for pattern in patterns if pattern.startswith(".")]
         for name, parameter in self.named_parameters():
             is_trainable = name.startswith(prefixes) or any(infix in name for infix in infixes)
             parameter.requires_grad_(is_trainable)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count parameters as the stock method does, those of a quantized language model too.
+
+        The stock method would count two weights of 4 bits as one, because only the language model
+        knows that it is quantized.
+        """
+        parts = (self.audio_tower, self.multi_modal_projector)
+        count = self.language_model.num_parameters(only_trainable, exclude_embeddings)
+        for parameter in chain.from_iterable(part.parameters() for part in parts):
+            if parameter.requires_grad or not only_trainable:
+                count += parameter.numel()
+        return count
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -280,9 +335,13 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
         The weights are those of audio encoder, projector and LoRA. Those of the language model are
         added only if the config names no other folder or hub id that holds them.
+
+        Raises:
+            ValueError: a weight is NaN or infinite. Nothing is written.
         """
         state_dict = self.state_dict() if state_dict is None else state_dict
         own_state = {key: value for key, value in state_dict.items() if self.is_own(key)}
+        check_finite(own_state, f"{save_directory} is not written")
         super().save_pretrained(save_directory, state_dict=own_state, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -324,7 +383,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
         Raises:
             ValueError: the language model is not the one that the checkpoint was trained with, or a
-                key of the checkpoint is missing or left over.
+                key of the checkpoint is missing or left over, or a weight is NaN or infinite.
             TypeError: there is no such argument.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
@@ -385,7 +444,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
         Raises:
             FileNotFoundError: the folder holds no weights.
-            ValueError: a key is missing or left over.
+            ValueError: a key is missing or left over, or a weight is NaN or infinite.
         """
         files = weight_files(folder, formats=("safetensors",))
         state: dict[str, Tensor] = {}
@@ -403,6 +462,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 f"{sorted(missing)[:3]}, {len(left_over)} left over {sorted(left_over)[:3]}. Write "
                 "the folder again with: python -m ltu.convert_checkpoint"
             )
+        check_finite(state, f"{folder} is not opened")
         self.load_state_dict(state, strict=False)
 
 

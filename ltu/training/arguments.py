@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
 
+from ltu.checkpoints.open_checkpoint import QUANTIZATIONS
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 
@@ -47,7 +48,8 @@ class ModelArguments:
         default="all",
         metadata={
             "help": "proj trains the projection only; all trains the audio encoder, the projection "
-            "and LoRA."
+            "and LoRA; full trains the audio encoder, the projection and the whole language model, "
+            "in fp32 and without LoRA. LoRA of the checkpoint is merged first."
         },
     )
     freeze_audio_tower: bool = field(
@@ -98,6 +100,42 @@ class ModelArguments:
             "all visible GPUs."
         },
     )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "4bit or 8bit: quantize the frozen language model during training. LoRA stays "
+            "fp32. Needs pip install -e '.[4bit]'."
+        },
+    )
+
+    def find_contradiction(self) -> str | None:
+        """Return why these flags cannot be used together, or None if they can."""
+        if self.quantization not in (None, *QUANTIZATIONS):
+            choices = ", ".join(QUANTIZATIONS)
+            return f"--quantization {self.quantization}: choose from {choices}"
+        if self.trainable_params != "full":
+            return None
+        lora_flags = {
+            "lora_r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+        }
+        if self.lora_target_modules is not None:
+            targets = parse_list(self.lora_target_modules)
+            lora_flags["lora_target_modules"] = None if targets == ["dummy"] else targets
+        given = [f"--{name}" for name, value in lora_flags.items() if value is not None]
+        if given:
+            return (
+                f"{', '.join(given)} with --trainable_params full, which trains the language model "
+                "itself and has no LoRA: leave the flag out, or say --lora_target_modules "
+                "'[\"dummy\"]'"
+            )
+        if self.quantization is not None:
+            return (
+                f"--quantization {self.quantization} with --trainable_params full: quantized "
+                "weights cannot be trained. Train LoRA: --trainable_params all"
+            )
+        return None
 
 
 @dataclass
@@ -167,6 +205,13 @@ class DataArguments:
     plan: bool = field(
         default=False,
         metadata={"help": "Print steps, sizes and the number of trainable parameters, and stop."},
+    )
+    gpu_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --plan: print whether the run fits into a GPU of so many GiB, and which "
+            "flags make it fit. The weights are not opened."
+        },
     )
     # Values of the flags that the audio front ends add, by name.
     front_end: dict[str, str | None] = field(init=False, default_factory=dict)
@@ -310,12 +355,14 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(init=False, default=False)
     enable_jit_checkpoint: bool = field(init=False, default=False)
     local_rank: int = field(init=False, default=-1)
+    is_bf16_chosen: bool = field(init=False, default=False)  # Whether --bf16 was not "auto".
 
     def __post_init__(self) -> None:
         has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu = self.use_cpu or not has_accelerator
         if self.bf16 not in ("auto", "True", "False"):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
+        self.is_bf16_chosen = self.bf16 != "auto"
         self.bf16 = device_has_bf16() if self.bf16 == "auto" else self.bf16 == "True"
         if self.fsdp and self.use_cpu:
             raise ValueError(
@@ -430,6 +477,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     plan = model_args.trainable_params
     if plan not in TRAINABLE_PLANS:
         parser.error(f"--trainable_params {plan}: choose from {', '.join(TRAINABLE_PLANS)}")
+    contradiction = model_args.find_contradiction()
+    if contradiction is not None:
+        parser.error(contradiction)
+    if data_args.gpu_memory is not None:
+        if not data_args.plan:
+            parser.error("--gpu_memory is only for --plan")
+        if not data_args.gpu_memory > 0:
+            parser.error(f"--gpu_memory {data_args.gpu_memory}: it must be more than 0")
     values = vars(data_args) | vars(run_args)
     for name, smallest in SMALLEST.items():
         if values[name] < smallest:

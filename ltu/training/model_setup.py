@@ -1,12 +1,20 @@
 """Opens the model that is to be trained: precision, LoRA, and which parameters are frozen."""
 
+import logging
+import os
 from typing import Any
 
 import torch
+from transformers import AutoConfig
+from transformers.integrations import apply_liger_kernel
 
 from ltu.checkpoints.open_checkpoint import open_model
+from ltu.models.configuration_ltu import LtuConfig
+from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.training.arguments import ModelArguments, parse_list
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
@@ -14,18 +22,48 @@ DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
     """Open the model of `--base_model`, and add LoRA and freeze parameters as the flags say.
 
+    With `--trainable_params full`, LoRA of the checkpoint is merged into the language model first.
+
+    Raises:
+        ValueError: flags contradict each other, or a LoRA flag or the name of the prompt template
+            contradicts the checkpoint.
+    """
+    contradiction = args.find_contradiction()
+    if contradiction is not None:
+        raise ValueError(contradiction)
+    folder = find_checkpoint(args.base_model)
+    config = AutoConfig.from_pretrained(folder)
+    model = open_model(
+        folder,
+        choose_llm_dtype(args, config, bf16),
+        args.llm,
+        choose_device_map(args),
+        args.quantization,
+    )
+    if args.attn_implementation:
+        model.language_model.set_attn_implementation(args.attn_implementation)
+    choose_trained(model, args)
+    return model
+
+
+def choose_trained(model: LtuForConditionalGeneration, args: ModelArguments) -> None:
+    """Add or merge LoRA, and freeze parameters, as the flags say.
+
     Raises:
         ValueError: a LoRA flag or the name of the prompt template contradicts the checkpoint.
     """
-    llm_dtype = torch.bfloat16 if bf16 else torch.float32
-    model = open_model(args.base_model, llm_dtype, args.llm, args.device_map)
-    if args.attn_implementation:
-        model.language_model.set_attn_implementation(args.attn_implementation)
-
     lora_flags = _lora_flags(args)
     stored_lora = model.config.lora
     is_without_lora = lora_flags.get("target_modules") == ["dummy"]
-    if args.trainable_params != "proj" and not is_without_lora:
+    if args.trainable_params == "full":
+        if stored_lora is not None:
+            logger.warning(
+                "The LoRA of %s (r %s) is merged into the language model, all of which is trained.",
+                args.base_model,
+                stored_lora["r"],
+            )
+            model.merge_lora()
+    elif args.trainable_params != "proj" and not is_without_lora:
         if stored_lora is None:
             model.add_lora(**(DEFAULT_LORA | lora_flags))
         else:
@@ -41,7 +79,70 @@ def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGenerati
     model.set_trainable(args.trainable_params)
     if args.freeze_audio_tower:
         model.audio_tower.requires_grad_(False)
-    return model
+
+
+def choose_llm_dtype(args: ModelArguments, config: LtuConfig, bf16: bool) -> torch.dtype | str:
+    """Return the dtype of the language model in memory; "auto" is that of its files.
+
+    Args:
+        args: the flags.
+        config: of the checkpoint folder.
+        bf16: whether training computes in bf16.
+    """
+    if args.trainable_params == "full" or not bf16:
+        return torch.float32
+    if config.language_model is not None:
+        return torch.bfloat16
+    # The next checkpoint holds this language model too. In bf16 it would not be the same.
+    if config.text_config.dtype == torch.float32:
+        logger.warning(
+            "%s holds its language model in float32, which training keeps. In bfloat16 it needs "
+            "half the memory; write it with: python -m %s.convert_checkpoint --model %s --merge "
+            "--llm_dtype bfloat16 --output_dir DIR",
+            args.base_model,
+            config.model_type,
+            args.base_model,
+        )
+    return "auto"
+
+
+def choose_device_map(args: ModelArguments) -> str | dict[str, int] | None:
+    """Return where the language model is put; None leaves that to the Trainer.
+
+    A quantized language model is put on the GPU of this process when it is opened, because weights
+    are quantized on the device.
+    """
+    if args.quantization and args.device_map is None and torch.cuda.is_available():
+        return {"": int(os.environ.get("LOCAL_RANK", 0))}
+    return args.device_map
+
+
+def apply_liger(
+    model: LtuForConditionalGeneration, kernel_config: dict[str, bool] | None = None
+) -> None:
+    """Replace layers of the language model by the kernels of liger-kernel, which run on GPUs.
+
+    The Trainer's own `--use_liger_kernel` looks up the type of the whole model, which is not in
+    liger's table, and then does nothing.
+
+    Args:
+        kernel_config: `liger_kernel_config` of the TrainingArguments.
+
+    Raises:
+        ValueError: liger-kernel is not installed, or has no kernels for the language model.
+    """
+    language_model = model.language_model
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise ValueError(f"--use_liger_kernel: {error}. pip install liger-kernel") from error
+    model_type = language_model.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"--use_liger_kernel: liger-kernel has no kernels for a {model_type}. It has them for "
+            f"{', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}. Leave the flag out."
+        )
+    apply_liger_kernel(language_model, kernel_config)
 
 
 def _lora_flags(args: ModelArguments) -> dict[str, Any]:
