@@ -355,14 +355,13 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(init=False, default=False)
     enable_jit_checkpoint: bool = field(init=False, default=False)
     local_rank: int = field(init=False, default=-1)
-    is_bf16_chosen: bool = field(init=False, default=False)  # Whether --bf16 was not "auto".
 
     def __post_init__(self) -> None:
         has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu = self.use_cpu or not has_accelerator
         if self.bf16 not in ("auto", "True", "False"):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
-        self.is_bf16_chosen = self.bf16 != "auto"
+        self.is_bf16_chosen = self.bf16 != "auto"  # --plan can be for another machine.
         self.bf16 = device_has_bf16() if self.bf16 == "auto" else self.bf16 == "True"
         if self.fsdp and self.use_cpu:
             raise ValueError(

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
@@ -232,10 +232,9 @@ def build_on_meta(config: LtuConfig, llm_dtype: torch.dtype) -> LtuForConditiona
         llm_dtype: of the frozen language model.
     """
     config = copy.deepcopy(config)
-    config.text_config.dtype = llm_dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return model
+        language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=llm_dtype)
+        return AutoModelForCausalLM.from_config(config, language_model=language_model)
 
 
 def quantize(model: LtuForConditionalGeneration, quantization: str) -> None:
@@ -257,6 +256,17 @@ def quantize(model: LtuForConditionalGeneration, quantization: str) -> None:
 
 def _num_bytes(parameters: list[nn.Parameter]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _step_temporary_bytes(trained: list[nn.Parameter], cuda: bool) -> int:
+    """Return the bytes of the temporary tensors of an optimizer step.
+
+    On a GPU, AdamW computes the square roots of all second moments at once. On a CPU, it updates
+    one tensor after the other: there are the square roots and their quotient.
+    """
+    if cuda:
+        return _num_bytes(trained)
+    return 2 * max((_num_bytes([parameter]) for parameter in trained), default=0)
 
 
 def _gathered_bytes(model: LtuForConditionalGeneration) -> int:
@@ -335,42 +345,29 @@ def _trace(
         tracker.add(tensor)
     frozen_weights = tracker.now - trained_weights
 
-    # Gradients, and the state that the optimizer allocates in its first step.
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-        tracker.add(parameter.grad)
-    gradients = tracker.now - trained_weights - frozen_weights
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, foreach=cuda)
-    with tracker:
-        optimizer.step()
-    optimizer_state = tracker.now - gradients - trained_weights - frozen_weights
-    persistent = tracker.now
-
-    # A later optimizer step.
-    tracker.peak = tracker.now
-    with tracker:
-        nn.utils.clip_grad_norm_(trained, 1.0, foreach=cuda)
-        optimizer.step()
-    step_temporary = tracker.peak - persistent
+    # Gradients, if a micro-batch before has left them. Otherwise the backward pass allocates them.
+    if accumulates:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+            tracker.add(parameter.grad)
+    existing = tracker.now
 
     # A forward pass and a backward pass.
-    if not accumulates:
-        optimizer.zero_grad()
-    tracker.peak = tracker.now
     operations = _cuda_operations if cuda else nullcontext
     with operations(), tracker:
         loss = _forward(model, micro_batch_size, text_tokens, bf16)
-        existing = persistent if accumulates else persistent - gradients
         activations = tracker.now - existing
         loss.backward()
+    gradients = trained_weights
+    in_passes = tracker.peak - frozen_weights - trained_weights - gradients
     return TrainingMemory(
         frozen_weights=frozen_weights,
         trained_weights=trained_weights,
         gradients=gradients,
-        optimizer_state=optimizer_state,
+        optimizer_state=2 * trained_weights,
         activations=activations,
-        temporary=tracker.peak - persistent - activations,
-        step_temporary=step_temporary,
+        temporary=in_passes - activations,
+        step_temporary=_step_temporary_bytes(trained, cuda),
         gathered=_gathered_bytes(model),
     )
 
