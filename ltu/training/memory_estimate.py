@@ -237,6 +237,15 @@ def build_on_meta(config: LtuConfig, llm_dtype: torch.dtype) -> LtuForConditiona
         return AutoModelForCausalLM.from_config(config, language_model=language_model)
 
 
+def enable_checkpointing(model: LtuForConditionalGeneration) -> None:
+    """Let the backward pass compute activations again, as `--gradient_checkpointing` does."""
+    # transformers 5.24 warns of the old name of this method, 5.17 lacks the new one.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        enable = model.gradient_checkpointing_enable
+    enable()
+
+
 def quantize(model: LtuForConditionalGeneration, quantization: str) -> None:
     """Replace the frozen linear layers of the language model, as bitsandbytes does.
 

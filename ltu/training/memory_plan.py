@@ -15,7 +15,13 @@ from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.training.arguments import ModelArguments, RunArguments
-from ltu.training.memory_estimate import TrainingMemory, build_on_meta, quantize, trace_training
+from ltu.training.memory_estimate import (
+    TrainingMemory,
+    build_on_meta,
+    enable_checkpointing,
+    quantize,
+    trace_training,
+)
 from ltu.training.model_setup import choose_llm_dtype, choose_trained
 
 GIB = 2**30
@@ -126,7 +132,7 @@ class MemoryPlanner:
 
         model = copy.deepcopy(self.model)
         if setting.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         if setting.quantization is not None:
             quantize(model, setting.quantization)
         memory = trace_training(model, micro_batch_size, self.text_tokens, accumulates, self.bf16)
