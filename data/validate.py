@@ -20,7 +20,7 @@ examples.
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,14 +33,19 @@ import soundfile
 from data.command_line import add_audio_root, command_parser
 from data.duplicate_detection import DuplicateDetector, first_clips
 from ltu.data.audio import MAX_SECONDS, MIN_SAMPLES, SAMPLING_RATE, AudioError, decode_audio
-from ltu.data.check_examples import NO_AUDIO, what_is_wrong
+from ltu.data.check_examples import (
+    NO_AUDIO,
+    add_ignored_keys,
+    parse_ignored_keys,
+    what_is_wrong,
+)
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command, write_json
 
 SHOWN = 10  # Errors of each kind that are listed.
 CLIPS_AT_ONCE = 4096
 # Keys that an example may lack.
-OPTIONAL_KEYS = ("input", "audio_id", "dataset", "task")
+OPTIONAL_KEYS = ("input", "dataset", "task")
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Findings:
 
 
 def check_examples(
-    path: Path, folder: str, findings: Findings
+    path: Path, folder: str, findings: Findings, ignored_keys: Collection[str] = ()
 ) -> tuple[int, Counter[str], np.ndarray]:
     """Check every example of a dataset file.
 
@@ -66,6 +71,7 @@ def check_examples(
         path: the dataset file.
         folder: for the temporary files.
         findings: the errors are added to them.
+        ignored_keys: further keys that examples may have.
 
     Returns:
         the number of examples; the number of examples that lack each key; and the number of the
@@ -78,7 +84,7 @@ def check_examples(
     count = 0
     for number, example in enumerate(stream_examples(path)):
         count += 1
-        reason = what_is_wrong(example, True)
+        reason = what_is_wrong(example, True, ignored_keys)
         if reason:
             findings.add("example", f"example {number + 1}: {reason}")
         missing_keys.update(key for key in OPTIONAL_KEYS if key not in example)
@@ -192,10 +198,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max_bad", type=int, default=0, help="The number of examples and clips that may be wrong."
     )
+    add_ignored_keys(parser)
     args = parser.parse_args(argv)
+    ignored_keys = parse_ignored_keys(args.ignored_keys)
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
-        count, missing_keys, firsts = check_examples(args.data_path, folder, findings)
+        count, missing_keys, firsts = check_examples(args.data_path, folder, findings, ignored_keys)
     if not count:
         raise ValueError(f"{args.data_path} contains no examples. Training refuses such a file.")
     report: dict[str, Any] = {

@@ -38,6 +38,7 @@ from ltu.inference.batch_inference import (
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.sampling import check_decoding
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.model_card import EVALUATION
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class GenerationSettings:
         flags: flags of ltu.inference_batch, as given on the command line.
         seed: seed of sampling in the first trial; the next trial has the next seed.
         audio_root: folder of relative `audio_id`s; None is the folder of the questions.
+        ignored_keys: further keys that questions may have.
         label_prompt: question of `score_labels`.
         label_answer: template of a class as the answer, for `score_labels`.
     """
@@ -55,6 +57,7 @@ class GenerationSettings:
     flags: list[str] = field(default_factory=list)
     seed: int = 42
     audio_root: Path | None = None
+    ignored_keys: frozenset[str] = frozenset()
     label_prompt: str = "Closed-ended question: Generate audio labels."
     label_answer: str = "Labels: {}"
 
@@ -79,7 +82,8 @@ def provenance(model: str, questions: Path, settings: GenerationSettings) -> dic
     for path in sorted(folder.iterdir()):
         # The weights are hashed once, by `sha256_of_weights`.
         is_weights = path.name.startswith(("model", "pytorch_model"))
-        if path.is_file() and path.suffix != ".md" and not is_weights:
+        is_about_model = path.suffix == ".md" or path.name == EVALUATION
+        if path.is_file() and not is_about_model and not is_weights:
             small_files[path.name] = sha256_of(path)
     batch_settings = BatchSettings.from_flags(settings.parse_flags(model))
     return {
@@ -116,7 +120,7 @@ def generate(
     for task, path in questions.items():
         wanted[task] = provenance(model, path, settings)
         if not is_done(folder / f"{task}{PREDICTIONS}", wanted[task]):
-            todo[task] = read_examples(path, settings.audio_root, need_output=False)
+            todo[task] = read_examples(path, settings.audio_root, False, settings.ignored_keys)
             is_sampled = wanted[task]["decoding"]["do_sample"]
             trials[task] = number_trials(todo[task], is_sampled)
             num_trials = max(num_trials, max(trials[task]) + 1)
@@ -217,7 +221,7 @@ def score_labels(
     first line is their provenance; a clip that failed is retried by the next run.
     """
     examples = []
-    for example in read_examples(questions, settings.audio_root, need_output=False):
+    for example in read_examples(questions, settings.audio_root, False, settings.ignored_keys):
         examples.append(example | {"instruction": settings.label_prompt})
     candidates = label_candidates(task, settings.label_answer)
     wanted = provenance(model, questions, settings)

@@ -25,7 +25,7 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -38,9 +38,11 @@ from eval.generate_predictions import GenerationSettings
 from eval.judge import Judge
 from eval.scorer_interface import Context, EvaluationError, Outcome
 from eval.tasks import TASKS, Task, find_task
-from ltu.data.check_examples import read_examples
+from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.dataset_io import stream_examples
 from ltu.files import run_command
+from ltu.models.locate_checkpoint import find_checkpoint
+from ltu.models.model_card import EvaluationResult, save_evaluation
 from qa_generation.llm import LlmSettings
 
 # Fields of every prediction.
@@ -58,6 +60,7 @@ class ScoringSettings:
         open_embedder: Opens the embedder once for all predictions files.
         whisper_text: JSON audio_id -> transcript; None takes the transcripts in the predictions.
         judge: The judge of open-ended answers, None if there is none.
+        ignored_keys: Further keys that questions may have.
     """
 
     output_dir: Path
@@ -66,6 +69,7 @@ class ScoringSettings:
     open_embedder: Callable[[], text_embeddings.Embedder]
     whisper_text: Path | None
     judge: Judge | None
+    ignored_keys: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,9 @@ def score_labels(
 # --- Scoring
 
 
-def read_predictions(path: Path, questions: Path | None) -> list[dict]:
+def read_predictions(
+    path: Path, questions: Path | None, ignored_keys: frozenset[str] = frozenset()
+) -> list[dict]:
     """Read predictions with `prompt`, `pred`, `ref` and `audio_id`.
 
     Each question without a prediction is appended as a prediction without an answer.
@@ -262,11 +268,13 @@ def read_predictions(path: Path, questions: Path | None) -> list[dict]:
     if not predictions:
         raise EvaluationError(f"{path} contains no predictions.")
     if questions:
-        predictions += missing_predictions(predictions, path, questions)
+        predictions += missing_predictions(predictions, path, questions, ignored_keys)
     return predictions
 
 
-def missing_predictions(predictions: list[dict], path: Path, questions: Path) -> list[dict]:
+def missing_predictions(
+    predictions: list[dict], path: Path, questions: Path, ignored_keys: frozenset[str]
+) -> list[dict]:
     """Return a prediction without an answer for each question that has no prediction.
 
     Raises:
@@ -274,7 +282,7 @@ def missing_predictions(predictions: list[dict], path: Path, questions: Path) ->
     """
     # Collect the references of each question, and remove those that have a prediction.
     open_references: dict[tuple, list[Any]] = defaultdict(list)
-    for example in read_examples(questions, need_output=False):
+    for example in read_examples(questions, need_output=False, ignored_keys=ignored_keys):
         question = (example.get("audio_id"), example["instruction"])
         open_references[question].append(example.get("output"))
     for number, prediction in enumerate(predictions, start=1):
@@ -296,7 +304,7 @@ def missing_predictions(predictions: list[dict], path: Path, questions: Path) ->
 def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
     """Return the result of one predictions file, and write its items and its confusion matrix."""
     task = find_task(scoring.task)
-    predictions = read_predictions(scoring.predictions, scoring.questions)
+    predictions = read_predictions(scoring.predictions, scoring.questions, settings.ignored_keys)
     embedder = LazyEmbedder(settings.open_embedder)
     context = Context(
         protocol=settings.protocol,
@@ -387,6 +395,36 @@ def write_report(
     return report.write_report(results, common, settings.output_dir)
 
 
+def update_model_card(model: ModelRun, results: list[report.Result], protocol: str) -> None:
+    """Write the results of a model into its checkpoint folder, and its model card.
+
+    Raises:
+        ValueError: The weights in the folder have changed since they were evaluated.
+        OSError: The folder cannot be written.
+    """
+    entries = []
+    checkpoint = None
+    for result in results:
+        if result.model != model.name:
+            continue
+        summary = result.summary
+        checkpoint = result.origin["checkpoint"]
+        entry = EvaluationResult(
+            task=result.task,
+            metric=summary.metric,
+            scoring=result.scoring,
+            protocol=protocol,
+            num_examples=summary.num_examples,
+            answered=summary.answered,
+            **asdict(summary.value),
+            failed=summary.failed,
+            questions_sha256=result.origin["questions"]["sha256"],
+        )
+        entries.append(entry)
+    if checkpoint is not None:
+        save_evaluation(find_checkpoint(model.checkpoint), entries, checkpoint)
+
+
 # --- The command
 
 
@@ -459,7 +497,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         help="Folder of relative audio_ids (default: the folder of the questions).",
     )
+    add_ignored_keys(parser)
     add("--output_dir", type=Path, help="The folder of the report.")
+    add(
+        "--update_model_card",
+        action="store_true",
+        help="Write the results of each --model into its folder too: evaluation.json and the table "
+        "of its model card.",
+    )
     add(
         "--protocol",
         choices=("strict", "original"),
@@ -542,6 +587,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--task, --output_dir, and --model or --predictions are needed (or --list)")
     if args.model and not args.questions:
         parser.error("--model: give --questions; python -m eval.prepare_questions builds them")
+    if args.update_model_card:
+        check_model_folders(parser, args.model)
     if args.rest and not args.model:
         parser.error(f"unknown without --model: {' '.join(args.rest)}")
     if (args.judge_url or args.judge_local or args.judge_budget) and not args.judge_model:
@@ -562,6 +609,15 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     names = [name for name, _ in args.model + args.predictions]
     if len(set(names)) < len(names):
         parser.error(f"two of the same name among {', '.join(names)}: give NAME=PATH")
+
+
+def check_model_folders(parser: argparse.ArgumentParser, models: list[tuple[str, Path]]) -> None:
+    """End the command if the results of a model cannot be written into its folder."""
+    if not models:
+        parser.error("--update_model_card needs --model")
+    for _, path in models:
+        if not path.is_dir() and not Path("pretrained_mdls", path).is_dir():
+            parser.error(f"--update_model_card: {path} is no folder of this machine")
 
 
 def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
@@ -585,6 +641,7 @@ def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
         open_embedder=cache(partial(text_embeddings.open_embedder, embedder, args.cache_dir)),
         whisper_text=args.whisper_text,
         judge=judge,
+        ignored_keys=parse_ignored_keys(args.ignored_keys),
     )
 
 
@@ -594,6 +651,7 @@ def generation_settings(args: argparse.Namespace) -> GenerationSettings:
         flags=args.rest,
         seed=args.seed,
         audio_root=args.audio_root,
+        ignored_keys=parse_ignored_keys(args.ignored_keys),
         label_prompt=args.label_prompt,
         label_answer=args.label_answer,
     )
@@ -630,6 +688,9 @@ def main(argv: list[str] | None = None) -> int:
     for scoring in plan.scorings:
         results.append(score(scoring, settings))
     print(write_report(results, plan.left_out, settings))
+    if args.update_model_card:
+        for model in plan.models:
+            update_model_card(model, results, settings.protocol)
     return int(has_failed)
 
 

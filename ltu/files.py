@@ -98,15 +98,15 @@ def lock_file(path: Path, output: Path) -> IO[bytes]:
 def run_command(command: Callable[[], int | None]) -> None:
     """Run a command and exit with its status.
 
-    An error that the user can fix (OSError or ValueError) is one line, which a traceback would
-    hide.
+    An error that the user can fix (OSError, ValueError, or ImportError of an optional package) is
+    one line, which a traceback would hide.
 
     Args:
         command: returns the exit status; None is 0.
     """
     try:
         status = command()
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         message = str(error)
         if WORKER_ERROR in message:
             # A worker of a data loader puts its traceback in front of the message.

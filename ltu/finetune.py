@@ -34,7 +34,7 @@ STOPPED = 128 + signal.SIGTERM  # Exit status of a run that SIGTERM has ended.
 
 def print_plan(setup: RunSetup, run: RunArguments) -> None:
     """Print what a run is going to do."""
-    for line in setup.steps.describe(run.batch_size):
+    for line in [*setup.dataset.lines(), *setup.steps.describe(run.batch_size)]:
         print(line)
     print(f"bf16: {run.bf16}, {run.device}")
 
@@ -56,8 +56,11 @@ def train(trainer: LtuTrainer, start: Start) -> int:
     def stop(_: int, __: FrameType | None) -> None:
         trainer.is_stopping = True
 
-    signal.signal(signal.SIGTERM, stop)
-    trainer.train(resume_from_checkpoint=start.checkpoint)
+    handler = signal.signal(signal.SIGTERM, stop)
+    try:
+        trainer.train(resume_from_checkpoint=start.checkpoint)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     step = trainer.state.global_step
     if step < trainer.state.max_steps:
         if trainer.is_world_process_zero():
@@ -108,7 +111,6 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         setup.record["run_id"] = start.run_id
         trainer = make_trainer(model_args, data, run, setup)
-        trainer.run_folder = folder
         if is_main:
             folder.begin(start)
             print_parameters(trainer)

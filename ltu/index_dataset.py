@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoProcessor
 
+from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys
 from ltu.files import run_command
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
@@ -44,12 +45,21 @@ def main(argv: list[str] | None = None) -> None:
         default=0,
         help="The number of clips that may fail to be transcribed, for models with transcripts.",
     )
+    add_ignored_keys(parser)
     add_front_end_flags(parser)
     args = parser.parse_args(argv)
 
+    ignored_keys = parse_ignored_keys(args.ignored_keys)
     processor = AutoProcessor.from_pretrained(find_checkpoint(args.base_model, CHECKPOINT_FILES))
     processor.front_end.configure(**read_front_end_flags(args))
-    index = build_index(args.data_path, processor, args.output_path, args.audio_root, args.max_bad)
+    index = build_index(
+        args.data_path,
+        processor,
+        args.output_path,
+        args.audio_root,
+        args.max_bad,
+        ignored_keys,
+    )
     examples = IndexedExamples(index)
     num_tokens = examples.num_tokens.float()  # (examples,)
     print(

@@ -8,9 +8,9 @@
 
 The last one compares batched answers with those of single questions, and writes nothing.
 
-Q.json has examples as for training; `output` is the reference and may be absent. P.json is a list
-of `{"prompt", "pred", "ref", "audio_id", "status", "seconds_heard", ...}` in the order of the
-questions.
+Q.json has examples as for training; `output` is the reference and may be absent or empty. P.json
+is a list of `{"prompt", "pred", "ref", "audio_id", "status", "seconds_heard", ...}` in the order of
+the questions.
 
 A stopped run continues when it is started again (`ltu.inference.predictions_file`). Equal
 questions about equal clips are answered once. The exit status is 1 if more than `--max_bad`
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from ltu.data.check_examples import read_examples
+from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.files import run_command
 from ltu.inference.batch_inference import (
     BatchSettings,
@@ -70,6 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--check_batch", type=int, nargs="?", const=16, metavar="N", help=check_help
     )
+    add_ignored_keys(parser)
     add_batch_flags(parser)
     args = parser.parse_args(argv)
     outputs = [Path(path).absolute() for path in args.output_path or []]
@@ -96,7 +97,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = BatchSettings.from_flags(args)
-    files = [read_examples(path, args.audio_root, need_output=False) for path in args.data_path]
+    ignored_keys = parse_ignored_keys(args.ignored_keys)
+    files = []
+    for path in args.data_path:
+        files.append(read_examples(path, args.audio_root, False, ignored_keys))
     if args.check_batch:
         args.cache_mb = 0  # A clip that was encoded alone must be encoded in its batch too.
         examples = list(chain.from_iterable(files))

@@ -71,8 +71,8 @@ class TltrConfig(PreTrainedConfig):
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """The shape of the features of a clip."""
-        return (self.num_whisper_layers, self.num_audio_tokens, self.hidden_size)
+        """The shape of the features of one clip."""
+        return self.num_whisper_layers, self.num_audio_tokens, self.hidden_size
 
 
 class LtuAsConfig(LtuConfig):

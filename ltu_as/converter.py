@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltu.checkpoints.convert import CONVERTERS, LtuConverter
 from ltu.checkpoints.original_checkpoints import KeyRule
-from ltu.data.check_examples import read_examples
+from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
@@ -36,6 +36,7 @@ class LtuAsConverter(LtuConverter):
         feature_root: the folder of the features of the clips of `standardize_on`.
         standardize_on: a dataset file; a random TLTR scales each channel by its mean and standard
             deviation on these clips.
+        ignored_keys: keys of its examples that are ignored, separated by commas.
         num_time_heads, num_layer_heads: attention heads of TLTR, which no file states.
     """
 
@@ -48,6 +49,7 @@ class LtuAsConverter(LtuConverter):
     feature_precision: str = "fp16"
     feature_root: str | None = None
     standardize_on: str | None = None
+    ignored_keys: str = ""
     num_time_heads: int = 1
     num_layer_heads: int = 8
 
@@ -77,6 +79,7 @@ class LtuAsConverter(LtuConverter):
             "--standardize_on",
             help="A dataset file, on whose clips a random TLTR scales channels by mean and std.",
         )
+        add_ignored_keys(parser)
         parser.add_argument(
             "--num_time_heads",
             type=int,
@@ -113,6 +116,8 @@ class LtuAsConverter(LtuConverter):
             )
         if self.feature_root and not self.standardize_on:
             raise ValueError("--feature_root has an effect only with --standardize_on.")
+        if self.ignored_keys and not self.standardize_on:
+            raise ValueError("--ignored_keys has an effect only with --standardize_on.")
         return TltrConfig(
             hidden_size=width,
             num_whisper_layers=layers,
@@ -132,11 +137,9 @@ class LtuAsConverter(LtuConverter):
         if not self.standardize_on:
             return
         store = FeatureStore(self.feature_root)
-        audio_ids = {
-            example["audio_id"]
-            for example in read_examples(self.standardize_on)
-            if example["audio"]
-        }
+        ignored_keys = parse_ignored_keys(self.ignored_keys)
+        examples = read_examples(self.standardize_on, need_output=False, ignored_keys=ignored_keys)
+        audio_ids = {example["audio_id"] for example in examples if example["audio"]}
         num_clips = 0
         count = 0  # Time steps.
         total = 0.0

@@ -26,7 +26,7 @@ from transformers import AutoProcessor
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.data.audio import SAMPLING_RATE, AudioError, load_audio
-from ltu.data.check_examples import read_examples
+from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.dataset_parser import DatasetError
 from ltu.files import replace_file, run_command
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
@@ -228,11 +228,13 @@ def main(argv: list[str] | None = None) -> int:
         "--device",
         help="Device of Whisper: cuda, cuda:1 or cpu. The default is a GPU if there is one.",
     )
+    add_ignored_keys(parser)
     args = parser.parse_args(argv)
 
+    ignored_keys = parse_ignored_keys(args.ignored_keys)
     examples = []
     for path in args.data_path:
-        examples += read_examples(path, args.audio_root, need_output=False)
+        examples += read_examples(path, args.audio_root, False, ignored_keys)
     clips = clips_of(examples, args.transcribe)
     extractor = extractor_of(args)
     store = FeatureStore.create(args.output_dir, extractor.describe())

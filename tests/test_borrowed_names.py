@@ -71,6 +71,11 @@ BORROWED_NAMES = [
         for name in ("_supports_sdpa", "_supports_flash_attn", "_no_split_modules")
     ),
     BorrowedName(
+        "transformers:PreTrainedModel._upload_modified_files",
+        "ltu/models/modeling_ltu.py",
+        "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
+    ),
+    BorrowedName(
         "transformers.initialization:trunc_normal_",
         "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "torch.nn.init, for parameters that were not loaded",
@@ -114,6 +119,11 @@ BORROWED_NAMES = [
         "a loop over the tuples and lists that operations return",
     ),
     BorrowedName(
+        "transformers.integrations:get_available_reporting_integrations",
+        "ltu/training/arguments.py",
+        "the RuntimeError of the Trainer's constructor",
+    ),
+    BorrowedName(
         "transformers.trainer_utils:rotate_checkpoints",
         "ltu/training/trainer.py",
         "shutil.rmtree of all checkpoints but the newest and the best",
@@ -132,6 +142,20 @@ BORROWED_NAMES = [
         "torch.cpu:_is_avx512_bf16_supported",
         "ltu/training/arguments.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
+    ),
+    *(
+        BorrowedName(
+            f"transformers:Trainer.{name}",
+            "ltu/training/sharding.py",
+            "save_model and the callbacks on_save and on_train_begin",
+        )
+        for name in (
+            "_save",
+            "_save_optimizer_and_scheduler",
+            "_load_from_checkpoint",
+            "_load_optimizer_and_scheduler",
+            "_load_best_model",
+        )
     ),
     # The page
     BorrowedName(

@@ -102,6 +102,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv += ["--output_dir", str(folder / "out")]
     argv += "--batch_size 2 --micro_batch_size 1 --num_epochs 2 --warmup_steps 5".split()
     argv += "--logging_steps 1 --learning_rate 1e-3 --bf16 False --num_workers 0".split()
+    argv += ["--text_only", "True"]
     finetune(argv)
     return folder / "out"
 

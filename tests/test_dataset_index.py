@@ -17,8 +17,7 @@ from ltu.data.check_examples import read_examples
 from ltu.data.dataset_parser import DatasetError
 from ltu.files import run_command
 from ltu.finetune import main as train
-from ltu.training import dataset as dataset_module
-from ltu.training import dataset_index
+from ltu.training import dataset_index, open_dataset
 from ltu.training.arguments import parse_args
 from ltu.training.dataset_index import IndexedExamples, build_index, find_index
 from ltu.training.trainer import make_trainer
@@ -66,10 +65,11 @@ def losses(folder):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.parametrize("cutoff", [8, 20, 108])
+@pytest.mark.parametrize("cutoff", [28, 40, 108])
 @pytest.mark.parametrize("held_out", [0, 5])
 def test_an_index_equals_the_file(checkpoint, processor, data_path, tmp_path, cutoff, held_out):
-    more = {"cutoff_len": cutoff, "val_set_size": held_out}
+    """With a cutoff of 28 some examples have no answer, with 40 some answers are cut."""
+    more = {"cutoff_len": cutoff, "val_set_size": held_out, "max_bad": 22}
     plain = open_trainer(checkpoint, data_path, tmp_path / "run", **more)
     build_index(data_path, processor)
     indexed = open_trainer(checkpoint, data_path, tmp_path / "run", **more)
@@ -82,6 +82,8 @@ def test_an_index_equals_the_file(checkpoint, processor, data_path, tmp_path, cu
         pairs.append((indexed.eval_dataset, plain.eval_dataset))
     for found, expected in pairs:
         assert len(found) == len(expected)
+        assert found.skipped == expected.skipped
+        assert found.lengths.tolist() == expected.lengths.tolist()
         for index in range(len(expected)):
             assert found[index]["input_ids"] == expected[index]["input_ids"]
             assert found.examples[index]["audio"] == expected.examples[index]["audio"]
@@ -105,7 +107,7 @@ def test_training_and_resuming_from_an_index_equals_training_from_the_file(
 def test_too_many_examples_without_an_index_are_not_grouped_with_a_warning(
     checkpoint, data_path, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(dataset_module, "MAX_UNINDEXED", 22)
+    monkeypatch.setattr(open_dataset, "MAX_UNINDEXED", 22)
     trainer = open_trainer(checkpoint, data_path, tmp_path / "run")
     assert "23 examples without an index" in caplog.text
     assert f"ltu.index_dataset {data_path}" in caplog.text
@@ -114,7 +116,7 @@ def test_too_many_examples_without_an_index_are_not_grouped_with_a_warning(
     ungrouped = open_trainer(checkpoint, data_path, tmp_path / "run", group_by_length=False)
     assert micro_batches == list(ungrouped.micro_batches)
     cut = open_trainer(checkpoint, data_path, tmp_path / "run", train_on_inputs=False, cutoff_len=5)
-    with pytest.raises(DatasetError, match="Example 8: no answer is left"):
+    with pytest.raises(DatasetError, match="example 8: no answer is left"):
         cut.train_dataset[7]
 
 
@@ -147,7 +149,7 @@ def test_an_index_for_the_other_kind_of_model_is_refused(processor, data_path, m
         DatasetError,
         match="for a model without transcripts; this checkpoint is of a model with transcripts",
     ):
-        find_index(data_path).check(processor, 108, True)
+        find_index(data_path).check(processor)
 
 
 def test_an_audio_id_that_is_not_utf8_is_refused(processor, data_path):
@@ -160,13 +162,13 @@ def test_resuming_in_another_order_is_refused(
     checkpoint, processor, data_path, tmp_path, monkeypatch
 ):
     """Half an epoch in one order and half in another would leave examples unused."""
-    monkeypatch.setattr(dataset_module, "MAX_UNINDEXED", 22)
+    monkeypatch.setattr(open_dataset, "MAX_UNINDEXED", 22)
     train(flags(checkpoint, data_path, tmp_path / "run", max_steps=3))
     build_index(data_path, processor)
-    with pytest.raises(ValueError, match="was trained with grouped: False, this run has True"):
+    with pytest.raises(ValueError, match="grouping by length: False there, True here"):
         train(flags(checkpoint, data_path, tmp_path / "run", resume_from_checkpoint="last"))
     missing = tmp_path / "nothing"
-    with pytest.raises(ValueError, match="holds no checkpoint of a run"):
+    with pytest.raises(ValueError, match="there is no such folder"):
         train(flags(checkpoint, data_path, tmp_path / "run", resume_from_checkpoint=missing))
 
 

@@ -65,9 +65,13 @@ def test_layers_on_two_devices_train_like_one(
     models = []
 
     def open_spread(
-        base: str, dtype: torch.dtype, llm: str | None, device_map: str | None
+        base: Path,
+        dtype: torch.dtype,
+        llm: str | None,
+        device_map: str | None,
+        quantization: str | None,
     ) -> torch.nn.Module:
-        assert device_map == "auto"
+        assert (device_map, quantization) == ("auto", None)
         model = open_model(base, dtype, llm, SPREAD)
         models.append(model)
         return model

@@ -585,3 +585,38 @@ def test_interval():
     assert found.value.high == pytest.approx(0.25 + error, abs=0.006)
     assert found.on_answered == {"accuracy": 0.25, "other": None} and found.resamples == 1000
     assert found.value != report.summarize(outcome, find_task("gtzan"), seed=1).value
+
+
+def test_results_in_the_model_card(folder, model, no_plots, tmp_path, monkeypatch):
+    """The results are in the model's folder too, and the next run uses the answers again."""
+    shutil.copytree(model.parent / "llm", tmp_path / "llm")
+    checkpoint = Path(shutil.copytree(model, tmp_path / "checkpoint"))
+    argv = ["--task", "gtzan", "--model", f"mine={checkpoint}", "--questions", "gtzan.json"]
+    argv += ["--output_dir", "out", "--max_bad", "1", "--update_model_card", *GENERATION]
+    assert run.main(argv) == 0
+    (result,) = json.loads(Path("out/report.json").read_text())["results"]
+    (stored,) = json.loads((checkpoint / "evaluation.json").read_text())["results"]
+    assert stored["on_all"] == result["value"]["on_all"]
+    assert stored["questions_sha256"] == result["questions"]["sha256"]
+    card = (checkpoint / "README.md").read_text()
+    assert "| gtzan | accuracy |" in card
+    assert "| 5 | missing 1 |" in card
+    assert str(tmp_path) not in card + (checkpoint / "evaluation.json").read_text()
+
+    # The new files in the folder do not make it another model: only the missing clip is retried.
+    provenance = Path("out/mine/gtzan.provenance.json").read_bytes()
+    run.main(argv)
+    assert Path("out/mine/gtzan.provenance.json").read_bytes() == provenance
+    assert (checkpoint / "README.md").read_text() == card
+
+
+def test_a_model_card_needs_a_folder(folder, capsys):
+    argv = ["--task", "gtzan", "--output_dir", "out", "--update_model_card"]
+    for words, message in (
+        (["--predictions", "P.json"], "needs --model"),
+        (["--model", "org/model", "--questions", "gtzan.json"], "is no folder of this machine"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run.main([*argv, *words])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err

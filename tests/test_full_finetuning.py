@@ -5,12 +5,14 @@ The quantized tests need bitsandbytes, which also computes on a CPU.
 
 import json
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ltu_as.convert_checkpoint  # noqa: F401  registers LTU-AS with the Auto classes
 from ltu import LtuConfig, LtuForConditionalGeneration
@@ -115,6 +117,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert not different(state_of(tmp_path / "run"), state_of(full))
 
 
+def test_a_run_whose_checkpoints_are_in_shards_resumes(
+    full: Path, checkpoint: Path, data_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers writes shards of 50 GB; 13B in fp32 have more."""
+    stock = PreTrainedModel.save_pretrained
+
+    def save_in_shards(*args: Any, **kwargs: Any) -> None:
+        stock(*args, **kwargs, max_shard_size="200KB")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_in_shards)
+    train(checkpoint, data_path, tmp_path / "run", **FULL, save_steps=3)
+    middle = tmp_path / "run" / "checkpoint-3"
+    assert len(list(middle.glob("model-*-of-*.safetensors"))) > 1
+    resumed = {"save_steps": 3, "resume_from_checkpoint": middle}
+    train(checkpoint, data_path, tmp_path / "resumed", **FULL, **resumed)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "resumed").state_dict()
+    assert not different(dict(found), state_of(full))
+
+
 def test_lora_is_merged_as_by_the_converter(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,8 +143,9 @@ def test_lora_is_merged_as_by_the_converter(
     assert "is merged into the language model" in caplog.text
     convert(["--model", str(checkpoint), "--merge", "--output_dir", str(tmp_path / "merged")])
     assert not different(dict(model.state_dict()), state_of(tmp_path / "merged"))
-    model.add_lora(r=2, lora_alpha=4, lora_dropout=0.0)  # peft has forgotten the first one.
-    assert list(model.language_model.peft_config) == ["default"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns of a second LoRA next to the first.
+        model.add_lora(r=2, lora_alpha=4, lora_dropout=0.0)
 
 
 def test_lora_on_a_tied_weight_is_not_merged(tmp_path: Path) -> None:
@@ -280,6 +302,7 @@ def test_training_on_a_quantized_language_model(
     layer = trainer.model.language_model.model.layers[0].self_attn.q_proj
     kinds = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}
     assert isinstance(layer.base_layer, kinds[bits])
+    assert type(layer).__module__ == "peft.tuners.lora.bnb"
     assert layer.lora_A["default"].weight.dtype == torch.float32
     quantized = layer.base_layer.weight.clone()
     before = layer.lora_B["default"].weight.clone()
@@ -311,6 +334,17 @@ def test_training_on_a_quantized_language_model(
     # Gradient checkpointing computes the same gradients.
     finetune(training_flags(checkpoint, data_path, tmp_path / "stored", **flags))
     torch.testing.assert_close(state_of(tmp_path / "stored"), state, rtol=0, atol=1e-5)
+
+
+def test_a_fresh_lora_on_a_quantized_language_model(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra 4bit is not installed")
+    folder = write_checkpoint(tmp_path / "checkpoint", write_llm(tmp_path / "llm"))
+    layer = open_with(folder, quantization="4bit").language_model.model.layers[1].self_attn.v_proj
+    assert type(layer).__module__ == "peft.tuners.lora.bnb"
+    assert layer.base_layer.weight.quant_type == "nf4"
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert layer.lora_A["default"].weight.requires_grad
+    assert not layer.base_layer.weight.requires_grad
 
 
 LORA_B = "model.layers.0.self_attn.q_proj.lora_B.default.weight"

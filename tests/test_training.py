@@ -366,7 +366,10 @@ def test_lists_parse_as_in_the_original():
     "content, message",
     [
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "example 2: no 'output'"),
-        ('[{"instruction": 1, "output": "b"}]', "example 1: 'instruction' is a int"),
+        (
+            '[{"instruction": 1, "output": "b", "audio_id": "empty"}]',
+            "example 1: 'instruction' is a int",
+        ),
         ('{"instruction": "a", "output": "b"}\n{"instruction": \n', "example 2, byte 52"),
         ('[{"instruction": "a" "output"}]', "example 1, byte 21"),
         ("[]", "contains no examples"),

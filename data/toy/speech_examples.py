@@ -63,8 +63,7 @@ def make_example(
         answer = rng.choice(texts["answers"]).format(**fields)
     else:
         question, answer = closed_question(QUESTIONS, task, fields, rng, phrasing)
-    example = closed_qa.make_example(question, answer, version.audio_id, DATASET, task, None)
-    return example | {"voice": clip["voice"]}
+    return closed_qa.make_example(question, answer, version.audio_id, DATASET, task, None)
 
 
 def is_rendered(example: dict) -> bool:

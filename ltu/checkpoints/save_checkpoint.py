@@ -25,11 +25,14 @@ from transformers import AutoModelForCausalLM
 
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
 from ltu.files import sync_and_rename
+from ltu.models.card_seal import CARD, is_replaceable
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import sha256_of_weights
+from ltu.models.model_card import write_model_card
 from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
 from ltu.models.processing_ltu import LtuProcessor
+from ltu.models.provenance import code_version, library_versions, lineage_from
 
 SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
 CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.
@@ -122,10 +125,15 @@ def write_folder(
         "all": model.num_parameters(),
         "stored": sum(value.numel() for value in plan.values()),
     }
+    record["versions"] = library_versions()
+    record["code"] = code_version()
     (part / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
+    if not is_replaceable(output_dir / CARD):  # Somebody wrote it, so it is not lost.
+        shutil.copyfile(output_dir / CARD, part / CARD)
     if output_dir.is_dir():
         shutil.rmtree(output_dir)
     os.replace(part, output_dir)
+    write_model_card(output_dir)
     return len(plan)
 
 
@@ -337,6 +345,7 @@ def merge(
         return tensor.float() + lora_layers[key].get_delta_weight("default")
 
     parent = {"name": folder.resolve().name, "sha256": sha256_of_weights(folder)}
-    record = {"stage": "merged", "parent": parent, "dropped_keys": dropped}
+    lineage = lineage_from(folder, parent["sha256"])
+    record = {"stage": "merged", "parent": parent, "lineage": lineage, "dropped_keys": dropped}
     count = write_folder(output_dir, config, state, processor, record, llm_dtype, finish)
     return count, dropped

@@ -8,9 +8,13 @@ The length that a header claims is not trusted.
 
 A clip that cannot be decoded raises `AudioError`, which has the source, a reason and a hint. No
 waveform is ever made up for it.
+
+Float samples in the range of integers are used as they are, with one warning in each process: the
+models were trained on samples within 1, but nothing proves that such a clip is wrong.
 """
 
 import io
+import logging
 import math
 import os
 import re
@@ -25,6 +29,8 @@ import soundfile
 import torch
 import torchaudio.functional
 
+logger = logging.getLogger(__name__)
+
 SAMPLING_RATE = 16_000  # Hz
 MIN_SAMPLES = 400  # 25 ms at 16 kHz: one window of the filterbank
 MAX_SECONDS = 3600.0
@@ -38,6 +44,11 @@ MAX_RATE = 1_000_000
 MAX_VALUES = 2**22
 # Full scale of 32-bit audio; the filterbank overflows far above it.
 LOUDEST = 2.0**31
+# Peak of float samples above which a warning says that they are in the range of integers. A decoded
+# mp3 whose loudest samples were clipped has up to 3.
+LOUD = 8.0
+# Full scales of integer audio of 16, 24 and 32 bits.
+FULL_SCALES = (2**15, 2**23, 2**31)
 # One step of 24-bit audio; below it the filterbanks of both models are at their floor.
 QUIETEST = 2.0**-23
 # Values decoded at once, and samples resampled at once: 16 MiB of float32.
@@ -91,6 +102,38 @@ class AudioError(ValueError):
 
 def _escape(match: re.Match) -> str:
     return match[0].encode("unicode_escape").decode()
+
+
+class LoudnessWarning:
+    """Warns of the first clip of this process whose float samples are in the range of integers."""
+
+    def __init__(self):
+        self.is_given = False
+
+    def give(self, name: str, peak: float) -> None:
+        """Log the warning unless it was logged before.
+
+        Args:
+            name: path, or description of the bytes or array.
+            peak: the largest absolute value of the samples, above `LOUD`.
+        """
+        if self.is_given:
+            return
+        self.is_given = True
+        full_scale = next(scale for scale in FULL_SCALES if peak <= scale)
+        shown = UNPRINTABLE.sub(_escape, name)
+        logger.warning(
+            "%s has float samples up to %.6g, where the models expect values within 1. They are "
+            "used as they are. If they are %d-bit integers stored as floats, divide them by %d. "
+            "Further clips of this kind are not reported.",
+            shown,
+            peak,
+            full_scale.bit_length(),
+            full_scale,
+        )
+
+
+_loudness_warning = LoudnessWarning()
 
 
 @dataclass
@@ -311,6 +354,8 @@ def _resample_and_check(
     if high - low < QUIETEST:
         detail = f"every sample of its first channel is {low:g}, or less than a 24-bit step above"
         raise AudioError(name, "silent", detail)
+    if peak > LOUD:
+        _loudness_warning.give(name, peak)
     return Waveform(waveform, rate, channels)
 
 

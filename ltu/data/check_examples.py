@@ -3,44 +3,121 @@
 Everything that can be wrong with an example is found before training, in seconds, and reported with
 the file and the number of the example. The exception: in a dataset file of more than 100,000
 examples without an index, a question that fills the cutoff is found when the example is used.
+
+Every example must have `audio_id`, and a key that no command uses is an error unless
+`--ignored_keys` names it. Other frameworks call the clip `audio` or `path`: if such a key were
+ignored, the whole file would be text only, without a word.
 """
 
-from collections.abc import Iterator
+import argparse
+import re
+from collections.abc import Collection, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError, load_audio
-from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_io import KEYS, stream_examples
 from ltu.data.dataset_parser import DatasetError
 
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
+AUDIO_HINT = 'Give the path of a clip, or "empty" for a question without audio.'
+
+# Names that other frameworks and data sets have for our keys, in lower case without punctuation.
+OTHER_NAMES = {
+    "audio_id": (
+        "audio audios audiofile audiofilename audiofilepath audiopath audiourl clip clipid "
+        "clippath file fileid filename filepath path recording sound soundpath url wav wavfile "
+        "wavid wavpath"
+    ),
+    "input": "asr context speech spokentext text transcript transcription whispertext",
+    "output": (
+        "answer answers assistant caption completion gold groundtruth label labels reference "
+        "response solution target"
+    ),
+    "instruction": "human prompt prompts query question questions user",
+}
+MIN_SIMILARITY = 0.8  # Of a misspelled key and the key that is meant, by difflib.
+
+IGNORED_KEYS_HELP = (
+    "Further keys of the examples that are ignored, separated by commas, for example id,split. Any "
+    "other key that is not used is an error."
+)
+
+
+def _spelling(key: str) -> str:
+    """Return a key in lower case without punctuation."""
+    return re.sub(r"[\W_]+", "", key).lower()
+
+
+def _spellings_of_keys() -> dict[str, str]:
+    """Return the key that each known spelling means."""
+    found = {_spelling(key): key for key in KEYS}
+    for key, names in OTHER_NAMES.items():
+        found |= dict.fromkeys(names.split(), key)
+    return found
+
+
+MEANT_KEYS = _spellings_of_keys()
+
+
+def meant_key(key: str) -> str | None:
+    """Return the key of an example that an unknown key probably means, or None."""
+    spelling = _spelling(key)
+    close = get_close_matches(spelling, MEANT_KEYS, n=1, cutoff=MIN_SIMILARITY)
+    return MEANT_KEYS[close[0]] if close else None
+
+
+def add_ignored_keys(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--ignored_keys`, whose value `parse_ignored_keys` takes."""
+    parser.add_argument("--ignored_keys", default="", help=IGNORED_KEYS_HELP)
+
+
+def parse_ignored_keys(text: str) -> frozenset[str]:
+    """Return the keys that a value of `--ignored_keys` names.
+
+    Raises:
+        ValueError: one of them is used.
+    """
+    keys = frozenset(key.strip() for key in text.split(",") if key.strip())
+    used = sorted(keys & set(KEYS))
+    if used:
+        raise ValueError(
+            f"--ignored_keys {text}: {', '.join(used)} is used. Remove the key from the examples."
+        )
+    return keys
 
 
 def read_examples(
-    path: str | Path, audio_root: str | Path | None = None, need_output: bool = True
+    path: str | Path,
+    audio_root: str | Path | None = None,
+    need_output: bool = True,
+    ignored_keys: Collection[str] = (),
 ) -> list[dict]:
     """Return all examples of `checked_examples`.
 
     Raises:
         DatasetError: as `checked_examples`.
     """
-    return list(checked_examples(path, audio_root, need_output))
+    return list(checked_examples(path, audio_root, need_output, ignored_keys))
 
 
 def checked_examples(
     path: str | Path,
     audio_root: str | Path | None = None,
     need_output: bool = True,
+    ignored_keys: Collection[str] = (),
     max_errors: int = 10,
 ) -> Iterator[dict]:
-    """Yield the examples `{"instruction", "input", "audio_id", "output", "dataset"?, "task"?}`.
+    """Yield the examples `{"instruction", "input"?, "audio_id", "output", "dataset"?, "task"?}`.
 
     Args:
         path: the dataset file, in any format of `ltu.data.dataset_io`.
         audio_root: folder of relative `audio_id`s; by default the folder of the file.
         need_output: whether every example must have an answer (training) or may lack one
             (questions).
+        ignored_keys: keys that examples may have besides these.
         max_errors: after so many invalid examples, reading stops.
 
     Yields:
@@ -55,7 +132,7 @@ def checked_examples(
     errors = []
     number = 0
     for number, example in enumerate(stream_examples(path), start=1):
-        reason = what_is_wrong(example, need_output)
+        reason = what_is_wrong(example, need_output, ignored_keys)
         if reason:
             errors.append(f"{path}, example {number}: {reason}")
             if len(errors) == max_errors:
@@ -75,32 +152,66 @@ def with_audio(example: dict, root: Path) -> dict:
     return example | {"audio": path}
 
 
-def no_answer_left(index: int, example: dict) -> DatasetError:
-    """Return the error of an example (`index` from 0) whose question alone fills the cutoff."""
-    return DatasetError(
-        f"Example {index + 1}: no answer is left within --cutoff_len: the question alone fills it. "
-        f"Raise --cutoff_len or shorten the question: {example['instruction'][:80]!r}"
+def what_is_wrong(
+    example: dict, need_output: bool, ignored_keys: Collection[str] = ()
+) -> str | None:
+    """Return why an example is invalid and what to do, or None.
+
+    Args:
+        example: the example, as it is in the dataset file.
+        need_output: whether it must have an answer.
+        ignored_keys: keys that it may have besides `KEYS`.
+    """
+    return (
+        _what_is_wrong_with_keys(example, need_output, ignored_keys)
+        or _what_is_wrong_with_texts(example, need_output)
+        or _what_is_wrong_with_audio_id(example)
     )
 
 
-def what_is_wrong(example: dict, need_output: bool) -> str | None:
-    """Return why an example is invalid, or None."""
-    required = ("instruction", "output") if need_output else ("instruction",)
+def _what_is_wrong_with_keys(
+    example: dict, need_output: bool, ignored_keys: Collection[str]
+) -> str | None:
+    unknown = [key for key in example if key not in KEYS and key not in ignored_keys]
+
+    # A key that is missing may be there under another name.
+    required = ("instruction", "output", "audio_id") if need_output else ("instruction", "audio_id")
     for key in required:
-        if key not in example:
-            return f"no {key!r}; it has {sorted(example)}"
+        if key in example:
+            continue
+        for other in unknown:
+            if meant_key(other) == key:
+                return f"no {key!r}, but {other!r}. Rename {other!r} to {key!r}."
+        hint = f" {AUDIO_HINT}" if key == "audio_id" else ""
+        return f"no {key!r}; it has {sorted(example)}.{hint}"
+
+    if unknown:
+        key = unknown[0]
+        meant = meant_key(key)
+        rename = f"If {meant!r} is meant, rename it. " if meant else ""
+        return (
+            f"unknown key {key!r}; the keys are {', '.join(KEYS)}. {rename}To ignore it: "
+            f"--ignored_keys {','.join(unknown)}"
+        )
+    return None
+
+
+def _what_is_wrong_with_texts(example: dict, need_output: bool) -> str | None:
     for key in ("instruction", "input", "output"):
         value = example.get(key)
         if value is not None and not isinstance(value, str):
             return f"{key!r} is a {type(value).__name__}, not text"
     if example["instruction"] is None or (need_output and example["output"] is None):
         return "'instruction' or 'output' is null"
-    audio_id = example.get("audio_id")
+    if need_output and not example["output"].strip():
+        return "'output' is empty. Write the answer, or remove the example."
+    return None
+
+
+def _what_is_wrong_with_audio_id(example: dict) -> str | None:
+    audio_id = example["audio_id"]
     if not isinstance(audio_id, str | None):
-        return (
-            f"'audio_id' is a {type(audio_id).__name__}; "
-            'give a path, or "empty" for a question without audio'
-        )
+        return f"'audio_id' is a {type(audio_id).__name__}. {AUDIO_HINT}"
     return None
 
 

@@ -4,8 +4,9 @@ The formats are a JSON list, JSON lines (`.jsonl`) and Parquet; JSON also compre
 `.zst`). A reader goes by the first bytes of a file, a writer by its name.
 
 The keys of an example and their order are preserved. Parquet has a column for each key: a null in
-it means that the example lacks the key, and a key that only later examples have is an error. An
-example with keys within a value cannot be stored in Parquet.
+it means that the example lacks the key, so that the `audio_id` null is stored as "empty". A key
+that only later examples have is an error. An example with keys within a value cannot be stored in
+Parquet.
 
 A file gets its name only when it is complete and on the disk.
 """
@@ -186,6 +187,9 @@ class ExampleWriter:
                 schema = pyarrow.schema(_columns(examples))
                 self.table = pyarrow.parquet.ParquetWriter(self.file, schema, compression="zstd")
             for number, example in enumerate(examples, start=first):
+                # A null would mean that the example lacks the key, which it must have.
+                if "audio_id" in example and example["audio_id"] is None:
+                    example["audio_id"] = "empty"
                 unknown = example.keys() - set(self.table.schema.names)
                 if unknown:
                     raise ValueError(

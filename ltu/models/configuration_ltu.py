@@ -85,8 +85,8 @@ class CavMaeConfig(PreTrainedConfig):
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """The shape of the features of a clip."""
-        return (self.num_frames, self.num_mel_bins)
+        """The shape of the features of one clip."""
+        return self.num_frames, self.num_mel_bins
 
 
 class YamnetConfig(PreTrainedConfig):
@@ -127,8 +127,8 @@ class YamnetConfig(PreTrainedConfig):
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
-        """The shape of the features of a clip."""
-        return (self.num_frames, self.num_mel_bins)
+        """The shape of the features of one clip."""
+        return self.num_frames, self.num_mel_bins
 
 
 class LtuConfig(PreTrainedConfig):

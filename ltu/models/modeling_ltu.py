@@ -15,23 +15,28 @@ the two. A language model that is trained is fp32 too.
 No checkpoint with NaN or infinite weights is written or opened.
 """
 
+import logging
 from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ltu.models.card_seal import CARD
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
 from ltu.models.lora import find_targets, inject_lora, merge_lora
+from ltu.models.model_card import add_model_card
+
+logger = logging.getLogger(__name__)
 
 # The parameters that each plan trains, as prefixes of their names, or as an infix if it begins with
 # a dot. The plans "proj" and "all" are named as in the original.
@@ -84,6 +89,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
     def __init__(self, config: LtuConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
+        self.checkpoint_folder: Path | None = None  # The folder that was opened.
         self.audio_tower = AutoModel.from_config(config.audio_config)
         self.multi_modal_projector = LtuMultiModalProjector(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
@@ -249,7 +255,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 f"{self.config.audio_token_id}); LtuProcessor writes them."
             )
         token_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
-        if num_runs == 0:
+        # Clips that no run uses are encoded all the same: with FSDP, the audio encoder must run on
+        # every rank or on none.
+        if num_clips == 0:
             return token_embeds
         if audio_embeds is None:
             audio_embeds = self.get_audio_features(input_features)
@@ -285,7 +293,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             position_ids: (batch, length); by default positions count unmasked tokens only. The
                 original's training counts padding too.
             inputs_embeds: (batch, length, hidden), in place of `input_ids`.
-            audio_index: (runs,) the clip of each run, where several runs share a clip.
+            audio_index: (runs,) the clip of each run, where several runs share a clip, or a clip
+                has no run.
             audio_embeds: (clips, tokens of a clip, hidden), such as those of `get_audio_features`,
                 in place of `input_features`.
             prompt_embeds: (batch, prompt length, hidden) embeddings of the first tokens of
@@ -358,6 +367,38 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             )
         return super().push_to_hub(*args, **kwargs)
 
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained` wrote, with the model card of the opened folder.
+
+        The card describes the weights of the folder, so it is uploaded with these only.
+        """
+        folder = self.checkpoint_folder
+        if folder is not None and (folder / CARD).is_file():
+            if self._has_weights_of(folder):
+                add_model_card(folder, Path(working_dir))
+            else:
+                logger.warning(
+                    "The weights are not those of %s any more: its model card is not uploaded.",
+                    folder,
+                )
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _has_weights_of(self, folder: Path) -> bool:
+        """Return whether the weights are equal to those that a checkpoint folder holds."""
+        own_state = {key: value for key, value in self.state_dict().items() if self.is_own(key)}
+        stored_keys = set()
+        for file in weight_files(folder, formats=("safetensors",)):
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118  the file is no dict
+                    stored_keys.add(key)
+                    stored = tensors.get_tensor(key)
+                    own = own_state.get(key)
+                    if own is None or own.dtype != stored.dtype:
+                        return False
+                    if not torch.equal(own.cpu(), stored):
+                        return False
+        return set(own_state) - stored_keys <= set(self.all_tied_weights_keys)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -427,7 +468,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                     getattr(torch, dtype) if isinstance(dtype, str) else dtype
                 )
         model = cls(config, language_model=llm)
-        model._load_own(folder)
+        model.load_own(folder)
+        model.checkpoint_folder = folder
         if llm is not None:
             device = llm.get_input_embeddings().weight.device
             model.audio_tower.to(device)
@@ -439,7 +481,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 }
         return model.eval()
 
-    def _load_own(self, folder: Path) -> None:
+    def load_own(self, folder: Path) -> None:
         """Load the weights that a checkpoint folder holds, every key of them.
 
         Raises:

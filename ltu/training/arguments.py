@@ -14,10 +14,13 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, IntervalStrategy, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ltu.checkpoints.open_checkpoint import QUANTIZATIONS
+from ltu.data.check_examples import IGNORED_KEYS_HELP
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
+from ltu.training import sharding
 
 DESCRIPTION = (
     "Trains one stage. The checkpoint folder determines the audio encoder, the LoRA settings and "
@@ -189,7 +192,15 @@ class DataArguments:
         default=0,
         metadata={
             "help": "The number of examples that each process may skip because their clip cannot "
-            "be decoded."
+            "be decoded or no answer is left within --cutoff_len."
+        },
+    )
+    ignored_keys: str = field(default="", metadata={"help": IGNORED_KEYS_HELP})
+    text_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on a dataset in which no example has audio, which is an error without "
+            "this flag."
         },
     )
     original_positions: bool = field(
@@ -363,11 +374,6 @@ class RunArguments(TrainingArguments):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
         self.is_bf16_chosen = self.bf16 != "auto"  # --plan can be for another machine.
         self.bf16 = device_has_bf16() if self.bf16 == "auto" else self.bf16 == "True"
-        if self.fsdp and self.use_cpu:
-            raise ValueError(
-                "--fsdp: this machine has no GPU, and on CPUs the Trainer would use DDP instead. "
-                "Leave the flag out, or train on GPUs."
-            )
         # transformers 5.24 warns of the old name of this argument, 5.17 lacks the new one.
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = True
@@ -383,6 +389,8 @@ class RunArguments(TrainingArguments):
         self.gradient_accumulation_steps = self.batch_size // self.micro_batch_size // world_size
         self._set_reports()
         super().__post_init__()
+        if self.fsdp:
+            sharding.check_devices(self)
         for name in ("eval_strategy", "logging_strategy", "save_strategy"):
             if getattr(self, name) == "epoch":
                 raise ValueError(
@@ -491,6 +499,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     for name in ("logging_steps", "save_steps"):
         if values[name] <= 0:
             parser.error(f"--{name} {values[name]}: it must be more than 0")
+    unavailable = set(run_args.report_to) - set(get_available_reporting_integrations())
+    if unavailable:
+        names = " ".join(sorted(unavailable))
+        parser.error(f"--report_to {names}: not installed. Install it: pip install {names}")
     if run_args.max_steps == 0:
         parser.error("--max_steps 0 trains nothing; -1 means all epochs")
     wandb_flags = ("wandb_run_name", "wandb_watch", "wandb_log_model")

@@ -12,10 +12,11 @@ that tokenize alike. Transcripts that examples of LTU-AS lack are written into t
 makes them, or they are read from `--feature_root`.
 """
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -30,10 +31,10 @@ from tqdm import tqdm
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import (
     MAX_LISTED_CLIPS,
+    NO_AUDIO,
     check_num_errors,
     checked_examples,
     list_errors,
-    no_answer_left,
     with_audio,
 )
 from ltu.data.dataset_parser import DatasetError
@@ -43,9 +44,11 @@ from ltu.models.processing_ltu import LtuProcessor
 logger = logging.getLogger(__name__)
 
 ENDING = ".arrow"
+VERSION = 2  # Of the rules by which examples are checked before they are indexed.
 EXAMPLES_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
 COUNTS = ("num_tokens", "num_prompt_tokens")
+CLIP_HASH = "clip_hash"  # Column by which distinct clips are counted without reading their names.
 MAX_KNOWN = 100_000  # Prompts whose number of tokens is cached.
 PROBED = 256  # Examples whose lengths are compared with those of the processor that is to train.
 
@@ -56,6 +59,7 @@ def build_index(
     output: str | Path | None = None,
     audio_root: str | Path | None = None,
     max_bad: int = 0,
+    ignored_keys: Collection[str] = (),
 ) -> Path:
     """Check and tokenize every example, in constant memory.
 
@@ -69,6 +73,7 @@ def build_index(
         audio_root: folder to which `audio_id`s are relative. Only LTU-AS reads clips, to make
             missing transcripts.
         max_bad: how many clips may fail to be transcribed; their examples get the transcript "".
+        ignored_keys: further keys that examples may have; the index does not contain them.
 
     Returns:
         The path of the index.
@@ -79,7 +84,7 @@ def build_index(
     """
     path = Path(path)
     output = Path(output or f"{path}{ENDING}")
-    examples = checked_examples(path, audio_root)
+    examples = checked_examples(path, audio_root, ignored_keys=ignored_keys)
     # Read the first example now: a file that is not valid fails before it is hashed.
     first = next(examples)
     state = path.stat()
@@ -120,6 +125,7 @@ def build_index(
 def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> pyarrow.Schema:
     """Return the columns of an index, with a description of the dataset file as metadata."""
     about = {
+        "version": VERSION,
         "source": path.name,
         "bytes": state.st_size,
         "mtime_ns": state.st_mtime_ns,
@@ -128,6 +134,7 @@ def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) ->
     }
     fields = [(name, pyarrow.string()) for name in TEXTS]
     fields += [(name, pyarrow.int32()) for name in COUNTS]
+    fields.append((CLIP_HASH, pyarrow.int64()))
     return pyarrow.schema(fields, {"ltu": json.dumps(about)})
 
 
@@ -161,12 +168,21 @@ def _make_columns(
     known: dict[str, int],
     errors: dict[str, AudioError],
 ) -> list[list]:
-    """Return the columns `TEXTS` and `COUNTS` of a block of examples."""
+    """Return the columns `TEXTS`, `COUNTS` and `CLIP_HASH` of a block of examples."""
     examples = processor.front_end.add_transcripts(examples, errors)
     columns = []
     for name in TEXTS:
         columns.append([_as_utf8(example.get(name), name) for example in examples])
-    return columns + count_tokens(examples, processor, known)
+    hashes = [_clip_hash(example["audio_id"]) for example in examples]
+    return [*columns, *count_tokens(examples, processor, known), hashes]
+
+
+def _clip_hash(audio_id: str | None) -> int:
+    """Return 62 bits of a hash of an `audio_id` plus 1, or 0 for a question without audio."""
+    if audio_id in NO_AUDIO:
+        return 0
+    digest = hashlib.blake2b(audio_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") // 4 + 1
 
 
 def _as_utf8(text: str | None, name: str) -> bytes | None:
@@ -253,6 +269,11 @@ class IndexedExamples(Sequence):
             raise DatasetError(
                 f"{path} is not a complete index ({error}). Build it again."
             ) from error
+        if self.about.get("version") != VERSION:
+            raise DatasetError(
+                f"{path} was made by another version of this program, whose rules for examples "
+                "were others. Build it again."
+            )
         self.part = torch.arange(len(num_tokens)) if part is None else part
         self.num_tokens = num_tokens[self.part]  # (n,) int32
         self.num_prompt_tokens = num_prompt_tokens[self.part]  # (n,) int32
@@ -280,12 +301,19 @@ class IndexedExamples(Sequence):
         """Return the examples at the positions `part`, (n,)."""
         return IndexedExamples(self.path, self.audio_root, self.part[part])
 
-    def check(self, processor: LtuProcessor, cutoff_len: int, train_on_inputs: bool) -> None:
-        """Validate the index against the run that uses it.
+    def count_audio(self) -> tuple[int, int]:
+        """Count the examples with audio, and their distinct clips, of the whole index."""
+        hashes = [batch.column(CLIP_HASH).to_numpy() for batch in self.batches]
+        hashes = np.concatenate(hashes)  # (examples in the index,) int64
+        hashes = hashes[hashes != 0]
+        return len(hashes), len(np.unique(hashes))
+
+    def check(self, processor: LtuProcessor) -> None:
+        """Validate the index against the processor of the run that uses it.
 
         Raises:
             DatasetError: the index was made with another tokenizer or prompt template or for the
-                other kind of model, or a question alone fills the cutoff.
+                other kind of model.
         """
         # A model with transcripts fills in other texts where an example has no `input`.
         transcribes = processor.front_end.transcribes
@@ -303,11 +331,6 @@ class IndexedExamples(Sequence):
             raise DatasetError(
                 f"{self.path} was made for another tokenizer or prompt template. Build it again."
             )
-
-        has_no_answer = self.num_prompt_tokens >= self.num_tokens.clamp(max=cutoff_len)  # (n,)
-        if not train_on_inputs and has_no_answer.any():
-            first = int(has_no_answer.nonzero()[0])
-            raise no_answer_left(int(self.part[first]), self[first])
 
 
 def find_index(path: str | Path, audio_root: str | Path | None = None) -> IndexedExamples | None:
@@ -332,12 +355,6 @@ def find_index(path: str | Path, audio_root: str | Path | None = None) -> Indexe
             "index."
         )
     return indexed
-
-
-def sha256_of_dataset(path: str | Path) -> str:
-    """Return the sha256 of the contents of a dataset file, which its index stores."""
-    indexed = find_index(path)
-    return sha256_of(path) if indexed is None else indexed.about["sha256"]
 
 
 def _is_source(path: Path, about: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ wrote a checkpoint continues from the one before.
 """
 
 import json
+import os
 import shutil
 import sys
 import zipfile
@@ -179,7 +180,7 @@ def what_is_incomplete(checkpoint: Path) -> str | None:
     """Return why training cannot continue from a checkpoint, or None if it can."""
     state = read_state(checkpoint)
     if state is None or "files" not in state:
-        return f"{STATE} lists no files: it was not written to the end"
+        return f"{STATE} is missing or lists no files, so the checkpoint was not written to the end"
     for name, size in state["files"].items():
         path = checkpoint / name
         if not path.is_file():
@@ -266,6 +267,8 @@ class RunFolder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_file(self.folder / LOCK, self.folder)
+        # A worker that the run forks may outlive it, and must not hold the lock then.
+        os.register_at_fork(after_in_child=self.lock.close)
         return self._decide()
 
     def begin(self, start: Start) -> None:
@@ -288,11 +291,6 @@ class RunFolder:
         """Give the folder free."""
         if self.lock is not None:
             (self.folder / LOCK).unlink(missing_ok=True)
-            self.lock.close()
-
-    def close_in_worker(self) -> None:
-        """Close the lock in a process that the run has forked, and that may outlive it."""
-        if self.lock is not None:
             self.lock.close()
 
     def _decide(self) -> Start:

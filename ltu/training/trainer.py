@@ -6,12 +6,10 @@ original's logs.
 
 import dataclasses
 import json
-import logging
 import math
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,22 +19,26 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, Trainer, set_seed
+from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
-from ltu.data.audio import AudioError
-from ltu.data.check_examples import check_audio, check_num_errors, read_examples
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.model_card import write_model_card
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
+from ltu.models.provenance import (
+    code_version,
+    library_versions,
+    lineage_from,
+    public_arguments,
+)
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
-from ltu.training.dataset_index import IndexedExamples, find_index, sha256_of_dataset
-from ltu.training.model_setup import open_to_train
-from ltu.training.run_folder import RunFolder, complete_checkpoint, write_state
-
-logger = logging.getLogger(__name__)
+from ltu.training.model_setup import apply_liger, open_to_train
+from ltu.training.open_dataset import DatasetSummary, make_datasets
+from ltu.training.run_folder import complete_checkpoint, write_state
+from ltu.training.sharding import ShardedTrainer
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
 
@@ -45,7 +47,7 @@ class NonFiniteError(ValueError):
     """A loss or a gradient norm that is NaN or infinite."""
 
 
-class LtuTrainer(Trainer):
+class LtuTrainer(ShardedTrainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
     Training ends at the first loss or gradient norm that is not finite, before it changes the
@@ -63,7 +65,6 @@ class LtuTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
-        self.run_folder: RunFolder | None = None
         self.is_stopping = False
         self.step_losses: list[Tensor] = []  # Of the micro-batches of the current step.
 
@@ -95,13 +96,7 @@ class LtuTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
-            worker_init_fn=self._init_worker,
         )
-
-    def _init_worker(self, _: int) -> None:
-        """Give the folder free in a worker, which may outlive the run that has forked it."""
-        if self.run_folder is not None:
-            self.run_folder.close_in_worker()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -197,11 +192,25 @@ class LtuTrainer(Trainer):
         counts = self.accelerator.reduce(is_bad.int().to(self.args.device), "sum")
         is_bad |= counts.cpu().bool()
 
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save the model, and with it `ltu_state.json`: how it was trained, and how far."""
-        super().save_model(output_dir, *args, **kwargs)
-        if self.args.should_save:
-            write_state(Path(output_dir or self.args.output_dir), self._current_record())
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and with it `ltu_state.json`: how it was trained, and how far.
+
+        In a checkpoint, `_save_checkpoint` writes this file, after all others.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # A pickle of the arguments, with the token of the hub; `ltu_state.json` has the arguments.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if not _internal_call:
+            write_state(folder, self._current_record())
+            write_model_card(folder, self.state.log_history)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write our model card, where the Trainer would write its own before an upload."""
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir, self.state.log_history)
 
     def _current_record(self) -> dict[str, Any]:
         """Return the content of `ltu_state.json` at the current step."""
@@ -210,6 +219,8 @@ class LtuTrainer(Trainer):
             "finished": self.state.global_step >= self.state.max_steps,
             "skipped": self.train_dataset.skipped,
         }
+        if self.args.load_best_model_at_end and record["finished"]:
+            record["weights_of_step"] = self.state.best_global_step
         if self.model.config.language_model is None:
             record["language_model"] = "in this folder"
         return record
@@ -243,91 +254,6 @@ class LtuTrainer(Trainer):
             )
 
 
-def make_datasets(
-    data: DataArguments, run: RunArguments, processor: LtuProcessor
-) -> tuple[QaDataset, Dataset | None]:
-    """Open the dataset file, or its index, and split it.
-
-    Returns:
-        The training examples, and the held-out ones or None. The training examples are in the
-        order of the file if none are held out.
-
-    Raises:
-        ValueError: the dataset file, its index or, with `--check_audio`, a clip is not valid, or
-            `--val_set_size` leaves no example to train on.
-    """
-    examples = _open_examples(data, processor)
-    if data.check_audio:
-        check_num_errors(check_audio(examples), data.data_path)
-    num_train = len(examples) - data.val_set_size
-    if num_train <= 0:
-        raise ValueError(
-            f"--val_set_size {data.val_set_size} leaves none of the {len(examples)} examples of "
-            f"{data.data_path}."
-        )
-
-    # All examples in the order of the file, or a random split.
-    numbers = torch.arange(len(examples))  # (examples,)
-    if data.val_set_size > 0:
-        generator = torch.Generator().manual_seed(run.seed)
-        numbers = torch.randperm(len(examples), generator=generator)
-    train, held_out = numbers.split([num_train, data.val_set_size])
-    train_set = _take_examples(examples, train, data, processor)
-    held_out_set = None
-    if data.val_set_size > 0:
-        held_out_set = _take_examples(examples, held_out, data, processor)
-
-    if run.group_by_length and train_set.lengths is None:
-        logger.warning(
-            "%d examples without an index: their order is random, not grouped by length. "
-            "For --group_by_length, first: python -m ltu.index_dataset %s --base_model DIR",
-            len(train_set),
-            data.data_path,
-        )
-    return train_set, held_out_set
-
-
-def _open_examples(data: DataArguments, processor: LtuProcessor) -> list[dict] | IndexedExamples:
-    """Return the examples of the index, if there is one, or of the dataset file."""
-    indexed = find_index(data.data_path, data.audio_root)
-    if indexed is not None:
-        indexed.check(processor, data.cutoff_len, data.train_on_inputs)
-        return indexed
-    examples = read_examples(data.data_path, data.audio_root)
-    errors: dict[str, AudioError] = {}
-    examples = processor.front_end.add_transcripts(examples, errors)
-    check_num_errors(errors, data.data_path, data.max_bad)
-    return examples
-
-
-def _take_examples(
-    examples: list[dict] | IndexedExamples,
-    numbers: torch.Tensor,
-    data: DataArguments,
-    processor: LtuProcessor,
-) -> QaDataset:
-    """Return the dataset of the examples with these numbers, (n,)."""
-    lengths = None
-    if isinstance(examples, IndexedExamples):
-        part = examples.take(numbers)
-        lengths = part.num_tokens.clamp(max=data.cutoff_len)  # (n,)
-    else:
-        part = [examples[number] for number in numbers.tolist()]
-    encode = partial(
-        processor.encode_example,
-        cutoff_len=data.cutoff_len,
-        train_on_inputs=data.train_on_inputs,
-    )
-    return QaDataset(
-        part,
-        encode=encode,
-        load_features=processor.front_end.load_features,
-        max_bad=data.max_bad,
-        lengths=lengths,
-        numbers=numbers,
-    )
-
-
 @dataclass
 class RunSetup:
     """What a run is made of, before its model is opened.
@@ -336,6 +262,7 @@ class RunSetup:
         parent: the folder of `--base_model`.
         processor: its processor.
         train_set, held_out: the examples to train on, and those to evaluate, if any.
+        dataset: what both together contain.
         steps: the sizes of the run.
         record: what the run is, as in `ltu_state.json`.
     """
@@ -344,6 +271,7 @@ class RunSetup:
     processor: LtuProcessor
     train_set: QaDataset
     held_out: Dataset | None
+    dataset: DatasetSummary
     steps: StepPlan
     record: dict[str, Any]
 
@@ -358,7 +286,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
     processor.front_end.configure(**data.front_end)
-    train_set, held_out = make_datasets(data, run, processor)
+    train_set, held_out, dataset = make_datasets(data, run, processor)
     steps = StepPlan(
         num_examples=len(train_set),
         micro_batch_size=run.micro_batch_size,
@@ -373,10 +301,17 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     arguments |= arguments.pop("front_end")
     arguments |= run.to_dict()
     arguments["bf16"] = run.bf16
+    parent_sha256 = sha256_of_weights(parent)
     record = {
         "stage": Path(run.output_dir).name,
-        "parent": {"name": parent.name, "sha256": sha256_of_weights(parent)},
-        "data": {"name": Path(data.data_path).name, "sha256": sha256_of_dataset(data.data_path)},
+        "parent": {"name": parent.name, "sha256": parent_sha256},
+        "lineage": lineage_from(parent, parent_sha256),
+        "data": {
+            "name": dataset.name,
+            "sha256": dataset.sha256,
+            "num_examples": dataset.num_examples,
+            "num_with_audio": dataset.num_with_audio,
+        },
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": steps.accumulation,
@@ -384,10 +319,12 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         "batches_per_epoch": steps.batches_per_epoch,
         "total_steps": steps.total_steps,
         "warmup_steps": run.get_warmup_steps(steps.total_steps),
-        # As it is after it was written and read.
-        "arguments": json.loads(json.dumps(arguments, default=str)),
+        "versions": library_versions(),
+        "code": code_version(),
+        # As they are after they were written and read.
+        "arguments": json.loads(json.dumps(public_arguments(arguments), default=str)),
     }
-    return RunSetup(parent, processor, train_set, held_out, steps, record)
+    return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
 
 def make_trainer(
@@ -420,6 +357,8 @@ def make_trainer(
         total_batches=steps.total_batches,
     )
     run.max_steps = steps.total_steps
+    if run.use_liger_kernel:
+        apply_liger(model, run.liger_kernel_config)
     return LtuTrainer(
         model=model,
         args=run,

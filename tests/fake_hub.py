@@ -1,0 +1,126 @@
+"""A model hub on this machine: the requests of `push_to_hub`, and files of repositories in memory.
+
+`run_on_hub` runs Python in a process of its own, because huggingface_hub reads the address of the
+hub when it is imported.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.machine import PATIENCE
+
+
+class FakeHub(ThreadingHTTPServer):
+    """`files` has the bytes of each file, by (repository, path)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[tuple[str, str], bytes] = {}
+
+    def text(self, repo: str, path: str) -> str:
+        return self.files[repo, path].decode()
+
+    def run(self, code: str) -> subprocess.CompletedProcess:
+        """Run Python with this hub; an error there is an error here."""
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+            "HF_TOKEN": "hf_of_the_test",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "no_proxy": "127.0.0.1",
+        }
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+
+
+@contextmanager
+def open_fake_hub() -> Iterator[FakeHub]:
+    """Serve a hub until the block ends."""
+    with FakeHub() as hub:
+        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    @property
+    def origin(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    def log_message(self, *args: object) -> None:
+        """Print nothing."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = self.path.strip("/").split("/")
+        if len(parts) > 4 and parts[2] == "resolve":
+            content = self.server.files.get(("/".join(parts[:2]), "/".join(parts[4:])))
+            if content is None:
+                self.reply(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            else:
+                headers = {"ETag": f'"{hash(content)}"', "X-Repo-Commit": "0" * 40}
+                self.reply(content, 200, headers)
+        else:
+            self.reply(b"", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts == ["api", "repos", "create"]:
+            name = json.loads(body)["name"]
+            self.reply_json({"url": f"{self.origin}/me/{name}", "name": f"me/{name}"})
+        elif parts == ["api", "validate-yaml"]:
+            self.reply_json({"errors": [], "warnings": []})
+        elif "preupload" in parts:
+            files = []
+            for file in json.loads(body)["files"]:
+                own = {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                files.append(own)
+            self.reply_json({"files": files})
+        elif "commit" in parts:
+            repo = "/".join(parts[2:4])
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    value = entry["value"]
+                    content = base64.b64decode(value["content"])
+                    self.server.files[repo, value["path"]] = content
+            self.reply_json({"commitUrl": f"{self.origin}/{repo}/commit/1", "commitOid": "0" * 40})
+        else:
+            self.reply(b"", 404)
+
+    def reply_json(self, value: dict) -> None:
+        self.reply(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
+
+    def reply(self, content: bytes, status: int, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)

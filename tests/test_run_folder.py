@@ -1,0 +1,571 @@
+"""Tests that a run trains what it says, or ends with an error, and that no work is lost.
+
+Runs are interrupted at every write of a checkpoint, killed, stopped by SIGTERM and started twice.
+What is left must continue with the losses and weights of a run that was not interrupted, to the
+last bit.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+import safetensors.torch
+import torch
+
+from ltu import LtuForConditionalGeneration
+from ltu.files import sha256_of
+from ltu.finetune import STOPPED, main
+from ltu.training.arguments import parse_args
+from ltu.training.run_folder import RunFolder, what_is_incomplete
+from ltu.training.trainer import LtuTrainer, NonFiniteError, make_trainer, prepare_run
+from tests.machine import PATIENCE
+from tests.tiny import LORA, start_command, start_ranks, write_checkpoint, write_llm, write_rows
+from tests.tiny import training_flags as flags
+
+COMMON = {"save_steps": 2, "num_epochs": 2}  # 6 steps of 4 examples, checkpoints 2, 4 and 6
+FILES = ("trainer_state.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "ltu_state.json")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose LoRA has dropout, so that a run depends on the random state too."""
+    root = tmp_path_factory.mktemp("model")
+    lora = LORA | {"lora_dropout": 0.1}
+    return write_checkpoint(root / "checkpoint", write_llm(root / "llm"), lora)
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset file of 12 examples."""
+    return write_rows(tmp_path_factory.mktemp("data"), 12, without_audio=3)
+
+
+@pytest.fixture(scope="module")
+def whole_run(checkpoint: Path, data_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert main(flags(checkpoint, data_path, folder, **COMMON)) == 0
+    return folder
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """Return step, loss and gradient norm of every logged step of a run."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [
+        (entry["step"], entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry
+    ]
+
+
+def assert_same_run(folder: Path, whole_run: Path) -> None:
+    """Assert that two runs have the same losses and weights, bit by bit."""
+    assert losses(folder) == losses(whole_run)
+    weights = "model.safetensors"
+    assert sha256_of(folder / weights) == sha256_of(whole_run / weights)
+    state = json.loads((folder / "ltu_state.json").read_text())
+    assert state["finished"]
+
+
+# --- losses that are not finite
+
+
+def test_a_loss_that_is_not_finite_ends_training(checkpoint, data_path, tmp_path):
+    """Weights are finite to the end, and the error names step and examples."""
+    settings = COMMON | {"learning_rate": 1e12, "save_steps": 1, "warmup_steps": 0}
+    with pytest.raises(NonFiniteError) as error:
+        main(flags(checkpoint, data_path, tmp_path / "run", **settings))
+    message = str(error.value)
+    assert re.search(
+        r"Step \d of 6: the losses .* Lower --learning_rate \(now 1000000000000\.0\)", message
+    )
+    assert re.search(r"these examples: \d+ \((\d+\.wav|empty)\)", message)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    step = int(re.search(r"Step (\d)", message)[1])
+    last_checkpoint = tmp_path / "run" / f"checkpoint-{step - 1}"
+    for parameter in LtuForConditionalGeneration.from_pretrained(last_checkpoint).parameters():
+        assert parameter.isfinite().all()
+
+
+def test_the_example_without_a_finite_loss_is_named(checkpoint, data_path, tmp_path, monkeypatch):
+    """Only the micro-batch whose loss is infinite is listed."""
+    stock_loss = LtuTrainer.compute_loss
+    calls = []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        calls.append(inputs)
+        loss = stock_loss(self, model, inputs, *args, **kwargs)
+        return loss * torch.inf if len(calls) == 4 else loss
+
+    monkeypatch.setattr(LtuTrainer, "compute_loss", compute_loss)
+    arguments = flags(checkpoint, data_path, tmp_path / "run", **COMMON)
+    with pytest.raises(NonFiniteError, match="Step 2 of 6") as error:
+        main(arguments)
+    trainer = make_trainer(*parse_args(arguments))
+    expected = list(trainer.micro_batches)[3]
+    listed = str(error.value).rpartition("these examples: ")[2]
+    assert [int(number) for number in re.findall(r"(\d+) \(", listed)] == [i + 1 for i in expected]
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks(checkpoint, data_path, tmp_path):
+    settings = COMMON | {"learning_rate": 1e12, "warmup_steps": 0}
+    arguments = flags(checkpoint, data_path, tmp_path / "run", **settings)
+    for rank in start_ranks(2, "ltu.finetune", arguments, tmp_path / "output"):
+        rank.join(PATIENCE)
+        assert rank.exitcode == 1
+    assert "error: Step" in (tmp_path / "output.0").read_text()
+    assert "Traceback" not in (tmp_path / "output.0").read_text()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# --- the sizes of a run
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(checkpoint, data_path, tmp_path):
+    with pytest.raises(ValueError, match="--batch_size 16 is more than the 12 examples"):
+        main(flags(checkpoint, data_path, tmp_path / "run", batch_size=16))
+
+
+def test_the_sizes_that_are_used_are_printed(checkpoint, data_path, tmp_path, capsys):
+    arguments = flags(checkpoint, data_path, tmp_path / "run", batch_size=10, micro_batch_size=4)
+    main([*arguments, "--plan"])
+    output = capsys.readouterr().out
+    assert "12 examples, 1 steps of 8 (2 micro-batches of 4 on each of 1 ranks)" in output
+    assert "--batch_size 10 is no multiple" in output
+    assert "4 of 12 examples are left out in the last epoch" in output
+
+
+# --- a folder belongs to one run
+
+
+def test_a_used_folder_is_refused(checkpoint, data_path, whole_run):
+    before = sha256_of(whole_run / "model.safetensors")
+    with pytest.raises(ValueError, match="holds a run .*--overwrite"):
+        main(flags(checkpoint, data_path, whole_run, **COMMON, learning_rate=1e-3))
+    with pytest.raises(ValueError, match="holds a model"):
+        main(flags(checkpoint, data_path, checkpoint, **COMMON))
+    assert sha256_of(whole_run / "model.safetensors") == before
+
+
+def test_overwrite_deletes_the_older_run(checkpoint, data_path, tmp_path, whole_run):
+    """A run that overwrites another and is stopped early does not continue from the other."""
+    folder = tmp_path / "run"
+    settings = COMMON | {"learning_rate": 1e-3}
+    main(flags(checkpoint, data_path, folder, **settings))
+    arguments = flags(checkpoint, data_path, folder, **COMMON)
+    interrupt_at_save(1, [*arguments, "--overwrite"], folder / "checkpoint-2" / "ltu_state.json")
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    main([*arguments, "--resume_from_checkpoint", "last"])
+    assert_same_run(folder, whole_run)
+
+
+def test_a_checkpoint_of_an_older_run_is_skipped(
+    checkpoint, data_path, tmp_path, whole_run, capsys
+):
+    folder = tmp_path / "run"
+    arguments = flags(checkpoint, data_path, folder, **COMMON)
+    interrupt_at_save(1, arguments, folder / "checkpoint-2" / "ltu_state.json")
+    shutil.copytree(whole_run / "checkpoint-6", folder / "checkpoint-6")
+    main([*arguments, "--resume_from_checkpoint", "last"])
+    assert "checkpoint-6 is skipped: it is of an older run" in capsys.readouterr().err
+    assert_same_run(folder, whole_run)
+
+
+def test_a_folder_is_locked(checkpoint, data_path, tmp_path):
+    arguments = flags(checkpoint, data_path, tmp_path / "run", **COMMON)
+    model_args, data, run = parse_args(arguments)
+    folder = RunFolder(run, prepare_run(model_args, data, run).record)
+    folder.open()
+    with pytest.raises(ValueError, match=r"Another run is writing .*run\."):
+        main(arguments)
+    folder.close()
+    assert main(arguments) == 0
+    assert not list((tmp_path / "run").glob("*lock*"))
+
+
+def test_a_run_that_cannot_start_leaves_the_folder_as_it_was(checkpoint, data_path, tmp_path):
+    """Otherwise the next attempt would need another folder."""
+    with pytest.raises(ValueError, match="already has LoRA"):
+        main(flags(checkpoint, data_path, tmp_path / "run", **COMMON, lora_r=16))
+    assert main(flags(checkpoint, data_path, tmp_path / "run", **COMMON)) == 0
+
+
+# --- resuming another run
+
+
+def changed_data(data_path: Path, folder: Path, kind: str) -> Path:
+    """Write the dataset file again, in another order or with another answer."""
+    examples = json.loads(data_path.read_text())
+    if kind == "order":
+        examples.reverse()
+    else:
+        examples[0]["output"] = "another answer"
+    for example in examples:
+        if example["audio_id"] != "empty":
+            example["audio_id"] = str(data_path.parent / example["audio_id"])
+    path = folder / "changed.json"
+    path.write_text(json.dumps(examples))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 7}, "--seed: 42 there, 7 here"),
+        ({"batch_size": 8}, "examples of a step: 4 there, 8 here"),
+        ({"micro_batch_size": 1}, "--micro_batch_size: 2 there, 1 here"),
+        ({"train_on_inputs": False}, "--train_on_inputs: True there, False here"),
+        ({"learning_rate": 1e-3}, "--learning_rate: 0.01 there, 0.001 here"),
+        ({"num_epochs": 3}, "--num_epochs: 2 there, 3 here"),
+        ({"cutoff_len": 40}, "--cutoff_len: 108 there, 40 here"),
+        ({"val_set_size": 2}, "--val_set_size: 0 there, 2 here"),
+        ({"freeze_audio_tower": True}, "--freeze_audio_tower: False there, True here"),
+        ({"weight_decay": 0.1}, "--weight_decay: 0.0 there, 0.1 here"),
+        ({"data": "order"}, "the contents of --data_path"),
+        ({"data": "content"}, "the contents of --data_path"),
+    ],
+)
+@pytest.mark.parametrize("resumed", ["last", "checkpoint-4"])
+def test_another_run_is_not_resumed(
+    checkpoint, data_path, whole_run, tmp_path, change, message, resumed
+):
+    change = dict(change)
+    if "data" in change:
+        data_path = changed_data(data_path, tmp_path, change.pop("data"))
+    output = whole_run
+    if resumed != "last":
+        resumed = str(whole_run / resumed)
+        output = tmp_path / "run"
+    settings = COMMON | change | {"resume_from_checkpoint": resumed}
+    with pytest.raises(ValueError, match="is of another run") as error:
+        main(flags(checkpoint, data_path, output, **settings))
+    assert message in str(error.value)
+
+
+def test_flags_that_change_neither_loss_nor_order_may_differ(
+    checkpoint, data_path, tmp_path, whole_run
+):
+    settings = COMMON | {"save_steps": 3, "save_total_limit": 5, "num_workers": 1}
+    settings |= {
+        "resume_from_checkpoint": whole_run / "checkpoint-4",
+        "gradient_checkpointing": True,
+    }
+    main(flags(checkpoint, data_path, tmp_path / "run", **settings))
+    assert [loss for _, loss, _ in losses(tmp_path / "run")] == pytest.approx(
+        [loss for _, loss, _ in losses(whole_run)], abs=1e-6
+    )
+
+
+def test_a_finished_run_is_not_trained_again(checkpoint, data_path, whole_run, capsys):
+    before = sha256_of(whole_run / "ltu_state.json")
+    arguments = flags(checkpoint, data_path, whole_run, **COMMON, resume_from_checkpoint="last")
+    assert main(arguments) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert sha256_of(whole_run / "ltu_state.json") == before
+
+
+# --- incomplete checkpoints
+
+
+@pytest.fixture
+def stopped_run(whole_run: Path, tmp_path: Path) -> Path:
+    """A run with the complete checkpoints 4 and 6, which has not written its model."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    (folder / "model.safetensors").unlink()
+    state = json.loads((folder / "ltu_state.json").read_text())
+    (folder / "ltu_state.json").write_text(json.dumps(state | {"finished": False, "step": 0}))
+    return folder
+
+
+def damage(path: Path, kind: str) -> None:
+    """Cut a file, delete it, or change the bytes in its middle."""
+    content = path.read_bytes()
+    if kind == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "missing":
+        path.unlink()
+    else:
+        third = len(content) // 3
+        changed = bytes(255 - byte for byte in content[third : 2 * third])
+        path.write_bytes(content[:third] + changed + content[2 * third :])
+
+
+@pytest.mark.parametrize("kind", ["cut", "missing", "changed"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_skipped_and_named(
+    checkpoint, data_path, stopped_run, whole_run, capsys, file, kind
+):
+    newest = stopped_run / "checkpoint-6"
+    damage(newest / file, kind)
+    arguments = flags(checkpoint, data_path, stopped_run, **COMMON)
+    with pytest.raises(ValueError, match=rf"checkpoint-6 is not complete: .*{file}"):
+        main([*arguments, "--resume_from_checkpoint", str(newest)])
+    assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0
+    assert re.search(rf"checkpoint-6 is skipped: .*{file}", capsys.readouterr().err)
+    assert_same_run(stopped_run, whole_run)
+
+
+def test_without_a_complete_checkpoint(checkpoint, data_path, stopped_run, whole_run):
+    """`last` is an error, `auto` starts the run again."""
+    for path in stopped_run.glob("checkpoint-*/optimizer.pt"):
+        damage(path, "cut")
+    arguments = flags(checkpoint, data_path, stopped_run, **COMMON)
+    with pytest.raises(ValueError, match="no complete checkpoint .*checkpoint-4 is skipped"):
+        main([*arguments, "--resume_from_checkpoint", "last"])
+    assert main([*arguments, "--resume_from_checkpoint", "auto"]) == 0
+    assert_same_run(stopped_run, whole_run)
+
+
+def test_all_steps_are_trained_but_the_model_is_not_written(
+    checkpoint, data_path, stopped_run, whole_run
+):
+    """The newest checkpoint has the last step, so that nothing is left to train."""
+    arguments = flags(checkpoint, data_path, stopped_run, **COMMON, resume_from_checkpoint="last")
+    assert main(arguments) == 0
+    assert_same_run(stopped_run, whole_run)
+
+
+# --- interrupted writes
+
+
+class Interrupted(BaseException):
+    """Stands for kill -9: no code of the project catches it."""
+
+
+class Interruption:
+    """Counts the writes of a process from the moment on at which a file exists.
+
+    A write is that of a file by Python, torch or safetensors, or a change of a folder. A file that
+    torch or safetensors write counts twice: before it exists, and when half of it is there.
+
+    Args:
+        number: the write at which the process is interrupted, from 1.
+        start: the file.
+        kills: kill the process, or raise `Interrupted`.
+    """
+
+    EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+
+    def __init__(self, number: int, start: Path, kills: bool = False):
+        self.number = number
+        self.start = start
+        self.kills = kills
+        self.count = 0
+        self.is_active = True
+
+    def on_event(self, event: str, arguments: tuple) -> None:
+        if not self.is_active:
+            return
+        is_write = event in self.EVENTS
+        if event == "open":
+            path, mode, _ = arguments
+            is_write = isinstance(path, str | Path) and bool(mode) and set(mode) & set("wax+")
+        if is_write:
+            self.on_write()
+
+    def on_write(self) -> None:
+        if not self.is_active or not self.start.exists():
+            return
+        self.count += 1
+        if self.count == self.number:
+            self.is_active = False
+            if self.kills:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise Interrupted
+
+    def wrap(self, write):
+        """Wrap a function that writes its first argument or its second one into the other."""
+
+        def interrupted_write(*args, **kwargs):
+            self.on_write()
+            write(*args, **kwargs)
+            paths = [Path(value) for value in args if isinstance(value, str | Path)]
+            for path in paths:
+                try:
+                    self.on_write()
+                except Interrupted:
+                    damage(path, "cut")
+                    raise
+
+        return interrupted_write
+
+
+ACTIVE: list[Interruption] = []
+
+
+def audit(event: str, arguments: tuple) -> None:
+    for interruption in ACTIVE:
+        interruption.on_event(event, arguments)
+
+
+sys.addaudithook(audit)
+
+
+def interrupt_at_save(number: int, arguments: list[str], start: Path) -> int:
+    """Train until the given write after the file `start` exists.
+
+    Returns:
+        How many writes there were. They are fewer than `number` if the run was not interrupted.
+    """
+    interruption = Interruption(number, start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", interruption.wrap(torch.save))
+        save_file = interruption.wrap(safetensors.torch.save_file)
+        patch.setattr("transformers.modeling_utils.safe_save_file", save_file)
+        ACTIVE.append(interruption)
+        try:
+            main(arguments)
+        except Interrupted:
+            pass
+        finally:
+            ACTIVE.remove(interruption)
+    return interruption.count
+
+
+def writes_of_a_save(checkpoint: Path, data_path: Path, folder: Path) -> int:
+    """Return how many writes follow on the first complete checkpoint."""
+    arguments = flags(checkpoint, data_path, folder, **COMMON)
+    return interrupt_at_save(10**6, arguments, folder / "checkpoint-2" / "ltu_state.json")
+
+
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_interrupted_at_a_write(checkpoint, data_path, tmp_path, whole_run, every):
+    """Whichever write is the last one, the run continues as if it had not been interrupted."""
+    count = writes_of_a_save(checkpoint, data_path, tmp_path / "counted")
+    assert count > 40
+    print(f"{count} writes")
+    for number in range(1, count + 1, every):
+        folder = tmp_path / str(number)
+        arguments = flags(checkpoint, data_path, folder, **COMMON)
+        start = folder / "checkpoint-2" / "ltu_state.json"
+        assert interrupt_at_save(number, arguments, start) == number
+        assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0, number
+        assert_same_run(folder, whole_run)
+
+
+# --- disks, signals and kills
+
+
+def test_a_full_disk(checkpoint, data_path, tmp_path, whole_run, monkeypatch):
+    """The run ends with one line; the incomplete checkpoint does not stay on the disk."""
+    stock_save = LtuTrainer._save_checkpoint
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "run"
+
+    def save_checkpoint(self, *args, **kwargs):
+        limit = 4096 if self.state.global_step == 4 else unlimited[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            stock_save(self, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    arguments = flags(checkpoint, data_path, folder, **COMMON)
+    with monkeypatch.context() as patch:
+        patch.setattr(LtuTrainer, "_save_checkpoint", save_checkpoint)
+        with pytest.raises(OSError, match="checkpoint-4 cannot be written .*Free the disk"):
+            main(arguments)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0
+    assert_same_run(folder, whole_run)
+
+
+def test_sigterm_saves_and_has_its_own_status(
+    checkpoint, data_path, tmp_path, whole_run, monkeypatch, capsys
+):
+    """It comes in the first micro-batch of step 3, after which no checkpoint was due."""
+    stock_loss = LtuTrainer.compute_loss
+    calls = []
+
+    def compute_loss(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stock_loss(*args, **kwargs)
+
+    folder = tmp_path / "run"
+    arguments = flags(checkpoint, data_path, folder, **COMMON)
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(LtuTrainer, "compute_loss", compute_loss)
+        assert main(arguments) == STOPPED == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert "SIGTERM: stopped at step 3 of 6" in capsys.readouterr().err
+    assert what_is_incomplete(folder / "checkpoint-3") is None
+    assert not (folder / "model.safetensors").exists()
+    assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0
+    assert_same_run(folder, whole_run)
+
+
+def test_sigterm_of_one_rank_stops_all(checkpoint, data_path, tmp_path):
+    """It has no end of its own, so that the machine's speed does not matter."""
+    folder = tmp_path / "run"
+    settings = {"save_steps": 1, "max_steps": 100_000, "disable_tqdm": True}
+    arguments = flags(checkpoint, data_path, folder, **settings)
+    ranks = start_ranks(2, "ltu.finetune", arguments, tmp_path / "output")
+    wait_for(folder / "checkpoint-1" / "ltu_state.json")
+    ranks[1].terminate()
+    for rank in ranks:
+        rank.join(PATIENCE)
+    assert [rank.exitcode for rank in ranks] == [STOPPED, STOPPED]
+    step = int(re.search(r"stopped at step (\d+)", (tmp_path / "output.0").read_text())[1])
+    assert what_is_incomplete(folder / f"checkpoint-{step}") is None
+
+
+def wait_for(path: Path) -> None:
+    """Wait until a file exists."""
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} does not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_random_kills(checkpoint, tmp_path, num_ranks):
+    """A run is killed at 20 random moments, and continues after each as if it had not been."""
+    data_path = write_rows(tmp_path / "data", 12, without_audio=3)
+    settings = COMMON | {"num_epochs": 8, "save_steps": 1, "disable_tqdm": True}
+
+    def start(folder: Path, *more: str) -> list:
+        arguments = [*flags(checkpoint, data_path, folder, **settings), *more]
+        output = tmp_path / "output"
+        if num_ranks == 1:
+            return [start_command("ltu.finetune", arguments, output)]
+        return start_ranks(num_ranks, "ltu.finetune", arguments, output)
+
+    def wait(ranks: list) -> list[int]:
+        for rank in ranks:
+            rank.join(PATIENCE)
+        return [rank.exitcode for rank in ranks]
+
+    # The first run also starts the server that forks all others, so time the second one.
+    assert wait(start(tmp_path / "first")) == [0] * num_ranks
+    whole = tmp_path / "whole"
+    begin = time.monotonic()
+    assert wait(start(whole)) == [0] * num_ranks
+    seconds = time.monotonic() - begin
+
+    random = Random(0)
+    num_kills = 0
+    num_runs = 0
+    while num_kills < 20:
+        num_runs += 1
+        folder = tmp_path / f"run{num_runs}"
+        while not (folder / "model.safetensors").exists():
+            ranks = start(folder, "--resume_from_checkpoint", "auto")
+            if num_kills < 20:
+                ranks[0].join(random.uniform(0, seconds))
+                for rank in ranks:
+                    rank.kill()
+            num_kills += wait(ranks)[0] == -signal.SIGKILL
+        assert wait(start(folder, "--resume_from_checkpoint", "auto")) == [0] * num_ranks
+        assert_same_run(folder, whole)
+    print(f"{num_ranks} ranks: {num_kills} kills in {num_runs} runs")
