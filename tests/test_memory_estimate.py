@@ -256,7 +256,7 @@ def test_plan_names_flags_that_make_a_run_fit(arguments, capsys, monkeypatch):
     fitting = printed.split("the fastest first:\n")[1]
     assert "--micro_batch_size" in fitting.splitlines()[0]
     assert "--gradient_checkpointing True" in fitting
-    assert "FSDP over 2 GPUs" in fitting
+    assert "--fsdp --fsdp_config train_scripts/configs/fsdp.json on 2 GPUs" in fitting
     main([*flags, "0.000001"])
     assert "nothing, up to 8 GPUs" in capsys.readouterr().out
 

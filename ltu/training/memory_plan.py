@@ -34,6 +34,7 @@ FRAGMENTATION = 0.03
 # of a few examples are not those of many.
 SMALLEST_TRACED_SIZE = 4
 NUMBERS_OF_GPUS = (2, 4, 8)
+FSDP_FLAGS = "--fsdp --fsdp_config train_scripts/configs/fsdp.json"  # It has checkpointing.
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Setting:
 
     def flags(self, given: "Setting") -> list[str]:
         """Return the flags in which this setting differs from the given one."""
+        if self.num_gpus != given.num_gpus:
+            return [f"{FSDP_FLAGS} on {self.num_gpus} GPUs"]
         flags = []
         if self.gradient_checkpointing != given.gradient_checkpointing:
             flags.append(f"--gradient_checkpointing {self.gradient_checkpointing}")
-        if self.quantization != given.quantization and self.quantization is not None:
+        if self.quantization != given.quantization:
             flags.append(f"--quantization {self.quantization}")
-        if self.num_gpus != given.num_gpus:
-            flags.append(f"FSDP over {self.num_gpus} GPUs (train_scripts/configs/fsdp.json)")
         return flags
 
 
