@@ -62,7 +62,7 @@ class Row:
         command: the flags after `COMMON`, or a whole command.
         lines: what is printed, among other lines.
         status: the exit status.
-        test: the name of the test that holds the case in detail.
+        test: the name of the test that holds the case in detail, on the page in words.
     """
 
     case: str
@@ -81,7 +81,8 @@ def read_rows() -> list[Row]:
             continue
         case, command, printed, status, test = cells
         lines = [text.replace("\\|", "|") for text in re.findall(r"`([^`]+)`", printed)]
-        rows.append(Row(case, command.strip("`"), lines, int(status), test.strip("`")))
+        test = f"test_{test.replace(' ', '_')}"
+        rows.append(Row(case, command.strip("`"), lines, int(status), test))
     return rows
 
 
