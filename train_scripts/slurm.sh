@@ -17,7 +17,8 @@
 #
 # The training gets SIGTERM 600 seconds before the time limit: it must finish a step and write a
 # checkpoint in this time. Then the job is requeued and continues, until the stage is finished.
-# A job that fails, or that scancel ends, is not requeued.
+# A job that fails, or that scancel ends, is not requeued; nor is one that got SIGTERM at its start,
+# because --time is not longer than these 600 seconds.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 : "${1:?name a stage script: sbatch train_scripts/slurm.sh train_scripts/ltu/stage1_proj_cla.sh}"
@@ -29,7 +30,9 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 status=0
 # With --kill-on-bad-exit=1, an error on one node would give the others the status of SIGTERM.
 srun --kill-on-bad-exit=0 bash "$@" || status=$?
-if [ "$status" -eq 143 ]; then
+if [ "$status" -eq 143 ] && [ "$SECONDS" -lt 120 ]; then
+    echo "SIGTERM in the first 2 minutes: not requeued. Is --time longer than --signal?" >&2
+elif [ "$status" -eq 143 ]; then
     echo "The training was stopped by SIGTERM: job $SLURM_JOB_ID is requeued"
     scontrol requeue "$SLURM_JOB_ID"
 fi

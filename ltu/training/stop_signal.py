@@ -7,6 +7,7 @@ its workers do not stop before it.
 
 import atexit
 import multiprocessing
+import multiprocessing.util  # Registers the exit function that must come after ours.
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
