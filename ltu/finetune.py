@@ -14,7 +14,9 @@ The logged learning rate is the one after the step, and the epoch counts micro-b
 original's logs.
 
 Exit status: 0 when the run is finished; 1 for an error, also for a loss that is not finite; 2 for a
-wrong flag; 143 when SIGTERM has ended the run early, with a checkpoint.
+wrong flag; 143 when SIGTERM has ended the run early, with a checkpoint. torchrun exits with 1 then,
+and gives the ranks 30 seconds; `python -m train_scripts.torchrun`, which the stage scripts use,
+exits with 143 and waits.
 """
 
 import sys
