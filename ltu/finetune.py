@@ -15,21 +15,20 @@ The logged learning rate is the one after the step, and the epoch counts micro-b
 original's logs.
 
 Exit status: 0 when the run is finished; 1 for an error, also for a loss that is not finite; 2 for a
-wrong flag; 143 when SIGTERM has ended the run early, with a checkpoint.
+wrong flag; 143 when SIGTERM has ended the run early, with a checkpoint. torchrun exits with 1 then,
+and gives the ranks 30 seconds; `python -m train_scripts.torchrun`, which the stage scripts use,
+exits with 143 and waits.
 """
 
-import signal
 import sys
-from types import FrameType
 
 from ltu.files import run_command
 from ltu.training.arguments import RunArguments, parse_args
 from ltu.training.collator import describe_batch
 from ltu.training.memory_plan import MemoryPlanner, describe_memory
 from ltu.training.run_folder import RunFolder, Start, on_main_process
+from ltu.training.stop_signal import STOPPED, kill_workers_at_exit, on_sigterm
 from ltu.training.trainer import LtuTrainer, RunSetup, make_trainer, prepare_run
-
-STOPPED = 128 + signal.SIGTERM  # Exit status of a run that SIGTERM has ended.
 
 
 def print_plan(setup: RunSetup, run: RunArguments) -> None:
@@ -52,15 +51,7 @@ def print_parameters(trainer: LtuTrainer) -> None:
 
 def train(trainer: LtuTrainer, start: Start) -> int:
     """Train to the end, or until SIGTERM; return the exit status."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        trainer.is_stopping = True
-
-    handler = signal.signal(signal.SIGTERM, stop)
-    try:
-        trainer.train(resume_from_checkpoint=start.checkpoint)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    trainer.train(resume_from_checkpoint=start.checkpoint)
     step = trainer.state.global_step
     if step < trainer.state.max_steps:
         if trainer.is_world_process_zero():
@@ -110,20 +101,21 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{run.output_dir} is finished; remove it to train again")
             return 0
         setup.record["run_id"] = start.run_id
+        kill_workers_at_exit()
         trainer = make_trainer(model_args, data, run, setup)
         if is_main:
             folder.begin(start)
             print_parameters(trainer)
             if start.checkpoint is not None:
                 print(f"continues from {start.checkpoint}")
-        status = train(trainer, start)
+        with on_sigterm(trainer.stop):
+            status = train(trainer, start)
+            # Wait for all processes: one that exits while others still write would abort, and with
+            # it the rendezvous of several machines.
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.end_training()
     finally:
         folder.close()
-
-    # Wait for all processes: one that exits while others still write would abort, and with it the
-    # rendezvous of several machines.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
     return status
 
 

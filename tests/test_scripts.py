@@ -191,7 +191,7 @@ def test_flags_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_processes_and_exit_status(tmp_path: Path) -> None:
     status, argv = run_script("stage1_proj_cla", tmp_path, NPROC="4", exit_code=3)
     assert status == 3
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node 4 -m ltu.finetune"
+    launcher = "-m train_scripts.torchrun --standalone --nproc_per_node 4 -m ltu.finetune"
     assert argv[: argv.index("ltu.finetune") + 1] == launcher.split()
 
 

@@ -211,7 +211,7 @@ def test_command_of_two_machines(tmp_path):
     """A stage script starts this on each machine; `test_two_machines_meet` runs it."""
     environment = {"NNODES": "2", "RDZV_ENDPOINT": "host:29500", "EXP": str(tmp_path)}
     status, argv = run_script("stage2_all_cla", tmp_path, **environment)
-    launcher = "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_id ltu"
+    launcher = "-m train_scripts.torchrun --nnodes 2 --nproc_per_node 1 --rdzv_id ltu"
     launcher += " --rdzv_backend c10d --rdzv_endpoint host:29500 -m ltu.finetune"
     assert status == 0
     assert argv[: argv.index("ltu.finetune") + 1] == launcher.split()

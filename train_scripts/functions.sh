@@ -6,8 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # step TEXT...: prints a headline with the minutes and seconds since the start.
 step() { printf '\n== %d:%02d %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
-# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and then these. If a
-# flag is given twice, the last one counts.
+# finetune FLAGS...: runs $MODEL.finetune with the flags of curriculum.args and then these, as the
+# last command of a script: it replaces the shell, so that SIGTERM to the script stops the training.
+# If a flag is given twice, the last one counts. After SIGTERM the exit status is 143.
 #   MODEL          ltu (the default) or ltu_as
 #   NPROC          number of processes; the default is one per visible GPU, or one
 #   PYTHON         the interpreter; the default is that of .venv
@@ -27,11 +28,11 @@ finetune() {
     local launcher=("$python")
     if [ "${NNODES:-1}" -gt 1 ]; then
         : "${RDZV_ENDPOINT:?NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, which all machines reach}"
-        launcher+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc")
+        launcher+=(-m train_scripts.torchrun --nnodes "$NNODES" --nproc_per_node "$nproc")
         launcher+=(--rdzv_id "${RDZV_ID:-ltu}" --rdzv_backend c10d)
         launcher+=(--rdzv_endpoint "$RDZV_ENDPOINT")
     elif [ "$nproc" -gt 1 ]; then
-        launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$nproc")
+        launcher+=(-m train_scripts.torchrun --standalone --nproc_per_node "$nproc")
     fi
-    "${launcher[@]}" -m "${MODEL:-ltu}.finetune" @train_scripts/curriculum.args "$@"
+    exec "${launcher[@]}" -m "${MODEL:-ltu}.finetune" @train_scripts/curriculum.args "$@"
 }

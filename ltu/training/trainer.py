@@ -39,6 +39,7 @@ from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, write_state
 from ltu.training.sharding import ShardedTrainer
+from ltu.training.stop_signal import ignore_sigterm
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
 
@@ -58,7 +59,7 @@ class LtuTrainer(ShardedTrainer):
         record: how the model is trained, which `save_model` writes into `ltu_state.json`.
 
     Attributes:
-        is_stopping: set it to end training after the current step.
+        is_stopping: whether training ends after the current step.
     """
 
     def __init__(self, *args: Any, micro_batches: MicroBatchSampler, record: dict, **kwargs: Any):
@@ -96,7 +97,18 @@ class LtuTrainer(ShardedTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
+            worker_init_fn=ignore_sigterm,
         )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        # accelerate puts the loader whose workers are started into one of its own.
+        getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_sigterm
+        return loader
+
+    def stop(self) -> None:
+        """End training after the current step, with a checkpoint."""
+        self.is_stopping = True
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any

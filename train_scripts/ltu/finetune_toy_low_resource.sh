@@ -3,5 +3,5 @@
 # over them. This is slower, because the GPUs work one after the other.
 # On a single small GPU: finetune_toy.sh --micro_batch_size 1 --gradient_checkpointing.
 export NPROC=1
-bash "$(dirname "$0")/finetune_toy.sh" --output_dir "${EXP:-exp/ltu}/finetune_toy_low_resource" \
+exec bash "$(dirname "$0")/finetune_toy.sh" --output_dir "${EXP:-exp/ltu}/finetune_toy_low_resource" \
     --device_map auto --micro_batch_size 2 "$@"

@@ -4,5 +4,5 @@
 # (The losses of the authors' low-resource run are 0.6051, 0.5754 and 0.5488.)
 # On a single small GPU: finetune_toy.sh --micro_batch_size 1 --gradient_checkpointing.
 export NPROC=1
-bash "$(dirname "$0")/finetune_toy.sh" --output_dir "${EXP:-exp/ltu_as}/finetune_toy_low_resource" \
+exec bash "$(dirname "$0")/finetune_toy.sh" --output_dir "${EXP:-exp/ltu_as}/finetune_toy_low_resource" \
     --device_map auto --micro_batch_size 2 "$@"
