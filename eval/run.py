@@ -415,10 +415,8 @@ def update_model_card(model: ModelRun, results: list[report.Result], protocol: s
             scoring=result.scoring,
             protocol=protocol,
             num_examples=summary.num_examples,
-            answered=summary.answered,
             **asdict(summary.value),
             failed=summary.failed,
-            questions_sha256=result.origin["questions"]["sha256"],
         )
         entries.append(entry)
     if checkpoint is not None:

@@ -51,6 +51,21 @@ def replace_file(
     os.replace(unfinished, path)
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: the file is damaged, or its content is no object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or write it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is a {type(value).__name__}, not an object. Write it again.")
+    return value
+
+
 def write_json(value: Any, path: Path) -> None:
     """Write a value as JSON, whole or not at all.
 

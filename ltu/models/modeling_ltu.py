@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ltu.models.card_seal import CARD
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
 from ltu.models.lora import find_targets, inject_lora, merge_lora
-from ltu.models.model_card import add_model_card
+from ltu.models.model_card import CARD, add_model_card
 
 logger = logging.getLogger(__name__)
 

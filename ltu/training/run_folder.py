@@ -22,12 +22,12 @@ from uuid import uuid4
 
 from accelerate.utils import broadcast_object_list
 
-from ltu.files import lock_file, replace_file, sync_files
+from ltu.files import lock_file, sync_files
+from ltu.models.provenance import STATE, read_record, write_record
 from ltu.training.arguments import RunArguments
 
 T = TypeVar("T")
 
-STATE = "ltu_state.json"
 TRAINER_STATE = "trainer_state.json"
 LOCK = "_run.lock"  # The stock upload to the hub leaves out names that begin with "_".
 # What would be lost if another run began in a folder.
@@ -113,15 +113,9 @@ class Start:
 def read_state(folder: Path) -> dict[str, Any] | None:
     """Return the content of a folder's `ltu_state.json`, or None if it has none that is whole."""
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        return read_record(folder) or None
     except (OSError, ValueError):
         return None
-    return state if isinstance(state, dict) else None
-
-
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a folder's `ltu_state.json`."""
-    replace_file(folder / STATE, f"{json.dumps(state, indent=1)}\n".encode(), is_synced=True)
 
 
 def is_compared(flag: str) -> bool:
@@ -219,7 +213,7 @@ def complete_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
         if path.is_file() and path != checkpoint / STATE:
             files[str(path.relative_to(checkpoint))] = path.stat().st_size
     sync_files(checkpoint / name for name in files)
-    write_state(checkpoint, record | {"files": files})
+    write_record(checkpoint, record | {"files": files})
 
 
 def on_main_process(decide: Callable[[], T], rank: int, world_size: int) -> T:
@@ -277,7 +271,7 @@ class RunFolder:
         Until then, a run that cannot start changes nothing.
         """
         self.record["run_id"] = start.run_id
-        write_state(self.folder, self.record | {"step": 0, "finished": False})
+        write_record(self.folder, self.record | {"step": 0, "finished": False})
         if start.checkpoint is not None:
             return
         for pattern in RESULTS:

@@ -29,7 +29,8 @@ from ltu.models.provenance import (
     code_version,
     library_versions,
     lineage_from,
-    public_arguments,
+    public_value,
+    write_record,
 )
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
@@ -37,7 +38,7 @@ from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
-from ltu.training.run_folder import complete_checkpoint, write_state
+from ltu.training.run_folder import complete_checkpoint
 from ltu.training.sharding import ShardedTrainer
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
@@ -204,13 +205,13 @@ class LtuTrainer(ShardedTrainer):
         # A pickle of the arguments, with the token of the hub; `ltu_state.json` has the arguments.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if not _internal_call:
-            write_state(folder, self._current_record())
-            write_model_card(folder, self.state.log_history)
+            write_record(folder, self._current_record())
+            write_model_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our model card, where the Trainer would write its own before an upload."""
         if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self.state.log_history)
+            write_model_card(self.args.output_dir)
 
     def _current_record(self) -> dict[str, Any]:
         """Return the content of `ltu_state.json` at the current step."""
@@ -306,12 +307,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         "stage": Path(run.output_dir).name,
         "parent": {"name": parent.name, "sha256": parent_sha256},
         "lineage": lineage_from(parent, parent_sha256),
-        "data": {
-            "name": dataset.name,
-            "sha256": dataset.sha256,
-            "num_examples": dataset.num_examples,
-            "num_with_audio": dataset.num_with_audio,
-        },
+        "data": dataclasses.asdict(dataset),
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": steps.accumulation,
@@ -322,7 +318,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         "versions": library_versions(),
         "code": code_version(),
         # As they are after they were written and read.
-        "arguments": json.loads(json.dumps(public_arguments(arguments), default=str)),
+        "arguments": json.loads(json.dumps(public_value(arguments), default=str)),
     }
     return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
