@@ -406,6 +406,21 @@ model.push_to_hub("me/other_weights")
         assert "its model card is not uploaded" in done.stderr
 
 
+def test_training_uploads_a_finished_run(runs, tmp_path):
+    """The record and the card say that the run is finished, and no file has the token."""
+    flags = training_flags(
+        runs / "init", runs / "rows" / "rows.json", tmp_path / "run", save_steps=1
+    )
+    flags += ["--push_to_hub", "--hub_model_id", "me/run", "--hub_token", "hf_secret"]
+    with open_fake_hub() as hub:
+        done = hub.run(f"from ltu.finetune import main; main({flags!r})")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(hub.text("me/run", "ltu_state.json"))["finished"]
+        assert "Training is finished: 3 of 3 steps." in hub.text("me/run", "README.md")
+        for (_, path), content in hub.files.items():
+            assert b"hf_secret" not in content, path
+
+
 def test_equal_weights_are_found(stage2):
     from ltu import LtuForConditionalGeneration
 

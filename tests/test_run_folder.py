@@ -141,6 +141,12 @@ def test_the_sizes_that_are_used_are_printed(checkpoint, data_path, tmp_path, ca
     assert "4 of 12 examples are left out in the last epoch" in output
 
 
+def test_a_plan_hashes_no_weights(checkpoint, data_path, tmp_path, monkeypatch):
+    """They may be 27 GB."""
+    monkeypatch.setattr("ltu.training.trainer.sha256_of_weights", None)
+    assert main([*flags(checkpoint, data_path, tmp_path / "run", **COMMON), "--plan"]) == 0
+
+
 # --- a folder belongs to one run
 
 

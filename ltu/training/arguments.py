@@ -245,6 +245,7 @@ REFUSED = {
     "logging_nan_inf_filter": "training ends at the first loss that is not finite",
     "enable_jit_checkpoint": "SIGTERM always writes a checkpoint",
     "local_rank": "torchrun sets it",
+    "hub_strategy": "the model is uploaded when it is trained, with its record and its card",
 }
 
 
@@ -359,6 +360,7 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(init=False, default=False)
     enable_jit_checkpoint: bool = field(init=False, default=False)
     local_rank: int = field(init=False, default=-1)
+    hub_strategy: str = field(init=False, default="end")
 
     def __post_init__(self) -> None:
         has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import rotate_checkpoints
@@ -134,35 +135,42 @@ class LtuTrainer(ShardedTrainer):
             NonFiniteError: they are not.
         """
         norm = super()._get_grad_norm(*args, **kwargs)
-        local_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        value = norm.full_tensor() if isinstance(norm, DTensor) else norm
         losses = torch.stack(self.step_losses)  # (micro-batches,)
         self.step_losses = []
-        is_finite = bool(losses.isfinite().all()) and math.isfinite(local_norm)
+        is_finite = bool(losses.isfinite().all())
+        if value is not None:  # DeepSpeed does not always know it.
+            value = float(value)
+            is_finite = is_finite and math.isfinite(value)
         # All ranks must agree on whether they go on.
         flags = torch.tensor([not is_finite, self.is_stopping], device=losses.device).int()
         num_bad, num_stopping = self.accelerator.reduce(flags, "sum").tolist()
         if num_bad:
-            self._raise_non_finite(losses, float(local_norm))
+            self._raise_non_finite(losses.isfinite().logical_not().tolist(), value)
         if num_stopping:
             self.is_stopping = True
             self.control.should_save = True
             self.control.should_training_stop = True
         return norm
 
-    def _raise_non_finite(self, losses: Tensor, norm: float) -> None:
+    def _raise_non_finite(self, bad: list[bool], norm: float | None) -> None:
         """Raise the error of a step, with the examples of micro-batches without a finite loss.
 
-        If all losses are finite, it names all examples of the step.
+        If all losses are finite, it names all examples of the step. Every rank must call this.
+
+        Args:
+            bad: whether the loss of each micro-batch of this rank is not finite.
+            norm: the gradient norm.
         """
         step = self.state.global_step
         batches = self.micro_batches.step_batches(step)
-        bad = (~losses.isfinite()).tolist()
         dataset = self.train_dataset
         names = []
         for batch, is_bad in zip(batches, bad, strict=True):
             if is_bad:
                 names += [dataset.name_of(index) for index in batch]
         names = gather_object(names)
+        bad = gather_object(bad)  # Of all ranks.
         if not names:
             names = gather_object([dataset.name_of(index) for index in sum(batches, [])])
         if not self.is_world_process_zero():
@@ -171,11 +179,10 @@ class LtuTrainer(ShardedTrainer):
         if len(names) > MAX_LISTED_EXAMPLES:
             listed += f" and {len(names) - MAX_LISTED_EXAMPLES} more"
         raise NonFiniteError(
-            f"Step {step + 1} of {self.state.max_steps}: the losses of its micro-batches are "
-            f"{[round(loss, 4) for loss in losses.tolist()]} and the gradient norm is {norm}. "
-            f"Training ends before they change the weights; the checkpoints in "
-            f"{self.args.output_dir} are of earlier steps. Lower --learning_rate (now "
-            f"{self.args.learning_rate}), or look at these examples: {listed}"
+            f"Step {step + 1} of {self.state.max_steps}: the losses of {sum(bad)} of its "
+            f"{len(bad)} micro-batches are NaN or infinite, and the gradient norm is {norm}. "
+            f"Training ends; the checkpoints in {self.args.output_dir} are of earlier steps. Lower "
+            f"--learning_rate (now {self.args.learning_rate}), or look at these examples: {listed}"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -196,22 +203,22 @@ class LtuTrainer(ShardedTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and with it `ltu_state.json`: how it was trained, and how far.
 
-        In a checkpoint, `_save_checkpoint` writes this file, after all others.
+        In a checkpoint, `_save_checkpoint` writes this file, after all others. With
+        `--push_to_hub`, the folder is uploaded when it is whole.
         """
-        super().save_model(output_dir, _internal_call)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        # A pickle of the arguments, with the token of the hub; `ltu_state.json` has the arguments.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        if not _internal_call:
-            write_record(folder, self._current_record())
-            write_model_card(folder)
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # A pickle of the arguments, with the token of the hub; `ltu_state.json` has them too.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            if not _internal_call:
+                write_record(folder, self._current_record())
+                write_model_card(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our model card, where the Trainer would write its own before an upload."""
-        if self.is_world_process_zero():
-            write_model_card(self.args.output_dir)
+        """Write no card before an upload, where the Trainer would: `save_model` wrote ours."""
 
     def _current_record(self) -> dict[str, Any]:
         """Return the content of `ltu_state.json` at the current step."""
@@ -265,7 +272,8 @@ class RunSetup:
         train_set, held_out: the examples to train on, and those to evaluate, if any.
         dataset: what both together contain.
         steps: the sizes of the run.
-        record: what the run is, as in `ltu_state.json`.
+        record: what the run is, as in `ltu_state.json`. It lacks the parent in a process that does
+            not write it, and with `--plan` and `--show_batch`.
     """
 
     parent: Path
@@ -302,11 +310,8 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     arguments |= arguments.pop("front_end")
     arguments |= run.to_dict()
     arguments["bf16"] = run.bf16
-    parent_sha256 = sha256_of_weights(parent)
     record = {
         "stage": Path(run.output_dir).name,
-        "parent": {"name": parent.name, "sha256": parent_sha256},
-        "lineage": lineage_from(parent, parent_sha256),
         "data": dataclasses.asdict(dataset),
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
@@ -320,6 +325,11 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         # As they are after they were written and read.
         "arguments": json.loads(json.dumps(public_value(arguments), default=str)),
     }
+    # Weights of 27 GB are hashed in a minute, so only by a process that writes the record.
+    if run.should_save and not (data.plan or data.show_batch):
+        sha256 = sha256_of_weights(parent)
+        record["parent"] = {"name": parent.name, "sha256": sha256}
+        record["lineage"] = lineage_from(parent, sha256)
     return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
 
