@@ -417,6 +417,7 @@ def update_model_card(model: ModelRun, results: list[report.Result], protocol: s
             num_examples=summary.num_examples,
             **asdict(summary.value),
             failed=summary.failed,
+            questions_sha256=result.origin["questions"]["sha256"],
         )
         entries.append(entry)
     if checkpoint is not None:

@@ -141,6 +141,7 @@ class EvaluationResult:
         on_all: over all examples.
         low, high: the 95 % interval of `on_answered`.
         failed: reason -> number of examples without an answer.
+        questions_sha256: of the file of questions.
     """
 
     task: str
@@ -153,6 +154,7 @@ class EvaluationResult:
     low: float | None
     high: float | None
     failed: Mapping[str, int]
+    questions_sha256: str | None = None
 
 
 # --- evaluation results

@@ -328,9 +328,9 @@ class ShardedTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as a folder that `from_pretrained` opens. Nothing is uploaded."""
+        """Save the model as a folder that `from_pretrained` opens; sharded, upload nothing."""
         if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call=True)
+            super().save_model(output_dir, _internal_call)
             return
         weights = gather_weights(self.model, keep=self.args.should_save)
         self._save(output_dir, state_dict=weights)

@@ -206,7 +206,7 @@ class LtuTrainer(ShardedTrainer):
         In a checkpoint, `_save_checkpoint` writes this file, after all others. With
         `--push_to_hub`, the folder is uploaded when it is whole.
         """
-        super().save_model(output_dir, _internal_call=True)
+        super().save_model(output_dir, True)  # Without an upload.
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             # A pickle of the arguments, with the token of the hub; `ltu_state.json` has them too.
@@ -309,7 +309,6 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     arguments: dict[str, Any] = dataclasses.asdict(model_args) | dataclasses.asdict(data)
     arguments |= arguments.pop("front_end")
     arguments |= run.to_dict()
-    arguments["bf16"] = run.bf16
     record = {
         "stage": Path(run.output_dir).name,
         "data": dataclasses.asdict(dataset),
