@@ -27,6 +27,7 @@ from ltu.models.model_card import write_model_card
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
 from ltu.models.provenance import (
     code_version,
+    hash_settings,
     library_versions,
     lineage_from,
     public_arguments,
@@ -37,7 +38,7 @@ from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
-from ltu.training.run_folder import complete_checkpoint, write_state
+from ltu.training.run_folder import complete_checkpoint, complete_run, write_state
 from ltu.training.sharding import ShardedTrainer
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
@@ -97,6 +98,20 @@ class LtuTrainer(ShardedTrainer):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
         )
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the learning-rate scheduler.
+
+        Raises:
+            ValueError: it needs other `--lr_scheduler_kwargs`.
+        """
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"--lr_scheduler_type {self.args.lr_scheduler_type.value} with "
+                f"--lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}: {error}"
+            ) from error
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -196,16 +211,28 @@ class LtuTrainer(ShardedTrainer):
         """Save the model, and with it `ltu_state.json`: how it was trained, and how far.
 
         In a checkpoint, `_save_checkpoint` writes this file, after all others.
+
+        Raises:
+            OSError: a file cannot be written, for example to a full disk.
         """
-        super().save_model(output_dir, _internal_call)
+        try:
+            super().save_model(output_dir, _internal_call)
+        except SafetensorError as error:
+            raise OSError(
+                f"{output_dir or self.args.output_dir} cannot be written ({error}). Free the disk, "
+                "then continue with --resume_from_checkpoint last."
+            ) from error
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         # A pickle of the arguments, with the token of the hub; `ltu_state.json` has the arguments.
         (folder / "training_args.bin").unlink(missing_ok=True)
         if not _internal_call:
-            write_state(folder, self._current_record())
+            # The card says what the state says. Only then, the state says that all is written.
+            record = self._current_record()
+            write_state(folder, record)
             write_model_card(folder, self.state.log_history)
+            complete_run(folder, record)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our model card, where the Trainer would write its own before an upload."""
@@ -304,7 +331,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     parent_sha256 = sha256_of_weights(parent)
     record = {
         "stage": Path(run.output_dir).name,
-        "parent": {"name": parent.name, "sha256": parent_sha256},
+        "parent": {"name": parent.name, "sha256": parent_sha256, "settings": hash_settings(parent)},
         "lineage": lineage_from(parent, parent_sha256),
         "data": {
             "name": dataset.name,
@@ -316,6 +343,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": steps.accumulation,
         "examples_per_step": steps.examples_per_step,
+        "ranks_of_order": steps.ranks_of_order,
         "batches_per_epoch": steps.batches_per_epoch,
         "total_steps": steps.total_steps,
         "warmup_steps": run.get_warmup_steps(steps.total_steps),
@@ -341,6 +369,13 @@ def make_trainer(
     setup = setup or prepare_run(model_args, data, run)
     steps = setup.steps
     model = open_to_train(model_args, run.bf16)
+    trains_text = any(p.requires_grad for p in model.language_model.parameters())
+    if data.text_only and not trains_text:
+        raise ValueError(
+            "--text_only trains nothing here: audio encoder and projector are not used without "
+            "audio, and the language model is frozen and has no LoRA. Use --trainable_params all "
+            "with --lora_target_modules, or full."
+        )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = setup.record
     record["parameters"] = {"trainable": trainable, "all": model.num_parameters()}
