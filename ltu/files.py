@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -114,13 +115,16 @@ def run_command(command: Callable[[], int | None]) -> None:
     """Run a command and exit with its status.
 
     An error that the user can fix (OSError, ValueError, or ImportError of an optional package) is
-    one line, which a traceback would hide.
+    one line, which a traceback would hide. So is Ctrl-C, with exit status 130.
 
     Args:
         command: returns the exit status; None is 0.
     """
     try:
         status = command()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ImportError, OSError, ValueError) as error:
         message = str(error)
         if WORKER_ERROR in message:

@@ -4,6 +4,7 @@
 the record is whole when the folders of these stages are gone.
 """
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Mapping
@@ -131,6 +132,41 @@ def lineage_from(parent: Path, sha256: str | None = None) -> list[dict[str, Any]
     """
     stages = [*read_lineage(read_record(parent)), read_stage(parent, sha256)]
     return [asdict(stage) for stage in stages]
+
+
+# --- settings
+
+# Of config.json, what the output of a model depends on besides its weights.
+MODEL_SETTINGS = (
+    "audio_config",
+    "language_model_sha256",
+    "lora",
+    "projector_layer_norm_eps",
+    "prompt_template",
+)
+# Of processor_config.json, names that may differ between machines for the same model.
+MODEL_NAMES = ("whisper_model", "transcription_model")
+
+
+def hash_settings(folder: Path) -> str:
+    """Return the sha256 of all that a checkpoint folder holds besides weights and names.
+
+    Two folders with the same weights and the same hash compute the same loss.
+
+    Raises:
+        FileNotFoundError: the folder has no config.
+        ValueError: a file is damaged.
+    """
+    config = read_json_object(folder / "config.json")
+    settings: dict[str, Any] = {name: config.get(name) for name in MODEL_SETTINGS}
+    for name in ("processor_config.json", "tokenizer.json"):
+        path = folder / name
+        settings[name] = read_json_object(path) if path.is_file() else None
+    extractor = (settings["processor_config.json"] or {}).get("feature_extractor", {})
+    for name in MODEL_NAMES:
+        extractor.pop(name, None)
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 # --- what others may read

@@ -7,6 +7,7 @@ that no flag repeats them. The LoRA flags are None unless a fresh LoRA needs the
 @FILE stands for the flags in a file, for example train_scripts/curriculum.args.
 """
 
+import math
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -39,7 +40,13 @@ SMALLEST = {
     "max_bad": 0,
     "num_workers": 0,
     "warmup_steps": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+    "eval_delay": 0,
 }
+MAX_SEED = 2**32 - 1  # Of numpy's generator.
 
 
 @dataclass
@@ -233,6 +240,7 @@ REFUSED = {
     "batches examples of similar length",
     "length_column_name": "--group_by_length counts the tokens itself",
     "dataloader_drop_last": "the micro-batches are the original's",
+    "dataloader_in_order": "the order of examples is the original's",
     "accelerator_config": "the micro-batches of a process are the original's",
     "auto_find_batch_size": "it would change the micro-batches; lower --micro_batch_size",
     "ignore_data_skip": "a resumed run would use the same examples again",
@@ -349,6 +357,7 @@ class RunArguments(TrainingArguments):
     train_sampling_strategy: str = field(init=False, default="random")
     length_column_name: str = field(init=False, default="length")
     dataloader_drop_last: bool = field(init=False, default=False)
+    dataloader_in_order: bool = field(init=False, default=True)
     accelerator_config: dict | str | None = field(init=False, default=None)
     auto_find_batch_size: bool = field(init=False, default=False)
     ignore_data_skip: bool = field(init=False, default=False)
@@ -482,9 +491,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     if contradiction is not None:
         parser.error(contradiction)
     values = vars(data_args) | vars(run_args)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} {value}: it must be a finite number")
     for name, smallest in SMALLEST.items():
         if values[name] < smallest:
             parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
+    if run_args.seed > MAX_SEED:
+        parser.error(f"--seed {run_args.seed}: it must be at most {MAX_SEED}")
     for name in ("logging_steps", "save_steps"):
         if values[name] <= 0:
             parser.error(f"--{name} {values[name]}: it must be more than 0")
@@ -492,6 +506,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     if unavailable:
         names = " ".join(sorted(unavailable))
         parser.error(f"--report_to {names}: not installed. Install it: pip install {names}")
+    if run_args.overwrite and run_args.resume_from_checkpoint not in (None, "auto"):
+        parser.error(
+            f"--overwrite would delete the run that --resume_from_checkpoint "
+            f"{run_args.resume_from_checkpoint} is to continue: leave one of them out"
+        )
     if run_args.max_steps == 0:
         parser.error("--max_steps 0 trains nothing; -1 means all epochs")
     wandb_flags = ("wandb_run_name", "wandb_watch", "wandb_log_model")

@@ -28,6 +28,7 @@ from ltu.models.model_card import write_model_card
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
 from ltu.models.provenance import (
     code_version,
+    hash_settings,
     library_versions,
     lineage_from,
     public_value,
@@ -39,7 +40,7 @@ from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
-from ltu.training.run_folder import complete_checkpoint
+from ltu.training.run_folder import complete_checkpoint, complete_run
 from ltu.training.sharding import ShardedTrainer
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
@@ -99,6 +100,20 @@ class LtuTrainer(ShardedTrainer):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
         )
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the learning-rate scheduler.
+
+        Raises:
+            ValueError: it needs other `--lr_scheduler_kwargs`.
+        """
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"--lr_scheduler_type {self.args.lr_scheduler_type.value} with "
+                f"--lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}: {error}"
+            ) from error
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -205,15 +220,28 @@ class LtuTrainer(ShardedTrainer):
 
         In a checkpoint, `_save_checkpoint` writes this file, after all others. With
         `--push_to_hub`, the folder is uploaded when it is whole.
+
+        Raises:
+            OSError: a file cannot be written, for example to a full disk.
         """
-        super().save_model(output_dir, True)  # Without an upload.
+        try:
+            super().save_model(output_dir, True)  # Without an upload.
+        except SafetensorError as error:
+            raise OSError(
+                f"{output_dir or self.args.output_dir} cannot be written ({error}). Free the disk, "
+                "then continue with --resume_from_checkpoint last."
+            ) from error
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             # A pickle of the arguments, with the token of the hub; `ltu_state.json` has them too.
             (folder / "training_args.bin").unlink(missing_ok=True)
             if not _internal_call:
-                write_record(folder, self._current_record())
+                # The card says what the record says. Only then, the record says that all is
+                # written.
+                record = self._current_record()
+                write_record(folder, record)
                 write_model_card(folder)
+                complete_run(folder, record)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -316,6 +344,7 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": steps.accumulation,
         "examples_per_step": steps.examples_per_step,
+        "ranks_of_order": steps.ranks_of_order,
         "batches_per_epoch": steps.batches_per_epoch,
         "total_steps": steps.total_steps,
         "warmup_steps": run.get_warmup_steps(steps.total_steps),
@@ -327,7 +356,11 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     # Weights of 27 GB are hashed in a minute, so only by a process that writes the record.
     if run.should_save and not (data.plan or data.show_batch):
         sha256 = sha256_of_weights(parent)
-        record["parent"] = {"name": parent.name, "sha256": sha256}
+        record["parent"] = {
+            "name": parent.name,
+            "sha256": sha256,
+            "settings": hash_settings(parent),
+        }
         record["lineage"] = lineage_from(parent, sha256)
     return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
@@ -346,6 +379,13 @@ def make_trainer(
     setup = setup or prepare_run(model_args, data, run)
     steps = setup.steps
     model = open_to_train(model_args, run.bf16)
+    trains_text = any(p.requires_grad for p in model.language_model.parameters())
+    if data.text_only and not trains_text:
+        raise ValueError(
+            "--text_only trains nothing here: audio encoder and projector are not used without "
+            "audio, and the language model is frozen and has no LoRA. Use --trainable_params all "
+            "with --lora_target_modules, or full."
+        )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = setup.record
     record["parameters"] = {"trainable": trainable, "all": model.num_parameters()}
