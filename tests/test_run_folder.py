@@ -26,7 +26,7 @@ from ltu.finetune import STOPPED, main
 from ltu.training.arguments import parse_args
 from ltu.training.run_folder import RunFolder, find_differences, what_is_incomplete
 from ltu.training.trainer import LtuTrainer, NonFiniteError, make_trainer, prepare_run
-from tests.machine import PATIENCE
+from tests.machine import PATIENCE, wait_until
 from tests.tiny import LORA, start_command, start_ranks, write_checkpoint, write_llm, write_rows
 from tests.tiny import training_flags as flags
 
@@ -669,21 +669,13 @@ def test_sigterm_of_one_rank_stops_all(checkpoint, data_path, tmp_path):
     settings = {"save_steps": 1, "max_steps": 100_000, "disable_tqdm": True}
     arguments = flags(checkpoint, data_path, folder, **settings)
     ranks = start_ranks(2, "ltu.finetune", arguments, tmp_path / "output")
-    wait_for(folder / "checkpoint-1" / "ltu_state.json")
+    wait_until((folder / "checkpoint-1" / "ltu_state.json").exists)
     ranks[1].terminate()
     for rank in ranks:
         rank.join(PATIENCE)
     assert [rank.exitcode for rank in ranks] == [STOPPED, STOPPED]
     step = int(re.search(r"stopped at step (\d+)", (tmp_path / "output.0").read_text())[1])
     assert what_is_incomplete(folder / f"checkpoint-{step}") is None
-
-
-def wait_for(path: Path) -> None:
-    """Wait until a file exists."""
-    end = time.monotonic() + PATIENCE
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} does not appear"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -284,12 +284,11 @@ class ShardedTrainer(Trainer):
     every key of a checkpoint, or ends with an error.
 
     Raises:
-        ValueError: the model cannot be sharded here, or with the other flags.
+        ValueError: the model cannot be sharded, or not with the other flags.
     """
 
     def __init__(self, model: LtuForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
         if args.fsdp:
-            check_devices(args)
             check_settings(model, args)
         super().__init__(model, args, **kwargs)
         if self.is_fsdp_enabled:
