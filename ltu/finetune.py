@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 4 -m ltu.finetune ...     the same global batch on four GPUs
     python -m ltu.finetune ... --show_batch             print a batch as the model gets it, and stop
     python -m ltu.finetune ... --plan                   print steps, sizes and parameters, and stop
+    python -m ltu.finetune ... --plan --gpu_memory 24   print what a GPU of 24 GiB can train
 
 The flags are those of the original, by name, and those of the Trainer of transformers.
 `--base_model` is a checkpoint folder that `ltu.convert_checkpoint` or the stage before has written.
@@ -24,6 +25,7 @@ from types import FrameType
 from ltu.files import run_command
 from ltu.training.arguments import RunArguments, parse_args
 from ltu.training.collator import describe_batch
+from ltu.training.memory_plan import MemoryPlanner, describe_memory
 from ltu.training.run_folder import RunFolder, Start, on_main_process
 from ltu.training.trainer import LtuTrainer, RunSetup, make_trainer, prepare_run
 
@@ -84,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     setup = prepare_run(model_args, data, run)
     if is_main:
         print_plan(setup, run)
+    if data.gpu_memory is not None:
+        planner = MemoryPlanner(model_args, data.cutoff_len, run)
+        for line in describe_memory(planner, data.gpu_memory):
+            print(line)
+        return 0
     if data.plan or data.show_batch:
         trainer = make_trainer(model_args, data, run, setup)
         print_parameters(trainer)

@@ -99,6 +99,31 @@ BORROWED_NAMES = [
         "the RuntimeError of the Trainer's constructor",
     ),
     BorrowedName(
+        "transformers:PreTrainedModel._no_split_modules",
+        "ltu/training/memory_estimate.py",
+        "the class of the largest repeated block of the model",
+    ),
+    BorrowedName(
+        "torch._subclasses.fake_tensor:FakeTensorMode",
+        "ltu/training/memory_estimate.py",
+        "torch.device('meta') without autocast, with the dtypes of autocast written out",
+    ),
+    BorrowedName(
+        "torch._subclasses.fake_tensor:DataDependentOutputException",
+        "ltu/training/memory_estimate.py",
+        "RuntimeError",
+    ),
+    BorrowedName(
+        "torch.utils._python_dispatch:TorchDispatchMode",
+        "ltu/training/memory_estimate.py",
+        "torch.distributed._tools.mem_tracker, once it takes frozen parameters",
+    ),
+    BorrowedName(
+        "torch.utils._pytree:tree_leaves",
+        "ltu/training/memory_estimate.py",
+        "a loop over the tuples and lists that operations return",
+    ),
+    BorrowedName(
         "transformers.trainer_utils:rotate_checkpoints",
         "ltu/training/trainer.py",
         "shutil.rmtree of all checkpoints but the newest and the best",

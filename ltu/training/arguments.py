@@ -224,6 +224,13 @@ class DataArguments:
         default=False,
         metadata={"help": "Print steps, sizes and the number of trainable parameters, and stop."},
     )
+    gpu_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --plan: print whether the run fits into a GPU of so many GiB, and which "
+            "flags make it fit. The weights are not opened."
+        },
+    )
     # Values of the flags that the audio front ends add, by name.
     front_end: dict[str, str | None] = field(init=False, default_factory=dict)
 
@@ -376,6 +383,7 @@ class RunArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not has_accelerator
         if self.bf16 not in ("auto", "True", "False"):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
+        self.is_bf16_chosen = self.bf16 != "auto"  # --plan can be for another machine.
         self.bf16 = device_has_bf16() if self.bf16 == "auto" else self.bf16 == "True"
         # transformers 5.24 warns of the old name of this argument, 5.17 lacks the new one.
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
@@ -490,6 +498,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     contradiction = model_args.find_contradiction()
     if contradiction is not None:
         parser.error(contradiction)
+    if data_args.gpu_memory is not None:
+        if not data_args.plan:
+            parser.error("--gpu_memory is only for --plan")
+        if not data_args.gpu_memory > 0:
+            parser.error(f"--gpu_memory {data_args.gpu_memory}: it must be more than 0")
     values = vars(data_args) | vars(run_args)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):

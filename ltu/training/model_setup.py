@@ -42,7 +42,16 @@ def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGenerati
     )
     if args.attn_implementation:
         model.language_model.set_attn_implementation(args.attn_implementation)
+    choose_trained(model, args)
+    return model
 
+
+def choose_trained(model: LtuForConditionalGeneration, args: ModelArguments) -> None:
+    """Add or merge LoRA, and freeze parameters, as the flags say.
+
+    Raises:
+        ValueError: a LoRA flag or the name of the prompt template contradicts the checkpoint.
+    """
     lora_flags = _lora_flags(args)
     stored_lora = model.config.lora
     is_without_lora = lora_flags.get("target_modules") == ["dummy"]
@@ -50,7 +59,7 @@ def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGenerati
         if stored_lora is not None:
             logger.warning(
                 "The LoRA of %s (r %s) is merged into the language model, all of which is trained.",
-                folder,
+                args.base_model,
                 stored_lora["r"],
             )
             model.merge_lora()
@@ -70,7 +79,6 @@ def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGenerati
     model.set_trainable(args.trainable_params)
     if args.freeze_audio_tower:
         model.audio_tower.requires_grad_(False)
-    return model
 
 
 def choose_llm_dtype(args: ModelArguments, config: LtuConfig, bf16: bool) -> torch.dtype | str:

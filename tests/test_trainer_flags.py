@@ -1,0 +1,157 @@
+"""Tests that the flags of transformers' Trainer work, or are refused with a reason."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from ltu.finetune import main
+from ltu.training.arguments import REFUSED, RunArguments, parse_args
+from tests.tiny import LORA, write_checkpoint, write_llm, write_rows
+from tests.tiny import training_flags as flags
+
+TRAINER_FLAGS = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("flags")
+    return write_checkpoint(root / "checkpoint", write_llm(root / "llm"), LORA)
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data"), 16, without_audio=3)
+
+
+@pytest.fixture
+def run(checkpoint: Path, data_path: Path, tmp_path: Path):
+    """Train four steps with some flags; return the entries of the log that have a loss."""
+
+    def train(*more: str, name: str = "run") -> list[dict]:
+        folder = tmp_path / name
+        assert main([*flags(checkpoint, data_path, folder, save_steps=2), *more]) == 0
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [entry for entry in history if "loss" in entry]
+
+    return train
+
+
+def losses(entries: list[dict]) -> list[float]:
+    return [entry["loss"] for entry in entries]
+
+
+def error_of(capsys: pytest.CaptureFixture, *more: str) -> str:
+    """Return the error with which the parser ends the process."""
+    required = "--base_model base --data_path data.json --output_dir run".split()
+    with pytest.raises(SystemExit) as end:
+        parse_args([*required, *more])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_every_flag_of_the_trainer_is_a_flag_or_refused() -> None:
+    """A flag of a new release works at once."""
+    ours = {field.name for field in dataclasses.fields(RunArguments) if field.init}
+    assert ours >= TRAINER_FLAGS - set(REFUSED)
+    assert not ours & set(REFUSED)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_flags_say_why(capsys, name: str) -> None:
+    message = error_of(capsys, f"--{name}", "1")
+    assert f"--{name} is not available: {REFUSED[name]}" in message
+    assert len(message.splitlines()) == 1
+    assert f"--{name} is not available" in error_of(capsys, f"--{name}=1")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
+        (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
+        (["--optim", "nonsense"], "nonsense is not a valid OptimizerNames"),
+        (["--eval_strategy", "epoch"], "--eval_strategy epoch: one loader covers all epochs"),
+        (["--report_to", "nonsense"], "--report_to nonsense: not installed"),
+        (["--save_steps", "0"], "--save_steps 0.0: it must be more than 0"),
+    ],
+)
+def test_wrong_flags_are_one_line(capsys, more: list[str], message: str) -> None:
+    error = error_of(capsys, *more)
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--optim", "adafactor"],
+        ["--weight_decay", "10"],
+        ["--adam_beta2", "0.5"],
+        ["--max_grad_norm", "1e-9"],
+        ["--neftune_noise_alpha", "5"],
+        ["--data_seed", "7"],
+        ["--lr_scheduler_type", "constant"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_flags_that_change_the_losses(run, more: list[str]) -> None:
+    assert losses(run(*more)) != losses(run(name="stock"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--gradient_checkpointing"],
+        pytest.param(["--torch_compile_backend", "aot_eager"], marks=pytest.mark.slow),
+        ["--full_determinism"],
+        pytest.param(
+            ["--dataloader_multiprocessing_context", "spawn", "--num_workers", "1"],
+            marks=pytest.mark.slow,
+        ),
+        ["--dataloader_persistent_workers", "--num_workers", "1"],
+        ["--include_num_input_tokens_seen"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_flags_that_do_not_change_the_losses(run, more: list[str]) -> None:
+    assert losses(run(*more)) == pytest.approx(losses(run(name="stock")), abs=1e-5)
+
+
+def test_schedule_of_the_learning_rate(run) -> None:
+    """The logged learning rate is the one after the step, with each schedule."""
+    entries = run("--lr_scheduler_type", "cosine", "--warmup_steps", "0.25")
+    rates = [entry["learning_rate"] for entry in entries]
+    falling = [0.5 * (1 + math.cos(math.pi * step / 3)) for step in range(4)]
+    assert rates == pytest.approx([1e-2 * value for value in falling], abs=1e-12)
+
+
+def test_the_best_weights_are_saved(run, tmp_path: Path) -> None:
+    evaluation = "--val_set_size 4 --eval_strategy steps --eval_steps 1 --save_steps 1"
+    # The highest loss is called the best one, so that it is not that of the last step.
+    run(*evaluation.split(), "--load_best_model_at_end", "--greater_is_better", "True")
+    folder = tmp_path / "run"
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    best = max(held_out, key=held_out.get)
+    assert best < max(held_out)
+    state = json.loads((folder / "ltu_state.json").read_text())
+    assert state["weights_of_step"] == best
+    expected = load_file(folder / f"checkpoint-{best}" / "model.safetensors")
+    found = load_file(folder / "model.safetensors")
+    assert all(found[key].equal(expected[key]) for key in expected)
+
+
+def test_checkpoints(run, tmp_path: Path) -> None:
+    """How many are written and kept follows the stock flags."""
+    run("--save_strategy", "no", name="none")
+    run("--save_steps", "0.25", "--save_total_limit", "3", name="quarters")
+    names = {}
+    for name in ("none", "quarters"):
+        names[name] = sorted(path.name for path in (tmp_path / name).glob("checkpoint-*"))
+    assert names["none"] == []
+    assert names["quarters"] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
