@@ -415,7 +415,6 @@ def update_model_card(model: ModelRun, results: list[report.Result], protocol: s
             scoring=result.scoring,
             protocol=protocol,
             num_examples=summary.num_examples,
-            answered=summary.answered,
             **asdict(summary.value),
             failed=summary.failed,
             questions_sha256=result.origin["questions"]["sha256"],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -49,6 +50,21 @@ def replace_file(
             file.flush()
             os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: the file is damaged, or its content is no object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy or write it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is a {type(value).__name__}, not an object. Write it again.")
+    return value
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -99,13 +115,16 @@ def run_command(command: Callable[[], int | None]) -> None:
     """Run a command and exit with its status.
 
     An error that the user can fix (OSError, ValueError, or ImportError of an optional package) is
-    one line, which a traceback would hide.
+    one line, which a traceback would hide. So is Ctrl-C, with exit status 130.
 
     Args:
         command: returns the exit status; None is 0.
     """
     try:
         status = command()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ImportError, OSError, ValueError) as error:
         message = str(error)
         if WORKER_ERROR in message:

@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             print(describe_batch(batch, trainer.processing_class))
         return 0
 
-    folder = RunFolder(run, setup.record)
+    inputs = {"base_model": setup.parent, "data_path": data.data_path, "llm": model_args.llm}
+    folder = RunFolder(run, setup.record, inputs)
     try:
         start = on_main_process(folder.open, run.process_index, run.world_size)
         if is_main:

@@ -1,6 +1,6 @@
 """A model hub on this machine: the requests of `push_to_hub`, and files of repositories in memory.
 
-`run_on_hub` runs Python in a process of its own, because huggingface_hub reads the address of the
+`FakeHub.run` runs Python in a process of its own, because huggingface_hub reads the address of the
 hub when it is imported.
 """
 
@@ -30,7 +30,7 @@ class FakeHub(ThreadingHTTPServer):
         return self.files[repo, path].decode()
 
     def run(self, code: str) -> subprocess.CompletedProcess:
-        """Run Python with this hub; an error there is an error here."""
+        """Run Python with this hub, and return its output and exit status."""
         environment = os.environ | {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
             "HF_TOKEN": "hf_of_the_test",

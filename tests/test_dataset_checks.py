@@ -166,7 +166,7 @@ def command_lines(checkpoint, path):
         ),
         (
             evaluate,
-            f"--task clotho --model {checkpoint} --questions {path} "
+            f"--task librispeech --model {checkpoint} --questions {path} "
             f"--output_dir {path.parent}/eval --device cpu --max_new_tokens 2".split(),
         ),
         (

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import ltu_as  # noqa: F401  registers its classes
 from ltu import ask
 from ltu.convert_checkpoint import main as convert
+from ltu.files import sha256_of
 from ltu.finetune import main
 from ltu.models import provenance
 from ltu.models.locate_checkpoint import sha256_of_weights
@@ -24,9 +25,9 @@ from ltu.models.provenance import (
     code_version,
     library_versions,
     lineage_from,
-    public_arguments,
+    public_value,
     read_lineage,
-    read_state,
+    read_record,
 )
 from ltu_as.convert_checkpoint import main as convert_as
 from tests.fake_hub import open_fake_hub
@@ -39,7 +40,6 @@ RESULT = EvaluationResult(
     scoring="embedding",
     protocol="strict",
     num_examples=200,
-    answered=190,
     on_answered=0.85,
     on_all=0.8125,
     low=0.8,
@@ -64,21 +64,12 @@ def runs(tmp_path_factory) -> Path:
     write_llm(root / "llm")
     write_checkpoint(root / "init", root / "llm")
     data = write_rows(root / "rows", 12, without_audio=1)
-    record = {"name": "rows.json", "sha256": "ab" * 32, "num_examples": 12, "num_with_audio": 11}
     stages = {
         "stage1": ("init", {"trainable_params": "proj"}),
         "stage2": ("stage1", {"val_set_size": 4, "save_steps": 2, "num_epochs": 3}),
     }
     for name, (parent, flags) in stages.items():
         main(training_flags(root / parent, data, root / name, **flags))
-        change_state(
-            root / name,
-            lineage=lineage_from(root / parent),
-            data=record,
-            versions=library_versions(),
-            code=code_version(),
-        )
-        write_model_card(root / name)
     soundfile.write(root / "clip.wav", clip(1), 16_000)
     return root
 
@@ -101,17 +92,14 @@ def test_metadata(runs, stage2):
     # Nobody has stated a licence, and a folder of this machine is no base model on the hub.
     assert data.license is None
     assert data.base_model is None
-    assert data.eval_results is None
 
     config = json.loads((stage2 / "config.json").read_text())
     config["language_model"] = "lmsys/vicuna-7b-v1.1"
     (stage2 / "config.json").write_text(json.dumps(config))
-    write_model_card(stage2, metadata={"license": "mit"})
+    write_model_card(stage2)
     data = ModelCard.load(stage2 / "README.md").data
     assert data.base_model == "lmsys/vicuna-7b-v1.1"
     assert data.base_model_relation == "adapter"
-    assert data.license == "mit"
-    assert "states the licence `mit`" in card_of(stage2)
     assert "LLaMA" in card_of(stage2)
     assert "LLaMA" not in card_of(runs / "stage2")
 
@@ -120,18 +108,19 @@ def test_lineage_outlives_the_parents(runs, stage2):
     assert not (stage2.parent / "stage1").exists()
     write_model_card(stage2)
     lines = card_of(stage2).splitlines()
-    rows = [line for line in lines if re.match(r"\| (init|stage1|\*\*stage2\*\*)", line)]
+    rows = [line for line in lines if re.match(r"\| (init|stage1|stage2) ", line)]
     hashes = [sha256_of_weights(runs / name)[:12] for name in ("init", "stage1", "stage2")]
     for row, sha256 in zip(rows, hashes, strict=True):
         assert sha256 in row
-    trained = f"| proj | rows.json | `{'ab' * 6}` | 12 | 11 of 12 | 3 of 3 | 4 | 0.01 |"
+    dataset = sha256_of(runs / "rows" / "rows.json")[:12]
+    trained = f"| proj | rows.json | {dataset} | 12 | 11 | 12 | 3 | 3 | 4 | 0.01 |"
     assert rows[1].endswith(trained)
-    assert "| 8 of 12 | 11 of 12 | 6 of 6 | 4 |" in rows[2]
+    assert "| 12 | 11 | 8 | 6 | 6 | 4 |" in rows[2]
 
 
 def test_lineage_of_a_state_without_one(stage2):
     """Runs of earlier versions record only their parent."""
-    state = read_state(stage2)
+    state = read_record(stage2)
     del state["lineage"]
     (stage2 / "ltu_state.json").write_text(json.dumps(state))
     assert [stage.name for stage in read_lineage(state)] == ["stage1"]
@@ -143,15 +132,17 @@ def test_losses_are_those_of_the_log(runs):
     log = json.loads((runs / "stage2" / "trainer_state.json").read_text())["log_history"]
     losses = [entry for entry in log if "loss" in entry]
     held_out = [entry for entry in log if "eval_loss" in entry]
-    assert f"First: {losses[0]['loss']:.4f} (step 1)." in card
-    assert f"Last: {losses[-1]['loss']:.4f} (step 6)." in card
+    for entry in losses:
+        row = f"| {entry['step']} | {entry['loss']:.4g} | {entry['learning_rate']:.4g} |"
+        assert row in card
     assert f"Held-out examples: {held_out[-1]['eval_loss']:.4f} (step 6)." in card
     assert "No examples were held out." in card_of(runs / "stage1")
 
 
 def test_a_long_log_is_a_short_table(stage2):
     log = [{"step": step, "loss": 9 / step, "learning_rate": 1e-4} for step in range(1, 1000)]
-    write_model_card(stage2, log_history=log)
+    (stage2 / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    write_model_card(stage2)
     table = card_of(stage2).split("## Loss")[1].split("##")[0]
     rows = [line for line in table.splitlines() if re.match(r"\| \d", line)]
     assert len(rows) == 10
@@ -163,8 +154,9 @@ def test_an_unfinished_run_says_so(runs, stage2):
     assert "Training is finished: 6 of 6 steps." in card_of(runs / "stage2")
     checkpoint = runs / "stage2" / "checkpoint-4"
     write_model_card(checkpoint)
-    assert "Training is not finished: step 4 of 6." in card_of(checkpoint)
-    assert "(step 4)" in card_of(checkpoint)
+    assert "Training is not finished: 4 of 6 steps." in card_of(checkpoint)
+    assert "| 4 |" in card_of(checkpoint)
+    assert "| 5 |" not in card_of(checkpoint).split("## Loss")[1].split("##")[0]
 
 
 def test_no_path_and_no_token_of_this_machine(stage2):
@@ -172,7 +164,7 @@ def test_no_path_and_no_token_of_this_machine(stage2):
     for path in stage2.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             assert str(stage2.parent).encode() not in path.read_bytes(), path
-    arguments = read_state(stage2)["arguments"]
+    arguments = read_record(stage2)["arguments"]
     more = {"hub_token": "hf_secret", "data_path": str(stage2.parent / "rows.json")}
     change_state(stage2, arguments=arguments | more)
     write_model_card(stage2)
@@ -200,14 +192,14 @@ def test_no_path_and_no_token_of_this_machine(stage2):
         (None, None),
     ],
 )
-def test_public_arguments(value, public):
-    assert public_arguments({"flag": value}) == {"flag": public}
+def test_public_values(value, public):
+    assert public_value({"flag": value}) == {"flag": public}
 
 
 def test_tokens_are_hidden():
     arguments = {"hub_token": "hf_1", "push_to_hub_token": None, "add_eos_token": True}
     expected = {"hub_token": "<hidden>", "push_to_hub_token": None, "add_eos_token": True}
-    assert public_arguments(arguments) == expected
+    assert public_value(arguments) == expected
 
 
 def blocks(card: str, language: str) -> str:
@@ -248,8 +240,8 @@ def test_conversions_write_cards(runs, tmp_path):
     convert(["--model", f"{runs}/stage2", "--merge", "--output_dir", str(tmp_path / "merged")])
     card = card_of(tmp_path / "merged")
     assert "LoRA was merged into the language model, which is in this folder." in card
-    assert "from `llm`" in card
-    names = [stage.name for stage in read_lineage(read_state(tmp_path / "merged"))]
+    assert "language model: llm (llama, width 64), in this folder" in card
+    names = [stage.name for stage in read_lineage(read_record(tmp_path / "merged"))]
     assert names == ["init", "stage1", "stage2"]
 
 
@@ -280,7 +272,10 @@ def test_an_edited_card_stays(stage2, edit, caplog):
 
 def test_a_card_that_nobody_edited_is_written_again(stage2):
     before = card_of(stage2)
-    assert write_model_card(stage2, metadata={"license": "mit"})
+    change_state(stage2, step=5, finished=False)
+    assert write_model_card(stage2)
+    assert "Training is not finished: 5 of 6 steps." in card_of(stage2)
+    change_state(stage2, step=6, finished=True)
     assert write_model_card(stage2)
     assert card_of(stage2) == before
 
@@ -290,13 +285,7 @@ def test_a_card_that_nobody_edited_is_written_again(stage2):
 
 def test_results_are_shown_with_their_weights_only(stage2, caplog):
     save_evaluation(stage2, [RESULT], sha256_of_weights(stage2))
-    assert "| esc50 | accuracy | 0.85 | 0.8 to 0.9 | 0.8125 | 200 | empty 10 |" in card_of(stage2)
-    (entry,) = ModelCard.load(stage2 / "README.md").data.eval_results
-    assert (entry.dataset_name, entry.metric_type, entry.metric_value) == (
-        "esc50",
-        "accuracy",
-        0.8125,
-    )
+    assert "| esc50 | accuracy | 0.85 | 0.8 | 0.9 | 0.8125 | 200 | empty 10 |" in card_of(stage2)
 
     # Other weights: the results are of the old ones.
     state = load_file(stage2 / "model.safetensors")
@@ -377,7 +366,7 @@ def test_code_version_without_git(checkout, monkeypatch, missing):
 def test_push_to_hub_uploads_the_card(runs, stage2):
     """The model is pushed to a new repository, and to one whose card somebody wrote."""
     private = str(stage2.parent).encode()
-    assert private in (stage2 / "ltu_state.json").read_bytes()
+    change_state(stage2, log=str(stage2.parent / "log"))  # Runs of earlier versions have paths.
     mine = "---\nlicense: mit\n---\n# Mine\n"
     code = f"""
 import torch
@@ -415,6 +404,21 @@ model.push_to_hub("me/other_weights")
         # The card describes other weights than these.
         assert "# stage2" not in hub.text("me/other_weights", "README.md")
         assert "its model card is not uploaded" in done.stderr
+
+
+def test_training_uploads_a_finished_run(runs, tmp_path):
+    """The record and the card say that the run is finished, and no file has the token."""
+    flags = training_flags(
+        runs / "init", runs / "rows" / "rows.json", tmp_path / "run", save_steps=1
+    )
+    flags += ["--push_to_hub", "--hub_model_id", "me/run", "--hub_token", "hf_secret"]
+    with open_fake_hub() as hub:
+        done = hub.run(f"from ltu.finetune import main; main({flags!r})")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(hub.text("me/run", "ltu_state.json"))["finished"]
+        assert "Training is finished: 3 of 3 steps." in hub.text("me/run", "README.md")
+        for (_, path), content in hub.files.items():
+            assert b"hf_secret" not in content, path
 
 
 def test_equal_weights_are_found(stage2):

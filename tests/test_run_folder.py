@@ -21,12 +21,12 @@ import safetensors.torch
 import torch
 
 from ltu import LtuForConditionalGeneration
-from ltu.files import sha256_of
+from ltu.files import run_command, sha256_of
 from ltu.finetune import STOPPED, main
 from ltu.training.arguments import parse_args
-from ltu.training.run_folder import RunFolder, what_is_incomplete
+from ltu.training.run_folder import RunFolder, find_differences, what_is_incomplete
 from ltu.training.trainer import LtuTrainer, NonFiniteError, make_trainer, prepare_run
-from tests.machine import PATIENCE
+from tests.machine import PATIENCE, wait_until
 from tests.tiny import LORA, start_command, start_ranks, write_checkpoint, write_llm, write_rows
 from tests.tiny import training_flags as flags
 
@@ -141,15 +141,23 @@ def test_the_sizes_that_are_used_are_printed(checkpoint, data_path, tmp_path, ca
     assert "4 of 12 examples are left out in the last epoch" in output
 
 
+def test_a_plan_hashes_no_weights(checkpoint, data_path, tmp_path, monkeypatch):
+    """They may be 27 GB."""
+    monkeypatch.setattr("ltu.training.trainer.sha256_of_weights", None)
+    assert main([*flags(checkpoint, data_path, tmp_path / "run", **COMMON), "--plan"]) == 0
+
+
 # --- a folder belongs to one run
 
 
-def test_a_used_folder_is_refused(checkpoint, data_path, whole_run):
+def test_a_used_folder_is_refused(checkpoint, data_path, whole_run, tmp_path):
     before = sha256_of(whole_run / "model.safetensors")
     with pytest.raises(ValueError, match="holds a run .*--overwrite"):
         main(flags(checkpoint, data_path, whole_run, **COMMON, learning_rate=1e-3))
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
     with pytest.raises(ValueError, match="holds a model"):
-        main(flags(checkpoint, data_path, checkpoint, **COMMON))
+        main(flags(checkpoint, data_path, model, **COMMON))
     assert sha256_of(whole_run / "model.safetensors") == before
 
 
@@ -194,6 +202,45 @@ def test_a_run_that_cannot_start_leaves_the_folder_as_it_was(checkpoint, data_pa
     with pytest.raises(ValueError, match="already has LoRA"):
         main(flags(checkpoint, data_path, tmp_path / "run", **COMMON, lora_r=16))
     assert main(flags(checkpoint, data_path, tmp_path / "run", **COMMON)) == 0
+
+
+def test_a_run_does_not_delete_what_it_reads(checkpoint, data_path, tmp_path, whole_run):
+    """Neither does it write its model over the one that it starts from."""
+    base = tmp_path / "base"
+    shutil.copytree(whole_run, base)
+    before = sha256_of(base / "model.safetensors")
+    language_model = ["--llm", str(checkpoint.parent / "llm"), "--overwrite"]
+    for name in ("base", "link"):
+        output = tmp_path / name
+        if name == "link":
+            output.symlink_to(base)
+        with pytest.raises(ValueError, match="is also --base_model, which the run would replace"):
+            main([*flags(base, data_path, output, **COMMON), *language_model])
+    with pytest.raises(ValueError, match=r"--overwrite would delete .*checkpoint-6, but --base_mo"):
+        main([*flags(base / "checkpoint-6", data_path, base, **COMMON), *language_model])
+    assert sha256_of(base / "model.safetensors") == before
+
+
+def test_overwrite_and_resume_exclude_each_other(checkpoint, data_path, tmp_path, capsys):
+    arguments = flags(checkpoint, data_path, tmp_path, resume_from_checkpoint="last")
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments, "--overwrite"])
+    assert exit.value.code == 2
+    assert "--overwrite would delete the run" in capsys.readouterr().err
+
+
+def test_an_output_dir_that_is_a_file(checkpoint, data_path, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--output_dir .*file is no folder"):
+        main(flags(checkpoint, data_path, tmp_path / "file"))
+
+
+@pytest.mark.parametrize("resumed", ["", "checkpoint-4", "True"])
+def test_a_checkpoint_that_is_not_there(checkpoint, data_path, tmp_path, resumed):
+    """The error says what the flag takes."""
+    arguments = flags(checkpoint, data_path, tmp_path / "run", resume_from_checkpoint=resumed)
+    with pytest.raises(ValueError, match="no such folder.*last for the newest"):
+        main(arguments)
 
 
 # --- resuming another run
@@ -268,6 +315,85 @@ def test_a_finished_run_is_not_trained_again(checkpoint, data_path, whole_run, c
     assert main(arguments) == 0
     assert "is finished" in capsys.readouterr().out
     assert sha256_of(whole_run / "ltu_state.json") == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["cut", "missing"])
+def test_a_damaged_model_is_not_finished(
+    checkpoint, data_path, tmp_path, whole_run, capsys, file, kind
+):
+    """Otherwise the next stage would be started from nothing."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    damage(folder / file, kind)
+    arguments = flags(checkpoint, data_path, folder, **COMMON)
+    with pytest.raises(ValueError, match=f"is finished, but {file}"):
+        main([*arguments, "--skip_finished"])
+    assert main([*arguments, "--skip_finished", "--resume_from_checkpoint", "auto"]) == 0
+    assert f"is written again: {file}" in capsys.readouterr().err
+    assert_same_run(folder, whole_run)
+
+
+def test_settings_of_the_base_model_are_compared(checkpoint, data_path, tmp_path, stopped_run):
+    """The weights alone do not tell what a model computes."""
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    config = json.loads((changed / "config.json").read_text())
+    config["lora"]["lora_alpha"] = 32
+    (changed / "config.json").write_text(json.dumps(config))
+    arguments = flags(changed, data_path, stopped_run, **COMMON, resume_from_checkpoint="last")
+    arguments += ["--llm", str(checkpoint.parent / "llm")]
+    with pytest.raises(ValueError, match="the settings in --base_model"):
+        main(arguments)
+
+
+def run_record(checkpoint: Path, data_path: Path, folder: Path, **more: object) -> dict:
+    """Return the record of a run that is not started."""
+    return prepare_run(*parse_args(flags(checkpoint, data_path, folder, **more))).record
+
+
+@pytest.mark.parametrize(("count", "message"), [(12, None), (10, "which the order depends: 2")])
+def test_another_number_of_processes(checkpoint, tmp_path, count, message):
+    """It changes the order of examples, and the number of steps, if a micro-batch is not full."""
+    data_path = write_rows(tmp_path / "data", count)
+    arguments = flags(checkpoint, data_path, tmp_path / "two", **COMMON)
+    for rank in start_ranks(2, "ltu.finetune", arguments, tmp_path / "output"):
+        rank.join(PATIENCE)
+        assert rank.exitcode == 0, (tmp_path / "output.0").read_text()[-3000:]
+    resumed = tmp_path / "two" / "checkpoint-4"
+    settings = COMMON | {"resume_from_checkpoint": resumed}
+    arguments = flags(checkpoint, data_path, tmp_path / "one", **settings)
+    if message is None:
+        assert main(arguments) == 0
+        assert len(losses(tmp_path / "one")) == 6
+    else:
+        with pytest.raises(ValueError, match=message):
+            main(arguments)
+
+
+def test_evaluations_are_compared_if_the_run_depends_on_them(checkpoint, data_path, tmp_path):
+    settings = {"val_set_size": 2, "eval_strategy": "steps"}
+    best = settings | {"load_best_model_at_end": True, "save_steps": 2, "eval_steps": 2}
+    other_steps = best | {"eval_steps": 1}
+    plateau = settings | {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": 2}
+
+    def differences(first: dict, second: dict) -> str:
+        one = run_record(checkpoint, data_path, tmp_path, **first)
+        two = run_record(checkpoint, data_path, tmp_path, **second)
+        return "; ".join(find_differences(one, two))
+
+    assert "--load_best_model_at_end" in differences(best, best | {"load_best_model_at_end": False})
+    assert differences(best, other_steps) == "--eval_steps: 2 there, 1.0 here"
+    assert "--eval_steps" in differences(plateau, plateau | {"eval_steps": 1})
+    linear = plateau | {"lr_scheduler_type": "linear"}
+    assert not differences(linear, linear | {"eval_steps": 1})
+    # Flags without an effect on training.
+    harmless = {
+        "add_eos_token": True,
+        "ignored_keys": "note",
+        "prompt_template_name": "alpaca_short",
+    }
+    assert not differences({}, harmless)
 
 
 # --- incomplete checkpoints
@@ -477,6 +603,39 @@ def test_a_full_disk(checkpoint, data_path, tmp_path, whole_run, monkeypatch):
     assert_same_run(folder, whole_run)
 
 
+def test_a_full_disk_at_the_end(checkpoint, data_path, tmp_path, whole_run, monkeypatch):
+    """All steps are trained: the model is written when there is space again."""
+    stock_save = LtuTrainer.save_model
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder = tmp_path / "run"
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        limit = unlimited[0] if _internal_call else 8192
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            stock_save(self, output_dir, _internal_call)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    arguments = flags(checkpoint, data_path, folder, **COMMON)
+    with monkeypatch.context() as patch:
+        patch.setattr(LtuTrainer, "save_model", save_model)
+        with pytest.raises(OSError, match="run cannot be written .*Free the disk"):
+            main(arguments)
+    assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0
+    assert_same_run(folder, whole_run)
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        run_command(command)
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_sigterm_saves_and_has_its_own_status(
     checkpoint, data_path, tmp_path, whole_run, monkeypatch, capsys
 ):
@@ -510,21 +669,13 @@ def test_sigterm_of_one_rank_stops_all(checkpoint, data_path, tmp_path):
     settings = {"save_steps": 1, "max_steps": 100_000, "disable_tqdm": True}
     arguments = flags(checkpoint, data_path, folder, **settings)
     ranks = start_ranks(2, "ltu.finetune", arguments, tmp_path / "output")
-    wait_for(folder / "checkpoint-1" / "ltu_state.json")
+    wait_until((folder / "checkpoint-1" / "ltu_state.json").exists)
     ranks[1].terminate()
     for rank in ranks:
         rank.join(PATIENCE)
     assert [rank.exitcode for rank in ranks] == [STOPPED, STOPPED]
     step = int(re.search(r"stopped at step (\d+)", (tmp_path / "output.0").read_text())[1])
     assert what_is_incomplete(folder / f"checkpoint-{step}") is None
-
-
-def wait_for(path: Path) -> None:
-    """Wait until a file exists."""
-    end = time.monotonic() + PATIENCE
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} does not appear"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

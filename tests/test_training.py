@@ -256,6 +256,63 @@ def test_two_machines_meet(checkpoint, tmp_path):
     assert rates == pytest.approx([1e-6, 2e-6], rel=1e-12)
 
 
+@pytest.fixture(scope="module")
+def mostly_text(tmp_path_factory):
+    """A dataset file of 12 examples, of which one has audio."""
+    return write_rows(tmp_path_factory.mktemp("text"), 12, without_audio=11)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_projector_training_with_micro_batches_without_audio(
+    checkpoint, mostly_text, tmp_path, num_ranks
+):
+    """Such a micro-batch adds a gradient of zero, and the loss of one without audio stays."""
+    settings = {"num_epochs": 2, "trainable_params": "proj", "warmup_steps": 0, "weight_decay": 0.1}
+    arguments = flags(checkpoint, mostly_text, tmp_path / "run", **settings)
+    for rank in start_ranks(num_ranks, "ltu.finetune", arguments, tmp_path / "output"):
+        rank.join(PATIENCE)
+        assert rank.exitcode == 0, (tmp_path / "output.0").read_text()[-3000:]
+    norms = values(losses(tmp_path / "run"), "grad_norm")
+    assert len(norms) == 6
+    assert norms.count(0.0) == 4
+    assert max(norms) > 0
+
+
+def test_a_projector_cannot_be_trained_without_any_audio(checkpoint, tmp_path):
+    data_path = write_rows(tmp_path / "data", 12, without_audio=12)
+    settings = {"text_only": True, "trainable_params": "proj"}
+    with pytest.raises(ValueError, match="--text_only trains nothing here"):
+        main(flags(checkpoint, data_path, tmp_path / "run", **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", "nan", "it must be a finite number"),
+        ("learning_rate", "-1", "it must be at least 0"),
+        ("max_grad_norm", "nan", "it must be a finite number"),
+        ("max_grad_norm", "-1", "it must be at least 0"),
+        ("warmup_steps", "inf", "it must be a finite number"),
+        ("seed", "-1", "it must be at least 0"),
+        ("seed", str(2**32), "it must be at most 4294967295"),
+        ("dataloader_in_order", "False", "the order of examples is the original's"),
+    ],
+)
+def test_flags_that_are_out_of_range(checkpoint, data_path, tmp_path, capsys, name, value, message):
+    with pytest.raises(SystemExit) as exit:
+        parse_args([*flags(checkpoint, data_path, tmp_path / "run"), f"--{name}", value])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--{name}" in error
+    assert message in error
+
+
+def test_a_scheduler_that_lacks_its_settings(checkpoint, data_path, tmp_path):
+    settings = {"lr_scheduler_type": "warmup_stable_decay"}
+    with pytest.raises(ValueError, match="--lr_scheduler_kwargs .*num_decay_steps"):
+        main(flags(checkpoint, data_path, tmp_path / "run", **settings))
+
+
 # --- stages
 
 

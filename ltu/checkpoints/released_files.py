@@ -15,6 +15,7 @@ from ltu.checkpoints.convert import CONVERTERS
 from ltu.checkpoints.download import DownloadError, fetch
 from ltu.data.check_examples import NO_AUDIO
 from ltu.files import replace_file
+from ltu.models.provenance import STATE, read_record
 
 VICUNA = "lmsys/vicuna-7b-v1.1"
 CAV_MAE = "CAV-MAE"
@@ -363,7 +364,7 @@ def make_checkpoint(row: Released, models: Path, llm: str, mirror: str | None = 
             "python -m ltu.convert_checkpoint."
         )
     folder = models / row.name
-    if not (folder / "ltu_state.json").is_file():  # The conversion writes it last.
+    if not (folder / STATE).is_file():  # The conversion writes it last.
         if row.kind not in CONVERTERS:
             raise DownloadError(
                 f"{row.name} is of {row.kind}. Use the commands of {row.kind}: "
@@ -387,12 +388,12 @@ def newest_checkpoint(kind: str, roots: tuple[str, ...] = ("exp", "pretrained_md
     """
     candidates = []
     for root in roots:
-        for state in Path(root).rglob("ltu_state.json"):  # The last file that is written.
+        for state in Path(root).rglob(STATE):  # The last file that is written.
             folder = state.parent
             config = folder / "config.json"
             if folder.name.startswith("checkpoint-") or not config.is_file():
                 continue
-            record = json.loads(state.read_bytes())
+            record = read_record(folder)
             model_type = json.loads(config.read_bytes())["model_type"]
             if model_type != kind or record.get("finished") is False:
                 continue

@@ -25,14 +25,19 @@ from transformers import AutoModelForCausalLM
 
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
 from ltu.files import sync_and_rename
-from ltu.models.card_seal import CARD, is_replaceable
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import sha256_of_weights
-from ltu.models.model_card import write_model_card
+from ltu.models.model_card import CARD, is_replaceable, write_model_card
 from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
 from ltu.models.processing_ltu import LtuProcessor
-from ltu.models.provenance import code_version, library_versions, lineage_from
+from ltu.models.provenance import (
+    code_version,
+    library_versions,
+    lineage_from,
+    read_record,
+    write_record,
+)
 
 SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
 CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.
@@ -127,7 +132,7 @@ def write_folder(
     }
     record["versions"] = library_versions()
     record["code"] = code_version()
-    (part / "ltu_state.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(part, record)
     if not is_replaceable(output_dir / CARD):  # Somebody wrote it, so it is not lost.
         shutil.copyfile(output_dir / CARD, part / CARD)
     if output_dir.is_dir():
@@ -141,8 +146,7 @@ def check_replaceable(folder: Path) -> None:
     """Raise ValueError if a folder contains something that no conversion made."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    record = folder / "ltu_state.json"
-    stage = json.loads(record.read_text()).get("stage") if record.is_file() else None
+    stage = read_record(folder).get("stage")
     if stage not in CONVERTED:
         content = f"a trained checkpoint ({stage})" if stage else "files that are not ours"
         raise ValueError(
@@ -258,11 +262,7 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
             f"LoRA has r {config.lora['r']} and alpha {config.lora['lora_alpha']}; "
             "the file cannot store alpha (original: 16)."
         )
-    dropped = {}
-    record = folder / "ltu_state.json"
-    if record.is_file():
-        dropped = json.loads(record.read_text()).get("dropped_keys", {})
-    return len(placed), dropped
+    return len(placed), read_record(folder).get("dropped_keys", {})
 
 
 def merge(

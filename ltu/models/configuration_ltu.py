@@ -206,10 +206,12 @@ class LtuConfig(PreTrainedConfig):
         """Return the config as a dict.
 
         It lacks how the language model was quantized when it was opened, which is a setting of a
-        run: the same checkpoint is opened with and without quantization.
+        run: the same checkpoint is opened with and without quantization. It also lacks the folder
+        of this machine from which the language model was opened, because a config is uploaded.
         """
         content = super().to_dict()
-        content["text_config"].pop("quantization_config", None)
+        for name in ("quantization_config", "_name_or_path"):
+            content["text_config"].pop(name, None)
         return content
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ltu.models.card_seal import CARD
 from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
 from ltu.models.lora import find_targets, inject_lora, merge_lora
-from ltu.models.model_card import add_model_card
+from ltu.models.model_card import CARD, add_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +257,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         # Clips that no run uses are encoded all the same: with FSDP, the audio encoder must run on
         # every rank or on none.
         if num_clips == 0:
-            return token_embeds
+            return self._without_audio(token_embeds)
         if audio_embeds is None:
             audio_embeds = self.get_audio_features(input_features)
         audio_embeds = audio_embeds.to(token_embeds)  # (clips, tokens, hidden)
@@ -266,6 +265,19 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             audio_index = audio_index.to(audio_embeds.device)
             audio_embeds = audio_embeds[audio_index]  # (runs, tokens, hidden)
         return token_embeds.masked_scatter(is_audio[..., None], audio_embeds)
+
+    def _without_audio(self, token_embeds: Tensor) -> Tensor:
+        """Return token embeddings of a batch without audio, (batch, length, hidden).
+
+        If nothing in the language model is trained, no trained parameter would take part in the
+        loss, and its backward pass would fail. So the projector takes part with a zero gradient.
+        """
+        projector = self.multi_modal_projector.linear
+        is_trained = self.training and torch.is_grad_enabled() and projector.weight.requires_grad
+        if not is_trained or any(p.requires_grad for p in self.language_model.parameters()):
+            return token_embeds
+        zero = 0 * (projector.weight.sum() + projector.bias.sum())
+        return token_embeds + zero.to(token_embeds)
 
     def forward(
         self,

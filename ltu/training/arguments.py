@@ -7,6 +7,7 @@ that no flag repeats them. The LoRA flags are None unless a fresh LoRA needs the
 @FILE stands for the flags in a file, for example train_scripts/curriculum.args.
 """
 
+import math
 import os
 import shlex
 from dataclasses import dataclass, field
@@ -39,7 +40,13 @@ SMALLEST = {
     "max_bad": 0,
     "num_workers": 0,
     "warmup_steps": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+    "eval_delay": 0,
 }
+MAX_SEED = 2**32 - 1  # Of numpy's generator.
 
 
 @dataclass
@@ -240,6 +247,7 @@ REFUSED = {
     "batches examples of similar length",
     "length_column_name": "--group_by_length counts the tokens itself",
     "dataloader_drop_last": "the micro-batches are the original's",
+    "dataloader_in_order": "the order of examples is the original's",
     "accelerator_config": "the micro-batches of a process are the original's",
     "auto_find_batch_size": "it would change the micro-batches; lower --micro_batch_size",
     "ignore_data_skip": "a resumed run would use the same examples again",
@@ -252,6 +260,7 @@ REFUSED = {
     "logging_nan_inf_filter": "training ends at the first loss that is not finite",
     "enable_jit_checkpoint": "SIGTERM always writes a checkpoint",
     "local_rank": "torchrun sets it",
+    "hub_strategy": "the model is uploaded when it is trained, with its record and its card",
 }
 
 
@@ -355,6 +364,7 @@ class RunArguments(TrainingArguments):
     train_sampling_strategy: str = field(init=False, default="random")
     length_column_name: str = field(init=False, default="length")
     dataloader_drop_last: bool = field(init=False, default=False)
+    dataloader_in_order: bool = field(init=False, default=True)
     accelerator_config: dict | str | None = field(init=False, default=None)
     auto_find_batch_size: bool = field(init=False, default=False)
     ignore_data_skip: bool = field(init=False, default=False)
@@ -366,6 +376,7 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(init=False, default=False)
     enable_jit_checkpoint: bool = field(init=False, default=False)
     local_rank: int = field(init=False, default=-1)
+    hub_strategy: str = field(init=False, default="end")
 
     def __post_init__(self) -> None:
         has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
@@ -493,9 +504,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
         if not data_args.gpu_memory > 0:
             parser.error(f"--gpu_memory {data_args.gpu_memory}: it must be more than 0")
     values = vars(data_args) | vars(run_args)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} {value}: it must be a finite number")
     for name, smallest in SMALLEST.items():
         if values[name] < smallest:
             parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
+    if run_args.seed > MAX_SEED:
+        parser.error(f"--seed {run_args.seed}: it must be at most {MAX_SEED}")
     for name in ("logging_steps", "save_steps"):
         if values[name] <= 0:
             parser.error(f"--{name} {values[name]}: it must be more than 0")
@@ -503,6 +519,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     if unavailable:
         names = " ".join(sorted(unavailable))
         parser.error(f"--report_to {names}: not installed. Install it: pip install {names}")
+    if run_args.overwrite and run_args.resume_from_checkpoint not in (None, "auto"):
+        parser.error(
+            f"--overwrite would delete the run that --resume_from_checkpoint "
+            f"{run_args.resume_from_checkpoint} is to continue: leave one of them out"
+        )
     if run_args.max_steps == 0:
         parser.error("--max_steps 0 trains nothing; -1 means all epochs")
     wandb_flags = ("wandb_run_name", "wandb_watch", "wandb_log_model")

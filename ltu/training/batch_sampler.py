@@ -69,6 +69,16 @@ class StepPlan:
         return batches_per_rank(self.num_examples, self.micro_batch_size, self.world_size)
 
     @property
+    def ranks_of_order(self) -> int | None:
+        """The number of ranks if the order of examples depends on it, else None.
+
+        Where all micro-batches of an epoch are full, any number of ranks has the same order.
+        """
+        if self.num_examples % (self.micro_batch_size * self.world_size) == 0:
+            return None
+        return self.world_size
+
+    @property
     def total_steps(self) -> int:
         if self.max_steps > 0:
             return self.max_steps

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from ltu.models.provenance import read_record
+
 PERIOD = 50  # Steps over which losses are averaged; the sawtooth of the released logs has it.
 MAX_ERROR = 1e-15  # Relative error of a learning rate: a few roundings of a double.
 
@@ -107,10 +109,9 @@ def own_schedule(path: Path) -> Schedule | None:
         path: the folder of a run, or its log.
     """
     log_path = find_state(path) if path.is_dir() else path
-    record = log_path.parent / "ltu_state.json"
-    if not record.is_file():
+    state = read_record(log_path.parent)
+    if not state:
         return None
-    state = json.loads(record.read_text(encoding="utf-8"))
     arguments = state["arguments"]
     return Schedule(
         base=arguments["learning_rate"],

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -22,18 +22,20 @@ from uuid import uuid4
 
 from accelerate.utils import broadcast_object_list
 
-from ltu.files import lock_file, replace_file, sync_files
+from ltu.files import lock_file, sync_files
+from ltu.models.provenance import STATE, read_record, write_record
 from ltu.training.arguments import RunArguments
 
 T = TypeVar("T")
 
-STATE = "ltu_state.json"
 TRAINER_STATE = "trainer_state.json"
 LOCK = "_run.lock"  # The stock upload to the hub leaves out names that begin with "_".
 # What would be lost if another run began in a folder.
 RESULTS = (TRAINER_STATE, "model*.safetensors*", "checkpoint-*")
 # Files without which training cannot continue from a checkpoint.
 NEEDED = (TRAINER_STATE, "scheduler.pt", "optimizer*", "rng_state*.pth")
+# Files without which the folder of a finished run cannot be opened.
+MODEL_FILES = ("config.json", "model*.safetensors*")
 
 # Flags that change neither the loss nor the order of examples. Where they name files, the contents
 # of these files are compared instead. (Loss means: but for the rounding of floating point numbers.)
@@ -45,9 +47,13 @@ FREE_FLAGS = {
     "output_dir",
     "llm",
     "feature_root",
+    "whisper",  # Its fingerprint is that of the checkpoint.
     # What is checked, printed, logged, evaluated and uploaded.
     "check_audio",
     "max_bad",
+    "text_only",
+    "ignored_keys",
+    "prompt_template_name",
     "plan",
     "gpu_memory",
     "show_batch",
@@ -59,16 +65,18 @@ FREE_FLAGS = {
     "debug",
     "include_for_metrics",
     "include_num_input_tokens_seen",
-    "metric_for_best_model",
-    "greater_is_better",
-    "load_best_model_at_end",
     "prediction_loss_only",
+    "bf16_full_eval",
+    "fp16_full_eval",
     "per_device_eval_batch_size",
     "skip_memory_metrics",
     "do_train",
     "do_eval",
     "do_predict",
     "push_to_hub",
+    # Without an effect here.
+    "add_eos_token",
+    "use_cache",
     # How the folder of the run is used.
     "overwrite",
     "resume_from_checkpoint",
@@ -92,6 +100,18 @@ FREE_FLAGS = {
 FREE_PREFIXES = ("wandb_", "logging_", "log_", "save_", "eval_", "hub_", "trackio_", "ddp_")
 FREE_PREFIXES += ("dataloader_", "batch_eval_")
 
+# Flags that are compared if evaluations choose the learning rate, or the weights that are kept.
+EVALUATION_FLAGS = {
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+    "save_strategy",
+    "save_steps",
+}
+EVALUATION_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")
+
 
 @dataclass
 class Start:
@@ -113,19 +133,27 @@ class Start:
 def read_state(folder: Path) -> dict[str, Any] | None:
     """Return the content of a folder's `ltu_state.json`, or None if it has none that is whole."""
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        return read_record(folder) or None
     except (OSError, ValueError):
         return None
-    return state if isinstance(state, dict) else None
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a folder's `ltu_state.json`."""
-    replace_file(folder / STATE, f"{json.dumps(state, indent=1)}\n".encode(), is_synced=True)
+def depends_on_evaluation(flags: dict[str, Any]) -> bool:
+    """Return whether evaluations choose the learning rate, or the weights that are kept."""
+    if flags.get("load_best_model_at_end"):
+        return True
+    return flags.get("lr_scheduler_type") in EVALUATION_SCHEDULERS
 
 
-def is_compared(flag: str) -> bool:
-    """Return whether runs that differ in this flag are different runs."""
+def is_compared(flag: str, with_evaluation: bool = False) -> bool:
+    """Return whether runs that differ in this flag are different runs.
+
+    Args:
+        flag: its name.
+        with_evaluation: whether the run depends on its evaluations.
+    """
+    if with_evaluation and flag in EVALUATION_FLAGS:
+        return True
     return flag not in FREE_FLAGS and not flag.startswith(FREE_PREFIXES)
 
 
@@ -138,9 +166,11 @@ def find_differences(stored: dict[str, Any], record: dict[str, Any]) -> list[str
     """
     contents = {
         "the weights of --base_model": ("parent", "sha256"),
+        "the settings in --base_model": ("parent", "settings"),
         "the contents of --data_path": ("data", "sha256"),
         "the examples to train on": ("num_examples",),
         "the examples of a step": ("examples_per_step",),
+        "the number of processes, on which the order depends": ("ranks_of_order",),
         "grouping by length": ("grouped",),
     }
     differences = []
@@ -154,9 +184,10 @@ def find_differences(stored: dict[str, Any], record: dict[str, Any]) -> list[str
             differences.append(f"{name}: {_shorten(old)} there, {_shorten(new)} here")
     old_flags = stored.get("arguments", {})
     new_flags = record["arguments"]
+    with_evaluation = depends_on_evaluation(new_flags)
     # Another version of transformers may have other flags.
     for name in old_flags.keys() & new_flags.keys():
-        if is_compared(name) and old_flags[name] != new_flags[name]:
+        if is_compared(name, with_evaluation) and old_flags[name] != new_flags[name]:
             differences.append(f"--{name}: {old_flags[name]} there, {new_flags[name]} here")
     return sorted(differences)
 
@@ -176,17 +207,24 @@ def check_same_run(folder: Path, stored: dict[str, Any], record: dict[str, Any])
         )
 
 
-def what_is_incomplete(checkpoint: Path) -> str | None:
-    """Return why training cannot continue from a checkpoint, or None if it can."""
-    state = read_state(checkpoint)
-    if state is None or "files" not in state:
-        return f"{STATE} is missing or lists no files, so the checkpoint was not written to the end"
+def find_damage(folder: Path, state: dict[str, Any]) -> str | None:
+    """Return which file of a folder is missing or has another size than its state says, or None."""
+    if "files" not in state:
+        return f"{STATE} is missing or lists no files, so the folder was not written to the end"
     for name, size in state["files"].items():
-        path = checkpoint / name
+        path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def what_is_incomplete(checkpoint: Path) -> str | None:
+    """Return why training cannot continue from a checkpoint, or None if it can."""
+    damage = find_damage(checkpoint, read_state(checkpoint) or {})
+    if damage is not None:
+        return damage
     for pattern in NEEDED:
         if not any(checkpoint.glob(pattern)):
             return f"it has no {pattern} (--save_only_model writes none)"
@@ -214,12 +252,23 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def complete_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
     """Mark a checkpoint as complete: sync its files, then write its state, which lists them."""
+    _write_state_of(checkpoint, ("**/*",), record)
+
+
+def complete_run(folder: Path, record: dict[str, Any]) -> None:
+    """Mark the model in the folder of a run as complete, as `complete_checkpoint` does."""
+    _write_state_of(folder, MODEL_FILES, record)
+
+
+def _write_state_of(folder: Path, patterns: tuple[str, ...], record: dict[str, Any]) -> None:
+    """Sync the files of a folder that match, then write its state, which lists their sizes."""
     files = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path != checkpoint / STATE:
-            files[str(path.relative_to(checkpoint))] = path.stat().st_size
-    sync_files(checkpoint / name for name in files)
-    write_state(checkpoint, record | {"files": files})
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file() and path != folder / STATE:
+                files[str(path.relative_to(folder))] = path.stat().st_size
+    sync_files(folder / name for name in files)
+    write_record(folder, record | {"files": files})
 
 
 def on_main_process(decide: Callable[[], T], rank: int, world_size: int) -> T:
@@ -244,17 +293,36 @@ def on_main_process(decide: Callable[[], T], rank: int, world_size: int) -> T:
     return results[0]
 
 
+def _describe_content(folder: Path, stored: dict[str, Any] | None) -> str:
+    """Return what a used folder holds, in a few words."""
+    if stored is None or "run_id" not in stored:
+        return "a model or an older run"
+    if not stored.get("finished"):
+        return "a run that is not finished"
+    damage = find_damage(folder, stored)
+    if damage is not None:
+        return f"a run that is finished, but {damage}"
+    return "a run that is finished"
+
+
 class RunFolder:
     """The folder of a run. It belongs to one process at a time, which is rank 0.
 
     Args:
         run: the flags.
         record: what the run is, as in `ltu_state.json`.
+        inputs: the files and folders that the run reads, by the names of their flags.
     """
 
-    def __init__(self, run: RunArguments, record: dict[str, Any]):
+    def __init__(
+        self,
+        run: RunArguments,
+        record: dict[str, Any],
+        inputs: Mapping[str, str | Path | None] | None = None,
+    ):
         self.run = run
         self.record = record
+        self.inputs = inputs or {}
         self.folder = Path(run.output_dir)
         self.lock: IO[bytes] | None = None
 
@@ -263,9 +331,17 @@ class RunFolder:
 
         Raises:
             ValueError: another process trains there; the folder holds another run, or one that the
-                flags do not continue; or there is no checkpoint to continue from.
+                flags do not continue; there is no checkpoint to continue from; or the run would
+                delete what it reads.
+            OSError: the folder cannot be made.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"--output_dir {self.folder} is no folder, and cannot be made ({error.strerror})."
+            ) from error
+        self._check_inputs()
         self.lock = lock_file(self.folder / LOCK, self.folder)
         # A worker that the run forks may outlive it, and must not hold the lock then.
         os.register_at_fork(after_in_child=self.lock.close)
@@ -277,12 +353,12 @@ class RunFolder:
         Until then, a run that cannot start changes nothing.
         """
         self.record["run_id"] = start.run_id
-        write_state(self.folder, self.record | {"step": 0, "finished": False})
+        write_record(self.folder, self.record | {"step": 0, "finished": False})
         if start.checkpoint is not None:
             return
         for pattern in RESULTS:
             for path in self.folder.glob(pattern):
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
@@ -292,6 +368,32 @@ class RunFolder:
         if self.lock is not None:
             (self.folder / LOCK).unlink(missing_ok=True)
             self.lock.close()
+
+    def _check_inputs(self) -> None:
+        """Check that the run does not replace or delete what it reads.
+
+        Raises:
+            ValueError: it does.
+        """
+        folder = self.folder.resolve()
+        for flag, value in self.inputs.items():
+            if value is None or not Path(value).exists():  # A name on the hub.
+                continue
+            path = Path(value).resolve()
+            if path == folder:
+                raise ValueError(
+                    f"--output_dir {self.folder} is also --{flag}, which the run would replace. "
+                    "Give another --output_dir."
+                )
+            if not self.run.overwrite:
+                continue
+            for pattern in RESULTS:
+                for result in self.folder.glob(pattern):
+                    if path.is_relative_to(result.resolve()):
+                        raise ValueError(
+                            f"--overwrite would delete {result}, but --{flag} {value} is read from "
+                            "there. Give another --output_dir."
+                        )
 
     def _decide(self) -> Start:
         resumed = self.run.resume_from_checkpoint
@@ -304,19 +406,22 @@ class RunFolder:
             return self._continue_from(Path(resumed))
 
         continues = resumed is not None
+        skipped: list[str] = []
         if (continues or self.run.skip_finished) and stored and stored.get("finished"):
             check_same_run(self.folder, stored, self.record)
-            return Start(stored.get("run_id", ""), is_finished=True)
+            damage = find_damage(self.folder, stored)
+            if damage is None:
+                return Start(stored.get("run_id", ""), is_finished=True)
+            skipped.append(f"the finished model in {self.folder} is written again: {damage}")
         is_run = stored is not None and "run_id" in stored
         if is_used and not continues:
-            content = "a run that is not finished" if is_run else "a model or an older run"
+            content = _describe_content(self.folder, stored)
             raise ValueError(
                 f"{self.folder} holds {content}. Give another --output_dir, continue a run with "
                 "--resume_from_checkpoint last, or delete it with --overwrite."
             )
         if is_run:
             check_same_run(self.folder, stored, self.record)
-        skipped = []
         for checkpoint in list_checkpoints(self.folder):
             reason = what_is_incomplete(checkpoint)
             state = read_state(checkpoint) or {}
@@ -338,8 +443,17 @@ class RunFolder:
 
     def _continue_from(self, checkpoint: Path) -> Start:
         """Continue from a checkpoint that the flags name."""
-        if not checkpoint.is_dir():
-            raise ValueError(f"--resume_from_checkpoint {checkpoint}: there is no such folder.")
+        hint = (
+            "Give the path of a checkpoint-N, last for the newest of --output_dir, or auto, which "
+            "starts the run if there is none."
+        )
+        if not self.run.resume_from_checkpoint or not checkpoint.is_dir():
+            raise ValueError(
+                f"--resume_from_checkpoint {self.run.resume_from_checkpoint}: there is no such "
+                f"folder. {hint}"
+            )
+        if not checkpoint.name.startswith("checkpoint-"):
+            raise ValueError(f"--resume_from_checkpoint {checkpoint} is no checkpoint. {hint}")
         reason = what_is_incomplete(checkpoint)
         if reason is not None:
             raise ValueError(f"{checkpoint} is not complete: {reason}.")

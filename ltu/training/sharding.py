@@ -284,12 +284,11 @@ class ShardedTrainer(Trainer):
     every key of a checkpoint, or ends with an error.
 
     Raises:
-        ValueError: the model cannot be sharded here, or with the other flags.
+        ValueError: the model cannot be sharded, or not with the other flags.
     """
 
     def __init__(self, model: LtuForConditionalGeneration, args: TrainingArguments, **kwargs: Any):
         if args.fsdp:
-            check_devices(args)
             check_settings(model, args)
         super().__init__(model, args, **kwargs)
         if self.is_fsdp_enabled:
@@ -328,14 +327,12 @@ class ShardedTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as a folder that `from_pretrained` opens."""
+        """Save the model as a folder that `from_pretrained` opens; sharded, upload nothing."""
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
         weights = gather_weights(self.model, keep=self.args.should_save)
         self._save(output_dir, state_dict=weights)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save what training needs besides `save_model`, which has written the weights.

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, set_seed
 from transformers.trainer_utils import rotate_checkpoints
@@ -27,9 +28,11 @@ from ltu.models.model_card import write_model_card
 from ltu.models.processing_ltu import IGNORED, LtuProcessor
 from ltu.models.provenance import (
     code_version,
+    hash_settings,
     library_versions,
     lineage_from,
-    public_arguments,
+    public_value,
+    write_record,
 )
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
@@ -37,7 +40,7 @@ from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
-from ltu.training.run_folder import complete_checkpoint, write_state
+from ltu.training.run_folder import complete_checkpoint, complete_run
 from ltu.training.sharding import ShardedTrainer
 from ltu.training.stop_signal import ignore_sigterm
 
@@ -110,6 +113,20 @@ class LtuTrainer(ShardedTrainer):
         """End training after the current step, with a checkpoint."""
         self.is_stopping = True
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the learning-rate scheduler.
+
+        Raises:
+            ValueError: it needs other `--lr_scheduler_kwargs`.
+        """
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"--lr_scheduler_type {self.args.lr_scheduler_type.value} with "
+                f"--lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}: {error}"
+            ) from error
+
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -145,35 +162,42 @@ class LtuTrainer(ShardedTrainer):
             NonFiniteError: they are not.
         """
         norm = super()._get_grad_norm(*args, **kwargs)
-        local_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        value = norm.full_tensor() if isinstance(norm, DTensor) else norm
         losses = torch.stack(self.step_losses)  # (micro-batches,)
         self.step_losses = []
-        is_finite = bool(losses.isfinite().all()) and math.isfinite(local_norm)
+        is_finite = bool(losses.isfinite().all())
+        if value is not None:  # DeepSpeed does not always know it.
+            value = float(value)
+            is_finite = is_finite and math.isfinite(value)
         # All ranks must agree on whether they go on.
         flags = torch.tensor([not is_finite, self.is_stopping], device=losses.device).int()
         num_bad, num_stopping = self.accelerator.reduce(flags, "sum").tolist()
         if num_bad:
-            self._raise_non_finite(losses, float(local_norm))
+            self._raise_non_finite(losses.isfinite().logical_not().tolist(), value)
         if num_stopping:
             self.is_stopping = True
             self.control.should_save = True
             self.control.should_training_stop = True
         return norm
 
-    def _raise_non_finite(self, losses: Tensor, norm: float) -> None:
+    def _raise_non_finite(self, bad: list[bool], norm: float | None) -> None:
         """Raise the error of a step, with the examples of micro-batches without a finite loss.
 
-        If all losses are finite, it names all examples of the step.
+        If all losses are finite, it names all examples of the step. Every rank must call this.
+
+        Args:
+            bad: whether the loss of each micro-batch of this rank is not finite.
+            norm: the gradient norm.
         """
         step = self.state.global_step
         batches = self.micro_batches.step_batches(step)
-        bad = (~losses.isfinite()).tolist()
         dataset = self.train_dataset
         names = []
         for batch, is_bad in zip(batches, bad, strict=True):
             if is_bad:
                 names += [dataset.name_of(index) for index in batch]
         names = gather_object(names)
+        bad = gather_object(bad)  # Of all ranks.
         if not names:
             names = gather_object([dataset.name_of(index) for index in sum(batches, [])])
         if not self.is_world_process_zero():
@@ -182,11 +206,10 @@ class LtuTrainer(ShardedTrainer):
         if len(names) > MAX_LISTED_EXAMPLES:
             listed += f" and {len(names) - MAX_LISTED_EXAMPLES} more"
         raise NonFiniteError(
-            f"Step {step + 1} of {self.state.max_steps}: the losses of its micro-batches are "
-            f"{[round(loss, 4) for loss in losses.tolist()]} and the gradient norm is {norm}. "
-            f"Training ends before they change the weights; the checkpoints in "
-            f"{self.args.output_dir} are of earlier steps. Lower --learning_rate (now "
-            f"{self.args.learning_rate}), or look at these examples: {listed}"
+            f"Step {step + 1} of {self.state.max_steps}: the losses of {sum(bad)} of its "
+            f"{len(bad)} micro-batches are NaN or infinite, and the gradient norm is {norm}. "
+            f"Training ends; the checkpoints in {self.args.output_dir} are of earlier steps. Lower "
+            f"--learning_rate (now {self.args.learning_rate}), or look at these examples: {listed}"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -207,22 +230,35 @@ class LtuTrainer(ShardedTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and with it `ltu_state.json`: how it was trained, and how far.
 
-        In a checkpoint, `_save_checkpoint` writes this file, after all others.
+        In a checkpoint, `_save_checkpoint` writes this file, after all others. With
+        `--push_to_hub`, the folder is uploaded when it is whole.
+
+        Raises:
+            OSError: a file cannot be written, for example to a full disk.
         """
-        super().save_model(output_dir, _internal_call)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        # A pickle of the arguments, with the token of the hub; `ltu_state.json` has the arguments.
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        if not _internal_call:
-            write_state(folder, self._current_record())
-            write_model_card(folder, self.state.log_history)
+        try:
+            super().save_model(output_dir, True)  # Without an upload.
+        except SafetensorError as error:
+            raise OSError(
+                f"{output_dir or self.args.output_dir} cannot be written ({error}). Free the disk, "
+                "then continue with --resume_from_checkpoint last."
+            ) from error
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # A pickle of the arguments, with the token of the hub; `ltu_state.json` has them too.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            if not _internal_call:
+                # The card says what the record says. Only then, the record says that all is
+                # written.
+                record = self._current_record()
+                write_record(folder, record)
+                write_model_card(folder)
+                complete_run(folder, record)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our model card, where the Trainer would write its own before an upload."""
-        if self.is_world_process_zero():
-            write_model_card(self.args.output_dir, self.state.log_history)
+        """Write no card before an upload, where the Trainer would: `save_model` wrote ours."""
 
     def _current_record(self) -> dict[str, Any]:
         """Return the content of `ltu_state.json` at the current step."""
@@ -276,7 +312,8 @@ class RunSetup:
         train_set, held_out: the examples to train on, and those to evaluate, if any.
         dataset: what both together contain.
         steps: the sizes of the run.
-        record: what the run is, as in `ltu_state.json`.
+        record: what the run is, as in `ltu_state.json`. It lacks the parent in a process that does
+            not write it, and with `--plan` and `--show_batch`.
     """
 
     parent: Path
@@ -312,30 +349,31 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     arguments: dict[str, Any] = dataclasses.asdict(model_args) | dataclasses.asdict(data)
     arguments |= arguments.pop("front_end")
     arguments |= run.to_dict()
-    arguments["bf16"] = run.bf16
-    parent_sha256 = sha256_of_weights(parent)
     record = {
         "stage": Path(run.output_dir).name,
-        "parent": {"name": parent.name, "sha256": parent_sha256},
-        "lineage": lineage_from(parent, parent_sha256),
-        "data": {
-            "name": dataset.name,
-            "sha256": dataset.sha256,
-            "num_examples": dataset.num_examples,
-            "num_with_audio": dataset.num_with_audio,
-        },
+        "data": dataclasses.asdict(dataset),
         "num_examples": len(train_set),
         "grouped": run.group_by_length and train_set.lengths is not None,
         "accumulation": steps.accumulation,
         "examples_per_step": steps.examples_per_step,
+        "ranks_of_order": steps.ranks_of_order,
         "batches_per_epoch": steps.batches_per_epoch,
         "total_steps": steps.total_steps,
         "warmup_steps": run.get_warmup_steps(steps.total_steps),
         "versions": library_versions(),
         "code": code_version(),
         # As they are after they were written and read.
-        "arguments": json.loads(json.dumps(public_arguments(arguments), default=str)),
+        "arguments": json.loads(json.dumps(public_value(arguments), default=str)),
     }
+    # Weights of 27 GB are hashed in a minute, so only by a process that writes the record.
+    if run.should_save and not (data.plan or data.show_batch):
+        sha256 = sha256_of_weights(parent)
+        record["parent"] = {
+            "name": parent.name,
+            "sha256": sha256,
+            "settings": hash_settings(parent),
+        }
+        record["lineage"] = lineage_from(parent, sha256)
     return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
 
@@ -353,6 +391,13 @@ def make_trainer(
     setup = setup or prepare_run(model_args, data, run)
     steps = setup.steps
     model = open_to_train(model_args, run.bf16)
+    trains_text = any(p.requires_grad for p in model.language_model.parameters())
+    if data.text_only and not trains_text:
+        raise ValueError(
+            "--text_only trains nothing here: audio encoder and projector are not used without "
+            "audio, and the language model is frozen and has no LoRA. Use --trainable_params all "
+            "with --lora_target_modules, or full."
+        )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record = setup.record
     record["parameters"] = {"trainable": trainable, "all": model.num_parameters()}
