@@ -23,12 +23,14 @@ exits with 143 and waits.
 import sys
 
 from ltu.files import run_command
+from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.training.arguments import RunArguments, parse_args
-from ltu.training.collator import describe_batch
+from ltu.training.collator import LtuCollator, describe_batch
 from ltu.training.memory_plan import MemoryPlanner, describe_memory
+from ltu.training.model_setup import open_to_train
 from ltu.training.run_folder import RunFolder, Start, on_main_process
 from ltu.training.stop_signal import STOPPED, kill_workers_at_exit, on_sigterm
-from ltu.training.trainer import LtuTrainer, RunSetup, make_trainer, prepare_run
+from ltu.training.trainer import LtuTrainer, RunSetup, make_sampler, make_trainer, prepare_run
 
 
 def print_plan(setup: RunSetup, run: RunArguments) -> None:
@@ -38,11 +40,10 @@ def print_plan(setup: RunSetup, run: RunArguments) -> None:
     print(f"bf16: {run.bf16}, {run.device}")
 
 
-def print_parameters(trainer: LtuTrainer) -> None:
+def print_parameters(model: LtuForConditionalGeneration) -> None:
     """Print the number of trainable parameters, in the words of peft."""
-    parameters = trainer.record["parameters"]
-    trainable = parameters["trainable"]
-    total = parameters["all"]
+    trainable = model.num_parameters(only_trainable=True)
+    total = model.num_parameters()
     print(
         f"trainable params: {trainable} || all params: {total} || "
         f"trainable%: {100 * trainable / total}"
@@ -82,12 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         for line in describe_memory(planner, data.gpu_memory):
             print(line)
         return 0
-    if data.plan or data.show_batch:
-        trainer = make_trainer(model_args, data, run, setup)
-        print_parameters(trainer)
-        if data.show_batch:
-            batch = next(iter(trainer.get_train_dataloader()))
-            print(describe_batch(batch, trainer.processing_class))
+    if data.plan:
+        print_parameters(open_to_train(model_args, run.bf16))
+        return 0
+    if data.show_batch:
+        batches = make_sampler(setup, run)
+        examples = [setup.train_set[index] for index in next(iter(batches))]
+        collate = LtuCollator(setup.processor, data.original_positions)
+        print(describe_batch(collate(examples), setup.processor))
         return 0
 
     inputs = {"base_model": setup.parent, "data_path": data.data_path, "llm": model_args.llm}
@@ -99,14 +102,14 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"note: {note}", file=sys.stderr)
         if start.is_finished:
             if is_main:
-                print(f"{run.output_dir} is finished; remove it to train again")
+                print(f"{run.output_dir} is finished; --overwrite trains it again")
             return 0
         setup.record["run_id"] = start.run_id
         kill_workers_at_exit()
         trainer = make_trainer(model_args, data, run, setup)
         if is_main:
             folder.begin(start)
-            print_parameters(trainer)
+            print_parameters(trainer.model)
             if start.checkpoint is not None:
                 print(f"continues from {start.checkpoint}")
         with on_sigterm(trainer.stop):

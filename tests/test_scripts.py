@@ -220,10 +220,12 @@ def test_finished_stage_is_skipped(
     monkeypatch.setattr(finetune, "make_trainer", train)
     capsys.readouterr()
     finetune.main(argv[2:])
-    assert f"{folder} is finished; remove it to train again\n" in capsys.readouterr().out
-    for flags in (["--overwrite"], ["--plan"], ["--output_dir", str(tmp_path / "new")]):
+    assert f"{folder} is finished; --overwrite trains it again\n" in capsys.readouterr().out
+    for flags in (["--overwrite"], ["--output_dir", str(tmp_path / "new")]):
         with pytest.raises(TrainingStarted):
             finetune.main([*argv[2:], *flags])
+    assert finetune.main([*argv[2:], "--plan"]) == 0
+    assert "trainable params" in capsys.readouterr().out
 
     # A finished run with other flags, or from other weights, is not taken for this one.
     with pytest.raises(ValueError, match="another run: --seed: 42 there, 1 here"):

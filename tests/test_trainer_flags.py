@@ -87,6 +87,16 @@ def test_wrong_flags_are_one_line(capsys, more: list[str], message: str) -> None
 
 
 @pytest.mark.parametrize(
+    ("more", "expected"),
+    [(["--bf16"], True), (["--bf16", "true"], True), (["--bf16=False"], False)],
+)
+def test_spellings_of_bf16(more: list[str], expected: bool) -> None:
+    required = "--base_model base --data_path data.json --output_dir run".split()
+    _, _, run_args = parse_args([*required, *more])
+    assert run_args.bf16 is expected
+
+
+@pytest.mark.parametrize(
     "more",
     [
         ["--optim", "adafactor"],

@@ -289,7 +289,9 @@ class RunArguments(TrainingArguments):
         default="auto",
         metadata={
             "help": "Whether to train in bf16: True, False, or auto for where the device supports "
-            "it."
+            "it.",
+            "nargs": "?",
+            "const": "True",
         },
     )
     gradient_checkpointing: bool = field(
@@ -381,10 +383,11 @@ class RunArguments(TrainingArguments):
     def __post_init__(self) -> None:
         has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
         self.use_cpu = self.use_cpu or not has_accelerator
-        if self.bf16 not in ("auto", "True", "False"):
+        choice = self.bf16.lower()
+        if choice not in ("auto", "true", "false"):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
-        self.is_bf16_chosen = self.bf16 != "auto"  # --plan can be for another machine.
-        self.bf16 = device_has_bf16() if self.bf16 == "auto" else self.bf16 == "True"
+        self.is_bf16_chosen = choice != "auto"  # --plan can be for another machine.
+        self.bf16 = device_has_bf16() if choice == "auto" else choice == "true"
         # transformers 5.24 warns of the old name of this argument, 5.17 lacks the new one.
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = True

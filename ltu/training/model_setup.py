@@ -19,14 +19,21 @@ logger = logging.getLogger(__name__)
 DEFAULT_LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 
 
-def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGeneration:
+def open_to_train(
+    args: ModelArguments, bf16: bool, text_only: bool = False
+) -> LtuForConditionalGeneration:
     """Open the model of `--base_model`, and add LoRA and freeze parameters as the flags say.
 
     With `--trainable_params full`, LoRA of the checkpoint is merged into the language model first.
 
+    Args:
+        args: the flags.
+        bf16: whether training computes in bf16.
+        text_only: whether no example has audio.
+
     Raises:
-        ValueError: flags contradict each other, or a LoRA flag or the name of the prompt template
-            contradicts the checkpoint.
+        ValueError: flags contradict each other, a LoRA flag or the name of the prompt template
+            contradicts the checkpoint, or nothing that is used would be trained.
     """
     contradiction = args.find_contradiction()
     if contradiction is not None:
@@ -43,6 +50,12 @@ def open_to_train(args: ModelArguments, bf16: bool) -> LtuForConditionalGenerati
     if args.attn_implementation:
         model.language_model.set_attn_implementation(args.attn_implementation)
     choose_trained(model, args)
+    if text_only and not any(p.requires_grad for p in model.language_model.parameters()):
+        raise ValueError(
+            "--text_only trains nothing here: audio encoder and projector are not used without "
+            "audio, and the language model is frozen and has no LoRA. Use --trainable_params all "
+            "with --lora_target_modules, or full."
+        )
     return model
 
 

@@ -377,6 +377,22 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
 
+def make_sampler(setup: RunSetup, run: RunArguments) -> MicroBatchSampler:
+    """Return the micro-batches of this rank."""
+    steps = setup.steps
+    return MicroBatchSampler(
+        len(setup.train_set),
+        micro_batch_size=steps.micro_batch_size,
+        accumulation=steps.accumulation,
+        epochs=steps.epochs_needed,
+        lengths=setup.train_set.lengths if run.group_by_length else None,
+        seed=run.seed if run.data_seed is None else run.data_seed,
+        rank=run.process_index,
+        world_size=steps.world_size,
+        total_batches=steps.total_batches,
+    )
+
+
 def make_trainer(
     model_args: ModelArguments,
     data: DataArguments,
@@ -389,31 +405,12 @@ def make_trainer(
         setup: what `prepare_run` returned for the same flags, if it was called already.
     """
     setup = setup or prepare_run(model_args, data, run)
-    steps = setup.steps
-    model = open_to_train(model_args, run.bf16)
-    trains_text = any(p.requires_grad for p in model.language_model.parameters())
-    if data.text_only and not trains_text:
-        raise ValueError(
-            "--text_only trains nothing here: audio encoder and projector are not used without "
-            "audio, and the language model is frozen and has no LoRA. Use --trainable_params all "
-            "with --lora_target_modules, or full."
-        )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    record = setup.record
-    record["parameters"] = {"trainable": trainable, "all": model.num_parameters()}
-
-    micro_batches = MicroBatchSampler(
-        len(setup.train_set),
-        micro_batch_size=steps.micro_batch_size,
-        accumulation=steps.accumulation,
-        epochs=steps.epochs_needed,
-        lengths=setup.train_set.lengths if run.group_by_length else None,
-        seed=run.seed if run.data_seed is None else run.data_seed,
-        rank=run.process_index,
-        world_size=steps.world_size,
-        total_batches=steps.total_batches,
-    )
-    run.max_steps = steps.total_steps
+    model = open_to_train(model_args, run.bf16, data.text_only)
+    setup.record["parameters"] = {
+        "trainable": model.num_parameters(only_trainable=True),
+        "all": model.num_parameters(),
+    }
+    run.max_steps = setup.steps.total_steps
     if run.use_liger_kernel:
         apply_liger(model, run.liger_kernel_config)
     return LtuTrainer(
@@ -423,6 +420,6 @@ def make_trainer(
         train_dataset=setup.train_set,
         eval_dataset=setup.held_out,
         processing_class=setup.processor,
-        micro_batches=micro_batches,
-        record=record,
+        micro_batches=make_sampler(setup, run),
+        record=setup.record,
     )
