@@ -231,7 +231,7 @@ def test_the_error_lists_the_layers_if_no_target_is_known():
 def test_given_target_layers_are_checked(tmp_path, rows):
     folder = write_checkpoint(tmp_path / "checkpoint", write_llm(tmp_path / "llm", "gpt_neox"))
     flags = f"--base_model {folder} --data_path {rows} --output_dir {tmp_path}/run"
-    flags += " --lora_target_modules [q_proj]"
+    flags += " --batch_size 4 --micro_batch_size 4 --lora_target_modules [q_proj]"
     with pytest.raises(ValueError, match="query_key_value"):
         make_trainer(*parse_args(flags.split()))
 

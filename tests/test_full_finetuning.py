@@ -388,7 +388,7 @@ def test_liger_gets_the_language_model(checkpoint: Path, monkeypatch: pytest.Mon
 def test_liger_that_is_not_installed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match="--use_liger_kernel: .*pip install liger-kernel"):
+    with pytest.raises(ValueError, match=r"--use_liger_kernel: .*pip install -e '.\[liger\]'"):
         apply_liger(model)
 
 

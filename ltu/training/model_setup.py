@@ -148,7 +148,7 @@ def apply_liger(
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
-        raise ValueError(f"--use_liger_kernel: {error}. pip install liger-kernel") from error
+        raise ValueError(f"--use_liger_kernel: {error}. pip install -e '.[liger]'") from error
     model_type = language_model.config.model_type
     if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
