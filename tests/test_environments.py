@@ -43,6 +43,10 @@ TESTS = [
     "engine",
     "label_scoring",
     "inference_batch",
+    "training",
+    "run_folder",
+    "trainer_flags",
+    "sharding",
 ]
 # constraints.txt has wheels for these. A platform is (sys_platform, platform_machine).
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]

@@ -176,9 +176,9 @@ def test_sigterm_does_not_end_a_worker(checkpoint, data_path, tmp_path, kind):
 def test_a_worker_that_ignores_sigterm_does_not_outlive_the_run(tmp_path):
     code = """
 import multiprocessing, time
-from ltu.training.stop_signal import ignore_sigterm, kill_workers_at_exit
+from ltu.training.stop_signal import ignore_stop_signals, kill_workers_at_exit
 def work(is_ready):
-    ignore_sigterm(0)
+    ignore_stop_signals(0)
     is_ready.set()
     time.sleep(1e6)
 kill_workers_at_exit()

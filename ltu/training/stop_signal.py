@@ -30,9 +30,13 @@ def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def ignore_sigterm(_: int) -> None:
-    """Let a worker of a data loader ignore SIGTERM. It ends when the data loader ends."""
+def ignore_stop_signals(_: int) -> None:
+    """Let a worker of a data loader ignore SIGTERM and Ctrl-C, which its parent gets too.
+
+    It ends when the data loader ends.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def kill_workers_at_exit() -> None:

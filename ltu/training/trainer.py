@@ -42,7 +42,7 @@ from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, complete_run
 from ltu.training.sharding import ShardedTrainer
-from ltu.training.stop_signal import ignore_sigterm
+from ltu.training.stop_signal import ignore_stop_signals
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
 
@@ -100,13 +100,13 @@ class LtuTrainer(ShardedTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=ignore_stop_signals,
         )
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super().get_eval_dataloader(*args, **kwargs)
         # accelerate puts the loader whose workers are started into one of its own.
-        getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_sigterm
+        getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_stop_signals
         return loader
 
     def stop(self) -> None:
