@@ -7,8 +7,11 @@ run.
 """
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -19,6 +22,26 @@ from ltu.data.dataset_parser import DatasetError
 from ltu.models.processing_ltu import LtuProcessor
 
 logger = logging.getLogger(__name__)
+
+
+def ignore_stop_signals(_: int) -> None:
+    """Let a worker of a data loader ignore Ctrl-C, and SIGTERM of any process but its parent.
+
+    Slurm and terminals send these to every process of a run. A worker that they end would end the
+    run with an error, before its checkpoint is written. The parent ends its workers by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    """End this process at the SIGTERM of its parent."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class NoAnswerError(ValueError):

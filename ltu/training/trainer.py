@@ -35,7 +35,7 @@ from ltu.models.provenance import (
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
-from ltu.training.dataset import QaDataset
+from ltu.training.dataset import QaDataset, ignore_stop_signals
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, complete_run, write_state
@@ -97,7 +97,14 @@ class LtuTrainer(ShardedTrainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
+            worker_init_fn=ignore_stop_signals,
         )
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        # accelerate wraps the loader that starts the workers.
+        getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_stop_signals
+        return loader
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Create the learning-rate scheduler.
