@@ -6,11 +6,13 @@ last bit.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -661,6 +663,33 @@ def test_sigterm_saves_and_has_its_own_status(
     assert not (folder / "model.safetensors").exists()
     assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0
     assert_same_run(folder, whole_run)
+
+
+@pytest.mark.parametrize("moment", ["training", "evaluation"])
+def test_sigterm_of_all_processes(checkpoint, data_path, tmp_path, monkeypatch, moment):
+    """Slurm sends it to the workers that load audio too; these must not end the run."""
+    stock_loss = LtuTrainer.compute_loss
+    was_sent = []
+
+    def compute_loss(self, model, *args, **kwargs):
+        if self.state.global_step == 2 and model.training == (moment == "training"):
+            workers = multiprocessing.active_children()
+            if not was_sent and workers:
+                pids = [str(worker.pid) for worker in workers] + [str(os.getpid())]
+                # A worker takes a SIGTERM of its own parent for a regular end.
+                subprocess.run(["kill", "-TERM", *pids], check=True)
+                was_sent.append(pids)
+                time.sleep(0.1)  # Until a worker that does not ignore it has ended.
+        return stock_loss(self, model, *args, **kwargs)
+
+    settings = COMMON | {"num_workers": 1, "val_set_size": 4, "eval_steps": 2}
+    arguments = flags(checkpoint, data_path, tmp_path / "run", **settings)
+    arguments += ["--dataloader_prefetch_factor", "1", "--dataloader_persistent_workers"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LtuTrainer, "compute_loss", compute_loss)
+        assert main(arguments) == STOPPED
+    assert was_sent
+    assert what_is_incomplete(tmp_path / "run" / "checkpoint-3") is None
 
 
 def test_sigterm_of_one_rank_stops_all(checkpoint, data_path, tmp_path):
