@@ -37,6 +37,12 @@ def print_plan(setup: RunSetup, run: RunArguments) -> None:
     """Print what a run is going to do."""
     for line in [*setup.dataset.lines(), *setup.steps.describe(run.batch_size)]:
         print(line)
+    warmup_steps = setup.record["warmup_steps"]
+    if warmup_steps >= setup.steps.total_steps:
+        print(
+            f"note: the warm-up of {warmup_steps} steps is as long as the run or longer, so the "
+            "learning rate does not reach --learning_rate and fall again"
+        )
     print(f"bf16: {run.bf16}, {run.device}")
 
 

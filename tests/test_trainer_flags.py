@@ -77,6 +77,11 @@ def test_refused_flags_say_why(capsys, name: str) -> None:
         (["--optim", "nonsense"], "nonsense is not a valid OptimizerNames"),
         (["--eval_strategy", "epoch"], "--eval_strategy epoch: one loader covers all epochs"),
         (["--report_to", "nonsense"], "--report_to nonsense: not installed"),
+        (
+            ["--eval_strategy", "steps"],
+            "--eval_strategy and --load_best_model_at_end need --val_set",
+        ),
+        (["--max_steps", "-7"], "--max_steps -7: it must be at least -1"),
         (["--save_steps", "0"], "--save_steps 0.0: it must be more than 0"),
     ],
 )
@@ -84,6 +89,19 @@ def test_wrong_flags_are_one_line(capsys, more: list[str], message: str) -> None
     error = error_of(capsys, *more)
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_requeued_job_does_not_delete_its_own_work(monkeypatch) -> None:
+    required = "--base_model base --data_path data.json --output_dir run --overwrite".split()
+    assert parse_args(required)[2].overwrite
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not parse_args(required)[2].overwrite
+
+
+def test_a_warm_up_longer_than_the_run_is_noted(checkpoint, data_path, tmp_path, capsys) -> None:
+    arguments = flags(checkpoint, data_path, tmp_path / "run", warmup_steps=100)
+    main([*arguments, "--plan"])
+    assert "note: the warm-up of 100 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -141,7 +159,7 @@ def test_schedule_of_the_learning_rate(run) -> None:
 
 
 def test_the_best_weights_are_saved(run, tmp_path: Path) -> None:
-    evaluation = "--val_set_size 4 --eval_strategy steps --eval_steps 1 --save_steps 1"
+    evaluation = "--val_set_size 4 --save_steps 1"
     # The highest loss is called the best one, so that it is not that of the last step.
     run(*evaluation.split(), "--load_best_model_at_end", "--greater_is_better", "True")
     folder = tmp_path / "run"

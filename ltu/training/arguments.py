@@ -40,6 +40,7 @@ SMALLEST = {
     "max_bad": 0,
     "num_workers": 0,
     "warmup_steps": 0,
+    "max_steps": -1,
     "learning_rate": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -394,6 +395,13 @@ class RunArguments(TrainingArguments):
         if not self.gradient_checkpointing or hasattr(self, "activation_checkpointing"):
             self.gradient_checkpointing = None
 
+        # Slurm repeats the command of a job that it requeues, which must not delete its own work.
+        if self.overwrite and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            self.overwrite = False
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+            self.eval_steps = self.eval_steps or self.save_steps
+
         self.per_device_train_batch_size = self.micro_batch_size
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.micro_batch_size
@@ -541,6 +549,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
             f"--micro_batch_size {run_args.micro_batch_size} x {world_size} processes. "
             "Raise the one or lower the other."
         )
+    if run_args.eval_strategy != IntervalStrategy.NO and data_args.val_set_size == 0:
+        parser.error("--eval_strategy and --load_best_model_at_end need --val_set_size")
     # The loss of held-out examples is logged whenever the model is saved.
     if data_args.val_set_size > 0 and run_args.eval_strategy == IntervalStrategy.NO:
         run_args.eval_strategy = IntervalStrategy.STEPS
