@@ -13,13 +13,11 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from random import Random
 
 import pytest
-import safetensors.torch
 import torch
 
 from ltu import LtuForConditionalGeneration
@@ -28,6 +26,7 @@ from ltu.finetune import STOPPED, main
 from ltu.training.arguments import parse_args
 from ltu.training.run_folder import RunFolder, find_differences, what_is_incomplete
 from ltu.training.trainer import LtuTrainer, NonFiniteError, make_trainer, prepare_run
+from tests.interruption import damage, interrupt_at_save
 from tests.machine import PATIENCE, wait_until
 from tests.tiny import LORA, start_command, start_ranks, write_checkpoint, write_llm, write_rows
 from tests.tiny import training_flags as flags
@@ -412,19 +411,6 @@ def stopped_run(whole_run: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def damage(path: Path, kind: str) -> None:
-    """Cut a file, delete it, or change the bytes in its middle."""
-    content = path.read_bytes()
-    if kind == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif kind == "missing":
-        path.unlink()
-    else:
-        third = len(content) // 3
-        changed = bytes(255 - byte for byte in content[third : 2 * third])
-        path.write_bytes(content[:third] + changed + content[2 * third :])
-
-
 @pytest.mark.parametrize("kind", ["cut", "missing", "changed"])
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_skipped_and_named(
@@ -461,100 +447,6 @@ def test_all_steps_are_trained_but_the_model_is_not_written(
 
 
 # --- interrupted writes
-
-
-class Interrupted(BaseException):
-    """Stands for kill -9: no code of the project catches it."""
-
-
-class Interruption:
-    """Counts the writes of a process from the moment on at which a file exists.
-
-    A write is that of a file by Python, torch or safetensors, or a change of a folder. A file that
-    torch or safetensors write counts twice: before it exists, and when half of it is there.
-
-    Args:
-        number: the write at which the process is interrupted, from 1.
-        start: the file.
-        kills: kill the process, or raise `Interrupted`.
-    """
-
-    EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-
-    def __init__(self, number: int, start: Path, kills: bool = False):
-        self.number = number
-        self.start = start
-        self.kills = kills
-        self.count = 0
-        self.is_active = True
-
-    def on_event(self, event: str, arguments: tuple) -> None:
-        if not self.is_active:
-            return
-        is_write = event in self.EVENTS
-        if event == "open":
-            path, mode, _ = arguments
-            is_write = isinstance(path, str | Path) and bool(mode) and set(mode) & set("wax+")
-        if is_write:
-            self.on_write()
-
-    def on_write(self) -> None:
-        if not self.is_active or not self.start.exists():
-            return
-        self.count += 1
-        if self.count == self.number:
-            self.is_active = False
-            if self.kills:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise Interrupted
-
-    def wrap(self, write):
-        """Wrap a function that writes its first argument or its second one into the other."""
-
-        def interrupted_write(*args, **kwargs):
-            self.on_write()
-            write(*args, **kwargs)
-            paths = [Path(value) for value in args if isinstance(value, str | Path)]
-            for path in paths:
-                try:
-                    self.on_write()
-                except Interrupted:
-                    damage(path, "cut")
-                    raise
-
-        return interrupted_write
-
-
-ACTIVE: list[Interruption] = []
-
-
-def audit(event: str, arguments: tuple) -> None:
-    for interruption in ACTIVE:
-        interruption.on_event(event, arguments)
-
-
-sys.addaudithook(audit)
-
-
-def interrupt_at_save(number: int, arguments: list[str], start: Path) -> int:
-    """Train until the given write after the file `start` exists.
-
-    Returns:
-        How many writes there were. They are fewer than `number` if the run was not interrupted.
-    """
-    interruption = Interruption(number, start)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", interruption.wrap(torch.save))
-        save_file = interruption.wrap(safetensors.torch.save_file)
-        patch.setattr("transformers.modeling_utils.safe_save_file", save_file)
-        ACTIVE.append(interruption)
-        try:
-            main(arguments)
-        except Interrupted:
-            pass
-        finally:
-            ACTIVE.remove(interruption)
-    return interruption.count
 
 
 def writes_of_a_save(checkpoint: Path, data_path: Path, folder: Path) -> int:
@@ -705,6 +597,34 @@ def test_sigterm_of_one_rank_stops_all(checkpoint, data_path, tmp_path):
     assert [rank.exitcode for rank in ranks] == [STOPPED, STOPPED]
     step = int(re.search(r"stopped at step (\d+)", (tmp_path / "output.0").read_text())[1])
     assert what_is_incomplete(folder / f"checkpoint-{step}") is None
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_at_a_write(checkpoint, data_path, tmp_path):
+    """Rank 0, which writes nearly all files, is killed at every third of its writes."""
+
+    def run(folder: Path, module: str = "ltu.finetune", **environment: str) -> list[int]:
+        arguments = flags(checkpoint, data_path, folder, **COMMON, disable_tqdm=True)
+        arguments += ["--resume_from_checkpoint", "auto"]
+        ranks = start_ranks(2, module, arguments, tmp_path / "output", **environment)
+        ranks[0].join(PATIENCE)
+        if ranks[0].exitcode != 0:
+            ranks[1].kill()
+        ranks[1].join(PATIENCE)
+        return [rank.exitcode for rank in ranks]
+
+    whole = tmp_path / "whole"
+    assert run(whole) == [0, 0]
+    num_kills = 0
+    for number in range(1, 60, 3):
+        folder = tmp_path / str(number)
+        start = folder / "checkpoint-2" / "ltu_state.json"
+        killed = {"KILL_AT_WRITE": str(number), "KILL_FROM": str(start)}
+        num_kills += run(folder, "tests.interruption", **killed)[0] == -signal.SIGKILL
+        assert run(folder) == [0, 0], number
+        assert_same_run(folder, whole)
+    print(f"{num_kills} kills")
+    assert num_kills > 15
 
 
 @pytest.mark.slow

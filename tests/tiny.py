@@ -262,12 +262,14 @@ def start_ranks(
     words: list[str],
     output: Path,
     kill_last_at: tuple[str, int] | None = None,
+    **environment: str,
 ) -> list[BaseProcess]:
     """Run a command on several ranks of one job, with the environment that torchrun gives them.
 
     Args:
         output: stdout and stderr of a rank are appended to the file `OUTPUT.RANK`.
         kill_last_at: `kill_at` of the last rank.
+        environment: variables on top of those of the tests.
     """
     # As in torchrun, the launcher holds the store at which ranks meet: no other process can take
     # the port before rank 0 listens.
@@ -279,6 +281,7 @@ def start_ranks(
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "ACCELERATE_USE_CPU": "true",
+        **environment,
     }
     ranks = []
     for number in range(count):
