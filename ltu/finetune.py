@@ -35,7 +35,7 @@ from ltu.training.trainer import LtuTrainer, RunSetup, make_sampler, make_traine
 
 def print_plan(setup: RunSetup, run: RunArguments) -> None:
     """Print what a run is going to do."""
-    for line in [*setup.dataset.lines(), *setup.steps.describe(run.batch_size)]:
+    for line in [*setup.dataset.describe(), *setup.steps.describe(run.batch_size)]:
         print(line)
     warmup_steps = setup.record["warmup_steps"]
     if warmup_steps >= setup.steps.total_steps:

@@ -5,6 +5,7 @@ file KILL_FROM exists.
 """
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 
 from ltu.files import run_command
 from ltu.finetune import main
+from ltu.training.trainer import LtuTrainer
 
 
 class Interrupted(BaseException):
@@ -124,6 +126,53 @@ def interrupt_at_save(number: int, arguments: list[str], start: Path, kills: boo
         finally:
             ACTIVE.remove(interruption)
     return interruption.count
+
+
+def limit_file_size(
+    patch: pytest.MonkeyPatch, name: str, is_limited: Callable[..., bool], size: int
+) -> None:
+    """Let a method of the trainer write no file longer than `size` bytes, as on a full disk.
+
+    Args:
+        patch: undoes it.
+        name: of the method.
+        is_limited: called with the arguments of the method; whether this call is limited.
+        size: in bytes.
+    """
+    stock_method = getattr(LtuTrainer, name)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited_method(*args: Any, **kwargs: Any) -> None:
+        if is_limited(*args, **kwargs):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+        try:
+            stock_method(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    patch.setattr(LtuTrainer, name, limited_method)
+
+
+def is_step_4(trainer: LtuTrainer, *_: Any, **__: Any) -> bool:
+    return trainer.state.global_step == 4
+
+
+def is_final_save(*_: Any, _internal_call: bool = False, **__: Any) -> bool:
+    return not _internal_call
+
+
+def send_sigterm(patch: pytest.MonkeyPatch) -> None:
+    """Let SIGTERM come in the fifth micro-batch, the first one of step 3."""
+    stock_loss = LtuTrainer.compute_loss
+    calls = []
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stock_loss(*args, **kwargs)
+
+    patch.setattr(LtuTrainer, "compute_loss", compute_loss)
 
 
 def killed_command() -> None:

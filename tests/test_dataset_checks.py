@@ -294,7 +294,7 @@ def test_too_many_examples_to_count_are_checked_when_they_are_used(
     more = {"cutoff_len": 40, "train_on_inputs": train_on_inputs, "max_bad": 1}
     train_set, _, summary = open_datasets(processor, checkpoint, cut_path, **more)
     assert (summary.num_truncated, summary.num_without_answer) == (None, None)
-    assert "not known without an index" in summary.lines()[1]
+    assert "not known without an index" in summary.describe()[1]
     assert train_set[2]["input_ids"] == train_set[3]["input_ids"]
     assert train_set.skipped == ["2.wav"]
     with pytest.raises(DatasetError, match="^2 examples .* The last: example 8: no answer is left"):
@@ -347,7 +347,7 @@ def test_summary_of_a_dataset(checkpoint, processor, tmp_path, is_indexed):
     assert summary.name == "rows.json"
     assert summary.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (summary.num_examples, summary.num_with_audio, summary.num_clips) == (13, 9, 8)
-    assert summary.lines() == [
+    assert summary.describe() == [
         "rows.json: 13 examples, 9 with audio (8 clips), 4 without",
         "answers cut by --cutoff_len 108: 0",
     ]

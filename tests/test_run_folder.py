@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,14 @@ from ltu.finetune import STOPPED, main
 from ltu.training.arguments import parse_args
 from ltu.training.run_folder import RunFolder, find_differences, what_is_incomplete
 from ltu.training.trainer import LtuTrainer, NonFiniteError, make_trainer, prepare_run
-from tests.interruption import damage, interrupt_at_save
+from tests.interruption import (
+    damage,
+    interrupt_at_save,
+    is_final_save,
+    is_step_4,
+    limit_file_size,
+    send_sigterm,
+)
 from tests.machine import PATIENCE, wait_until
 from tests.tiny import LORA, start_command, start_ranks, write_checkpoint, write_llm, write_rows
 from tests.tiny import training_flags as flags
@@ -475,22 +481,11 @@ def test_interrupted_at_a_write(checkpoint, data_path, tmp_path, whole_run, ever
 
 def test_a_full_disk(checkpoint, data_path, tmp_path, whole_run, monkeypatch):
     """The run ends with one line; the incomplete checkpoint does not stay on the disk."""
-    stock_save = LtuTrainer._save_checkpoint
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = tmp_path / "run"
-
-    def save_checkpoint(self, *args, **kwargs):
-        limit = 4096 if self.state.global_step == 4 else unlimited[0]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-        try:
-            stock_save(self, *args, **kwargs)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-
     arguments = flags(checkpoint, data_path, folder, **COMMON)
     with monkeypatch.context() as patch:
-        patch.setattr(LtuTrainer, "_save_checkpoint", save_checkpoint)
-        with pytest.raises(OSError, match="checkpoint-4 cannot be written .*Free the disk"):
+        limit_file_size(patch, "_save_checkpoint", is_step_4, 4096)
+        with pytest.raises(OSError, match="checkpoint-4 cannot be written .*If the disk is full"):
             main(arguments)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0
@@ -499,22 +494,11 @@ def test_a_full_disk(checkpoint, data_path, tmp_path, whole_run, monkeypatch):
 
 def test_a_full_disk_at_the_end(checkpoint, data_path, tmp_path, whole_run, monkeypatch):
     """All steps are trained: the model is written when there is space again."""
-    stock_save = LtuTrainer.save_model
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = tmp_path / "run"
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        limit = unlimited[0] if _internal_call else 8192
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-        try:
-            stock_save(self, output_dir, _internal_call)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-
     arguments = flags(checkpoint, data_path, folder, **COMMON)
     with monkeypatch.context() as patch:
-        patch.setattr(LtuTrainer, "save_model", save_model)
-        with pytest.raises(OSError, match="run cannot be written .*Free the disk"):
+        limit_file_size(patch, "save_model", is_final_save, 8192)
+        with pytest.raises(OSError, match="run cannot be written .*If the disk is full"):
             main(arguments)
     assert main([*arguments, "--resume_from_checkpoint", "last"]) == 0
     assert_same_run(folder, whole_run)
@@ -534,20 +518,11 @@ def test_sigterm_saves_and_has_its_own_status(
     checkpoint, data_path, tmp_path, whole_run, monkeypatch, capsys
 ):
     """It comes in the first micro-batch of step 3, after which no checkpoint was due."""
-    stock_loss = LtuTrainer.compute_loss
-    calls = []
-
-    def compute_loss(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return stock_loss(*args, **kwargs)
-
     folder = tmp_path / "run"
     arguments = flags(checkpoint, data_path, folder, **COMMON)
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(LtuTrainer, "compute_loss", compute_loss)
+        send_sigterm(patch)
         assert main(arguments) == STOPPED == 143
     assert signal.getsignal(signal.SIGTERM) == handler
     assert "SIGTERM: stopped at step 3 of 6" in capsys.readouterr().err

@@ -79,8 +79,10 @@ def test_refused_flags_say_why(capsys, name: str) -> None:
         (["--report_to", "nonsense"], "--report_to nonsense: not installed"),
         (
             ["--eval_strategy", "steps"],
-            "--eval_strategy and --load_best_model_at_end need --val_set",
+            "--eval_... and --load_best_model_at_end need --val_set_size",
         ),
+        (["--eval_steps", "5"], "need --val_set_size"),
+        (["--optim_target_modules", "all-linear"], "no effect with --optim adamw_torch"),
         (["--max_steps", "-7"], "--max_steps -7: it must be at least -1"),
         (["--save_steps", "0"], "--save_steps 0.0: it must be more than 0"),
     ],

@@ -8,10 +8,8 @@ import json
 import logging
 import os
 import re
-import resource
 import shlex
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,7 +24,7 @@ from ltu.data import audio
 from ltu.files import lock_file, run_command
 from ltu.training import trainer
 from ltu.training.arguments import REFUSED
-from ltu.training.trainer import LtuTrainer
+from tests.interruption import is_step_4, limit_file_size, send_sigterm
 from tests.tiny import LORA, clip, write_checkpoint, write_llm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,34 +235,9 @@ def lock(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "another_run", file, raising=False)  # As long as the test lasts.
 
 
-def send_sigterm(patch: pytest.MonkeyPatch) -> None:
-    """Let SIGTERM come in step 3."""
-    stock_loss = LtuTrainer.compute_loss
-    calls = []
-
-    def compute_loss(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return stock_loss(*args, **kwargs)
-
-    patch.setattr(LtuTrainer, "compute_loss", compute_loss)
-
-
 def fill_disk(patch: pytest.MonkeyPatch) -> None:
     """Let no file be longer than 4 kB in the save of step 4."""
-    stock_save = LtuTrainer._save_checkpoint
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def save_checkpoint(self, *args, **kwargs):
-        limit = 4096 if self.state.global_step == 4 else unlimited[0]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-        try:
-            stock_save(self, *args, **kwargs)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-
-    patch.setattr(LtuTrainer, "_save_checkpoint", save_checkpoint)
+    limit_file_size(patch, "_save_checkpoint", is_step_4, 4096)
 
 
 EVENTS = {

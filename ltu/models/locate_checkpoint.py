@@ -69,6 +69,16 @@ def find_checkpoint(
     return folder
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders checkpoint-N of a run, complete or not, the newest first."""
+    by_step = {}
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            by_step[int(step)] = path
+    return [by_step[step] for step in sorted(by_step, reverse=True)]
+
+
 def weight_files(folder: Path, formats: tuple[str, ...] = ("safetensors", "bin")) -> list[Path]:
     """Return the files that hold the weights of a folder, in the first format that it has.
 

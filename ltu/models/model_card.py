@@ -27,6 +27,7 @@ from ltu.files import read_json_object, replace_file, write_json
 from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.provenance import (
     STATE,
+    TRAINER_STATE,
     StageRecord,
     public_value,
     read_lineage,
@@ -40,7 +41,6 @@ CARD = "README.md"
 SEAL = "<!-- Written by ltu; an edited card is not replaced. sha256 of the lines above: "
 STOCK_TITLE = "# Model Card for Model ID"  # Of the card that transformers uploads by default.
 EVALUATION = "evaluation.json"
-TRAINER_STATE = "trainer_state.json"
 # The files of a checkpoint folder that a card is made of, besides config and weights.
 RECORDS = (STATE, TRAINER_STATE, EVALUATION)
 LOSS_ROWS = 10  # Lines of the table of losses.

@@ -18,6 +18,7 @@ from ltu.files import read_json_object, replace_file
 from ltu.models.locate_checkpoint import sha256_of_weights
 
 STATE = "ltu_state.json"
+TRAINER_STATE = "trainer_state.json"  # The log of a run, as the Trainer names it.
 LIBRARIES = ("ltu", "torch", "transformers", "peft", "accelerate")
 ROOT = Path(__file__).parents[2]
 GIT_TIMEOUT = 5  # seconds; a slow file system must not hold up a training run

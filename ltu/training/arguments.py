@@ -261,6 +261,10 @@ REFUSED = {
     "logging_nan_inf_filter": "training ends at the first loss that is not finite",
     "enable_jit_checkpoint": "SIGTERM always writes a checkpoint",
     "local_rank": "torchrun sets it",
+    "do_train": "this command always trains",
+    "do_eval": "--val_set_size holds out examples and evaluates them",
+    "do_predict": "python -m ltu.inference_batch answers questions",
+    "use_cache": "training needs no cache",
     "hub_strategy": "the model is uploaded when it is trained, with its record and its card",
 }
 
@@ -379,6 +383,10 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(init=False, default=False)
     enable_jit_checkpoint: bool = field(init=False, default=False)
     local_rank: int = field(init=False, default=-1)
+    do_train: bool = field(init=False, default=True)
+    do_eval: bool = field(init=False, default=False)
+    do_predict: bool = field(init=False, default=False)
+    use_cache: bool = field(init=False, default=False)
     hub_strategy: str = field(init=False, default="end")
 
     def __post_init__(self) -> None:
@@ -549,8 +557,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
             f"--micro_batch_size {run_args.micro_batch_size} x {world_size} processes. "
             "Raise the one or lower the other."
         )
-    if run_args.eval_strategy != IntervalStrategy.NO and data_args.val_set_size == 0:
-        parser.error("--eval_strategy and --load_best_model_at_end need --val_set_size")
+    evaluates = run_args.eval_strategy != IntervalStrategy.NO
+    evaluates = evaluates or run_args.eval_steps is not None or run_args.eval_on_start
+    if evaluates and data_args.val_set_size == 0:
+        parser.error("--eval_... and --load_best_model_at_end need --val_set_size")
+    # The Trainer ignores this flag with all other optimizers.
+    if run_args.optim_target_modules and not run_args.optim.value.startswith(("galore", "apollo")):
+        parser.error(f"--optim_target_modules has no effect with --optim {run_args.optim.value}")
     # The loss of held-out examples is logged whenever the model is saved.
     if data_args.val_set_size > 0 and run_args.eval_strategy == IntervalStrategy.NO:
         run_args.eval_strategy = IntervalStrategy.STEPS

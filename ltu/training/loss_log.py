@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from ltu.models.provenance import read_record
+from ltu.models.locate_checkpoint import list_checkpoints
+from ltu.models.provenance import TRAINER_STATE, read_record
 
 PERIOD = 50  # Steps over which losses are averaged; the sawtooth of the released logs has it.
 MAX_ERROR = 1e-15  # Relative error of a learning rate: a few roundings of a double.
@@ -46,11 +47,8 @@ def find_state(folder: Path) -> Path:
     Raises:
         FileNotFoundError: the run has none.
     """
-    checkpoints = sorted(
-        folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])
-    )
-    for candidate in (folder, *reversed(checkpoints)):
-        path = candidate / "trainer_state.json"
+    for candidate in (folder, *list_checkpoints(folder)):
+        path = candidate / TRAINER_STATE
         if path.is_file():
             return path
     raise FileNotFoundError(

@@ -70,7 +70,7 @@ class DatasetSummary:
     num_truncated: int | None
     num_without_answer: int | None
 
-    def lines(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Return what `--plan` and the start of training print."""
         num_without_audio = self.num_examples - self.num_with_audio
         audio = (

@@ -23,12 +23,12 @@ from uuid import uuid4
 from accelerate.utils import broadcast_object_list
 
 from ltu.files import lock_file, sync_files
-from ltu.models.provenance import STATE, read_record, write_record
+from ltu.models.locate_checkpoint import list_checkpoints
+from ltu.models.provenance import STATE, TRAINER_STATE, read_record, write_record
 from ltu.training.arguments import RunArguments
 
 T = TypeVar("T")
 
-TRAINER_STATE = "trainer_state.json"
 LOCK = "_run.lock"  # The stock upload to the hub leaves out names that begin with "_".
 # What would be lost if another run began in a folder.
 RESULTS = (TRAINER_STATE, "model*.safetensors*", "checkpoint-*")
@@ -70,13 +70,9 @@ FREE_FLAGS = {
     "fp16_full_eval",
     "per_device_eval_batch_size",
     "skip_memory_metrics",
-    "do_train",
-    "do_eval",
-    "do_predict",
     "push_to_hub",
     # Without an effect here.
     "add_eos_token",
-    "use_cache",
     # How the folder of the run is used.
     "overwrite",
     "resume_from_checkpoint",
@@ -244,12 +240,6 @@ def what_is_incomplete(checkpoint: Path) -> str | None:
     return None
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, complete or not, the newest first."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(checkpoints, key=lambda path: int(path.name[11:]), reverse=True)
-
-
 def complete_checkpoint(checkpoint: Path, record: dict[str, Any]) -> None:
     """Mark a checkpoint as complete: sync its files, then write its state, which lists them."""
     _write_state_of(checkpoint, ("**/*",), record)
@@ -364,7 +354,7 @@ class RunFolder:
                     path.unlink()
 
     def close(self) -> None:
-        """Give the folder free."""
+        """Release the folder."""
         if self.lock is not None:
             (self.folder / LOCK).unlink(missing_ok=True)
             self.lock.close()
@@ -422,15 +412,10 @@ class RunFolder:
             )
         if is_run:
             check_same_run(self.folder, stored, self.record)
-        for checkpoint in list_checkpoints(self.folder):
-            reason = what_is_incomplete(checkpoint)
-            state = read_state(checkpoint) or {}
-            if reason is None and is_run and state["run_id"] != stored["run_id"]:
-                reason = "it is of an older run"
-            if reason is None:
-                check_same_run(checkpoint, state, self.record)
-                return Start(state["run_id"], str(checkpoint), notes=skipped)
-            skipped.append(f"{checkpoint} is skipped: {reason}")
+        run_id = stored["run_id"] if is_run else None
+        start = self._continue_from_newest(run_id, skipped)
+        if start is not None:
+            return start
         # The run was stopped before its first checkpoint was complete.
         if resumed == "auto" and is_run:
             new_run.notes = skipped
@@ -440,6 +425,24 @@ class RunFolder:
             f"--resume_from_checkpoint {resumed}: {self.folder} holds no complete checkpoint of a "
             f"run ({reasons}). Give another --output_dir, or start again with --overwrite."
         )
+
+    def _continue_from_newest(self, run_id: str | None, skipped: list[str]) -> Start | None:
+        """Continue from the newest complete checkpoint in the folder; None if there is none.
+
+        Args:
+            run_id: of the run in the folder, or None if it is not known.
+            skipped: notes, to which those on skipped checkpoints are added.
+        """
+        for checkpoint in list_checkpoints(self.folder):
+            reason = what_is_incomplete(checkpoint)
+            state = read_state(checkpoint) or {}
+            if reason is None and run_id not in (None, state["run_id"]):
+                reason = "it is of an older run"
+            if reason is None:
+                check_same_run(checkpoint, state, self.record)
+                return Start(state["run_id"], str(checkpoint), notes=skipped)
+            skipped.append(f"{checkpoint} is skipped: {reason}")
+        return None
 
     def _continue_from(self, checkpoint: Path) -> Start:
         """Continue from a checkpoint that the flags name."""

@@ -51,6 +51,14 @@ class NonFiniteError(ValueError):
     """A loss or a gradient norm that is NaN or infinite."""
 
 
+def cannot_write(folder: str | Path, error: Exception) -> OSError:
+    """Return the error of a folder that cannot be written, for example to a full disk."""
+    return OSError(
+        f"{folder} cannot be written ({error}). If the disk is full, free it; then continue with "
+        "--resume_from_checkpoint last."
+    )
+
+
 class LtuTrainer(ShardedTrainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
@@ -239,10 +247,7 @@ class LtuTrainer(ShardedTrainer):
         try:
             super().save_model(output_dir, True)  # Without an upload.
         except SafetensorError as error:
-            raise OSError(
-                f"{output_dir or self.args.output_dir} cannot be written ({error}). Free the disk, "
-                "then continue with --resume_from_checkpoint last."
-            ) from error
+            raise cannot_write(output_dir or self.args.output_dir, error) from error
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             # A pickle of the arguments, with the token of the hub; `ltu_state.json` has them too.
@@ -287,10 +292,7 @@ class LtuTrainer(ShardedTrainer):
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(checkpoint, ignore_errors=True)
-            raise OSError(
-                f"{checkpoint} cannot be written ({error}). Free the disk, then continue with "
-                "--resume_from_checkpoint last."
-            ) from error
+            raise cannot_write(checkpoint, error) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             complete_checkpoint(checkpoint, self._current_record())
