@@ -72,7 +72,7 @@ def train(trainer: LtuTrainer, start: Start) -> int:
     trainer.gather_skipped()
     trainer.save_state()
     trainer.save_model()
-    skipped = trainer.train_dataset.skipped
+    skipped = trainer.skipped
     if skipped and trainer.is_world_process_zero():
         print(f"{len(skipped)} examples skipped: {skipped[:10]}", file=sys.stderr)
     return 0

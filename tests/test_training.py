@@ -488,6 +488,17 @@ def test_undecodable_clips_are_skipped_counted_and_named(checkpoint, tmp_path):
         main(flags(checkpoint, data_path, tmp_path / "run2", max_bad=1))
 
 
+def test_held_out_examples_that_are_skipped_are_named(checkpoint, tmp_path):
+    """All six clips but two cannot be decoded, so some of the held-out ones are among them."""
+    data_path = write_rows(tmp_path, 8)
+    for number in range(2, 8):
+        (tmp_path / f"{number}.wav").write_bytes(b"not audio")
+    settings = {"max_bad": 8, "val_set_size": 3, "num_epochs": 1}
+    main(flags(checkpoint, data_path, tmp_path / "run", **settings))
+    state = json.loads((tmp_path / "run" / "ltu_state.json").read_text())
+    assert sorted(state["skipped"]) == [f"{number}.wav" for number in range(2, 8)]
+
+
 def test_a_question_that_fills_the_cutoff_is_refused(checkpoint, data_path, tmp_path):
     with pytest.raises(DatasetError, match="Example 1: no answer is left"):
         main(flags(checkpoint, data_path, tmp_path / "run", train_on_inputs=False, cutoff_len=10))

@@ -229,11 +229,27 @@ class LtuTrainer(ShardedTrainer):
             self.state.epoch = num_batches / self.micro_batches.per_epoch
         super().log(logs, *args, **kwargs)
 
+    def _datasets(self) -> list[QaDataset]:
+        """Return the examples to train on, and those that are held out, if any."""
+        datasets = [self.train_dataset]
+        if self.eval_dataset is not None:
+            datasets.append(self.eval_dataset)
+        return datasets
+
+    @property
+    def skipped(self) -> list[str]:
+        """The examples that were skipped so far, also of those that are held out."""
+        names = []
+        for dataset in self._datasets():
+            names += dataset.skipped
+        return names
+
     def gather_skipped(self) -> None:
-        """Merge the skipped examples of all ranks into the dataset of every rank."""
-        is_bad = self.train_dataset.is_bad
-        counts = self.accelerator.reduce(is_bad.int().to(self.args.device), "sum")
-        is_bad |= counts.cpu().bool()
+        """Merge the skipped examples of all ranks into the datasets of every rank."""
+        for dataset in self._datasets():
+            counts = dataset.is_bad.int().to(self.args.device)  # (examples,)
+            counts = self.accelerator.reduce(counts, "sum")
+            dataset.is_bad |= counts.cpu().bool()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and with it `ltu_state.json`: how it was trained, and how far.
@@ -270,7 +286,7 @@ class LtuTrainer(ShardedTrainer):
         record = self.record | {
             "step": self.state.global_step,
             "finished": self.state.global_step >= self.state.max_steps,
-            "skipped": self.train_dataset.skipped,
+            "skipped": self.skipped,
         }
         if self.args.load_best_model_at_end and record["finished"]:
             record["weights_of_step"] = self.state.best_global_step
