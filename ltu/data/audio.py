@@ -19,7 +19,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -151,6 +151,7 @@ class Waveform:
     channels: int
 
 
+OnBlock = Callable[[], None]
 AudioSource = str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Waveform | None
 
 
@@ -189,6 +190,7 @@ def load_audio(source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int])
 def decode_audio(
     source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Waveform,
     max_seconds: float = MAX_SECONDS,
+    on_block: OnBlock | None = None,
 ) -> Waveform:
     """Load a clip as a mono waveform at 16 kHz.
 
@@ -198,6 +200,8 @@ def decode_audio(
             range of their type, as the same samples in a file would be. A `Waveform` is returned
             unchanged.
         max_seconds: a clip that turns out to be longer while it is decoded is refused.
+        on_block: called after each block of up to `BLOCK` values is decoded; what it raises ends
+            decoding.
 
     Returns:
         a waveform of float32, the first channel, in [-1, 1] if the source was.
@@ -211,13 +215,15 @@ def decode_audio(
     if isinstance(source, Waveform):
         return source
     if isinstance(source, str | Path):
-        return _decode_file(str(source), max_seconds)
+        return _decode_file(str(source), max_seconds, on_block)
     if isinstance(source, bytes):
-        return _decode(_Bytes(source), f"<{len(source)} bytes>", max_seconds)
-    return _decode_array(source, max_seconds)
+        return _decode(_Bytes(source), f"<{len(source)} bytes>", max_seconds, on_block)
+    return _decode_array(source, max_seconds, on_block)
 
 
-def _decode_array(source: np.ndarray | tuple[np.ndarray, int], max_seconds: float) -> Waveform:
+def _decode_array(
+    source: np.ndarray | tuple[np.ndarray, int], max_seconds: float, on_block: OnBlock | None
+) -> Waveform:
     array = source
     rate = SAMPLING_RATE
     if isinstance(source, tuple) and len(source) == 2:
@@ -234,10 +240,10 @@ def _decode_array(source: np.ndarray | tuple[np.ndarray, int], max_seconds: floa
     waveform = _first_channel(array, name)
     blocks = (waveform[start : start + BLOCK] for start in range(0, len(waveform), BLOCK))
     channels = 1 if array.ndim == 1 else len(array)
-    return _resample_and_check(blocks, rate, channels, name, max_seconds)
+    return _resample_and_check(blocks, rate, channels, name, max_seconds, on_block)
 
 
-def _decode_file(path: str, max_seconds: float) -> Waveform:
+def _decode_file(path: str, max_seconds: float, on_block: OnBlock | None) -> Waveform:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -249,7 +255,7 @@ def _decode_file(path: str, max_seconds: float) -> Waveform:
         with open(path, "rb") as stream:
             # libsndfile gets a file descriptor. Given a name, it would take a `._` file of macOS
             # next to the clip for a part of the clip, and refuse an mp3.
-            return _decode(stream.fileno(), path, max_seconds)
+            return _decode(stream.fileno(), path, max_seconds, on_block)
     except FileNotFoundError as error:
         raise AudioError(path, "missing", "no such file") from error
     except PermissionError as error:
@@ -287,7 +293,9 @@ class _SoundFile(soundfile.SoundFile):
         return False
 
 
-def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Waveform:
+def _decode(
+    file: io.BufferedIOBase | int, name: str, max_seconds: float, on_block: OnBlock | None
+) -> Waveform:
     try:
         with _SoundFile(file, closefd=False) as opened:
             rate = opened.samplerate
@@ -295,7 +303,8 @@ def _decode(file: io.BufferedIOBase | int, name: str, max_seconds: float) -> Wav
             if rate * channels > MAX_VALUES:
                 detail = f"{channels} channels at {rate} Hz are more than is decoded here"
                 raise AudioError(name, "unreadable", detail)
-            return _resample_and_check(_read_blocks(opened), rate, channels, name, max_seconds)
+            blocks = _read_blocks(opened)
+            return _resample_and_check(blocks, rate, channels, name, max_seconds, on_block)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(". ")
         raise AudioError(name, "unreadable", f"libsndfile cannot decode it ({reason})") from error
@@ -316,7 +325,12 @@ def _read_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
 
 
 def _resample_and_check(
-    blocks: Iterable[np.ndarray], rate: int, channels: int, name: str, max_seconds: float
+    blocks: Iterable[np.ndarray],
+    rate: int,
+    channels: int,
+    name: str,
+    max_seconds: float,
+    on_block: OnBlock | None,
 ) -> Waveform:
     """Join blocks (samples,) of the first channel at 16 kHz; raises as `decode_audio`."""
     if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
@@ -329,6 +343,8 @@ def _resample_and_check(
     def checked_blocks() -> Iterator[np.ndarray]:
         nonlocal samples, low, high
         for block in blocks:
+            if on_block is not None:
+                on_block()
             samples += len(block)
             if samples > max_seconds * rate:
                 raise AudioError(name, "too_long", f"more than {max_seconds:g} s of sound")
