@@ -30,7 +30,7 @@ from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_e
 from ltu.data.dataset_parser import DatasetError
 from ltu.files import replace_file, run_command
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
-from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
+from ltu_as.feature_extraction_ltu_as import DOWNMIX, TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
 
 SETTINGS = ("transcription_model", "feature_precision", "language")
@@ -73,7 +73,7 @@ def clips_of(examples: list[dict], transcribe: str) -> dict[str, Clip]:
 def load(path: str) -> np.ndarray | AudioError:
     """Return the waveform of a clip, or the error if it cannot be decoded."""
     try:
-        return load_audio(path)
+        return load_audio(path, DOWNMIX)
     except AudioError as error:
         return error
 

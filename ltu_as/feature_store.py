@@ -42,6 +42,7 @@ COMPARED_SETTINGS = (
     "computed_in",
     "transcription_model",
     "language",
+    "channels",
 )
 
 

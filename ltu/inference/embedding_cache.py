@@ -167,7 +167,8 @@ class EmbeddingCache:
         max_chunks = max(1, config.num_positions // config.num_audio_tokens)
         clip.num_chunks = min(clip.num_chunks, max_chunks)
         if needs_transcript and clip.transcript is None and clip.waveform is None:
-            clip.waveform = load_audio(clip.source)  # The feature folder has no transcript of it.
+            # The feature folder has no transcript of it.
+            clip.waveform = load_audio(clip.source, self.processor.front_end.downmix)
         return clip
 
     @torch.no_grad()

@@ -183,7 +183,11 @@ class RequestParser:
         # Decode the clip here, so that a clip that cannot be decoded does not wait for the engine.
         clips = [message["audio"] for message in messages if message.get("audio") is not None]
         if clips:
-            request.audio = decode_audio(clips[0], max_seconds=self.args.max_seconds)
+            request.audio = decode_audio(
+                clips[0],
+                max_seconds=self.args.max_seconds,
+                downmix=self.processor.front_end.downmix,
+            )
         return PendingRequest(request, body.stop, body.stream, body.stream_options.include_usage)
 
     def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:
