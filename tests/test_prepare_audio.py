@@ -131,6 +131,43 @@ def test_sixteen_bit_in_is_the_same_sixteen_bit_out(tmp_path):
     assert clip.bits == 16
 
 
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("5", "it is a int, not an object"),
+        ("[1, 2]", "it is a list, not an object"),
+        ("null", "it is a NoneType, not an object"),
+        ("no JSON", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        ('{"half": ', "Expecting value"),
+        ("{}", "it has no 'audio_id'"),
+        ('{"audio_id": "x.flac"}', "it has no 'file'"),
+        ('{"audio_id": 5, "file": "a.wav"}', "'audio_id' is a int"),
+        ('{"audio_id": ["a"], "file": "a.wav"}', "'audio_id' is a list"),
+        ('{"audio_id": "a", "file": "a.wav", "mine": 1}', "it has an unknown key 'mine'"),
+        ('{"audio_id": "a", "file": "a.wav"}', "it is of a clip and has no 'seconds'"),
+        ('{"audio_id": "a", "file": "a.wav", "status": 1}', "'status' is a int"),
+        ('{"audio_id": "a", "file": "a.wav", "seconds": "1"}', "'seconds' is a str"),
+    ],
+)
+def test_a_foreign_manifest_is_one_line_of_error(tmp_path, line, reason):
+    """The line is named, and the file is not touched."""
+    source = tmp_path / "in"
+    source.mkdir()
+    soundfile.write(source / "a.wav", tone(0.1, 16000), 16000)
+    run = ["--input", str(source), "--output_dir", str(tmp_path / "out"), "--workers", "1"]
+    assert prepare_audio.main(run) == 0
+    path = tmp_path / "out" / "manifest.jsonl"
+    content = path.read_text() + line + "\n"
+    path.write_text(content)
+    for _ in range(2):  # The lock of the folder is released.
+        with pytest.raises(ValueError, match="manifest.jsonl, line 2: .*--output_dir") as error:
+            prepare_audio.main(run)
+        assert reason in str(error.value) and "\n" not in str(error.value)
+    assert path.read_text() == content
+    assert prepare_audio.main([*run[:3], str(tmp_path / "other"), *run[4:]]) == 0
+
+
 def test_a_long_clip_is_refused(tmp_path):
     soundfile.write(tmp_path / "in.wav", tone(2, 16000), 16000)
     with pytest.raises(AudioError, match="more than 1.5 s"):
