@@ -7,10 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ltu.inference.requests import ANSWERED_STATUSES
-
 # Statuses with an answer, see ltu.inference.requests.Answer. Predictions of the original have none.
-ANSWERED = (None, *ANSWERED_STATUSES)
+ANSWERED = (None, "ok", "truncated", "truncated_file")
 ANSWER_PREFIX = re.compile(
     r"""\A[\s"']*(?:audio caption|labels?|(?:music )?genre|emotion)\s*:""", re.IGNORECASE
 )
