@@ -133,6 +133,14 @@ def test_metrics_equal_the_package(java: bool, request: pytest.FixtureRequest) -
         assert found[name] == pytest.approx(np.mean(values), abs=1e-12), name
         assert found[f"{name} std"] == pytest.approx(np.std(values), abs=1e-12), name
     assert ("METEOR" in found) == java
+    # A caption of c.wav is empty. A long wrong one would lower BLEU and METEOR more, which so have no
+    # value over all clips; the others do.
+    assert outcome.notes[1].startswith("on all: BLEU and METEOR have no value")
+    on_all = outcome.on_all()
+    assert {name for name, value in on_all.items() if np.isnan(value)} == {
+        f"{name}{end}" for name in trials[0].keys() & module.CORPUS_METRICS for end in ("", " std")
+    }
+    assert on_all["CIDEr-D"] == found["CIDEr-D"] and on_all["ROUGE-L"] == found["ROUGE-L"]
     assert (outcome.notes[0].endswith("PTB tokenizer"), outcome.notes[-1].startswith("METEOR")) == (
         java,
         not java,

@@ -134,34 +134,35 @@ CASES = {
 }
 CASES["dcase17"] = (
     *CASES["dcase17"][:4],
-    2 / 5,
-)  # Micro F1: one right of two answers and three references.
+    2 / 6,
+)  # Micro F1: one right of three answers, of which a wrong one is missing, and three references.
 CASES |= {
     "esc50": (None, ["Labels:dog", "Labels:sea_waves", "Labels:crying_baby"],
               ["Audio caption: Sea waves.", "Audio caption: Sea waves.", None],
               A_RIGHT_ONE, ONE_OF_THREE),
-    # The clip that failed ranks last of three, so its class has an average precision of 1/3.
+    # The clip that failed is not found for its class, and ranks above the one clip of the others.
     "fsd50k": (None, ["Labels: Electric guitar; Guitar", "Labels: Bark; Dog", "Labels: Rain"],
                ["Audio caption: electric guitar", "Audio caption: dog bark", None],
-               1, (4 + 1 / 3) / 5),
+               1, (4 * 1 / 2 + 0) / 5),
     "audioset": (["Speech; Male speech, man speaking", "Rain", "Dog"],
                  ["Labels: Speech; Male speech, man speaking", "Labels: Rain", "Labels: Dog"],
                  ["Audio caption: male speech, man speaking", "Audio caption: rain", None],
-                 1, (3 + 1 / 3) / 4),
+                 1, (3 * 1 / 2 + 0) / 4),
     "fma": (["Folk; Pop", "Jazz", "Old-Time / Historic"],
             ["Music genre: Folk, Pop", "Music genre: Jazz", "Music genre: Old-Time / Historic"],
-            ["Music genre: folk, pop", "Jazz", None], 1, (3 + 1 / 3) / 4),
+            ["Music genre: folk, pop", "Jazz", None], 1, (3 * 1 / 2 + 0) / 4),
     "librispeech": (None, [f"Spoken text: {words}" for words in UTTERANCES],
                     ["Spoken text: he hoped there would be a stew", "Spoken text: don't let it.",
                      None],
                     1 / 9, 3 / 11),
-    # "female" is right in 1 of 2 answers and 1 of 1 reference, F1 2/3; "male" in none.
+    # "female" is right in 1 of 2 answers and 1 of 1 reference, F1 2/3; "male" in none. The
+    # missing answer counts as "female" too.
     "voxceleb_gender": (["female", "male", "male"],
                         [f"The speaker is {word}." for word in ("female", "male", "male")],
-                        ["She is a woman.", "Female", None], 1 / 3, 1 / 3),
+                        ["She is a woman.", "Female", None], 1 / 3, 1 / 4),
     "voxceleb_age": (["35", "62", "20"],
                      [f"The age of the speaker is {age}." for age in (35, 62, 20)],
-                     ["About 30.", "60 to 70 years", None], (5 + 3) / 2, None),
+                     ["About 30.", "60 to 70 years", None], (5 + 3) / 2, (5 + 3 + 100) / 3),
 }  # fmt: skip
 
 
