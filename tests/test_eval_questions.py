@@ -391,3 +391,31 @@ def test_errors_name_file_and_row(tmp_path, task, table, message):
         prepare_questions.main(["--task", task, "--metadata", str(tmp_path / "t.csv"), *flags])
     with pytest.raises(ValueError, match="--metadata"):
         prepare_questions.main(["--task", task, *flags])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("{}_30000_40000.wav", "{}_170000_180000.flac"),  # ms
+        ("{}_30_40.wav", "sub/{}_170_178.5.wav"),
+        ("Y{}_30.000_40.000.wav", "Y{}_170.000_180.000.wav"),
+    ],
+)
+def test_audiocaps_clips_named_by_id_start_and_end(tmp_path, names):
+    ids = ("-a_1_2-b_34", "Yd_5_6_7-89")
+    clips = [name.format(own) for name, own in zip(names, ids, strict=True)]
+    # A clip of the same video from elsewhere, and names that only look like it.
+    others = (f"{ids[0]}_300_310.wav", f"x{ids[0]}_30_40.wav", f"{ids[0]}_30_20.wav", "a_30_40.wav")
+    touch(tmp_path, *clips, *others)
+    rows = [(1, ids[0], 30, "A dog"), (2, ids[1], 170, "A dog")]
+    write_table(tmp_path / "test.csv", "audiocap_id,youtube_id,start_time,caption", *rows)
+    flags = ["--task", "audiocaps", "--audio_root", str(tmp_path)]
+    flags += ["--output_path", str(tmp_path / "q.json")]
+    assert prepare_questions.main(flags) == 0
+    assert [row["audio_id"] for row in json.loads((tmp_path / "q.json").read_text())] == clips
+    touch(tmp_path, f"{ids[0]}.wav")
+    with pytest.raises(ValueError, match="row 1: .* has .* and .*Leave one"):
+        prepare_questions.main(flags)
+    write_table(tmp_path / "test.csv", "youtube_id,start_time,caption", (ids[0], "soon", "A dog"))
+    with pytest.raises(ValueError, match="test.csv, row 1: start_time 'soon' is no number"):
+        prepare_questions.main(flags)
