@@ -130,7 +130,10 @@ def read_metadata(source: Source, paths: list[Path]) -> Iterator[LabelledClip]:
                     raise EvaluationError(f"{position}: {reason}")
                 labels = [row[name] for name in source.labels]
                 names = _clip_names(source.clip, row)
-                yield LabelledClip(position, names, labels, _start_time(row, position))
+                start = None
+                if source.clip == "youtube_id":
+                    start = _start_time(row, position)
+                yield LabelledClip(position, names, labels, start)
 
 
 def _parse_table(path: Path, lines: IO[str]) -> Iterator[dict[str, str]]:

@@ -86,6 +86,8 @@ class Embedder:
                     self._write_cache(batch, made)
                     embeddings.update(zip(batch, made, strict=True))
                     bar.update(len(batch))
+        if not texts:
+            return np.zeros((0, 0))
         found = np.array([embeddings[text] for text in texts], dtype=np.float64)
         is_usable = has_usable_size(found)
         if not is_usable.all():

@@ -447,7 +447,7 @@ def test_embeddings_whose_norm_has_no_exact_value(tmp_path: Path, number, is_usa
         open_embedder(str(path))
     # So does any other embedder, which has no rows.
     embedder = Embedder("m", lambda texts: [(texts, np.array([table[text] for text in texts]))])
-    assert embedder(["rain"]).shape == (1, 2)
+    assert embedder(["rain"]).shape == (1, 2) and len(embedder([])) == 0
     with pytest.raises(EvaluationError, match="^m: the embedding of 'a dog' is all zeros or not a"):
         embedder(["rain", "a dog"])
 

@@ -419,3 +419,7 @@ def test_audiocaps_clips_named_by_id_start_and_end(tmp_path, names):
     write_table(tmp_path / "test.csv", "youtube_id,start_time,caption", (ids[0], "soon", "A dog"))
     with pytest.raises(ValueError, match="test.csv, row 1: start_time 'soon' is no number"):
         prepare_questions.main(flags)
+    # Only clips of YouTube have a start.
+    write_table(tmp_path / "t.csv", "audio,label,start_time", (f"{ids[0]}.wav", "Rock", "soon"))
+    flags[1] = "gtzan"
+    assert prepare_questions.main([*flags, "--metadata", str(tmp_path / "t.csv")]) == 0
