@@ -12,9 +12,10 @@ only one, and reads "20 to 30" as 25 and the 30s as 35.
 An answer about age without a number fails. `coverage` is the fraction of answers with an age.
 
 Neither a word error rate nor an error of age has a worst value: an answer may have any number of
-wrong words. Over all answers the strict protocol bounds the error of each, and a missing answer has
-the largest: as many wrong words as its reference has (so the rate is at most 1), and the distance
-to the farthest age from 0 to OLDEST years. Over the answered ones nothing is bounded.
+wrong words. Over all answers the strict protocol therefore bounds the error of each, and a missing
+answer has the largest: in `wer_bounded` as many wrong words as its reference has, and the distance
+to the farthest age from 0 to OLDEST years. `wer`, which is not bounded, has no value then. Over the
+answered ones nothing is bounded.
 """
 
 import json
@@ -72,8 +73,9 @@ def substituted(answer: str, transcript: str, protocol: str) -> str:
 def word_error_rate(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score word errors, summed over all predictions and divided by the words of the references.
 
-    A failed answer lacks all words. In the strict protocol, an answer has at most as many errors
-    over all predictions: otherwise no answer would be better than one with many wrong words.
+    In the strict protocol the rates over all predictions have no value if an answer failed: no
+    number of errors is that of the worst answer. The bounded rates, in which an answer has at most
+    as many errors as its reference has words, count it as that many.
     """
     # Find the file without importing whisper, which takes seconds.
     spellings = Path(find_spec("whisper").origin).parent / "normalizers" / "english.json"
@@ -113,22 +115,30 @@ def word_error_rate(predictions: list[dict], task: Task, context: Context) -> Ou
             metrics[name] = error_rate(pairs[indices])
         return metrics
 
-    def compute_bounded() -> dict[str, float]:
+    is_complete = all(item["failed"] is None for item in items)
+
+    def compute_all() -> dict[str, float]:
         metrics = {}
         for name, pairs in count_arrays.items():
+            metrics[name] = float("nan")
+            if is_complete:
+                metrics[name] = error_rate(pairs)
             words = pairs[:, 1:]
-            metrics[name] = error_rate(np.minimum(pairs, words))
+            metrics[f"{name}_bounded"] = error_rate(np.minimum(pairs, words))
         return metrics
 
-    notes = []
-    compute_all = None
-    if context.protocol == "strict":
-        compute_all = compute_bounded
+    outcome = Outcome(items, compute)
     if context.whisper is None:
-        notes.append("wer_substituted: not computed: no Whisper transcripts")
+        outcome.notes.append("wer_substituted: not computed: no Whisper transcripts")
     if context.protocol == "strict":
-        notes.append("on all: an answer has at most as many errors as its reference has words")
-    return Outcome(items, compute, notes=notes, compute_all=compute_all)
+        outcome.compute_all = compute_all
+        outcome.notes.append(
+            "on all: wer_bounded counts at most as many errors of an answer as its reference has "
+            "words"
+        )
+        if not is_complete:
+            outcome.notes.append("on all: wer has no value, because answers are missing")
+    return outcome
 
 
 def error_rate(counts: np.ndarray) -> float:

@@ -615,7 +615,10 @@ def test_word_error_rates():
         "wer_whisper": 9 / 10,
         "wer_substituted": 9 / 10,
     }
-    assert metrics_of(outcome) == pytest.approx(want)
+    bounded = {f"{name}_bounded": value for name, value in want.items()}
+    no_value = dict.fromkeys(want, np.nan)
+    assert metrics_of(outcome) == pytest.approx(no_value | bounded, nan_ok=True)
+    assert outcome.compute(np.arange(2)) == pytest.approx(want)
     assert outcome.compute(np.array([0]))["wer"] == pytest.approx(4 / 7)
     assert "wer_substituted: not computed" in run(word_error_rate, "librispeech", made).notes[0]
     with pytest.raises(EvaluationError, match="prediction 1: no Whisper transcript of '0.wav'"):
@@ -629,9 +632,19 @@ def test_word_error_rates():
         )
         everything = outcome.compute(np.arange(3))
         assert everything == pytest.approx({"wer": 8 / 11, "wer_normalized": 4 / 10})
-        # The word for 0 is beyond the words of its reference.
-        normalized = {"strict": 3 / 10, "original": 4 / 10}[protocol]
-        assert metrics_of(outcome) == pytest.approx({"wer": 8 / 11, "wer_normalized": normalized})
+    # The original counts a missing answer as one that lacks all words.
+    assert metrics_of(outcome) == everything
+    # With all answers, the rates are those that everybody computes. The bounded one leaves out the
+    # word for 0, which is beyond the words of its reference.
+    outcome = run(word_error_rate, "librispeech", [made[0], made[2]])
+    assert metrics_of(outcome) == pytest.approx(
+        {
+            "wer": 5 / 8,
+            "wer_bounded": 5 / 8,
+            "wer_normalized": 1 / 7,
+            "wer_normalized_bounded": 0,
+        }
+    )
     with pytest.raises(EvaluationError, match="prediction 1: the reference has no words"):
         run(word_error_rate, "librispeech", rows(("a", "...")))
 
