@@ -55,7 +55,7 @@ from data.combine import CLOSED_ENDED
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.dataset_io import stream_examples
-from ltu.files import read_json_object, run_command
+from ltu.files import run_command
 
 # Cut points in Hz between the five names of pitch, as in LTU-AS's own generators.
 PITCH = {"male": (95.0, 120.0, 135.0, 180.0), "female": (160.0, 200.0, 220.0, 270.0)}
@@ -503,7 +503,12 @@ def read_cuts(file: Path) -> dict:
     Raises:
         ValueError: a key, or a gender of it, does not have 2 or 4 ascending numbers.
     """
-    given = read_json_object(file)
+    try:
+        given = msgspec.json.decode(file.read_bytes())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _cuts_error(file, str(error), None) from error
+    if not isinstance(given, dict):
+        raise _cuts_error(file, "", given)
     for key, cuts in given.items():
         lists = list(cuts.values()) if isinstance(cuts, dict) else [cuts]
         for points in lists:

@@ -116,10 +116,9 @@ def _refusal(data_path: Path, reasons: dict[str, str]) -> str:
     for number, example in enumerate(typed_examples(data_path), start=1):
         name = example.get("audio_id")
         if name in reasons:
-            others = f" {len(reasons) - 1} more clips are refused." if len(reasons) > 1 else ""
             return (
-                f"{data_path}, example {number}, audio_id {name[:MAX_SHOWN]!r}: {reasons[name]}. Nothing "
-                f"was copied.{others}"
+                f"{data_path}, example {number}, audio_id {name[:MAX_SHOWN]!r}: {reasons[name]}. "
+                f"{len(reasons):,} of the sampled clips are refused, and nothing was copied."
             )
     return f"{data_path} changed while it was read for the second time. Run it again."
 

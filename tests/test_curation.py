@@ -321,6 +321,7 @@ def test_combine_shuffle_split_preserves_the_multiset(tmp_path):
         target = tmp_path / "all.json"
         combine.main(
             ["--data_path", *map(str, files), "--output_path", str(target), "--seed", str(seed)]
+            + ["--transcripts", "unchanged"]
         )
         found = list(stream_examples(target))
         cut = len(found) // 3

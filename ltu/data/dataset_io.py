@@ -82,7 +82,7 @@ def typed_examples(path: str | Path) -> Iterator[dict[str, Any]]:
         if not is_text or "instruction" not in example:
             reason = wrong_type(example)
             if reason is None and not any(key in example for key in KEYS):
-                reason = f"none of the keys {', '.join(KEYS)}, only {list(example)[:9]}"
+                reason = f"none of the keys {', '.join(KEYS)}, only {str(list(example))[:300]}"
             if reason:
                 raise DatasetError(
                     f"{path}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
