@@ -22,8 +22,11 @@ from ltu.data.check_examples import check_audio, read_examples
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import ANSWERED_STATUSES, Request
 from ltu.serving.gradio_page import answer_status
+from ltu_as import extract_whisper_feature
+from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.test_serve import audio_part, serve, text_part
+from tests.whisper_tiny import save_whisper
 
 SECONDS = 3.0
 # Format and subtype of those that promise a length.
@@ -292,6 +295,24 @@ def test_the_server_and_the_page_say_it(folder, engine):
             assert all(warning in answer_status(answer) for warning in answer.warnings)
             assert len(answer.warnings) == (name != "good")
         assert served.metric('ltu_answers_total{status="truncated_file"}') == 1
+
+
+def test_stored_features_say_it(folder, tmp_path):
+    """The sound need not be there."""
+    save_whisper(tmp_path / "whisper.pt")
+    flags = f"--init --llm {folder}/llm --whisper {tmp_path}/whisper.pt --num_layer_heads 2"
+    convert_as(f"{flags} --feature_precision fp32 --output_dir {tmp_path}/ltu_as".split())
+    common = f"--data_path {folder}/rows.json --output_dir {tmp_path}/store"
+    assert extract_whisper_feature.main(f"{common} --model {tmp_path}/ltu_as".split()) == 0
+    engine = LtuEngine.from_pretrained(tmp_path / "ltu_as", device="cpu")
+    names = ["good.wav", "cut.wav", "loud.wav"]
+    requests = [Request("What?", folder / name, "") for name in names]
+    from_sound = engine(requests, max_new_tokens=3)
+    assert [answer.status for answer in from_sound] == ["ok", "truncated_file", "ok"]
+    engine.processor.front_end.configure(feature_root=str(tmp_path / "store"))
+    requests = [Request("What?", tmp_path / name, "", audio_id=name) for name in names]
+    for one, other in zip(from_sound, engine(requests, max_new_tokens=3), strict=True):
+        assert (one.status, one.warnings, one.text) == (other.status, other.warnings, other.text)
 
 
 # --- data
