@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from ltu.data.audio import decode_audio
+from ltu.data.audio import OnBlock, decode_audio
 from ltu.inference.generation_flags import read_decoding_flags
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
@@ -84,6 +84,7 @@ class PendingRequest:
         stop: sequences that end the answer.
         streams: the client receives the answer piece by piece.
         includes_usage: a stream ends with a chunk that has the numbers of tokens.
+        encoded_clip: the file of the request's clip, until it is decoded.
         loop: the event loop of the server, which owns `events`.
         events: receives pieces of the text if the request streams, and at last the answer or an
             ApiError.
@@ -95,6 +96,7 @@ class PendingRequest:
     stop: list[str]
     streams: bool
     includes_usage: bool
+    encoded_clip: bytes | None = None
     loop: asyncio.AbstractEventLoop | None = None
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     shown: str = ""
@@ -154,10 +156,10 @@ class RequestParser:
         self.seeds = random.Random(args.seed)
 
     def parse(self, data: bytearray) -> PendingRequest:
-        """Parse the body of a request and decode its clip. This takes too long for an event loop.
+        """Parse the body of a request, whose clip `decode` decodes. Too slow for an event loop.
 
         Raises:
-            ApiError, AudioError, ValueError, RecursionError: the body or its clip is refused.
+            ApiError, ValueError, RecursionError: the body is refused.
         """
         try:
             body = ChatCompletionRequest.model_validate_json(data)
@@ -180,11 +182,27 @@ class RequestParser:
             decoding=self._parse_decoding(body),
             **settings,
         )
-        # Decode the clip here, so that a clip that cannot be decoded does not wait for the engine.
+        pending = PendingRequest(request, body.stop, body.stream, body.stream_options.include_usage)
         clips = [message["audio"] for message in messages if message.get("audio") is not None]
         if clips:
-            request.audio = decode_audio(clips[0], max_seconds=self.args.max_seconds)
-        return PendingRequest(request, body.stop, body.stream, body.stream_options.include_usage)
+            pending.encoded_clip = clips[0]
+        return pending
+
+    def decode(self, pending: PendingRequest, on_block: OnBlock | None = None) -> None:
+        """Decode the clip of a request, so that a bad clip does not wait for the engine.
+
+        Args:
+            pending: the request; without a clip nothing happens.
+            on_block: called after each block; what it raises ends decoding.
+
+        Raises:
+            AudioError: the clip cannot be decoded, or is longer than --max_seconds.
+        """
+        if pending.encoded_clip is None:
+            return
+        clip = pending.encoded_clip
+        pending.encoded_clip = None
+        pending.request.audio = decode_audio(clip, self.args.max_seconds, on_block)
 
     def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:
         """Return the messages, the user's question last, with the transcript in that one."""
