@@ -85,7 +85,9 @@ async def check_request(request: Request) -> None:
         try:
             check_is_upload(path)
         except AudioError as error:
-            raise HTTPException(403, "Upload the clip: this is not an uploaded file.") from error
+            raise HTTPException(
+                403, "Upload the clip: this is not an uploaded file, or it was removed."
+            ) from error
 
 
 def find_paths(body: Any) -> list[Any]:
