@@ -74,10 +74,11 @@ def main(argv: list[str] | None = None, kind: str = "ltu") -> None:
         )
     # End on SIGTERM as on Ctrl-C, so that uploads are removed and the counts are printed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    demo = Demo(open_engine(args), args)
+    engine = open_engine(args)
     uploads = tempfile.TemporaryDirectory(prefix="ltu_demo_", ignore_cleanup_errors=True)
     with discard_output() as terminal, uploads as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        demo = Demo(engine, args, terminal)
         page = demo.launch()
         print(f"Running on {page.local_url}", file=terminal, flush=True)
         if args.share:

@@ -12,6 +12,7 @@ import html
 import io
 import json
 import os
+import sys
 import time
 import traceback
 from collections import Counter
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import gradio as gr
 import numpy as np
@@ -347,18 +348,20 @@ def answer_status(answer: Answer) -> str:
 
 
 class Page(gr.Blocks):
-    """A page that counts its failed events by their place.
+    """A page that counts its failed events by their place, and prints the first at each place.
 
     Gradio prints them with a traceback, which quotes the values of a request.
 
     Args:
         counts: type and place of an error -> number of events that ended with it.
+        log: takes a line about an error.
         settings: those of `gr.Blocks`.
     """
 
-    def __init__(self, counts: Counter[str], **settings: Any):
+    def __init__(self, counts: Counter[str], log: TextIO, **settings: Any):
         super().__init__(**settings)
         self.counts = counts
+        self.log = log
 
     async def process_api(self, *args: Any, **settings: Any) -> dict[str, Any]:
         """Process an event.
@@ -375,7 +378,10 @@ class Page(gr.Blocks):
             # All errors, as in the server: each is counted, and none may be printed.
             place = traceback.extract_tb(error.__traceback__)[-1]
             file = Path(place.filename).name
-            self.counts[f"{type(error).__name__} in {file}, line {place.lineno}"] += 1
+            fault = f"{type(error).__name__} in {file}, line {place.lineno}"
+            self.counts[fault] += 1
+            if self.counts[fault] == 1:
+                print(f"An event failed: {fault}", file=self.log, flush=True)
             raise gr.Error(FAILED_CALL, print_exception=False) from None
 
 
@@ -385,13 +391,15 @@ class Demo:
     Args:
         engine: generates the answers.
         args: the flags of `ltu.inference_gradio`.
+        log: takes the lines about failed events; stderr by default.
 
     Attributes:
         counts: status -> number of questions that ended with it; also type and place of an error
             -> number of events that failed.
     """
 
-    def __init__(self, engine: LtuEngine, args: argparse.Namespace):
+    def __init__(self, engine: LtuEngine, args: argparse.Namespace, log: TextIO | None = None):
+        self.log = log or sys.stderr
         self.engine = engine
         self.processor = engine.processor
         self.args = args
@@ -431,7 +439,7 @@ class Demo:
     def build(self) -> gr.Blocks:
         """Build the page: its components, its events and `/predict`."""
         title = TITLES[self.engine.kind]
-        with Page(self.counts, title=title, analytics_enabled=False) as page:
+        with Page(self.counts, self.log, title=title, analytics_enabled=False) as page:
             components = build_components(self.engine, self.args)
             self.setting_names = list(components.settings)
             self._connect_clip_events(components)
