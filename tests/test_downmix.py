@@ -22,6 +22,7 @@ from ltu_as import extract_whisper_feature
 from ltu_as.convert_checkpoint import main as convert_as
 from ltu_as.feature_store import FeatureStore
 from tests import tiny
+from tests.test_serve import QUESTION, audio_part, serve, text_part
 from tests.whisper_tiny import save_whisper
 
 # The bound of the golden numbers of features.
@@ -149,6 +150,19 @@ def test_every_way_into_ltu_as_mixes(folders, engines, tmp_path):
     mixed, expected = store.read("a.wav"), store.read("b.wav")
     assert torch.allclose(mixed.features, expected.features, atol=1e-5)
     assert mixed.transcript == expected.transcript
+
+
+@pytest.mark.parametrize("kind", ["ltu", "ltu_as"])
+def test_the_server_follows_the_rule_of_its_model(engines, tmp_path, kind):
+    """The reply is that about a file with the one channel that the model takes."""
+    stereo = write_channels(tmp_path / "a.wav", rate=16_000)
+    channel = mean_by_soundfile(stereo) if kind == "ltu_as" else load_audio(stereo)
+    expected = engines[kind]([Request(QUESTION, channel)], max_new_tokens=12)[0]
+    with serve(engines[kind]) as served:
+        reply = served.ask(text_part(), audio_part(stereo.read_bytes(), "wav"))
+    assert reply.choices[0].message.content == expected.text
+    assert reply.model_extra["ltu"]["transcript"] == expected.transcript
+    assert reply.model_extra["ltu"]["channels"] == 2
 
 
 def test_features_of_the_first_channel_are_noticed(folders, tmp_path):

@@ -116,7 +116,9 @@ class Service:
         self.num_parsing += 1
         try:
             data = await asyncio.wait_for(self._receive(http), timeout)
-            return await loop.run_in_executor(self.parser_threads, self.parser.parse, data)
+            pending = await loop.run_in_executor(self.parser_threads, self.parser.parse, data)
+            await loop.run_in_executor(self.parser_threads, self.parser.decode, pending)
+            return pending
         except AudioError as error:
             self.metrics.answers.labels(error.reason).inc()
             raise ApiError(400, str(error), "messages", error.reason) from error
