@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from eval.scorer_interface import EvaluationError
 from ltu.files import sha256_of
-from qa_generation.llm import LlmSettings, OpenAiEndpoint
+from qa_generation.llm import LlmSettings, OpenAiEndpoint, UnreadableReply
 
 MINILM = Path(__file__).parent.parent / "pretrained_mdls" / "minilm"
 BATCH_SIZE = 32  # texts of a local batch, which is filled up if there are fewer
@@ -284,7 +284,7 @@ class EmbeddingApi(OpenAiEndpoint):
             if has_all and np.isfinite(embeddings).all():
                 return embeddings
             reason = f"{embeddings.shape} numbers for {len(batch)} texts, or some are not finite"
-        except self.openai.APIError as error:
+        except (self.openai.APIError, UnreadableReply) as error:
             reason = self.explain(error)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no list of embeddings ({self.clean(repr(error))})"

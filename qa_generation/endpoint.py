@@ -139,11 +139,11 @@ class OpenAiEndpoint:
             raw = await asyncio.wait_for(response, self.settings.timeout)
         except asyncio.TimeoutError:
             raise TryAgain("time-out", is_billable=True) from None
+        except UnreadableReply as error:
+            raise self._refuse(error) from None
         except self.openai.APIConnectionError as error:
-            if isinstance(error.__cause__, UnreadableReply):
-                # It may be billed, and the next one is probably no better.
-                reason = self.explain(error)
-                raise TryAgain(reason, is_billable=True, is_malformed=True) from None
+            if isinstance(error.__cause__, UnreadableReply):  # openai 2 wraps it.
+                raise self._refuse(error.__cause__) from None
             is_sent = type(error.__cause__).__name__ not in UNSENT
             if isinstance(error, self.openai.APITimeoutError):
                 reason = "time-out"
@@ -167,11 +167,17 @@ class OpenAiEndpoint:
             return Forbidden(reason)
         return Refused(reason)
 
+    def _refuse(self, error: UnreadableReply) -> TryAgain:
+        """Return the exception for an unreadable reply, which may be billed."""
+        return TryAgain(self.explain(error), is_billable=True, is_malformed=True)
+
     def explain(self, error: Any) -> str:
-        """Return the message of an error of the client in one line and without the key."""
+        """Return the message of an error of a client in one line and without the key."""
         if isinstance(error.__cause__, UnreadableReply):
+            error = error.__cause__
+        if isinstance(error, UnreadableReply):
             url = self.settings.record()["base_url"]
-            return f"an unreadable reply: {self.clean(error.__cause__)}, from {url}"
+            return f"an unreadable reply: {self.clean(error)}, from {url}"
         return self.clean(error)
 
     def clean(self, error: Any) -> str:

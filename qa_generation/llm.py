@@ -50,6 +50,7 @@ from qa_generation.llm_types import (
     TryAgain,
     estimate_tokens,
 )
+from qa_generation.reply_body import UnreadableReply
 from qa_generation.reply_store import ReplyStore
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Reply",
     "ReplyStore",
     "RequestFailed",
+    "UnreadableReply",
     "estimate_tokens",
 ]
 # Failed requests in a row after which the endpoint counts as gone and the run stops.
