@@ -110,7 +110,8 @@ def test_another_broken_pipe_is_an_error(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_output_that_does_not_fit_on_the_disk_is_an_error(tmp_path):
+def test_output_that_does_not_fit_on_the_disk_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with open("/dev/full", "wb") as full:
         status, error = run_closed(tmp_path, LINE, stdout=full)
     assert (status, error) == (1, b"error: [Errno 28] No space left on device\n")
