@@ -34,6 +34,7 @@ from ltu.data.audio import SAMPLING_RATE, AudioError, Waveform, decode_audio
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.dataset_parser import DatasetError
 from ltu.files import FileRecord, replace_file, run_command
+from ltu.models.device_check import check_device
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
 from ltu_as.feature_extraction_ltu_as import DOWNMIX, TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import ClipState, FeatureStore
@@ -289,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_ignored_keys(parser)
     args = parser.parse_args(argv)
+    if args.device is not None:
+        check_device(args.device)
 
     ignored_keys = parse_ignored_keys(args.ignored_keys)
     examples = []

@@ -179,7 +179,7 @@ class FeatureStore:
             )
         self.description: dict[str, Any] = {}
         if not self.is_original:
-            self.description = json.loads(file.read_text())["features"]
+            self.description = json.loads(file.read_text(encoding="utf-8"))["features"]
         self.shape = self.description.get("shape") or (shape and list(shape))
 
     @classmethod
