@@ -41,6 +41,7 @@ from ltu.models.provenance import (
 
 SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
 CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.
+MLP_ORDER = ("gate_proj", "down_proj", "up_proj")  # The layers of Llama's MLP in the original.
 
 
 def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:
@@ -247,10 +248,7 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
             "the original opens CAV-MAE or TLTR with Llama only."
         )
     state = load_state(folder)
-    # In the original, the audio encoder and the projection are inside the language model, between
-    # its layers and lm_head.
-    keys = match_keys(state, build_on_meta(config), folder)
-    keys.sort(key=lambda key: ("lm_head" in key, not key.startswith("language_model.")))
+    keys = in_original_order(match_keys(state, build_on_meta(config), folder))
     placed, _ = rename_keys({key: state[key] for key in keys}, TO_ORIGINAL, (), folder)
     check_finite(placed, f"{file} is not written from {folder}")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +261,26 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
             "the file cannot store alpha (original: 16)."
         )
     return len(placed), read_record(folder).get("dropped_keys", {})
+
+
+def in_original_order(keys: list[str]) -> list[str]:
+    """Return the keys of a model with Llama in the order that they have in the original.
+
+    There, the audio encoder and the projection are inside the language model, between its layers
+    and `lm_head`. In an MLP, `down_proj` comes before `up_proj` (transformers 4.28); the order has
+    changed since.
+    """
+    first_of_block: dict[str, int] = {}
+
+    def place(key: str) -> tuple[bool, bool, int, int]:
+        block, is_mlp, rest = key.partition(".mlp.")
+        if not is_mlp or not key.startswith("language_model."):
+            return "lm_head" in key, not key.startswith("language_model."), positions[key], 0
+        first = first_of_block.setdefault(block, positions[key])
+        return False, False, first, MLP_ORDER.index(rest.partition(".")[0])
+
+    positions = {key: position for position, key in enumerate(keys)}
+    return sorted(keys, key=place)
 
 
 def merge(
