@@ -392,10 +392,7 @@ class LtuEngine:
         if on_text is not None and arguments.get("num_beams", 1) > 1:
             watcher = Cancelling(lambda row: on_text(row, "") is not False, len(prompts))
         elif on_text is not None:
-            processor = self.processor
-            watcher = BatchStreamer(
-                on_text, processor.tokenizer, processor.decode_answer, self.end_ids, limits
-            )
+            watcher = BatchStreamer(on_text, self.processor.decode_answer, self.end_ids, limits)
             arguments["streamer"] = watcher
         if watcher is not None:
             criteria.append(watcher)

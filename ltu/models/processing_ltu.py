@@ -11,6 +11,7 @@ A training example is tokenized whole, with prompt and answer in one string, as 
 checkpoints were trained.
 """
 
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ from ltu.models.prompt_template import (
     user_message,
 )
 
+REPLACEMENT = "\ufffd"  # The character that stands for bytes that are no UTF-8.
+# A token of tokenizers that spell rare characters in bytes, as Llama's does.
+BYTE = re.compile("<0x([0-9A-F]{2})>")
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
 
 
@@ -349,8 +353,57 @@ class LtuProcessor(ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def decode_answer(self, ids: Tensor | list[int]) -> str:
-        """Return the text of newly generated tokens, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """Return the text of newly generated tokens, without control tokens.
+
+        More tokens only append to the text, except that they may complete a character whose first
+        bytes are U+FFFD at its end.
+        """
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        # A tokenizer that is not fast decodes with sentencepiece itself.
+        if REPLACEMENT in text and self.tokenizer.is_fast:
+            tokens = self.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
+            # Language models have more tokens than their tokenizers know.
+            tokens = [token for token in tokens if token is not None]
+            if any(BYTE.fullmatch(token) for token in tokens):
+                text = self.tokenizer.convert_tokens_to_string(replace_wrong_bytes(tokens))
+        return text.strip()
+
+
+def replace_wrong_bytes(tokens: list[str]) -> list[str]:
+    """Replace each byte token that belongs to no character by a token of U+FFFD.
+
+    The tokenizers library decodes a whole run of byte tokens to U+FFFD if one byte of it is wrong,
+    even its line breaks. sentencepiece, with which the original decodes, replaces wrong bytes only.
+    Tokens of U+FFFD split a run, so that the library decodes the rest of it.
+
+        <0xE2> <0x82> <0xAC> <0xFF> a   ->   <0xE2> <0x82> <0xAC> U+FFFD a   ("€", U+FFFD, "a")
+    """
+    replaced = list(tokens)
+    run = bytearray()  # The values of neighbouring byte tokens.
+    for position, token in enumerate([*tokens, ""]):
+        byte = BYTE.fullmatch(token)
+        if byte is not None:
+            run.append(int(byte[1], 16))
+            continue
+        first = position - len(run)
+        for index in find_wrong_bytes(bytes(run)):
+            replaced[first + index] = REPLACEMENT
+        run.clear()
+    return replaced
+
+
+def find_wrong_bytes(data: bytes) -> list[int]:
+    """Return the positions of the bytes that belong to no character in UTF-8."""
+    wrong: list[int] = []
+    start = 0
+    while start < len(data):
+        try:
+            data[start:].decode("utf-8")
+            break
+        except UnicodeDecodeError as error:
+            wrong.extend(range(start + error.start, start + error.end))
+            start += error.end
+    return wrong
 
 
 AutoProcessor.register(LtuConfig, LtuProcessor)
