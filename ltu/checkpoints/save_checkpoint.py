@@ -21,7 +21,6 @@ import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
 from ltu.files import sync_and_rename
@@ -29,7 +28,12 @@ from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.model_card import CARD, is_replaceable, write_model_card
-from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
+from ltu.models.modeling_ltu import (
+    LtuForConditionalGeneration,
+    build_on_meta,
+    check_language_model,
+    load_llm,
+)
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.provenance import (
     code_version,
@@ -42,12 +46,6 @@ from ltu.models.provenance import (
 SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
 CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.
 MLP_ORDER = ("gate_proj", "down_proj", "up_proj")  # The layers of Llama's MLP in the original.
-
-
-def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:
-    """Return the model that a config describes, without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def is_llm(key: str) -> bool:
@@ -335,7 +333,7 @@ def merge(
         if names - stored_names - set(with_lora.all_tied_weights_keys):
             # Some models are stored under other names than they have in memory. transformers knows
             # these names, but reads the whole model into memory.
-            llm_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype="auto")
+            llm_model = load_llm(config.language_model, dtype="auto")
             stored = llm_model.state_dict()
         for key, value in stored.items():
             if f"language_model.{key}" in names:
