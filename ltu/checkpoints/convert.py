@@ -191,9 +191,10 @@ class LtuConverter:
 
         Raises: as `convert_original`.
         """
+        text_config = open_llm_config(llm)
         audio_config, state, dropped = self.load_audio_encoder(audio_encoder)
         config = self.config_class(
-            text_config=open_llm_config(llm),
+            text_config=text_config,
             audio_config=audio_config,
             prompt_template=load_prompt_template(prompt_template, llm),
             **_name_language_model(llm),

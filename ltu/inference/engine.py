@@ -106,6 +106,7 @@ class LtuEngine:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
         processor = AutoProcessor.from_pretrained(folder)
+        processor.check_config(model.config)
         processor.front_end.to(device)
         if compile:
             model.language_model.compile(dynamic=True)

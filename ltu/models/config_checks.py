@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
@@ -58,15 +59,31 @@ OPTIONAL_SIZES = (
     "max_position_embeddings",
     "n_positions",
 )
-# Positive, finite numbers.
+# Sizes that may be a list with one of each layer.
+SIZES_OF_LAYERS = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+# Finite numbers above 0, and finite numbers.
 POSITIVE = (
     "layer_norm_eps",
     "rms_norm_eps",
     "layer_norm_epsilon",
     "projector_layer_norm_eps",
     "feature_divisor",
+    "initializer_range",
+    "rope_theta",
+    # Of feature extractors.
+    "std",
+    "sampling_rate",
+    "log_offset",
+    "mel_max_hz",
 )
+FINITE = ("mean", "padding_value", "mel_min_hz")
 LARGEST_RANK = 2**16
+LONGEST = 800  # Characters of a message.
 NUM_SHOWN = 80  # Characters of a wrong value that a message shows.
 
 # What libraries raise if a value has a type or size that they did not expect.
@@ -106,6 +123,32 @@ class PromptTemplateFields(BaseModel):
     chat_template: str | None = Field(None, description="a text or null")
 
 
+class ProcessorFields(BaseModel):
+    """The fields of `LtuProcessor` that are no parts of it."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_audio_tokens: int = Field(
+        ge=1,
+        le=LARGEST["num_audio_tokens"],
+        description=f"a whole number from 1 to {LARGEST['num_audio_tokens']}",
+    )
+    audio_token_id: int | None = Field(
+        None,
+        ge=1,
+        le=LARGEST["vocab_size"],
+        description=f"a whole number from 1 to {LARGEST['vocab_size']}, or null",
+    )
+    prompt_template: PromptTemplateFields | None = Field(
+        None, description="an object with name, prompt_no_input and prompt_input"
+    )
+    add_bos: bool | None = Field(None, description="true, false or null")
+
+
+TokenId = Annotated[int, Field(ge=-1, le=LARGEST["vocab_size"])]  # -1 is no token.
+A_TOKEN = f"a whole number from -1 to {LARGEST['vocab_size']}, or null"
+
+
 class LtuFields(BaseModel):
     """The fields of `LtuConfig` that belong to neither of its two configs."""
 
@@ -117,6 +160,11 @@ class LtuFields(BaseModel):
     language_model_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
         None, description="a sha256 of 64 hexadecimal digits, or null"
     )
+    bos_token_id: TokenId | None = Field(None, description=A_TOKEN)
+    eos_token_id: TokenId | list[TokenId] | None = Field(
+        None, description=f"{A_TOKEN}, or a list of such numbers"
+    )
+    pad_token_id: TokenId | None = Field(None, description=A_TOKEN)
     lora: LoraSettings | None = Field(
         None, description="an object with r, lora_alpha, lora_dropout and target_modules, or null"
     )
@@ -152,25 +200,45 @@ def check_sizes(config: PreTrainedConfig) -> None:
     """Check the sizes in a config, of whichever model, by their names.
 
     Raises:
-        ValueError: a size is not a whole number from 1 to its limit, or a number is not finite.
+        ValueError: as of `check_numbers`, or the dtype is none of floats.
     """
     subject = f"The config of {config.model_type or type(config).__name__}"
+    check_numbers(vars(config), subject)
+    rope = getattr(config, "rope_parameters", None)
+    # Some models have an object of these for each type of layer.
+    for values in [rope, *rope.values()] if isinstance(rope, dict) else []:
+        if isinstance(values, dict):
+            check_numbers(values, f"{subject}, rope_parameters")
+    dtype = getattr(config, "dtype", None)
+    is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if dtype is not None and not is_float:
+        raise ValueError(f"{subject}: dtype is {show(dtype)}; possible: a type of floats, or null.")
+
+
+def check_numbers(values: dict[str, Any], subject: str) -> None:
+    """Check those values that are sizes, or numbers above 0, by their names.
+
+    Raises:
+        ValueError: a size is not a whole number from 1 to its limit, or a number is not finite.
+    """
     for name, largest in LARGEST.items():
         # Some models have no such attribute, or refuse to tell it.
-        value = vars(config).get(name, 1)
+        value = values.get(name, 1)
         is_absent = value is None or (type(value) is int and value == 0)
         if is_absent and name in OPTIONAL_SIZES:
             continue
-        # A list has the size of each layer.
-        for size in value if isinstance(value, list) and value else [value]:
+        has_list = name in SIZES_OF_LAYERS and isinstance(value, list) and len(value) > 0
+        for size in value if has_list else [value]:
             if type(size) is not int or not 1 <= size <= largest:
                 raise ValueError(
                     f"{subject}: {name} is {show(value)}; possible: a whole number from 1 to "
                     f"{largest}."
                 )
-    for name, value in vars(config).items():
+    for name, value in values.items():
         if name in POSITIVE and not is_positive(value):
             raise ValueError(f"{subject}: {name} is {show(value)}; possible: a number above 0.")
+        if name in FINITE and not (type(value) in (int, float) and math.isfinite(value)):
+            raise ValueError(f"{subject}: {name} is {show(value)}; possible: a finite number.")
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{subject}: {name} is NaN. Remove it from the config.")
 
@@ -195,8 +263,13 @@ def refuse_malformed(subject: str) -> Iterator[None]:
     """
     try:
         yield
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        if message == str(error) and len(message) <= LONGEST:
+            raise
+        raise ValueError(f"{message[:LONGEST]} ...") from error
     except LIBRARY_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:LONGEST]
         raise ValueError(
             f"{subject} is malformed ({type(error).__name__}: {reason}). Copy or write it again."
         ) from error

@@ -15,9 +15,17 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ltu.models.config_checks import LtuFields, check_fields, check_sizes, refuse_malformed, show
+from ltu.files import read_json_object
+from ltu.models.config_checks import (
+    LtuFields,
+    check_fields,
+    check_numbers,
+    check_sizes,
+    refuse_malformed,
+    show,
+)
 from ltu.models.locate_checkpoint import check_files, relative_path_of
 
 # The released checkpoints were trained on these strings, to the character.
@@ -26,6 +34,7 @@ ALPACA_SHORT = {
     "prompt_no_input": "### Instruction:\n{instruction}\n\n### Response:\n",
     "prompt_input": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
 }
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class CavMaeConfig(PreTrainedConfig):
@@ -179,6 +188,7 @@ class LtuConfig(PreTrainedConfig):
             "lora": lora,
             "prompt_template": prompt_template,
         }
+        fields |= {name: kwargs.get(name) for name in TOKENS}
         check_fields(LtuFields, fields, f"The config of {self.model_type}")
         self.audio_config = _as_config(audio_config, self.default_audio_model_type)
         self.text_config = _as_config(text_config, "llama")
@@ -206,7 +216,7 @@ class LtuConfig(PreTrainedConfig):
                     "text_config. Remove it from the config."
                 )
             setattr(self, name, value)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in TOKENS:
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         # The language model ties its own embeddings; the model around it owns none.
         kwargs["tie_word_embeddings"] = False
@@ -278,6 +288,8 @@ def open_llm_config(name: str | os.PathLike, **hub_kwargs: Any) -> PreTrainedCon
     """
     if Path(name).is_dir():
         check_files(Path(name))
+        path = Path(name, "config.json")
+        check_numbers(read_json_object(path), str(path))
     with refuse_malformed(f"{name}: config.json"):
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
         check_sizes(config)
@@ -293,9 +305,14 @@ def _as_config(config: PreTrainedConfig | dict | None, default_model_type: str) 
         raise ValueError(f"audio_config and text_config are objects, not {show(config)}.")
     config = dict(config or {})
     model_type = config.pop("model_type", default_model_type)
-    if not isinstance(model_type, str):
-        raise ValueError(f"model_type is {show(model_type)}; possible: the name of a type.")
-    with refuse_malformed(f"The config of {model_type}"):
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type is {show(model_type)}, which is not known here. A type of LTU-AS is known "
+            "to the commands of ltu_as (in Python: import ltu_as)."
+        )
+    subject = f"The config of {model_type}"
+    check_numbers(config, subject)  # A config class may divide by them.
+    with refuse_malformed(subject):
         made = AutoConfig.for_model(model_type, **config)
         check_sizes(made)
     return made

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from ltu.files import check_regular_file, read_json_object, sha256_of
+from ltu.models.weight_headers import read_header, read_headers
 
 WEIGHT_FILES = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
 CHECKPOINT_FILES = ("config.json", "processor_config.json")
@@ -27,7 +28,6 @@ LIBRARY_FILES = (
     "vocab.json",
 )
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-MAX_HEADER_BYTES = 100_000_000  # Of a safetensors file, as in the library.
 
 
 def relative_path_of(path: str | os.PathLike, folder: str | os.PathLike) -> str:
@@ -87,9 +87,9 @@ def check_files(folder: Path) -> None:
     """Check the files of a model's folder before a library opens them.
 
     Raises:
-        ValueError: there is something other than files and folders, such as a pipe, or a JSON file
-            is damaged, or too large, or contains no object, or the index of the weights names files
-            in other folders.
+        ValueError: there is something other than files and folders, such as a pipe; or a JSON file
+            is damaged, or too large, or contains no object; or the index of the weights names files
+            in other folders; or the header of a weight file is damaged.
     """
     named = (*CONFIG_FILES, *LIBRARY_FILES, *INDEX_FILES)
     for path in sorted(folder.iterdir()):
@@ -101,8 +101,13 @@ def check_files(folder: Path) -> None:
         if not path.is_file():
             continue
         content = read_json_object(path, unique_keys=name in CONFIG_FILES)
+        # Names of classes, by which transformers chooses what it opens.
+        for key in ("processor_class", "tokenizer_class"):
+            if not isinstance(content.get(key), str | None):
+                raise ValueError(f"{path}: {key} is {content[key]!a:.80}, not the name of a class.")
         if name in INDEX_FILES:
             check_weight_index(content, path)
+    read_headers(sorted(folder.glob(WEIGHT_FILES["safetensors"])))
 
 
 def check_weight_index(content: dict[str, Any], path: Path) -> None:
@@ -204,7 +209,10 @@ def hash_language_model(name: str | os.PathLike, **hub_kwargs: Any) -> str:
         )
     if Path(name).is_dir():
         check_files(Path(name))
-    digest = hashlib.sha256(Path(cached_file(name, "config.json", **hub_kwargs)).read_bytes())
+        config = Path(name, "config.json")
+    else:
+        config = Path(cached_file(name, "config.json", **hub_kwargs))
+    digest = hashlib.sha256(config.read_bytes())
     for index in (
         "model.safetensors.index.json",
         "model.safetensors",
@@ -214,20 +222,12 @@ def hash_language_model(name: str | os.PathLike, **hub_kwargs: Any) -> str:
         file = find_model_file(name, index, **hub_kwargs)
         if file is None:
             continue
-        with open(file, "rb") as stream:
-            if index.endswith(".json"):
-                digest.update(stream.read())
-            elif index.endswith(".safetensors"):
-                # The file begins with the length of its header, in 8 bytes.
-                header_length = int.from_bytes(stream.read(8), "little")
-                if header_length > MAX_HEADER_BYTES:
-                    raise ValueError(
-                        f"{file} is damaged: its header has {header_length:,} bytes, more than "
-                        f"{MAX_HEADER_BYTES:,}. Copy or write it again."
-                    )
-                digest.update(stream.read(header_length))
-            else:
-                digest.update(str(os.path.getsize(file)).encode())
+        if index.endswith(".json"):
+            digest.update(file.read_bytes())
+        elif index.endswith(".safetensors"):
+            digest.update(read_header(file))
+        else:
+            digest.update(str(os.path.getsize(file)).encode())
         return digest.hexdigest()
     raise FileNotFoundError(
         f"{name} holds no weights (model.safetensors or pytorch_model.bin, or an index of them)."

@@ -534,14 +534,21 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
         Raises:
             FileNotFoundError: the folder holds no weights.
-            ValueError: a key is missing or left over, or has another shape, or a weight is NaN or
-                infinite.
+            ValueError: a key is missing or left over, or has another shape, two tied weights
+                differ, or a weight is NaN or infinite.
         """
         files = weight_files(folder, formats=("safetensors",))
         self.check_own(read_headers(files), folder)
         state: dict[str, Tensor] = {}
         for file in files:
             state.update(load_file(file))
+        for key, twin in self.all_tied_weights_keys.items():
+            if {key, twin} <= state.keys() and not torch.equal(state[key], state[twin]):
+                raise ValueError(
+                    f"{folder} does not fit its own config: {key} and {twin} are one tensor by the "
+                    "config, and two different ones in the file. Write the folder again with: "
+                    "python -m ltu.convert_checkpoint"
+                )
         check_finite(state, f"{folder} is not opened")
         self.load_state_dict(state, strict=False)
 

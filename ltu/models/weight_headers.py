@@ -8,6 +8,9 @@ from safetensors import SafetensorError, safe_open
 
 from ltu.files import check_regular_file
 
+MAX_HEADER_BYTES = 100_000_000  # As in the library.
+LENGTH_BYTES = 8  # A file begins with the length of its header.
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -25,6 +28,25 @@ class StoredTensor:
         return self.dtype.startswith(("F", "BF"))
 
 
+def read_header(file: Path) -> bytes:
+    """Return the header of a safetensors file.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no regular file, or has no header of a possible length.
+    """
+    check_regular_file(file)
+    num_left = file.stat().st_size - LENGTH_BYTES
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        if not 0 < length <= min(num_left, MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{file} is damaged (a header of {length:,} bytes, with {max(num_left, 0):,} bytes "
+                "left). Copy or write it again."
+            )
+        return stream.read(length)
+
+
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Return the tensors of safetensors files by key.
 
@@ -33,12 +55,12 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """
     found = {}
     for file in files:
-        check_regular_file(file)
+        read_header(file)
         try:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118  the file is no dict
                     part = tensors.get_slice(key)
                     found[key] = StoredTensor(tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
+        except (SafetensorError, MemoryError) as error:  # It is mapped whole.
             raise ValueError(f"{file} is damaged ({error}). Copy or write it again.") from error
     return found
