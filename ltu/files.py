@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,6 +19,14 @@ from filelock import lock_descriptor
 
 HASH_BLOCK = 2**22  # bytes
 MAX_KNOWN_HASHES = 2**16  # Hashes of files that a process remembers: 30 MB.
+MAX_JSON_BYTES = 2**26  # Of a JSON file that is read whole.
+FILE_KINDS = {  # What a path is, if it is no regular file.
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 WORKER_ERROR = "in DataLoader worker process"  # In messages of torch.utils.data.
 
 
@@ -106,18 +115,60 @@ def replace_file(
     os.replace(unfinished, path)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+def check_regular_file(path: str | Path, max_bytes: int | None = None) -> None:
+    """Check what a path is before it is opened: a pipe or a device may block, or never end.
+
+    Args:
+        path: a file, or a link to one.
+        max_bytes: its largest possible size.
 
     Raises:
-        ValueError: the file is damaged, or its content is no object.
+        OSError: there is no such file.
+        ValueError: it is no regular file, or too large.
     """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = FILE_KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise ValueError(f"{path} is {kind}, not a file. Remove it, or copy the file again.")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise ValueError(
+            f"{path} has {found.st_size:,} bytes; at most {max_bytes:,} are read. It is damaged, "
+            "or another kind of file."
+        )
+
+
+def read_json_object(path: Path, unique_keys: bool = True) -> dict[str, Any]:
+    """Return the object in a JSON file of at most `MAX_JSON_BYTES`.
+
+    Args:
+        path: the file.
+        unique_keys: refuse an object that has a key twice.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no regular file, too large or damaged, or its content is no object.
+    """
+    check_regular_file(path, MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_bytes())
+        hook = _unique_keys if unique_keys else None
+        value = json.loads(path.read_bytes(), object_pairs_hook=hook)
+    except RecursionError as error:
+        raise ValueError(
+            f"{path} is damaged (nested too deeply). Copy or write it again."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Copy or write it again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is a {type(value).__name__}, not an object. Write it again.")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!a:.80} is there twice")
     return value
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ltu.models.config_checks import check_sizes, show
 from ltu.models.configuration_ltu import LtuConfig
 
 # (Blocks, width) of the encoders of OpenAI's models, by the first part of their names. A `.pt` file
@@ -49,15 +50,6 @@ class TltrConfig(PreTrainedConfig):
         feature_divisor: float = 1.0,
         **kwargs: Any,
     ):
-        for name, heads in (
-            ("num_time_heads", num_time_heads),
-            ("num_layer_heads", num_layer_heads),
-        ):
-            if hidden_size % heads:
-                raise ValueError(
-                    f"hidden_size {hidden_size} does not divide by {name} {heads}. Choose a "
-                    f"divisor of {hidden_size}."
-                )
         self.hidden_size = hidden_size
         self.num_whisper_layers = num_whisper_layers
         self.num_audio_tokens = num_audio_tokens
@@ -67,6 +59,18 @@ class TltrConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.standardize = standardize
         self.feature_divisor = feature_divisor
+        check_sizes(self)
+        if type(standardize) is not bool:
+            raise ValueError(f"standardize is {show(standardize)}; possible: true or false.")
+        for name, heads in (
+            ("num_time_heads", num_time_heads),
+            ("num_layer_heads", num_layer_heads),
+        ):
+            if hidden_size % heads:
+                raise ValueError(
+                    f"hidden_size {hidden_size} does not divide by {name} {heads}. Choose a "
+                    f"divisor of {hidden_size}."
+                )
         super().__init__(**kwargs)
 
     @property

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoFeatureExtractor, AutoProcessor
 
 import ltu_as.audio_front_end  # noqa: F401  registers the front end of the feature extractor
+from ltu.models.config_checks import show
 from ltu.models.locate_checkpoint import relative_path_of
 from ltu.models.processing_ltu import LtuProcessor
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
@@ -50,6 +51,11 @@ class LtuAsProcessor(LtuProcessor):
         extractor = processor.feature_extractor
         for name in MODELS:
             model = getattr(extractor, name)
+            if not isinstance(model, str | None):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {name} is {show(model)}; possible: the name "
+                    "of a Whisper, or the path of its file."
+                )
             if model is not None and model.startswith("."):
                 path = Path(pretrained_model_name_or_path) / model
                 setattr(extractor, name, str(path.resolve()))

@@ -454,6 +454,8 @@ def test_seven_billion_parameters_on_the_meta_device():
 def test_lora_settings_that_peft_does_not_know_are_refused() -> None:
     """The names are those of peft's LoraConfig."""
     lora = {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
-    config = LtuConfig(text_config=LLM, lora=lora)
+    with pytest.raises(ValueError, match=r"lora\.lora_alpha is absent"):
+        LtuConfig(text_config=LLM, lora=lora)
+    config = LtuConfig(text_config=LLM, lora=lora | {"lora_alpha": 16})
     with pytest.raises(ValueError, match="no arguments of peft.*lora_alpha"):
         LtuForConditionalGeneration(config)

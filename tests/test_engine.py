@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -24,6 +25,7 @@ from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import ORIGINAL_DECODING, BatchStreamer, RowSampler, check_decoding
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
+from tests.tiny import GOLDEN
 from tests.whisper_tiny import save_whisper
 
 WORDS = "what do you hear is the dog loud near or far and why say more".split()
@@ -387,31 +389,63 @@ def test_samples_follow_the_stock_distribution():
     ) > 2
 
 
-def test_what_is_shown_stays_though_bytes_go_wrong(ltu):
-    """Tokenizers that spell in bytes turn a whole run of them into U+FFFD when one does not fit."""
-    tokenizer, shown = ltu.processor.tokenizer, []
-    ids = tokenizer.convert_tokens_to_ids(
-        ["▁a", "<0xC3>", "<0xA9>", "<0xFF>", "▁a", "<0xC3>", "<0xA9>", "▁a"]
-    )
-    decode = ltu.processor.decode_answer
-    streamer = BatchStreamer(
-        lambda row, text: shown.append(text), tokenizer, decode, {2}, [len(ids)]
-    )
+def stream(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """Return the texts that are shown after each token of an answer."""
+    shown: list[str] = []
+    streamer = BatchStreamer(lambda row, text: shown.append(text), decode, {2}, [len(tokens)])
     streamer.put(torch.zeros(1, 3))
-    for token in ids:
+    for token in tokens:
         streamer.put(torch.tensor([token]))
-    nameless = BatchStreamer(lambda row, text: None, tokenizer, lambda ids: "", {2}, [9])
-    nameless.put(torch.zeros(1, 3))
-    nameless.put(torch.tensor([600]))  # Language models have more ids than their tokenizers know.
-    whole = decode(ids)
-    assert decode(ids[:3]) == "aé" and not whole.startswith(
-        "aé"
-    )  # So a stream that showed it would be wrong.
-    assert (
-        len(shown) == len(ids)
-        and all(whole.startswith(text) for text in shown)
-        and shown[-1] == whole
-    )
+    return shown
+
+
+def test_a_wrong_byte_does_not_change_the_characters_next_to_it(ltu: LtuEngine) -> None:
+    tokenizer = ltu.processor.tokenizer
+    pieces = ["▁a", "<0xC3>", "<0xA9>", "<0xFF>", "<0x0A>", "▁a", "<0xE2>", "<0x82>", "▁a"]
+    tokens = tokenizer.convert_tokens_to_ids(pieces)
+    decode = ltu.processor.decode_answer
+    whole = "aé\ufffd\n a\ufffd\ufffd a"
+    assert decode(tokens) == whole
+    # A language model has more tokens than its tokenizer knows; they have no text.
+    assert decode([600, *tokens[:4], 600, *tokens[4:]]) == whole
+    # An incomplete character is held back, and so are white space at the end and U+FFFD.
+    held = ["a", "a", "aé", "aé", "aé", "aé\ufffd\n a", "aé\ufffd\n a", "aé\ufffd\n a", whole]
+    assert stream(tokens, decode) == held
+
+
+CHARACTERS = ["a", " ", "\n", "\0", "é", "€", "▁", "\ufeff", "\ufffd", "雨", "😀", "<0xFF>"]
+
+
+def test_bytes_decode_as_with_sentencepiece(ltu: LtuEngine) -> None:
+    """Random bytes, characters and their parts, between words: the text of the original's library.
+
+    The streamed text only grows, and is the beginning of the whole text.
+    """
+    reference = SentencePieceProcessor(model_file=str(GOLDEN / "tokenizer" / "tokenizer.model"))
+    decode = ltu.processor.decode_answer
+    rng = random.Random(0)
+    first_byte = reference.piece_to_id("<0x00>")
+    num_wrong = 0
+    for _ in range(2000):
+        tokens: list[int] = []
+        for _ in range(rng.randrange(1, 9)):
+            data = rng.choice(CHARACTERS).encode()
+            kind = rng.randrange(4)
+            if kind == 0:
+                tokens.append(rng.randrange(259, reference.vocab_size()))
+                continue
+            if kind == 1:
+                data = data[: rng.randrange(len(data) + 1)]
+            elif kind == 2:
+                data = rng.randbytes(rng.randrange(1, 4))
+            tokens.extend(first_byte + byte for byte in data)
+        expected = reference.decode(tokens).strip()
+        assert decode(tokens) == expected, tokens
+        num_wrong += "\ufffd" in expected
+        shown = stream(tokens, decode)
+        grows = all(after.startswith(before) for before, after in pairwise([*shown, expected]))
+        assert grows, (tokens, shown)
+    assert num_wrong > 1000
 
 
 @pytest.mark.parametrize(

@@ -27,18 +27,17 @@ from ltu.checkpoints.original_checkpoints import (
     rename_keys,
 )
 from ltu.checkpoints.save_checkpoint import (
-    build_on_meta,
     find_weights,
     is_llm,
     merge,
     to_original,
     write_folder,
 )
-from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig
+from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig, open_llm_config
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, sha256_of_weights
-from ltu.models.modeling_ltu import LtuMultiModalProjector
+from ltu.models.modeling_ltu import LtuMultiModalProjector, build_on_meta
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import load_prompt_template
 
@@ -153,7 +152,7 @@ class LtuConverter:
         state, dropped = rename_keys(file, ORIGINAL_KEYS, (PREFIX,), checkpoint)
         check_audio_encoder(state, self.config_class.model_type, checkpoint)
         settings = {
-            "text_config": AutoConfig.from_pretrained(llm),
+            "text_config": open_llm_config(llm),
             "audio_config": self.make_audio_config(state),
             "lora": lora_settings(state, lora_alpha, lora_dropout),
         }
@@ -192,9 +191,10 @@ class LtuConverter:
 
         Raises: as `convert_original`.
         """
+        text_config = open_llm_config(llm)
         audio_config, state, dropped = self.load_audio_encoder(audio_encoder)
         config = self.config_class(
-            text_config=AutoConfig.from_pretrained(llm),
+            text_config=text_config,
             audio_config=audio_config,
             prompt_template=load_prompt_template(prompt_template, llm),
             **_name_language_model(llm),

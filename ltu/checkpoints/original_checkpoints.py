@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ltu.files import check_regular_file
 from ltu.models.locate_checkpoint import weight_files
+from ltu.models.weight_headers import read_header
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file, or the folder has no weights.
-        ValueError: the file is damaged or of another kind, or contains more than tensors.
+        ValueError: the file is damaged or of another kind, or no regular file, or contains more
+            than tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -103,10 +106,11 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         for file in weight_files(path):
             state.update(load_state(file))
         return state
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"{path} is not there. --checkpoint and --audio_encoder take a file on this disk."
         )
+    check_regular_file(path)
     # Find out the format.
     with open(path, "rb") as stream:
         head = stream.read(len(LEGACY))
@@ -119,6 +123,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is neither a torch file nor safetensors (it begins with {head[:8]!r})."
         )
+    if not is_torch:
+        read_header(path)
     # Map the tensors.
     try:
         state = _load_torch(path, head.startswith(b"PK")) if is_torch else load_file(path)

@@ -21,7 +21,6 @@ import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from ltu.checkpoints.original_checkpoints import TO_ORIGINAL, load_state, rename_keys
 from ltu.files import sync_and_rename
@@ -29,7 +28,12 @@ from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.model_card import CARD, is_replaceable, write_model_card
-from ltu.models.modeling_ltu import LtuForConditionalGeneration, check_language_model
+from ltu.models.modeling_ltu import (
+    LtuForConditionalGeneration,
+    build_on_meta,
+    check_language_model,
+    load_llm,
+)
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.provenance import (
     code_version,
@@ -41,12 +45,7 @@ from ltu.models.provenance import (
 
 SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
 CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.
-
-
-def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:
-    """Return the model that a config describes, without memory for its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+MLP_ORDER = ("gate_proj", "down_proj", "up_proj")  # The layers of Llama's MLP in the original.
 
 
 def is_llm(key: str) -> bool:
@@ -248,10 +247,7 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
             "the original opens CAV-MAE or TLTR with Llama only."
         )
     state = load_state(folder)
-    # In the original, the audio encoder and the projection are inside the language model, between
-    # its layers and lm_head.
-    keys = match_keys(state, build_on_meta(config), folder)
-    keys.sort(key=lambda key: ("lm_head" in key, not key.startswith("language_model.")))
+    keys = in_original_order(match_keys(state, build_on_meta(config), folder))
     placed, _ = rename_keys({key: state[key] for key in keys}, TO_ORIGINAL, (), folder)
     check_finite(placed, f"{file} is not written from {folder}")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -264,6 +260,26 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
             "the file cannot store alpha (original: 16)."
         )
     return len(placed), read_record(folder).get("dropped_keys", {})
+
+
+def in_original_order(keys: list[str]) -> list[str]:
+    """Return the keys of a model with Llama in the order that they have in the original.
+
+    There, the audio encoder and the projection are inside the language model, between its layers
+    and `lm_head`. In an MLP, `down_proj` comes before `up_proj` (transformers 4.28); the order has
+    changed since.
+    """
+    first_of_block: dict[str, int] = {}
+
+    def place(key: str) -> tuple[bool, bool, int, int]:
+        block, is_mlp, rest = key.partition(".mlp.")
+        if not is_mlp or not key.startswith("language_model."):
+            return "lm_head" in key, not key.startswith("language_model."), positions[key], 0
+        first = first_of_block.setdefault(block, positions[key])
+        return False, False, first, MLP_ORDER.index(rest.partition(".")[0])
+
+    positions = {key: position for position, key in enumerate(keys)}
+    return sorted(keys, key=place)
 
 
 def merge(
@@ -318,7 +334,7 @@ def merge(
         if names - stored_names - set(with_lora.all_tied_weights_keys):
             # Some models are stored under other names than they have in memory. transformers knows
             # these names, but reads the whole model into memory.
-            llm_model = AutoModelForCausalLM.from_pretrained(config.language_model, dtype="auto")
+            llm_model = load_llm(config.language_model, dtype="auto")
             stored = llm_model.state_dict()
         for key, value in stored.items():
             if f"language_model.{key}" in names:

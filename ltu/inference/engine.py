@@ -120,6 +120,7 @@ class LtuEngine:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
         processor = AutoProcessor.from_pretrained(folder)
+        processor.check_config(model.config)
         processor.front_end.to(device)
         if compile:
             model.language_model.compile(dynamic=True)
@@ -406,10 +407,7 @@ class LtuEngine:
         if on_text is not None and arguments.get("num_beams", 1) > 1:
             watcher = Cancelling(lambda row: on_text(row, "") is not False, len(prompts))
         elif on_text is not None:
-            processor = self.processor
-            watcher = BatchStreamer(
-                on_text, processor.tokenizer, processor.decode_answer, self.end_ids, limits
-            )
+            watcher = BatchStreamer(on_text, self.processor.decode_answer, self.end_ids, limits)
             arguments["streamer"] = watcher
         if watcher is not None:
             criteria.append(watcher)

@@ -7,7 +7,6 @@ The text of each row can be streamed while it grows, and a row can be cancelled 
 
 import hashlib
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +31,6 @@ ORIGINAL_DECODING = {
     "repetition_penalty": 1.1,
     "max_new_tokens": 400,
 }
-# A token of tokenizers that spell rare characters in bytes.
-BYTE = re.compile("<0x[0-9A-F]{2}>")
 GREEDY_DECODING = {"do_sample": False, "max_new_tokens": 400}
 
 
@@ -201,8 +198,8 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
 
     Args:
         on_text: called with row and whole text so far; False cancels the row.
-        tokenizer: of the language model.
-        decode: converts tokens to text.
+        decode: converts tokens to text. More tokens append to the text, but may change U+FFFD at
+            its end.
         ends: end tokens.
         limits: the maximum number of new tokens of each row.
     """
@@ -210,13 +207,11 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
     def __init__(
         self,
         on_text: Callable[[int, str], bool | None],
-        tokenizer: Any,
         decode: Callable[[list[int]], str],
         ends: set[int],
         limits: list[int],
     ):
         self.on_text = on_text
-        self.tokenizer = tokenizer
         self.decode = decode
         self.ends = ends
         self.rows = [StreamedRow(limit) for limit in limits]
@@ -250,10 +245,8 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         row.tokens.append(token)
         row.is_done = len(row.tokens) == row.limit
         text = self.decode(row.tokens)
-        # An incomplete character decodes as U+FFFD, and so do all bytes of a run with a wrong one.
-        piece = self.tokenizer.convert_ids_to_tokens(token) or ""
-        is_open = text.endswith("\ufffd") or BYTE.fullmatch(piece)
-        if not is_open and text.startswith(row.shown):
+        # An incomplete character decodes as U+FFFD.
+        if not text.endswith("\ufffd") and text.startswith(row.shown):
             row.shown = text
 
     def end(self) -> None:

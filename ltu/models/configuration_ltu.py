@@ -15,9 +15,18 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ltu.models.locate_checkpoint import relative_path_of
+from ltu.files import read_json_object
+from ltu.models.config_checks import (
+    LtuFields,
+    check_fields,
+    check_numbers,
+    check_sizes,
+    refuse_malformed,
+    show,
+)
+from ltu.models.locate_checkpoint import check_files, relative_path_of
 
 # The released checkpoints were trained on these strings, to the character.
 ALPACA_SHORT = {
@@ -25,6 +34,7 @@ ALPACA_SHORT = {
     "prompt_no_input": "### Instruction:\n{instruction}\n\n### Response:\n",
     "prompt_input": "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
 }
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class CavMaeConfig(PreTrainedConfig):
@@ -59,13 +69,6 @@ class CavMaeConfig(PreTrainedConfig):
         feature_divisor: float = 50.0,
         **kwargs: Any,
     ):
-        if num_mel_bins % patch_size or num_frames % (patch_size * time_pooling):
-            raise ValueError(
-                f"A filterbank of {num_frames} frames x {num_mel_bins} bins does not divide into "
-                f"patches of {patch_size} and groups of {time_pooling} time steps. Choose "
-                f"num_frames as a multiple of {patch_size * time_pooling} and num_mel_bins as a "
-                f"multiple of {patch_size}."
-            )
         self.num_mel_bins = num_mel_bins
         self.num_frames = num_frames
         self.patch_size = patch_size
@@ -77,6 +80,19 @@ class CavMaeConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.time_pooling = time_pooling
         self.feature_divisor = feature_divisor
+        check_sizes(self)
+        if num_mel_bins % patch_size or num_frames % (patch_size * time_pooling):
+            raise ValueError(
+                f"A filterbank of {num_frames} frames x {num_mel_bins} bins does not divide into "
+                f"patches of {patch_size} and groups of {time_pooling} time steps. Choose "
+                f"num_frames as a multiple of {patch_size * time_pooling} and num_mel_bins as a "
+                f"multiple of {patch_size}."
+            )
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} does not divide by num_attention_heads "
+                f"{num_attention_heads}. Choose a divisor of {hidden_size}."
+            )
         super().__init__(**kwargs)
 
     @property
@@ -119,6 +135,7 @@ class YamnetConfig(PreTrainedConfig):
         self.time_stride = time_stride
         self.initializer_range = initializer_range
         self.feature_divisor = feature_divisor
+        check_sizes(self)
         super().__init__(**kwargs)
 
     @property
@@ -165,6 +182,14 @@ class LtuConfig(PreTrainedConfig):
         projector_layer_norm_eps: float = 1e-5,
         **kwargs: Any,
     ):
+        fields = {
+            "language_model": language_model,
+            "language_model_sha256": language_model_sha256,
+            "lora": lora,
+            "prompt_template": prompt_template,
+        }
+        fields |= {name: kwargs.get(name) for name in TOKENS}
+        check_fields(LtuFields, fields, f"The config of {self.model_type}")
         self.audio_config = _as_config(audio_config, self.default_audio_model_type)
         self.text_config = _as_config(text_config, "llama")
         if not hasattr(self.text_config, "vocab_size"):
@@ -191,11 +216,23 @@ class LtuConfig(PreTrainedConfig):
                     "text_config. Remove it from the config."
                 )
             setattr(self, name, value)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in TOKENS:
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         # The language model ties its own embeddings; the model around it owns none.
         kwargs["tie_word_embeddings"] = False
+        check_sizes(self)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a config of the content of `config.json`, as the stock method does.
+
+        Raises:
+            ValueError: a value has a wrong type or size.
+        """
+        folder = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        with refuse_malformed(f"{folder}: config.json" if folder else "The config"):
+            return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_positions(self) -> int:
@@ -238,13 +275,47 @@ class LtuConfig(PreTrainedConfig):
         return str((Path(folder) / name).resolve()) if name.startswith(".") else name
 
 
+def open_llm_config(name: str | os.PathLike, **hub_kwargs: Any) -> PreTrainedConfig:
+    """Return the config of a language model in a folder or on the hub.
+
+    Args:
+        hub_kwargs: arguments of `AutoConfig.from_pretrained`, such as `token`.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: a file of its folder is damaged, or a value in the config has a wrong type or
+            size.
+    """
+    if Path(name).is_dir():
+        check_files(Path(name))
+        path = Path(name, "config.json")
+        check_numbers(read_json_object(path), str(path))
+    with refuse_malformed(f"{name}: config.json"):
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        check_sizes(config)
+    return config
+
+
 def _as_config(config: PreTrainedConfig | dict | None, default_model_type: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         # Copy the config: transformers writes settings such as the attention implementation from
         # the outer config into the inner one, which may be that of a language model in use.
         return copy.deepcopy(config)
+    if not isinstance(config, dict | None):
+        raise ValueError(f"audio_config and text_config are objects, not {show(config)}.")
     config = dict(config or {})
-    return AutoConfig.for_model(config.pop("model_type", default_model_type), **config)
+    model_type = config.pop("model_type", default_model_type)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type is {show(model_type)}, which is not known here. A type of LTU-AS is known "
+            "to the commands of ltu_as (in Python: import ltu_as)."
+        )
+    subject = f"The config of {model_type}"
+    check_numbers(config, subject)  # A config class may divide by them.
+    with refuse_malformed(subject):
+        made = AutoConfig.for_model(model_type, **config)
+        check_sizes(made)
+    return made
 
 
 AutoConfig.register("cavmae", CavMaeConfig)

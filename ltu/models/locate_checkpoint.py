@@ -1,7 +1,6 @@
 """Finds checkpoint folders and hashes their weights."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,24 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
-from ltu.files import sha256_of
+from ltu.files import check_regular_file, read_json_object, sha256_of
+from ltu.models.weight_headers import read_header, read_headers
 
 WEIGHT_FILES = {"safetensors": "model*.safetensors", "bin": "pytorch_model*.bin"}
 CHECKPOINT_FILES = ("config.json", "processor_config.json")
+# Files that libraries read in the folder of a model; each contains a JSON object.
+CONFIG_FILES = ("config.json", "processor_config.json", "ltu_state.json")
+LIBRARY_FILES = (
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def relative_path_of(path: str | os.PathLike, folder: str | os.PathLike) -> str:
@@ -39,6 +52,7 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: there is no such folder and it is no hub id, or the folder holds no
             checkpoint.
+        ValueError: as of `check_files`.
     """
     if Path(name).is_dir() or "/" in str(name):
         folder = Path(name)
@@ -59,14 +73,61 @@ def find_checkpoint(
             f"{folder} is no checkpoint folder: it has no {' and no '.join(missing)}. "
             "Write one with: python -m ltu.convert_checkpoint"
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    check_files(folder)
+    model_type = read_json_object(folder / "config.json").get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise FileNotFoundError(
             f"{folder} holds a model of type {model_type!r}, which is not known here. For 'ltu_as' "
             "use the commands of ltu_as (python -m ltu_as.ask ...; in Python: import ltu_as)."
         )
     return folder
+
+
+def check_files(folder: Path) -> None:
+    """Check the files of a model's folder before a library opens them.
+
+    Raises:
+        ValueError: there is something other than files and folders, such as a pipe; or a JSON file
+            is damaged, or too large, or contains no object; or the index of the weights names files
+            in other folders; or the header of a weight file is damaged.
+    """
+    named = (*CONFIG_FILES, *LIBRARY_FILES, *INDEX_FILES)
+    for path in sorted(folder.iterdir()):
+        # A link may lead nowhere; then the file is missing.
+        if path.exists() and (path.name in named or not path.is_dir()):
+            check_regular_file(path)
+    for name in named:
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = read_json_object(path, unique_keys=name in CONFIG_FILES)
+        # Names of classes, by which transformers chooses what it opens.
+        for key in ("processor_class", "tokenizer_class"):
+            if not isinstance(content.get(key), str | None):
+                raise ValueError(f"{path}: {key} is {content[key]!a:.80}, not the name of a class.")
+        if name in INDEX_FILES:
+            check_weight_index(content, path)
+    read_headers(sorted(folder.glob(WEIGHT_FILES["safetensors"])))
+
+
+def check_weight_index(content: dict[str, Any], path: Path) -> None:
+    """Check the index of the files that hold the weights.
+
+    Raises:
+        ValueError: it does not map names of weights to names of files in its folder.
+    """
+    weight_map = content.get("weight_map")
+    files = set()
+    is_map = isinstance(weight_map, dict) and bool(weight_map)
+    if is_map:
+        is_map = all(isinstance(file, str) for file in weight_map.values())
+    if is_map:
+        files = set(weight_map.values())
+    if not is_map or any(Path(file).name != file for file in files):
+        raise ValueError(
+            f"{path} is malformed: its weight_map does not map names of weights to files of the "
+            "folder. Copy or write it again."
+        )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -84,10 +145,13 @@ def weight_files(folder: Path, formats: tuple[str, ...] = ("safetensors", "bin")
 
     Raises:
         FileNotFoundError: the folder holds no weights.
+        ValueError: one of them is no regular file.
     """
     patterns = [WEIGHT_FILES[name] for name in formats]
     for pattern in patterns:
         files = sorted(folder.glob(pattern))
+        for file in files:
+            check_regular_file(file)
         if files:
             return files
     raise FileNotFoundError(
@@ -136,13 +200,19 @@ def hash_language_model(name: str | os.PathLike, **hub_kwargs: Any) -> str:
 
     Raises:
         FileNotFoundError: there is no such model, or it has no weights.
+        ValueError: a file of it is damaged, or is no regular file.
     """
     if str(name).startswith((".", "/")) and not Path(name).is_dir():
         raise FileNotFoundError(
             f"The language model {name} is not there. Give its folder or hub id: --llm DIR_OR_ID "
             "(language_model=... in Python)."
         )
-    digest = hashlib.sha256(Path(cached_file(name, "config.json", **hub_kwargs)).read_bytes())
+    if Path(name).is_dir():
+        check_files(Path(name))
+        config = Path(name, "config.json")
+    else:
+        config = Path(cached_file(name, "config.json", **hub_kwargs))
+    digest = hashlib.sha256(config.read_bytes())
     for index in (
         "model.safetensors.index.json",
         "model.safetensors",
@@ -152,15 +222,12 @@ def hash_language_model(name: str | os.PathLike, **hub_kwargs: Any) -> str:
         file = find_model_file(name, index, **hub_kwargs)
         if file is None:
             continue
-        with open(file, "rb") as stream:
-            if index.endswith(".json"):
-                digest.update(stream.read())
-            elif index.endswith(".safetensors"):
-                # The file begins with the length of its header, in 8 bytes.
-                header_length = int.from_bytes(stream.read(8), "little")
-                digest.update(stream.read(header_length))
-            else:
-                digest.update(str(os.path.getsize(file)).encode())
+        if index.endswith(".json"):
+            digest.update(file.read_bytes())
+        elif index.endswith(".safetensors"):
+            digest.update(read_header(file))
+        else:
+            digest.update(str(os.path.getsize(file)).encode())
         return digest.hexdigest()
     raise FileNotFoundError(
         f"{name} holds no weights (model.safetensors or pytorch_model.bin, or an index of them)."

@@ -15,6 +15,7 @@ the two. A language model that is trained is fp32 too.
 No checkpoint with NaN or infinite weights is written or opened.
 """
 
+import copy
 import logging
 from inspect import signature
 from itertools import chain
@@ -22,18 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ltu.models.configuration_ltu import LtuConfig
+from ltu.models.config_checks import refuse_malformed
+from ltu.models.configuration_ltu import LtuConfig, open_llm_config
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
-from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, weight_files
+from ltu.models.locate_checkpoint import (
+    WEIGHT_FILES,
+    find_checkpoint,
+    hash_language_model,
+    weight_files,
+)
 from ltu.models.lora import find_targets, inject_lora, merge_lora
 from ltu.models.model_card import CARD, add_model_card
+from ltu.models.weight_headers import StoredTensor, read_headers
 
 logger = logging.getLogger(__name__)
 
@@ -452,13 +460,17 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         folder = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         config = config or cls.config_class.from_pretrained(folder)
         llm = None
+        plan = copy.deepcopy(config)  # Of the model that is built to be compared with the files.
         if config.language_model is not None:
             if language_model:
                 config.language_model = str(language_model)
             else:
                 config.language_model = config.find_language_model(folder)
             check_language_model(config, folder, **llm_hub_kwargs)
-            llm = AutoModelForCausalLM.from_pretrained(
+            plan.text_config = open_llm_config(config.language_model, **llm_hub_kwargs)
+            check_same_sizes(config, plan.text_config, folder)
+            check_stored_weights(plan, folder, Path(config.language_model))
+            llm = load_llm(
                 config.language_model,
                 dtype=dtype,
                 device_map=device_map,
@@ -474,6 +486,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                     f"{folder} holds its language model; {refused} are only for a checkpoint whose "
                     "language model is elsewhere."
                 )
+            check_stored_weights(plan, folder)
             if dtype not in ("auto", None):
                 # The dtype of the language model that is built from the config. LoRA stays fp32.
                 config.text_config.dtype = (
@@ -493,31 +506,142 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 }
         return model.eval()
 
-    def load_own(self, folder: Path) -> None:
-        """Load the weights that a checkpoint folder holds, every key of them.
+    def check_own(self, stored: dict[str, StoredTensor], folder: Path) -> None:
+        """Compare the names and shapes of stored tensors with those that a checkpoint holds.
 
         Raises:
-            FileNotFoundError: the folder holds no weights.
-            ValueError: a key is missing or left over, or a weight is NaN or infinite.
+            ValueError: one is missing or left over, or has another shape, or contains no floats.
         """
-        files = weight_files(folder, formats=("safetensors",))
-        state: dict[str, Tensor] = {}
-        for file in files:
-            try:
-                state.update(load_file(file))
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged ({error}). Copy or write it again.") from error
-        expected = {key for key in self.state_dict() if self.is_own(key)}
-        missing = expected - set(state) - set(self.all_tied_weights_keys)
-        left_over = set(state) - expected
+        own = {key: value for key, value in self.state_dict().items() if self.is_own(key)}
+        missing = own.keys() - stored.keys() - set(self.all_tied_weights_keys)
+        left_over = stored.keys() - own.keys()
         if missing or left_over:
             raise ValueError(
                 f"{folder} does not fit its own config: {len(missing)} keys missing "
                 f"{sorted(missing)[:3]}, {len(left_over)} left over {sorted(left_over)[:3]}. Write "
                 "the folder again with: python -m ltu.convert_checkpoint"
             )
+        for key, tensor in stored.items():
+            if tensor.shape != tuple(own[key].shape) or not tensor.is_float:
+                raise ValueError(
+                    f"{folder} does not fit its own config: {key} is {tensor.dtype} of shape "
+                    f"{[*tensor.shape]}, and float of {[*own[key].shape]} by the config. Write "
+                    "the folder again with: python -m ltu.convert_checkpoint"
+                )
+
+    def load_own(self, folder: Path) -> None:
+        """Load the weights that a checkpoint folder holds, every key of them.
+
+        Raises:
+            FileNotFoundError: the folder holds no weights.
+            ValueError: a key is missing or left over, or has another shape, two tied weights
+                differ, or a weight is NaN or infinite.
+        """
+        files = weight_files(folder, formats=("safetensors",))
+        self.check_own(read_headers(files), folder)
+        state: dict[str, Tensor] = {}
+        for file in files:
+            state.update(load_file(file))
+        for key, twin in self.all_tied_weights_keys.items():
+            if {key, twin} <= state.keys() and not torch.equal(state[key], state[twin]):
+                raise ValueError(
+                    f"{folder} does not fit its own config: {key} and {twin} are one tensor by the "
+                    "config, and two different ones in the file. Write the folder again with: "
+                    "python -m ltu.convert_checkpoint"
+                )
         check_finite(state, f"{folder} is not opened")
         self.load_state_dict(state, strict=False)
+
+
+def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:
+    """Return the model that a config describes, without memory for its weights.
+
+    Raises:
+        ValueError: no model can be built of the config.
+    """
+    with torch.device("meta"), refuse_malformed(f"The config of {config.model_type}"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_stored_weights(config: LtuConfig, folder: Path, llm: Path | None = None) -> None:
+    """Compare a config with the headers of the weight files, before memory is taken for weights.
+
+    Args:
+        config: of the checkpoint folder, with that of the language model as it is stored. It is
+            changed.
+        folder: the checkpoint folder.
+        llm: that of the language model. One that is no folder, or quantized, or stored in another
+            format than safetensors is not compared.
+
+    Raises:
+        FileNotFoundError: the checkpoint folder holds no weights.
+        ValueError: a file is damaged, or does not have the tensors or shapes of the config.
+    """
+    own = read_headers(weight_files(folder, formats=("safetensors",)))
+    llm_tensors = own
+    if llm is not None:
+        llm_files = sorted(llm.glob(WEIGHT_FILES["safetensors"])) if llm.is_dir() else []
+        is_quantized = getattr(config.text_config, "quantization_config", None) is not None
+        llm_tensors = {} if is_quantized else read_headers(llm_files)
+    # Each layer has a tensor at least. A model of millions of layers would never be finished.
+    for part, tensors in ((config.audio_config, own), (config.text_config, llm_tensors)):
+        num_layers = getattr(part, "num_hidden_layers", 0)
+        if tensors and num_layers > len(tensors):
+            raise ValueError(
+                f"{folder}: the config of {part.model_type} has {num_layers} layers, but the files "
+                f"have {len(tensors)} tensors. Copy or write the folder again."
+            )
+    model = build_on_meta(config)
+    model.check_own(own, folder)
+    if llm is not None:
+        for key, parameter in model.language_model.state_dict().items():
+            bare_key = key.replace(".base_layer.", ".")
+            stored = llm_tensors.get(bare_key)
+            if stored is not None and stored.shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"{llm} does not fit its own config: {bare_key} has the shape "
+                    f"{[*stored.shape]}, and {[*parameter.shape]} by the config. Copy it again."
+                )
+
+
+def check_same_sizes(config: LtuConfig, text_config: PreTrainedConfig, folder: Path) -> None:
+    """Check that a checkpoint describes its language model as that model does itself.
+
+    Args:
+        config: of the checkpoint.
+        text_config: of the language model.
+
+    Raises:
+        ValueError: the two have other sizes.
+    """
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        described = getattr(config.text_config, name, None)
+        found = getattr(text_config, name, None)
+        if described != found:
+            raise ValueError(
+                f"{folder}: text_config has {name} {described}, but {config.language_model} has "
+                f"{found}. Name the right language model: --llm DIR_OR_ID (language_model=... in "
+                "Python)."
+            )
+
+
+def load_llm(name: str, **settings: Any) -> PreTrainedModel:
+    """Load a language model, every weight of it.
+
+    Args:
+        settings: arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: its files lack a weight, which would be random.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **settings)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name} does not fit its own config: {len(missing)} keys missing {missing[:3]}. "
+            "Copy or download it again."
+        )
+    return model
 
 
 def check_language_model(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> None:

@@ -11,6 +11,7 @@ A training example is tokenized whole, with prompt and answer in one string, as 
 checkpoints were trained.
 """
 
+import re
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,27 +21,39 @@ from torch import Tensor
 from transformers import (
     FEATURE_EXTRACTOR_MAPPING,
     AutoProcessor,
-    AutoTokenizer,
     BatchFeature,
     ProcessorMixin,
 )
 
 from ltu.data.audio import AudioSource
 from ltu.models.audio_front_end import make_front_end
+from ltu.models.config_checks import (
+    ProcessorFields,
+    check_fields,
+    check_numbers,
+    refuse_malformed,
+    show,
+)
 from ltu.models.configuration_ltu import ALPACA_SHORT, LtuConfig
+from ltu.models.locate_checkpoint import check_files
 from ltu.models.prompt_template import (
     CUT,
     RenderedPrompt,
     adds_bos,
     broadcast,
+    check_prompt_fields,
     control_tokens,
     escape_control_tokens,
+    open_tokenizer,
     read_conversation,
     render_prompt,
     tokenize_texts,
     user_message,
 )
 
+REPLACEMENT = "\ufffd"  # The character that stands for bytes that are no UTF-8.
+# A token of tokenizers that spell rare characters in bytes, as Llama's does.
+BYTE = re.compile("<0x([0-9A-F]{2})>")
 IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
 
 
@@ -55,7 +68,8 @@ class LtuProcessor(ProcessorMixin):
             decides.
 
     Raises:
-        ValueError: the tokenizer has no end token, so generation could not end.
+        ValueError: the tokenizer has no end token, so generation could not end, or no words; or a
+            setting has a wrong type or size.
     """
 
     # Arguments of the feature extractor that depend on the audio encoder, each with the field of
@@ -72,10 +86,23 @@ class LtuProcessor(ProcessorMixin):
         add_bos: bool | None = None,
         **kwargs: Any,
     ):
+        fields = {
+            "num_audio_tokens": num_audio_tokens,
+            "audio_token_id": audio_token_id,
+            "prompt_template": prompt_template,
+            "add_bos": add_bos,
+        }
+        check_fields(ProcessorFields, fields, "The settings of the processor")
+        settings = vars(feature_extractor)
+        # The sizes of a Whisper that has not been opened yet are not known.
+        known = {name: value for name, value in settings.items() if value is not None}
+        check_numbers(known, "The settings of the feature extractor")
         super().__init__(feature_extractor, tokenizer, **kwargs)
         self.num_audio_tokens = num_audio_tokens
         self.audio_token_id = audio_token_id
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
+        if "chat_template" not in self.prompt_template:
+            check_prompt_fields(self.prompt_template, "The prompt template of the processor")
         self.front_end = make_front_end(feature_extractor)
         self.controls = control_tokens(tokenizer, self.prompt_template.get("chat_template"))
         self.add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
@@ -84,7 +111,50 @@ class LtuProcessor(ProcessorMixin):
                 f"The tokenizer of {tokenizer.name_or_path} has no end token. Set its eos_token "
                 "first."
             )
+        # A tokenizer whose files are missing is opened without words.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError(
+                f"The tokenizer of {tokenizer.name_or_path} has {len(tokenizer)} tokens, all of "
+                "them special: its files are missing. Copy the folder again."
+            )
         tokenizer.split_special_tokens = True
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "LtuProcessor":
+        """Open the processor of a checkpoint folder, as the stock method does.
+
+        Raises:
+            OSError: there is no such folder.
+            ValueError: a file of the tokenizer, the feature extractor or the processor is damaged,
+                or a value in it has a wrong type or size.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            check_files(folder)
+        with refuse_malformed(f"The processor of {folder}"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def check_config(self, config: LtuConfig) -> None:
+        """Check that the processor was made for the model of a config.
+
+        Raises:
+            ValueError: the two have other sizes.
+        """
+        sizes = {
+            "num_audio_tokens": (self.num_audio_tokens, config.num_audio_tokens),
+            "audio_token_id": (self.audio_token_id, config.audio_token_id),
+        }
+        for argument, field in self.extractor_sizes.items():
+            stored = getattr(self.feature_extractor, argument)
+            sizes[argument] = stored, getattr(config.audio_config, field)
+        for name, (own, expected) in sizes.items():
+            if own != expected:
+                raise ValueError(
+                    f"The processor has {name} {show(own)}, but the model has {expected}. They are "
+                    "of two checkpoints: copy or write the folder again."
+                )
 
     @classmethod
     def from_config(
@@ -107,7 +177,7 @@ class LtuProcessor(ProcessorMixin):
         }
         processor = cls(
             extractor_class(**sizes, **extractor_settings),
-            AutoTokenizer.from_pretrained(tokenizer_name),
+            open_tokenizer(tokenizer_name),
             num_audio_tokens=config.num_audio_tokens,
             audio_token_id=config.audio_token_id,
             prompt_template=config.prompt_template,
@@ -349,8 +419,57 @@ class LtuProcessor(ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def decode_answer(self, ids: Tensor | list[int]) -> str:
-        """Return the text of newly generated tokens, without control tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """Return the text of newly generated tokens, without control tokens.
+
+        More tokens only append to the text, except that they may complete a character whose first
+        bytes are U+FFFD at its end.
+        """
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        # A tokenizer that is not fast decodes with sentencepiece itself.
+        if REPLACEMENT in text and self.tokenizer.is_fast:
+            tokens = self.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
+            # Language models have more tokens than their tokenizers know.
+            tokens = [token for token in tokens if token is not None]
+            if any(BYTE.fullmatch(token) for token in tokens):
+                text = self.tokenizer.convert_tokens_to_string(replace_wrong_bytes(tokens))
+        return text.strip()
+
+
+def replace_wrong_bytes(tokens: list[str]) -> list[str]:
+    """Replace each byte token that belongs to no character by a token of U+FFFD.
+
+    The tokenizers library decodes a whole run of byte tokens to U+FFFD if one byte of it is wrong,
+    even its line breaks. sentencepiece, with which the original decodes, replaces wrong bytes only.
+    Tokens of U+FFFD split a run, so that the library decodes the rest of it.
+
+        <0xE2> <0x82> <0xAC> <0xFF> a   ->   <0xE2> <0x82> <0xAC> U+FFFD a   ("€", U+FFFD, "a")
+    """
+    replaced = list(tokens)
+    run = bytearray()  # The values of neighbouring byte tokens.
+    for position, token in enumerate([*tokens, ""]):
+        byte = BYTE.fullmatch(token)
+        if byte is not None:
+            run.append(int(byte[1], 16))
+            continue
+        first = position - len(run)
+        for index in find_wrong_bytes(bytes(run)):
+            replaced[first + index] = REPLACEMENT
+        run.clear()
+    return replaced
+
+
+def find_wrong_bytes(data: bytes) -> list[int]:
+    """Return the positions of the bytes that belong to no character in UTF-8."""
+    wrong: list[int] = []
+    start = 0
+    while start < len(data):
+        try:
+            data[start:].decode("utf-8")
+            break
+        except UnicodeDecodeError as error:
+            wrong.extend(range(start + error.start, start + error.end))
+            start += error.end
+    return wrong
 
 
 AutoProcessor.register(LtuConfig, LtuProcessor)

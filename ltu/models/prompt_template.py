@@ -8,7 +8,6 @@ Only the template writes control tokens. A control token that a user types is cu
 and is tokenized as text.
 """
 
-import json
 import re
 from pathlib import Path
 from string import Formatter
@@ -18,7 +17,10 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from ltu.data.audio import AudioSource
+from ltu.files import read_json_object
+from ltu.models.config_checks import refuse_malformed
 from ltu.models.configuration_ltu import ALPACA_SHORT
+from ltu.models.locate_checkpoint import check_files
 
 CHAT = {
     "name": "chat",
@@ -56,7 +58,7 @@ def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
         ValueError: there is no such template, or it has other fields.
     """
     if name == CHAT["name"]:
-        tokenizer = AutoTokenizer.from_pretrained(llm)
+        tokenizer = open_tokenizer(llm)
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer of {llm} has no chat template. Use --prompt_template alpaca_short."
@@ -69,21 +71,46 @@ def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
             f"--prompt_template {name}: choose alpaca_short, chat, or a JSON file that exists."
         )
     try:
-        template = json.loads(Path(name).read_text(encoding="utf-8"))
-        fields = [_fields_of(template["prompt_no_input"]), _fields_of(template["prompt_input"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is no prompt template: {error!r}.") from error
-    if fields != [["instruction"], ["input", "instruction"]]:
-        raise ValueError(
-            f"{name}: prompt_no_input must have the field {{instruction}}, and prompt_input the "
-            f"fields {{instruction}} and {{input}}; the fields are {fields}."
-        )
+        template = read_json_object(Path(name))
+    except ValueError as error:
+        raise ValueError(f"{name} is no prompt template: {error}") from error
+    check_prompt_fields(template, name)
     if Path(name).stem in (ALPACA_SHORT["name"], CHAT["name"]):
         raise ValueError(
             f"{name}: a template is stored under the name of its file, and {Path(name).stem} is "
             "the name of another one. Rename the file."
         )
     return template | {"name": Path(name).stem}
+
+
+def open_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a language model in a folder or on the hub.
+
+    Raises:
+        OSError: there is no such model, or it has no tokenizer.
+        ValueError: a file of the tokenizer is damaged.
+    """
+    if Path(name).is_dir():
+        check_files(Path(name))
+    with refuse_malformed(f"The tokenizer of {name}"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def check_prompt_fields(template: dict, subject: str) -> None:
+    """Check that the prompts of a template have the fields that are filled in, and no others.
+
+    Raises:
+        ValueError: a prompt is absent, or has other fields. The message begins with `subject`.
+    """
+    try:
+        fields = [_fields_of(template["prompt_no_input"]), _fields_of(template["prompt_input"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{subject} is no prompt template: {error!r}.") from error
+    if fields != [["instruction"], ["input", "instruction"]]:
+        raise ValueError(
+            f"{subject}: prompt_no_input must have the field {{instruction}}, and prompt_input the "
+            f"fields {{instruction}} and {{input}}; the fields are {fields}."
+        )
 
 
 def _fields_of(text: str) -> list[str]:
