@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from ltu.data.audio import decode_audio
 from ltu.inference.generation_flags import read_decoding_flags
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
@@ -86,7 +85,7 @@ class PendingRequest:
         includes_usage: a stream ends with a chunk that has the numbers of tokens.
         loop: the event loop of the server, which owns `events`.
         events: receives pieces of the text if the request streams, and at last the answer or an
-            ApiError.
+            error.
         shown: the text so far, up to a stop sequence.
         is_over: no client waits for the answer any more.
     """
@@ -100,7 +99,7 @@ class PendingRequest:
     shown: str = ""
     is_over: bool = False
 
-    def push(self, event: str | Answer | ApiError) -> None:
+    def push(self, event: str | Answer | Exception) -> None:
         """Add an event to `events`. Can be called from any thread."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
@@ -154,10 +153,13 @@ class RequestParser:
         self.seeds = random.Random(args.seed)
 
     def parse(self, data: bytearray) -> PendingRequest:
-        """Parse the body of a request and decode its clip. This takes too long for an event loop.
+        """Parse the body of a request. This takes too long for an event loop.
+
+        Returns:
+            a request whose clip is not decoded: the bytes of a file, or None.
 
         Raises:
-            ApiError, AudioError, ValueError, RecursionError: the body or its clip is refused.
+            ApiError, ValueError, RecursionError: the body is refused.
         """
         try:
             body = ChatCompletionRequest.model_validate_json(data)
@@ -180,10 +182,9 @@ class RequestParser:
             decoding=self._parse_decoding(body),
             **settings,
         )
-        # Decode the clip here, so that a clip that cannot be decoded does not wait for the engine.
         clips = [message["audio"] for message in messages if message.get("audio") is not None]
         if clips:
-            request.audio = decode_audio(clips[0], max_seconds=self.args.max_seconds)
+            request.audio = clips[0]
         return PendingRequest(request, body.stop, body.stream, body.stream_options.include_usage)
 
     def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:
