@@ -319,8 +319,6 @@ class HeldDecoding:
             self.num_ended += 1
 
 
-# Each time that a held clip looks whether it is cancelled counts as a block.
-MANY_BLOCKS = ["--max_seconds", "1e6"]
 HELD_CLIP = encode_clip(tiny.clip(1, 0.6))
 OTHER_CLIP = encode_clip(tiny.clip(2, 0.5))
 
@@ -329,6 +327,8 @@ OTHER_CLIP = encode_clip(tiny.clip(2, 0.5))
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldDecoding]:
     held = HeldDecoding(len(HELD_CLIP))
     monkeypatch.setattr(clip_decoder, "decode_audio", held.decode)
+    # Each time that a held clip looks whether it is cancelled counts as a block.
+    monkeypatch.setattr(clip_decoder, "BLOCK", 0)
     yield held
     held.is_open.set()
 
@@ -341,7 +341,7 @@ def clip_body(clip: bytes) -> bytes:
 def test_the_timeout_covers_decoding(engine: LtuEngine, held: HeldDecoding) -> None:
     """Also of the clips that wait until others are decoded."""
     cancelled = 'ltu_answers_total{status="cancelled"}'
-    with serve(engine, "--timeout", "1", *MANY_BLOCKS) as served, ThreadPoolExecutor() as pool:
+    with serve(engine, "--timeout", "1") as served, ThreadPoolExecutor() as pool:
         replies = [pool.submit(served.post, clip_body(HELD_CLIP)) for _ in range(4)]
         for reply in replies:
             status, content = reply.result()
@@ -355,7 +355,7 @@ def test_the_timeout_covers_decoding(engine: LtuEngine, held: HeldDecoding) -> N
 def test_clients_that_disconnect_while_their_clip_is_decoded(
     engine: LtuEngine, held: HeldDecoding
 ) -> None:
-    with serve(engine, *MANY_BLOCKS) as served:
+    with serve(engine) as served:
         decoding = served.send(clip_body(HELD_CLIP))
         wait_until(lambda: held.num_held == 1)
         waiting = served.send(clip_body(HELD_CLIP))
@@ -378,7 +378,7 @@ def test_clips_of_one_client_do_not_hold_others(engine: LtuEngine, held: HeldDec
         connection.request("POST", "/v1/chat/completions", clip_body(clip), headers)
         return connection
 
-    with serve(engine, *MANY_BLOCKS) as served, ExitStack() as stack:
+    with serve(engine) as served, ExitStack() as stack:
         heavy = [send_from("127.0.0.2", HELD_CLIP) for _ in range(5)]
         for connection in heavy:
             stack.callback(connection.close)
@@ -412,6 +412,23 @@ def test_a_clip_with_very_many_values(engine: LtuEngine) -> None:
             reply.choices[0].message.content
             == engine([Request(QUESTION, data)], max_new_tokens=12)[0].text
         )
+
+
+def test_long_clips_do_not_hold_short_ones(engine: LtuEngine, held: HeldDecoding) -> None:
+    """Also of the same client, as all are behind a reverse proxy."""
+    with serve(engine, "--max_seconds", "1e6") as served, ExitStack() as stack:
+        # A held clip is short until it has looked twice.
+        clip_decoder.BLOCK = clip_decoder.MAX_SHORT_VALUES
+        long = [stack.enter_context(closing(served.send(clip_body(HELD_CLIP)))) for _ in range(5)]
+        # Each was decoded as a short one, and the first again as a long one.
+        wait_until(lambda: held.num_held == 6 and held.num_ended == 5)
+        reply = served.ask(text_part(), audio_part(OTHER_CLIP))
+        assert reply.choices[0].message.content == served.answer_alone(QUESTION, OTHER_CLIP)
+        held.is_open.set()
+        expected = served.answer_alone(QUESTION, HELD_CLIP)
+        for connection in long:
+            answer = json.load(connection.getresponse())["choices"][0]["message"]["content"]
+            assert answer == expected
 
 
 # --- start

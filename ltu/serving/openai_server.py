@@ -39,7 +39,7 @@ from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer
 from ltu.serving.batch_scheduler import BatchScheduler, Metrics, log_without_message
-from ltu.serving.clip_decoder import DECODER_THREADS, ClipDecoder, RequestIsOver
+from ltu.serving.clip_decoder import ClipDecoder, RequestIsOver
 from ltu.serving.connection_limits import (
     ACCEPTED_AT_ONCE,
     KEEP_ALIVE_SECONDS,
@@ -86,8 +86,8 @@ class Service:
         max_wait = args.max_wait_ms / 1000
         self.scheduler = BatchScheduler(engine, self.metrics, args.max_batch, max_wait)
         # Behind a reverse proxy, which the second flag is for, all clients are one.
-        clips_per_client = 1 if args.max_connections_per_client else DECODER_THREADS
-        self.decoder = ClipDecoder(args.max_seconds, clips_per_client)
+        is_fair = args.max_connections_per_client > 0
+        self.decoder = ClipDecoder(args.max_seconds, is_fair)
         self.parser_threads = ThreadPoolExecutor(PARSER_THREADS, "parsers")
         self.num_parsing = 0  # requests that are parsed; their bodies have arrived
         # Each request whose clip is decoded, or which is in the queue or on the model, with the
