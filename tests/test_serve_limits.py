@@ -172,6 +172,17 @@ def test_one_client_does_not_close_connections_of_others(engine: LtuEngine) -> N
         assert own.recv(100).startswith(b"HTTP/1.1 200")
 
 
+def test_connections_of_the_client_with_most_are_closed(engine: LtuEngine) -> None:
+    """A few addresses that connect very often do not close those of others."""
+    with serve(engine, "--max_connections", "100") as served, ExitStack() as stack:
+        own = stack.enter_context(connect(served.port, PARTIAL_HEADERS, "127.0.0.2"))
+        for number in range(200):
+            stack.enter_context(connect(served.port, source=f"127.0.0.{3 + number % 3}"))
+        wait_until(lambda: served.metric(closed_metric("too_many")) >= 100)
+        own.sendall(b"x\r\n\r\n")
+        assert own.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_a_client_without_a_limit(engine: LtuEngine) -> None:
     flags = ["--max_connections_per_client", "0", "--max_connections", "100"]
     with serve(engine, *flags) as served, ExitStack() as stack:

@@ -2,10 +2,11 @@
 
 uvicorn has no limit on the time in which a request arrives, and its limit on connections answers
 503 also to `/health`. Here a new connection is always accepted. If there are too many, in total or
-of one client, the one that has waited longest without a complete request is closed at once. So
-clients that send nothing, or send slowly, cannot keep others out, wherever they come from. A
-connection whose complete request is being answered is never closed for another one; the number of
-such requests has a limit of its own (`--max_queue`).
+of one client, the one that has waited longest without a complete request is closed at once; in
+total, the longest of the client that has most of those that wait. So clients that send nothing, or
+send slowly, keep nobody out, wherever they come from. A connection whose complete request is being
+answered is never closed for another one; the number of such requests has a limit of its own
+(`--max_queue`).
 
 A client is the peer's address. Headers such as X-Forwarded-For, which anybody can write, are not
 used: behind a reverse proxy all clients are one.
@@ -36,6 +37,8 @@ RESERVED_FILES = 64
 # Connections that remain for `/health` and requests on their way if `--max_queue` requests are in
 # progress.
 RESERVED_CONNECTIONS = 16
+# Clients with at most as many connections that wait are alike if one must be closed.
+FEW_CONNECTIONS = 8
 # Memory of all bodies in arrival, as a multiple of `--max_body_mb`. One client gets half of it.
 ARRIVING_BODIES = 8
 KEEP_ALIVE_SECONDS = 10  # that a connection may be idle after a reply; clients of OpenAI wait 5
@@ -129,9 +132,14 @@ class OpenConnections:
         self.connections[connection] = None
         _add_to(self.num_connections, client, 1)
         if 0 < self.limits.per_client < self.num_connections[client]:
-            self._close_oldest(client)
+            self._close_oldest(self._waiting_connections(client))
         elif len(self.connections) > self.limits.total:
-            self._close_oldest()
+            waiting = self._waiting_connections()
+            num_waiting = Counter(other.peer for other in waiting)
+            most = max(num_waiting.values())
+            if most > FEW_CONNECTIONS:
+                waiting = [other for other in waiting if num_waiting[other.peer] == most]
+            self._close_oldest(waiting)
 
     def remove(self, connection: "LimitedConnection") -> None:
         """Forget a connection that is closed or about to be; nothing if it was forgotten before."""
@@ -159,9 +167,9 @@ class OpenConnections:
         connection.arriving_bytes = num_bytes
         largest = self.limits.arriving_bytes
         if self.limits.per_client and self.arriving_bytes[client] > largest / 2:
-            self._close_oldest(client, with_body=True)
+            self._close_oldest(self._arriving_connections(client))
         elif self.arriving_bytes.total() > largest:
-            self._close_oldest(with_body=True)
+            self._close_oldest(self._arriving_connections())
 
     def close(self, connection: "LimitedConnection", reason: str) -> None:
         """Close a connection at once, without waiting until the client has read what was sent."""
@@ -169,22 +177,22 @@ class OpenConnections:
         self.remove(connection)
         connection.transport.abort()
 
-    def _close_oldest(self, client: str | None = None, with_body: bool = False) -> None:
-        """Close the connection that has waited longest for a complete request.
+    def _waiting_connections(self, client: str | None = None) -> list["LimitedConnection"]:
+        """Return the connections without a complete request, of one client or all; oldest first."""
+        return [
+            connection
+            for connection in self.connections
+            if client in (None, connection.peer) and not connection.is_answering()
+        ]
 
-        There always is one: that which is new, or receives a body.
+    def _arriving_connections(self, client: str | None = None) -> list["LimitedConnection"]:
+        """Return those of the waiting connections that have received a part of a body."""
+        waiting = self._waiting_connections(client)
+        return [connection for connection in waiting if connection.arriving_bytes]
 
-        Args:
-            client: whose connections are considered; None for those of all clients.
-            with_body: only those that have received a part of a body are considered.
-        """
-        for connection in self.connections:
-            is_considered = client is None or connection.peer == client
-            if with_body and not connection.arriving_bytes:
-                is_considered = False
-            if is_considered and not connection.is_answering():
-                self.close(connection, "too_many")
-                return
+    def _close_oldest(self, connections: list["LimitedConnection"]) -> None:
+        """Close the first one. There is one, because that which is new or receives waits too."""
+        self.close(connections[0], "too_many")
 
 
 def _add_to(counts: Counter[str], client: str, count: int) -> None:
