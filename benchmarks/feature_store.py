@@ -5,7 +5,8 @@
 The features of a clip have the shape (32, 25, 1280) of Whisper large. They are assembled from the
 features of real clips by a smaller Whisper, because random numbers have other exponents.
 
-Both sides read from the page cache, alternately, and write without waiting for the disk.
+Both sides read from the page cache, alternately, and write without waiting for the disk. A check
+finds out whether the sound of a clip has changed; the sound is 10 s of 16-bit audio.
 """
 
 import math
@@ -23,11 +24,12 @@ import torch  # noqa: E402
 from benchmarks.report import print_report, write_report  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
 from ltu.data.audio import load_audio  # noqa: E402
-from ltu.files import run_command  # noqa: E402
+from ltu.files import FileRecord, run_command  # noqa: E402
 from ltu_as import LtuAsFeatureExtractor  # noqa: E402
 from ltu_as.feature_store import FeatureStore  # noqa: E402
 
 SHAPE = (32, 25, 1280)  # layers, time, width
+SOUND_BYTES = 320_044  # 10 s of 16-bit audio at 16 kHz
 MIN_READ = 5.0  # reading speed / that of the original
 AUDIO = Path(__file__).parents[1] / "data" / "toy" / "audio"
 
@@ -96,8 +98,18 @@ def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
         def write_npz(number: int) -> None:
             np.savez_compressed(npz_path(number), arrays[number])
 
+        def sound_path(number: int) -> Path:
+            return Path(folder) / f"{number}.wav"
+
+        for number in range(count):
+            sound_path(number).write_bytes(os.urandom(SOUND_BYTES))
+        sources = [FileRecord.of(sound_path(number)) for number in range(count)]
+
         def write_ours(number: int) -> None:
-            store.write(str(number), tensors[number], "", 10.0)
+            store.write(str(number), tensors[number], "", 10.0, sources[number])
+
+        def check_ours(number: int) -> None:
+            store.check_current(str(number), sound_path(number))
 
         def read_npz(number: int) -> np.ndarray:
             return np.load(npz_path(number))["arr_0"]
@@ -111,6 +123,7 @@ def compare(features: list[np.ndarray], dtype: str, rounds: int) -> dict:
             ("ours", "writes_per_second", write_ours),
             ("npz", "reads_per_second", read_npz),
             ("ours", "reads_per_second", read_ours),
+            ("ours", "checks_per_second", check_ours),
         ):
             report[side][name] = round(measure_rate(run, count, rounds), 1)
         npz_bytes = 0

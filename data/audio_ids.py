@@ -222,7 +222,8 @@ def read_ids(file: Path, column: str | None = None) -> Iterator[str]:
     file has is read, or the first column of a table without a header.
 
     Raises:
-        ValueError: the column does not exist, or the JSON is broken.
+        ValueError: the column does not exist, an id is neither text nor a whole number, or the
+            JSON is broken.
     """
     if file.suffix.lower() in TABLES:
         yield from _ids_of_table(file, column)
@@ -235,8 +236,15 @@ def read_ids(file: Path, column: str | None = None) -> Iterator[str]:
             raise ValueError(
                 f"{file}, example {number} has no {name or 'audio_id'!r}, only {sorted(example)}."
             )
-        if example[name] not in NO_AUDIO:
-            yield str(example[name])
+        clip_id = example[name]
+        # Numbers of clips, such as those of FSD50K, may be numbers in JSON.
+        if type(clip_id) not in (str, int, type(None)):
+            raise ValueError(
+                f"{file}, example {number}: {name!r} is a {type(clip_id).__name__}, not an id. "
+                "Name the right key with --id_column."
+            )
+        if clip_id not in NO_AUDIO:
+            yield str(clip_id)
 
 
 def _ids_of_table(file: Path, column: str | None) -> Iterator[str]:
@@ -268,18 +276,24 @@ def read_cells(file: Path) -> Iterator[tuple[int, list[str]]]:
     Empty lines are left out.
 
     Raises:
-        ValueError: the file is not UTF-8.
+        ValueError: the file is not UTF-8, or a cell is longer than `csv.field_size_limit()`.
     """
+    number = 0  # Of the last line that was read.
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        first = lines.readline()
-        lines.seek(0)
-        delimiter = "\t" if "\t" in first else ","
-        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
         try:
+            first = lines.readline()
+            lines.seek(0)
+            delimiter = "\t" if "\t" in first else ","
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
             for cells in reader:
+                number = reader.line_num
                 if any(cells):
-                    yield reader.line_num, [cell.strip() for cell in cells]
+                    yield number, [cell.strip() for cell in cells]
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{file} is not UTF-8, after line {reader.line_num}. Save it as UTF-8."
+                f"{file} is not UTF-8, after line {number}. Save it as UTF-8."
+            ) from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}, after line {number}: {error}. Fix the next line, or write JSON lines."
             ) from error

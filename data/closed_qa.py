@@ -47,6 +47,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from data.audio_ids import read_cells
@@ -72,6 +73,11 @@ GENDERS = {
     "male": "male",
     "female": "female",
 }
+
+# Keys of a record, by the types of their values; see `check_types`.
+TEXT_KEYS = ("dataset", "gender", "emotion", "text", "input")
+NUMBER_KEYS = ("age", "pitch", "speed", "energy", "sentiment")
+LIST_KEYS = ("labels", "caption", "genre")
 
 Fields = dict[str, str]  # Placeholder in a question or an answer -> the text that fills it.
 
@@ -150,7 +156,7 @@ def number_of(value: Any) -> float | None:
     """Return the finite number that a value or its text is, or None."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
     return number if math.isfinite(number) and not isinstance(value, bool) else None
 
@@ -170,6 +176,36 @@ def listed(value: Any) -> list[str]:
         if text:
             items.append(text)
     return items
+
+
+def check_types(record: dict) -> None:
+    """Check the types of all values that a task may use.
+
+    Raises:
+        TypeError: text, a number (also as text) or a list of texts (or one text) is expected, and
+            the value is another; or events are no list of objects.
+    """
+    for key in TEXT_KEYS:
+        _check_type(key, record.get(key), str)
+    for key in NUMBER_KEYS:
+        _check_type(key, record.get(key), str, int, float)
+    for key in LIST_KEYS:
+        value = record.get(key)
+        _check_type(key, value, str, list)
+        for item in value if isinstance(value, list) else []:
+            _check_type(f"an item of {key}", item, str)
+    events = record.get("events")
+    _check_type("events", events or None, list)
+    for event in events or []:
+        _check_type("an event", event, dict)
+        _check_type("label of an event", event["label"], str)
+
+
+def _check_type(name: str, value: Any, *types: type) -> None:
+    """Check that a value has one of the types or is null; a bool is no number."""
+    if value is not None and type(value) not in types:
+        expected = " or ".join(kind.__name__ for kind in types)
+        raise TypeError(f"{name} is a {type(value).__name__}, not {expected}")
 
 
 # The functions below return the fields of each example of a task. They take a record, a random
@@ -208,7 +244,11 @@ class Event(NamedTuple):
 def event_fields(kind: str, record: dict, rng: Random, settings: RuleSettings) -> list[Fields]:
     events = []
     for event in record["events"]:
-        events.append(Event(float(event["onset"]), float(event["offset"]), event["label"]))
+        onset = number_of(event["onset"])
+        offset = number_of(event["offset"])
+        if onset is None or offset is None:
+            raise ValueError(f"onset or offset of {event['label']!r} is not a number")
+        events.append(Event(onset, offset, event["label"]))
     events.sort()
     spans = defaultdict(list)
     for event in events:
@@ -390,6 +430,10 @@ def read_records(
                 f"{file}, record {number} has no audio_id, only {list(record)}: "
                 "--columns audio_id=NAME"
             )
+        if not isinstance(audio_id, str):
+            raise ValueError(
+                f"{file}, record {number}: audio_id is a {type(audio_id).__name__}, not text."
+            )
         if audio_ids is None:
             yield record
         elif audio_id in audio_ids:
@@ -412,7 +456,7 @@ def _table(file: Path) -> Iterator[dict]:
             is_json = cell[:2] in ("[{", '["')
             try:
                 record[name] = json.loads(cell) if is_json else cell
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(
                     f"{file}, line {number}: a cell begins like JSON but is not JSON: {error}"
                 ) from error
@@ -459,7 +503,10 @@ def read_cuts(file: Path) -> dict:
     Raises:
         ValueError: a key, or a gender of it, does not have 2 or 4 ascending numbers.
     """
-    given = json.loads(file.read_bytes())
+    try:
+        given = msgspec.json.decode(file.read_bytes())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _cuts_error(file, str(error), None) from error
     if not isinstance(given, dict):
         raise _cuts_error(file, "", given)
     for key, cuts in given.items():
@@ -483,6 +530,18 @@ def _cuts_error(file: Path, key: str, cuts: Any) -> ValueError:
     return ValueError(
         f"{file}: {key!r}: {cuts}. Give 2 or 4 ascending numbers for one of {[*NAMES]}."
     )
+
+
+def read_descriptions(file: Path) -> dict[str, list[str]]:
+    """Read the file of --descriptions: label -> acoustic descriptions.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, list[str]])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}. Give a JSON object: label -> list of texts.") from error
 
 
 def read_audio_ids(file: Path) -> dict[str, str]:
@@ -577,7 +636,7 @@ def main(argv: list[str] | None = None) -> int:
     read = partial(read_records, args.metadata, args.columns, args.separator, audio_ids)
     settings = RuleSettings(args.dataset, args.seed, args.prefix_fraction, args.style)
     if args.descriptions:
-        settings.descriptions = json.loads(args.descriptions.read_bytes())
+        settings.descriptions = read_descriptions(args.descriptions)
     # Cut points are thirds of all numbers, so the metadata is read twice.
     given_cuts = read_cuts(args.cuts) if args.cuts else {}
     settings.cuts = find_cuts(read(), given_cuts)
@@ -589,6 +648,7 @@ def main(argv: list[str] | None = None) -> int:
             counts["records"] = number
             count_before = output.count
             try:
+                check_types(record)
                 for example in examples_of(record, args.tasks, texts, settings):
                     output.write(example)
                     counts[example["task"]] += 1

@@ -13,26 +13,42 @@ published numbers of examples: every difference from them is listed.
 The files are read in the order in which they are given. A file is read again for its repeated
 examples before the next file is read.
 
+Transcripts that are in the data (`input`) are cleaned: hallucinated outros of Whisper ("Thanks for
+watching!") and white space at both ends are removed, as from the transcripts of new clips. A recipe
+may name another rule, and --transcripts overrides it: `original` removes white space from the start
+only, as in the data of the released LTU-AS checkpoints; `unchanged` removes nothing. A recipe may
+also replace parts of audio_ids, such as a former folder of VoxCeleb, unless --keep_audio_ids is
+given. All changes are counted in the provenance file.
+
+A recipe repeats every example exactly so many times. The original samples the additional examples
+at random with replacement; --original_repeats does so for the examples of each dataset in each
+file, so that some are repeated more often than others, and some are not repeated.
+
 Without a seed the original's lists have an arbitrary order. --original_shuffle gives the order that
 its scripts would give after `random.seed(0)`: the questions that get the prefix are sampled
 example by example, then the list is shuffled.
 """
 
 import argparse
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
 from data.command_line import OUTPUT_HELP, command_parser
+from data.corrections import TRANSCRIPT_RULES, Corrections
 from data.provenance import audio_root_of, write_examples, write_provenance
-from data.shuffle import add_order_flags, order_facts, shuffle_examples
-from ltu.data.dataset_io import encode_line, stream_examples
+from data.shuffle import DiskSort, add_order_flags, order_facts, shuffle_examples
+from data.temporary_files import temporary_folder
+from ltu.data.dataset_io import encode_line, typed_examples
 from ltu.files import run_command
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -70,10 +86,20 @@ class PublishedNumbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The parts of a dataset and what was published about it."""
+    """The parts of a dataset and what was published about it.
+
+    Attributes:
+        parts: name -> part.
+        about: description.
+        transcripts: rule that cleans transcripts.
+        audio_id_replacements: part of an `audio_id` -> what replaces it.
+        expected: published numbers.
+    """
 
     parts: dict[str, RecipePart]
     about: str = ""
+    transcripts: Literal["clean", "original", "unchanged"] = "clean"
+    audio_id_replacements: dict[str, str] = {}
     expected: PublishedNumbers = PublishedNumbers()
 
 
@@ -91,41 +117,119 @@ def read_recipe(name: str) -> Recipe:
         raise ValueError(f"No recipe {name!r}. Give a file, or one of {known}.")
     try:
         return msgspec.json.decode(path.read_bytes(), type=Recipe)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         known = ", ".join(RecipePart.__struct_fields__)
         raise ValueError(f"{path}: {error}. A part may have {known}.") from error
 
 
 def part_examples(
-    path: Path, part: RecipePart, generator: random.Random
+    path: Path, part: RecipePart, generator: random.Random, folder: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples of a file, repeated and prefixed as its part of the recipe says.
 
     Args:
         path: the dataset file.
         part: the part of the recipe.
-        generator: samples the questions that get the prefix.
+        generator: samples the questions that get the prefix, and what is repeated.
+        folder: for temporary files. If it is given, examples are repeated as in the original.
     """
     repeats = {pattern.lower(): times for pattern, times in part.repeat.items()}
     fraction = part.closed_ended_fraction
+    if folder is not None and repeats:
+        examples = resampled_examples(path, repeats, generator, folder)
+    else:
+        examples = repeated_examples(path, repeats)
+    for example in examples:
+        if fraction and generator.random() < fraction:
+            example["instruction"] = f"{CLOSED_ENDED}{example.get('instruction', '')}"
+        yield example
+
+
+def repeated_examples(path: Path, repeats: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Yield every example of a file as often as its dataset is repeated.
+
+    Args:
+        path: the dataset file.
+        repeats: pattern of a dataset -> how often its examples are repeated.
+    """
     for repetition in range(max([1, *repeats.values()])):
-        for example in stream_examples(path):
-            if repetition >= _times(example, repeats):
-                continue
-            if fraction and generator.random() < fraction:
-                example["instruction"] = f"{CLOSED_ENDED}{example.get('instruction', '')}"
+        for example in typed_examples(path):
+            if repetition < repeats.get(_pattern_of(example, repeats), 1):
+                yield example
+
+
+def resampled_examples(
+    path: Path, repeats: dict[str, int], generator: random.Random, folder: str
+) -> Iterator[dict[str, Any]]:
+    """Yield every example of a file once, then random ones, as the original does.
+
+    A dataset of n examples that is repeated r times has n (r - 1) additional examples, each of them
+    sampled from all n with `random.choices`. They are yielded in the order in which they are
+    sampled. Two numbers of 8 bytes for each are in memory.
+
+    Args:
+        path: the dataset file, which is read twice.
+        repeats: pattern of a dataset -> r.
+        generator: samples the examples.
+        folder: for temporary files, which take as many bytes as the additional examples.
+
+    Raises:
+        ValueError: the number of examples changed between the two readings.
+    """
+    counts: Counter[str] = Counter()  # Pattern -> n.
+    for example in typed_examples(path):
+        pattern = _pattern_of(example, repeats)
+        if pattern is not None:
+            counts[pattern] += 1
+        if repeats.get(pattern, 1) > 0:
             yield example
 
-
-def _times(example: dict[str, Any], repeats: dict[str, int]) -> int:
-    """Return how often an example is repeated; `repeats` is pattern of a dataset -> times."""
-    if not repeats:
-        return 1
-    dataset = str(example.get("dataset", "")).lower()
+    # Sample examples by their numbers within the dataset, one dataset after the other.
+    sampled: dict[str, SampledNumbers] = {}
+    num_sampled = 0
     for pattern, times in repeats.items():
-        if fnmatchcase(dataset, pattern):
-            return times
-    return 1
+        num_additional = counts[pattern] * max(0, times - 1)
+        chosen = generator.choices(range(counts[pattern]), k=num_additional)
+        numbers = np.array(chosen, np.int64)  # (num_additional,)
+        order = np.argsort(numbers, kind="stable")
+        sampled[pattern] = SampledNumbers(numbers[order], num_sampled + order)
+        num_sampled += num_additional
+
+    # Read the file again, and sort the sampled examples by their positions, on the disk.
+    lines = DiskSort(folder)
+    step = 2**64 // max(1, num_sampled)
+    read: Counter[str] = Counter()
+    for example in typed_examples(path):
+        pattern = _pattern_of(example, repeats)
+        if pattern is None:
+            continue
+        numbers, positions = sampled[pattern]
+        begin, end = np.searchsorted(numbers, [read[pattern], read[pattern] + 1])
+        for position in positions[begin:end].tolist():
+            lines.add(b"%016x" % (position * step) + encode_line(example))
+        read[pattern] += 1
+    if read != counts:
+        raise ValueError(f"{path} changed while it was read for the second time. Run it again.")
+    for line in lines:
+        yield json.loads(line)
+
+
+class SampledNumbers(NamedTuple):
+    """Which examples of a dataset were sampled.
+
+    Attributes:
+        numbers: of the examples, (n,), in ascending order.
+        positions: position of each among all sampled examples, (n,).
+    """
+
+    numbers: np.ndarray
+    positions: np.ndarray
+
+
+def _pattern_of(example: dict[str, Any], repeats: dict[str, int]) -> str | None:
+    """Return the first pattern of a dataset that the example matches, or None."""
+    dataset = str(example.get("dataset", "")).lower()
+    return next((pattern for pattern in repeats if fnmatchcase(dataset, pattern)), None)
 
 
 @dataclass
@@ -229,6 +333,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no_shuffle", action="store_true", help="Write the examples in the order of the files."
     )
+    parser.add_argument(
+        "--transcripts",
+        choices=TRANSCRIPT_RULES,
+        help="The rule that cleans transcripts (default: the rule of the recipe, or clean).",
+    )
+    parser.add_argument(
+        "--keep_audio_ids",
+        action="store_true",
+        help="Do not replace the parts of audio_ids that the recipe replaces.",
+    )
+    parser.add_argument(
+        "--original_repeats",
+        action="store_true",
+        help="Sample repeated examples with replacement, as the original does.",
+    )
     parser.add_argument("--list", action="store_true", help="Print the recipes and their parts.")
     add_order_flags(parser)
     args = parser.parse_args(argv)
@@ -237,6 +356,30 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.no_shuffle and args.original_shuffle:
         parser.error("--no_shuffle and --original_shuffle exclude each other")
     return args
+
+
+def check_effects(
+    args: argparse.Namespace, recipe: Recipe | None, parts: list[tuple[str, Path]]
+) -> None:
+    """Check that the flags about the recipe have an effect.
+
+    Raises:
+        ValueError: the recipe repeats or replaces nothing.
+    """
+    name = args.recipe or "no recipe"
+    if args.original_repeats:
+        given = [recipe.parts[part] for part, _ in parts] if recipe else []
+        if not any(part.repeat for part in given):
+            raise ValueError(f"--original_repeats: {name} repeats none of the files. Leave it out.")
+    if args.keep_audio_ids and not (recipe and recipe.audio_id_replacements):
+        raise ValueError(f"--keep_audio_ids: {name} replaces no audio_ids. Leave it out.")
+
+
+def make_corrections(args: argparse.Namespace, recipe: Recipe | None) -> Corrections:
+    """Return the corrections that a recipe and the flags ask for, with counts of 0."""
+    recipe = recipe or Recipe({})
+    replacements = {} if args.keep_audio_ids else recipe.audio_id_replacements
+    return Corrections(args.transcripts or recipe.transcripts, replacements)
 
 
 def print_recipes() -> None:
@@ -254,20 +397,30 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     recipe = read_recipe(args.recipe) if args.recipe else None
     parts = parse_parts(args.data_path, recipe, args.partial)
+    check_effects(args, recipe, parts)
     part_of = recipe.parts if recipe else {}
     counts = Counts()
+    corrections = make_corrections(args, recipe)
 
     def examples(generator: random.Random) -> Iterator[dict[str, Any]]:
-        nonlocal counts
-        counts = Counts()  # The original's order reads everything twice.
+        nonlocal counts, corrections
+        # The original's order reads everything twice.
+        counts = Counts()
+        corrections = make_corrections(args, recipe)
         for name, path in parts:
-            for example in part_examples(path, part_of.get(name, RecipePart()), generator):
+            part = part_of.get(name, RecipePart())
+            for example in part_examples(path, part, generator, folder):
+                corrections.apply(example)
                 counts.add(name, example)
                 yield example
 
     # Write the examples in random order, or in that of the files.
     files = [path for _, path in parts]
-    with write_examples(args.output_path, files) as output:
+    if args.original_repeats:
+        repeats_folder = temporary_folder(args.output_path, "combine")
+    else:
+        repeats_folder = nullcontext()
+    with repeats_folder as folder, write_examples(args.output_path, files) as output:
         if args.no_shuffle:
             lines = (encode_line(example) for example in examples(random.Random(args.seed)))
         else:
@@ -286,6 +439,8 @@ def main(argv: list[str] | None = None) -> int:
         "num_examples": output.count,
         "counts": vars(counts),
         **order,
+        "repeats": "original" if args.original_repeats else "exact",
+        "corrections": corrections.to_dict(),
         "differences": unlike,
         **audio_root_of(args.output_path, files),
     }
@@ -293,6 +448,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.output_path}: {output.count:,} examples")
     for name, count in counts.part.items():
         print(f"  {name}: {count:,}")
+    for line in corrections.lines():
+        print(f"  corrected: {line}")
     for line in unlike:
         print(f"  differs: {line}")
     return 0

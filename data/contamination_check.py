@@ -39,7 +39,7 @@ from data.provenance import audio_root_of, write_examples, write_provenance
 from data.worker_pool import decoding_pool
 from ltu.data.audio import AudioError, load_audio
 from ltu.data.check_examples import NO_AUDIO
-from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_io import typed_examples
 from ltu.files import run_command
 
 CLIPS_AT_ONCE = 4096  # Clips that are given to the workers at once.
@@ -74,7 +74,7 @@ def clips_of(path: Path) -> Iterator[str]:
     """Return every `audio_id` of a dataset file once, in constant memory."""
     with tempfile.TemporaryDirectory() as folder:
         clips = DuplicateDetector(folder)
-        for number, example in enumerate(stream_examples(path)):
+        for number, example in enumerate(typed_examples(path)):
             if example.get("audio_id") not in NO_AUDIO:
                 clips.add(example["audio_id"], number)
         firsts = clips.firsts()
@@ -124,7 +124,7 @@ def read_eval_clips(
     eval_clips = EvalClips()
     for path in paths:
         clips: dict[str, None] = {}  # An ordered set.
-        for example in stream_examples(path):
+        for example in typed_examples(path):
             if example.get("audio_id") not in NO_AUDIO:
                 clips[example["audio_id"]] = None
 
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, str] = {}
     num_examples = 0
     num_contaminated = 0
-    for example in stream_examples(args.data_path):
+    for example in typed_examples(args.data_path):
         num_examples += 1
         clip = example.get("audio_id")
         if clip in NO_AUDIO:
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.clean_path:
         inputs = [args.data_path, *args.eval_files]
         with write_examples(args.clean_path, inputs) as output:
-            for example in stream_examples(args.data_path):
+            for example in typed_examples(args.data_path):
                 if example.get("audio_id") not in found:
                     output.write(example)
         facts = {"content": args.content, "num_examples": output.count, "removed": num_contaminated}

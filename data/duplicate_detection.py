@@ -47,6 +47,8 @@ class DuplicateDetector:
         table = table[np.argsort(file_number, kind="stable")]
         ends = np.cumsum(np.bincount(file_number, minlength=NUM_FILES))[:-1]
         for number, part in enumerate(np.split(table, ends)):
+            if not len(part):
+                continue
             with open(self._path(number), "ab") as file:
                 part.tofile(file)
         self.hashes = array("q")

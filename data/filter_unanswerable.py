@@ -23,7 +23,7 @@ from pathlib import Path
 
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
-from ltu.data.dataset_io import ExampleWriter, encode_line, stream_examples
+from ltu.data.dataset_io import ExampleWriter, encode_line, typed_examples
 from ltu.files import run_command
 
 # The phrases of the original, in its order.
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         dropped_writer = ExampleWriter(args.dropped_path, [args.data_path, args.output_path])
     with write_examples(args.output_path, [args.data_path]) as remaining, dropped_writer as dropped:
-        for example in stream_examples(args.data_path):
+        for example in typed_examples(args.data_path):
             output = example.get("output")
             if not isinstance(output, str):
                 output = ""

@@ -1,6 +1,5 @@
 """Writes FILE.provenance.json next to a dataset file: its inputs and settings."""
 
-import json
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import msgspec
 
 from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_io import ExampleWriter, stream_examples
-from ltu.files import sha256_of, write_json
+from ltu.files import read_json_object, sha256_of, write_json
 
 
 def provenance_path(output: str | Path) -> Path:
@@ -73,12 +72,20 @@ def audio_root_of(
 
 
 def _roots_of(source: Path) -> list[str]:
-    """Return the folders that the relative ids of a dataset file are relative to."""
+    """Return the folders that the relative ids of a dataset file are relative to.
+
+    Raises:
+        ValueError: the provenance file of the dataset file is damaged.
+    """
     path = provenance_path(source)
-    known = json.loads(path.read_bytes()).get("audio_root") if path.is_file() else None
+    known = read_json_object(path).get("audio_root") if path.is_file() else None
+    if known is None:
+        return [str(source.parent.resolve())]
     if isinstance(known, str):
         return [known]
-    return known or [str(source.parent.resolve())]
+    if not isinstance(known, list) or not all(isinstance(root, str) for root in known):
+        raise ValueError(f"{path}: audio_root is {known!r}, not text or a list of texts. Fix it.")
+    return known
 
 
 def _has_relative_ids(path: Path) -> bool:

@@ -50,7 +50,7 @@ from data.audio_ids import SUFFIXES, is_same_segment, read_cells, segment, stem,
 from data.command_line import command_parser
 from data.provenance import write_examples, write_provenance
 from ltu.data.check_examples import NO_AUDIO
-from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_io import typed_examples
 from ltu.files import run_command
 
 HEADERS = {("id", "audio_id"), ("audio_id", "path"), ("audio_id", "file")}
@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         prefixes.append((old, new))
     locator = ClipLocator(args.table, prefixes, args.folder)
     # Read the examples once to find out which files several clips match.
-    for example in stream_examples(args.data_path):
+    for example in typed_examples(args.data_path):
         if example.get("audio_id") not in NO_AUDIO:
             locator.claim(str(example["audio_id"]), str(example.get("dataset")))
 
@@ -443,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     first_ambiguous: list[str] = []
     base = args.output_path.parent.absolute()
     with write_examples(args.output_path, [args.data_path]) as output:
-        for number, example in enumerate(stream_examples(args.data_path), start=1):
+        for number, example in enumerate(typed_examples(args.data_path), start=1):
             audio_id = example.get("audio_id")
             if audio_id in NO_AUDIO:
                 output.write(example)

@@ -9,19 +9,22 @@ two files with the same clips give the same clips. Every clip has the same proba
 questions it has.
 
 --copy_audio copies the clips into audio/ next to the output, and the audio_ids of the output are
-then relative to it.
+then relative to it. A clip is copied only if it decodes as audio and is, after all links are
+followed, below --audio_root or an --allowed_root. Otherwise nothing is copied: the dataset file may
+name any file of this machine, and the copy may be published.
 """
 
-import filecmp
 import hashlib
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 from data.command_line import add_audio_root, command_parser
+from data.copy_clips import check_clips, copied_clips
 from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.check_examples import NO_AUDIO
-from ltu.data.dataset_io import stream_examples
-from ltu.files import replace_file, run_command
+from ltu.data.dataset_io import typed_examples
+from ltu.files import run_command
 
 DIGEST_SIZE = 16  # Bytes of the hash that a clip is sampled by.
 
@@ -37,7 +40,7 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
     """
     chosen: dict[str, dict[str, bytes]] = defaultdict(dict)  # Dataset -> audio_id -> hash.
     highest: dict[str, bytes] = {}  # Dataset -> hash; clips with higher ones are not chosen.
-    for example in stream_examples(path):
+    for example in typed_examples(path):
         audio_id = example.get("audio_id")
         if audio_id in NO_AUDIO:
             continue
@@ -59,43 +62,6 @@ def choose_clips(path: Path, clips: int, seed: int, by_dataset: bool) -> set[str
     return names
 
 
-def copy_clips(names: set[str], root: Path, folder: Path) -> dict[str, str]:
-    """Copy clips into folder/audio.
-
-    If another clip already has the file name, a part of a hash is put in front of it.
-
-    Args:
-        names: `audio_id`s, relative to `root`.
-        root: folder of the clips.
-        folder: folder of the output.
-
-    Returns:
-        `audio_id` -> new `audio_id`, relative to `folder`.
-    """
-    new_ids: dict[str, str] = {}
-    taken: set[str] = set()
-    for name in sorted(names):
-        # Find a file name that no other clip has.
-        source = root / name
-        target = folder / "audio" / Path(name).name
-        hashed = name.encode()
-        while target.name in taken or _is_another_file(source, target):
-            prefix = hashlib.blake2b(hashed, digest_size=4).hexdigest()
-            target = target.with_name(f"{prefix}_{Path(name).name}")
-            hashed += b"/"
-        # Copy the clip whole, or not at all; an earlier run may have copied it.
-        taken.add(target.name)
-        new_ids[name] = f"audio/{target.name}"
-        if not target.exists():
-            replace_file(target, source.read_bytes())
-    return new_ids
-
-
-def _is_another_file(source: Path, target: Path) -> bool:
-    """Return whether the target exists with another content than the source."""
-    return target.exists() and not filecmp.cmp(source, target, shallow=False)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     parser.add_argument("--clips", type=int, required=True, help="The number of clips to sample.")
@@ -109,18 +75,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--copy_audio", action="store_true", help="Copy the clips into audio/ next to the output."
     )
+    parser.add_argument(
+        "--allowed_root",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="Another folder from which --copy_audio may copy; the flag can be repeated.",
+    )
     args = parser.parse_args(argv)
     if args.clips < 1:
         parser.error(f"--clips must be at least 1, got {args.clips}")
+    if args.allowed_root and not args.copy_audio:
+        parser.error("--allowed_root has no effect without --copy_audio")
     chosen = choose_clips(args.data_path, args.clips, args.seed, args.by_dataset)
     if not chosen:
         raise ValueError(f"{args.data_path} has no example with a clip, so nothing can be sampled.")
-    new_ids: dict[str, str] = {}
+    copies = nullcontext({})
     if args.copy_audio:
-        root = args.audio_root or args.data_path.parent
-        new_ids = copy_clips(chosen, root, args.output_path.parent)
-    with write_examples(args.output_path, [args.data_path]) as output:
-        for example in stream_examples(args.data_path):
+        roots = [args.audio_root or args.data_path.parent, *args.allowed_root]
+        clips = check_clips(chosen, args.data_path, roots)
+        copies = copied_clips(clips, args.output_path.parent)
+    with copies as new_ids, write_examples(args.output_path, [args.data_path]) as output:
+        for example in typed_examples(args.data_path):
             audio_id = example.get("audio_id")
             if audio_id in chosen:
                 output.write(example | {"audio_id": new_ids.get(audio_id, audio_id)})

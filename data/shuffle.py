@@ -26,7 +26,7 @@ import numpy as np
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
 from data.temporary_files import temporary_folder
-from ltu.data.dataset_io import encode_line, stream_examples
+from ltu.data.dataset_io import encode_line, typed_examples
 from ltu.files import run_command
 
 MAX_SORTED = 2**26  # Bytes of a file that is sorted in memory.
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with write_examples(args.output_path, [args.data_path]) as output:
         lines = shuffle_examples(
-            lambda _: stream_examples(args.data_path),
+            lambda _: typed_examples(args.data_path),
             args.output_path,
             args.seed,
             args.original_shuffle,

@@ -18,7 +18,7 @@ from data.command_line import command_parser
 from data.duplicate_detection import DuplicateDetector
 from data.temporary_files import temporary_folder
 from ltu.data.check_examples import NO_AUDIO
-from ltu.data.dataset_io import KEYS, stream_examples
+from ltu.data.dataset_io import KEYS, typed_examples
 from ltu.files import run_command, write_json
 
 TEXTS = ("instruction", "input", "output")
@@ -100,7 +100,7 @@ def count_examples(path: Path, folder: str) -> dict[str, Any]:
     """
     counts = ExampleCounts()
     values = {key: DuplicateDetector(folder, key) for key in DISTINCT}
-    for example in stream_examples(path):
+    for example in typed_examples(path):
         counts.add(example)
         for key in DISTINCT:
             value = example.get(key)

@@ -10,6 +10,11 @@ predictions of a clip and needs Java: another tokenizer gives other values.
 
 BLEU and METEOR of several clips are not means over clips. As in pycocoevalcap, they are computed
 from summed counts. The document frequencies of CIDEr-D are those of all clips.
+
+A missing caption has CIDEr-D, ROUGE-L and SPICE 0, as the worst caption. In the strict protocol,
+BLEU and METEOR over clips of which a caption is missing have no value. From summed counts, a wrong
+caption also lowers the precision of the others, the more the longer it is; so an empty one, which
+only lowers the recall, could be better than a wrong one.
 """
 
 import shutil
@@ -33,6 +38,7 @@ from eval.tasks import Task
 
 Captions = dict[int, list[str]]  # index of a clip -> its captions
 ORIGINAL_TRIALS = 5  # the original scores the first five predictions of a clip
+CORPUS_METRICS = {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR"}  # from summed counts
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Parameters of METEOR 1.5 for English.
 MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym and paraphrase matches
@@ -62,7 +68,8 @@ class TrialScores:
 def captions(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score captions; an item is a clip.
 
-    A clip fails if one of its predictions failed; that caption is empty.
+    A clip fails if one of its predictions failed; that caption is empty (strict: whatever text
+    came with its failure).
 
     Raises:
         EvaluationError: The clips have unequal numbers of predictions (original: fewer than five),
@@ -87,6 +94,8 @@ def captions(predictions: list[dict], task: Task, context: Context) -> Outcome:
         for item, mean in zip(items, values.mean(0), strict=True):
             item[name] = float(mean)
 
+    is_complete = all(item["failed"] is None for item in items)
+
     def compute(indices: np.ndarray) -> dict[str, float]:
         found = {}
         for name, values in _metrics(scores, indices).items():
@@ -94,11 +103,22 @@ def captions(predictions: list[dict], task: Task, context: Context) -> Outcome:
             found[f"{name} std"] = float(np.std(values))
         return found
 
+    def compute_all() -> dict[str, float]:
+        found = compute(np.arange(len(items)))
+        if context.protocol == "strict" and not is_complete:
+            for name in found.keys() & CORPUS_METRICS:
+                found |= {name: float("nan"), f"{name} std": float("nan")}
+        return found
+
     num_scored = sum(map(len, clips))
     left_out = len(predictions) - num_scored
     if left_out:
         scores.notes.append(f"{left_out} predictions left out: the first five of a clip count")
-    return Outcome(items, compute, notes=scores.notes)
+    if context.protocol == "strict" and not is_complete:
+        scores.notes.insert(
+            1, "on all: BLEU and METEOR have no value, because captions are missing"
+        )
+    return Outcome(items, compute, notes=scores.notes, compute_all=compute_all)
 
 
 def _metrics(scores: TrialScores, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -154,8 +174,15 @@ def _texts(clips: list[list[dict]], key: str, context: Context) -> list[list[str
     """Return the captions of each clip; `key` is "ref" or "pred"."""
     texts = []
     for clip in clips:
-        texts.append([_text(item[key], context) for item in clip])
+        texts.append([_text(_caption(item, key, context), context) for item in clip])
     return texts
+
+
+def _caption(item: dict, key: str, context: Context) -> str | None:
+    """Return the reference or the answer of an item, None for an answer that failed (strict)."""
+    if key == "pred" and context.protocol == "strict" and item["failed"]:
+        return None
+    return item[key]
 
 
 def _text(text: str | None, context: Context) -> str:

@@ -11,7 +11,9 @@ cosines, else by 1 for the chosen class and 0 for the others.
 
 The strict protocol removes from a prediction only a leading "Audio caption:" or the like and
 quotes. It collapses white space everywhere, matches a reference whatever its case, commas and
-underscores, and leaves out classes without positives.
+underscores, and leaves out classes without positives. A missing answer counts as the worst one
+there could be (`choice_metrics`, `multi_label`), so AP and F1 over all clips fall fast with each
+missing answer: any class may have lost to it.
 """
 
 import re
@@ -23,9 +25,11 @@ import numpy as np
 
 from eval.ranking_metrics import Ranking
 from eval.scorer_interface import (
+    USABLE_SIZES,
     Context,
     EvaluationError,
     Outcome,
+    has_usable_size,
     start_items,
     without_answer_prefix,
 )
@@ -137,13 +141,13 @@ def cosines(answers: np.ndarray, classes: np.ndarray, protocol: str) -> np.ndarr
     The original sums in a Python loop. "original" does the same for all pairs at once, so the
     result is equal to the last bit, which decides ties.
     """
+    if not (has_usable_size(answers).all() and has_usable_size(classes).all()):
+        raise EvaluationError(
+            "An embedding is all zeros or not a number, or its numbers are outside "
+            f"{USABLE_SIZES[0]:g} to {USABLE_SIZES[1]:g}. Fix the table, or use another embedder."
+        )
     answer_norms = _norms(answers)
     class_norms = _norms(classes)
-    # A comparison with nan is false.
-    if not (answer_norms.min(initial=1) > 0 and class_norms.min(initial=1) > 0):
-        raise EvaluationError(
-            "An embedding is all zeros or not a number. Fix the table, or use another embedder."
-        )
     if protocol == "strict":
         return (answers / answer_norms) @ (classes / class_norms).T
     products = np.zeros((len(answers), len(classes)))
@@ -203,24 +207,72 @@ def is_answered(items: list[dict]) -> np.ndarray:
 
 
 def choice_metrics(
-    reference: np.ndarray, chosen: np.ndarray, count: int, protocol: str
+    reference: np.ndarray,
+    chosen: np.ndarray,
+    count: int,
+    protocol: str,
+    absent_count: bool = False,
 ) -> dict[str, float]:
     """Return accuracy and F1 of (m,) class numbers; -1 means that no class was chosen.
 
-    In the macro F1 of the original, absent classes count as 0.
+    In the strict protocol an item without a class counts as one with a wrong class, a false
+    negative and a false positive. The micro F1 is then the accuracy. The macro F1 is the lowest
+    that any wrong classes give; it is the mean over the classes that are in a reference or chosen.
+    In the original, such an item is a false negative only.
+
+    Args:
+        absent_count: Whether the macro F1 counts absent classes as 0, as the original does.
     """
+    is_missing = chosen < 0
     reference_count = np.bincount(reference, minlength=count)
-    chosen_count = np.bincount(chosen[chosen >= 0], minlength=count)
+    chosen_count = np.bincount(chosen[~is_missing], minlength=count)
     right_count = np.bincount(reference[reference == chosen], minlength=count)
     total = reference_count + chosen_count
-    f1 = 2 * right_count / np.maximum(total, 1)
-    macro = f1[(total > 0) | (protocol == "original")].mean()
-    micro = 2 * right_count.sum() / total.sum()
+    num_counted = total.sum()
+    if protocol == "original":
+        f1 = 2 * right_count / np.maximum(total, 1)
+        macro = f1[(total > 0) | absent_count].mean()
+    else:
+        missing_count = np.bincount(reference[is_missing], minlength=count)
+        macro = lowest_macro_f1(total, right_count, missing_count)
+        num_counted += is_missing.sum()
     return {
         "accuracy": float(right_count.sum() / len(reference)),
-        "micro_f1": float(micro),
+        "micro_f1": float(2 * right_count.sum() / num_counted),
         "macro_f1": float(macro),
     }
+
+
+def lowest_macro_f1(total: np.ndarray, right: np.ndarray, missing: np.ndarray) -> float:
+    """Return the lowest macro F1 that wrong answers in the gaps give.
+
+    A wrong answer is one more false positive of a class that is in a reference or chosen, or it
+    adds a class with F1 0 to the mean. With n wrong answers of the first kind, the others of the
+    second, the lowest sum of all F1 has the n largest losses, because each further false positive
+    of a class lowers its F1 by less. The result is the lowest mean over all n.
+
+    Args:
+        total: (classes,) how often a class is a reference or chosen: 2 TP + FP + FN, if each
+            missing answer is an FN.
+        right: (classes,) TP.
+        missing: (classes,) number of missing answers by the class of their reference.
+    """
+    num_missing = int(missing.sum())
+    num_present = int((total > 0).sum())
+    has_right = right > 0  # the other classes have no F1 to lose
+    twice_right = 2 * right[has_right, None]
+    num_wrong = np.arange(num_missing + 1)  # of one class
+    f1 = twice_right / (total[has_right, None] + num_wrong)  # (classes, missing + 1)
+    losses = f1[:, :-1] - f1[:, 1:]
+    # An answer that names the class of its own reference is not wrong.
+    limit = num_missing - missing[has_right, None]
+    losses[num_wrong[:-1] >= limit] = 0
+    largest = np.sort(losses, axis=None)[::-1][:num_missing]
+    sums = np.full(num_missing + 1, f1[:, 0].sum())  # by number of wrong answers of the first kind
+    sums[1 : len(largest) + 1] -= np.cumsum(largest)
+    sums[len(largest) + 1 :] = sums[len(largest)]
+    num_added = np.minimum(num_missing - num_wrong, len(total) - num_present)
+    return float((sums / (num_present + num_added)).min())
 
 
 def ranked_metrics(ranking: Ranking, indices: np.ndarray, protocol: str) -> dict[str, float]:
@@ -275,7 +327,13 @@ def single_label(predictions: list[dict], task: Task, context: Context) -> Outco
         notes = _absence_notes(references)
 
     def compute(indices: np.ndarray) -> dict[str, float]:
-        metrics = choice_metrics(reference[indices], chosen[indices], count, context.protocol)
+        metrics = choice_metrics(
+            reference[indices],
+            chosen[indices],
+            count,
+            context.protocol,
+            absent_count=context.protocol == "original",
+        )
         if ranking:
             metrics |= ranked_metrics(ranking, indices, context.protocol)
         return metrics
@@ -288,12 +346,19 @@ def single_label(predictions: list[dict], task: Task, context: Context) -> Outco
 def multi_label(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score several reference classes per clip: AP and AUC.
 
+    In the strict protocol a clip without an answer ranks above all answers in the classes that its
+    reference does not name, and is never found in those that it names. No answer is worse: each
+    pair with it is in the wrong order, it lowers the precision of each positive, and its own is 0.
+
     For the original, also compare the first reference class with the highest score.
     """
     items, classes, references, scores = _score_classes(predictions, task, context)
     first_reference = references.argmax(1)
     chosen = np.where(is_answered(items), scores.argmax(1), -1)
     _add_choices(items, classes, references, chosen)
+    if context.protocol == "strict":
+        worst = np.where(references, np.nan, np.inf)
+        scores = np.where(is_answered(items)[:, None], scores, worst)
     ranking = Ranking(scores, references)
 
     def compute(indices: np.ndarray) -> dict[str, float]:

@@ -16,6 +16,7 @@ is no class stops the command with file and row. References are spelled as the e
 
 import argparse
 import csv
+import math
 import re
 import sys
 from collections import defaultdict
@@ -32,6 +33,9 @@ from ltu.files import run_command
 
 # Extensions of audio files.
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".m4a", ".opus", ".aiff", ".au", ".mp4", ".webm"}
+SECONDS = r"\d+(?:\.\d+)?"
+# A clip of YouTube, named by id, start and end in s or ms. An id may have underscores and digits.
+SEGMENT = re.compile(rf"(?P<name>.+)_(?P<start>{SECONDS})_(?P<end>{SECONDS})")
 # Templates of references, where they are not "Labels: {}". There is no space where the original
 # does not strip one.
 REFERENCES = {
@@ -84,11 +88,14 @@ class LabelledClip:
         position: File and row, for messages.
         names: Names that the clip may have.
         labels: Its labels, one for each question.
+        start: Where a clip of YouTube starts in its video, in seconds. Such a clip may also have
+            one of its names, followed by its start and its end.
     """
 
     position: str
     names: list[str]
     labels: list[str]
+    start: float | None = None
 
 
 def find_metadata(pattern: str, root: Path) -> list[Path]:
@@ -122,7 +129,11 @@ def read_metadata(source: Source, paths: list[Path]) -> Iterator[LabelledClip]:
                     reason = f"no {', '.join(lacking)}; it has {', '.join(row)}."
                     raise EvaluationError(f"{position}: {reason}")
                 labels = [row[name] for name in source.labels]
-                yield LabelledClip(position, _clip_names(source.clip, row), labels)
+                names = _clip_names(source.clip, row)
+                start = None
+                if source.clip == "youtube_id":
+                    start = _start_time(row, position)
+                yield LabelledClip(position, names, labels, start)
 
 
 def _parse_table(path: Path, lines: IO[str]) -> Iterator[dict[str, str]]:
@@ -140,10 +151,24 @@ def _clip_names(column: str, row: dict[str, str]) -> list[str]:
     if column != "youtube_id":
         return [name]
     # Downloaders name clips by the id, with or without a Y and the start.
-    names = []
-    for end in ("", f"_{row.get('start_time')}"):
-        names += [f"{name}{end}", f"Y{name}{end}"]
+    names = [name, f"Y{name}"]
+    if row.get("start_time"):
+        names += [f"{name}_{row['start_time']}", f"Y{name}_{row['start_time']}"]
     return names
+
+
+def _start_time(row: dict[str, str], position: str) -> float | None:
+    """Return the start of a clip in seconds, None if the row has none.
+
+    Raises:
+        EvaluationError: It is no number.
+    """
+    text = row.get("start_time")
+    if not text:
+        return None
+    if not re.fullmatch(SECONDS, text.strip()):
+        raise EvaluationError(f"{position}: start_time {text!r} is no number of seconds.")
+    return float(text)
 
 
 class ReferenceWriter:
@@ -195,9 +220,15 @@ class ClipFinder:
     def __init__(self, root: Path):
         self.root = root
         self.paths: dict[str, list[str]] = defaultdict(list)  # name -> relative paths
+        # name -> start and relative path of the files NAME_START_END
+        self.segments: dict[str, list[tuple[float, str]]] = defaultdict(list)
         for path in sorted(root.rglob("*")):
             if path.suffix.lower() in AUDIO_SUFFIXES:
-                self.paths[path.stem].append(path.relative_to(root).as_posix())
+                relative = path.relative_to(root).as_posix()
+                self.paths[path.stem].append(relative)
+                segment = SEGMENT.fullmatch(path.stem)
+                if segment and float(segment["start"]) < float(segment["end"]):
+                    self.segments[segment["name"]].append((float(segment["start"]), relative))
 
     def find(self, clip: LabelledClip) -> str | None:
         """Return the relative path of a clip, None if it is missing.
@@ -209,12 +240,22 @@ class ClipFinder:
         if not found:
             for name in clip.names:
                 found += self.paths.get(_without_extension(name), [])
+                found += self._find_segments(name, clip.start)
         if len(found) > 1:
             raise EvaluationError(
                 f"{clip.position}: {self.root} has {' and '.join(found[:2])}. "
                 "Leave one, or name its path."
             )
         return found[0] if found else None
+
+    def _find_segments(self, name: str, start: float | None) -> list[str]:
+        """Return the files NAME_START_END whose start, in s or in ms, is that of the clip."""
+        found = []
+        if start is not None:
+            for own_start, path in self.segments.get(name, []):
+                if math.isclose(own_start, start) or math.isclose(own_start, 1000 * start):
+                    found.append(path)
+        return found
 
 
 def build(task: Task, metadata: list[Path], root: Path) -> tuple[list[dict], dict[str, str]]:

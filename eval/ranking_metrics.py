@@ -14,7 +14,9 @@ class Ranking:
     """The examples of each class from the highest score down.
 
     Args:
-        scores: (examples, classes), any float; -inf ranks last.
+        scores: (examples, classes), any float; -inf ranks last. An example with nan is not ranked:
+            its precision is 0 where it is a positive, as that of a document that a search does not
+            return, and all negatives rank above it.
         references: (examples, classes) bool.
     """
 
@@ -41,6 +43,7 @@ class Ranking:
         groups, self.group = np.unique(positives[:3], axis=1, return_inverse=True)
         self.of_class, self.start, self.end = groups
         self.positives = positives[3]
+        self.is_ranked = ~np.isnan(scores[self.positives, positives[0]])
 
     def scores(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (classes,) average precision and (classes,) area under the ROC curve.
@@ -60,7 +63,10 @@ class Ranking:
         before = ranked[self.of_class, self.start]
         seen = ranked[self.of_class, self.end]
         # Sum the weights of the positives of each group, and of all up to its end.
-        true = np.bincount(self.group.ravel(), weights[self.positives], len(self.of_class))
+        group = self.group.ravel()
+        own_weights = weights[self.positives]
+        true = np.bincount(group, own_weights, len(self.of_class))
+        found = np.bincount(group, own_weights * self.is_ranked, len(self.of_class))
         total = by_class(true)
         true_seen = np.cumsum(true) - (np.cumsum(total) - total)[self.of_class]
         # Count the negatives that rank below each group; a tie counts half.
@@ -68,6 +74,6 @@ class Ranking:
         ties = (seen - before - true) / 2
         below = negatives[self.of_class] - (seen - true_seen) + ties
         with np.errstate(invalid="ignore"):
-            precision = by_class(true * true_seen / np.maximum(seen, 1)) / total
+            precision = by_class(found * true_seen / np.maximum(seen, 1)) / total
             area = by_class(true * below) / (total * negatives)
         return precision, area

@@ -46,7 +46,7 @@ class MetricValue:
 
     Args:
         on_answered: Over the items with an answer.
-        on_all: Over all items; those without an answer count as wrong.
+        on_all: Over all items; those without an answer count as the worst answer (strict).
         low, high: The 95 % interval of `on_answered`.
     """
 
@@ -130,7 +130,7 @@ def summarize(outcome: Outcome, task: Task, seed: int, notes: Iterable[str] = ()
             failed[item["failed"]] += 1
     indices = np.array(answered, dtype=int)
     on_answered = outcome.compute(indices) if answered else {}
-    on_all = outcome.compute(np.arange(len(outcome.items))) if outcome.items else {}
+    on_all = outcome.on_all()
     resamples = 0
     low = high = np.nan
     if len(answered) > 1 and not np.isnan(on_answered.get(task.metric, np.nan)):
@@ -224,7 +224,8 @@ def write_report(results: list[Result], common: dict[str, Any], folder: Path) ->
     """Write report.json, report.md and report.png, and return the content of report.md.
 
     Args:
-        common: What is the same for all results: protocol, seed, left_out and more.
+        common: What is the same for all results: protocol, missing_answers (how they count), seed,
+            left_out and more.
     """
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -232,7 +233,7 @@ def write_report(results: list[Result], common: dict[str, Any], folder: Path) ->
             versions[name] = metadata.version(name)
     entries = [result.to_json() for result in results]
     write_json({**common, "versions": versions, "results": entries}, folder / "report.json")
-    text = table(results, common["protocol"], common["left_out"])
+    text = table(results, common)
     write_text(text, folder / "report.md")
     plot(results, folder / "report.png")
     return text
@@ -249,10 +250,14 @@ def paper_text(paper: Mapping[str, float]) -> str:
     return ", ".join(values) or "-"
 
 
-def table(results: list[Result], protocol: str, left_out: list[str]) -> str:
-    """Return the main metrics, one line per task and model, then what was left out and notes."""
+def table(results: list[Result], common: Mapping[str, Any]) -> str:
+    """Return the main metrics, one line per task and model, then what was left out and notes.
+
+    Args:
+        common: As `write_report` takes it.
+    """
     lines = [
-        f"# Evaluation, protocol {protocol}",
+        f"# Evaluation, protocol {common['protocol']}",
         "",
         _table_line(TITLES),
         _table_line(["---"] * len(TITLES)),
@@ -260,7 +265,8 @@ def table(results: list[Result], protocol: str, left_out: list[str]) -> str:
     for result in results:
         lines.append(_table_line(_table_cells(result)))
     lines.append("")
-    for name in left_out:
+    lines.append(f"- {common['missing_answers']}")
+    for name in common["left_out"]:
         lines.append(f"- left out: {name}")
     for result in results:
         for note in result.summary.notes:

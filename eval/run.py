@@ -15,14 +15,14 @@ A run can be stopped at any time and resumes when it is started again: answers t
 with the same weights, questions and flags are used again. If answers are sampled, a repeated
 question (captions: five trials) is sampled with the next seed.
 
-A question of --questions without a prediction counts as failed. "all" is every task that has a
-file. The report names the tasks that have questions but no predictions, or predictions but no
+A question of --questions without a prediction counts as failed; without --questions, a prediction
+that is missing or there twice is not noticed, and the report says so. "all" is every task that has
+a file. The report names the tasks that have questions but no predictions, or predictions but no
 questions, or no classes for --score_labels. OUT has report.json, .md and .png; OUT/NAME has
 TASK.predictions.json, .provenance.json, .items.jsonl and .confusion.png.
 """
 
 import argparse
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,17 +36,21 @@ import numpy as np
 from eval import generate_predictions, report, text_embeddings
 from eval.generate_predictions import GenerationSettings
 from eval.judge import Judge
-from eval.scorer_interface import Context, EvaluationError, Outcome
+from eval.scorer_interface import Context, EvaluationError, Outcome, load_predictions
 from eval.tasks import TASKS, Task, find_task
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
-from ltu.data.dataset_io import stream_examples
-from ltu.files import run_command
+from ltu.files import read_json_object, run_command
 from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.model_card import EvaluationResult, save_evaluation
 from qa_generation.llm import LlmSettings
 
-# Fields of every prediction.
-FIELDS = ("prompt", "pred", "ref", "audio_id")
+NO_QUESTIONS = "no --questions: predictions that are missing or there twice are not noticed"
+# How "on all" counts an answer that is missing, by protocol.
+MISSING_ANSWERS = {
+    "strict": "on all: a missing answer counts as the worst answer that could be there",
+    "original": "on all: a missing answer counts as in the original, which may be better than a "
+    "wrong answer",
+}
 
 
 @dataclass(frozen=True)
@@ -255,18 +259,9 @@ def read_predictions(
     Each question without a prediction is appended as a prediction without an answer.
 
     Raises:
-        EvaluationError: A prediction lacks a field, or belongs to no question.
+        EvaluationError: A prediction lacks a field, has a malformed one, or belongs to no question.
     """
-    predictions = list(stream_examples(path))
-    for number, prediction in enumerate(predictions, start=1):
-        lacking = sorted(set(FIELDS) - prediction.keys())
-        if lacking:
-            raise EvaluationError(
-                f"{path}, prediction {number}: no {', '.join(lacking)}. "
-                "Generate the predictions again."
-            )
-    if not predictions:
-        raise EvaluationError(f"{path} contains no predictions.")
+    predictions = load_predictions(path)
     if questions:
         predictions += missing_predictions(predictions, path, questions, ignored_keys)
     return predictions
@@ -309,7 +304,7 @@ def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
     context = Context(
         protocol=settings.protocol,
         embed=embedder,
-        whisper=read_transcripts(predictions, settings.whisper_text) or None,
+        whisper=read_transcripts(predictions, scoring.predictions, settings.whisper_text) or None,
         judge=settings.judge,
         label_scores=scoring.label_scores,
         source=str(scoring.predictions),
@@ -328,6 +323,10 @@ def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
         method = "embedding"
     num_predictions = len(predictions)
     notes = []
+    # A model's own predictions are those of its questions.
+    is_given = scoring.questions is None and scoring.label_scores is None
+    if is_given:
+        notes.append(NO_QUESTIONS)
     expected = task.options.get("num_examples", num_predictions)
     if num_predictions != expected:
         notes.append(f"{num_predictions} predictions; the whole set has {expected}")
@@ -343,14 +342,27 @@ def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
     )
 
 
-def read_transcripts(predictions: list[dict], path: Path | None) -> dict[str, str]:
-    """Return the transcripts of a file or, without one, those in the predictions of LTU-AS."""
+def read_transcripts(predictions: list[dict], source: Path, path: Path | None) -> dict[str, str]:
+    """Return the transcripts of a file or, without one, those in the predictions of LTU-AS.
+
+    Args:
+        source: The predictions file, for messages.
+
+    Raises:
+        ValueError: A transcript is no text, or the file is no JSON object.
+    """
     if path:
-        return json.loads(path.read_text(encoding="utf-8"))
-    transcripts = {}
-    for prediction in predictions:
-        if prediction.get("model") == "ltu_as":
-            transcripts[prediction["audio_id"]] = prediction["transcript"]
+        transcripts = read_json_object(path)
+    else:
+        transcripts = {}
+        for prediction in predictions:
+            if prediction.get("model") == "ltu_as":
+                transcripts[prediction["audio_id"]] = prediction.get("transcript")
+    for audio_id, transcript in transcripts.items():
+        if not isinstance(transcript, str):
+            raise EvaluationError(
+                f"{path or source}: the transcript of {audio_id!r} is {transcript!r}, not text."
+            )
     return transcripts
 
 
@@ -389,7 +401,12 @@ def write_report(
     """Write the report of all results, in the order of TASKS, and return its text."""
     order = [task.name for task in TASKS]
     results = sorted(results, key=lambda result: order.index(result.task))
-    common = {"protocol": settings.protocol, "seed": settings.seed, "left_out": left_out}
+    common = {
+        "protocol": settings.protocol,
+        "missing_answers": MISSING_ANSWERS[settings.protocol],
+        "seed": settings.seed,
+        "left_out": left_out,
+    }
     if settings.whisper_text:
         common["whisper_text"] = report.file_record(settings.whisper_text)
     return report.write_report(results, common, settings.output_dir)

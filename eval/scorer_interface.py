@@ -1,14 +1,39 @@
-"""Defines the context that a scoring function gets and the outcome that it returns."""
+"""Defines the context that a scoring function gets and the outcome that it returns.
+
+In the strict protocol a missing answer counts as the worst answer that could be there: a metric
+over all items is the lowest value (for errors the highest) that any answers in the gaps give. So
+leaving out an answer never improves a metric, and with no answer at all each metric has its worst
+value. `failure` decides what is missing; each scoring function computes that worst value of its
+metrics, because the worst answer of one metric is not that of another:
+
+- a fraction of right answers (accuracy, following rate): wrong;
+- F1: a wrong class, for the macro F1 the one that lowers it most (`classification.choice_metrics`);
+- AP and AUC: ranks above all others in the classes that the reference does not name, and is never
+  found in those that it names (`classification.multi_label`);
+- word error rate and age: the largest error of an item, which needs a bound because there is no
+  worst answer (`speech`);
+- captions: 0 where a metric is a mean over clips. BLEU and METEOR have no value, because a longer
+  wrong caption always lowers the value of the others too (`captions`).
+
+The original protocol counts missing answers as the original does, which may reward them.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ltu.data.dataset_io import stream_examples
+
+# Fields of every prediction.
+FIELDS = ("prompt", "pred", "ref", "audio_id")
 # Statuses with an answer, see ltu.inference.requests.Answer. Predictions of the original have none.
-ANSWERED = (None, "ok", "truncated")
+ANSWERED = (None, "ok", "truncated", "truncated_file")
+# Absolute values whose squares, of thousands of numbers, have a sum with the precision of float64.
+USABLE_SIZES = (1e-100, 1e100)
 ANSWER_PREFIX = re.compile(
     r"""\A[\s"']*(?:audio caption|labels?|(?:music )?genre|emotion)\s*:""", re.IGNORECASE
 )
@@ -16,6 +41,17 @@ ANSWER_PREFIX = re.compile(
 
 class EvaluationError(ValueError):
     """Predictions cannot be scored. The message has file, number from 1, reason and hint."""
+
+
+def has_usable_size(embeddings: np.ndarray) -> np.ndarray:
+    """Return (n,) bool: whether the norm of each embedding (n, dim) can be computed.
+
+    The largest number of an embedding must be in USABLE_SIZES: the norm of a smaller or a larger
+    one is 0, inexact or infinite, because it sums squares, and that of nan does not exist.
+    """
+    smallest, largest = USABLE_SIZES
+    sizes = np.abs(embeddings).max(axis=1, initial=0)
+    return (smallest <= sizes) & (sizes <= largest)  # a comparison with nan is false
 
 
 class AnswerJudge(Protocol):
@@ -62,10 +98,12 @@ class Outcome:
         items: One for each scored unit, in order: audio_id, ref, pred, failed (None or a reason)
             and more.
         compute: Maps (m,) indices into `items`, repeats allowed, to all metrics by name. Failed
-            items count as wrong.
+            items count as the worst answer (strict), or as the original counts them.
         resamples: Number of bootstrap resamples.
         confusion: Names of the classes and (reference, predicted) counts of the answered items.
         notes: Notes for the report.
+        compute_all: Returns the metrics of all items, where they are not `compute` of all indices:
+            a metric that any one answer can spoil is bounded there, or has no value.
     """
 
     items: list[dict]
@@ -73,6 +111,15 @@ class Outcome:
     resamples: int = 1000
     confusion: tuple[list[str], np.ndarray] | None = None
     notes: list[str] = field(default_factory=list)
+    compute_all: Callable[[], dict[str, float]] | None = None
+
+    def on_all(self) -> dict[str, float]:
+        """Return the metrics of all items, {} if there are none."""
+        if not self.items:
+            return {}
+        if self.compute_all is not None:
+            return self.compute_all()
+        return self.compute(np.arange(len(self.items)))
 
 
 def without_answer_prefix(answer: str) -> str:
@@ -92,6 +139,36 @@ def failure(prediction: dict, protocol: str) -> str | None:
         return "no answer"
     if protocol == "strict" and not without_answer_prefix(prediction["pred"]).strip():
         return "empty answer"
+    return None
+
+
+def load_predictions(path: Path) -> list[dict]:
+    """Return the predictions of a file, each with `prompt`, `pred`, `ref` and `audio_id`.
+
+    Raises:
+        EvaluationError: A prediction lacks a field, or a field is neither text nor null; or there
+            are no predictions.
+    """
+    predictions = list(stream_examples(path))
+    for number, prediction in enumerate(predictions, start=1):
+        lacking = sorted(set(FIELDS) - prediction.keys())
+        reason = f"no {', '.join(lacking)}"
+        if not lacking:
+            reason = _malformed_field(prediction)
+        if reason:
+            raise EvaluationError(
+                f"{path}, prediction {number}: {reason}. Generate the predictions again."
+            )
+    if not predictions:
+        raise EvaluationError(f"{path} contains no predictions.")
+    return predictions
+
+
+def _malformed_field(prediction: dict) -> str | None:
+    """Return which field is neither text nor null, None if there is none."""
+    for key in FIELDS:
+        if not isinstance(prediction[key], str | None):
+            return f"{key!r} is a {type(prediction[key]).__name__}, not text"
     return None
 
 

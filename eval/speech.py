@@ -9,8 +9,13 @@ and "CAT" contains "A"; an answer without "female" is male, "woman" and "" too; 
 "30s" is no age. The strict protocol looks for whole words of the transcript, needs one gender and
 only one, and reads "20 to 30" as 25 and the 30s as 35.
 
-An answer about age without a number fails. The error is that of the answers with an age, and
-`coverage` is their fraction.
+An answer about age without a number fails. `coverage` is the fraction of answers with an age.
+
+Neither a word error rate nor an error of age has a worst value: an answer may have any number of
+wrong words. Over all answers the strict protocol therefore bounds the error of each, and a missing
+answer has the largest: in `wer_bounded` as many wrong words as its reference has, and the distance
+to the farthest age from 0 to OLDEST years. `wer`, which is not bounded, has no value then. Over the
+answered ones nothing is bounded.
 """
 
 import json
@@ -37,6 +42,7 @@ AGE = re.compile(
     + r"(?:'?s?\s*(?:-|–|—|to\b|and\b)\s*(\d{1,3}(?:\.\d+)?))?('?s\b)?"
     + r"(?!\d|\.\d|st\b|nd\b|rd\b|th\b)"
 )
+OLDEST = 120.0  # years; no speaker is older
 ORIGINAL_AGE = re.compile(r"\b(\d+(?:-\d+)?)\b")
 
 
@@ -67,7 +73,9 @@ def substituted(answer: str, transcript: str, protocol: str) -> str:
 def word_error_rate(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score word errors, summed over all predictions and divided by the words of the references.
 
-    A failed answer lacks all words.
+    In the strict protocol the rates over all predictions have no value if an answer failed: no
+    number of errors is that of the worst answer. The bounded rates, in which an answer has at most
+    as many errors as its reference has words, count it as that many.
     """
     # Find the file without importing whisper, which takes seconds.
     spellings = Path(find_spec("whisper").origin).parent / "normalizers" / "english.json"
@@ -104,15 +112,42 @@ def word_error_rate(predictions: list[dict], task: Task, context: Context) -> Ou
     def compute(indices: np.ndarray) -> dict[str, float]:
         metrics = {}
         for name, pairs in count_arrays.items():
-            errors, words = pairs[indices].sum(0)
-            # Whisper's normalizer may leave no words: it removes all of "hmm".
-            metrics[name] = float(errors / words) if words else float("nan")
+            metrics[name] = error_rate(pairs[indices])
         return metrics
 
-    notes = []
+    is_complete = all(item["failed"] is None for item in items)
+
+    def compute_all() -> dict[str, float]:
+        metrics = {}
+        for name, pairs in count_arrays.items():
+            metrics[name] = float("nan")
+            if is_complete:
+                metrics[name] = error_rate(pairs)
+            words = pairs[:, 1:]
+            metrics[f"{name}_bounded"] = error_rate(np.minimum(pairs, words))
+        return metrics
+
+    outcome = Outcome(items, compute)
     if context.whisper is None:
-        notes.append("wer_substituted: not computed: no Whisper transcripts")
-    return Outcome(items, compute, notes=notes)
+        outcome.notes.append("wer_substituted: not computed: no Whisper transcripts")
+    if context.protocol == "strict":
+        outcome.compute_all = compute_all
+        outcome.notes.append(
+            "on all: wer_bounded counts at most as many errors of an answer as its reference has "
+            "words"
+        )
+        if not is_complete:
+            outcome.notes.append("on all: wer has no value, because answers are missing")
+    return outcome
+
+
+def error_rate(counts: np.ndarray) -> float:
+    """Return the sum of errors divided by the sum of words, of (items, 2) errors and words.
+
+    It is nan without words: Whisper's normalizer may leave none, as it removes all of "hmm".
+    """
+    errors, words = counts.sum(0)
+    return float(errors / words) if words else float("nan")
 
 
 def _whisper_transcript(index: int, item: dict, context: Context) -> str:
@@ -168,7 +203,10 @@ def _read_values(
 
 
 def gender(predictions: list[dict], task: Task, context: Context) -> Outcome:
-    """Score the gender of the speaker: accuracy and F1."""
+    """Score the gender of the speaker: accuracy and F1.
+
+    In the strict protocol an answer that does not name one gender counts as the wrong one.
+    """
     items = _read_values(
         predictions,
         context,
@@ -187,7 +225,7 @@ def gender(predictions: list[dict], task: Task, context: Context) -> Outcome:
 
     def compute(indices: np.ndarray) -> dict[str, float]:
         # As scikit-learn does, leave out a class that is in no reference and no answer.
-        return choice_metrics(reference[indices], chosen[indices], 2, "strict")
+        return choice_metrics(reference[indices], chosen[indices], 2, context.protocol)
 
     return Outcome(items, compute, confusion=(GENDERS, confusion_counts(reference, chosen, 2)))
 
@@ -226,7 +264,10 @@ def reference_age(reference: str, protocol: str) -> float | None:
 def age(predictions: list[dict], task: Task, context: Context) -> Outcome:
     """Score the age of the speaker: mean absolute error in years and Pearson's r.
 
-    Over all predictions, also the fraction that names an age.
+    Over all predictions, also the fraction that names an age. In the strict protocol, an answer
+    over all predictions is at most as wrong as the farthest age from 0 to OLDEST years, which is
+    the error of a missing one. Pearson's r has no value if an age is missing. The original leaves
+    missing ages out.
     """
     items = _read_values(
         predictions,
@@ -239,19 +280,30 @@ def age(predictions: list[dict], task: Task, context: Context) -> Outcome:
     reference = np.array([item["reference"] for item in items], dtype=float)
     predicted = np.array([item["chosen"] for item in items], dtype=float)  # None becomes nan
 
+    errors = np.abs(reference - predicted)
+    is_named = ~np.isnan(predicted)
+
     def compute(indices: np.ndarray) -> dict[str, float]:
-        named = indices[~np.isnan(predicted[indices])]
+        named = indices[is_named[indices]]
         metrics = {"mae": float("nan"), "pearson": float("nan")}
-        if len(indices) == len(items):
-            metrics["coverage"] = len(named) / len(items)
-        if context.protocol == "strict" and len(named) < len(indices):
-            # An error over all of them does not exist if some name no age.
-            return metrics
         if len(named):
-            metrics["mae"] = float(np.abs(reference[named] - predicted[named]).mean())
+            metrics["mae"] = float(errors[named].mean())
         # Without spread the correlation is not defined.
         if len(named) > 1 and np.ptp(reference[named]) > 0 and np.ptp(predicted[named]) > 0:
             metrics["pearson"] = float(np.corrcoef(reference[named], predicted[named])[0, 1])
         return metrics
 
-    return Outcome(items, compute)
+    def compute_all() -> dict[str, float]:
+        metrics = compute(np.arange(len(items)))
+        if context.protocol == "strict":
+            largest = np.maximum(np.abs(reference), np.abs(OLDEST - reference))
+            bounded = np.fmin(errors, largest)  # fmin ignores the nan of a missing age
+            metrics["mae"] = float(bounded.mean())
+            if not is_named.all():
+                metrics["pearson"] = float("nan")
+        return metrics | {"coverage": float(is_named.mean())}
+
+    notes = []
+    if context.protocol == "strict":
+        notes.append(f"on all: the error of an age is at most that of 0 or of {OLDEST:g} years")
+    return Outcome(items, compute, notes=notes, compute_all=compute_all)

@@ -25,11 +25,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from eval.scorer_interface import EvaluationError
+from eval.scorer_interface import USABLE_SIZES, EvaluationError, has_usable_size
 from ltu.files import sha256_of
 from qa_generation.llm import LlmSettings, OpenAiEndpoint
 
 MINILM = Path(__file__).parent.parent / "pretrained_mdls" / "minilm"
+UNUSABLE = (
+    "is all zeros or not a number, or its largest number is outside "
+    f"{USABLE_SIZES[0]:g} to {USABLE_SIZES[1]:g}, so it has no exact norm. Fix or scale it."
+)
 BATCH_SIZE = 32  # texts of a local batch, which is filled up if there are fewer
 LENGTH_STEP = 16  # tokens; a batch is as long as the next multiple
 TEXTS_PER_REQUEST = 256  # OpenAI takes 2,048 and 300,000 tokens
@@ -67,7 +71,7 @@ class Embedder:
         """Return the embeddings of texts, (n, dim) float64.
 
         Raises:
-            EvaluationError: A text has no embedding.
+            EvaluationError: A text has no embedding, or one without a usable norm.
         """
         # Replace half an emoji, which no tokenizer takes.
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
@@ -82,7 +86,14 @@ class Embedder:
                     self._write_cache(batch, made)
                     embeddings.update(zip(batch, made, strict=True))
                     bar.update(len(batch))
-        return np.array([embeddings[text] for text in texts], dtype=np.float64)
+        if not texts:
+            return np.zeros((0, 0))
+        found = np.array([embeddings[text] for text in texts], dtype=np.float64)
+        is_usable = has_usable_size(found)
+        if not is_usable.all():
+            text = texts[int(is_usable.argmin())]
+            raise EvaluationError(f"{self.name}: the embedding of {text!r} {UNUSABLE}")
+        return found
 
     def _read_cache(self, texts: list[str]) -> dict[str, np.ndarray]:
         embeddings = {}
@@ -143,6 +154,10 @@ def _table(path: Path) -> Encode:
         table = dict(zip(texts, embeddings, strict=True))
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise EvaluationError(f"{path}: no table of embeddings of one length ({error}).") from None
+    is_usable = has_usable_size(embeddings)
+    if not is_usable.all():
+        row = int(is_usable.argmin())
+        raise EvaluationError(f"{path}, row {row + 1}: the embedding of {texts[row]!r} {UNUSABLE}")
 
     def look_up(texts: list[str]) -> Iterable[tuple[list[str], np.ndarray]]:
         missing = [text for text in texts if text not in table]

@@ -31,7 +31,14 @@ import numpy as np
 from scipy import stats
 
 from eval import toy_baselines
-from eval.scorer_interface import Context, EvaluationError, Outcome, start_items
+from eval.scorer_interface import (
+    Context,
+    EvaluationError,
+    Outcome,
+    failure,
+    load_predictions,
+    start_items,
+)
 from eval.tasks import Task
 from ltu.files import run_command, write_json
 
@@ -243,7 +250,7 @@ def score(predictions: Predictions, reader: Reader) -> Hits:
     """
     hits = Hits()
     for prediction in predictions:
-        reference = reader.read(prediction["ref"])
+        reference = reader.read(prediction["ref"] or "")
         if reference is None:
             raise EvaluationError(
                 f"The reference {prediction['ref']!r} has no answer format of "
@@ -251,7 +258,8 @@ def score(predictions: Predictions, reader: Reader) -> Hits:
             )
         reference_label, reference_category = reference
         # Without the trained form an answer has neither label nor category.
-        label, category = reader.read(prediction["pred"] or "") or (None, None)
+        answer = prediction["pred"] if failure(prediction, "strict") is None else ""
+        label, category = reader.read(answer) or (None, None)
         hits.well_formed.append(label is not None)
         hits.category.append(category == reference_category)
         hits.label.append(label == reference_label)
@@ -321,7 +329,7 @@ def read_stage(folder: Path) -> dict[str, Predictions]:
     for name in (*CONDITIONS, "show"):
         path = folder / f"{name}.json"
         if path.is_file():
-            stage[name] = json.loads(path.read_text(encoding="utf-8"))
+            stage[name] = load_predictions(path)
     references = _references(stage["right"])
     for name in CONDITIONS:
         if name in stage and _references(stage[name]) != references:
@@ -342,7 +350,7 @@ def fold_of(predictions: Predictions, toy: Toy) -> int:
     Raises:
         EvaluationError: There is no such fold, or a reference differs from the manifest.
     """
-    files = [Path(prediction["audio_id"]).name for prediction in predictions]
+    files = [Path(prediction["audio_id"] or "").name for prediction in predictions]
     found = None
     for fold, heldout in enumerate(toy.folds):
         if sorted(files) == sorted(heldout):
@@ -354,7 +362,7 @@ def fold_of(predictions: Predictions, toy: Toy) -> int:
         )
     for file, prediction in zip(files, predictions, strict=True):
         clip = toy.clips[file]
-        if toy.reader.read(prediction["ref"]) != (clip["label"], clip["category"]):
+        if toy.reader.read(prediction["ref"] or "") != (clip["label"], clip["category"]):
             raise EvaluationError(
                 f"The reference {prediction['ref']!r} is not what the manifest says of {file}."
             )
@@ -474,7 +482,7 @@ def format_show(predictions: Predictions) -> str:
     blocks = []
     for prediction in predictions:
         lines = [
-            Path(prediction["audio_id"]).name,
+            Path(prediction["audio_id"] or "").name,
             f"question:  {prediction['prompt']}",
             f"answer:    {prediction['pred']}",
             f"reference: {prediction['ref']}",

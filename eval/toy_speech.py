@@ -9,7 +9,9 @@ out.
 
 An answer counts only if, as a whole, it has the form that was trained. An empty or failed answer is
 wrong. Transcripts are compared after Whisper's normalizer, without its table of British spellings.
-"Spoken text:" is removed where an answer begins with it.
+"Spoken text:" is removed where an answer begins with it. An answer with more wrong words than its
+reference has words raises the word error rate more than an empty one; in the rows "at most 1 a
+clip" it counts as one, so that no answer is never better than a wrong one.
 
 All runs have the same clips and voices, so each run has a column and a 95 % Wilson interval of its
 own; the mean over runs has none. Four training voices and three test voices say little about voices
@@ -25,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import jiwer
+import numpy as np
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from eval.scorer_interface import EvaluationError
+from eval.scorer_interface import EvaluationError, failure, load_predictions
+from eval.speech import error_rate
 from eval.toy import TOY, Rate, format_row
 from ltu.files import run_command, write_json
 
@@ -139,6 +143,18 @@ def word_error_rate(references: list[str], answers: list[str]) -> float:
     return float(jiwer.wer([*map(normalize, references)], [*map(normalize, answers)]))
 
 
+def bounded_word_error_rate(references: list[str], answers: list[str]) -> float:
+    """Return the word error rate if an answer has at most as many errors as its reference words."""
+    normalize = EnglishTextNormalizer({})
+    counts = []
+    for reference, answer in zip(references, answers, strict=True):
+        found = jiwer.process_words(normalize(reference), normalize(answer))
+        words = found.hits + found.substitutions + found.deletions
+        errors = found.substitutions + found.deletions + found.insertions
+        counts.append((min(errors, words), words))
+    return error_rate(np.array(counts))
+
+
 def read_run(folder: Path, clips: dict[str, dict]) -> dict[str, list[dict]]:
     """Read the predictions of each dataset file; "clip" of each is its line of the manifest.
 
@@ -164,8 +180,8 @@ def read_answers(path: Path, file: str, clips: dict[str, dict]) -> list[dict]:
     Raises:
         EvaluationError: They do not have each held-out clip once, or another reference.
     """
-    predictions = json.loads(path.read_text(encoding="utf-8"))
-    names = [Path(prediction["audio_id"]).name for prediction in predictions]
+    predictions = load_predictions(path)
+    names = [Path(prediction["audio_id"] or "").name for prediction in predictions]
     if sorted(names) != sorted(expected_clips(file, clips)):
         raise EvaluationError(
             f"{path} does not have each held-out clip once. "
@@ -173,6 +189,8 @@ def read_answers(path: Path, file: str, clips: dict[str, dict]) -> list[dict]:
         )
     for prediction, name in zip(predictions, names, strict=True):
         prediction["clip"] = clips[name]
+        if failure(prediction, "strict"):
+            prediction["pred"] = None
         if prediction["ref"] != reference(file, clips[name]):
             raise EvaluationError(
                 f"{path}: the reference {prediction['ref']!r} is not what "
@@ -244,7 +262,7 @@ def transcript_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     """Return word error rates and the fraction of well-formed answers.
 
     There is a word error rate of all clips, of the recorded voice, of the synthetic voices, and of
-    the transcripts that the model was given.
+    the transcripts that the model was given; and one of all clips to which a clip adds at most 1.
 
     Returns:
         title of a row -> score
@@ -262,6 +280,9 @@ def transcript_scores(file: str, predictions: list[dict]) -> dict[str, Score]:
     if synthetic:
         scores[f"WER, {title}: synthetic"] = answers_wer(synthetic)
     texts = [prediction["clip"]["text"] for prediction in predictions]
+    answers = [spoken(prediction["pred"]) for prediction in predictions]
+    bounded = WordErrorRate(bounded_word_error_rate(texts, answers))
+    scores[f"WER, {title}: at most 1 a clip"] = bounded
     transcripts = [prediction.get("transcript") or "" for prediction in predictions]
     if any(transcripts):
         errors = word_error_rate(texts, transcripts)

@@ -7,12 +7,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import lock_descriptor
 
 HASH_BLOCK = 2**22  # bytes
+MAX_KNOWN_HASHES = 2**16  # Hashes of files that a process remembers: 30 MB.
 WORKER_ERROR = "in DataLoader worker process"  # In messages of torch.utils.data.
 
 
@@ -24,6 +27,55 @@ def sha256_of(*paths: str | Path) -> str:
             while block := file.read(HASH_BLOCK):
                 digest.update(block)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file was, so that a change of its content is noticed.
+
+    Attributes:
+        size: in bytes.
+        mtime_ns: time of its last change, in nanoseconds.
+        sha256: hash of its content.
+    """
+
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: str | Path) -> "FileRecord":
+        """Record a regular file.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        # The time is read first: if the file changes meanwhile, the record does not fit.
+        status = os.stat(path)
+        return cls(status.st_size, status.st_mtime_ns, sha256_of(path))
+
+    def fits(self, path: str | Path) -> bool:
+        """Return whether a regular file still has the recorded content; False if it is unreadable.
+
+        The file is only hashed if its time differs, as that of a copy does. So another content of
+        the same size and time is not noticed.
+        """
+        try:
+            status = os.stat(path)
+            if status.st_size != self.size:
+                return False
+            if status.st_mtime_ns == self.mtime_ns:
+                return True
+            version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            return _known_sha256(os.path.abspath(path), version) == self.sha256
+        except OSError:
+            return False
+
+
+@lru_cache(MAX_KNOWN_HASHES)
+def _known_sha256(path: str, version: tuple[int, ...]) -> str:
+    """Return the hash of a file, which is computed once for each version of it."""
+    return sha256_of(path)
 
 
 def replace_file(

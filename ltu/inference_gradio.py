@@ -6,8 +6,9 @@
 
 `/predict` has the parameters of the original's demo. By default only this machine can reach the
 page, and the page loads nothing from other hosts; with --share its scripts are from Gradio's host.
-A clip is an upload, never a path or an address in a request. Uploads are stored in a folder that is
-removed when the process ends. Nothing is logged but the number of questions by status.
+A clip is an upload, never a path or an address in a request. An upload is removed after an hour,
+and all are when the process ends. While the page is served, the process prints nothing but its
+address, and at the end the number of questions by status, and of failed events by their place.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from ltu.checkpoints.released_files import find_or_make
 from ltu.files import run_command
 from ltu.inference.generation_flags import add_generation_flags, open_engine, refuse_unused
 from ltu.serving.gradio_page import Demo
+from ltu.serving.gradio_security import discard_output
 
 LOCAL_HOST = "127.0.0.1"
 
@@ -72,12 +74,19 @@ def main(argv: list[str] | None = None, kind: str = "ltu") -> None:
         )
     # End on SIGTERM as on Ctrl-C, so that uploads are removed and the counts are printed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="ltu_demo_", ignore_cleanup_errors=True) as folder:
+    engine = open_engine(args)
+    uploads = tempfile.TemporaryDirectory(prefix="ltu_demo_", ignore_cleanup_errors=True)
+    with discard_output() as terminal, uploads as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        demo = Demo(open_engine(args), args)
-        demo.launch()
+        demo = Demo(engine, args, terminal)
+        page = demo.launch()
+        print(f"Running on {page.local_url}", file=terminal, flush=True)
+        if args.share:
+            address = page.share_url or "no public address: Gradio's servers were not reached"
+            print(f"Running on {address}", file=terminal, flush=True)
+        page.block_thread()
         counts = [f"{count} {status}" for status, count in demo.counts.most_common()]
-        print("Questions:", ", ".join(counts) or "none")
+        print("Questions:", ", ".join(counts) or "none", file=terminal, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Computes or reads Whisper's features of clips, and transcribes them."""
 
+import logging
 import os
 import warnings
 
@@ -10,7 +11,9 @@ from tqdm import tqdm
 from ltu.data.audio import AudioClip, AudioError, AudioSource, load_audio
 from ltu.models.audio_front_end import AudioFrontEnd, register_front_end
 from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
-from ltu_as.feature_store import FeatureError, FeatureStore, Stored
+from ltu_as.feature_store import EXTRACT, FeatureError, FeatureStore, Stored
+
+logger = logging.getLogger(__name__)
 
 
 class WhisperFrontEnd(AudioFrontEnd):
@@ -18,8 +21,13 @@ class WhisperFrontEnd(AudioFrontEnd):
 
     The transcript "" stands for a clip without speech; such a clip is not transcribed.
 
+    Stored features of a sound that has changed since are never used. Inference computes them from
+    the sound, with a warning for the first such clip; training refuses them, because a run would
+    otherwise become slow without notice, and its numbers would be those of no one store.
+
     Attributes:
         store: the folder of stored features, or None.
+        warned_of_stale: whether a warning has named a clip whose sound has changed.
     """
 
     transcribes = True
@@ -35,6 +43,7 @@ class WhisperFrontEnd(AudioFrontEnd):
     dataset_flags = ("feature_root",)
     feature_extractor: LtuAsFeatureExtractor
     store: FeatureStore | None = None
+    warned_of_stale = False
 
     def configure(
         self,
@@ -144,10 +153,24 @@ class WhisperFrontEnd(AudioFrontEnd):
     ) -> Stored | None:
         """Return what the feature folder holds of a clip, or None.
 
+        Features of another sound than that of the clip are not returned.
+
         Raises:
             ltu.data.audio.AudioError: its file in the feature folder is damaged.
         """
         if self.store is None or not audio_id:
+            return None
+        if self.store.is_stale(audio_id, audio):
+            if not self.warned_of_stale:
+                logger.warning(
+                    "%s: the sound has changed since its features were stored in %s. They are "
+                    "computed from the sound. Further such clips are not reported. To store them "
+                    "again: %s",
+                    audio_id,
+                    self.store.folder,
+                    EXTRACT,
+                )
+            self.warned_of_stale = True
             return None
         try:
             stored = self.store.read(audio_id)
@@ -172,6 +195,20 @@ class WhisperFrontEnd(AudioFrontEnd):
         # The original's files do not say how long a clip is.
         seconds = self.feature_extractor.chunk_seconds if stored.seconds is None else stored.seconds
         return AudioClip(audio, seconds, features=stored.features, transcript=stored.transcript)
+
+    def load_features(self, example: dict) -> Tensor:
+        """Return the input of the audio encoder for training: (layers, time, width).
+
+        Raises:
+            ltu_as.feature_store.StaleFeatures: the stored features are those of another sound.
+        """
+        self._check_current(example["audio"], example.get("audio_id"))
+        return super().load_features(example)
+
+    def _check_current(self, audio: AudioSource, audio_id: str | None) -> None:
+        """Check that the feature folder holds no features of another sound for a clip."""
+        if self.store is not None and audio_id:
+            self.store.check_current(audio_id, audio)
 
     def extract_features(self, clips: list[AudioClip]) -> Tensor:
         """Return the input of the audio encoder: (chunks of all clips, layers, time, width).
@@ -225,13 +262,16 @@ class WhisperFrontEnd(AudioFrontEnd):
         errors: dict[str, AudioError] | None = None,
         batch_size: int = 16,
     ) -> list[dict]:
-        """Return examples with Whisper's transcript as `input` where it is absent.
+        """Return examples for training with Whisper's transcript as `input` where it is absent.
 
         The example of a clip that cannot be decoded gets "".
 
         Args:
             errors: gets the error of each such clip, by path.
             batch_size: clips that are transcribed at once.
+
+        Raises:
+            ltu_as.feature_store.StaleFeatures: a stored transcript is that of another sound.
         """
         audio_ids = {}  # By path, of the clips without a transcript.
         for example in examples:
@@ -244,6 +284,7 @@ class WhisperFrontEnd(AudioFrontEnd):
         ):
             clips: dict[str, AudioClip] = {}
             for path in paths[start : start + batch_size]:
+                self._check_current(path, audio_ids[path])
                 try:
                     clip = self.load_clip(path, audio_ids[path])
                     if clip.transcript is None and clip.waveform is None:

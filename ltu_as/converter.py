@@ -132,19 +132,24 @@ class LtuAsConverter(LtuConverter):
         They are those of each channel of each layer.
 
         Raises:
-            ValueError: the feature folder holds none of the clips.
+            ValueError: the feature folder holds none of the clips, or features of a sound that has
+                changed since.
         """
         if not self.standardize_on:
             return
         store = FeatureStore(self.feature_root)
         ignored_keys = parse_ignored_keys(self.ignored_keys)
         examples = read_examples(self.standardize_on, need_output=False, ignored_keys=ignored_keys)
-        audio_ids = {example["audio_id"] for example in examples if example["audio"]}
+        clips = {}  # Path of each clip, by its audio_id.
+        for example in examples:
+            if example["audio"]:
+                clips[example["audio_id"]] = example["audio"]
         num_clips = 0
         count = 0  # Time steps.
         total = 0.0
         squares = 0.0
-        for audio_id in sorted(audio_ids):
+        for audio_id in sorted(clips):
+            store.check_current(audio_id, clips[audio_id])
             stored = store.read(audio_id)
             if stored is None:
                 continue
@@ -157,7 +162,7 @@ class LtuAsConverter(LtuConverter):
             raise ValueError(
                 f"{self.feature_root} holds features of no clip of {self.standardize_on}."
             )
-        print(f"mean and std of the features of {num_clips} of {len(audio_ids)} clips")
+        print(f"mean and std of the features of {num_clips} of {len(clips)} clips")
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=1e-10)
         state["audio_tower.feature_mean"] = mean.float()  # (layers, 1, width)

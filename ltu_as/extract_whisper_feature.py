@@ -8,6 +8,11 @@ The last command uses four GPUs and writes the same files. A run that was stoppe
 is started again. Batches are cut from the list of all clips, whatever is stored already and however
 many processes share the work, so the files are the same to the bit.
 
+Size, time and hash of each sound are stored with its features. A clip whose sound was replaced
+under the same name is extracted again, and so is one that an earlier version stored without such a
+record. A copy or a moved file with the same content is kept; its new time is stored. Features whose
+sound is no longer there are kept.
+
 `summary.json` in the folder lists the clips that failed, with the reason. The exit status is 1 if
 more clips failed than `--max_bad`.
 """
@@ -17,6 +22,7 @@ import json
 import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +34,10 @@ import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.data.audio import SAMPLING_RATE, AudioError, load_audio
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.dataset_parser import DatasetError
-from ltu.files import replace_file, run_command
+from ltu.files import FileRecord, replace_file, run_command
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
-from ltu_as.feature_store import FeatureStore
+from ltu_as.feature_store import ClipState, FeatureStore
 
 SETTINGS = ("transcription_model", "feature_precision", "language")
 
@@ -42,6 +48,14 @@ class Clip:
 
     path: str
     needs_transcript: bool
+
+
+@dataclass
+class LoadedClip:
+    """The waveform of a clip, (samples,) at 16 kHz, and what its file was."""
+
+    waveform: np.ndarray
+    source: FileRecord | None
 
 
 def clips_of(examples: list[dict], transcribe: str) -> dict[str, Clip]:
@@ -70,10 +84,16 @@ def clips_of(examples: list[dict], transcribe: str) -> dict[str, Clip]:
     return clips
 
 
-def load(path: str) -> np.ndarray | AudioError:
-    """Return the waveform of a clip, or the error if it cannot be decoded."""
+def load(path: str) -> LoadedClip | AudioError:
+    """Return the waveform of a clip and what its file was, or the error if it cannot be decoded."""
+    # The record is made first. If the file changes meanwhile, the record does not fit it, and the
+    # next run extracts the clip again.
+    source = None
+    with suppress(OSError):  # The decoder says why it cannot be read.
+        if os.path.isfile(path):  # A pipe could be read for ever.
+            source = FileRecord.of(path)
     try:
-        return load_audio(path)
+        return LoadedClip(load_audio(path), source)
     except AudioError as error:
         return error
 
@@ -81,8 +101,9 @@ def load(path: str) -> np.ndarray | AudioError:
 def extract(
     store: FeatureStore,
     extractor: LtuAsFeatureExtractor,
-    loaded: dict[str, np.ndarray | AudioError],
+    loaded: dict[str, LoadedClip | AudioError],
     clips: dict[str, Clip],
+    states: dict[str, ClipState],
 ) -> None:
     """Extract a batch, and store what is not stored yet.
 
@@ -91,19 +112,17 @@ def extract(
     Args:
         store: the folder to write to.
         extractor: computes features and transcripts.
-        loaded: of each clip of the batch, by audio_id, its waveform (samples,) or its error.
+        loaded: the clips of the batch or their errors, by audio_id.
         clips: of `clips_of`.
+        states: what was stored of each clip before.
     """
-    missing = set()
-    for name in loaded:
-        if not store.has(name, clips[name].needs_transcript):
-            missing.add(name)
+    missing = {name for name in loaded if not states[name].is_complete}
     waveforms = {}
-    for name, waveform in loaded.items():
-        if not isinstance(waveform, AudioError):
-            waveforms[name] = waveform
+    for name, clip in loaded.items():
+        if isinstance(clip, LoadedClip):
+            waveforms[name] = clip.waveform
         elif name in missing:
-            store.fail(name, waveform.reason, str(waveform))
+            mark_failed(store, name, states[name], clip.reason, str(clip))
     if missing.isdisjoint(waveforms):
         return
 
@@ -116,13 +135,17 @@ def extract(
             continue
         if torch.isfinite(feature).all():
             seconds = len(waveforms[name]) / SAMPLING_RATE
-            store.write(name, feature, transcripts.get(name), seconds)
+            store.write(name, feature, transcripts.get(name), seconds, loaded[name].source)
         else:
-            store.fail(
-                name,
-                "not_finite",
-                f"{name}: Whisper's features overflow. Use --feature_precision fp32",
-            )
+            detail = f"{name}: Whisper's features overflow. Use --feature_precision fp32"
+            mark_failed(store, name, states[name], "not_finite", detail)
+
+
+def mark_failed(store: FeatureStore, name: str, state: ClipState, reason: str, detail: str) -> None:
+    """Mark a clip as failed, and remove its features if they are those of another sound."""
+    store.fail(name, reason, detail)
+    if state is ClipState.CHANGED:
+        store.remove(name)
 
 
 def write_summary(store: FeatureStore, clips: dict[str, Clip]) -> dict:
@@ -146,7 +169,10 @@ def write_summary(store: FeatureStore, clips: dict[str, Clip]) -> dict:
 
 def summarize(store: FeatureStore, clips: dict[str, Clip]) -> dict:
     """Count the clips that are stored, failed or not done, and list the failures."""
-    stored = {name for name, clip in clips.items() if store.has(name, clip.needs_transcript)}
+    stored = set()
+    for name, clip in clips.items():
+        if store.state_of(name, clip.path, clip.needs_transcript).is_complete:
+            stored.add(name)
     markers = {marker["audio_id"]: marker for marker in store.failures()}
     failures = [markers[name] for name in clips if name in markers and name not in stored]
     reasons = [failure["reason"] for failure in failures]
@@ -158,6 +184,31 @@ def summarize(store: FeatureStore, clips: dict[str, Clip]) -> dict:
         "reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
         "failures": failures,
     }
+
+
+def find_states(
+    store: FeatureStore, names: list[str], clips: dict[str, Clip]
+) -> dict[str, ClipState]:
+    """Return what is stored of these clips, and store the time of those that were moved."""
+    states = {}
+    for name in names:
+        clip = clips[name]
+        states[name] = store.state_of(name, clip.path, clip.needs_transcript)
+        if states[name] is ClipState.MOVED:
+            store.renew_record(name, clip.path)
+            states[name] = ClipState.KEPT
+    return states
+
+
+def describe_states(states: dict[str, ClipState]) -> str:
+    """Return how many clips are new, changed and kept, and how many of them lack something."""
+    found = list(states.values())
+    parts = []
+    for state in ClipState:
+        is_always_named = state in (ClipState.NEW, ClipState.CHANGED, ClipState.KEPT)
+        if state in found or is_always_named:
+            parts.append(f"{found.count(state)} {state.value}")
+    return ", ".join(parts)
 
 
 def extractor_of(args: argparse.Namespace) -> LtuAsFeatureExtractor:
@@ -246,9 +297,11 @@ def main(argv: list[str] | None = None) -> int:
     ]
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    own_batches = batches[rank::world_size]
+    states = find_states(store, [name for batch in own_batches for name in batch], clips)
     todo = []
-    for batch in batches[rank::world_size]:
-        if not all(store.has(name, clips[name].needs_transcript) for name in batch):
+    for batch in own_batches:
+        if not all(states[name].is_complete for name in batch):
             todo.append(batch)
 
     # Threads load the clips of the next batch while the current one is computed.
@@ -268,13 +321,22 @@ def main(argv: list[str] | None = None) -> int:
                 extractor,
                 {name: future.result() for name, future in batch.items()},
                 clips,
+                states,
             )
 
     summary = write_summary(store, clips)
     counts = [f"{summary[key]} {key}" for key in ("stored", "failed", "not_done")]
-    print(f"{args.output_dir}: {', '.join(counts)}")
+    found = f"{len(states)} clips were found {describe_states(states)}"
+    print(f"{args.output_dir}: {', '.join(counts)}; {found}")
     for failure in summary["failures"][:20]:
         print(f"  {failure['reason']}: {failure['detail']}", file=sys.stderr)
+    if world_size == 1 and summary["not_done"]:
+        print(
+            f"error: {summary['not_done']} clips changed while they were extracted. Run the "
+            "command again when nothing writes them.",
+            file=sys.stderr,
+        )
+        return 1
     # A process that ends before the others must not exit with 1: torchrun would stop them.
     return int(summary["failed"] > args.max_bad and summary["not_done"] == 0)
 

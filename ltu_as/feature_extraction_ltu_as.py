@@ -18,7 +18,6 @@ Weights are loaded at first use and cached by this module, so an extractor holds
 import hashlib
 import os
 import pickle
-import re
 import threading
 from functools import lru_cache
 from typing import Any
@@ -31,6 +30,7 @@ from transformers import BatchFeature
 from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
 from ltu.data.audio import SAMPLING_RATE
+from ltu.data.transcripts import clean_transcript
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
@@ -91,19 +91,6 @@ def load_whisper(name: str, device: str, in_half: bool) -> tuple[whisper.Whisper
         if in_half and isinstance(module, torch.nn.Linear | torch.nn.Conv1d):
             module.half()
     return model, digest.hexdigest()
-
-
-# Whisper was trained on the subtitles of videos, and transcribes silence as "Thanks for watching".
-# As in the original, it is removed in these three casings only.
-HALLUCINATED_OUTRO = re.compile(
-    "(Thanks for watching|thanks for watching|THANKS FOR WATCHING"
-    "|Thank you for watching|thank you for watching|THANK YOU FOR WATCHING)[.!]?"
-)
-
-
-def clean_transcript(text: str) -> str:
-    """Remove hallucinated outros, and white space at both ends, from Whisper's transcript."""
-    return HALLUCINATED_OUTRO.sub("", text).strip()
 
 
 class _FirstChunkDecoded:

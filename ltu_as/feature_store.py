@@ -8,15 +8,23 @@ bytes are noise, and are stored raw. Such a file is smaller than a compressed np
 several times as fast. It is written whole or not at all; a file that was damaged later is detected
 by its length and checksum.
 
+A file records what the sound was (`ltu.files.FileRecord`). If a clip is replaced under the same
+name, its features are stale: they are not used, and are extracted again. Where the sound is not
+there, nothing can be compared, and features are used as they are. So are features without a record:
+those of the original, and those of earlier versions.
+
 A clip that failed has a `.failed` marker and no features. The original wrote zeros instead, which
 are never used.
 """
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 import zlib
+from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +34,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ltu.files import replace_file
+from ltu.data.audio import AudioSource
+from ltu.files import FileRecord, replace_file
 
 # The unsigned integers of the same size, by the name of a float type.
 UNSIGNED_TYPES = {"float16": np.uint16, "float32": np.uint32}
@@ -63,6 +72,64 @@ class FeatureError(ValueError):
 
 class DamagedFeatures(FeatureError):
     """One file was cut or changed; the others may be whole."""
+
+
+class StaleFeatures(ValueError):
+    """The stored features of a clip are those of another sound."""
+
+
+class ClipState(Enum):
+    """What a store holds of a clip, by the words that an extraction prints."""
+
+    KEPT = "kept"
+    MOVED = "moved"  # The same sound with another time; it had to be hashed.
+    NEW = "new"
+    CHANGED = "changed"  # Features of another sound.
+    UNRECORDED = "without a record of the sound"
+    UNTRANSCRIBED = "without a transcript"
+
+    @property
+    def is_complete(self) -> bool:
+        return self in (ClipState.KEPT, ClipState.MOVED)
+
+
+@dataclass
+class ClipHeader:
+    """What a file of features says besides the features.
+
+    Attributes:
+        audio_id: the name of the clip in its example.
+        transcript: None if the clip was not transcribed.
+        seconds: duration of the clip.
+        shape: (layers, 25, width).
+        dtype: "float16" or "float32".
+        sum: checksum of the compressed features.
+        source: what the sound was; None in the files of earlier versions.
+    """
+
+    audio_id: str
+    transcript: str | None
+    seconds: float | None
+    shape: list[int]
+    dtype: str
+    sum: int
+    source: FileRecord | None = None
+
+    @classmethod
+    def of(cls, file: safe_open) -> "ClipHeader":
+        """Read the header of an open file.
+
+        Raises:
+            KeyError, TypeError, json.JSONDecodeError: it is no file of features.
+        """
+        header = cls(**json.loads(file.metadata()["clip"]))
+        if header.source is not None:
+            header.source = FileRecord(**header.source)
+        return header
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the metadata of a safetensors file."""
+        return {"clip": json.dumps(asdict(self), ensure_ascii=False)}
 
 
 class Stored(NamedTuple):
@@ -174,16 +241,71 @@ class FeatureStore:
         """
         if self.is_original:
             return not with_transcript and self._find_original(audio_id) is not None
-        try:
-            with safe_open(self.path_of(audio_id), "np") as file:
-                if not with_transcript:
-                    return True
-                return json.loads(file.metadata()["clip"])["transcript"] is not None
-        except (FileNotFoundError, SafetensorError):
+        header = self._read_header(audio_id)
+        if header is None:
             return False
+        return not with_transcript or header.transcript is not None
+
+    def state_of(self, audio_id: str, path: str | Path, with_transcript: bool = False) -> ClipState:
+        """Return what an extraction of a clip has to do.
+
+        Args:
+            path: the sound. If it is not there, the features are kept.
+            with_transcript: whether a transcript must be stored with the features.
+        """
+        header = self._read_header(audio_id)
+        if header is None:
+            return ClipState.NEW
+        has_sound = os.path.isfile(path)
+        if has_sound and header.source is None:
+            return ClipState.UNRECORDED
+        if has_sound and not header.source.fits(path):
+            return ClipState.CHANGED
+        if with_transcript and header.transcript is None:
+            return ClipState.UNTRANSCRIBED
+        if has_sound and os.stat(path).st_mtime_ns != header.source.mtime_ns:
+            return ClipState.MOVED
+        return ClipState.KEPT
+
+    def is_stale(self, audio_id: str, audio: AudioSource) -> bool:
+        """Return whether the stored features of a clip are those of another sound.
+
+        They are not if there is nothing to compare: no record, no file, or an array as sound.
+
+        Args:
+            audio: the sound as it is now. A file is hashed only if its time differs from the
+                record.
+        """
+        header = None if self.is_original else self._read_header(audio_id)
+        if header is None or header.source is None:
+            return False
+        if isinstance(audio, bytes):
+            is_same_size = len(audio) == header.source.size
+            return not is_same_size or hashlib.sha256(audio).hexdigest() != header.source.sha256
+        if isinstance(audio, str | Path) and os.path.isfile(audio):
+            return not header.source.fits(audio)
+        return False
+
+    def check_current(self, audio_id: str, audio: AudioSource) -> None:
+        """Check that stored features are those of the sound, as in `is_stale`.
+
+        Raises:
+            StaleFeatures: they are those of another sound.
+        """
+        if self.is_stale(audio_id, audio):
+            raise StaleFeatures(
+                f"{audio_id}: the sound has changed since its features were stored in "
+                f"{self.folder}. Extract them again (clips that did not change are kept): "
+                f"{EXTRACT} --data_path DATA --model DIR --output_dir {self.folder}"
+            )
 
     def write(
-        self, audio_id: str, features: torch.Tensor, transcript: str | None, seconds: float | None
+        self,
+        audio_id: str,
+        features: torch.Tensor,
+        transcript: str | None,
+        seconds: float | None,
+        source: FileRecord | None = None,
     ) -> None:
         """Store a clip.
 
@@ -192,6 +314,8 @@ class FeatureStore:
             features: (layers, 25, width), in half or single precision.
             transcript: None if the clip was not transcribed.
             seconds: duration of the clip.
+            source: what the sound was before it was decoded. Without it, a change of the sound is
+                not noticed.
 
         Raises:
             FeatureError: the features have another shape.
@@ -209,17 +333,26 @@ class FeatureStore:
         planes = [(bits >> shift).astype(np.uint8) for shift in range(0, 8 * bits.itemsize, 8)]
         high = np.frombuffer(CODEC.compress(planes.pop(), asbytes=True), np.uint8)
         low = np.stack(planes[::-1])  # (bytes of a number - 1, numbers), the highest first
-        clip = {
-            "audio_id": audio_id,
-            "transcript": transcript,
-            "seconds": seconds,
-            "shape": self.shape,
-            "dtype": array.dtype.name,
-            "sum": _checksum(high) + _checksum(low),
-        }
-        metadata = {"clip": json.dumps(clip, ensure_ascii=False)}
-        replace_file(path, save({"high": high, "low": low}, metadata))
+        checksum = _checksum(high) + _checksum(low)
+        header = ClipHeader(
+            audio_id, transcript, seconds, self.shape, array.dtype.name, checksum, source
+        )
+        replace_file(path, save({"high": high, "low": low}, header.to_metadata()))
         path.with_suffix(".failed").unlink(missing_ok=True)
+
+    def renew_record(self, audio_id: str, path: str | Path) -> None:
+        """Record the time of a sound of `ClipState.MOVED`, so that no reader has to hash it."""
+        source = FileRecord.of(path)
+        with safe_open(self.path_of(audio_id), "np") as file:
+            header = ClipHeader.of(file)
+            tensors = {name: file.get_tensor(name) for name in ("high", "low")}
+        if source.sha256 == header.source.sha256:  # It may have changed just now.
+            header.source = source
+            replace_file(self.path_of(audio_id), save(tensors, header.to_metadata()))
+
+    def remove(self, audio_id: str) -> None:
+        """Remove the features of a clip."""
+        self.path_of(audio_id).unlink(missing_ok=True)
 
     def fail(self, audio_id: str, reason: str, detail: str) -> None:
         """Mark a clip as failed; a later `write` removes the marker."""
@@ -257,6 +390,14 @@ class FeatureStore:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(audio_id).stem)[:40]
         return self.folder / digest[:2] / f"{stem}-{digest}.safetensors"
 
+    def _read_header(self, audio_id: str) -> ClipHeader | None:
+        """Return the header of a clip's file; None if there is none, or if it is damaged."""
+        try:
+            with safe_open(self.path_of(audio_id), "np") as file:
+                return ClipHeader.of(file)
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
+            return None
+
     def _find_original(self, audio_id: str) -> Path | None:
         """Return the path of the original's features of a clip, or None if there are none."""
         stem = audio_id.rpartition("/")[2].rpartition(".")[0]
@@ -275,23 +416,23 @@ def _load(path: Path) -> Stored | None:
     """
     try:
         with safe_open(path, "np") as file:
-            clip = json.loads(file.metadata()["clip"])
+            header = ClipHeader.of(file)
             high = file.get_tensor("high")
             low = file.get_tensor("low")
-        if _checksum(high) + _checksum(low) != clip["sum"]:
+        if _checksum(high) + _checksum(low) != header.sum:
             raise DamagedFeatures(path, "damaged: its checksum does not fit")
         highest = CODEC.decompress(high, decompressed_size=low.shape[1])
-        bits = np.frombuffer(highest, np.uint8).astype(UNSIGNED_TYPES[clip["dtype"]])
+        bits = np.frombuffer(highest, np.uint8).astype(UNSIGNED_TYPES[header.dtype])
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise DamagedFeatures(path, f"damaged ({error})") from error
     # Append the other bytes of each number, from the highest to the lowest.
     for plane in low:
         bits <<= 8
         bits |= plane
-    features = torch.from_numpy(bits.view(clip["dtype"]).reshape(clip["shape"]))
-    return Stored(features, clip["transcript"], clip["seconds"])
+    features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
+    return Stored(features, header.transcript, header.seconds)
 
 
 def _checksum(content: np.ndarray) -> int:

@@ -185,6 +185,11 @@ BORROWED_NAMES = [
         "ltu/serving/gradio_security.py",
         "the environment variable GRADIO_TEMP_DIR, which the command sets",
     ),
+    BorrowedName(
+        "gradio:Blocks.process_api",
+        "ltu/serving/gradio_page.py",
+        "gr.Error in the functions of the events, for errors of ours alone",
+    ),
     # Whisper
     *(
         BorrowedName(

@@ -321,6 +321,7 @@ def test_combine_shuffle_split_preserves_the_multiset(tmp_path):
         target = tmp_path / "all.json"
         combine.main(
             ["--data_path", *map(str, files), "--output_path", str(target), "--seed", str(seed)]
+            + ["--transcripts", "unchanged"]
         )
         found = list(stream_examples(target))
         cut = len(found) // 3
@@ -337,7 +338,8 @@ def test_combine_original_order_over_several_files(tmp_path):
     files = [write(tmp_path / "a.json", examples[:500]), write(tmp_path / "b.json", examples[500:])]
     target = tmp_path / "all.json"
     combine.main(
-        ["--data_path", *map(str, files), "--output_path", str(target), "--original_shuffle"]
+        ["--data_path", *map(str, files), "--output_path", str(target)]
+        + ["--original_shuffle", "--transcripts", "unchanged"]
     )
     random.seed(0)
     random.shuffle(examples)

@@ -21,6 +21,7 @@ from data import (
 )
 from data.audio_ids import is_same_segment, segment, youtube
 from data.audio_manifest import AudioManifest
+from data.copy_clips import CheckedClip, copied_clips
 from ltu.data import dataset_io
 from ltu.data.dataset_io import ExampleWriter, stream_examples
 from tests.machine import check_growth, run_python, start_python
@@ -459,13 +460,15 @@ def test_time_of_copying_is_linear(tmp_path, monkeypatch):
     """The time for clips with equal names grows with their number, not with its square."""
 
     def run(count: int) -> None:
-        names = {f"{number % 2}/{number // 2}.wav" for number in range(count)}
-        new_ids = sample.copy_clips(names, tmp_path, tmp_path)
-        assert len(set(new_ids.values())) == count
-        assert sum("_" in new_id for new_id in new_ids.values()) == count // 2
+        clips = []
+        for number in range(count):
+            name = f"{number % 2}/{number // 2}.wav"
+            clips.append(CheckedClip(name, tmp_path / name, ()))
+        with copied_clips(clips, tmp_path) as new_ids:
+            assert len(set(new_ids.values())) == count
+            assert sum("_" in new_id for new_id in new_ids.values()) == count // 2
 
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"")
-    monkeypatch.setattr(sample, "replace_file", lambda *_: None)
+    monkeypatch.setattr("data.copy_clips._copy", lambda *_: None)
     check_growth(run, 4000)
 
 

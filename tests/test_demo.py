@@ -1,10 +1,12 @@
 """Tests of the demo: its page in a real browser, `/predict` by its client, and its security."""
 
+import asyncio
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from fastapi import FastAPI
 from gradio_client import Client, handle_file
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +30,7 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import open_engine
 from ltu.inference.requests import Request
 from ltu.inference_gradio import parse_args
+from ltu.serving import gradio_security
 from ltu.serving.gradio_page import DEFAULT_QUESTION, TOY_SET, Demo
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
@@ -85,7 +89,7 @@ def served(
             flags = f"--model {folder}/{kind} --device cpu --max_new_tokens {TOKENS}"
             args = parse_args(f"{flags} --max_seconds 50 --max_mb 1".split())
             demo = Demo(open_engine(args), args)
-            page = demo.launch(prevent_thread_lock=True, quiet=True)
+            page = demo.launch()
             running[kind] = SimpleNamespace(
                 url=page.local_url,
                 page=page,
@@ -207,39 +211,88 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return opened
 
 
+def routes_of(data: list) -> list[tuple[str, dict]]:
+    """Return all endpoints that take the two inputs of `/predict`, and their bodies."""
+    return [
+        ("call/predict", {"data": data}),
+        ("call/v2/predict", {"audio": data[0], "question": data[1]}),
+        ("run/predict", {"data": data}),
+        ("api/predict", {"data": data}),
+        ("queue/join", {"data": data, "fn_index": 0, "session_hash": "session"}),
+    ]
+
+
+def check_is_refused(http: httpx.Client, url: str, value: Any, reason: str) -> None:
+    """Assert that no endpoint takes a value, wherever it is in the body.
+
+    Gradio looks for files in all values, also in that of a text box.
+    """
+    for data in ([value, DEFAULT_QUESTION], [None, value], [None, [{"x": value}]]):
+        for route, body in routes_of(data):
+            reply = http.post(f"{url}gradio_api/{route}", json=body)
+            if reply.status_code == 404 and route == "call/v2/predict":
+                continue  # Gradio 6.0 has no such route.
+            assert reply.status_code == 403, (route, body, reply.text)
+            assert reason in reply.json()["detail"]
+
+
 def test_no_path_of_a_request_is_opened(
     served, http: httpx.Client, folder: Path, opened: list[str]
 ) -> None:
-    """Name /etc/passwd, a file next to the uploads, and that file by a link and by `..`."""
+    """Name what is outside the uploads, and what is inside but no regular file.
+
+    None of them is registered as a file that Gradio may remove.
+    """
     here = served("ltu")
     outside = here.uploads.parent / "outside.wav"
     shutil.copy(folder / "good.wav", outside)
-    link = here.uploads / "link.wav"
-    link.symlink_to(outside)
+    inside = here.uploads / "entries"
+    inside.mkdir()
+    shutil.copy(folder / "good.wav", inside / "good.wav")
+    (inside / "link.wav").symlink_to(outside)
+    (inside / "link_inside.wav").symlink_to(inside / "good.wav")
+    (inside / "linked").symlink_to(here.uploads.parent)
+    (inside / "dangling.wav").symlink_to("nowhere")
+    os.mkfifo(inside / "pipe.wav")
     paths = (
         "/etc/passwd",
+        "/dev/zero",
         str(outside),
         str(here.uploads / ".." / "outside.wav"),
         "outside.wav",
         "../../etc/passwd",
-        str(link),
         f"/gradio_api/file={outside}",
+        f"/gradio_api/file={inside}/good.wav",
+        str(here.uploads),
+        f"{here.uploads}/",
+        str(inside),
+        *(str(entry) for entry in inside.iterdir() if entry.name != "good.wav"),
+        str(inside / "linked" / "outside.wav"),
+        str(inside / "missing.wav"),
+        f"{inside}/good.wav\0.wav",
+        f"{inside}/{'x' * 300}",
+        "",
     )
+    registered = [set(files) for files in here.page.temp_file_sets]
     for path in paths:
         as_stream = file_data(path, is_stream=True, url=path, orig_name="good.wav")
-        for value in (file_data(path), as_stream):
-            text = post(http, here.url, [value, DEFAULT_QUESTION])
-            assert "event: error" in text and "event: complete" not in text, (value, text)
-        check_is_not_served(http, here.url, path)
-    link.unlink()
+        for value in (file_data(path), as_stream, {"path": path}):
+            check_is_refused(http, here.url, value, "not an uploaded file")
+        if path.isprintable() and not path.endswith(("/good.wav", "/link_inside.wav", "/pipe.wav")):
+            check_is_not_served(http, here.url, path)
+    for path in ([str(inside / "good.wav")], {"path": str(outside)}, None, 5):
+        check_is_refused(http, here.url, {"path": path}, "Upload the clip")
     assert not opened
+    assert registered == here.page.temp_file_sets
+    # A url next to the path of an upload changes nothing.
+    value = file_data(str(inside / "good.wav"), url="http://127.0.0.1:9/a.wav")
+    post(http, here.url, [value, DEFAULT_QUESTION])
+    assert opened and set(opened) == {str(inside / "good.wav")}
+    shutil.rmtree(inside)
 
 
 def test_no_address_of_a_request_is_fetched(served, http: httpx.Client, opened: list[str]) -> None:
-    """Name addresses of this machine and of another, as the clip and as the question.
-
-    Gradio looks for files in all values, also in that of a text box.
-    """
+    """Name addresses of this machine and of another, as the clip and as the question."""
     here = served("ltu")
     addresses = (
         f"{here.url}config",
@@ -252,18 +305,7 @@ def test_no_address_of_a_request_is_fetched(served, http: httpx.Client, opened: 
     for address in addresses:
         as_stream = file_data(address, is_stream=True, url=address, orig_name="good.wav")
         for value in (file_data(address), as_stream):
-            for data in ([value, DEFAULT_QUESTION], [None, value], [None, [{"x": value}]]):
-                for route, body in (
-                    ("call/predict", {"data": data}),
-                    ("call/v2/predict", {"audio": data[0], "question": data[1]}),
-                    ("run/predict", {"data": data}),
-                    ("queue/join", {"data": data, "fn_index": 0, "session_hash": "session"}),
-                ):
-                    reply = http.post(f"{here.url}gradio_api/{route}", json=body)
-                    if reply.status_code == 404 and route == "call/v2/predict":
-                        continue  # Gradio 6.0 has no such route.
-                    assert reply.status_code == 403, (route, body, reply.text)
-                    assert "addresses are not fetched" in reply.json()["detail"]
+            check_is_refused(http, here.url, value, "addresses are not fetched")
         check_is_not_served(http, here.url, address)
     assert not opened
 
@@ -283,6 +325,207 @@ def test_an_upload_by_hand_is_answered(served, http: httpx.Client, folder: Path)
     assert json.loads(text.split("data: ")[-1]) == [
         expected(here.engine, DEFAULT_QUESTION, folder / "good.wav")
     ]
+
+
+def test_endpoints_that_the_page_does_not_need_are_closed(served, http: httpx.Client) -> None:
+    """Some of Gradio's start other programs, write files elsewhere or use a visitor's account."""
+    url = served("ltu").url
+    for route in (
+        "process_recording",
+        "stream/x",
+        "component_server",
+        "vibe-edit",
+        "run-history/connect",
+        "profiling/clear",
+        "../login",
+    ):
+        assert http.post(f"{url}gradio_api/{route}", json={}).status_code == 404, route
+
+
+# --- old uploads
+
+
+def write_entries(root: Path) -> Path:
+    """Write entries of all kinds into a folder; return a file next to it that links point to."""
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (outside / "file.wav").write_text("of another")
+    for name in ("a", "b/c", "z"):
+        (root / name).mkdir(parents=True)
+        (root / name / "upload.wav").write_text("x")
+    (root / "b" / "link.wav").symlink_to(outside / "file.wav")
+    (root / "b" / "linked").symlink_to(outside)
+    (root / "b" / "dangling").symlink_to("nowhere")
+    os.mkfifo(root / "b" / "pipe")
+    (root / "upload_that_broke_off").write_text("x")
+    (root / "locked").mkdir()
+    (root / "locked" / "upload.wav").write_text("x")
+    (root / "locked").chmod(0)  # Root may remove it nevertheless.
+    return outside / "file.wav"
+
+
+def unlock(root: Path) -> None:
+    """Let pytest remove what only root could."""
+    if (root / "locked").exists():
+        (root / "locked").chmod(0o700)
+
+
+def test_old_entries_of_any_kind_are_removed(tmp_path: Path) -> None:
+    root = tmp_path / "uploads"
+    outside = write_entries(root)
+    gradio_security.remove_entries(root, before=1)  # Nothing is that old.
+    assert len(list(root.rglob("*"))) >= 11
+    gradio_security.remove_entries(root, time.time() + 60, frozenset([root / "z/upload.wav"]))
+    unlock(root)
+    shutil.rmtree(root / "locked", ignore_errors=True)
+    assert sorted(root.rglob("*")) == [root / "z", root / "z/upload.wav"]
+    assert outside.read_text() == "of another"
+    shutil.rmtree(root)
+    gradio_security.remove_entries(root, time.time() + 60)  # The folder has vanished.
+
+
+def test_removal_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that were odd, or the folder itself missing, do not end it; examples remain."""
+    root = tmp_path / "uploads"
+    root.mkdir()
+    (root / "example.wav").write_text("x")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(root))
+    monkeypatch.setattr(gradio_security, "SEARCH_SECONDS", 0.01)
+    monkeypatch.setattr(gradio_security, "UPLOAD_SECONDS", 0)
+
+    def others() -> list[Path]:
+        return [path for path in root.rglob("*") if path.name not in ("example.wav", "locked")]
+
+    async def check() -> None:
+        async with gradio_security.remove_uploads(FastAPI()):
+            outside = write_entries(root)
+            await asyncio.to_thread(wait_until, lambda: not others())
+            assert (root / "example.wav").is_file()
+            assert outside.read_text() == "of another"
+            root.rename(tmp_path / "moved")
+            await asyncio.sleep(0.05)
+            (tmp_path / "moved").rename(root)
+            (root / "later.wav").write_text("x")
+            await asyncio.to_thread(wait_until, lambda: not others())
+            assert (root / "example.wav").is_file()
+        assert not (root / "example.wav").exists()
+
+    asyncio.run(check())
+    unlock(root)
+
+
+def test_an_upload_that_fails_is_removed(served, http: httpx.Client, tmp_path: Path) -> None:
+    """What an upload that is too large or breaks off has written is an old entry in an hour."""
+    here = served("ltu")
+    before = set(here.uploads.rglob("*"))
+    files = {"files": ("big.wav", bytes(2**20 + 1))}
+    assert http.post(f"{here.url}gradio_api/upload", files=files).status_code == 413
+    head = (
+        b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        b'Content-Disposition: form-data; name="files"; filename="half.wav"\r\n\r\n'
+    )
+    address = ("127.0.0.1", here.page.server_port)
+    with socket.create_connection(address) as connection:
+        connection.sendall(head + bytes(50_000))
+        wait_until(lambda: set(here.uploads.rglob("*")) - before)
+    left = set(here.uploads.rglob("*")) - before
+    gradio_security.remove_entries(here.uploads, time.time() + 60, frozenset(before))
+    assert left and not any(path.exists() for path in left)
+
+
+# --- what is printed
+
+MARKER = "a visitor's secret"
+
+
+def odd_requests() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield method, path and settings of requests with `MARKER` that Gradio cannot handle."""
+    routes = ("call/predict", "call/v2/predict", "run/predict", "api/predict", "queue/join")
+    body = {"session_hash": MARKER, "event_data": MARKER, "fn_index": 5}
+    # Too few and too many inputs, and inputs of other types.
+    for data in (
+        *([], [MARKER], [MARKER, MARKER], [None, MARKER], [None, None, MARKER, MARKER], MARKER),
+        *([[MARKER], {MARKER: 1}], [file_data(f"/{MARKER}.wav"), MARKER], {MARKER: 1}),
+        *([{"path": [MARKER]}, MARKER], [{"meta": MARKER}, MARKER], [True, {"a": MARKER}]),
+        [{"url": MARKER, "meta": {"_type": "gradio.FileData"}}, MARKER],
+    ):
+        for route in routes:
+            yield "POST", f"gradio_api/{route}", {"json": body | {"data": data, "audio": data}}
+    for number in (0, 10**6, -1, MARKER, None, [MARKER]):
+        for route in ("run/predict", "queue/join"):
+            given = body | {"data": [MARKER], "fn_index": number}
+            yield "POST", f"gradio_api/{route}", {"json": given}
+
+    # Bodies that are no JSON, or that say so.
+    for content in (f'{{"data": ["{MARKER}"', MARKER, f'["{MARKER}"]', "[" * 9999):
+        for route in ("run/predict", "queue/join", "reset", "cancel", "upload"):
+            for kind in ("application/json", "multipart/form-data; boundary=x"):
+                settings = {"content": content, "headers": {"content-type": kind}}
+                yield "POST", f"gradio_api/{route}", settings
+    files = {"files": (f"{MARKER}.wav", MARKER.encode()), MARKER: MARKER.encode()}
+    yield "POST", "gradio_api/upload", {"files": files}
+    yield "POST", "gradio_api/upload", {"data": {"files": MARKER}}
+
+    # Other endpoints.
+    for route in (f"call/{MARKER}", f"run/{MARKER}", MARKER, f"stream/{MARKER}", "login"):
+        yield "POST", f"gradio_api/{route}", {"json": {"data": [MARKER], "event_id": MARKER}}
+    for route in (
+        *(f"file={MARKER}", f"file=/{MARKER}/../x", f"proxy={MARKER}", f"call/predict/{MARKER}"),
+        *(f"proxy=http://{MARKER}/x", f"deep_link?session_hash={MARKER}", MARKER),
+        *(f"stream/{MARKER}/1/2/playlist.m3u8", f"custom_component/{MARKER}/a/b/c"),
+    ):
+        yield "GET", f"gradio_api/{route}", {"headers": {"cookie": f"a={MARKER}"}}
+
+
+def test_nothing_of_a_request_is_printed(folder: Path, tmp_path: Path) -> None:
+    """Send the command what Gradio cannot handle; its output is types and places of errors.
+
+    Gradio prints a traceback for most of it, uvicorn for some.
+    """
+    log = tmp_path / "log"
+    flags = ["--model", str(folder / "ltu"), "--device", "cpu"]
+    process = tiny.start_command("ltu.inference_gradio", flags, log, TMPDIR=str(tmp_path))
+    # The server may close a connection after an error, so each request gets a new one.
+    http = httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
+    try:
+        wait_until(lambda: log.is_file() and "Running on" in log.read_text())
+        url = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())[0] + "/"
+        before = log.read_text()
+        statuses = []
+        for method, path, settings in odd_requests():
+            reply = http.request(method, url + path, **settings)
+            statuses.append(reply.status_code)
+            if "event_id" in reply.text and path.startswith("gradio_api/call/"):
+                event = reply.json()["event_id"]
+                events = http.get(f"{url}gradio_api/call/predict/{event}").text
+                assert "event: error" in events, (path, settings)
+        assert {200, 403, 404, 422, 500} <= set(statuses)
+        # Events of a failed call have a message for the visitor.
+        with pytest.raises(httpx.HTTPStatusError) as error:
+            body = {"data": [MARKER]}
+            http.post(f"{url}gradio_api/run/predict", json=body).raise_for_status()
+        assert "cannot answer this call" in error.value.response.json()["error"]
+        # The demo still answers.
+        client = Client(url, verbose=False)
+        clip = handle_file(folder / "good.wav")
+        assert client.predict(clip, DEFAULT_QUESTION, api_name="/predict")
+    finally:
+        http.close()
+        process.terminate()
+        process.join(PATIENCE)
+    output = log.read_text()
+    assert process.exitcode == 0
+    assert output.startswith(before)
+    *errors, last = output.removeprefix(before).splitlines()
+    assert re.fullmatch(r"Questions: .*\b1 ok\b.*", last), last
+    # Each kind of error is printed once.
+    assert "An event failed: ValueError in blocks.py, line" in errors[0]
+    assert len(set(errors)) == len(errors)
+    for line in errors:
+        assert re.fullmatch(r"An event failed: \w+ in \w+\.py, line \d+", line), line
+    assert "ValueError in blocks.py, line" in last
+    assert "secret" not in output
 
 
 # --- the command

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ltu.data.audio import load_audio
+from ltu.files import sha256_of
 from ltu.inference.embedding_cache import hash_content
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, Request
@@ -309,7 +310,7 @@ def test_an_answer_says_what_was_found(ltu, folders, tmp_path):
     assert (answer.sampling_rate, answer.channels, answer.model) == (44_100, 2, "ltu")
     assert answer.seconds_total == pytest.approx(len(load_audio(tmp_path / "stereo.flac")) / 16_000)
     assert answer.seconds > 0 and answer.finish_reason == "length" and answer.new_tokens == 4
-    assert answer.checkpoint == hash_content(folders["ltu"] / "model.safetensors")
+    assert answer.checkpoint == sha256_of(folders["ltu"] / "model.safetensors")
     assert answer.prompt_tokens == int(
         ltu.inputs([Request("What?", tmp_path / "stereo.flac")])["attention_mask"].sum()
     )

@@ -133,6 +133,14 @@ def test_metrics_equal_the_package(java: bool, request: pytest.FixtureRequest) -
         assert found[name] == pytest.approx(np.mean(values), abs=1e-12), name
         assert found[f"{name} std"] == pytest.approx(np.std(values), abs=1e-12), name
     assert ("METEOR" in found) == java
+    # A caption of c.wav is empty. A long wrong one would lower BLEU and METEOR more, so they have
+    # no value over all clips; the others do.
+    assert outcome.notes[1].startswith("on all: BLEU and METEOR have no value")
+    on_all = outcome.on_all()
+    assert {name for name, value in on_all.items() if np.isnan(value)} == {
+        f"{name}{end}" for name in trials[0].keys() & module.CORPUS_METRICS for end in ("", " std")
+    }
+    assert on_all["CIDEr-D"] == found["CIDEr-D"] and on_all["ROUGE-L"] == found["ROUGE-L"]
     assert (outcome.notes[0].endswith("PTB tokenizer"), outcome.notes[-1].startswith("METEOR")) == (
         java,
         not java,
@@ -211,6 +219,9 @@ def test_failed_answers() -> None:
     whole = captions(rows_of(ANSWERS), TASK, Context())
     assert outcome.compute(np.array([0, 2])) == whole.compute(np.array([0, 2]))
     assert outcome.compute(np.arange(3))["BLEU-1"] < whole.compute(np.arange(3))["BLEU-1"]
+    # A text that came with a failure is no caption.
+    rows[4]["pred"] = texts[1]
+    assert captions(rows, TASK, Context()).on_all()["CIDEr-D"] == outcome.on_all()["CIDEr-D"]
     rows[4] |= {"pred": "Audio caption: ", "status": "ok"}
     assert captions(rows, TASK, Context()).items[1]["failed"] == "empty answer"
     for row in rows:

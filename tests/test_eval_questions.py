@@ -134,34 +134,35 @@ CASES = {
 }
 CASES["dcase17"] = (
     *CASES["dcase17"][:4],
-    2 / 5,
-)  # Micro F1: one right of two answers and three references.
+    2 / 6,
+)  # Micro F1: one right of three answers, of which a wrong one is missing, and three references.
 CASES |= {
     "esc50": (None, ["Labels:dog", "Labels:sea_waves", "Labels:crying_baby"],
               ["Audio caption: Sea waves.", "Audio caption: Sea waves.", None],
               A_RIGHT_ONE, ONE_OF_THREE),
-    # The clip that failed ranks last of three, so its class has an average precision of 1/3.
+    # The clip that failed is not found for its class, and ranks above the one clip of the others.
     "fsd50k": (None, ["Labels: Electric guitar; Guitar", "Labels: Bark; Dog", "Labels: Rain"],
                ["Audio caption: electric guitar", "Audio caption: dog bark", None],
-               1, (4 + 1 / 3) / 5),
+               1, (4 * 1 / 2 + 0) / 5),
     "audioset": (["Speech; Male speech, man speaking", "Rain", "Dog"],
                  ["Labels: Speech; Male speech, man speaking", "Labels: Rain", "Labels: Dog"],
                  ["Audio caption: male speech, man speaking", "Audio caption: rain", None],
-                 1, (3 + 1 / 3) / 4),
+                 1, (3 * 1 / 2 + 0) / 4),
     "fma": (["Folk; Pop", "Jazz", "Old-Time / Historic"],
             ["Music genre: Folk, Pop", "Music genre: Jazz", "Music genre: Old-Time / Historic"],
-            ["Music genre: folk, pop", "Jazz", None], 1, (3 + 1 / 3) / 4),
+            ["Music genre: folk, pop", "Jazz", None], 1, (3 * 1 / 2 + 0) / 4),
     "librispeech": (None, [f"Spoken text: {words}" for words in UTTERANCES],
                     ["Spoken text: he hoped there would be a stew", "Spoken text: don't let it.",
                      None],
-                    1 / 9, 3 / 11),
-    # "female" is right in 1 of 2 answers and 1 of 1 reference, F1 2/3; "male" in none.
+                    1 / 9, None),  # no value: an answer is missing
+    # "female" is right in 1 of 2 answers and 1 of 1 reference, F1 2/3; "male" in none. The
+    # missing answer counts as "female" too.
     "voxceleb_gender": (["female", "male", "male"],
                         [f"The speaker is {word}." for word in ("female", "male", "male")],
-                        ["She is a woman.", "Female", None], 1 / 3, 1 / 3),
+                        ["She is a woman.", "Female", None], 1 / 3, 1 / 4),
     "voxceleb_age": (["35", "62", "20"],
                      [f"The age of the speaker is {age}." for age in (35, 62, 20)],
-                     ["About 30.", "60 to 70 years", None], (5 + 3) / 2, None),
+                     ["About 30.", "60 to 70 years", None], (5 + 3) / 2, (5 + 3 + 100) / 3),
 }  # fmt: skip
 
 
@@ -239,7 +240,7 @@ def test_task(task, tmp_path, monkeypatch):
     result = score(task, tmp_path, rows, answers, "--questions", str(tmp_path / "q.json"))
     assert (result["num_examples"], result["answered"], result["failed"]) == (3, 2, {"missing": 1})
     assert result["value"]["on_answered"] == pytest.approx(on_answered)
-    assert result["value"]["on_all"] == pytest.approx(on_all)
+    assert result["value"]["on_all"] == (on_all and pytest.approx(on_all))
     # Do not draw the same plots again.
     monkeypatch.setattr(report, "_save", lambda figure, path: None)
     # The original protocol can read these references too.
@@ -390,3 +391,35 @@ def test_errors_name_file_and_row(tmp_path, task, table, message):
         prepare_questions.main(["--task", task, "--metadata", str(tmp_path / "t.csv"), *flags])
     with pytest.raises(ValueError, match="--metadata"):
         prepare_questions.main(["--task", task, *flags])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("{}_30000_40000.wav", "{}_170000_180000.flac"),  # ms
+        ("{}_30_40.wav", "sub/{}_170_178.5.wav"),
+        ("Y{}_30.000_40.000.wav", "Y{}_170.000_180.000.wav"),
+    ],
+)
+def test_audiocaps_clips_named_by_id_start_and_end(tmp_path, names):
+    ids = ("-a_1_2-b_34", "Yd_5_6_7-89")
+    clips = [name.format(own) for name, own in zip(names, ids, strict=True)]
+    # A clip of the same video from elsewhere, and names that only look like it.
+    others = (f"{ids[0]}_300_310.wav", f"x{ids[0]}_30_40.wav", f"{ids[0]}_30_20.wav", "a_30_40.wav")
+    touch(tmp_path, *clips, *others)
+    rows = [(1, ids[0], 30, "A dog"), (2, ids[1], 170, "A dog")]
+    write_table(tmp_path / "test.csv", "audiocap_id,youtube_id,start_time,caption", *rows)
+    flags = ["--task", "audiocaps", "--audio_root", str(tmp_path)]
+    flags += ["--output_path", str(tmp_path / "q.json")]
+    assert prepare_questions.main(flags) == 0
+    assert [row["audio_id"] for row in json.loads((tmp_path / "q.json").read_text())] == clips
+    touch(tmp_path, f"{ids[0]}.wav")
+    with pytest.raises(ValueError, match="row 1: .* has .* and .*Leave one"):
+        prepare_questions.main(flags)
+    write_table(tmp_path / "test.csv", "youtube_id,start_time,caption", (ids[0], "soon", "A dog"))
+    with pytest.raises(ValueError, match="test.csv, row 1: start_time 'soon' is no number"):
+        prepare_questions.main(flags)
+    # Only clips of YouTube have a start.
+    write_table(tmp_path / "t.csv", "audio,label,start_time", (f"{ids[0]}.wav", "Rock", "soon"))
+    flags[1] = "gtzan"
+    assert prepare_questions.main([*flags, "--metadata", str(tmp_path / "t.csv")]) == 0

@@ -508,6 +508,62 @@ def test_questions_without_a_prediction_fail(folder):
             run.main(flags)
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_without_questions_the_report_says_what_it_cannot_see(model, folder, capsys):
+    rows = predictions(("Hip-Hop", "Hip-Hop"), ("Reggae", "Rock"))
+    write(Path("p.json"), [*rows, rows[0]])
+    flags = ["--task", "gtzan", "--predictions", "p.json", "--output_dir", "out"]
+    assert run.main(flags) == 0
+    assert run.NO_QUESTIONS in result()["notes"]
+    assert f"- p, gtzan: {run.NO_QUESTIONS}\n" in capsys.readouterr().out
+    write(Path("p.json"), rows)
+    own = command(model, "--score_labels")
+    for with_questions in ([*flags, "--questions", "gtzan.json"], own):
+        run.main(with_questions)
+        assert run.NO_QUESTIONS not in result()["notes"]
+
+
+@pytest.mark.parametrize("value", [["0.wav"], 5, False, {"id": "0.wav"}])
+@pytest.mark.parametrize("task", ["gtzan", "audiocaps"])
+def test_a_malformed_audio_id_is_one_line(folder, task, value):
+    """In the predictions and in the questions, which name file and number."""
+    flags = ["--task", task, "--predictions", "p.json", "--output_dir", "out"]
+    rows = predictions(("Hip-Hop", "Hip-Hop"), ("Reggae", "Rock"))
+    kind = type(value).__name__
+    write(Path("p.json"), [rows[0], rows[1] | {"audio_id": value}])
+    message = f"^p.json, prediction 2: 'audio_id' is a {kind}, not text.*[^\n]$"
+    for more in ([], ["--questions", "gtzan.json"]):
+        with pytest.raises(ValueError, match=message):
+            run.main([*flags, *more])
+    write(Path("p.json"), rows)
+    write(Path("gtzan.json"), [*questions("Hip-Hop"), questions("Reggae")[0] | {"audio_id": value}])
+    with pytest.raises(ValueError, match=f"^gtzan.json, example 2: 'audio_id' is a {kind}"):
+        run.main([*flags, "--questions", "gtzan.json"])
+    # A question without audio has none; a prediction for it must be there too.
+    write(Path("gtzan.json"), [questions("Hip-Hop")[0] | {"audio_id": None}])
+    with pytest.raises(ValueError, match="^p.json, prediction 1: not in gtzan.json"):
+        run.main([*flags, "--questions", "gtzan.json"])
+
+
+@pytest.mark.parametrize(
+    ("transcripts", "message"),
+    [
+        ([1], "w.json is a list, not an object"),
+        ({"0.wav": 7}, "w.json: the transcript of '0.wav' is 7, not text"),
+        (None, "p.json: the transcript of '0.wav' is None, not text"),
+    ],
+)
+def test_malformed_transcripts(folder, transcripts, message):
+    row = {"prompt": "?", "pred": "a", "ref": "Spoken text: a", "audio_id": "0.wav"}
+    write(Path("p.json"), [row | {"model": "ltu_as"}])
+    flags = ["--task", "librispeech", "--predictions", "p.json", "--output_dir", "out"]
+    if transcripts is not None:
+        write(Path("w.json"), transcripts)
+        flags += ["--whisper_text", "w.json"]
+    with pytest.raises(ValueError, match=message):
+        run.main(flags)
+
+
 def test_malformed_questions(model, folder):
     write(Path("p.json"), predictions(("Rock", "Rock")))
     scoring = [

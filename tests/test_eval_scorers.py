@@ -56,7 +56,7 @@ def rows(*pairs: tuple[str | None, str]) -> list[dict]:
 
 
 def metrics_of(outcome) -> dict[str, float]:
-    return outcome.compute(np.arange(len(outcome.items)))
+    return outcome.on_all()
 
 
 def answered_indices(outcome) -> np.ndarray:
@@ -100,10 +100,11 @@ def test_what_strict_changes(golden_metrics, name, scorer, metric, want):
             run(scorer, name, made, protocol, whisper=whisper)
             for protocol in ("original", "strict")
         ]
-        named = [answered_indices(one) if metric == "mae" else np.arange(len(made)) for one in both]
-        found.append(
-            tuple(round(one.compute(own)[metric], 3) for one, own in zip(both, named, strict=True))
-        )
+        metrics = [
+            one.compute(answered_indices(one)) if metric == "mae" else metrics_of(one)
+            for one in both
+        ]
+        found.append(tuple(round(one[metric], 3) for one in metrics))
     assert found == want[-len(found) :]  # If there are two files, the second is committed.
 
 
@@ -387,9 +388,10 @@ def test_unanswered_rows_are_wrong_and_stay_in_the_denominator():
         "unreadable",
     ]
     assert metrics_of(outcome)["accuracy"] == 0.25
-    # There are 4 references and 1 answer.
-    assert metrics_of(outcome)["micro_f1"] == pytest.approx(2 * 1 / (4 + 1))
-    assert metrics_of(outcome)["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 2)  # dog, cat
+    # There are 4 references and 1 answer; each missing answer counts as a wrong one.
+    assert metrics_of(outcome)["micro_f1"] == pytest.approx(2 * 1 / (4 + 4))
+    # Dog, cat and three more classes, which the missing answers could have named.
+    assert metrics_of(outcome)["macro_f1"] == pytest.approx((2 * 1 / (3 + 1) + 0) / 5)
     assert outcome.compute(np.array([0, 0]))["accuracy"] == 1.0
     assert outcome.confusion[1].sum() == 1 and outcome.items[0]["chosen"] == "dog"
     nothing = run(
@@ -422,8 +424,9 @@ def test_classes_without_positives_do_not_count():
         (None, "Labels: Yell"),
     )
     outcome = run(multi_label, "audioset", made)
-    # Speech ranks first: AP 1, AUC 1. Yell: first, and last of three: AP (1 + 2/3) / 2, AUC 1/2.
-    want = {"mAP": (1 + 5 / 6) / 2, "mAUC": 0.75, "d_prime": d_prime(0.75), "classes": 2.0}
+    # Speech ranks below the missing answer: AP 1/2, AUC 1/2. Yell: first, and never found:
+    # AP (1 + 0) / 2, AUC 1/2.
+    want = {"mAP": 0.5, "mAUC": 0.5, "d_prime": d_prime(0.5), "classes": 2.0}
     assert metrics_of(outcome) == pytest.approx(want)
     few = (
         "2 of 527 classes have fewer than 5 positives: "
@@ -447,14 +450,15 @@ def test_label_scores_replace_embeddings():
     assert metrics_of(outcome)["accuracy"] == 0.5
     assert [item["chosen"] for item in outcome.items] == ["neutral", "angry"]
     fma = rows(("?", "Genre: Rock"), (None, "Genre: Folk, Pop"))
-    # The second example would rank first if it had an answer.
+    # The second example would rank first if it had an answer. Without one it ranks above Rock, and
+    # is not found for Folk and Pop.
     best = np.tile(np.arange(16.0), (2, 1)) * [
         [1],
         [2],
     ]
     assert metrics_of(multi_label(fma, find_task("fma"), Context(label_scores=best)))[
         "mAP"
-    ] == pytest.approx((1 + 2 / 2) / 3)
+    ] == pytest.approx((1 / 2 + 0 + 0) / 3)
     with pytest.raises(EvaluationError, match=r"\(2, 4\) label scores, not \(1, 4\)"):
         single_label(made[:1], find_task("iemocap"), Context(label_scores=scores))
     with pytest.raises(EvaluationError, match="Give an --embedder"):
@@ -526,16 +530,15 @@ def test_a_missing_age_lowers_the_coverage():
     outcome = run(age, "voxceleb_age", made)
     # All answers name an age.
     assert outcome.compute(np.arange(2)) == pytest.approx({"mae": 7.5, "pearson": 1.0})
-    # There is no error of answers without an age.
-    none = {
-        "mae": np.nan,
-        "pearson": np.nan,
-        "coverage": 0.5,
-    }
-    assert metrics_of(outcome) == pytest.approx(none, nan_ok=True)
+    # Without an age the error is that of the farthest: 0 for 60 and 120 for 9.
+    want = {"mae": (10 + 5 + 60 + 111) / 4, "pearson": np.nan, "coverage": 0.5}
+    assert metrics_of(outcome) == pytest.approx(want, nan_ok=True)
     assert metrics_of(run(age, "voxceleb_age", made, "original")) == pytest.approx(
-        none | {"mae": 7.5, "pearson": 1.0}
+        want | {"mae": 7.5, "pearson": 1.0}
     )
+    # An age of 500 is as wrong as 120 over all, and as it is over those that are answered.
+    absurd = run(age, "voxceleb_age", rows(("500", reference.format(30))))
+    assert absurd.compute(np.arange(1))["mae"] == 470 and metrics_of(absurd)["mae"] == 90
     assert metrics_of(run(age, "voxceleb_age", made[:2])) == pytest.approx(
         {"mae": 7.5, "pearson": 1.0, "coverage": 1}
     )
@@ -570,10 +573,10 @@ def test_genders():
         metrics_of(run(gender, "voxceleb_gender", made)),
         metrics_of(run(gender, "voxceleb_gender", made, "original")),
     )
-    # Female: 2 right of 2 references and 3 answers; male: 1 of 3 and 1. The original: 1 of 2 and 1;
-    # 3 of 3 and 4.
+    # Female: 2 right of 2 references and 4 answers (both genders count as the wrong one);
+    # male: 1 of 3 and 1. The original: 1 of 2 and 1; 3 of 3 and 4.
     assert strict == pytest.approx(
-        {"accuracy": 0.6, "micro_f1": 6 / 9, "macro_f1": (4 / 5 + 2 / 4) / 2}
+        {"accuracy": 0.6, "micro_f1": 6 / 10, "macro_f1": (4 / 6 + 2 / 4) / 2}
     )
     assert original == pytest.approx(
         {"accuracy": 0.8, "micro_f1": 0.8, "macro_f1": (2 / 3 + 6 / 7) / 2}
@@ -612,7 +615,10 @@ def test_word_error_rates():
         "wer_whisper": 9 / 10,
         "wer_substituted": 9 / 10,
     }
-    assert metrics_of(outcome) == pytest.approx(want)
+    bounded = {f"{name}_bounded": value for name, value in want.items()}
+    no_value = dict.fromkeys(want, np.nan)
+    assert metrics_of(outcome) == pytest.approx(no_value | bounded, nan_ok=True)
+    assert outcome.compute(np.arange(2)) == pytest.approx(want)
     assert outcome.compute(np.array([0]))["wer"] == pytest.approx(4 / 7)
     assert "wer_substituted: not computed" in run(word_error_rate, "librispeech", made).notes[0]
     with pytest.raises(EvaluationError, match="prediction 1: no Whisper transcript of '0.wav'"):
@@ -624,7 +630,21 @@ def test_word_error_rates():
         assert outcome.compute(np.array([2])) == pytest.approx(
             {"wer": 1.0, "wer_normalized": np.nan}, nan_ok=True
         )
-        assert metrics_of(outcome) == pytest.approx({"wer": 8 / 11, "wer_normalized": 4 / 10})
+        everything = outcome.compute(np.arange(3))
+        assert everything == pytest.approx({"wer": 8 / 11, "wer_normalized": 4 / 10})
+    # The original counts a missing answer as one that lacks all words.
+    assert metrics_of(outcome) == everything
+    # With all answers, the rates are those that everybody computes. The bounded one leaves out the
+    # word for 0, which is beyond the words of its reference.
+    outcome = run(word_error_rate, "librispeech", [made[0], made[2]])
+    assert metrics_of(outcome) == pytest.approx(
+        {
+            "wer": 5 / 8,
+            "wer_bounded": 5 / 8,
+            "wer_normalized": 1 / 7,
+            "wer_normalized_bounded": 0,
+        }
+    )
     with pytest.raises(EvaluationError, match="prediction 1: the reference has no words"):
         run(word_error_rate, "librispeech", rows(("a", "...")))
 

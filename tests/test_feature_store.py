@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -12,9 +13,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save
 
+from ltu import files
+from ltu.files import FileRecord
 from ltu_as import extract_whisper_feature
-from ltu_as.feature_store import FeatureError, FeatureStore, original_name
+from ltu_as.feature_store import (
+    ClipState,
+    FeatureError,
+    FeatureStore,
+    StaleFeatures,
+    original_name,
+)
 from tests.machine import PATIENCE
 from tests.tiny import start_command
 from tests.whisper_tiny import save_whisper
@@ -118,6 +129,69 @@ def test_failed_clips_have_a_marker_and_no_features(store: FeatureStore) -> None
     ]
     store.write("a.wav", features(), "", 1.0)
     assert store.failures() == []
+
+
+def test_a_store_notices_another_sound(store: FeatureStore, tmp_path: Path) -> None:
+    """By size, or by hash where the time differs; a copy and a sound that is gone are no change."""
+    sound = tmp_path / "a.wav"
+    sound.write_bytes(b"sound one")
+    store.write("a.wav", features(), "hello", 1.0, FileRecord.of(sound))
+
+    def found(with_transcript: bool = False) -> tuple[ClipState, bool]:
+        return store.state_of("a.wav", sound, with_transcript), store.is_stale("a.wav", sound)
+
+    assert found() == (ClipState.KEPT, False)
+    os.utime(sound, ns=(1, 1))
+    assert found() == (ClipState.MOVED, False)
+    store.renew_record("a.wav", sound)
+    assert found() == (ClipState.KEPT, False)
+    stored = store.read("a.wav")
+    assert torch.equal(stored.features, features()) and stored[1:] == ("hello", 1.0)
+    sound.write_bytes(b"sound two")  # Of the same size.
+    assert found() == (ClipState.CHANGED, True)
+    sound.write_bytes(b"longer sound")
+    os.utime(sound, ns=(1, 1))
+    assert found() == (ClipState.CHANGED, True)
+    sound.write_bytes(b"")
+    assert found() == (ClipState.CHANGED, True)
+    assert not store.is_stale("a.wav", b"sound one") and store.is_stale("a.wav", b"sound two")
+    assert store.is_stale("a.wav", b"sound") and not store.is_stale("a.wav", np.zeros(3))
+    sound.unlink()
+    assert found() == (ClipState.KEPT, False)
+    os.mkfifo(sound)  # Neither is a file to compare with.
+    assert found() == (ClipState.KEPT, False)
+    assert store.state_of("b.wav", sound) is ClipState.NEW and not store.is_stale("b.wav", sound)
+
+
+def test_a_copy_is_hashed_once(store: FeatureStore, tmp_path: Path, monkeypatch) -> None:
+    sound = tmp_path / "a.wav"
+    sound.write_bytes(b"sound one")
+    store.write("a.wav", features(), "", 1.0, FileRecord.of(sound))
+    hashed: list[str] = []
+    sha256_of = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    assert not any(store.is_stale("a.wav", sound) for _ in range(3)) and not hashed
+    os.utime(sound, ns=(2, 2))
+    assert not any(store.is_stale("a.wav", sound) for _ in range(3)) and len(hashed) == 1
+    # A new version with size and time of the one that was hashed.
+    before = sound.stat().st_ctime_ns
+    sound.write_bytes(b"sound two")
+    while sound.stat().st_ctime_ns == before:  # The clock of a file system ticks in milliseconds.
+        os.utime(sound, ns=(2, 2))
+    assert store.is_stale("a.wav", sound) and len(hashed) == 2
+
+
+def test_a_refusal_names_clip_and_command(store: FeatureStore, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"one")
+    store.write("a.wav", features(), "", 1.0, FileRecord.of(tmp_path / "a.wav"))
+    store.check_current("a.wav", tmp_path / "a.wav")
+    (tmp_path / "a.wav").write_bytes(b"another")
+    with pytest.raises(StaleFeatures, match="a.wav: the sound has changed.*--output_dir") as caught:
+        store.check_current("a.wav", tmp_path / "a.wav")
+    command = "python -m ltu_as.extract_whisper_feature --data_path DATA --model DIR"
+    assert f"{command} --output_dir {store.folder}" in str(caught.value)
+    # Workers of a data loader pickle it, and make another one of its message alone.
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_original_names(golden: Path) -> None:
@@ -321,3 +395,119 @@ def test_extraction_refuses_what_does_not_fit(data: Path, whole, tmp_path: Path)
     process = start(data, tmp_path, tmp_path / "output")
     process.join(PATIENCE)
     assert process.exitcode == 1 and (tmp_path / "output").read_text().startswith("error: ")
+
+
+# --- sounds that change
+
+
+@pytest.fixture
+def own_data(data: Path, whole_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the clips, with times of their own, and the features of them all."""
+    for path in [*data.glob("clip*.wav"), data / "rows.json"]:
+        shutil.copy2(path, tmp_path)
+    shutil.copytree(whole_folder, tmp_path / "features")
+    return tmp_path
+
+
+def extract_again(data: Path, own_data: Path, *more: str) -> int:
+    rows = ["--data_path", str(own_data / "rows.json")]
+    return extract_whisper_feature.main(flags(data, own_data / "features", *rows, *more))
+
+
+def test_a_replaced_clip_is_extracted_again(
+    data: Path, own_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Afterwards, all files are those of a run into an empty folder."""
+    before = files_of(own_data / "features")
+    assert extract_again(data, own_data) == 0
+    assert "11 clips were found 11 kept, 0 new, 0 changed" in capsys.readouterr().out
+    assert files_of(own_data / "features") == before
+    soundfile.write(own_data / "clip5.wav", np.sin(np.arange(48_000) / 9), 16_000)
+    shutil.copy2(own_data / "clip1.wav", own_data / "clip0.wav")
+    FeatureStore(own_data / "features").remove("clip9.wav")
+    assert extract_again(data, own_data) == 0
+    output = capsys.readouterr().out
+    assert "11 stored, 0 failed, 0 not_done; 11 clips were found 8 kept, 1 new, 2 changed" in output
+    assert FeatureStore(own_data / "features").read("clip5.wav").seconds == 3.0
+    shutil.copytree(own_data / "features", own_data / "first")
+    shutil.rmtree(own_data / "features")
+    assert extract_again(data, own_data) == 0
+    assert files_of(own_data / "features") == files_of(own_data / "first")
+
+
+def test_a_moved_data_set_is_not_extracted_again(
+    data: Path, own_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Only the new times are stored, once."""
+    store = FeatureStore(own_data / "features")
+    old = [store.read(f"clip{number}.wav") for number in range(CLIPS)]
+    for number in range(CLIPS):
+        os.utime(own_data / f"clip{number}.wav")
+    assert extract_again(data, own_data) == 0
+    assert "11 clips were found 11 kept" in capsys.readouterr().out
+    for number in range(CLIPS):
+        new = store.read(f"clip{number}.wav")
+        assert torch.equal(new.features, old[number].features) and new[1:] == old[number][1:]
+        path = own_data / f"clip{number}.wav"
+        assert store.state_of(f"clip{number}.wav", path) is ClipState.KEPT
+
+
+def test_a_replacement_that_cannot_be_decoded_leaves_no_features(
+    data: Path, own_data: Path
+) -> None:
+    (own_data / "clip2.wav").write_bytes(b"RIFF")
+    (own_data / "clip3.wav").unlink()
+    assert extract_again(data, own_data) == 1
+    store = FeatureStore(own_data / "features")
+    assert [mark["audio_id"] for mark in store.failures()] == ["clip2.wav"]
+    assert store.read("clip2.wav") is None
+    assert store.read("clip3.wav") is not None  # Its sound is gone, not changed.
+    summary = json.loads((own_data / "features" / "summary.json").read_text())
+    assert (summary["stored"], summary["failed"]) == (CLIPS - 1, 1)
+
+
+def test_a_store_without_records_is_read_and_renewed(
+    data: Path, own_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As an earlier version wrote it. Clips whose sound is not there are kept as they are."""
+    store = FeatureStore(own_data / "features")
+    for number in range(CLIPS):
+        name = f"clip{number}.wav"
+        stored = store.read(name)
+        store.write(name, stored.features, stored.transcript, stored.seconds)
+        path = store.path_of(name)
+        assert b', \\"source\\": null' in path.read_bytes()
+        with safe_open(path, "np") as file:
+            header = json.loads(file.metadata()["clip"])
+            tensors = {key: file.get_tensor(key) for key in ("high", "low")}
+        del header["source"]
+        path.write_bytes(save(tensors, {"clip": json.dumps(header)}))
+        assert torch.equal(store.read(name).features, stored.features) and store.has(name)
+        assert not store.is_stale(name, own_data / name)
+    (own_data / "clip10.wav").unlink()
+    assert extract_again(data, own_data) == 0
+    found = "11 clips were found 1 kept, 0 new, 0 changed, 10 without a record of the sound"
+    assert found in capsys.readouterr().out
+    assert store.state_of("clip3.wav", own_data / "clip3.wav") is ClipState.KEPT
+    assert extract_again(data, own_data) == 0
+    assert "11 clips were found 11 kept" in capsys.readouterr().out
+
+
+def test_a_clip_that_changes_while_it_is_extracted(
+    data: Path, own_data: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
+    """Its features are stale at once, which the command says."""
+    shutil.rmtree(own_data / "features")
+    load_audio = extract_whisper_feature.load_audio
+
+    def load_and_replace(path: str) -> np.ndarray:
+        waveform = load_audio(path)
+        if path.endswith("clip6.wav"):
+            shutil.copy2(own_data / "clip7.wav", path)
+        return waveform
+
+    monkeypatch.setattr(extract_whisper_feature, "load_audio", load_and_replace)
+    assert extract_again(data, own_data) == 1
+    assert "1 clips changed while they were extracted" in capsys.readouterr().err
+    store = FeatureStore(own_data / "features")
+    assert store.is_stale("clip6.wav", own_data / "clip6.wav")

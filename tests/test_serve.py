@@ -171,7 +171,7 @@ def text_part(text: str = QUESTION) -> dict:
     return {"type": "text", "text": text}
 
 
-def audio_part(data: bytes, kind: str = "wav") -> dict:
+def audio_part(data: bytes, kind: str | int = "wav") -> dict:
     """Return a part of a message that is a clip, the bytes of a file."""
     return {
         "type": "input_audio",
@@ -427,7 +427,7 @@ REFUSED = [
     ({"messages": user([{"type": "audio_url", "audio_url": "file:///x"}])}, "audio_url"),
     ({"messages": user([{"type": "audio", "audio": "/etc/passwd"}])}, "audio"),
     ({"messages": user([{"type": "input_audio", "input_audio": "/etc/passwd"}])}, "A message"),
-    ({"messages": user([audio_part(b"x", "ogg")])}, "format"),
+    ({"messages": user([audio_part(b"x", 5)])}, "format is 5"),
     ({"messages": user("a" * 100_001)}, "too long"),
     ({"messages": user("long " * 3000)}, "tokens"),
 ]

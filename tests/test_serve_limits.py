@@ -28,7 +28,7 @@ from ltu.data.audio import OnBlock, Waveform, decode_audio
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.serve import main, read_flags
-from ltu.serving import clip_decoder
+from ltu.serving import clip_decoder, request_parser
 from ltu.serving.connection_limits import client_of, limits_of_flags, raise_file_limit
 from ltu.serving.listener import open_listeners
 from tests import tiny
@@ -337,7 +337,7 @@ OTHER_CLIP = encode_clip(tiny.clip(2, 0.5))
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldDecoding]:
     held = HeldDecoding(len(HELD_CLIP))
-    monkeypatch.setattr(clip_decoder, "decode_audio", held.decode)
+    monkeypatch.setattr(request_parser, "decode_audio", held.decode)
     # Each time that a held clip looks whether it is cancelled counts as a block.
     monkeypatch.setattr(clip_decoder, "BLOCK", 0)
     yield held
@@ -358,7 +358,7 @@ def test_the_timeout_covers_decoding(engine: LtuEngine, held: HeldDecoding) -> N
             status, content = reply.result()
             assert (status, content["error"]["code"]) == (504, "timeout"), content
         wait_until(lambda: served.metric(cancelled) == 4)
-        assert held.num_ended == held.num_held
+        wait_until(lambda: held.num_ended == held.num_held)
         reply = served.ask(text_part(), audio_part(OTHER_CLIP))
         assert reply.choices[0].message.content == served.answer_alone(QUESTION, OTHER_CLIP)
 

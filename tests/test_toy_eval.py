@@ -315,3 +315,24 @@ def test_the_folder_of_the_table_is_created(tmp_path):
     path = tmp_path / "new" / "table.json"
     main(["--folds", str(folder), "--no_probe", "--output_path", str(path)])
     assert json.loads(path.read_text())["folds"] == [2]
+
+
+def test_a_failed_answer_is_wrong_whatever_its_text():
+    right = "Labels: snare drum; drums."
+    rows = [prediction(right), prediction(right) | {"status": "unreadable"}]
+    rows.append(prediction(right) | {"status": "truncated_file"})
+    hits = score(rows, READER)
+    assert hits.category == hits.label == hits.well_formed == [True, False, True]
+
+
+def test_malformed_predictions_stop(tmp_path):
+    folder = write_fold(tmp_path, 0, stages=1)
+    (path,) = folder.glob("stage1*/right.json")
+    rows = json.loads(path.read_text())
+    for row, message in (
+        (rows[1] | {"audio_id": ["a.wav"]}, "prediction 2: 'audio_id' is a list, not text"),
+        ({"pred": "a"}, "prediction 2: no audio_id, prompt, ref"),
+    ):
+        path.write_text(json.dumps([rows[0], row, *rows[2:]]))
+        with pytest.raises(EvaluationError, match=message):
+            evaluate([folder], None)

@@ -221,3 +221,29 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
     assert toy_cross_validation.main(flags) == status
     verdicts = json.loads((tmp_path / "results.json").read_text())["verdicts"]
     assert list(verdicts.values()) == [status == 0]
+
+
+def test_no_answer_is_never_better_than_a_wrong_one(tmp_path):
+    """An answer with many wrong words has a word error rate above 1, an empty one has 1."""
+    title = "WER, no transcript: at most 1 a clip"
+    rates = []
+    for answer in ("no and again no " * 9, None, "Spoken text: ", ""):
+        rows = predictions("speech_words_none", lambda clip, answer=answer: answer)
+        scores = means(evaluate([write(tmp_path, speech_words_none=rows)]))
+        rates.append(scores[title])
+        if answer and "no" in answer:
+            assert scores["WER, no transcript"] > 2
+    assert rates == [1, 1, 1, 1]
+    # A text that came with a failure is no answer, and the right words are right.
+    rows = predictions("speech_words_none", lambda clip: clip["text"])
+    assert means(evaluate([write(tmp_path, speech_words_none=rows)]))[title] == 0
+    failed = [row | {"status": "unreadable"} for row in rows]
+    assert means(evaluate([write(tmp_path, speech_words_none=failed)]))[title] == 1
+
+
+@pytest.mark.parametrize("audio_id", [["a.wav"], 5, False])
+def test_malformed_answers_stop(tmp_path, audio_id):
+    rows = predictions("speech_gender", lambda clip: "Male.", UNKNOWN)
+    write(tmp_path, speech_gender=[rows[0] | {"audio_id": audio_id}, *rows[1:]])
+    with pytest.raises(EvaluationError, match="json, prediction 1: 'audio_id' is a"):
+        evaluate([tmp_path])

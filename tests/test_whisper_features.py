@@ -12,8 +12,9 @@ import whisper
 from whisper.audio import log_mel_spectrogram, pad_or_trim
 
 from ltu.data.audio import AudioError, load_audio
+from ltu.data.transcripts import clean_transcript
 from ltu_as import LtuAsFeatureExtractor
-from ltu_as.feature_extraction_ltu_as import clean_transcript, load_whisper
+from ltu_as.feature_extraction_ltu_as import load_whisper
 from tests.whisper_tiny import save_whisper
 
 RATE = 16_000  # In Hz.

@@ -18,11 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError, load_audio
-from ltu.data.dataset_io import KEYS, stream_examples
+from ltu.data.dataset_io import AUDIO_HINT, KEYS, stream_examples, wrong_type
 from ltu.data.dataset_parser import DatasetError
 
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
-AUDIO_HINT = 'Give the path of a clip, or "empty" for a question without audio.'
 
 # Names that other frameworks and data sets have for our keys, in lower case without punctuation.
 OTHER_NAMES = {
@@ -164,8 +163,8 @@ def what_is_wrong(
     """
     return (
         _what_is_wrong_with_keys(example, need_output, ignored_keys)
+        or wrong_type(example)
         or _what_is_wrong_with_texts(example, need_output)
-        or _what_is_wrong_with_audio_id(example)
     )
 
 
@@ -197,21 +196,10 @@ def _what_is_wrong_with_keys(
 
 
 def _what_is_wrong_with_texts(example: dict, need_output: bool) -> str | None:
-    for key in ("instruction", "input", "output"):
-        value = example.get(key)
-        if value is not None and not isinstance(value, str):
-            return f"{key!r} is a {type(value).__name__}, not text"
     if example["instruction"] is None or (need_output and example["output"] is None):
         return "'instruction' or 'output' is null"
     if need_output and not example["output"].strip():
         return "'output' is empty. Write the answer, or remove the example."
-    return None
-
-
-def _what_is_wrong_with_audio_id(example: dict) -> str | None:
-    audio_id = example["audio_id"]
-    if not isinstance(audio_id, str | None):
-        return f"'audio_id' is a {type(audio_id).__name__}. {AUDIO_HINT}"
     return None
 
 

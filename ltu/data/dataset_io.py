@@ -3,6 +3,9 @@
 The formats are a JSON list, JSON lines (`.jsonl`) and Parquet; JSON also compressed (`.gz`,
 `.zst`). A reader goes by the first bytes of a file, a writer by its name.
 
+`stream_examples` yields any objects; `typed_examples` also checks that each is an example: it has
+at least one of the keys, and the values of the keys are texts or null.
+
 The keys of an example and their order are preserved. Parquet has a column for each key: a null in
 it means that the example lacks the key, so that the `audio_id` null is stored as "empty". A key
 that only later examples have is an error. An example with keys within a value cannot be stored in
@@ -24,6 +27,8 @@ from ltu.files import lock_file, sync_and_rename
 BLOCK = 2**20  # bytes
 EXAMPLES_AT_ONCE = 8192  # examples that are written at once; in Parquet, a row group
 KEYS = ("instruction", "input", "audio_id", "dataset", "task", "output")
+TEXT_TYPES = frozenset([str, type(None)])
+AUDIO_HINT = 'Give the path of a clip, or "empty" for a question without audio.'
 KINDS = {".json": "list", ".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet"}
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -65,6 +70,42 @@ def stream_examples(path: str | Path) -> Iterator[dict[str, Any]]:
             data = data[used:] + block
 
 
+def typed_examples(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a dataset file, in constant memory, after a check of their types.
+
+    Raises:
+        DatasetError: as `stream_examples`; or an example has none of `KEYS`, or a wrong type.
+    """
+    for number, example in enumerate(stream_examples(path), start=1):
+        # One look at the types of all values passes nearly every example, and is fast.
+        is_text = TEXT_TYPES.issuperset(map(type, example.values()))
+        if not is_text or "instruction" not in example:
+            reason = wrong_type(example)
+            if reason is None and not any(key in example for key in KEYS):
+                reason = f"none of the keys {', '.join(KEYS)}, only {str(list(example))[:300]}"
+            if reason:
+                raise DatasetError(
+                    f"{path}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
+                    "data.validate lists all that are wrong."
+                )
+        yield example
+
+
+def wrong_type(example: dict[str, Any]) -> str | None:
+    """Return which of the `KEYS` of an example has a value that is neither text nor null, or None.
+
+    Other keys may have any value.
+    """
+    for key in KEYS:
+        value = example.get(key)
+        if type(value) in TEXT_TYPES:
+            continue
+        if key == "audio_id":
+            return f"{key!r} is a {type(value).__name__}. {AUDIO_HINT}"
+        return f"{key!r} is a {type(value).__name__}, not text"
+    return None
+
+
 def _open_to_read(path: Path, magic: bytes) -> IO[bytes]:
     for start, codec in MAGIC.items():
         if magic.startswith(start):
@@ -92,8 +133,8 @@ def _parquet_examples(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(EXAMPLES_AT_ONCE, use_threads=False):
                 for example in batch.to_pylist():
                     yield {key: value for key, value in example.items() if value is not None}
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        message = f"{path}: not a complete Parquet file ({error}). Write it again."
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
+        message = f"{path}: not a valid Parquet file ({error}). Write it again."
         raise DatasetError(message) from error
 
 
@@ -196,7 +237,7 @@ class ExampleWriter:
                         f"example {number} has {min(unknown)!r}, which the first examples lack"
                     )
             self.table.write_table(pyarrow.Table.from_pylist(examples, self.table.schema))
-        except (pyarrow.ArrowException, UnicodeEncodeError, TypeError, ValueError) as error:
+        except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: examples {first} to {self.count} fit no table: {error}. "
                 "Write .jsonl."

@@ -1,8 +1,13 @@
 """Computes the audio embeddings of clips and caches them by content.
 
 The embeddings and the transcript of a clip are cached under a hash of the clip's content, never
-under its name. If the cache is full, the entry that was not used for the longest time goes first.
-A waveform is dropped as soon as it is encoded, and clips are encoded before too many wait.
+under its name. The hash says of what kind the content is (an encoded file, an array, a decoded
+waveform, stored features), because equal bytes of two kinds are two clips. It covers everything
+that an answer states about the clip, and it is that of the content that was decoded: a file that is
+replaced in between is refused.
+
+If the cache is full, the entry that was not used for the longest time goes first. A waveform is
+dropped as soon as it is encoded, and clips are encoded before too many wait.
 """
 
 import hashlib
@@ -11,13 +16,20 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ltu.data.audio import AudioClip, AudioError, AudioSource, Waveform, load_audio
+from ltu.data.audio import (
+    SAMPLING_RATE,
+    AudioClip,
+    AudioError,
+    AudioSource,
+    Waveform,
+    load_audio,
+)
 from ltu.files import sha256_of
 from ltu.inference.requests import Request
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
@@ -29,10 +41,15 @@ MAX_WAITING_SECONDS = 600
 CHUNKS_PER_PASS = 16
 # Bytes of a cache entry besides embeddings and transcript, about.
 ENTRY_BYTES = 1000
+# How the hash of a file, or of its bytes, begins.
+ENCODED = "encoded:"
 
 
 def hash_content(audio: AudioSource) -> str | None:
-    """Return the sha256 of a file's bytes, or of an array with its shape, type and rate.
+    """Return the kind of a clip's content, and a sha256 of all that decides how it is decoded.
+
+    A file and its bytes are of one kind, because they are decoded alike: rate and channels are
+    stated in them. For an array they are part of the hash.
 
     Returns None if there is nothing to read.
     """
@@ -41,19 +58,32 @@ def hash_content(audio: AudioSource) -> str | None:
             status = os.stat(audio)
             # A pipe, or a file of the kernel's, which has no size, could be read for ever.
             is_readable = stat.S_ISREG(status.st_mode) and status.st_size
-            return sha256_of(audio) if is_readable else None
+            return ENCODED + sha256_of(audio) if is_readable else None
         except (OSError, ValueError):
             return None
     if isinstance(audio, bytes):
-        return hashlib.sha256(audio).hexdigest()
+        return ENCODED + hashlib.sha256(audio).hexdigest()
     if isinstance(audio, Waveform):
-        audio = audio.waveform, audio.sampling_rate
-    has_rate = isinstance(audio, tuple) and len(audio) == 2
-    array, rate = audio if has_rate else (audio, None)
+        facts = {}
+        for field in fields(audio):
+            if field.name != "waveform":
+                facts[field.name] = getattr(audio, field.name)
+        return f"waveform:{_hash_array(audio.waveform, facts)}"
+    array = audio
+    rate: object = SAMPLING_RATE
+    if isinstance(audio, tuple) and len(audio) == 2:
+        array, rate = audio
     if not isinstance(array, np.ndarray):  # None, or a type that decoding refuses.
         return None
-    description = f"{array.shape} {array.dtype} {rate}".encode()
-    return hashlib.sha256(description + np.ascontiguousarray(array).tobytes()).hexdigest()
+    return f"array:{_hash_array(array, rate)}"
+
+
+def _hash_array(array: np.ndarray, *facts: object) -> str:
+    """Return the sha256 of an array's shape, type and values, and of facts about it."""
+    # The zero byte ends the description, so that no byte of an array can be read as part of it.
+    description = repr((array.shape, array.dtype.str, *facts)).encode("utf-8", "surrogatepass")
+    content = np.ascontiguousarray(array).tobytes()
+    return hashlib.sha256(description + b"\0" + content).hexdigest()
 
 
 @dataclass
@@ -89,7 +119,10 @@ class EmbeddingCache:
         self.lock = threading.Lock()
 
     def hash_of(self, request: Request) -> str | None:
-        """Return a hash of a clip: of its stored features if there are any, else of its content."""
+        """Return a hash of a clip: of its stored features if there are any, else of its content.
+
+        It begins with the kind of what is hashed, as that of `hash_content`.
+        """
         stored = None
         if request.num_chunks == 1:
             try:
@@ -100,9 +133,8 @@ class EmbeddingCache:
                 return None
         if stored is None:
             return hash_content(request.audio)
-        transcript = (stored.transcript or "").encode("utf-8", "surrogatepass")
-        features = stored.features.contiguous().numpy().tobytes()
-        return hashlib.sha256(features + transcript).hexdigest()
+        features = stored.features.numpy()
+        return f"features:{_hash_array(features, stored.transcript, stored.seconds)}"
 
     def encode(self, requests: Sequence[Request]) -> list[AudioClip | AudioError | None]:
         """Return the clip of each request, with the embeddings and transcript that it needs.
@@ -138,7 +170,7 @@ class EmbeddingCache:
     def _key(self, request: Request) -> tuple:
         digest = self.hash_of(request)
         # Without content nothing can be cached, but two requests of one call may mean the same.
-        name = None if digest else (str(request.audio), request.audio_id)
+        name = None if digest else (type(request.audio), str(request.audio), request.audio_id)
         return digest, name, request.num_chunks, self.processor.front_end.settings
 
     def _find_or_load(self, key: tuple, requests: list[Request]) -> PendingClip:
@@ -154,6 +186,7 @@ class EmbeddingCache:
             self.entries.move_to_end(key)
             return PendingClip(key, known, False, False)
         clip = self._load(requests[0], needs_transcript)
+        _check_unchanged(requests[0].audio, key[0])
         clip.embeds = known.embeds
         if known.transcript is not None:  # "" is a transcript too.
             clip.transcript = known.transcript
@@ -233,6 +266,19 @@ class EmbeddingCache:
     def _drop(self, key: tuple) -> None:
         if key in self.entries:
             self.size -= _size_of(self.entries.pop(key))
+
+
+def _check_unchanged(audio: AudioSource, digest: str | None) -> None:
+    """Check that a file that was just decoded is the one that was hashed before.
+
+    Otherwise its embeddings would be cached, and answer requests, under the hash of another clip.
+
+    Raises:
+        AudioError: it is another one.
+    """
+    is_hashed_file = isinstance(audio, str | Path) and (digest or "").startswith(ENCODED)
+    if is_hashed_file and hash_content(audio) != digest:
+        raise AudioError(str(audio), "unreadable", "the file changed while it was read")
 
 
 def _make_batches(clips: list[AudioClip]) -> list[list[AudioClip]]:

@@ -130,7 +130,7 @@ class LtuEngine:
         return sha256_of_weights(self.folder) if self.folder else ""
 
     def clip_hash(self, request: Request) -> str | None:
-        """Return the sha256 of a clip's content; None without a clip, or if it cannot be read."""
+        """Return kind and sha256 of a clip's content; None without a clip that can be read."""
         return self.cache.hash_of(request)
 
     def __call__(

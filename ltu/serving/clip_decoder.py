@@ -11,8 +11,8 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
-from ltu.data.audio import BLOCK, AudioError, Waveform, decode_audio
-from ltu.serving.request_parser import PendingRequest
+from ltu.data.audio import BLOCK, AudioError
+from ltu.serving.request_parser import PendingRequest, RequestParser
 
 # Values of a clip that is not long, over all channels: 87 s of two channels at 48 kHz.
 MAX_SHORT_VALUES = 2 * BLOCK
@@ -35,22 +35,23 @@ class DecoderThreads:
     """Threads that decode clips up to a number of values.
 
     Args:
-        name: of the threads.
+        parser: decodes the clip of a request.
         num_threads: clips that are decoded at the same time.
         per_client: those of them that may be of one client.
         max_values: the largest number of values of a clip, over all channels.
     """
 
-    def __init__(self, name: str, num_threads: int, per_client: int, max_values: int):
-        self.threads = ThreadPoolExecutor(num_threads, name)
+    def __init__(self, parser: RequestParser, num_threads: int, per_client: int, max_values: int):
+        self.parser = parser
+        self.threads = ThreadPoolExecutor(num_threads, "decoders")
         self.slots = asyncio.Semaphore(num_threads)
         self.per_client = per_client
         self.max_values = max_values
         # Those of the clients that have a clip here.
         self.client_slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def decode(self, pending: PendingRequest, client: str, max_seconds: float) -> Waveform:
-        """Return the waveform of a request's clip. Raises as `ClipDecoder.decode`."""
+    async def decode(self, pending: PendingRequest, client: str) -> None:
+        """Decode the clip of a request. Raises TooManyValues, and as `ClipDecoder.decode`."""
         loop = asyncio.get_running_loop()
         slots_of_client = self.client_slots.get(client)
         if slots_of_client is None:
@@ -58,9 +59,9 @@ class DecoderThreads:
             self.client_slots[client] = slots_of_client
         # The client's own come first: clips that wait there do not stand in the line of all.
         async with slots_of_client, self.slots:
-            return await loop.run_in_executor(self.threads, self._decode, pending, max_seconds)
+            await loop.run_in_executor(self.threads, self._decode, pending)
 
-    def _decode(self, pending: PendingRequest, max_seconds: float) -> Waveform:
+    def _decode(self, pending: PendingRequest) -> None:
         num_values = 0
 
         def check() -> None:
@@ -74,49 +75,46 @@ class DecoderThreads:
 
         if pending.is_over:
             raise RequestIsOver
-        return decode_audio(pending.request.audio, max_seconds=max_seconds, on_block=check)
+        self.parser.decode(pending, check)
 
 
 class ClipDecoder:
     """Decodes clips.
 
     Args:
+        parser: decodes the clip of a request.
         max_seconds: the length of the longest clip.
         is_fair: short clips of a client wait for each other; not if all clients have one address.
     """
 
-    def __init__(self, max_seconds: float, is_fair: bool):
+    def __init__(self, parser: RequestParser, max_seconds: float, is_fair: bool):
         self.max_seconds = max_seconds
         per_client = 1 if is_fair else THREADS_FOR_SHORT_CLIPS
-        self.short = DecoderThreads(
-            "short-clips", THREADS_FOR_SHORT_CLIPS, per_client, MAX_SHORT_VALUES
-        )
+        self.short = DecoderThreads(parser, THREADS_FOR_SHORT_CLIPS, per_client, MAX_SHORT_VALUES)
         max_values = int(max_seconds * MAX_VALUES_PER_SECOND)
-        self.long = DecoderThreads("long-clips", THREADS_FOR_LONG_CLIPS, 1, max_values)
+        self.long = DecoderThreads(parser, THREADS_FOR_LONG_CLIPS, 1, max_values)
 
     async def decode(self, pending: PendingRequest, client: str) -> None:
-        """Decode the clip of a request, if it has one: bytes become a `Waveform`.
+        """Decode the clip of a request, if it has one.
 
         Raises:
             AudioError: the clip cannot be decoded, or has too many values.
             RequestIsOver: the request ended before the clip was decoded.
         """
-        request = pending.request
-        if request.audio is None:
+        if pending.encoded_clip is None:
             return
         try:
-            waveform = await self.short.decode(pending, client, self.max_seconds)
+            await self.short.decode(pending, client)
         except TooManyValues:
-            waveform = await self._decode_long(pending, client)
-        request.audio = waveform
+            await self._decode_long(pending, client)
 
-    async def _decode_long(self, pending: PendingRequest, client: str) -> Waveform:
+    async def _decode_long(self, pending: PendingRequest, client: str) -> None:
         try:
-            return await self.long.decode(pending, client, self.max_seconds)
+            await self.long.decode(pending, client)
         except TooManyValues as error:
             detail = (
                 f"more than {self.long.max_values} values over all channels, as many as "
                 f"{self.max_seconds:g} s of two channels at 192,000 Hz"
             )
-            name = f"<{len(pending.request.audio)} bytes>"
+            name = f"<{len(pending.encoded_clip)} bytes>"
             raise AudioError(name, "too_long", detail) from error

@@ -3,7 +3,7 @@
 The file has three parts: the layout of the page (`build_components`), the spectrogram of a clip
 (`describe_clip`), and the class `Demo`, which handles the events of the page. `gradio_security`
 restricts what a request can open and what a browser loads. A clip is an upload, never a path or an
-address in a request. Nothing is logged but the number of questions by status.
+address in a request. Nothing of a request is printed: failed events are counted by their place.
 """
 
 import argparse
@@ -11,13 +11,16 @@ import base64
 import html
 import io
 import json
+import os
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import gradio as gr
 import numpy as np
@@ -66,8 +69,10 @@ MAX_COLUMNS = 1200  # pixels, width of the spectrogram
 # Seconds between two updates of a growing answer. A browser that draws each token of a fast model
 # is too busy to react to clicks.
 UPDATE_SECONDS = 0.05
-# Seconds between two searches for old uploads, and the age at which an upload is removed.
-DELETE_UPLOADS = (300, 3600)
+FAILED_CALL = (
+    "The demo cannot answer this call. Its inputs are described at /gradio_api/info; a clip is an "
+    "upload."
+)
 ERROR_HTML = "<div class='bad'>{}</div>"
 CSS = """
 .mel { position: relative; height: 132px; border-radius: 6px; overflow: hidden;
@@ -342,31 +347,76 @@ def answer_status(answer: Answer) -> str:
 # --- the events of the page
 
 
+class Page(gr.Blocks):
+    """A page that counts its failed events by their place, and prints the first at each place.
+
+    Gradio prints them with a traceback, which quotes the values of a request.
+
+    Args:
+        counts: type and place of an error -> number of events that ended with it.
+        log: takes a line about an error.
+        settings: those of `gr.Blocks`.
+    """
+
+    def __init__(self, counts: Counter[str], log: TextIO, **settings: Any):
+        super().__init__(**settings)
+        self.counts = counts
+        self.log = log
+
+    async def process_api(self, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Process an event.
+
+        Raises:
+            gr.Error: with a message for the visitor; Gradio does not print it.
+        """
+        try:
+            return await super().process_api(*args, **settings)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:
+            # All errors, as in the server: each is counted, and none may be printed.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            file = Path(place.filename).name
+            fault = f"{type(error).__name__} in {file}, line {place.lineno}"
+            self.counts[fault] += 1
+            if self.counts[fault] == 1:
+                print(f"An event failed: {fault}", file=self.log, flush=True)
+            raise gr.Error(FAILED_CALL, print_exception=False) from None
+
+
 class Demo:
     """Handles the events of the page and of `/predict`.
 
     Args:
         engine: generates the answers.
         args: the flags of `ltu.inference_gradio`.
+        log: takes the lines about failed events; stderr by default.
 
     Attributes:
-        counts: status -> number of questions that ended with it.
+        counts: status -> number of questions that ended with it; also type and place of an error
+            -> number of events that failed.
     """
 
-    def __init__(self, engine: LtuEngine, args: argparse.Namespace):
+    def __init__(self, engine: LtuEngine, args: argparse.Namespace, log: TextIO | None = None):
+        self.log = log or sys.stderr
         self.engine = engine
         self.processor = engine.processor
         self.args = args
         self.counts: Counter[str] = Counter()
         self.setting_names: list[str] = []  # in the order of the components
 
-    def launch(self, **settings: Any) -> gr.Blocks:
-        """Open the page and return it once it is closed.
+    def launch(self) -> gr.Blocks:
+        """Open the page and return it; the server runs in a thread of its own.
 
-        Args:
-            settings: further ones of `gr.Blocks.launch`; with `prevent_thread_lock` this returns
-                at once.
+        Raises:
+            ValueError: the environment variable GRADIO_TEMP_DIR does not name a folder for uploads.
+            OSError: the port is in use.
         """
+        if not os.environ.get("GRADIO_TEMP_DIR"):
+            raise ValueError(
+                "Set GRADIO_TEMP_DIR to a folder for uploads alone: all that is in it is removed."
+            )
         page = self.build()
         page.launch(
             server_name=self.args.host,
@@ -381,15 +431,15 @@ class Demo:
             css=CSS,
             app_kwargs=fastapi_settings(self.args.share),
             ssr_mode=False,
-            **settings,
+            prevent_thread_lock=True,
+            quiet=True,
         )
         return page
 
     def build(self) -> gr.Blocks:
         """Build the page: its components, its events and `/predict`."""
-        with gr.Blocks(
-            title=TITLES[self.engine.kind], analytics_enabled=False, delete_cache=DELETE_UPLOADS
-        ) as page:
+        title = TITLES[self.engine.kind]
+        with Page(self.counts, self.log, title=title, analytics_enabled=False) as page:
             components = build_components(self.engine, self.args)
             self.setting_names = list(components.settings)
             self._connect_clip_events(components)

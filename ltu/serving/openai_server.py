@@ -87,7 +87,7 @@ class Service:
         self.scheduler = BatchScheduler(engine, self.metrics, args.max_batch, max_wait)
         # Behind a reverse proxy, which the second flag is for, all clients are one.
         is_fair = args.max_connections_per_client > 0
-        self.decoder = ClipDecoder(args.max_seconds, is_fair)
+        self.decoder = ClipDecoder(self.parser, args.max_seconds, is_fair)
         self.parser_threads = ThreadPoolExecutor(PARSER_THREADS, "parsers")
         self.num_parsing = 0  # requests that are parsed; their bodies have arrived
         # Each request whose clip is decoded, or which is in the queue or on the model, with the

@@ -2,8 +2,9 @@
 
 They are those of OpenAI's API, restricted to what the server supports. Requests are validated
 strictly: values are not converted to other types, null means that a field is absent, and an unknown
-field is an error, except in a message and in `stream_options`, where clients send more of them.
-FastAPI documents the models at /docs.
+field is an error. Messages, their parts and `stream_options` may have unknown fields, such as
+`name` and `cache_control`: clients send more of them, and they change no answer. FastAPI documents
+the models at /docs.
 """
 
 from typing import Annotated, Any, Literal
@@ -39,40 +40,88 @@ class RequestModel(BaseModel):
         return given
 
 
-class TextPart(RequestModel):
+class LenientModel(RequestModel):
+    """An object in which unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(LenientModel):
     """A part of a message that is text."""
 
     type: Literal["text"]
     text: str
 
 
-class InputAudio(RequestModel):
+class RefusalPart(LenientModel):
+    """A part of an earlier answer in which another model refused to answer: text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class InputAudio(LenientModel):
     """The file of a clip."""
 
-    model_config = ConfigDict(extra="ignore")
+    data: str = Field(description="The bytes of the file in base64, or a `data:` URL of them.")
+    format: str = Field(
+        "", description="Has no effect, because the file itself says which format it has."
+    )
 
-    data: str = Field(description="The bytes of the file in base64.")
-    format: Literal["wav", "mp3", "flac"]
 
-
-class AudioPart(RequestModel):
+class AudioPart(LenientModel):
     """A part of a message that is a clip."""
 
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-MessagePart = Annotated[TextPart | AudioPart, Field(discriminator="type")]
+class AudioUrl(LenientModel):
+    """The file of a clip inside a URL."""
+
+    url: str = Field(description="A `data:` URL in base64. No other URL is fetched.")
 
 
-class ChatMessage(RequestModel):
+class AudioUrlPart(LenientModel):
+    """A part of a message that is a clip, as clients of vLLM send it."""
+
+    type: Literal["audio_url"]
+    audio_url: AudioUrl
+
+    @field_validator("audio_url", mode="before", json_schema_input_type=str | AudioUrl)
+    @classmethod
+    def make_text_an_object(cls, audio_url: Any) -> Any:
+        """Convert a URL to an object that has it."""
+        if isinstance(audio_url, str):
+            return {"url": audio_url}
+        return audio_url
+
+
+MessagePart = Annotated[
+    TextPart | RefusalPart | AudioPart | AudioUrlPart, Field(discriminator="type")
+]
+
+
+class ChatMessage(LenientModel):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: list[MessagePart] = Field(fail_fast=True)
     tool_calls: list = Field([], max_length=0, description="Not supported.")
+    function_call: dict = Field({}, max_length=0, description="Not supported.")
+    audio: dict = Field({}, max_length=0, description="Not supported.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_empty_answer(cls, fields: Any) -> Any:
+        """Let an earlier answer have no content; if the model refused, that text is its content."""
+        if not isinstance(fields, dict) or fields.get("role") != "assistant":
+            return fields
+        if fields.get("content") is not None:
+            return fields
+        refusal = fields.get("refusal")
+        content = refusal if isinstance(refusal, str) else ""
+        return fields | {"content": content}
 
     @field_validator("content", mode="before", json_schema_input_type=str | list[MessagePart])
     @classmethod
@@ -83,10 +132,8 @@ class ChatMessage(RequestModel):
         return content
 
 
-class StreamOptions(RequestModel):
+class StreamOptions(LenientModel):
     """Options of a streamed reply."""
-
-    model_config = ConfigDict(extra="ignore")
 
     include_usage: bool = Field(
         False, description="End the stream with a chunk that has the numbers of tokens."
@@ -100,7 +147,10 @@ class TextFormat(RequestModel):
 
 
 class UnsupportedFields(RequestModel):
-    """Fields of OpenAI's API that are not supported, each with the value that changes no answer."""
+    """Fields of OpenAI's API that are not supported, each with the value that changes no answer.
+
+    Without tools, "auto" means "none".
+    """
 
     n: Literal[1] = 1
     logprobs: Literal[False] = False
@@ -109,7 +159,9 @@ class UnsupportedFields(RequestModel):
     presence_penalty: Literal[0] = 0
     logit_bias: dict = Field({}, max_length=0)
     tools: list = Field([], max_length=0)
-    tool_choice: Literal["none"] = "none"
+    tool_choice: Literal["none", "auto"] = "none"
+    functions: list = Field([], max_length=0)
+    function_call: Literal["none", "auto"] = "none"
     modalities: list[Literal["text"]] = Field(["text"], min_length=1, max_length=1, fail_fast=True)
     response_format: TextFormat = TextFormat(type="text")
 
@@ -125,6 +177,8 @@ class IgnoredFields(RequestModel):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
+    audio: Any = None  # The voice of an answer; `modalities` refuses such answers.
     reasoning_effort: Any = None
     verbosity: Any = None
     prediction: Any = None
@@ -170,6 +224,9 @@ class ChatCompletionRequest(UnsupportedFields, IgnoredFields):
     )
     temperature: float | None = Field(
         None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
         description="The temperature of sampling, at most 100. With 0 decoding is greedy, and "
         "`top_p`, `top_k` and `seed` have no effect.",
     )

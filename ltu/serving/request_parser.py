@@ -1,29 +1,36 @@
 """Parses bodies of chat completion requests into requests for the engine.
 
 A body is accepted only if each of its top-level fields is supported or changes no answer.
-Everything else raises an error in OpenAI's form. A clip comes as base64 in the body; nothing that a
-body names is opened.
+Everything else raises an error in OpenAI's form, in the terms of JSON. A clip comes as base64 in
+the body; nothing that a body names is opened.
 """
 
 import argparse
 import asyncio
 import base64
 import random
+import re
 import reprlib
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
+from ltu.data.audio import OnBlock, decode_audio
 from ltu.inference.generation_flags import read_decoding_flags
 from ltu.inference.requests import Answer, Request
 from ltu.inference.sampling import check_decoding
 from ltu.models.prompt_template import read_conversation
 from ltu.serving.protocol import (
+    AudioPart,
     ChatCompletionRequest,
     ChatMessage,
     ErrorDetail,
+    MessagePart,
+    RefusalPart,
     TextPart,
     UnsupportedFields,
 )
@@ -33,10 +40,27 @@ DECODING_FIELDS = (*SAMPLING_FIELDS, "repetition_penalty")
 DEFAULT_MAX_TOKENS = 400
 MAX_CHARACTERS = 200  # of a name or a value of a request that an error quotes
 MESSAGE_FORMAT = (
-    'A message is {"role": system, user or assistant, "content"}, where content is a text or a '
-    'list of parts {"type": "text", "text"} and {"type": "input_audio", "input_audio": '
-    '{"data": base64, "format": wav, mp3 or flac}}.'
+    'A message is {"role": system, developer, user or assistant, "content"}, where content is a '
+    'text or a list of parts {"type": "text", "text"} and {"type": "input_audio", "input_audio": '
+    '{"data": base64, "format": wav, mp3, flac or ogg}}.'
 )
+# A URL that contains its data; RFC 2397. The type of the data is not used: the file says it.
+DATA_URL = re.compile(r"\s*data:[^,]{0,200};\s*base64\s*,", re.IGNORECASE)
+ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]{0,20}:", re.IGNORECASE)
+WHITE_SPACE = b" \t\r\n\f\v"
+# The alphabet of URLs and file names (RFC 4648, section 5) to the standard one.
+STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+# Reasons for an error of pydantic's, by its type, where pydantic's own words are those of Python.
+# The fields in braces are those of its `ctx`.
+REASONS = {
+    "missing": "it is missing",
+    "union_tag_not_found": "it has no type",
+    "string_too_short": "it must not be empty",
+    "too_long": "it may have at most {max_length}",
+    "too_short": "it must have at least {min_length}",
+    "literal_error": "it must be {expected}",
+    "value_error": "{error}",
+}
 
 
 class ApiError(HTTPException):
@@ -83,6 +107,7 @@ class PendingRequest:
         stop: sequences that end the answer.
         streams: the client receives the answer piece by piece.
         includes_usage: a stream ends with a chunk that has the numbers of tokens.
+        encoded_clip: the file of the request's clip, until it is decoded.
         loop: the event loop of the server, which owns `events`.
         events: receives pieces of the text if the request streams, and at last the answer or an
             error.
@@ -94,6 +119,7 @@ class PendingRequest:
     stop: list[str]
     streams: bool
     includes_usage: bool
+    encoded_clip: bytes | None = None
     loop: asyncio.AbstractEventLoop | None = None
     events: asyncio.Queue = field(default_factory=asyncio.Queue)
     shown: str = ""
@@ -153,10 +179,7 @@ class RequestParser:
         self.seeds = random.Random(args.seed)
 
     def parse(self, data: bytearray) -> PendingRequest:
-        """Parse the body of a request. This takes too long for an event loop.
-
-        Returns:
-            a request whose clip is not decoded: the bytes of a file, or None.
+        """Parse the body of a request, whose clip `decode` decodes. Too slow for an event loop.
 
         Raises:
             ApiError, ValueError, RecursionError: the body is refused.
@@ -182,10 +205,27 @@ class RequestParser:
             decoding=self._parse_decoding(body),
             **settings,
         )
+        pending = PendingRequest(request, body.stop, body.stream, body.stream_options.include_usage)
         clips = [message["audio"] for message in messages if message.get("audio") is not None]
         if clips:
-            request.audio = clips[0]
-        return PendingRequest(request, body.stop, body.stream, body.stream_options.include_usage)
+            pending.encoded_clip = clips[0]
+        return pending
+
+    def decode(self, pending: PendingRequest, on_block: OnBlock | None = None) -> None:
+        """Decode the clip of a request, so that a bad clip does not wait for the engine.
+
+        Args:
+            pending: the request; without a clip nothing happens.
+            on_block: called after each block; what it raises ends decoding.
+
+        Raises:
+            AudioError: the clip cannot be decoded, or is longer than --max_seconds.
+        """
+        if pending.encoded_clip is None:
+            return
+        clip = pending.encoded_clip
+        pending.request.audio = decode_audio(clip, self.args.max_seconds, on_block)
+        pending.encoded_clip = None
 
     def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:
         """Return the messages, the user's question last, with the transcript in that one."""
@@ -224,21 +264,31 @@ def describe_validation_error(error: ValidationError) -> ApiError:
     """Return an error about the first field that is wrong."""
     details = error.errors(include_url=False)[0]
     kind = details["type"]
-    reason = details["msg"][:MAX_CHARACTERS]
     location = [str(key)[:MAX_CHARACTERS] for key in details["loc"]]
     if not location:
-        return ApiError(400, f"The body is not the JSON object of a request: {reason}.")
+        return ApiError(
+            400, f"The body is not the JSON object of a request: {describe_reason(details)}."
+        )
     param = location[0]
+    if param == "messages":
+        # The type of a part, in ("messages", 0, "content", 0, type, ...), is no key.
+        del location[4:5]
     path = ".".join(location)
+    is_unsupported = param in UnsupportedFields.model_fields
 
-    if kind == "missing":
-        message = f"{path} is missing."
-    elif kind == "extra_forbidden":
+    if kind == "extra_forbidden":
         message = f"{path!r} is not supported here."
+    elif kind == "missing":
+        message = f"{path} is missing."
+    elif is_unsupported:
+        possible = UnsupportedFields().model_dump_json(include={param})
+        message = f"{path} is {show(details['input'])}. Only {possible} is supported here."
+    elif details.get("ctx", {}).get("max_length") == 0:
+        message = f"{path} is not supported here."
     else:
-        message = f"{path} is {reprlib.repr(details['input'])}: {reason}."
+        message = f"{path} is {show(details['input'])}: {describe_reason(details)}."
 
-    if len(location) == 1 and kind == "extra_forbidden" or param in UnsupportedFields.model_fields:
+    if is_unsupported or len(location) == 1 and kind == "extra_forbidden":
         code = "unsupported_parameter"
     elif param == "messages" and len(location) > 1:
         code = "invalid_message"
@@ -250,6 +300,31 @@ def describe_validation_error(error: ValidationError) -> ApiError:
     return ApiError(400, message, param, code)
 
 
+def describe_reason(details: ErrorDetails) -> str:
+    """Return why pydantic refused a value, without names of our classes."""
+    context = details.get("ctx", {})
+    if details["type"] == "union_tag_invalid":
+        reason = f"its type is {show(details['input']['type'])}, not {context['expected_tags']}"
+    elif details["type"] in REASONS:
+        reason = REASONS[details["type"]].format(**context)
+    else:
+        reason = details["msg"]
+    return reason[:MAX_CHARACTERS]
+
+
+def show(value: JsonValue) -> str:
+    """Return a value of a body as an error quotes it, in at most a line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    return reprlib.repr(value)
+
+
 def convert_messages(messages: list[ChatMessage]) -> list[dict]:
     """Convert messages into the form that `read_conversation` takes.
 
@@ -258,20 +333,56 @@ def convert_messages(messages: list[ChatMessage]) -> list[dict]:
     """
     converted = []
     for message in messages:
-        parts: list[dict[str, Any]] = []
-        for part in message.content:
-            if isinstance(part, TextPart):
-                parts.append({"type": "text", "text": part.text})
-            else:
-                parts.append({"type": "audio", "audio": decode_base64(part.input_audio.data)})
-        converted.append({"role": message.role, "content": parts})
+        role = "system" if message.role == "developer" else message.role
+        parts = [convert_part(part) for part in message.content]
+        converted.append({"role": role, "content": parts})
     return converted
 
 
-def decode_base64(data: str) -> bytes:
-    """Return the bytes of a clip. Raises ApiError if they are not in base64."""
+def convert_part(part: MessagePart) -> dict[str, str | bytes]:
+    """Convert a part of a message. Raises ApiError if it is a clip that is not in base64."""
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    if isinstance(part, RefusalPart):
+        return {"type": "text", "text": part.refusal}
+    if isinstance(part, AudioPart):
+        clip = read_clip(part.input_audio.data, "input_audio.data")
+    else:
+        url = part.audio_url.url
+        if not DATA_URL.match(url):
+            raise refuse_clip("audio_url", "is no data: URL in base64, and nothing is fetched")
+        clip = read_clip(url, "audio_url")
+    return {"type": "audio", "audio": clip}
+
+
+def read_clip(text: str, field_name: str) -> bytes:
+    """Return the bytes of a clip.
+
+    Args:
+        text: base64 or a `data:` URL in base64. Both alphabets of RFC 4648 are possible, there may
+            be white space, and the padding at the end may be missing.
+        field_name: the field of the request, for errors.
+
+    Raises:
+        ApiError: it is something else.
+    """
+    data_url = DATA_URL.match(text)
+    if data_url:
+        text = text[data_url.end() :]
+        if "%" in text:
+            text = unquote(text)
+    elif ADDRESS.match(text):
+        raise refuse_clip(field_name, "is an address, and nothing is fetched")
+    characters = text.encode("ascii", "replace").translate(STANDARD_ALPHABET, WHITE_SPACE)
+    characters = characters.rstrip(b"=")
+    characters += b"=" * (-len(characters) % 4)
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode(characters, validate=True)
     except ValueError as error:
-        text = f"The data of input_audio is not in base64: {error}."
-        raise ApiError(400, text, "messages", "invalid_message") from error
+        raise refuse_clip(field_name, "is not in base64") from error
+
+
+def refuse_clip(field_name: str, reason: str) -> ApiError:
+    """Return the error for a clip that is not in the body."""
+    message = f"{field_name} {reason}. Send the bytes of the file in base64."
+    return ApiError(400, message, "messages", "invalid_message")

@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -38,7 +37,7 @@ from ltu.data.check_examples import (
     with_audio,
 )
 from ltu.data.dataset_parser import DatasetError
-from ltu.files import lock_file, sha256_of, sync_and_rename
+from ltu.files import FileRecord, lock_file, sha256_of, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
 
 logger = logging.getLogger(__name__)
@@ -349,20 +348,11 @@ def find_index(path: str | Path, audio_root: str | Path | None = None) -> Indexe
     if not index_path.is_file():
         return None
     indexed = IndexedExamples(index_path, audio_root)
-    if path.is_file() and not _is_source(path, indexed.about):
+    about = indexed.about
+    source = FileRecord(about["bytes"], about["mtime_ns"], about["sha256"])
+    if path.is_file() and not source.fits(path):
         raise DatasetError(
             f"{path} is not the file that {index_path} was made of. Index it again, or remove the "
             "index."
         )
     return indexed
-
-
-def _is_source(path: Path, about: dict[str, Any]) -> bool:
-    """Return whether the dataset file is the one that an index describes.
-
-    The file is only hashed if its time differs, as that of a copy does.
-    """
-    state = path.stat()
-    if state.st_size != about["bytes"]:
-        return False
-    return state.st_mtime_ns == about["mtime_ns"] or sha256_of(path) == about["sha256"]
