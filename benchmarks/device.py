@@ -1,9 +1,12 @@
 """Finds, names and waits for the device of a measurement."""
 
+import argparse
 import os
 import platform
 
 import torch
+
+from ltu.models.device_check import check_device
 
 
 def default_device() -> str:
@@ -11,6 +14,19 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "cpu"
+
+
+def parse_device(text: str) -> str:
+    """Return the device that a flag names, if this machine has it.
+
+    Raises:
+        argparse.ArgumentTypeError: this machine does not have it.
+    """
+    try:
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def device_name(device: str | torch.device) -> str:

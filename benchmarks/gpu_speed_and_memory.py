@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.device import default_device, device_name, synchronize
+from benchmarks.device import default_device, device_name, parse_device, synchronize
 from benchmarks.report import write_report
 from benchmarks.train_step import LORA
 from data.command_line import command_parser
@@ -359,7 +359,7 @@ def parse_args() -> argparse.Namespace:
         help="Number of micro-batches that are timed for each setting.",
     )
     parser.add_argument(
-        "--device", type=torch.device, default=default_device(), help="cpu, cuda, ..."
+        "--device", type=parse_device, default=default_device(), help="cpu, cuda, ..."
     )
     parser.add_argument(
         "--trainable_params",
@@ -369,7 +369,9 @@ def parse_args() -> argparse.Namespace:
         help="What is trained. Generation is measured with all.",
     )
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.device = torch.device(args.device)
+    return args
 
 
 def main() -> None:

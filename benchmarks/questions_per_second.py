@@ -32,7 +32,7 @@ import soundfile  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from benchmarks.device import default_device, device_name  # noqa: E402
+from benchmarks.device import default_device, device_name, parse_device  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
 from benchmarks.whisper_features import SIZES, random_whisper  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
@@ -213,7 +213,9 @@ def parse_args() -> argparse.Namespace:
         default="float32",
         help="Dtype of the language model.",
     )
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, ...")
+    parser.add_argument(
+        "--device", type=parse_device, default=default_device(), help="cpu, cuda, ..."
+    )
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="Threads of torch."
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import default_device, device_name, synchronize
+from benchmarks.device import default_device, device_name, parse_device, synchronize
 from benchmarks.gpu_speed_and_memory import LLMS, make_inputs, make_model, peak_gib
 from benchmarks.report import print_report, write_report
 from data.command_line import command_parser
@@ -88,10 +88,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--num_tokens", type=int, default=64, help="New tokens of each answer.")
     parser.add_argument(
-        "--device", type=torch.device, default=default_device(), help="cpu, cuda, ..."
+        "--device", type=parse_device, default=default_device(), help="cpu, cuda, ..."
     )
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.device = torch.device(args.device)
+    return args
 
 
 def main() -> None:

@@ -57,7 +57,9 @@ def learning_rate() -> list[str]:
 
     Stage 4 alone must learn what they otherwise do.
     """
-    flags = shlex.split(Path("train_scripts/quickstart/toy.args").read_text(), comments=True)
+    flags = shlex.split(
+        Path("train_scripts/quickstart/toy.args").read_text(encoding="utf-8"), comments=True
+    )
     position = flags.index("--learning_rate")
     return flags[position : position + 2]
 
@@ -66,7 +68,7 @@ def seconds_of_training(folder: Path) -> float:
     """Return the sum of the runtimes that the Trainer measured in the stages of a fold."""
     total = 0.0
     for path in folder.glob("stage*/trainer_state.json"):
-        for entry in json.loads(path.read_text())["log_history"]:
+        for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
             total += entry.get("train_runtime", 0.0)
     return total
 

@@ -36,7 +36,7 @@ from torch import nn  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 from whisper.model import ResidualAttentionBlock, disable_sdpa  # noqa: E402
 
-from benchmarks.device import default_device, synchronize  # noqa: E402
+from benchmarks.device import default_device, parse_device, synchronize  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig  # noqa: E402
@@ -340,7 +340,9 @@ def parse_args() -> argparse.Namespace:
         default=list(MAX_TIME["ltu"]),
         help="Dtypes to measure.",
     )
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, ...")
+    parser.add_argument(
+        "--device", type=parse_device, default=default_device(), help="cpu, cuda, ..."
+    )
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="Threads of torch."
     )

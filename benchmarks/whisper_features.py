@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from whisper.audio import log_mel_spectrogram, pad_or_trim  # noqa: E402
 from whisper.model import ModelDimensions, Whisper, disable_sdpa  # noqa: E402
 
-from benchmarks.device import default_device, synchronize  # noqa: E402
+from benchmarks.device import default_device, parse_device, synchronize  # noqa: E402
 from benchmarks.report import print_report, write_report  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
 from ltu.data.audio import SAMPLING_RATE  # noqa: E402
@@ -110,7 +110,9 @@ def parse_args() -> argparse.Namespace:
         default="base",
         help="Size of the random model that is used without --whisper.",
     )
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, ...")
+    parser.add_argument(
+        "--device", type=parse_device, default=default_device(), help="cpu, cuda, ..."
+    )
     parser.add_argument(
         "--feature_precision",
         choices=MAX_ERROR,

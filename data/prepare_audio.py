@@ -10,9 +10,11 @@ seconds, sampling rate and channels, or why it failed. OUT/audio_ids.csv has the
 clip, next to its `id` as --clip_list spells it. With --clip_list, OUT/audio_ids.csv.provenance.json
 contains the coverage: how many of the listed clips exist, and which are missing.
 
-A clip is what `ltu.data.audio` decodes from a file: channel 0 at 16 kHz, or an error. The level is
-not changed. The FLAC has 16 bit, or 24 for clips so quiet that 16 would be coarse; samples beyond
-full scale are clipped and counted.
+A clip is what `ltu.data.audio` decodes from a file at 16 kHz, or an error. It is the first channel,
+or with `--downmix mean` the mean of all: LTU takes the former, LTU-AS the latter. A file that ends
+before the length that its header promises is converted, named and counted. The level is not
+changed. The FLAC has 16 bit, or 24 for clips so quiet that 16 would be coarse; samples beyond full
+scale are clipped and counted.
 
 A run can be killed at any time and started again. A FLAC is whole or does not exist, and what the
 manifest lists as done from the same source (by size and time) is not repeated. What failed is tried
@@ -39,6 +41,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import soundfile
@@ -49,7 +52,7 @@ from data.audio_manifest import AudioManifest, ManifestEntry
 from data.command_line import add_workers, command_parser
 from data.provenance import provenance_path, write_provenance
 from data.worker_pool import decoding_pool
-from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, decode_audio
+from ltu.data.audio import MAX_SECONDS, SAMPLING_RATE, AudioError, Downmix, decode_audio
 from ltu.files import replace_file, run_command, sync_and_rename
 
 # Peak of a clip (-48 dB of full scale) below which 16 bit would leave fewer than 8.
@@ -146,15 +149,19 @@ class ConvertedClip:
     bits: int
     clipped: int
     bytes: int
+    downmix: Downmix
+    warning: str | None
 
 
-def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> ConvertedClip:
+def convert(
+    source: Path, target: Path, max_seconds: float = MAX_SECONDS, downmix: Downmix = "first"
+) -> ConvertedClip:
     """Decode a file and write it as FLAC at its own level.
 
     Raises:
         AudioError: the file cannot be decoded, or its peak is above `MAX_PEAK`.
     """
-    clip = decode_audio(source, max_seconds)
+    clip = decode_audio(source, max_seconds, downmix=downmix)
     peak = float(np.abs(clip.waveform).max())
     if peak > MAX_PEAK:
         raise AudioError(
@@ -179,10 +186,14 @@ def convert(source: Path, target: Path, max_seconds: float = MAX_SECONDS) -> Con
         bits=bits,
         clipped=num_clipped,
         bytes=len(flac.getvalue()),
+        downmix=downmix,
+        warning=" ".join(clip.warnings) or None,
     )
 
 
-def run_job(job: Job, folder: str, output: str, max_seconds: float) -> ManifestEntry:
+def run_job(
+    job: Job, folder: str, output: str, max_seconds: float, downmix: Downmix
+) -> ManifestEntry:
     """Convert one file and return its manifest entry.
 
     Args:
@@ -190,6 +201,7 @@ def run_job(job: Job, folder: str, output: str, max_seconds: float) -> ManifestE
         folder: of the source files.
         output: folder of the clips.
         max_seconds: longer clips are refused.
+        downmix: how several channels become one.
 
     Raises:
         OSError: something is wrong with the disk rather than with the file.
@@ -205,7 +217,7 @@ def run_job(job: Job, folder: str, output: str, max_seconds: float) -> ManifestE
     entry.size = source_stat.st_size
     entry.mtime_ns = source_stat.st_mtime_ns
     try:
-        clip = convert(source, Path(output) / audio_id, max_seconds)
+        clip = convert(source, Path(output) / audio_id, max_seconds, downmix)
     except AudioError as error:
         return replace(entry, status=error.reason, error=str(error))
     except OSError as error:
@@ -350,6 +362,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"The longest clip that is accepted (default: {MAX_SECONDS:g}).",
     )
     parser.add_argument(
+        "--downmix",
+        choices=get_args(Downmix),
+        default="first",
+        help="How several channels become one: the first of them, as LTU takes it, or the mean of "
+        "all, as LTU-AS does (default: first).",
+    )
+    parser.add_argument(
         "--max_bad",
         type=int,
         default=0,
@@ -399,8 +418,8 @@ def main(argv: list[str] | None = None) -> int:
 
     with AudioManifest(args.output_dir) as manifest:
         # Convert what no earlier run has converted.
-        todo = [job for job in jobs if not manifest.is_done(job, args.input)]
-        settings = (str(args.input), str(args.output_dir), args.max_seconds)
+        todo = [job for job in jobs if not manifest.is_done(job, args.input, args.downmix)]
+        settings = (str(args.input), str(args.output_dir), args.max_seconds, args.downmix)
         entries = run(todo, args.workers, *settings)
         for entry in tqdm(entries, "preparing", len(todo), unit="clip", disable=not todo):
             manifest.append(entry)
@@ -410,6 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         facts = {
             "input": str(args.input),
             "naming": args.naming,
+            "downmix": args.downmix,
             "coverage": None,
             "libsndfile": soundfile.__libsndfile_version__,
         }
@@ -437,6 +457,7 @@ def report(
     entries = [manifest.entries[audio_id] for _, audio_id in jobs] + refused
     statuses: Counter[str] = Counter()
     errors = []
+    warnings = []
     seconds = 0.0
     num_clipped = 0
     for entry in entries:
@@ -444,12 +465,18 @@ def report(
         if entry.status == "ok":
             seconds += entry.seconds
             num_clipped += entry.clipped > 0
+            if entry.warning:
+                warnings.append(f"{entry.file}: {entry.warning}")
         else:
             errors.append(entry.error)
     print(
         f"{manifest.folder}: {statuses.pop('ok', 0)} clips, {seconds / 3600:.2f} h; "
         f"{len(jobs) - tried} were done before; {num_clipped} clipped"
     )
+    if warnings:
+        print(f"with a warning: {len(warnings)}; see {manifest.path}")
+        for warning in warnings[:SHOWN]:
+            print(_printable(f"  {warning}"), file=sys.stderr)
     if errors:
         reasons = ", ".join(f"{reason} {count}" for reason, count in statuses.most_common())
         print(f"failed: {reasons}; see {manifest.path}")

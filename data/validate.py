@@ -8,7 +8,10 @@ that examples lack are counted.
 
 A clip must exist, and its header must say that it is 25 ms to an hour long. Sampling rates other
 than 16 kHz are only counted, since clips are resampled when they are loaded. --decode decodes every
-clip as training does.
+clip as training does; --downmix is then that of the model.
+
+A file that ends before the length that its header promises is used as it is, and is no error. Such
+clips are counted and named. Without --decode this is known of wav, aiff, w64 and au only.
 
 A clip counts as one of the dataset of its first example. The dataset file is read twice, in
 constant memory.
@@ -23,16 +26,26 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import soundfile
 
 from data.command_line import add_audio_root, command_parser
 from data.duplicate_detection import DuplicateDetector, first_clips
-from ltu.data.audio import MAX_SECONDS, MIN_SAMPLES, SAMPLING_RATE, AudioError, decode_audio
+from ltu.data.audio import (
+    MAX_SECONDS,
+    MIN_SAMPLES,
+    SAMPLING_RATE,
+    AudioError,
+    Downmix,
+    decode_audio,
+    describe_cut,
+    read_expected_seconds,
+)
 from ltu.data.check_examples import (
     NO_AUDIO,
     add_ignored_keys,
@@ -105,8 +118,23 @@ def check_examples(
     return count, missing_keys, clips.firsts()
 
 
-def read_header(path: Path) -> tuple[int, float]:
-    """Return the sampling rate in Hz and the seconds that the header of a clip claims.
+@dataclass
+class ClipFacts:
+    """What is known about a clip that can be used.
+
+    Attributes:
+        rate: sampling rate in Hz.
+        seconds: its length.
+        expected_seconds: length that its header promises; None if it does not say.
+    """
+
+    rate: int
+    seconds: float
+    expected_seconds: float | None = None
+
+
+def read_header(path: Path) -> ClipFacts:
+    """Return what the header of a clip says.
 
     Raises:
         AudioError: the clip does not exist, or training would refuse it.
@@ -120,23 +148,24 @@ def read_header(path: Path) -> tuple[int, float]:
     if not MIN_SAMPLES / SAMPLING_RATE <= header.duration <= MAX_SECONDS:
         reason = "too_long" if header.duration > MAX_SECONDS else "too_short"
         raise AudioError(str(path), reason, f"{header.duration:.3f} s long")
-    return header.samplerate, header.duration
+    expected_seconds = read_expected_seconds(path, header.duration)
+    return ClipFacts(header.samplerate, header.duration, expected_seconds)
 
 
-def decode_clip(path: Path) -> tuple[int, float]:
-    """Return the sampling rate in Hz and the seconds of a clip after decoding all of it.
+def decode_clip(path: Path, downmix: Downmix = "first") -> ClipFacts:
+    """Return what is known about a clip after decoding all of it.
 
     Raises:
         AudioError: training would refuse the clip.
     """
-    clip = decode_audio(path)
-    return clip.sampling_rate, len(clip.waveform) / SAMPLING_RATE
+    clip = decode_audio(path, downmix=downmix)
+    return ClipFacts(clip.sampling_rate, clip.seconds, clip.expected_seconds)
 
 
 def check_clips(
     clips: Iterator[tuple[str, str]],
     root: Path,
-    check: Callable[[Path], tuple[int, float]],
+    check: Callable[[Path], ClipFacts],
     findings: Findings,
 ) -> dict[str, Any]:
     """Check clips in several threads.
@@ -144,14 +173,15 @@ def check_clips(
     Args:
         clips: (audio_id, dataset) of each.
         root: folder of relative `audio_id`s.
-        check: path -> (sampling rate in Hz, seconds); raises `AudioError`.
+        check: path -> facts; raises `AudioError`.
         findings: the errors are added to them.
 
     Returns:
-        coverage by dataset, number of clips by sampling rate, and hours of audio.
+        coverage by dataset, number of clips by sampling rate, hours of audio, and the number of
+        clips that are cut short, with the first of them.
     """
 
-    def check_clip(clip: tuple[str, str]) -> tuple[int, float] | AudioError:
+    def check_clip(clip: tuple[str, str]) -> ClipFacts | AudioError:
         audio_id, _ = clip
         try:
             return check(root / audio_id)
@@ -162,22 +192,34 @@ def check_clips(
     usable: Counter[str] = Counter()
     rates: Counter[str] = Counter()
     seconds = 0.0
+    num_cut = 0
+    first_cut = []
     with ThreadPoolExecutor() as pool:
         while block := list(islice(clips, CLIPS_AT_ONCE)):
             results = pool.map(check_clip, block)
-            for (_, dataset), result in zip(block, results, strict=True):
+            for (audio_id, dataset), result in zip(block, results, strict=True):
                 total[dataset] += 1
                 if isinstance(result, AudioError):
                     findings.add(f"clip {result.reason}", str(result))
                     continue
-                rate, duration = result
                 usable[dataset] += 1
-                rates[f"{rate} Hz"] += 1
-                seconds += duration
+                rates[f"{result.rate} Hz"] += 1
+                seconds += result.seconds
+                cut = describe_cut(result.seconds, result.expected_seconds)
+                if cut is not None:
+                    num_cut += 1
+                    if len(first_cut) < SHOWN:
+                        first_cut.append(f"{audio_id} {cut}")
     coverage = {}
     for dataset, number in total.most_common():
         coverage[dataset] = {"clips": number, "usable": usable[dataset]}
-    return {"coverage": coverage, "sampling_rates": dict(rates), "hours": round(seconds / 3600, 2)}
+    return {
+        "coverage": coverage,
+        "sampling_rates": dict(rates),
+        "hours": round(seconds / 3600, 2),
+        "cut_short": num_cut,
+        "first_cut_short": first_cut,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,6 +236,13 @@ def main(argv: list[str] | None = None) -> int:
         "--decode",
         action="store_true",
         help="Decode every clip as training does (default: read its header).",
+    )
+    parser.add_argument(
+        "--downmix",
+        choices=get_args(Downmix),
+        default="first",
+        help="How --decode makes one channel of several: the first, as LTU, or the mean of all, as "
+        "LTU-AS (default: first).",
     )
     parser.add_argument(
         "--max_bad", type=int, default=0, help="The number of examples and clips that may be wrong."
@@ -213,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if not args.no_audio:
         root = args.audio_root or args.data_path.parent
-        check = decode_clip if args.decode else read_header
+        check = partial(decode_clip, downmix=args.downmix) if args.decode else read_header
         report |= check_clips(first_clips(args.data_path, firsts), root, check, findings)
     report |= {"wrong": dict(findings.counts), "first_errors": dict(findings.first)}
     print(json.dumps(report, indent=1, ensure_ascii=False))

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from eval.scorer_interface import USABLE_SIZES, EvaluationError, has_usable_size
 from ltu.files import sha256_of
-from qa_generation.llm import LlmSettings, OpenAiEndpoint
+from qa_generation.llm import LlmSettings, OpenAiEndpoint, UnreadableReply
 
 MINILM = Path(__file__).parent.parent / "pretrained_mdls" / "minilm"
 UNUSABLE = (
@@ -37,6 +37,7 @@ UNUSABLE = (
 BATCH_SIZE = 32  # texts of a local batch, which is filled up if there are fewer
 LENGTH_STEP = 16  # tokens; a batch is as long as the next multiple
 TEXTS_PER_REQUEST = 256  # OpenAI takes 2,048 and 300,000 tokens
+MAX_BYTES_PER_TEXT = 2**17  # of a reply: more than 5,000 numbers of 25 digits each
 
 # Maps distinct texts to batches of some of them and their embeddings, (texts, dim).
 Encode = Callable[[list[str]], Iterable[tuple[list[str], np.ndarray]]]
@@ -277,13 +278,7 @@ class EmbeddingApi(OpenAiEndpoint):
 
         The client itself waits and retries: 408, 409, 429, 5xx, time-outs, lost connections.
         """
-        max_retries = self.settings.tries - 1
-        settings = {
-            "base_url": self.settings.url,
-            "api_key": self.key or "none",
-            "timeout": self.settings.timeout,
-        }
-        with self.openai.OpenAI(max_retries=max_retries, **settings) as client:
+        with self.open_sync_client(TEXTS_PER_REQUEST * MAX_BYTES_PER_TEXT) as client:
             for start in range(0, len(texts), TEXTS_PER_REQUEST):
                 batch = texts[start : start + TEXTS_PER_REQUEST]
                 yield batch, self._request(client, batch)
@@ -304,10 +299,10 @@ class EmbeddingApi(OpenAiEndpoint):
             if has_all and np.isfinite(embeddings).all():
                 return embeddings
             reason = f"{embeddings.shape} numbers for {len(batch)} texts, or some are not finite"
-        except self.openai.APIError as error:
-            reason = self._clean(error)
+        except (self.openai.APIError, UnreadableReply) as error:
+            reason = self.explain(error)
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"no list of embeddings ({error!r})"
+            reason = f"no list of embeddings ({self.clean(repr(error))})"
         raise EvaluationError(
             f"{url}: {reason}; first of the texts: {batch[0]!r}. "
             "Run it again: embeddings received so far are cached."

@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             f"(used {answer.seconds_heard:.2f} of {answer.seconds_total:.2f} seconds)",
             file=sys.stderr,
         )
+        for warning in answer.warnings:
+            print(f"(warning: {warning})", file=sys.stderr)
     return 0
 
 

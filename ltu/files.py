@@ -1,8 +1,10 @@
 """Hashes files, writes them whole, locks them, and ends a command with one line of error."""
 
 import hashlib
+import io
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -163,26 +165,73 @@ def lock_file(path: Path, output: Path) -> IO[bytes]:
         file.close()
 
 
-def run_command(command: Callable[[], int | None]) -> None:
+def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> None:
     """Run a command and exit with its status.
 
     An error that the user can fix (OSError, ValueError, or ImportError of an optional package) is
-    one line, which a traceback would hide. So is Ctrl-C, with exit status 130.
+    one line, which a traceback would hide. So is Ctrl-C, with exit status 130. If the reader of the
+    output ends first, as in `... | head -1`, the command ends without a word and with status 141,
+    as if SIGPIPE had ended it.
+
+    Letters that the encoding of stdout or stderr does not have are printed as backslash escapes.
 
     Args:
         command: returns the exit status; None is 0.
+        interrupted: the line that is printed after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        status = command()
+        status = _status_of(command)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # An error at the exit would be a traceback.
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        print(interrupted, file=sys.stderr)
+        status = 128 + signal.SIGINT
     except (ImportError, OSError, ValueError) as error:
-        message = str(error)
-        if WORKER_ERROR in message:
-            # A worker of a data loader puts its traceback in front of the message.
-            message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
-        if isinstance(error, OSError):  # transformers breaks its lines.
-            message = " ".join(message.split())
-        sys.exit(f"error: {message}")
+        if isinstance(error, BrokenPipeError) and _has_lost_reader():
+            status = 128 + signal.SIGPIPE
+        else:
+            status = f"error: {_describe(error)}"
+    _drop_unwritten_output()
     sys.exit(status)
+
+
+def _status_of(command: Callable[[], int | None]) -> int | str | None:
+    """Run a command and return its exit status, also if it exits by itself, as for --help."""
+    try:
+        return command()
+    except SystemExit as exit_of_command:
+        return exit_of_command.code
+
+
+def _describe(error: Exception) -> str:
+    """Return the message of an error, in one line."""
+    message = str(error)
+    if WORKER_ERROR in message:
+        # A worker of a data loader puts its traceback in front of the message.
+        message = message.rpartition(f"{type(error).__name__}: ")[2].strip()
+    if isinstance(error, OSError):  # transformers breaks its lines.
+        message = " ".join(message.split())
+    return message
+
+
+def _has_lost_reader() -> bool:
+    """Return whether stdout or stderr is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # Some are no file, or closed.
+            poll.register(stream.fileno(), 0)  # 0: only errors, which are always reported.
+    return bool(poll.poll(0))
+
+
+def _drop_unwritten_output() -> None:
+    """Drop what cannot be written to stdout, so that Python does not fail on it at the exit."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ltu.data.audio import AudioClip, AudioError, AudioSource, load_audio
 from ltu.models.audio_front_end import AudioFrontEnd, register_front_end
-from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
+from ltu_as.feature_extraction_ltu_as import DOWNMIX, LtuAsFeatureExtractor
 from ltu_as.feature_store import EXTRACT, FeatureError, FeatureStore, Stored
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 class WhisperFrontEnd(AudioFrontEnd):
     """The audio front end of LTU-AS.
 
-    The transcript "" stands for a clip without speech; such a clip is not transcribed.
+    The transcript "" stands for a clip without speech; such a clip is not transcribed. Whisper gets
+    the mean of a clip's channels, as in the original.
 
     Stored features of a sound that has changed since are never used. Inference computes them from
     the sound, with a warning for the first such clip; training refuses them, because a run would
@@ -31,6 +32,7 @@ class WhisperFrontEnd(AudioFrontEnd):
     """
 
     transcribes = True
+    downmix = DOWNMIX
     title = "LTU-AS (Whisper)"
     flags = {
         "whisper": "Another name or .pt file of the Whisper that computes features.",
@@ -119,17 +121,26 @@ class WhisperFrontEnd(AudioFrontEnd):
                 f"of {own_name} ({str(own_fingerprint)[:12]}, {shape}). Extract them again: "
                 "python -m ltu_as.extract_whisper_feature --model DIR"
             )
+        if description and description.get("channels") != DOWNMIX:
+            warnings.warn(
+                f"The features in {self.store.folder} are those of the first channel of each clip; "
+                "an older version extracted them. Now they are of the mean of all channels, as in "
+                "the original. If clips have several channels, extract the features again into "
+                "another folder: python -m ltu_as.extract_whisper_feature --model DIR",
+                stacklevel=3,
+            )
         extractor.whisper_fingerprint = own_fingerprint or stored_fingerprint
 
     @property
     def settings(self) -> tuple:
-        """The Whisper models, language and precision, and the feature folder."""
+        """The Whisper models, language, precision, downmix, and the feature folder."""
         extractor = self.feature_extractor
         return (
             extractor.whisper_model,
             extractor.transcription_model,
             extractor.language,
             extractor.feature_precision,
+            DOWNMIX,
             self.store and self.store.folder,
         )
 
@@ -194,7 +205,14 @@ class WhisperFrontEnd(AudioFrontEnd):
             return super().load_clip(audio, num_chunks=num_chunks)
         # The original's files do not say how long a clip is.
         seconds = self.feature_extractor.chunk_seconds if stored.seconds is None else stored.seconds
-        return AudioClip(audio, seconds, features=stored.features, transcript=stored.transcript)
+        return AudioClip(
+            audio,
+            seconds,
+            features=stored.features,
+            transcript=stored.transcript,
+            is_cut_short=stored.is_cut_short,
+            warnings=stored.warnings,
+        )
 
     def load_features(self, example: dict) -> Tensor:
         """Return the input of the audio encoder for training: (layers, time, width).
@@ -242,7 +260,7 @@ class WhisperFrontEnd(AudioFrontEnd):
                 new_clips[id(clip)] = clip
         if new_clips:
             waveforms = [
-                load_audio(clip.source) if clip.waveform is None else clip.waveform
+                load_audio(clip.source, DOWNMIX) if clip.waveform is None else clip.waveform
                 for clip in new_clips.values()
             ]
             texts = self.feature_extractor.transcribe(waveforms)

@@ -25,18 +25,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import AutoProcessor
 
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
-from ltu.data.audio import SAMPLING_RATE, AudioError, load_audio
+from ltu.data.audio import SAMPLING_RATE, AudioError, Waveform, decode_audio
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.dataset_parser import DatasetError
 from ltu.files import FileRecord, replace_file, run_command
+from ltu.models.device_check import check_device
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
-from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor
+from ltu_as.feature_extraction_ltu_as import DOWNMIX, TEXT_MODELS, LtuAsFeatureExtractor
 from ltu_as.feature_store import ClipState, FeatureStore
 
 SETTINGS = ("transcription_model", "feature_precision", "language")
@@ -52,9 +52,9 @@ class Clip:
 
 @dataclass
 class LoadedClip:
-    """The waveform of a clip, (samples,) at 16 kHz, and what its file was."""
+    """A decoded clip, and what its file was."""
 
-    waveform: np.ndarray
+    decoded: Waveform
     source: FileRecord | None
 
 
@@ -93,7 +93,7 @@ def load(path: str) -> LoadedClip | AudioError:
         if os.path.isfile(path):  # A pipe could be read for ever.
             source = FileRecord.of(path)
     try:
-        return LoadedClip(load_audio(path), source)
+        return LoadedClip(decode_audio(path, downmix=DOWNMIX), source)
     except AudioError as error:
         return error
 
@@ -120,7 +120,7 @@ def extract(
     waveforms = {}
     for name, clip in loaded.items():
         if isinstance(clip, LoadedClip):
-            waveforms[name] = clip.waveform
+            waveforms[name] = clip.decoded.waveform
         elif name in missing:
             mark_failed(store, name, states[name], clip.reason, str(clip))
     if missing.isdisjoint(waveforms):
@@ -135,7 +135,16 @@ def extract(
             continue
         if torch.isfinite(feature).all():
             seconds = len(waveforms[name]) / SAMPLING_RATE
-            store.write(name, feature, transcripts.get(name), seconds, loaded[name].source)
+            decoded = loaded[name].decoded
+            store.write(
+                name,
+                feature,
+                transcripts.get(name),
+                seconds,
+                loaded[name].source,
+                decoded.is_cut_short,
+                decoded.warnings,
+            )
         else:
             detail = f"{name}: Whisper's features overflow. Use --feature_precision fp32"
             mark_failed(store, name, states[name], "not_finite", detail)
@@ -281,6 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_ignored_keys(parser)
     args = parser.parse_args(argv)
+    if args.device is not None:
+        check_device(args.device)
 
     ignored_keys = parse_ignored_keys(args.ignored_keys)
     examples = []

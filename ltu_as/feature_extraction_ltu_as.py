@@ -29,11 +29,13 @@ import whisper
 from transformers import BatchFeature
 from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
-from ltu.data.audio import SAMPLING_RATE
+from ltu.data.audio import SAMPLING_RATE, Downmix
 from ltu.data.transcripts import clean_transcript
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
+# Whisper gets the mean of a clip's channels, as in the original, which decodes with ffmpeg.
+DOWNMIX: Downmix = "mean"
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 GPU_BATCH = 32  # Chunks that are encoded at once on a GPU; a clip may have hundreds.
 # On a CPU a larger batch is not faster. It is slower once its tensors are too large for malloc to
@@ -248,6 +250,7 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
             "shape": [self.num_layers, self.num_tokens, self.hidden_size],
             "transcription_model": os.path.basename(self.transcription_model or self.whisper_model),
             "language": self.language,
+            "channels": DOWNMIX,
         }
         if self.device.type == "cpu" and self.feature_precision == "fp16":
             description["computed_in"] = "fp32"

@@ -23,7 +23,8 @@ import os
 import re
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ COMPARED_SETTINGS = (
     "computed_in",
     "transcription_model",
     "language",
+    "channels",
 )
 
 
@@ -105,6 +107,8 @@ class ClipHeader:
         dtype: "float16" or "float32".
         sum: checksum of the compressed features.
         source: what the sound was; None in the files of earlier versions.
+        is_cut_short: whether the file of the sound ended before the length in its header.
+        warnings: those of `ltu.data.audio.Waveform`.
     """
 
     audio_id: str
@@ -114,6 +118,8 @@ class ClipHeader:
     dtype: str
     sum: int
     source: FileRecord | None = None
+    is_cut_short: bool = False
+    warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, file: safe_open) -> "ClipHeader":
@@ -133,11 +139,13 @@ class ClipHeader:
 
 
 class Stored(NamedTuple):
-    """The stored features of a clip. The original's files hold no transcript and no duration."""
+    """The stored features of a clip. The original's files hold the features only."""
 
     features: torch.Tensor  # (layers, 25, width)
     transcript: str | None = None
     seconds: float | None = None
+    is_cut_short: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def original_name(audio_id: str) -> str:
@@ -171,7 +179,7 @@ class FeatureStore:
             )
         self.description: dict[str, Any] = {}
         if not self.is_original:
-            self.description = json.loads(file.read_text())["features"]
+            self.description = json.loads(file.read_text(encoding="utf-8"))["features"]
         self.shape = self.description.get("shape") or (shape and list(shape))
 
     @classmethod
@@ -306,6 +314,8 @@ class FeatureStore:
         transcript: str | None,
         seconds: float | None,
         source: FileRecord | None = None,
+        is_cut_short: bool = False,
+        warnings: Sequence[str] = (),
     ) -> None:
         """Store a clip.
 
@@ -316,6 +326,7 @@ class FeatureStore:
             seconds: duration of the clip.
             source: what the sound was before it was decoded. Without it, a change of the sound is
                 not noticed.
+            is_cut_short, warnings: as in `ltu.data.audio.Waveform`; each answer says them.
 
         Raises:
             FeatureError: the features have another shape.
@@ -335,7 +346,15 @@ class FeatureStore:
         low = np.stack(planes[::-1])  # (bytes of a number - 1, numbers), the highest first
         checksum = _checksum(high) + _checksum(low)
         header = ClipHeader(
-            audio_id, transcript, seconds, self.shape, array.dtype.name, checksum, source
+            audio_id,
+            transcript,
+            seconds,
+            self.shape,
+            array.dtype.name,
+            checksum,
+            source,
+            is_cut_short,
+            list(warnings),
         )
         replace_file(path, save({"high": high, "low": low}, header.to_metadata()))
         path.with_suffix(".failed").unlink(missing_ok=True)
@@ -432,7 +451,9 @@ def _load(path: Path) -> Stored | None:
         bits <<= 8
         bits |= plane
     features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
-    return Stored(features, header.transcript, header.seconds)
+    return Stored(
+        features, header.transcript, header.seconds, header.is_cut_short, tuple(header.warnings)
+    )
 
 
 def _checksum(content: np.ndarray) -> int:

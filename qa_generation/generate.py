@@ -37,6 +37,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ltu.files import run_command
 from qa_generation.cost_estimate import CostEstimate
 from qa_generation.filters import FILTERS
 from qa_generation.generate_for_clip import Generator, Prompts, load_prompts
@@ -53,6 +54,7 @@ from qa_generation.output_files import (
 )
 
 MAX_SHOWN_ERRORS = 20  # metadata rows whose error is printed
+INTERRUPTED = "stopped at once. Run it again to resume; no stored reply is paid twice."
 
 
 # ---- replies -------------------------------------------------------------------------------------
@@ -447,14 +449,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (OSError, ValueError) as error:
-        # It is a mistake of the user, and a traceback would hide the message.
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(
-            "stopped at once. Run it again to resume; no stored reply is paid twice.",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    run_command(main, INTERRUPTED)

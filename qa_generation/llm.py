@@ -22,8 +22,8 @@ and has no reply (time-out, lost connection, gateway, malformed response, kill -
 be billed. A try starts only if its longest reply still fits. Tokens of prompts are estimated until
 an endpoint counts them.
 
-A request whose response is malformed, such as a web page, is sent three times at most, because each
-response may be billed.
+A request whose response is malformed, such as a web page, or longer than `endpoint.MAX_BODY`, is
+sent three times at most, because each response may be billed.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ from qa_generation.llm_types import (
     TryAgain,
     estimate_tokens,
 )
+from qa_generation.reply_body import UnreadableReply
 from qa_generation.reply_store import ReplyStore
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Reply",
     "ReplyStore",
     "RequestFailed",
+    "UnreadableReply",
     "estimate_tokens",
 ]
 # Failed requests in a row after which the endpoint counts as gone and the run stops.

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from data import validate
 from eval.run import main as evaluate
 from ltu.data import audio
-from ltu.data.audio import AudioError, LoudnessWarning, decode_audio
+from ltu.data.audio import AudioError, FirstWarnings, decode_audio
 from ltu.data.check_examples import check_audio, meant_key, parse_ignored_keys, read_examples
 from ltu.data.dataset_io import KEYS, ExampleWriter, stream_examples
 from ltu.data.dataset_parser import DatasetError
@@ -396,7 +396,7 @@ def test_golden_files_have_known_keys_only():
 @pytest.fixture
 def warning(monkeypatch, caplog):
     """Give the process a warning that was not given yet; return the captured log."""
-    monkeypatch.setattr(audio, "_loudness_warning", LoudnessWarning())
+    monkeypatch.setattr(audio, "_first_warnings", FirstWarnings())
     caplog.set_level(logging.WARNING)
     return caplog
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from ltu import files
+from ltu.data.audio import Waveform
 from ltu.files import FileRecord
 from ltu_as import extract_whisper_feature
 from ltu_as.feature_store import (
@@ -146,7 +147,7 @@ def test_a_store_notices_another_sound(store: FeatureStore, tmp_path: Path) -> N
     store.renew_record("a.wav", sound)
     assert found() == (ClipState.KEPT, False)
     stored = store.read("a.wav")
-    assert torch.equal(stored.features, features()) and stored[1:] == ("hello", 1.0)
+    assert torch.equal(stored.features, features()) and stored[1:] == ("hello", 1.0, False, ())
     sound.write_bytes(b"sound two")  # Of the same size.
     assert found() == (ClipState.CHANGED, True)
     sound.write_bytes(b"longer sound")
@@ -212,7 +213,7 @@ def test_original_folders_are_read(tmp_path: Path) -> None:
     assert torch.equal(store.read("/a/b/c/d/clip.wav").features, content)
     # The original's inference_batch names a file by the stem of the clip.
     assert torch.equal(store.read("/p/q/e.f.mp3").features, content + 1)
-    assert store.read("/p/q/e.f.mp3")[1:] == (None, None)
+    assert store.read("/p/q/e.f.mp3")[1:] == (None, None, False, ())
     assert store.read("x/failed.wav") is None
     assert not store.has("x/failed.wav")
     assert store.has("e.f.wav")
@@ -498,15 +499,15 @@ def test_a_clip_that_changes_while_it_is_extracted(
 ) -> None:
     """Its features are stale at once, which the command says."""
     shutil.rmtree(own_data / "features")
-    load_audio = extract_whisper_feature.load_audio
+    decode_audio = extract_whisper_feature.decode_audio
 
-    def load_and_replace(path: str) -> np.ndarray:
-        waveform = load_audio(path)
+    def decode_and_replace(path: str, **settings) -> Waveform:
+        clip = decode_audio(path, **settings)
         if path.endswith("clip6.wav"):
             shutil.copy2(own_data / "clip7.wav", path)
-        return waveform
+        return clip
 
-    monkeypatch.setattr(extract_whisper_feature, "load_audio", load_and_replace)
+    monkeypatch.setattr(extract_whisper_feature, "decode_audio", decode_and_replace)
     assert extract_again(data, own_data) == 1
     assert "1 clips changed while they were extracted" in capsys.readouterr().err
     store = FeatureStore(own_data / "features")

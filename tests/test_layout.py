@@ -15,7 +15,7 @@ ARROWS = {
     "ltu_as": {"ltu"},
     "eval": {"ltu", "ltu_as", "qa_generation.llm"},
     "data": {"ltu.files", "ltu.data"},
-    "qa_generation": set(),
+    "qa_generation": {"ltu.files"},
 }
 # Inside ltu, the folders of a line may import from the lines below it. Two folders of one line may
 # not import from each other.

@@ -14,7 +14,7 @@ import soundfile
 
 from data import prepare_audio
 from data.audio_ids import RULES, audio_id_of, key_of, read_ids, read_table, read_wanted
-from data.audio_manifest import ManifestEntry
+from data.audio_manifest import AudioManifest, ManifestEntry
 from data.toy.sound_clips import AUDIO
 from data.toy.speech_clips import SPEECH
 from ltu.data.audio import AudioError, decode_audio, load_audio
@@ -129,6 +129,50 @@ def test_sixteen_bit_in_is_the_same_sixteen_bit_out(tmp_path):
     assert (soundfile.read(tmp_path / "new" / "out.flac", dtype="int16")[0] == samples).all()
     assert clip.clipped == 0
     assert clip.bits == 16
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("5", "it is a int, not an object"),
+        ("[1, 2]", "it is a list, not an object"),
+        ("null", "it is a NoneType, not an object"),
+        ("no JSON", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+        ('{"half": ', "Expecting value"),
+        ("{}", "it has no 'audio_id'"),
+        ('{"audio_id": "x.flac"}', "it has no 'file'"),
+        ('{"audio_id": 5, "file": "a.wav"}', "'audio_id' is a int"),
+        ('{"audio_id": ["a"], "file": "a.wav"}', "'audio_id' is a list"),
+        ('{"audio_id": "a", "file": "a.wav", "mine": 1}', "it has an unknown key 'mine'"),
+        ('{"audio_id": "a", "file": "a.wav"}', "it is of a clip and has no 'seconds'"),
+        ('{"audio_id": "a", "file": "a.wav", "status": 1}', "'status' is a int"),
+        ('{"audio_id": "a", "file": "a.wav", "seconds": "1"}', "'seconds' is a str"),
+    ],
+)
+def test_a_foreign_line_is_named(tmp_path, line, reason):
+    """The file is not touched, and the lock of the folder is released."""
+    with AudioManifest(tmp_path) as manifest:
+        manifest.append(ManifestEntry("b.flac", "b.wav", seconds=1.0, clipped=0, bytes=9))
+    content = manifest.path.read_text() + line + "\n"
+    manifest.path.write_text(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="manifest.jsonl, line 2: .*--output_dir") as error:
+            AudioManifest(tmp_path)
+        assert reason in str(error.value) and "\n" not in str(error.value)
+    assert manifest.path.read_text() == content
+
+
+def test_a_foreign_manifest_is_one_line_of_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    soundfile.write(tmp_path / "in" / "a.wav", tone(0.1, 16000), 16000)
+    (tmp_path / "out" / "manifest.jsonl").write_text('{"audio_id": ["a"]}\n')
+    command = f"-m data.prepare_audio --input {tmp_path}/in --output_dir {tmp_path}/out"
+    run = run_python(command.split(), tmp_path)
+    assert run.returncode == 1
+    (error,) = run.stderr.splitlines()
+    assert error.startswith(f"error: {tmp_path}/out/manifest.jsonl, line 1: not a line of")
 
 
 def test_a_long_clip_is_refused(tmp_path):

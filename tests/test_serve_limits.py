@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -314,9 +315,11 @@ class HeldDecoding:
         self.num_ended = 0
         self.is_open = threading.Event()
 
-    def decode(self, source: bytes, max_seconds: float, on_block: OnBlock) -> Waveform:
+    def decode(
+        self, source: bytes, max_seconds: float, on_block: OnBlock, *settings: Any
+    ) -> Waveform:
         if len(source) != self.size:
-            return decode_audio(source, max_seconds, on_block)
+            return decode_audio(source, max_seconds, on_block, *settings)
 
         def hold() -> None:
             while not self.is_open.wait(0.01):
@@ -325,7 +328,7 @@ class HeldDecoding:
 
         self.num_held += 1
         try:
-            return decode_audio(source, max_seconds, hold)
+            return decode_audio(source, max_seconds, hold, *settings)
         finally:
             self.num_ended += 1
 

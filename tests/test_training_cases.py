@@ -285,7 +285,7 @@ def test_a_row_is_what_is_printed(row, folder_of, tmp_path, monkeypatch, capsys,
     folder = tmp_path / "here"
     shutil.copytree(folder_of(row), folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(audio, "_loudness_warning", audio.LoudnessWarning())
+    monkeypatch.setattr(audio, "_first_warnings", audio.FirstWarnings())
     for words, prepare in EVENTS.items():
         if words in row.case:
             prepare(monkeypatch)

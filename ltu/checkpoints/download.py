@@ -124,7 +124,7 @@ def _is_received(path: Path, receipt_path: Path) -> bool:
     """Return whether a file is there with the size that its receipt records."""
     if not (receipt_path.is_file() and path.is_file()):
         return False
-    receipt = Receipt(**json.loads(receipt_path.read_text()))
+    receipt = Receipt(**json.loads(receipt_path.read_text(encoding="utf-8")))
     return path.stat().st_size == receipt.bytes
 
 
@@ -248,7 +248,7 @@ def _read_notes(part: Path) -> PartNotes | None:
     path = _notes_path(part)
     if not (path.is_file() and part.is_file()):
         return None
-    notes = PartNotes(**json.loads(path.read_text()))
+    notes = PartNotes(**json.loads(path.read_text(encoding="utf-8")))
     if not notes.version:
         return None
     return notes

@@ -185,7 +185,8 @@ def write_shards(
         del tensors  # Free the memory before the next shard is loaded.
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        text = json.dumps(index, indent=1) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def match_keys(

@@ -1,16 +1,24 @@
 """Loads a clip (a path, bytes or an array) as a mono waveform at 16 kHz, or says why it cannot.
 
-Channel 0 is used and resampled to 16 kHz with `torchaudio.functional.resample`, as in the demo of
-the original. libsndfile decodes (wav, flac, ogg, mp3 and more), so no ffmpeg program is needed.
+A clip of several channels becomes mono by a rule, `Downmix`. The first channel is used by default,
+as in the demo of the original LTU. LTU-AS uses the mean of all channels: the original decodes with
+ffmpeg, whose mono is the mean of both channels of a stereo clip. (For more channels ffmpeg has
+weights that depend on the positions of the loudspeakers; here it is their mean.)
+
+The result is resampled to 16 kHz with `torchaudio.functional.resample`, as in the demo of the
+original. libsndfile decodes (wav, flac, ogg, mp3 and more), so no ffmpeg program is needed.
 
 A clip is decoded and resampled in blocks: only its 16 kHz waveform is ever in memory as a whole.
-The length that a header claims is not trusted.
+The length that a header claims is not trusted. A file that ends before that length is used as it
+is, with a warning.
 
 A clip that cannot be decoded raises `AudioError`, which has the source, a reason and a hint. No
 waveform is ever made up for it.
 
-Float samples in the range of integers are used as they are, with one warning in each process: the
-models were trained on samples within 1, but nothing proves that such a clip is wrong.
+Float samples in the range of integers are used as they are, with a warning: the models were trained
+on samples within 1, but nothing proves that such a clip is wrong.
+
+Warnings are in the `Waveform`. The first of each kind in a process is logged.
 """
 
 import io
@@ -20,14 +28,18 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
 import torch
 import torchaudio.functional
+
+from ltu.data.audio_header import DataSize, has_mp3_length, read_data_size
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +59,12 @@ LOUDEST = 2.0**31
 # Peak of float samples above which a warning says that they are in the range of integers. A decoded
 # mp3 whose loudest samples were clipped has up to 3.
 LOUD = 8.0
+# Frames of a file from which on its header does not say how many there are: libsndfile reports the
+# largest number.
+UNKNOWN_FRAMES = 2**62
+# A file that lacks no more than this, in seconds, of the length in its header counts as whole: mp3
+# decoders differ by a frame, which has up to 72 ms.
+MAX_MISSING_SECONDS = 0.1
 # Full scales of integer audio of 16, 24 and 32 bits.
 FULL_SCALES = (2**15, 2**23, 2**31)
 # One step of 24-bit audio; below it the filterbanks of both models are at their floor.
@@ -67,7 +85,7 @@ HINTS = {
     "too_short": "Use a clip of at least 25 ms, or leave it out.",
     "too_long": "Cut it into parts.",
     "damaged": "Remove its feature file and extract the features again.",
-    "silent": "Use a clip with a signal in its first channel, or leave it out.",
+    "silent": "Use a clip with a signal, or leave it out.",
 }
 # Characters that break a line or that UTF-8 cannot encode; file names may contain both.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -104,36 +122,31 @@ def _escape(match: re.Match) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-class LoudnessWarning:
-    """Warns of the first clip of this process whose float samples are in the range of integers."""
+class FirstWarnings:
+    """Logs the first warning of each kind in this process."""
 
     def __init__(self):
-        self.is_given = False
+        self.kinds_given: set[str] = set()
 
-    def give(self, name: str, peak: float) -> None:
-        """Log the warning unless it was logged before.
+    def give(self, kind: str, name: str, text: str) -> None:
+        """Log a warning unless one of its kind was logged before.
 
         Args:
+            kind: of the warning.
             name: path, or description of the bytes or array.
-            peak: the largest absolute value of the samples, above `LOUD`.
+            text: a sentence that lacks its subject, the clip.
         """
-        if self.is_given:
+        if kind in self.kinds_given:
             return
-        self.is_given = True
-        full_scale = next(scale for scale in FULL_SCALES if peak <= scale)
+        self.kinds_given.add(kind)
         shown = UNPRINTABLE.sub(_escape, name)
-        logger.warning(
-            "%s has float samples up to %.6g, where the models expect values within 1. They are "
-            "used as they are. If they are %d-bit integers stored as floats, divide them by %d. "
-            "Further clips of this kind are not reported.",
-            shown,
-            peak,
-            full_scale.bit_length(),
-            full_scale,
-        )
+        logger.warning("%s %s Further clips of this kind are not reported.", shown, text)
 
 
-_loudness_warning = LoudnessWarning()
+_first_warnings = FirstWarnings()
+
+# How several channels become one: the first of them, or the mean of all.
+Downmix = Literal["first", "mean"]
 
 
 @dataclass
@@ -144,11 +157,65 @@ class Waveform:
         waveform: (samples,), float32, mono, 16 kHz.
         sampling_rate: rate of the source in Hz, before resampling.
         channels: number of channels of the source.
+        downmix: how they became one.
+        expected_seconds: length that the header of the file promises; None if there is no header,
+            or if it does not say.
+        warnings: sentences about the clip for those who use it.
     """
 
     waveform: np.ndarray
     sampling_rate: int
     channels: int
+    downmix: Downmix = "first"
+    expected_seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return len(self.waveform) / SAMPLING_RATE
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the file ends before the length that its header promises."""
+        return _is_cut_short(self.seconds, self.expected_seconds)
+
+
+def _is_cut_short(seconds: float, expected_seconds: float | None) -> bool:
+    return expected_seconds is not None and expected_seconds - seconds > MAX_MISSING_SECONDS
+
+
+def describe_cut(seconds: float, expected_seconds: float | None) -> str | None:
+    """Return both lengths of a clip that is cut short, as a sentence without the clip, or None.
+
+    Args:
+        seconds: the length of the clip.
+        expected_seconds: the length that its header promises; None if it does not say.
+    """
+    if not _is_cut_short(seconds, expected_seconds):
+        return None
+    return (
+        f"is cut short: its header promises {expected_seconds:.2f} s of sound, the file has "
+        f"{seconds:.2f} s. What it has is used."
+    )
+
+
+def read_expected_seconds(path: str | Path, seconds: float) -> float | None:
+    """Return the length that the header of a wav, aiff, w64 or au promises; else None.
+
+    Args:
+        path: the file.
+        seconds: its length, as libsndfile reports it: never more than the file has.
+    """
+    with open(path, "rb") as stream:
+        return _scale_length(_read_data_size(stream.fileno()), seconds)
+
+
+def _scale_length(size: DataSize | None, seconds: float) -> float | None:
+    """Return the length that a header promises, by the length of the audio that there is."""
+    if size is None or not size.promised or not size.available:
+        return None
+    # Bytes after the audio are no audio; only what is missing counts.
+    return seconds * max(1.0, size.promised / size.available)
 
 
 OnBlock = Callable[[], None]
@@ -167,6 +234,8 @@ class AudioClip:
         transcript: stored transcript, if there is one.
         sampling_rate: rate of the source in Hz, before resampling.
         channels: number of channels of the source.
+        is_cut_short: whether the file ends before the length that its header promises.
+        warnings: those of `Waveform`.
         num_chunks: how many chunks of the clip are used.
         embeds: (num_chunks, num_audio_tokens, hidden), audio embeddings, once computed.
     """
@@ -178,19 +247,24 @@ class AudioClip:
     transcript: str | None = None
     sampling_rate: int | None = None
     channels: int | None = None
+    is_cut_short: bool = False
+    warnings: tuple[str, ...] = ()
     num_chunks: int = 1
     embeds: torch.Tensor | None = None
 
 
-def load_audio(source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int]) -> np.ndarray:
+def load_audio(
+    source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int], downmix: Downmix = "first"
+) -> np.ndarray:
     """Return the waveform of `decode_audio`: float32 (samples,), mono, 16 kHz."""
-    return decode_audio(source).waveform
+    return decode_audio(source, downmix=downmix).waveform
 
 
 def decode_audio(
     source: str | Path | bytes | np.ndarray | tuple[np.ndarray, int] | Waveform,
     max_seconds: float = MAX_SECONDS,
     on_block: OnBlock | None = None,
+    downmix: Downmix = "first",
 ) -> Waveform:
     """Load a clip as a mono waveform at 16 kHz.
 
@@ -202,27 +276,88 @@ def decode_audio(
         max_seconds: a clip that turns out to be longer while it is decoded is refused.
         on_block: called after each block of up to `BLOCK` values is decoded; what it raises ends
             decoding.
+        downmix: how several channels become one, "first" or "mean".
 
     Returns:
-        a waveform of float32, the first channel, in [-1, 1] if the source was.
+        a waveform of float32, in [-1, 1] if the source was.
 
     Raises:
         AudioError: the clip is missing, unreadable (also: nan, infinity, an impossible rate),
             shorter than 25 ms, longer than `max_seconds`, or silent (constant up to less than one
             step of 24-bit audio).
         TypeError: the source has another type.
+        ValueError: the source is a `Waveform` of several channels that was made by another rule.
     """
+    limits = _Limits(max_seconds, on_block)
     if isinstance(source, Waveform):
+        if source.channels > 1 and source.downmix != downmix:
+            raise ValueError(
+                f"The waveform is the {source.downmix} of {source.channels} channels, the model "
+                f"takes the {downmix}. Decode the clip with downmix={downmix!r}."
+            )
         return source
     if isinstance(source, str | Path):
-        return _decode_file(str(source), max_seconds, on_block)
+        return _decode_file(str(source), downmix, limits)
     if isinstance(source, bytes):
-        return _decode(_Bytes(source), f"<{len(source)} bytes>", max_seconds, on_block)
-    return _decode_array(source, max_seconds, on_block)
+        return _decode(_Bytes(source), f"<{len(source)} bytes>", downmix, limits)
+    return _decode_array(source, downmix, limits)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Limits of decoding, as in `decode_audio`."""
+
+    max_seconds: float
+    on_block: OnBlock | None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is known about a clip before it is decoded.
+
+    Attributes:
+        name: path, or description of the bytes or array.
+        rate, channels: of the clip.
+        downmix: how the channels become one.
+        data_size: bytes of audio in the file, if its header has them.
+        num_frames: samples of each channel that the header promises, if it does.
+    """
+
+    name: str
+    rate: int
+    channels: int
+    downmix: Downmix
+    data_size: DataSize | None = None
+    num_frames: int | None = None
+
+    def expected_seconds(self, seconds: float) -> float | None:
+        """Return the length that the header promises, or None.
+
+        Args:
+            seconds: the length that was decoded.
+        """
+        if self.num_frames is not None:
+            return self.num_frames / self.rate
+        return _scale_length(self.data_size, seconds)
+
+    def describe_length(self, num_samples: int) -> str:
+        """Return the length of a clip that is too short, and what its header says about it."""
+        text = f"{1000 * num_samples / self.rate:.1f} ms of sound"
+        size = self.data_size
+        if size is None:
+            return text
+        if size.promised == 0:
+            return f"{text}: its header gives a data size of 0, and {size.available:,} bytes follow"
+        if size.available < size.promised:
+            return (
+                f"{text}: its header gives a data size of {size.promised:,}, but "
+                f"{size.available:,} bytes follow"
+            )
+        return text
 
 
 def _decode_array(
-    source: np.ndarray | tuple[np.ndarray, int], max_seconds: float, on_block: OnBlock | None
+    source: np.ndarray | tuple[np.ndarray, int], downmix: Downmix, limits: _Limits
 ) -> Waveform:
     array = source
     rate = SAMPLING_RATE
@@ -237,13 +372,15 @@ def _decode_array(
             "Convert other types to a numpy array first."
         )
     name = f"<array of shape {tuple(array.shape)} at {rate} Hz>"
-    waveform = _first_channel(array, name)
-    blocks = (waveform[start : start + BLOCK] for start in range(0, len(waveform), BLOCK))
-    channels = 1 if array.ndim == 1 else len(array)
-    return _resample_and_check(blocks, rate, channels, name, max_seconds, on_block)
+    _check_array(array, name)
+    channels = np.atleast_2d(array)  # (channels, samples)
+    starts = range(0, channels.shape[1], BLOCK)
+    blocks = (_to_mono(_to_float(channels[:, at : at + BLOCK]), downmix) for at in starts)
+    source = _Source(name, rate, len(channels), downmix)
+    return _resample_and_check(blocks, source, limits)
 
 
-def _decode_file(path: str, max_seconds: float, on_block: OnBlock | None) -> Waveform:
+def _decode_file(path: str, downmix: Downmix, limits: _Limits) -> Waveform:
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -255,7 +392,7 @@ def _decode_file(path: str, max_seconds: float, on_block: OnBlock | None) -> Wav
         with open(path, "rb") as stream:
             # libsndfile gets a file descriptor. Given a name, it would take a `._` file of macOS
             # next to the clip for a part of the clip, and refuse an mp3.
-            return _decode(stream.fileno(), path, max_seconds, on_block)
+            return _decode(stream.fileno(), path, downmix, limits)
     except FileNotFoundError as error:
         raise AudioError(path, "missing", "no such file") from error
     except PermissionError as error:
@@ -293,9 +430,7 @@ class _SoundFile(soundfile.SoundFile):
         return False
 
 
-def _decode(
-    file: io.BufferedIOBase | int, name: str, max_seconds: float, on_block: OnBlock | None
-) -> Waveform:
+def _decode(file: _Bytes | int, name: str, downmix: Downmix, limits: _Limits) -> Waveform:
     try:
         with _SoundFile(file, closefd=False) as opened:
             rate = opened.samplerate
@@ -303,15 +438,37 @@ def _decode(
             if rate * channels > MAX_VALUES:
                 detail = f"{channels} channels at {rate} Hz are more than is decoded here"
                 raise AudioError(name, "unreadable", detail)
-            blocks = _read_blocks(opened)
-            return _resample_and_check(blocks, rate, channels, name, max_seconds, on_block)
+            source = _read_promise(file, opened, _Source(name, rate, channels, downmix))
+            return _resample_and_check(_read_blocks(opened, downmix), source, limits)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         reason = getattr(error, "error_string", str(error)).rstrip(". ")
         raise AudioError(name, "unreadable", f"libsndfile cannot decode it ({reason})") from error
 
 
-def _read_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """Yield channel 0 in blocks (samples,)."""
+def _read_promise(file: _Bytes | int, opened: soundfile.SoundFile, source: _Source) -> _Source:
+    """Return what is known about a clip, with the length that its header promises."""
+    read_at = partial(_read_at, file)
+    is_exact = opened.format == "FLAC" or opened.format == "MP3" and has_mp3_length(read_at)
+    if is_exact and opened.frames < UNKNOWN_FRAMES:
+        return replace(source, num_frames=opened.frames)
+    return replace(source, data_size=_read_data_size(file))
+
+
+def _read_data_size(file: _Bytes | int) -> DataSize | None:
+    size = os.fstat(file).st_size if isinstance(file, int) else len(file.getbuffer())
+    return read_data_size(partial(_read_at, file), size)
+
+
+def _read_at(file: _Bytes | int, position: int, num_bytes: int) -> bytes:
+    """Return bytes of a file without moving its position."""
+    if isinstance(file, int):
+        return os.pread(file, num_bytes, position)
+    with file.getbuffer() as content:
+        return bytes(content[position : position + num_bytes])
+
+
+def _read_blocks(file: soundfile.SoundFile, downmix: Downmix) -> Iterator[np.ndarray]:
+    """Yield mono blocks (samples,)."""
     frames = max(1, BLOCK // file.channels)
     # Seek to the start, as soundfile.read does: some files with a damaged header seem empty
     # otherwise. The overridden `seekable` would say no.
@@ -319,20 +476,24 @@ def _read_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
         file.seek(0)
     while True:
         block = file.read(frames, dtype="float32", always_2d=True)  # (samples, channels)
-        yield np.ascontiguousarray(block[:, 0])
+        yield _to_mono(block.T, downmix)
         if len(block) < frames:
             return
 
 
-def _resample_and_check(
-    blocks: Iterable[np.ndarray],
-    rate: int,
-    channels: int,
-    name: str,
-    max_seconds: float,
-    on_block: OnBlock | None,
-) -> Waveform:
-    """Join blocks (samples,) of the first channel at 16 kHz; raises as `decode_audio`."""
+def _to_mono(array: np.ndarray, downmix: Downmix) -> np.ndarray:
+    """Return one channel (samples,) of float32 channels (channels, samples)."""
+    if downmix == "first" or len(array) == 1:
+        return np.ascontiguousarray(array[0])
+    # A sum that is too large for float32 becomes infinite and is refused later.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.mean(axis=0)
+
+
+def _resample_and_check(blocks: Iterable[np.ndarray], source: _Source, limits: _Limits) -> Waveform:
+    """Join mono blocks (samples,) at 16 kHz; raises as `decode_audio`."""
+    name = source.name
+    rate = source.rate
     if not (isinstance(rate, Real) and MIN_RATE <= rate <= MAX_RATE and rate == int(rate)):
         raise AudioError(name, "unreadable", f"an impossible sampling rate, {rate} Hz")
     rate = int(rate)
@@ -343,11 +504,11 @@ def _resample_and_check(
     def checked_blocks() -> Iterator[np.ndarray]:
         nonlocal samples, low, high
         for block in blocks:
-            if on_block is not None:
-                on_block()
+            if limits.on_block is not None:
+                limits.on_block()
             samples += len(block)
-            if samples > max_seconds * rate:
-                raise AudioError(name, "too_long", f"more than {max_seconds:g} s of sound")
+            if samples > limits.max_seconds * rate:
+                raise AudioError(name, "too_long", f"more than {limits.max_seconds:g} s of sound")
             if len(block):
                 block_low = float(block.min())  # nan if the block contains one
                 block_high = float(block.max())
@@ -362,17 +523,38 @@ def _resample_and_check(
     # Round up, as the resampler does, so that no clip passes here and is too short afterwards.
     resampled_length = -(-samples * SAMPLING_RATE // rate)
     if resampled_length < MIN_SAMPLES:
-        raise AudioError(name, "too_short", f"{1000 * samples / rate:.1f} ms of sound")
+        raise AudioError(name, "too_short", source.describe_length(samples))
     peak = max(-low, high)
     if peak > LOUDEST:
         detail = f"contains values up to {peak:.3g}, where audio samples are within 1"
         raise AudioError(name, "unreadable", detail)
     if high - low < QUIETEST:
-        detail = f"every sample of its first channel is {low:g}, or less than a 24-bit step above"
+        channel = "the mean of its channels" if source.downmix == "mean" else "its first channel"
+        detail = f"every sample of {channel} is {low:g}, or less than a 24-bit step above"
         raise AudioError(name, "silent", detail)
+
+    seconds = samples / rate
+    expected_seconds = source.expected_seconds(seconds)
+    texts = {}
+    cut = describe_cut(seconds, expected_seconds)
+    if cut is not None:
+        texts["cut short"] = cut
     if peak > LOUD:
-        _loudness_warning.give(name, peak)
-    return Waveform(waveform, rate, channels)
+        texts["loud"] = describe_loudness(peak)
+    for kind, text in texts.items():
+        _first_warnings.give(kind, name, text)
+    warnings = tuple(f"The clip {text}" for text in texts.values())
+    return Waveform(waveform, rate, source.channels, source.downmix, expected_seconds, warnings)
+
+
+def describe_loudness(peak: float) -> str:
+    """Return what is wrong with a clip whose float samples reach `peak`, above `LOUD`."""
+    full_scale = next(scale for scale in FULL_SCALES if peak <= scale)
+    return (
+        f"has float samples up to {peak:.6g}, where the models expect values within 1. They are "
+        f"used as they are. If they are {full_scale.bit_length()}-bit integers stored as floats, "
+        f"divide them by {full_scale}."
+    )
 
 
 def _resample(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
@@ -432,19 +614,21 @@ def _resample_by_phase(waveform: torch.Tensor, down: int, up: int, width: int) -
     return torch.cat(pieces)[: -(-len(waveform) * up // down)]
 
 
-def _first_channel(array: np.ndarray, name: str) -> np.ndarray:
-    """Return channel 0 of an array as float32 (samples,)."""
+def _check_array(array: np.ndarray, name: str) -> None:
     if array.ndim not in (1, 2) or array.shape[0] == 0:
         raise AudioError(name, "unreadable", "an array must be (samples,) or (channels, samples)")
     if array.ndim == 2 and array.shape[0] > array.shape[1]:
         detail = "more channels than samples; an array must be (channels, samples), transpose it"
         raise AudioError(name, "unreadable", detail)
-    waveform = array if array.ndim == 1 else array[0]  # (samples,)
-    if waveform.dtype.kind == "i":
-        return waveform.astype(np.float32) / (np.iinfo(waveform.dtype).max + 1.0)
-    if waveform.dtype.kind != "f":
-        detail = f"an array of {waveform.dtype}; use float or signed integers"
+    if array.dtype.kind not in "if":
+        detail = f"an array of {array.dtype}; use float or signed integers"
         raise AudioError(name, "unreadable", detail)
+
+
+def _to_float(array: np.ndarray) -> np.ndarray:
+    """Return an array as float32; integers are scaled by the range of their type."""
+    if array.dtype.kind == "i":
+        return array.astype(np.float32) / (np.iinfo(array.dtype).max + 1.0)
     # A value too large for float32 becomes infinite and is refused later.
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(waveform, dtype=np.float32)
+        return array.astype(np.float32, copy=False)

@@ -10,6 +10,7 @@ ignored, the whole file would be text only, without a word.
 """
 
 import argparse
+import logging
 import re
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
@@ -17,9 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ltu.data.audio import AudioError, load_audio
+from ltu.data.audio import AudioError, Downmix, decode_audio
 from ltu.data.dataset_io import AUDIO_HINT, KEYS, stream_examples, wrong_type
 from ltu.data.dataset_parser import DatasetError
+
+logger = logging.getLogger(__name__)
 
 NO_AUDIO = (None, "", "empty")  # `audio_id` of a question without audio.
 
@@ -224,13 +227,33 @@ def check_num_errors(errors: dict[str, AudioError], path: str | Path, max_bad: i
         )
 
 
-def check_audio(examples: list[dict]) -> dict[str, AudioError]:
-    """Decode every clip once and return the errors of those that cannot be decoded, by path."""
+def check_audio(examples: list[dict], downmix: Downmix = "first") -> dict[str, AudioError]:
+    """Decode every clip once and return the errors of those that cannot be decoded, by path.
+
+    Clips whose files end before the length in their header are no errors. A warning counts them and
+    names the first.
+
+    Args:
+        examples: of `read_examples`.
+        downmix: how several channels become one, for `decode_audio`.
+    """
     errors = {}
+    cut_short = []
     paths = sorted({example["audio"] for example in examples if example["audio"]})
     for path in tqdm(paths, desc="checking audio", unit="clip"):
         try:
-            load_audio(path)
+            clip = decode_audio(path, downmix=downmix)
         except AudioError as error:
             errors[path] = error
+            continue
+        if clip.is_cut_short:
+            cut_short.append(f"  {path}: {clip.seconds:.2f} of {clip.expected_seconds:.2f} s")
+    if cut_short:
+        logger.warning(
+            "%d of %d clips are cut short: their files end before the length that their headers "
+            "promise. What they have is used.\n%s",
+            len(cut_short),
+            len(paths),
+            "\n".join(cut_short[:MAX_LISTED_CLIPS]),
+        )
     return errors

@@ -313,3 +313,9 @@ def print_summary(name: str, answers: list[Answer]) -> None:
         f"  answered {num_answered} of {len(answers)} questions; "
         f"used {seconds_used:.1f} of {seconds_total:.1f} s of audio"
     )
+    with_warnings = [answer for answer in answers if answer.warnings]
+    if with_warnings:
+        first = " ".join(with_warnings[0].warnings)
+        print(
+            f"  {len(with_warnings)} answers have `warnings`. The first: {first}", file=sys.stderr
+        )

@@ -133,8 +133,8 @@ class EmbeddingCache:
                 return None
         if stored is None:
             return hash_content(request.audio)
-        features = stored.features.numpy()
-        return f"features:{_hash_array(features, stored.transcript, stored.seconds)}"
+        features, *facts = stored
+        return f"features:{_hash_array(features.numpy(), *facts)}"
 
     def encode(self, requests: Sequence[Request]) -> list[AudioClip | AudioError | None]:
         """Return the clip of each request, with the embeddings and transcript that it needs.
@@ -200,7 +200,8 @@ class EmbeddingCache:
         max_chunks = max(1, config.num_positions // config.num_audio_tokens)
         clip.num_chunks = min(clip.num_chunks, max_chunks)
         if needs_transcript and clip.transcript is None and clip.waveform is None:
-            clip.waveform = load_audio(clip.source)  # The feature folder has no transcript of it.
+            # The feature folder has no transcript of it.
+            clip.waveform = load_audio(clip.source, self.processor.front_end.downmix)
         return clip
 
     @torch.no_grad()

@@ -26,6 +26,13 @@ from ltu.inference.embedding_cache import EmbeddingCache
 from ltu.inference.label_scoring import score_labels
 from ltu.inference.requests import ROW_SETTINGS, Answer, OnText, Request, batches
 from ltu.inference.sampling import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
+from ltu.models.device_check import (
+    check_attention,
+    check_compile,
+    check_device,
+    check_device_map,
+    check_dtype,
+)
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.models.processing_ltu import LtuProcessor
@@ -99,9 +106,16 @@ class LtuEngine:
             ValueError: a setting is impossible, or a library is of a version that was not tested
                 and generation is wrong on it.
         """
-        folder = find_checkpoint(folder, CHECKPOINT_FILES)
+        # Check the settings before a checkpoint is downloaded and loaded.
         if device is None:
             device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        check_device(device)
+        check_dtype(dtype)
+        check_device_map(device_map)
+        check_attention(attention)
+        if compile:
+            check_compile(device)
+        folder = find_checkpoint(folder, CHECKPOINT_FILES)
         if quantization and not device_map:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)

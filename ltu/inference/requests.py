@@ -13,6 +13,8 @@ from ltu.models.configuration_ltu import LtuConfig
 ROW_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
 # A shorter rest of a clip, in seconds, is no chunk and counts as used.
 UNUSED_SECONDS = MIN_SAMPLES / SAMPLING_RATE
+# Statuses of an answer that has a text.
+ANSWERED_STATUSES = ("ok", "truncated", "truncated_file")
 MODES = ("joint", "audio_only", "asr_only")
 # Takes the number of a request and its text so far; False cancels the request.
 OnText = Callable[[int, str], bool | None]
@@ -68,9 +70,14 @@ class Request:
 class Answer:
     """The generated text, and what is known about its clip.
 
-    `status` is "ok", "truncated" (answered, but only `seconds_heard` of the clip were used), or why
-    there is no answer: "missing", "unreadable", "too_short", "too_long", "silent", "damaged"; then
-    `text` is empty and `error` has the message. Seconds are 0 for a question without audio.
+    `status` is one of `ANSWERED_STATUSES`: "ok", "truncated" (only `seconds_heard` of the clip were
+    used) or "truncated_file" (the file ends before the length that its header promises; what it has
+    is used, as far as `seconds_heard`). Else it is the reason why there is no answer: "missing",
+    "unreadable", "too_short", "too_long", "silent", "damaged"; then `text` is empty and `error` has
+    the message. `warnings` are sentences about the clip, with any status: that the file is cut
+    short, or that its samples are in the range of integers.
+
+    Seconds are 0 for a question without audio.
     `sampling_rate` and `channels` are those of the clip. `transcript` is that of the prompt.
     `prompt_tokens` include audio tokens. `finish_reason` is "stop", "length" or "cancelled".
     `seconds` is the wall time of the batch.
@@ -79,6 +86,7 @@ class Answer:
     text: str
     status: str = "ok"
     error: str | None = None
+    warnings: list[str] = field(default_factory=list)
     seconds_heard: float = 0.0
     seconds_total: float = 0.0
     num_chunks: int = 0
@@ -94,7 +102,7 @@ class Answer:
 
     @property
     def answered(self) -> bool:
-        return self.status in ("ok", "truncated")
+        return self.status in ANSWERED_STATUSES
 
     def note_clip(self, clip: AudioClip | AudioError | None) -> None:
         """Record what is known about the clip, or why it cannot be decoded."""
@@ -105,6 +113,9 @@ class Answer:
             self.seconds_total = clip.seconds
             self.sampling_rate = clip.sampling_rate
             self.channels = clip.channels
+            self.warnings = list(clip.warnings)
+            if clip.is_cut_short:
+                self.status = "truncated_file"
 
     def note_prompt(
         self, text_tokens: int, num_chunks: int, chunk_seconds: float, config: LtuConfig
@@ -121,8 +132,10 @@ class Answer:
                 f"The prompt has {self.prompt_tokens} tokens, the language model takes "
                 f"{config.num_positions}: shorten the question, the clip or the transcript."
             )
-        elif num_chunks and self.seconds_heard < self.seconds_total - UNUSED_SECONDS:
-            self.status = "truncated"
+        elif self.status == "ok" and num_chunks:
+            # "truncated_file" stays: a file that is damaged matters more than a long one.
+            if self.seconds_heard < self.seconds_total - UNUSED_SECONDS:
+                self.status = "truncated"
 
 
 def batches(requests: list[Request], settings: list[dict], batch_size: int) -> Iterator[list[int]]:

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltu.data.audio import SAMPLING_RATE, AudioClip, AudioError, AudioSource, decode_audio
+from ltu.data.audio import (
+    SAMPLING_RATE,
+    AudioClip,
+    AudioError,
+    AudioSource,
+    Downmix,
+    decode_audio,
+)
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 
 _REGISTERED: dict[type, type["AudioFrontEnd"]] = {}  # By the class of the feature extractor.
@@ -27,12 +34,14 @@ class AudioFrontEnd:
 
     Attributes:
         transcribes: whether a clip without a transcript is transcribed.
+        downmix: how several channels of a clip become one, for `ltu.data.audio.decode_audio`.
         flags: settings that can change after opening: the names of flags, with their help texts.
         dataset_flags: those of `flags` that need the clips of a dataset file.
         title: a headline for the flags.
     """
 
     transcribes = False
+    downmix: Downmix = "first"
     flags: dict[str, str] = {}
     dataset_flags: tuple[str, ...] = ()
     title = ""
@@ -86,7 +95,7 @@ class AudioFrontEnd:
         Raises:
             ltu.data.audio.AudioError: the clip cannot be decoded.
         """
-        decoded = decode_audio(audio)
+        decoded = decode_audio(audio, downmix=self.downmix)
         available_chunks = self.feature_extractor.count_chunks(len(decoded.waveform))
         return AudioClip(
             audio,
@@ -94,6 +103,8 @@ class AudioFrontEnd:
             decoded.waveform,
             sampling_rate=decoded.sampling_rate,
             channels=decoded.channels,
+            is_cut_short=decoded.is_cut_short,
+            warnings=decoded.warnings,
             num_chunks=min(num_chunks or available_chunks, available_chunks),
         )
 

@@ -292,7 +292,8 @@ def describe_clip(clip: Waveform, extractor: Any, num_chunks: int | None) -> str
         unused = f"<div class='rest' style='left:{percent_used:.2f}%'>not used</div>"
     channels = "1 channel"
     if clip.channels != 1:
-        channels = f"{clip.channels} channels, of which the first is used"
+        used = "of which the first is used" if clip.downmix == "first" else "whose mean is used"
+        channels = f"{clip.channels} channels, {used}"
     return (
         "<div class='mel'>"
         f"<img alt='log-mel spectrogram of the clip' src='data:image/png;base64,{image}'>"
@@ -341,7 +342,9 @@ def answer_status(answer: Answer) -> str:
     endings = {"length": ", cut at the maximum", "cancelled": ", stopped"}
     ending = endings.get(answer.finish_reason, "")
     used = f"used {answer.seconds_heard:.2f} of {answer.seconds_total:.2f} s"
-    return f"{answer.status}: {used} · {answer.new_tokens} tokens{ending} · {answer.seconds:.1f} s"
+    tokens = f"{answer.new_tokens} tokens{ending}"
+    status = f"{answer.status}: {used} · {tokens} · {answer.seconds:.1f} s"
+    return "<br>".join([status, *map(html.escape, answer.warnings)])
 
 
 # --- the events of the page
@@ -526,7 +529,8 @@ class Demo:
         """
         try:
             check_is_upload(path)
-            return decode_audio(path, self.args.max_seconds)
+            downmix = self.processor.front_end.downmix
+            return decode_audio(path, self.args.max_seconds, downmix=downmix)
         except AudioError as error:
             raise AudioError(Path(path).name, error.reason, error.detail) from None
 

@@ -322,6 +322,7 @@ class LtuFields(BaseModel):
     """
 
     status: str
+    warnings: list[str]
     seconds_heard: float
     seconds_total: float
     num_chunks: int

@@ -224,7 +224,9 @@ class RequestParser:
         if pending.encoded_clip is None:
             return
         clip = pending.encoded_clip
-        pending.request.audio = decode_audio(clip, self.args.max_seconds, on_block)
+        pending.request.audio = decode_audio(
+            clip, self.args.max_seconds, on_block, self.processor.front_end.downmix
+        )
         pending.encoded_clip = None
 
     def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:

@@ -10,6 +10,7 @@ from transformers.integrations import apply_liger_kernel
 
 from ltu.checkpoints.open_checkpoint import open_model
 from ltu.models.configuration_ltu import LtuConfig
+from ltu.models.device_check import check_attention, check_device_map
 from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.training.arguments import ModelArguments, parse_list
@@ -38,6 +39,8 @@ def open_to_train(
     contradiction = args.find_contradiction()
     if contradiction is not None:
         raise ValueError(contradiction)
+    check_device_map(args.device_map)
+    check_attention(args.attn_implementation)
     folder = find_checkpoint(args.base_model)
     config = AutoConfig.from_pretrained(folder)
     model = open_model(

@@ -130,7 +130,8 @@ def make_datasets(
     if counts is not None:
         _check_answers(examples, counts, data)
     if data.check_audio:
-        check_num_errors(check_audio(examples), data.data_path)
+        errors = check_audio(examples, processor.front_end.downmix)
+        check_num_errors(errors, data.data_path)
     num_train = len(examples) - data.val_set_size
     if num_train <= 0:
         raise ValueError(

