@@ -1,4 +1,4 @@
-"""Tests the server under load: many clients, valid and invalid requests, every answer checked.
+"""Tests the server under load: many clients, some of them hostile, every answer checked.
 
     python -m benchmarks.serve_load --model DIR --output_path benchmarks/results/serve_load.json
 
@@ -7,15 +7,17 @@ with the same mix of requests. Answers are compared with those of the engine alo
 
 Valid requests are with and without a clip, plain and streamed, greedy and sampled. Invalid ones
 have a clip that cannot be decoded, fields that are refused or a body that is too large, or their
-client leaves in the middle of an answer.
+client leaves in the middle of an answer. A tenth of the clients are hostile, see
+`benchmarks.hostile_clients`; they have addresses of their own, which needs Linux.
 
 Memory of the server is compared at a quarter of the time and at the end, open files before and
-after.
+after. /health is measured throughout (`benchmarks.health_latency`).
 """
 
 import argparse
 import asyncio
 import base64
+import json
 import os
 import random
 import re
@@ -32,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import openai  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.hostile_clients import HostileClient, heavy_clip  # noqa: E402
 from benchmarks.report import print_report, write_report  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
 from ltu.files import run_command  # noqa: E402
@@ -50,6 +53,8 @@ VALID_FRACTION = 0.8  # of the requests
 NUM_STATES = 50  # measurements of memory and open files during a run
 MIN_SPEEDUP = 3.0
 MAX_GROWTH = 1.05  # of memory, from a quarter of the time to the end
+MAX_HEALTH_MS = 100.0
+HOSTILE_FRACTION = 0.1  # of the clients
 GONE = "gone"  # expected result of a request whose client leaves
 
 
@@ -153,7 +158,14 @@ def read_state(pid: int) -> ProcessState:
     return ProcessState(int(memory[1]) / 1024, len(os.listdir(f"/proc/{pid}/fd")))
 
 
-async def load(url: str, pid: int, clients: int, seconds: float, valid: list[LoadRequest]) -> dict:
+async def load(
+    url: str,
+    pid: int,
+    clients: int,
+    seconds: float,
+    valid: list[LoadRequest],
+    hostile: list[HostileClient],
+) -> dict:
     """Send random requests for a while.
 
     Args:
@@ -162,10 +174,12 @@ async def load(url: str, pid: int, clients: int, seconds: float, valid: list[Loa
         clients: how many clients send at the same time.
         seconds: how long they send.
         valid: the valid requests.
+        hostile: clients that attack at the same time.
 
     Returns:
         valid requests answered per second; how many requests were answered, were refused, or ended
-        otherwise than expected; and memory and open files of the process.
+        otherwise than expected; connections of the hostile clients; memory and open files of the
+        process; and the times of /health.
     """
     outcomes: Counter = Counter()
     invalid = invalid_requests(valid[0].body)
@@ -192,17 +206,36 @@ async def load(url: str, pid: int, clients: int, seconds: float, valid: list[Loa
                     outcome = f"WRONG: {result[:50]!r}, not {request.expected[:50]!r}"
                 outcomes[outcome] += 1
 
-    await asyncio.gather(*(run_client(number) for number in range(clients)))
+    attacks = [client.run(seconds) for client in hostile]
+    with start_health_check(url) as health_check:
+        await asyncio.gather(*(run_client(number) for number in range(clients)), *attacks)
+        health, _ = health_check.communicate()
     rate = outcomes["answered"] / (time.monotonic() - start)
     time.sleep(2)  # The server needs a moment to notice that the clients are gone.
     end = read_state(pid)
     warm = states[len(states) // 4]
+    connections: Counter = Counter()
+    for client in hostile:
+        connections += client.connections
     return {
         "answers_per_second": rate,
         "requests": outcomes,
-        "memory": {"warm_mb": warm.memory_mb, "end_mb": end.memory_mb},
+        "hostile_connections": connections,
+        "health": json.loads(health),
+        "memory": {
+            "before_mb": states[0].memory_mb,
+            "warm_mb": warm.memory_mb,
+            "end_mb": end.memory_mb,
+        },
         "open_files": {"before": states[0].open_files, "end": end.open_files},
     }
+
+
+def start_health_check(url: str) -> subprocess.Popen:
+    """Start to measure /health; `communicate` ends it and returns the result as JSON."""
+    command = [sys.executable, "-m", "benchmarks.health_latency", url]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
 def wait_for_server(server: subprocess.Popen, command: list[str]) -> str:
@@ -239,6 +272,7 @@ def main() -> int:
     args = parse_args()
     flags = ["--model", args.model, "--dtype", "float32"]
     flags += ["--max_batch", str(args.max_batch), "--max_body_mb", "2"]
+    num_hostile = round(args.clients * HOSTILE_FRACTION)
 
     # Generate the expected answers with the engine alone.
     engine = open_engine(read_flags(flags))
@@ -253,8 +287,13 @@ def main() -> int:
             url = wait_for_server(server, command)
             # Read on: a server whose pipe is full would block.
             threading.Thread(target=server.stderr.read, daemon=True).start()
-            one = asyncio.run(load(url, server.pid, 1, args.seconds / 2, valid))
-            many = asyncio.run(load(url, server.pid, args.clients, args.seconds, valid))
+            one = asyncio.run(load(url, server.pid, 1, args.seconds / 2, valid, []))
+            heavy = heavy_clip()
+            hostile = [
+                HostileClient(url, number, valid[0].body, heavy) for number in range(num_hostile)
+            ]
+            honest = args.clients - num_hostile
+            many = asyncio.run(load(url, server.pid, honest, args.seconds, valid, hostile))
         finally:
             server.terminate()
 
@@ -263,9 +302,12 @@ def main() -> int:
     memory = many["memory"]
     files = many["open_files"]
     leaks = memory["end_mb"] > memory["warm_mb"] * MAX_GROWTH or files["end"] > files["before"]
+    health = many["health"]
+    is_healthy = health["failed"] == 0 and health["max_ms"] < MAX_HEALTH_MS
     report = {
         "model": args.model,
         "clients": args.clients,
+        "hostile_clients": num_hostile,
         "seconds": args.seconds,
         "max_tokens": args.max_tokens,
         "max_batch": args.max_batch,
@@ -275,16 +317,18 @@ def main() -> int:
         "speedup": speedup,
         "is_right": is_right,
         "leaks": leaks,
+        "is_healthy": is_healthy,
     }
     print_report(report)
     answers = "right" if is_right else "WRONG"
     leak = "LEAKS" if leaks else "no leak"
     print(
-        f"answers {answers}, {leak}, "
+        f"answers {answers}, {leak}, /health at most {health['max_ms']:.0f} ms (allowed: "
+        f"{MAX_HEALTH_MS:.0f}), {health['failed']} failed, "
         f"{speedup:.1f} x one client's throughput (needed: {MIN_SPEEDUP})"
     )
     write_report(report, args.output_path)
-    return int(not is_right or leaks or speedup < MIN_SPEEDUP)
+    return int(not is_right or leaks or not is_healthy or speedup < MIN_SPEEDUP)
 
 
 if __name__ == "__main__":

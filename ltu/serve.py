@@ -16,6 +16,10 @@ decoded the reply is a 400, and its `code` is the status.
 A field that would change an answer and is not supported is refused. Nothing that a request names is
 opened, and only counts are logged. If the environment variable LTU_API_KEY is set, /v1 requires
 that key; /health, /metrics and /docs are open.
+
+Connections that send nothing or send slowly keep nobody out: if there are too many, those that have
+waited longest without a complete request are closed, and each request must arrive in time. A client
+is the address of the peer; headers such as X-Forwarded-For are not used.
 """
 
 import argparse
@@ -26,7 +30,9 @@ from ltu.data.audio import SAMPLING_RATE
 from ltu.files import run_command
 from ltu.inference.generation_flags import add_generation_flags, open_engine, refuse_unused
 from ltu.inference.requests import Request
-from ltu.serving.openai_server import make_server
+from ltu.serving.connection_limits import limits_of_flags, raise_file_limit
+from ltu.serving.listener import open_listeners, warn_if_open
+from ltu.serving.openai_server import api_key, make_server
 
 # The smallest values of flags that are numbers.
 SMALLEST = {
@@ -34,6 +40,9 @@ SMALLEST = {
     "max_batch": 1,
     "max_wait_ms": 0,
     "max_queue": 1,
+    "max_connections": 1,
+    "max_connections_per_client": 0,
+    "receive_seconds": 0,
     "max_body_mb": 0,
     "max_characters": 1,
     "max_seconds": 0,
@@ -80,23 +89,49 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add("name", "", "Name of the model for clients; by default that of its folder.")
     add("max_batch", 8, "Maximum number of requests in a batch.")
     add("max_wait_ms", 20.0, "Milliseconds that a request waits for others to form a batch.")
-    add("max_queue", 64, "Maximum number of requests at the same time; more get a 429.")
+    add(
+        "max_queue",
+        64,
+        "Maximum number of complete requests at the same time; more get a 429.",
+    )
+    add(
+        "max_connections",
+        256,
+        "Maximum number of connections; fewer if the limit of open files is lower. At the limit, "
+        "the one that has waited longest without a complete request is closed for a new one.",
+    )
+    add(
+        "max_connections_per_client",
+        100,
+        "The same for the connections of one address; 0 for no limit, as it is needed behind a "
+        "reverse proxy, whose address is that of all clients.",
+    )
+    add(
+        "receive_seconds",
+        30.0,
+        "Seconds in which the first byte of a request must arrive, and then all of its headers and "
+        "body, and in which a client must read what it is sent.",
+    )
     add("max_body_mb", 25.0, "Maximum size of a request's body in MiB.")
     add("max_characters", 100_000, "Maximum length of a prompt in characters.")
     add("max_seconds", 300.0, "Maximum length of a clip in seconds.")
     add("max_tokens", 1024, "Maximum number of new tokens that a request may demand.")
-    add("timeout", 300.0, "Seconds until a request is cancelled.")
+    add("timeout", 300.0, "Seconds until a request that has arrived is cancelled.")
     add("shutdown_seconds", 30, "Seconds that running requests get to finish after SIGTERM.")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
+    raise_file_limit()
+    limits = limits_of_flags(args)
+    listeners = open_listeners(args.host, args.port)
+    warn_if_open(listeners, api_key())
     engine = open_engine(args)
     # Answer a question about noise, so that a missing part shows now and the first client waits
     # less.
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLING_RATE).astype(np.float32)
     engine([Request("?", noise)], max_new_tokens=1)
-    make_server(engine, args).run()
+    make_server(engine, args, limits).run(sockets=listeners)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,28 @@ BORROWED_NAMES = [
             "_load_best_model",
         )
     ),
+    # The server
+    *(
+        BorrowedName(
+            f"uvicorn.protocols.http.h11_impl:H11Protocol{member}",
+            "ltu/serving/connection_limits.py",
+            "asyncio.start_server with h11, or a reverse proxy that has the limits",
+        )
+        for member in (
+            "",
+            ".connection_made",
+            ".connection_lost",
+            ".data_received",
+            ".on_response_complete",
+            ".pause_writing",
+            ".resume_writing",
+        )
+    ),
+    BorrowedName(
+        "uvicorn:Server.startup",
+        "ltu/serving/openai_server.py",
+        "the event startup of the app, where the sockets do not listen yet",
+    ),
     # The page
     BorrowedName(
         "gradio.utils:get_upload_folder",

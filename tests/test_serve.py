@@ -28,6 +28,8 @@ from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.models.prompt_template import load_prompt_template
 from ltu.serve import read_flags
+from ltu.serving.connection_limits import limits_of_flags
+from ltu.serving.listener import open_listeners
 from ltu.serving.openai_server import make_server
 from ltu.serving.protocol import ChatCompletionRequest
 from ltu.serving.request_parser import ApiError, RequestParser
@@ -111,8 +113,9 @@ class Served:
 def serve(engine: LtuEngine, *flags: str) -> Iterator[Served]:
     """Run a server with flags; at the end its thread must end."""
     args = read_flags(["--model", "tiny", "--port", "0", *flags])
-    server = make_server(engine, args)
-    thread = threading.Thread(target=server.run)
+    server = make_server(engine, args, limits_of_flags(args))
+    listeners = open_listeners(args.host, args.port)
+    thread = threading.Thread(target=server.run, args=(listeners,))
     thread.start()
     while not server.started:
         assert thread.is_alive()
@@ -127,7 +130,11 @@ def serve(engine: LtuEngine, *flags: str) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("serve")
+    return write_served_model(tmp_path_factory.mktemp("serve"))
+
+
+def write_served_model(root: Path) -> Path:
+    """Write a tiny checkpoint whose name for clients is "tiny"."""
     llm = tiny.write_llm(
         root / "llm", tokenizer=byte_tokenizer(), bos_token_id=None, eos_token_id=0
     )
@@ -312,6 +319,8 @@ def test_models_and_health(served: Served) -> None:
     assert served.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="one model here: 'tiny'"):
         served.client.models.retrieve("other")
+    with urllib.request.urlopen(f"{served.url}/v1/models/") as reply:
+        assert json.load(reply)["data"][0]["id"] == "tiny"
     with urllib.request.urlopen(f"{served.url}/health") as reply:
         assert json.load(reply)["status"] == "ok"
     with pytest.raises(openai.NotFoundError):
@@ -528,7 +537,8 @@ def test_bodies_that_are_too_large(served: Served) -> None:
 
 def test_timeouts(engine: LtuEngine, gate: tiny.Gate) -> None:
     """Of a stream that has begun, of a request in the queue and of a body that does not arrive."""
-    with serve(engine, "--timeout", "1") as served, ThreadPoolExecutor() as pool:
+    flags = ["--timeout", "1", "--receive_seconds", "1"]
+    with serve(engine, *flags) as served, ThreadPoolExecutor() as pool:
         stream = pool.submit(lambda: list(served.ask(text_part(), max_tokens=1000, stream=True)))
         assert gate.is_reached.wait(PATIENCE)
         answer = pool.submit(served.ask, text_part(), max_tokens=1000)

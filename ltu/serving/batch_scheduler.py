@@ -62,6 +62,19 @@ class Metrics:
         self.audio_seconds = Counter(
             "ltu_audio_seconds", "Seconds of audio that were encoded.", registry=registry
         )
+        self.closed_connections = Counter(
+            "ltu_closed_connections",
+            "Connections that the server closed: too_many, not_received (a request did not arrive "
+            "in time) or not_read (a reply was not).",
+            ["reason"],
+            registry=registry,
+        )
+        self.connections = Gauge("ltu_connections", "Open connections.", registry=registry)
+        self.arriving_bytes = Gauge(
+            "ltu_arriving_bytes",
+            "Bytes of bodies that have not arrived completely.",
+            registry=registry,
+        )
 
 
 class BatchScheduler(threading.Thread):

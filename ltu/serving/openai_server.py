@@ -1,8 +1,9 @@
 """Serves a model through the chat completions API of OpenAI.
 
-The event loop receives bodies and sends replies. Two threads parse bodies and decode clips, and the
-thread of the scheduler runs the model. A client that disconnects cancels its request. Only counts
-are logged, because a message or a traceback may quote a request.
+The event loop receives bodies and sends replies. Some threads parse bodies, others decode clips,
+and the thread of the scheduler runs the model. A client that disconnects cancels its request, also
+while its clip is decoded, and so does the timeout, which begins when the request is complete. Only
+counts are logged, because a message or a traceback may quote a request.
 """
 
 import argparse
@@ -11,12 +12,14 @@ import hmac
 import json
 import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,15 @@ from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer
 from ltu.serving.batch_scheduler import BatchScheduler, Metrics, log_without_message
+from ltu.serving.clip_decoder import ClipDecoder, RequestIsOver
+from ltu.serving.connection_limits import (
+    ACCEPTED_AT_ONCE,
+    KEEP_ALIVE_SECONDS,
+    ConnectionLimits,
+    LimitedConnection,
+    OpenConnections,
+)
+from ltu.serving.listener import BACKLOG, format_address
 from ltu.serving.protocol import (
     AnswerMessage,
     ChatCompletion,
@@ -52,9 +64,9 @@ from ltu.serving.protocol import (
 )
 from ltu.serving.request_parser import ApiError, PendingRequest, RequestParser, model_not_found
 
-MAX_BODY_SECONDS = 30  # seconds in which the body of a request must arrive
 PARSER_THREADS = 2
 SCHEDULER_SECONDS = 10  # seconds that the scheduler gets to end when the server stops
+KEY_VARIABLE = "LTU_API_KEY"  # the environment variable of the API key
 
 
 class Service:
@@ -68,14 +80,18 @@ class Service:
     def __init__(self, engine: LtuEngine, args: argparse.Namespace):
         self.args = args
         self.name = args.name or Path(args.model).resolve().name
-        self.key = os.environ.get("LTU_API_KEY", "")
+        self.key = api_key()
         self.parser = RequestParser(engine.processor, args, self.name)
         self.metrics = Metrics()
         max_wait = args.max_wait_ms / 1000
         self.scheduler = BatchScheduler(engine, self.metrics, args.max_batch, max_wait)
+        # Behind a reverse proxy, which the second flag is for, all clients are one.
+        is_fair = args.max_connections_per_client > 0
+        self.decoder = ClipDecoder(self.parser, args.max_seconds, is_fair)
         self.parser_threads = ThreadPoolExecutor(PARSER_THREADS, "parsers")
-        self.num_parsing = 0  # requests whose bodies arrive or are parsed
-        # Each request in the queue or on the model, with the task that watches its connection.
+        self.num_parsing = 0  # requests that are parsed; their bodies have arrived
+        # Each request whose clip is decoded, or which is in the queue or on the model, with the
+        # task that watches its connection.
         self.pending_requests: dict[PendingRequest, asyncio.Task] = {}
 
     async def check_key(self, http: HttpRequest) -> None:
@@ -88,16 +104,24 @@ class Service:
 
     async def chat(self, http: HttpRequest) -> ChatCompletion | StreamingResponse:
         """Answer a chat completion request."""
-        if self.num_parsing + len(self.pending_requests) >= self.args.max_queue:
-            message = f"{self.args.max_queue} requests are already in progress."
-            raise ApiError(429, message, None, "busy", retry_after="1")
-        pending = await self._receive_and_parse(http)
-        pending.loop = asyncio.get_running_loop()
-        watch = pending.loop.create_task(self._watch(pending, http))
+        self._check_queue()
+        data = await self._receive_in_time(http)
+        # Only requests that have arrived count: slow clients keep nobody out.
+        self._check_queue()
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        pending = await self._parse(data)
+        pending.loop = loop
+        decoding = loop.create_task(self.decoder.decode(pending, http.scope["state"]["client"]))
+        decoding.add_done_callback(partial(self._put_in_queue, pending))
+        watch = loop.create_task(self._watch(pending, http, decoding, start))
         self.pending_requests[pending] = watch
-        self.scheduler.pending_requests.put(pending)
         # The first event decides about the status code, also of a stream.
-        event = await next_event(pending)
+        try:
+            event = await next_event(pending)
+        except AudioError as error:
+            self.metrics.answers.labels(error.reason).inc()
+            raise ApiError(400, str(error), "messages", error.reason) from error
         self.metrics.requests.labels(200).inc()
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -109,23 +133,42 @@ class Service:
             return StreamingResponse(events, media_type="text/event-stream")
         return completion(pending, event, head)
 
-    async def _receive_and_parse(self, http: HttpRequest) -> PendingRequest:
-        """Receive a body and parse it in another thread. Raises ApiError, asyncio.TimeoutError."""
+    def _check_queue(self) -> None:
+        """Raise an ApiError if as many requests are in progress as there may be."""
+        if self.num_parsing + len(self.pending_requests) >= self.args.max_queue:
+            message = f"{self.args.max_queue} requests are already in progress."
+            raise ApiError(429, message, None, "busy", retry_after="1")
+
+    async def _receive_in_time(self, http: HttpRequest) -> bytearray:
+        """Receive a body before the deadline of its connection. Raises ApiError."""
+        seconds_left = http.scope["state"]["receive_deadline"] - asyncio.get_running_loop().time()
+        try:
+            return await asyncio.wait_for(self._receive(http), seconds_left)
+        except (asyncio.TimeoutError, ClientDisconnect) as error:
+            raise ApiError(408, "The body did not arrive.") from error
+
+    async def _parse(self, data: bytearray) -> PendingRequest:
+        """Parse a body in another thread. Raises ApiError."""
         loop = asyncio.get_running_loop()
-        timeout = min(self.args.timeout, MAX_BODY_SECONDS)
         self.num_parsing += 1
         try:
-            data = await asyncio.wait_for(self._receive(http), timeout)
-            pending = await loop.run_in_executor(self.parser_threads, self.parser.parse, data)
-            await loop.run_in_executor(self.parser_threads, self.parser.decode, pending)
-            return pending
-        except AudioError as error:
-            self.metrics.answers.labels(error.reason).inc()
-            raise ApiError(400, str(error), "messages", error.reason) from error
+            parsing = loop.run_in_executor(self.parser_threads, self.parser.parse, data)
+            return await asyncio.wait_for(parsing, self.args.timeout)
+        except asyncio.TimeoutError as error:
+            raise too_late() from error
         except (ValueError, RecursionError) as error:
             raise ApiError(400, str(error)) from error
         finally:
             self.num_parsing -= 1
+
+    def _put_in_queue(self, pending: PendingRequest, decoding: asyncio.Task) -> None:
+        """Put a request into the queue of the model when its clip is decoded, or push the error."""
+        if is_cancelled(decoding):
+            self.metrics.answers.labels("cancelled").inc()
+        elif decoding.exception() is not None:
+            pending.push(decoding.exception())
+        else:
+            self.scheduler.pending_requests.put(pending)
 
     async def _receive(self, http: HttpRequest) -> bytearray:
         """Receive a body. Raises ApiError as soon as it is larger than the limit."""
@@ -145,23 +188,54 @@ class Service:
             message = f"The body has over {self.args.max_body_mb:g} MiB."
             raise ApiError(413, message, None, "body_too_large")
 
-    async def _watch(self, pending: PendingRequest, http: HttpRequest) -> None:
-        """Cancel a request at its timeout, and when its response or its connection has ended."""
-        start = time.monotonic()
-        too_late = ApiError(504, "This took too long.", None, "timeout", x_should_retry="false")
-        timer = pending.loop.call_later(self.args.timeout, pending.fail, too_late)
+    async def _watch(
+        self, pending: PendingRequest, http: HttpRequest, decoding: asyncio.Task, start: float
+    ) -> None:
+        """Cancel a request at its timeout, and when its response or its connection has ended.
+
+        Args:
+            pending: the request.
+            http: its HTTP request.
+            decoding: decodes its clip.
+            start: time of the event loop at which it was complete.
+        """
+        deadline = start + self.args.timeout
+        timer = pending.loop.call_at(deadline, pending.fail, too_late())
         while (await http.receive())["type"] != "http.disconnect":
             pass
         timer.cancel()
         pending.fail(ApiError(499, "The client disconnected."))
         del self.pending_requests[pending]
-        self.metrics.latency.observe(time.monotonic() - start)
+        was_in_queue = decoding.done() and not decoding.cancelled() and not decoding.exception()
+        if was_in_queue:
+            self.metrics.latency.observe(pending.loop.time() - start)
+        # A clip that waits for its turn does so no longer.
+        decoding.cancel()
+
+
+def api_key() -> str:
+    """Return the API key of the environment; "" if there is none."""
+    return os.environ.get(KEY_VARIABLE, "")
+
+
+def too_late() -> ApiError:
+    """Return the error of a request that takes longer than the timeout."""
+    return ApiError(504, "This took too long.", None, "timeout", x_should_retry="false")
+
+
+def is_cancelled(decoding: asyncio.Task) -> bool:
+    """Return whether a clip was not decoded because its request is over."""
+    return decoding.cancelled() or isinstance(decoding.exception(), RequestIsOver)
 
 
 async def next_event(pending: PendingRequest) -> str | Answer:
-    """Wait for the next piece of text or the answer. Raises ApiError if there is no answer."""
+    """Wait for the next piece of text or the answer.
+
+    Raises:
+        Exception: that of `pending`; an ApiError if there is no answer.
+    """
     event = await pending.events.get()
-    if isinstance(event, ApiError):
+    if isinstance(event, Exception):
         raise event
     if isinstance(event, Answer) and not event.answered:
         raise ApiError(400, event.error, "messages", event.status)
@@ -246,8 +320,6 @@ def create_app(service: Service) -> FastAPI:
     async def reply_with_error(http: HttpRequest, error: Exception) -> Response:
         if isinstance(error, ApiError):
             api_error = error
-        elif isinstance(error, ClientDisconnect | asyncio.TimeoutError):
-            api_error = ApiError(408, "The body did not arrive.")
         elif isinstance(error, HTTPException):
             api_error = ApiError(error.status_code, error.detail)
         else:
@@ -278,8 +350,7 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    errors = (HTTPException, ClientDisconnect, asyncio.TimeoutError, Exception)
-    handlers = dict.fromkeys(errors, reply_with_error)
+    handlers = dict.fromkeys((HTTPException, Exception), reply_with_error)
     app = FastAPI(
         title="LTU",
         description="Answers questions about audio clips through OpenAI's chat completions API.",
@@ -298,6 +369,8 @@ def create_app(service: Service) -> FastAPI:
         openapi_extra={"requestBody": {"content": {"application/json": {}}, "required": True}},
     )
     app.add_api_route("/v1/models", list_models, dependencies=needs_key)
+    # With a slash, as some clients send it, it would be a model without a name.
+    app.add_api_route("/v1/models/", list_models, dependencies=needs_key, include_in_schema=False)
     app.add_api_route("/v1/models/{name:path}", get_model, dependencies=needs_key)
     app.add_api_route("/health", health)
     app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
@@ -318,17 +391,45 @@ def document_request(app: FastAPI) -> None:
     body["content"]["application/json"]["schema"] = schema
 
 
-def make_server(engine: LtuEngine, args: argparse.Namespace) -> uvicorn.Server:
-    """Return a server for an engine; `args` are the flags of `ltu.serve`."""
+class Server(uvicorn.Server):
+    """uvicorn's server on sockets that are open already."""
+
+    async def startup(self, sockets: list[socket.socket]) -> None:
+        await super().startup(sockets=sockets)
+        # asyncio uses one number for the connections that it accepts at a time and for those that
+        # the system holds until then; only the former must be small.
+        for listener in sockets:
+            listener.listen(BACKLOG)
+        address = format_address(*sockets[0].getsockname()[:2])
+        message = "Uvicorn running on http://%s (Press CTRL+C to quit)"
+        logging.getLogger("uvicorn.error").info(message, address)
+
+
+def make_server(
+    engine: LtuEngine, args: argparse.Namespace, limits: ConnectionLimits
+) -> uvicorn.Server:
+    """Return a server for an engine, to be run with its sockets: `run(sockets=...)`.
+
+    Args:
+        engine: generates the answers.
+        args: the flags of `ltu.serve`.
+        limits: of its connections.
+    """
     # uvicorn logs an exception with its message, which may quote a request. `reply_with_error` has
     # logged where it was raised.
     logging.getLogger("uvicorn.error").addFilter(lambda record: not record.exc_info)
+    service = Service(engine, args)
+    open_connections = OpenConnections(limits, service.metrics)
     config = uvicorn.Config(
-        create_app(Service(engine, args)),
-        host=args.host,
-        port=args.port,
-        http="h11",
+        create_app(service),
+        http=partial(LimitedConnection, open_connections=open_connections),
+        # A WebSocket would be beyond the limits.
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        # By default uvicorn takes the address of a client from a header if the peer is local.
+        proxy_headers=False,
         access_log=False,
         timeout_graceful_shutdown=args.shutdown_seconds,
     )
-    return uvicorn.Server(config)
+    return Server(config)

@@ -110,7 +110,7 @@ class PendingRequest:
         encoded_clip: the file of the request's clip, until it is decoded.
         loop: the event loop of the server, which owns `events`.
         events: receives pieces of the text if the request streams, and at last the answer or an
-            ApiError.
+            error.
         shown: the text so far, up to a stop sequence.
         is_over: no client waits for the answer any more.
     """
@@ -125,7 +125,7 @@ class PendingRequest:
     shown: str = ""
     is_over: bool = False
 
-    def push(self, event: str | Answer | ApiError) -> None:
+    def push(self, event: str | Answer | Exception) -> None:
         """Add an event to `events`. Can be called from any thread."""
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
@@ -224,10 +224,10 @@ class RequestParser:
         if pending.encoded_clip is None:
             return
         clip = pending.encoded_clip
-        pending.encoded_clip = None
         pending.request.audio = decode_audio(
             clip, self.args.max_seconds, on_block, self.processor.front_end.downmix
         )
+        pending.encoded_clip = None
 
     def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:
         """Return the messages, the user's question last, with the transcript in that one."""
