@@ -23,6 +23,7 @@ is the address of the peer; headers such as X-Forwarded-For are not used.
 """
 
 import argparse
+import gc
 
 import numpy as np
 
@@ -131,7 +132,12 @@ def main(argv: list[str] | None = None) -> None:
     # less.
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLING_RATE).astype(np.float32)
     engine([Request("?", noise)], max_new_tokens=1)
-    make_server(engine, args, limits).run(sockets=listeners)
+    server = make_server(engine, args, limits)
+    # Leave what exists now to the end of the process. Otherwise the garbage collector looks through
+    # it now and then, which takes half a second in which nothing is answered.
+    gc.collect()
+    gc.freeze()
+    server.run(sockets=listeners)
 
 
 if __name__ == "__main__":

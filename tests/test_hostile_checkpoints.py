@@ -11,19 +11,23 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from ltu.convert_checkpoint import main as convert
 from ltu.finetune import main as finetune
 from ltu.inference.engine import LtuEngine
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
+from ltu.models.modeling_ltu import build_on_meta
 from ltu_as.convert_checkpoint import main as convert_as
 from tests.tiny import LORA, training_flags, write_checkpoint, write_llm, write_rows
 from tests.whisper_tiny import save_whisper
@@ -54,6 +58,21 @@ def limits() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, memory)
         signal.signal(signal.SIGALRM, handler)
+
+
+@contextmanager
+def written(pipe: Path) -> Iterator[None]:
+    """Let another process write to a pipe when the time is up.
+
+    A library that waits for the pipe may not take signals, so `limits` could not end it.
+    """
+    script = f'sleep {SECONDS}; : <> "$0"'
+    writer = subprocess.Popen(["sh", "-c", script, str(pipe)], start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(writer.pid, signal.SIGKILL)
+        writer.wait()
 
 
 def opened(open_it: Callable[[], Any]) -> str:
@@ -169,6 +188,12 @@ def test_a_file_that_is_none(copies: Path, file: str, kind: str) -> None:
     assert path.is_file()
     path.unlink()
     NO_FILES[kind](path)
+    with written(path) if path.is_fifo() else nullcontext():
+        check_refused(copies, file, kind)
+
+
+def check_refused(copies: Path, file: str, kind: str) -> None:
+    """Check that all ways to open the folders end with an error."""
     error = opened(lambda: LtuEngine.from_pretrained(copies / "named", device="cpu"))
     assert error, f"{file} was opened"
     assert str(copies) in error, error
@@ -176,7 +201,9 @@ def test_a_file_that_is_none(copies: Path, file: str, kind: str) -> None:
         flags = ["--init", "--llm", str(copies / "llm"), "--output_dir", str(copies / "new")]
         assert opened(lambda: convert(flags))
         return
-    assert opened(lambda: ROUTES["processor"](copies / "named"))
+    needed = ("config.json", "processor_config.json", "tokenizer.json", "model.safetensors")
+    if file.removeprefix("named/") in needed:
+        assert opened(lambda: ROUTES["processor"](copies / "named"))
     if file.startswith(("named/config", "named/model")):
         assert opened(lambda: convert_back(copies / "named"))
         assert not (copies / "back.bin").exists()
@@ -314,6 +341,87 @@ def test_a_wrong_value(copies: Path, case: Value) -> None:
     checkpoint = copies / "named" if case.file.startswith("llm") else file.parent
     if case.file.startswith("llm"):  # The checkpoint does not know another language model.
         change(checkpoint / "config.json", "language_model_sha256", None)
-    error = opened(lambda: ROUTES["engine"](checkpoint))
-    assert error
-    assert case.message in error, error
+    # transformers reads the type of the model before it knows our class.
+    routes = ["engine"] if case.path == "model_type" else ["engine", "auto"]
+    for route in routes:
+        error = opened(lambda: ROUTES[route](checkpoint))  # noqa: B023  it is called at once
+        assert error, route
+        assert case.message in error, error
+    opened(lambda: convert_back(checkpoint))  # It opens no other language model.
+
+
+# --- other files
+
+
+def test_an_index_of_files_elsewhere(copies: Path) -> None:
+    os.mkfifo(copies / "pipe.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../pipe.safetensors"}}
+    (copies / "llm" / "model.safetensors.index.json").write_text(json.dumps(index))
+    change(copies / "named" / "config.json", "language_model_sha256", None)
+    error = opened(lambda: ROUTES["auto"](copies / "named"))
+    assert "model.safetensors.index.json is malformed" in error
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**6, 2**63, 2**64 - 1])
+def test_a_header_of_impossible_length(copies: Path, length: int) -> None:
+    content = length.to_bytes(8, "little") + (copies / "llm/model.safetensors").read_bytes()[8:]
+    (copies / "llm" / "model.safetensors").write_bytes(content)
+    error = opened(lambda: ROUTES["engine"](copies / "named"))
+    assert "model.safetensors is damaged" in error
+
+
+def test_a_language_model_that_lacks_a_weight(copies: Path) -> None:
+    """transformers would make it up."""
+    file = copies / "llm" / "model.safetensors"
+    state = load_file(file)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    change(copies / "named" / "config.json", "language_model_sha256", None)
+    error = opened(lambda: ROUTES["engine"](copies / "named"))
+    assert "1 keys missing ['model.layers.1.mlp.up_proj.weight']" in error
+
+
+def test_weights_that_are_no_floats(copies: Path) -> None:
+    file = copies / "named" / "model.safetensors"
+    state = load_file(file)
+    state["multi_modal_projector.linear.bias"] = torch.zeros(64, dtype=torch.int64)
+    save_file(state, file, metadata={"format": "pt"})
+    error = opened(lambda: ROUTES["engine"](copies / "named"))
+    assert "multi_modal_projector.linear.bias is I64" in error
+
+
+def test_a_tokenizer_without_files(copies: Path) -> None:
+    """transformers opens it without words."""
+    (copies / "named" / "tokenizer.json").unlink()
+    assert "its files are missing" in opened(lambda: open_processor(copies / "named"))
+
+
+def test_a_processor_of_another_model(copies: Path) -> None:
+    file = copies / "named" / "processor_config.json"
+    change(file, "feature_extractor.num_frames", 2**17)
+    error = opened(lambda: ROUTES["engine"](copies / "named"))
+    assert error.startswith("The processor has num_frames 131072, but the model has 64.")
+    change(file, "feature_extractor.num_frames", 64)
+    change(file, "prompt_template.prompt_no_input", "{instruction.__class__}")
+    assert "prompt_no_input must have the field" in opened(lambda: open_processor(copies / "named"))
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--audio_encoder"])
+def test_a_pipe_as_an_original_file(copies: Path, flag: str) -> None:
+    pipe = copies / "pipe.bin"
+    os.mkfifo(pipe)
+    flags = ["--llm", str(copies / "llm"), "--output_dir", str(copies / "new"), flag, str(pipe)]
+    if flag == "--audio_encoder":
+        flags.append("--init")
+    with written(pipe):
+        assert opened(lambda: convert(flags)).startswith(f"{pipe} is a pipe, not a file.")
+    assert not (copies / "new").exists()
+
+
+def test_the_check_changes_no_random_numbers(root: Path) -> None:
+    """A seeded run repeats, whether or not a model was opened before."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(root / "named")
+    expected = torch.get_rng_state()
+    build_on_meta(config)
+    assert torch.equal(torch.get_rng_state(), expected)

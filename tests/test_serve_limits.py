@@ -4,6 +4,7 @@ The tests are slow or fast clients themselves, on real sockets. Where a clip mus
 decoding is held between two blocks, so that no test depends on the speed of the machine.
 """
 
+import gc
 import http.client
 import ipaddress
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -443,6 +445,36 @@ def test_long_clips_do_not_hold_short_ones(engine: LtuEngine, held: HeldDecoding
         for connection in long:
             answer = json.load(connection.getresponse())["choices"][0]["message"]["content"]
             assert answer == expected
+
+
+LONG_CLIP = encode_clip(np.random.default_rng(0).normal(0, 0.1, 22 * 16_000), "flac")
+FAILING = {
+    "unreadable": [text_part(), audio_part(bytes(1_000_000))],
+    "too_long": [text_part(), audio_part(LONG_CLIP)],
+    "context_length_exceeded": [text_part("a" * 1_000_000)],
+}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("code", FAILING)
+def test_a_request_that_failed_is_not_in_memory(
+    engine: LtuEngine, code: str, is_streamed: bool
+) -> None:
+    """Also without the garbage collector, which may not run for a long time."""
+    messages = user(FAILING[code])
+    body = json.dumps({"model": "tiny", "stream": is_streamed, "messages": messages}).encode()
+    with serve(engine, "--max_seconds", "20") as served:
+        assert served.post(body)[1]["error"]["code"] == code
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for _ in range(10):
+                served.post(body)
+            wait_until(lambda: tracemalloc.get_traced_memory()[0] < 2 * len(body))
+        finally:
+            tracemalloc.stop()
+            gc.enable()
 
 
 # --- start

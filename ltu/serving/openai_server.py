@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -266,6 +267,7 @@ async def stream_events(
             yield chunk({"content": event})
             event = await next_event(pending)
     except ApiError as error:
+        drop_locals(error)
         # The status code was sent long ago.
         yield server_event(ErrorReply(error=error.detail))
         return
@@ -275,6 +277,17 @@ async def stream_events(
         usage = count_tokens(event)
         yield server_event(ChatCompletionChunk(**head, choices=[], usage=usage, ltu=ltu))
     yield "data: [DONE]\n\n"
+
+
+def drop_locals(error: BaseException | None) -> None:
+    """Clear the local variables of the functions that an error went through.
+
+    Some of them refer to the error itself. Then the body and the clip of a request that failed
+    would stay in memory until Python looks for such circles, which it does seldom.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def server_event(content: ChatCompletionChunk | ErrorReply) -> str:
@@ -326,6 +339,7 @@ def create_app(service: Service) -> FastAPI:
             log_without_message(error)
             message = "The server failed on this request."
             api_error = ApiError(500, message, None, "internal_error")
+        drop_locals(error)
         service.metrics.requests.labels(api_error.status_code).inc()
         # In ASCII, because it may quote characters that cannot be encoded as UTF-8.
         body = json.dumps({"error": api_error.detail})
