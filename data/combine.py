@@ -44,11 +44,12 @@ import msgspec
 import numpy as np
 
 from data.command_line import OUTPUT_HELP, command_parser
-from data.corrections import TRANSCRIPT_RULES, Corrections
+from data.corrections import Corrections
 from data.provenance import audio_root_of, write_examples, write_provenance
 from data.shuffle import DiskSort, add_order_flags, order_facts, shuffle_examples
 from data.temporary_files import temporary_folder
 from ltu.data.dataset_io import encode_line, typed_examples
+from ltu.data.transcripts import TRANSCRIPT_RULES
 from ltu.files import run_command
 
 RECIPES = Path(__file__).parent / "recipes"

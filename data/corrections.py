@@ -7,14 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ltu.data.transcripts import clean_as_original, clean_transcript, remove_outros
-
-# Rule -> function that cleans a transcript.
-TRANSCRIPT_RULES = {
-    "clean": clean_transcript,
-    "original": clean_as_original,
-    "unchanged": str,
-}
+from ltu.data.transcripts import TRANSCRIPT_RULES, remove_outros
 
 
 @dataclass

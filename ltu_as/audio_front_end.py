@@ -139,6 +139,7 @@ class WhisperFrontEnd(AudioFrontEnd):
             extractor.whisper_model,
             extractor.transcription_model,
             extractor.language,
+            extractor.transcript_rule,
             extractor.feature_precision,
             DOWNMIX,
             self.store and self.store.folder,

@@ -168,13 +168,20 @@ class LtuAsConverter(LtuConverter):
         state["audio_tower.feature_mean"] = mean.float()  # (layers, 1, width)
         state["audio_tower.feature_std"] = variance.sqrt().float()
 
-    def extractor_settings(self) -> dict:
-        """Return the arguments of `LtuAsFeatureExtractor`."""
+    def extractor_settings(self, is_original: bool) -> dict:
+        """Return the arguments of `LtuAsFeatureExtractor`.
+
+        Args:
+            is_original: whether they are for a checkpoint of the original, which was trained on
+                transcripts that were cleaned in another way.
+        """
         settings = {
             "whisper_model": self.whisper,
             "transcription_model": self.transcription_model or TEXT_MODELS.get(self.whisper),
             "feature_precision": self.feature_precision,
         }
+        if is_original:
+            settings["transcript_rule"] = "original"
         # A model with an official name may not be downloaded yet; its fingerprint is set at the
         # first use.
         if Path(self.whisper).is_file():

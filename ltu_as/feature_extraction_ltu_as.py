@@ -30,7 +30,7 @@ from transformers import BatchFeature
 from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
 from ltu.data.audio import SAMPLING_RATE, Downmix
-from ltu.data.transcripts import clean_transcript
+from ltu.data.transcripts import TRANSCRIPT_RULES
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
@@ -124,6 +124,8 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         num_frames: frames of 10 ms in a chunk.
         time_pooling: positions of 20 ms that are averaged into one.
         language: of the speech, such as "en"; None lets Whisper detect it.
+        transcript_rule: how transcripts are cleaned, a key of `TRANSCRIPT_RULES`: "original" as in
+            the data of the released checkpoints.
     """
 
     def __init__(
@@ -140,9 +142,14 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         num_mel_bins: int = 80,
         padding_value: float = 0.0,
         language: str | None = None,
+        transcript_rule: str = "clean",
         **kwargs,
     ):
         super().__init__(num_mel_bins, num_frames, sampling_rate, padding_value, **kwargs)
+        if transcript_rule not in TRANSCRIPT_RULES:
+            raise ValueError(
+                f"transcript_rule is {transcript_rule!r}; possible: {', '.join(TRANSCRIPT_RULES)}."
+            )
         if feature_precision not in DTYPES:
             raise ValueError(f"feature_precision is fp16 or fp32, not {feature_precision!r}.")
         self.num_layers = num_layers
@@ -153,6 +160,7 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         self.whisper_fingerprint = whisper_fingerprint
         self.time_pooling = time_pooling
         self.language = language
+        self.transcript_rule = transcript_rule
         self._device: str | None = None
 
     @classmethod
@@ -250,6 +258,7 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
             "shape": [self.num_layers, self.num_tokens, self.hidden_size],
             "transcription_model": os.path.basename(self.transcription_model or self.whisper_model),
             "language": self.language,
+            "transcript_rule": self.transcript_rule,
             "channels": DOWNMIX,
         }
         if self.device.type == "cpu" and self.feature_precision == "fp16":
@@ -340,7 +349,7 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
                     fp16=fp16,
                     language=first_chunk.language if first_chunk else self.language,
                 )
-                texts.append(clean_transcript(result["text"]))
+                texts.append(TRANSCRIPT_RULES[self.transcript_rule](result["text"]))
         return texts
 
     def _first_chunks(

@@ -52,6 +52,7 @@ COMPARED_SETTINGS = (
     "computed_in",
     "transcription_model",
     "language",
+    "transcript_rule",
     "channels",
 )
 

@@ -489,6 +489,8 @@ def test_merge_of_ltu_as(llm: Path, nameplate: Path, tmp_path: Path, full: bool)
     """With a language model elsewhere, and with one in the folder together with its LoRA."""
     state = content("ltu_as", "full_with_lora" if full else "trainable_only")
     folder = convert("ltu_as", state, nameplate if full else llm, tmp_path / "folder")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    assert settings["feature_extractor"]["transcript_rule"] == "original"
     command("ltu_as", "--model", folder, "--merge", "--output_dir", tmp_path / "merged")
     torch.testing.assert_close(logits(tmp_path / "merged"), logits(folder), atol=1e-5, rtol=0)
     record = json.loads((tmp_path / "merged" / "ltu_state.json").read_text())

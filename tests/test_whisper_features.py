@@ -200,6 +200,20 @@ def test_silence_has_no_transcript(extractor, monkeypatch) -> None:
     assert extractor.transcribe([noise(2, 0)], batched=True) == [""]
 
 
+@pytest.mark.parametrize(("rule", "expected"), [("clean", "Hello."), ("original", "Hello. ")])
+def test_rule_of_transcripts(stock: Transcribed, monkeypatch, tmp_path, rule, expected) -> None:
+    """The released checkpoints were trained on transcripts with the space in front of an outro."""
+    extractor = LtuAsFeatureExtractor(1, 64, stock.path, None, "fp32", transcript_rule=rule)
+    extractor.save_pretrained(tmp_path)
+    extractor = LtuAsFeatureExtractor.from_pretrained(tmp_path)
+    monkeypatch.setattr(
+        whisper, "transcribe", lambda *_, **__: {"text": " Hello. Thanks for watching!"}
+    )
+    assert extractor.transcribe([noise(1, 0)], batched=False) == [expected]
+    with pytest.raises(ValueError, match="transcript_rule is 'none'; possible: clean, original"):
+        LtuAsFeatureExtractor(transcript_rule="none")
+
+
 def test_missing_weights(tmp_path: Path) -> None:
     for name in (str(tmp_path / "absent.pt"), "large-v9"):
         with pytest.raises(

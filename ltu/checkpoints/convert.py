@@ -121,8 +121,12 @@ class LtuConverter:
     def finish_audio_encoder(self, state: dict[str, Tensor]) -> None:
         """Add to `state` what a random audio encoder needs besides random weights."""
 
-    def extractor_settings(self) -> dict:
-        """Return settings of the feature extractor, besides its sizes."""
+    def extractor_settings(self, is_original: bool) -> dict:
+        """Return settings of the feature extractor, besides its sizes.
+
+        Args:
+            is_original: whether they are for a checkpoint of the original.
+        """
         return {}
 
     def convert_original(
@@ -165,7 +169,8 @@ class LtuConverter:
                 )
             settings |= _name_language_model(llm)
         config = self.config_class(**settings)
-        processor = self.processor_class.from_config(config, llm, **self.extractor_settings())
+        extractor_settings = self.extractor_settings(is_original=True)
+        processor = self.processor_class.from_config(config, llm, **extractor_settings)
         record = {
             "stage": "converted",
             "parent": _provenance(checkpoint),
@@ -200,7 +205,8 @@ class LtuConverter:
             **_name_language_model(llm),
         )
         state = init_projector(config, llm) | state
-        processor = self.processor_class.from_config(config, llm, **self.extractor_settings())
+        extractor_settings = self.extractor_settings(is_original=False)
+        processor = self.processor_class.from_config(config, llm, **extractor_settings)
         parent = None if audio_encoder is None else _provenance(audio_encoder)
         record = {"stage": "init", "parent": parent, "dropped_keys": dropped}
         placed = write_folder(output_dir, config, state, processor, record, None)

@@ -31,3 +31,11 @@ def clean_as_original(text: str) -> str:
     """
     text = remove_outros(text)
     return text.lstrip() if text.startswith(" ") else text
+
+
+# Rule -> function that cleans a transcript.
+TRANSCRIPT_RULES = {
+    "clean": clean_transcript,
+    "original": clean_as_original,
+    "unchanged": str,
+}
