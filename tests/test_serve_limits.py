@@ -186,13 +186,17 @@ def test_one_client_does_not_close_connections_of_others(engine: LtuEngine) -> N
 
 def test_a_connection_waits_since_its_last_reply(engine: LtuEngine) -> None:
     """A client that sends one request after the other is not taken for a silent one."""
-    request = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
     with serve(engine, "--max_connections_per_client", "5") as served, ExitStack() as stack:
-        used = stack.enter_context(connect(served.port, source="127.0.0.2"))
+        used = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
+        used.connect()
+        # The client does not connect again.
+        used.auto_open = 0
+        stack.callback(used.close)
         for _ in range(10):
-            stack.enter_context(connect(served.port, source="127.0.0.2"))
-            used.sendall(request)
-            assert used.recv(1000).startswith(b"HTTP/1.1 200")
+            stack.enter_context(connect(served.port))
+            used.request("GET", "/health")
+            with used.getresponse() as reply:
+                assert reply.status == 200 and reply.read()
 
 
 def test_connections_of_the_client_with_most_are_closed(engine: LtuEngine) -> None:
