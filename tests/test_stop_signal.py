@@ -190,6 +190,21 @@ is_ready.wait()
     assert start_python(["-c", code], tmp_path).wait(PATIENCE) == 0
 
 
+def test_a_worker_that_is_killed_at_the_end_is_no_error(tmp_path):
+    """torch has a handler that raises an error when one of its workers is killed."""
+    code = """
+from torch.utils.data import DataLoader
+from ltu.training.stop_signal import ignore_stop_signals, kill_workers_at_exit
+kill_workers_at_exit()
+batches = iter(DataLoader([1, 2, 3], num_workers=1, worker_init_fn=ignore_stop_signals))
+next(batches)
+raise SystemExit("error: one line")
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (1, "error: one line\n")
+
+
 # --- torchrun
 
 

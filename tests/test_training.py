@@ -378,7 +378,7 @@ def test_held_out_loss_at_each_save(checkpoint, data_path, tmp_path):
 
 def test_plan_and_show_batch(checkpoint, data_path, tmp_path, capsys):
     main([*flags(checkpoint, data_path, tmp_path / "run"), "--plan"])
-    assert "11 examples, 3 steps of 4" in capsys.readouterr().out
+    assert "examples: 11; steps: 3 of 4" in capsys.readouterr().out
     arguments = flags(checkpoint, data_path, tmp_path / "run", train_on_inputs=False)
     main([*arguments, "--show_batch"])
     shown = capsys.readouterr().out

@@ -48,5 +48,8 @@ def kill_workers_at_exit() -> None:
 
 
 def _kill_workers() -> None:
+    # torch raises an error at the death of a worker, which would be a traceback after the line with
+    # which a command ends.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
