@@ -8,7 +8,8 @@
 page, and the page loads nothing from other hosts; with --share its scripts are from Gradio's host.
 A clip is an upload, never a path or an address in a request. An upload is removed after an hour,
 and all are when the process ends. While the page is served, the process prints nothing but its
-address, and at the end the number of questions by status, and of failed events by their place.
+address, and type and place of the first error at each place in the code; at the end the number of
+questions by status, and of failed events by type and place.
 """
 
 import argparse

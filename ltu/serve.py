@@ -3,19 +3,21 @@
     python -m ltu.serve --model DIR      then, in a client, base_url="http://127.0.0.1:8000/v1"
 
 A message may contain a clip as a part
-{"type": "input_audio", "input_audio": {"data": base64, "format": "wav", "mp3" or "flac"}}.
+{"type": "input_audio", "input_audio": {"data": base64, "format": "wav", "mp3", "flac" or "ogg"}},
+where data may also be a `data:` URL.
 
 /docs documents all fields of requests and replies. Without `temperature`, or with 0, decoding is
 greedy, as in the other commands (OpenAI's server samples by default). Above 0 tokens are sampled;
 without a `seed` each request gets another one, which the reply contains.
 
 A request may also have `transcript`, `mode`, `num_chunks`, `top_k` and `repetition_penalty`. A
-reply also has "ltu": status, seconds of audio that were used, and more. For a clip that cannot be
+reply also has "ltu": status, warnings, seconds of audio that were used, and more. For a clip that cannot be
 decoded the reply is a 400, and its `code` is the status.
 
 A field that would change an answer and is not supported is refused. Nothing that a request names is
-opened, and only counts are logged. If the environment variable LTU_API_KEY is set, /v1 requires
-that key; /health, /metrics and /docs are open.
+opened. The log has no text, address or name of a request: only types and places of errors, and the
+first warning about a clip of each kind, by its size. If the environment variable LTU_API_KEY is
+set, /v1 requires that key; /health, /metrics and /docs are open.
 
 Connections that send nothing or send slowly keep nobody out: if there are too many, those that have
 waited longest without a complete request are closed, and each request must arrive in time. A client
