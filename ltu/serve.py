@@ -11,8 +11,8 @@ greedy, as in the other commands (OpenAI's server samples by default). Above 0 t
 without a `seed` each request gets another one, which the reply contains.
 
 A request may also have `transcript`, `mode`, `num_chunks`, `top_k` and `repetition_penalty`. A
-reply also has "ltu": status, warnings, seconds of audio that were used, and more. For a clip that cannot be
-decoded the reply is a 400, and its `code` is the status.
+reply also has "ltu": status, warnings, seconds of audio that were used, and more. For a clip that
+cannot be decoded the reply is a 400, and its `code` is the status.
 
 A field that would change an answer and is not supported is refused. Nothing that a request names is
 opened. The log has no text, address or name of a request: only types and places of errors, and the
