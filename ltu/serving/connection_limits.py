@@ -42,8 +42,9 @@ TURNS_TO_CLOSE = 4
 RESERVED_CONNECTIONS = 16
 # Clients with at most as many connections that wait are alike if one must be closed.
 FEW_CONNECTIONS = 8
-# Memory of all bodies in arrival, as a multiple of `--max_body_mb`. One client gets half of it.
-ARRIVING_BODIES = 8
+# Bodies of the largest size that may be in arrival, in memory, for each one that may be complete.
+# One client gets half of them.
+ARRIVING_FRACTION = 0.5
 KEEP_ALIVE_SECONDS = 10  # that a connection may be idle after a reply; clients of OpenAI wait 5
 IPV6_PREFIX = 64  # bits; a client of IPv6 usually has that whole network
 
@@ -104,7 +105,7 @@ def limits_of_flags(args: argparse.Namespace) -> ConnectionLimits:
     return ConnectionLimits(
         total=total,
         per_client=args.max_connections_per_client,
-        arriving_bytes=ARRIVING_BODIES * args.max_body_mb * 2**20,
+        arriving_bytes=ARRIVING_FRACTION * args.max_queue * args.max_body_mb * 2**20,
         receive_seconds=args.receive_seconds,
         accepted_at_once=accepted_at_once,
     )
@@ -253,8 +254,10 @@ class LimitedConnection(H11Protocol):
             self.is_silent = False
             self._start_receive_timer()
         super().data_received(data)
-        is_incomplete = self.conn.their_state is h11.SEND_BODY
-        num_bytes = self.arriving_bytes + len(data) if is_incomplete else 0
+        num_bytes = 0
+        # After a reply, as to a body that is too large, what still arrives is thrown away.
+        if self.conn.their_state is h11.SEND_BODY and not self.cycle.response_complete:
+            num_bytes = self.arriving_bytes + len(data)
         if self in self.open_connections.connections:
             self.open_connections.set_arriving(self, num_bytes)
 
