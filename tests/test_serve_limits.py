@@ -304,7 +304,7 @@ def test_slow_bodies_take_no_place_in_the_queue(engine: LtuEngine) -> None:
 
 @pytest.mark.parametrize("num_sources, num_allowed", [(1, 4), (6, 8)], ids=["one", "many"])
 def test_memory_of_bodies_in_arrival(engine: LtuEngine, num_sources: int, num_allowed: int) -> None:
-    """Eight bodies of the largest size in total, four of a client; then the oldest is closed."""
+    """Half of a queue in total, and a quarter of one client; then the oldest is closed."""
     limit = 100_000
     sent = 90_000
     beginning = REQUEST_HEAD + b"Content-Length: %d\r\n\r\n" % limit + b" " * sent
@@ -315,7 +315,8 @@ def test_memory_of_bodies_in_arrival(engine: LtuEngine, num_sources: int, num_al
         num_bytes = sent * min(len(connections), num_allowed)
         return served.metric("ltu_arriving_bytes") >= num_bytes
 
-    with serve(engine, "--max_body_mb", str(limit / 2**20)) as served, ExitStack() as stack:
+    flags = ["--max_queue", "16", "--max_body_mb", str(limit / 2**20)]
+    with serve(engine, *flags) as served, ExitStack() as stack:
         for number in range(num_allowed + num_closed):
             source = f"127.0.0.{2 + number % num_sources}"
             connections.append(stack.enter_context(connect(served.port, beginning, source)))
@@ -327,6 +328,17 @@ def test_memory_of_bodies_in_arrival(engine: LtuEngine, num_sources: int, num_al
             connection.close()
         wait_until(lambda: served.metric("ltu_arriving_bytes") == 0)
         assert served.ask(text_part()).choices[0].message.content
+
+
+def test_a_body_that_is_thrown_away_takes_no_memory(engine: LtuEngine) -> None:
+    """It would count against the bodies of the same client that are in arrival."""
+    beginning = REQUEST_HEAD + b"Content-Length: 1000000\r\n\r\n"
+    with serve(engine, "--max_body_mb", "0.5") as served:
+        with connect(served.port, beginning) as connection:
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+            connection.sendall(b" " * 900_000)
+            assert get_health(served.port) == 200
+            assert served.metric("ltu_arriving_bytes") == 0
 
 
 # --- decoding
