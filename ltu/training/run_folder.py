@@ -204,7 +204,7 @@ def check_same_run(folder: Path, stored: dict[str, Any], record: dict[str, Any])
 
 def find_damage(folder: Path, state: dict[str, Any]) -> str | None:
     """Return which file of a folder is missing or has another size than its state says, or None."""
-    if "files" not in state:
+    if not isinstance(state.get("files"), dict):
         return f"{STATE} is missing or lists no files, so the folder was not written to the end"
     for name, size in state["files"].items():
         path = folder / name
