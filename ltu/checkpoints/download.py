@@ -185,7 +185,7 @@ def _what_is_wrong(path: Path, suffix: str) -> str | None:
     if suffix == ".json":
         try:
             json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"not JSON ({error})"
     return None
 
