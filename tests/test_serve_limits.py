@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +117,14 @@ def test_silent_connections_and_few_open_files(folder: Path, tmp_path: Path) -> 
         stack.callback(server.kill)
         wait_until(lambda: output.is_file() and "running on" in output.read_text(), server)
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", output.read_text())[1])
+        # A server that is busy meets all of them at once.
+        os.kill(server.pid, signal.SIGSTOP)
+        for _ in range(400):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex(("127.0.0.1", port))
+        os.kill(server.pid, signal.SIGCONT)
+        assert get_health(port) == 200
         addresses = many_addresses()
         for number in range(400):
             source = "127.0.0.1" if number % 2 else next(addresses)
@@ -173,6 +182,21 @@ def test_one_client_does_not_close_connections_of_others(engine: LtuEngine) -> N
         wait_until(lambda: served.metric(closed_metric("too_many")) >= 15)
         own.sendall(b"x\r\n\r\n")
         assert own.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_waits_since_its_last_reply(engine: LtuEngine) -> None:
+    """A client that sends one request after the other is not taken for a silent one."""
+    with serve(engine, "--max_connections_per_client", "5") as served, ExitStack() as stack:
+        used = http.client.HTTPConnection("127.0.0.1", served.port, timeout=PATIENCE)
+        used.connect()
+        # The client does not connect again.
+        used.auto_open = 0
+        stack.callback(used.close)
+        for _ in range(10):
+            stack.enter_context(connect(served.port))
+            used.request("GET", "/health")
+            with used.getresponse() as reply:
+                assert reply.status == 200 and reply.read()
 
 
 def test_connections_of_the_client_with_most_are_closed(engine: LtuEngine) -> None:

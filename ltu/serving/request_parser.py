@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import unquote
 
 from pydantic import JsonValue, ValidationError
-from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from ltu.data.audio import OnBlock, decode_audio
@@ -302,7 +301,7 @@ def describe_validation_error(error: ValidationError) -> ApiError:
     return ApiError(400, message, param, code)
 
 
-def describe_reason(details: ErrorDetails) -> str:
+def describe_reason(details: dict[str, Any]) -> str:
     """Return why pydantic refused a value, without names of our classes."""
     context = details.get("ctx", {})
     if details["type"] == "union_tag_invalid":
