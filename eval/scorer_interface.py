@@ -27,11 +27,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ltu.data.dataset_io import stream_examples
+from ltu.inference.requests import ANSWERED_STATUSES
 
 # Fields of every prediction.
 FIELDS = ("prompt", "pred", "ref", "audio_id")
-# Statuses with an answer, see ltu.inference.requests.Answer. Predictions of the original have none.
-ANSWERED = (None, "ok", "truncated", "truncated_file")
+# Predictions of the original have no status.
+ANSWERED = (None, *ANSWERED_STATUSES)
 # Absolute values whose squares, of thousands of numbers, have a sum with the precision of float64.
 USABLE_SIZES = (1e-100, 1e100)
 ANSWER_PREFIX = re.compile(

@@ -531,13 +531,22 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     start_without_model("--port", str(port))
 
 
+def has_ipv6() -> bool:
+    """Return whether this machine has an address of IPv6; Python alone knows the family."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_hosts() -> None:
     with pytest.raises(OSError, match="--host name.invalid: the name cannot be resolved"):
         open_listeners("name.invalid", 0)
     with pytest.raises(OSError, match=r"192\.0\.2\.1:0 cannot be opened .* --host"):
         open_listeners("192.0.2.1", 0)  # An address for documentation, which no machine has.
     for host in ("localhost", "::1", "", "0.0.0.0"):
-        if host == "::1" and not socket.has_ipv6:
+        if host == "::1" and not has_ipv6():
             continue
         listeners = open_listeners(host, 0)
         ports = {listener.getsockname()[1] for listener in listeners}
@@ -564,6 +573,8 @@ def test_a_warning_if_others_can_use_the_server(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    if host == "::" and not has_ipv6():
+        pytest.skip("no IPv6 here")
     monkeypatch.setenv("LTU_API_KEY", key)
     start_without_model("--host", host)
     warnings = [record for record in caplog.records if "LTU_API_KEY" in record.getMessage()]
@@ -600,3 +611,11 @@ def test_a_header_does_not_name_the_client(engine: LtuEngine) -> None:
         with urllib.request.urlopen(f"{served.url}/metrics") as reply:
             assert reply.status == 200
         wait_until(lambda: served.metric(closed_metric("too_many")) >= 5)
+
+
+def test_a_system_without_limits_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a system is Windows, whose Python has no module `resource`."""
+    monkeypatch.setattr("ltu.serving.connection_limits.resource", None)
+    raise_file_limit()
+    args = read_flags(["--model", "tiny", "--max_connections", "1000000"])
+    assert limits_of_flags(args).total == 1_000_000

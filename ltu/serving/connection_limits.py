@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import ipaddress
 import logging
-import resource
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,11 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ltu.serving.batch_scheduler import Metrics
+
+try:
+    import resource
+except ImportError:  # Windows, where sockets are no open files.
+    resource = None
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +75,21 @@ class ConnectionLimits:
 
 def raise_file_limit() -> None:
     """Raise the soft limit of open files to the hard one, where the system allows it."""
+    if resource is None:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):
         logger.info("The limit of open files cannot be raised.")
+
+
+def _file_limit() -> int | None:
+    """Return how many files the process may have open, None if there is no limit."""
+    if resource is None:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def limits_of_flags(args: argparse.Namespace) -> ConnectionLimits:
@@ -86,9 +100,9 @@ def limits_of_flags(args: argparse.Namespace) -> ConnectionLimits:
     """
     total = args.max_connections
     source = "--max_connections"
-    file_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    file_limit = _file_limit()
     accepted_at_once = MAX_ACCEPTED_AT_ONCE
-    if file_limit != resource.RLIM_INFINITY:
+    if file_limit is not None:
         most = file_limit - OWN_FILES - TURNS_TO_CLOSE * MIN_ACCEPTED_AT_ONCE
         if most < total:
             total = most

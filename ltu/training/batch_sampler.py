@@ -121,9 +121,9 @@ class StepPlan:
         """Return the lines that a run prints about its steps."""
         num_epochs = self.total_batches / self.batches_per_epoch
         lines = [
-            f"{self.num_examples} examples, {self.total_steps} steps of {self.examples_per_step} "
-            f"({self.accumulation} micro-batches of {self.micro_batch_size} on each of "
-            f"{self.world_size} ranks), {num_epochs:.4g} epochs"
+            f"examples: {self.num_examples}; steps: {self.total_steps} of {self.examples_per_step} "
+            f"examples; micro-batches of a rank in a step: {self.accumulation} of "
+            f"{self.micro_batch_size}; ranks: {self.world_size}; epochs: {num_epochs:.4g}"
         ]
         if self.examples_per_step != batch_size:
             lines.append(
