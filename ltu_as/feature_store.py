@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ltu.data.audio import AudioSource
-from ltu.files import FileRecord, replace_file
+from ltu.files import FileRecord, check_regular_file, read_json_object, replace_file
 
 # The unsigned integers of the same size, by the name of a float type.
 UNSIGNED_TYPES = {"float16": np.uint16, "float32": np.uint32}
@@ -168,6 +168,7 @@ class FeatureStore:
 
     Raises:
         FileNotFoundError: the folder holds no features of either kind.
+        ValueError: its `store.json` is damaged.
     """
 
     def __init__(self, folder: str | Path, shape: list[int] | None = None):
@@ -180,7 +181,7 @@ class FeatureStore:
             )
         self.description: dict[str, Any] = {}
         if not self.is_original:
-            self.description = json.loads(file.read_text(encoding="utf-8"))["features"]
+            self.description = _read_description(file)
         self.shape = self.description.get("shape") or (shape and list(shape))
 
     @classmethod
@@ -393,8 +394,7 @@ class FeatureStore:
                 {"audio_id": name, "reason": "zeros", "detail": "the original's mark of failure"}
                 for name in names
             ]
-        paths = sorted(self.folder.glob("*/*.failed"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [read_json_object(path) for path in sorted(self.folder.glob("*/*.failed"))]
 
     def path_of(self, audio_id: str) -> Path:
         """Return the path of the file to write the features of a clip to.
@@ -412,10 +412,12 @@ class FeatureStore:
 
     def _read_header(self, audio_id: str) -> ClipHeader | None:
         """Return the header of a clip's file; None if there is none, or if it is damaged."""
+        path = self.path_of(audio_id)
         try:
-            with safe_open(self.path_of(audio_id), "np") as file:
+            check_regular_file(path)
+            with safe_open(path, "np") as file:
                 return ClipHeader.of(file)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
 
     def _find_original(self, audio_id: str) -> Path | None:
@@ -428,6 +430,25 @@ class FeatureStore:
         return None
 
 
+def _read_description(path: Path) -> dict[str, Any]:
+    """Return `LtuAsFeatureExtractor.describe()` of the features of a folder, from its `store.json`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    description = read_json_object(path).get("features")
+    if not isinstance(description, dict):
+        description = {}
+    shape = description.get("shape")
+    has_shape = isinstance(shape, list) and [type(size) for size in shape] == [int] * 3
+    if not has_shape or not isinstance(description.get("whisper_model"), str):
+        raise ValueError(
+            f"{path} is damaged: it does not say of which Whisper and of which shape the features "
+            "are. Copy it again, or extract the features again into another folder."
+        )
+    return description
+
+
 def _load(path: Path) -> Stored | None:
     """Read a safetensors file of features; return None if there is none.
 
@@ -435,6 +456,7 @@ def _load(path: Path) -> Stored | None:
         DamagedFeatures: the file cannot be read, or its checksum does not fit.
     """
     try:
+        check_regular_file(path)  # A pipe could block for ever.
         with safe_open(path, "np") as file:
             header = ClipHeader.of(file)
             high = file.get_tensor("high")
@@ -443,15 +465,17 @@ def _load(path: Path) -> Stored | None:
             raise DamagedFeatures(path, "damaged: its checksum does not fit")
         highest = CODEC.decompress(high, decompressed_size=low.shape[1])
         bits = np.frombuffer(highest, np.uint8).astype(UNSIGNED_TYPES[header.dtype])
+        # Append the other bytes of each number, from the highest to the lowest.
+        for plane in low:
+            bits <<= 8
+            bits |= plane
+        features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except DamagedFeatures:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedFeatures(path, f"damaged ({error})") from error
-    # Append the other bytes of each number, from the highest to the lowest.
-    for plane in low:
-        bits <<= 8
-        bits |= plane
-    features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
     return Stored(
         features, header.transcript, header.seconds, header.is_cut_short, tuple(header.warnings)
     )
