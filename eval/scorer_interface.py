@@ -128,17 +128,22 @@ def without_answer_prefix(answer: str) -> str:
     return ANSWER_PREFIX.sub("", answer).strip("\"' \n")
 
 
+def is_empty(text: str) -> bool:
+    """Return whether a text has no letter and no digit: only spaces, punctuation or the like."""
+    return not any(character.isalnum() for character in text)
+
+
 def failure(prediction: dict, protocol: str) -> str | None:
     """Return the reason why a prediction has no answer, None if it has one.
 
-    In the strict protocol an answer that consists of the prefix alone is empty. The original
-    scores it.
+    In the strict protocol an answer is empty if it has no letter and no digit behind its prefix.
+    The original scores it.
     """
     if prediction.get("status") not in ANSWERED:
-        return str(prediction["status"])
+        return str(prediction["status"]) or "empty status"
     if prediction.get("pred") is None:
         return "no answer"
-    if protocol == "strict" and not without_answer_prefix(prediction["pred"]).strip():
+    if protocol == "strict" and is_empty(without_answer_prefix(prediction["pred"])):
         return "empty answer"
     return None
 

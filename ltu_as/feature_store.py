@@ -168,7 +168,7 @@ class FeatureStore:
 
     Raises:
         FileNotFoundError: the folder holds no features of either kind.
-        ValueError: its store.json is damaged.
+        ValueError: its `store.json` is damaged.
     """
 
     def __init__(self, folder: str | Path, shape: list[int] | None = None):
@@ -181,9 +181,7 @@ class FeatureStore:
             )
         self.description: dict[str, Any] = {}
         if not self.is_original:
-            self.description = read_json_object(file).get("features")
-            if not isinstance(self.description, dict):
-                raise FeatureError(file, "it does not describe the features")
+            self.description = _read_description(file)
         self.shape = self.description.get("shape") or (shape and list(shape))
 
     @classmethod
@@ -396,8 +394,7 @@ class FeatureStore:
                 {"audio_id": name, "reason": "zeros", "detail": "the original's mark of failure"}
                 for name in names
             ]
-        paths = sorted(self.folder.glob("*/*.failed"))
-        return [read_json_object(path) for path in paths]
+        return [read_json_object(path) for path in sorted(self.folder.glob("*/*.failed"))]
 
     def path_of(self, audio_id: str) -> Path:
         """Return the path of the file to write the features of a clip to.
@@ -441,6 +438,25 @@ def _open(path: Path) -> safe_open:
     return safe_open(path, "np")
 
 
+def _read_description(path: Path) -> dict[str, Any]:
+    """Return `LtuAsFeatureExtractor.describe()` of the features of a folder, from its `store.json`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    description = read_json_object(path).get("features")
+    if not isinstance(description, dict):
+        description = {}
+    shape = description.get("shape")
+    has_shape = isinstance(shape, list) and [type(size) for size in shape] == [int] * 3
+    if not has_shape or not isinstance(description.get("whisper_model"), str):
+        raise ValueError(
+            f"{path} is damaged: it does not say of which Whisper and of which shape the features "
+            "are. Copy it again, or extract the features again into another folder."
+        )
+    return description
+
+
 def _load(path: Path) -> Stored | None:
     """Read a safetensors file of features; return None if there is none.
 
@@ -456,15 +472,15 @@ def _load(path: Path) -> Stored | None:
             raise ValueError("its checksum does not fit")
         highest = CODEC.decompress(high, decompressed_size=low.shape[1])
         bits = np.frombuffer(highest, np.uint8).astype(UNSIGNED_TYPES[header.dtype])
+        # Append the other bytes of each number, from the highest to the lowest.
+        for plane in low:
+            bits <<= 8
+            bits |= plane
+        features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedFeatures(path, f"damaged ({error})") from error
-    # Append the other bytes of each number, from the highest to the lowest.
-    for plane in low:
-        bits <<= 8
-        bits |= plane
-    features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
     return Stored(
         features, header.transcript, header.seconds, header.is_cut_short, tuple(header.warnings)
     )
