@@ -15,6 +15,8 @@ import time
 import urllib.error
 import urllib.request
 
+from ltu.files import run_command
+
 PAUSE = 0.05  # seconds between two requests
 TIMEOUT = 10.0  # seconds until a request has failed
 
@@ -49,4 +51,4 @@ def has_ended() -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

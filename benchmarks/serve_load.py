@@ -142,6 +142,8 @@ async def send(client: openai.AsyncOpenAI, body: dict, leaves: bool = False) -> 
         return "".join(texts)
     except openai.APIStatusError as error:
         return str(error.code or error.status_code)
+    except openai.APIConnectionError:
+        return "connection error"
 
 
 @dataclass

@@ -27,9 +27,9 @@ class DuplicateDetector:
         self.hashes = array("q")
         self.numbers = array("q")
 
-    def add(self, value: object, number: int = 0) -> None:
+    def add(self, value: str, number: int = 0) -> None:
         """Add a value and its number, such as the number of its example."""
-        content = str(value).encode("utf-8", "surrogatepass")
+        content = value.encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(content, digest_size=8).digest()
         self.hashes.append(int.from_bytes(digest, "little", signed=True))
         self.numbers.append(number)
@@ -91,5 +91,5 @@ def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
     next_number = next(wanted, None)
     for number, example in enumerate(stream_examples(path)):
         if number == next_number:
-            yield str(example["audio_id"]), str(example.get("dataset"))
+            yield example["audio_id"], str(example.get("dataset"))
             next_number = next(wanted, None)

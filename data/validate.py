@@ -108,8 +108,8 @@ def check_examples(
             audio_id,
             example.get("output"),
         )
-        contents.add(content, number)
-        if audio_id not in NO_AUDIO:
+        contents.add(str(content), number)
+        if isinstance(audio_id, str) and audio_id not in NO_AUDIO:
             clips.add(audio_id, number)
     # Find examples with the same texts and clip.
     for _, repeated in contents.parts():
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         check = partial(decode_clip, downmix=args.downmix) if args.decode else read_header
         report |= check_clips(first_clips(args.data_path, firsts), root, check, findings)
     report |= {"wrong": dict(findings.counts), "first_errors": dict(findings.first)}
-    print(json.dumps(report, indent=1, ensure_ascii=False))
+    print(json.dumps(report, indent=1))
     if args.output_path:
         write_json(report, args.output_path)
     num_allowed = findings.counts["duplicate"] if args.allow_duplicates else 0

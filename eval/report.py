@@ -4,7 +4,6 @@ The same scores give the same bytes.
 """
 
 import io
-import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from scipy import stats
 from eval.scorer_interface import Outcome
 from eval.tasks import Task
 from ltu.data.dataset_io import ExampleWriter
-from ltu.files import replace_file, sha256_of, write_json
+from ltu.files import read_json_object, replace_file, sha256_of, write_json
 
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
 PREDICTIONS = ".predictions.json"  # follows the name of a task
@@ -210,11 +209,15 @@ def provenance_file(predictions: Path) -> Path:
 
 
 def read_provenance(predictions: Path) -> dict[str, Any]:
-    """Return the provenance of exactly these predictions, {} if there is none."""
+    """Return the provenance of exactly these predictions, {} if there is none.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
     path = provenance_file(predictions)
     if not (path.is_file() and predictions.is_file()):
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json_object(path)
     if found and found.pop("predictions", None) == sha256_of(predictions):
         return found
     return {}

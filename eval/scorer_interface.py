@@ -27,11 +27,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ltu.data.dataset_io import stream_examples
+from ltu.inference.requests import ANSWERED_STATUSES
 
 # Fields of every prediction.
 FIELDS = ("prompt", "pred", "ref", "audio_id")
-# Statuses with an answer, see ltu.inference.requests.Answer. Predictions of the original have none.
-ANSWERED = (None, "ok", "truncated", "truncated_file")
+# Predictions of the original have no status.
+ANSWERED = (None, *ANSWERED_STATUSES)
 # Absolute values whose squares, of thousands of numbers, have a sum with the precision of float64.
 USABLE_SIZES = (1e-100, 1e100)
 ANSWER_PREFIX = re.compile(
@@ -127,17 +128,22 @@ def without_answer_prefix(answer: str) -> str:
     return ANSWER_PREFIX.sub("", answer).strip("\"' \n")
 
 
+def is_empty(text: str) -> bool:
+    """Return whether a text has no letter and no digit: only spaces, punctuation or the like."""
+    return not any(character.isalnum() for character in text)
+
+
 def failure(prediction: dict, protocol: str) -> str | None:
     """Return the reason why a prediction has no answer, None if it has one.
 
-    In the strict protocol an answer that consists of the prefix alone is empty. The original
-    scores it.
+    In the strict protocol an answer is empty if it has no letter and no digit behind its prefix.
+    The original scores it.
     """
     if prediction.get("status") not in ANSWERED:
-        return str(prediction["status"])
+        return str(prediction["status"]) or "empty status"
     if prediction.get("pred") is None:
         return "no answer"
-    if protocol == "strict" and not without_answer_prefix(prediction["pred"]).strip():
+    if protocol == "strict" and is_empty(without_answer_prefix(prediction["pred"])):
         return "empty answer"
     return None
 

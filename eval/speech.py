@@ -29,7 +29,7 @@ import numpy as np
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from eval.classification import choice_metrics, confusion_counts
-from eval.scorer_interface import Context, Outcome, start_items
+from eval.scorer_interface import Context, Outcome, is_empty, start_items
 from eval.tasks import Task
 
 GENDERS = ["female", "male"]
@@ -85,8 +85,11 @@ def word_error_rate(predictions: list[dict], task: Task, context: Context) -> Ou
     for index, item in enumerate(items):
         reference = spoken(item["ref"])
         answer = ""
-        if not item["failed"]:
+        if item["failed"] is None:
             answer = spoken(item["pred"])
+            # An answer that is only "Spoken text:" would have fewer errors than a wrong one.
+            if context.protocol == "strict" and is_empty(answer):
+                item["failed"] = "no transcript"
         pairs = {
             "wer": (bare(reference), bare(answer)),
             "wer_normalized": (normalize(reference), normalize(answer)),
@@ -156,7 +159,7 @@ def _whisper_transcript(index: int, item: dict, context: Context) -> str:
     It is optional if the answer failed.
     """
     transcript = context.whisper.get(item["audio_id"])
-    if transcript is None and not item["failed"]:
+    if transcript is None and item["failed"] is None:
         reason = f"no Whisper transcript of {item['audio_id']!r}."
         raise context.error(index, f"{reason} Give one for each clip, or none.")
     return bare(spoken(transcript or ""))
@@ -195,7 +198,7 @@ def _read_values(
         if item["reference"] is None:
             raise context.error(index, f"the reference {item['ref']!r} {complaint}. Fix it.")
         item["chosen"] = None
-        if not item["failed"]:
+        if item["failed"] is None:
             item["chosen"] = read_answer(item["pred"], context.protocol)
             if item["chosen"] is None:
                 item["failed"] = failed

@@ -153,7 +153,7 @@ def _table(path: Path) -> Encode:
             texts, rows = zip(*json.loads(path.read_text(encoding="utf-8")).items(), strict=True)
         embeddings = np.array(rows, dtype=np.float64).reshape(len(texts), -1)
         table = dict(zip(texts, embeddings, strict=True))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{path}: no table of embeddings of one length ({error}).") from None
     is_usable = has_usable_size(embeddings)
     if not is_usable.all():
@@ -249,10 +249,17 @@ class SentenceModel:
 
 
 def _read(path: Path) -> Any:
-    """Return the content of a JSON file, {} if there is none."""
+    """Return the content of a JSON file, {} if there is none.
+
+    Raises:
+        EvaluationError: it is damaged.
+    """
     if not path.is_file():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"{path} is damaged ({error}). Copy it again.") from error
 
 
 def _pooling_mode(config: dict[str, Any]) -> str:

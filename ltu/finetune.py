@@ -74,7 +74,7 @@ def train(trainer: LtuTrainer, start: Start) -> int:
     trainer.save_model()
     skipped = trainer.skipped
     if skipped and trainer.is_world_process_zero():
-        print(f"{len(skipped)} examples skipped: {skipped[:10]}", file=sys.stderr)
+        print(f"examples skipped ({len(skipped)}): {skipped[:10]}", file=sys.stderr)
     return 0
 
 

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ltu.data.audio import AudioSource
-from ltu.files import FileRecord, replace_file
+from ltu.files import FileRecord, check_regular_file, read_json_object, replace_file
 
 # The unsigned integers of the same size, by the name of a float type.
 UNSIGNED_TYPES = {"float16": np.uint16, "float32": np.uint32}
@@ -127,7 +127,7 @@ class ClipHeader:
         """Read the header of an open file.
 
         Raises:
-            KeyError, TypeError, json.JSONDecodeError: it is no file of features.
+            KeyError, TypeError, ValueError: it is no file of features.
         """
         header = cls(**json.loads(file.metadata()["clip"]))
         if header.source is not None:
@@ -168,6 +168,7 @@ class FeatureStore:
 
     Raises:
         FileNotFoundError: the folder holds no features of either kind.
+        ValueError: its `store.json` is damaged.
     """
 
     def __init__(self, folder: str | Path, shape: list[int] | None = None):
@@ -180,7 +181,7 @@ class FeatureStore:
             )
         self.description: dict[str, Any] = {}
         if not self.is_original:
-            self.description = json.loads(file.read_text(encoding="utf-8"))["features"]
+            self.description = _read_description(file)
         self.shape = self.description.get("shape") or (shape and list(shape))
 
     @classmethod
@@ -363,7 +364,7 @@ class FeatureStore:
     def renew_record(self, audio_id: str, path: str | Path) -> None:
         """Record the time of a sound of `ClipState.MOVED`, so that no reader has to hash it."""
         source = FileRecord.of(path)
-        with safe_open(self.path_of(audio_id), "np") as file:
+        with _open(self.path_of(audio_id)) as file:
             header = ClipHeader.of(file)
             tensors = {name: file.get_tensor(name) for name in ("high", "low")}
         if source.sha256 == header.source.sha256:  # It may have changed just now.
@@ -393,8 +394,7 @@ class FeatureStore:
                 {"audio_id": name, "reason": "zeros", "detail": "the original's mark of failure"}
                 for name in names
             ]
-        paths = sorted(self.folder.glob("*/*.failed"))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [read_json_object(path) for path in sorted(self.folder.glob("*/*.failed"))]
 
     def path_of(self, audio_id: str) -> Path:
         """Return the path of the file to write the features of a clip to.
@@ -413,9 +413,9 @@ class FeatureStore:
     def _read_header(self, audio_id: str) -> ClipHeader | None:
         """Return the header of a clip's file; None if there is none, or if it is damaged."""
         try:
-            with safe_open(self.path_of(audio_id), "np") as file:
+            with _open(self.path_of(audio_id)) as file:
                 return ClipHeader.of(file)
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError):
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
 
     def _find_original(self, audio_id: str) -> Path | None:
@@ -428,6 +428,35 @@ class FeatureStore:
         return None
 
 
+def _open(path: Path) -> safe_open:
+    """Open a safetensors file of features.
+
+    Raises:
+        OSError, SafetensorError, ValueError: it is missing or damaged, or no regular file.
+    """
+    check_regular_file(path)
+    return safe_open(path, "np")
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """Return `LtuAsFeatureExtractor.describe()` of the features of a folder, from its `store.json`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    description = read_json_object(path).get("features")
+    if not isinstance(description, dict):
+        description = {}
+    shape = description.get("shape")
+    has_shape = isinstance(shape, list) and [type(size) for size in shape] == [int] * 3
+    if not has_shape or not isinstance(description.get("whisper_model"), str):
+        raise ValueError(
+            f"{path} is damaged: it does not say of which Whisper and of which shape the features "
+            "are. Copy it again, or extract the features again into another folder."
+        )
+    return description
+
+
 def _load(path: Path) -> Stored | None:
     """Read a safetensors file of features; return None if there is none.
 
@@ -435,23 +464,23 @@ def _load(path: Path) -> Stored | None:
         DamagedFeatures: the file cannot be read, or its checksum does not fit.
     """
     try:
-        with safe_open(path, "np") as file:
+        with _open(path) as file:
             header = ClipHeader.of(file)
             high = file.get_tensor("high")
             low = file.get_tensor("low")
         if _checksum(high) + _checksum(low) != header.sum:
-            raise DamagedFeatures(path, "damaged: its checksum does not fit")
+            raise ValueError("its checksum does not fit")
         highest = CODEC.decompress(high, decompressed_size=low.shape[1])
         bits = np.frombuffer(highest, np.uint8).astype(UNSIGNED_TYPES[header.dtype])
+        # Append the other bytes of each number, from the highest to the lowest.
+        for plane in low:
+            bits <<= 8
+            bits |= plane
+        features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedFeatures(path, f"damaged ({error})") from error
-    # Append the other bytes of each number, from the highest to the lowest.
-    for plane in low:
-        bits <<= 8
-        bits |= plane
-    features = torch.from_numpy(bits.view(header.dtype).reshape(header.shape))
     return Stored(
         features, header.transcript, header.seconds, header.is_cut_short, tuple(header.warnings)
     )
@@ -469,6 +498,7 @@ def _load_npz(path: Path) -> np.ndarray:
         DamagedFeatures: the file cannot be read.
     """
     try:
+        check_regular_file(path)
         with np.load(path) as file:
             return file["arr_0"]
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:

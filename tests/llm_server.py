@@ -12,6 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
+from typing import TypeVar
+
+S = TypeVar("S", bound="LocalServer")
 
 # Faults that nobody pays for. The next try succeeds.
 QUICK_FAULTS = (
@@ -42,8 +45,36 @@ def completion(text: str, finish_reason: str = "stop") -> dict:
     }
 
 
-class FakeLlm:
-    """A context manager; the server runs in a thread of its own.
+class LocalServer:
+    """A context manager; `serve` answers each connection, in a thread of the server's own."""
+
+    def __enter__(self: S) -> S:
+        self.loop = asyncio.new_event_loop()
+        self.server = self.loop.run_until_complete(asyncio.start_server(self.serve, "127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.server.close()
+        self.loop.run_until_complete(self.end())
+        self.loop.close()
+
+    async def end(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raise NotImplementedError
+
+
+class FakeLlm(LocalServer):
+    """A server of chat completions.
 
     Args:
         answer: Maps the body of a request to the body of its reply.
@@ -82,30 +113,9 @@ class FakeLlm:
         self.at_once = 0  # requests in progress
         self.most_at_once = 0
 
-    def __enter__(self) -> "FakeLlm":
-        self.loop = asyncio.new_event_loop()
-        self.server = self.loop.run_until_complete(asyncio.start_server(self.serve, "127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.server.close()
-        self.loop.run_until_complete(self.end())
-        self.loop.close()
-
     def release(self) -> None:
         """Send the replies that wait, and let no further one wait."""
         self.loop.call_soon_threadsafe(self.released.set)
-
-    async def end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

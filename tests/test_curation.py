@@ -546,7 +546,7 @@ def test_duplicate_detector(tmp_path, monkeypatch):
     values = [random.Random(0).randrange(400) for _ in range(1050)]
     counter = DuplicateDetector(str(tmp_path))
     for number, value in enumerate(values):
-        counter.add(value, number)
+        counter.add(str(value), number)
     assert counter.firsts().tolist() == sorted(
         {value: n for n, value in reversed(list(enumerate(values)))}.values()
     )

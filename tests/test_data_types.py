@@ -330,6 +330,21 @@ def test_validate_lists_all_wrong_types(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["wrong"]["example"] == len(examples)
 
 
+def test_the_report_of_validate_is_json_on_any_terminal(tmp_path, capsys):
+    """Escapes that a terminal without these letters needs are no JSON."""
+    audio_ids = ["straße.wav", "音.wav", 5, ["a.wav"]]
+    source = tmp_path / "examples.json"
+    source.write_text(json.dumps([GOOD | {"audio_id": audio_id} for audio_id in audio_ids]))
+    assert validate.main(["--data_path", str(source)]) == 1
+    text = capsys.readouterr().out
+    assert text.isascii()
+    report = json.loads(text)
+    assert "straße.wav" in report["first_errors"]["clip missing"][0]
+    # Values that are no texts are wrong examples, and no clips.
+    assert report["coverage"] == {"d": {"clips": 2, "usable": 0}}
+    assert report["wrong"] == {"example": 2, "clip missing": 2}
+
+
 @pytest.mark.parametrize("values", [[5], [["a.wav"]], [b"a.wav"], [True], [{"a": 1}]])
 def test_parquet_with_columns_of_other_types(tmp_path, values):
     pyarrow = pytest.importorskip("pyarrow")

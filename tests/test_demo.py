@@ -206,7 +206,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     opened: list[str] = []
     decode = "ltu.serving.gradio_page.decode_audio"
     download = "gradio.processing_utils.async_ssrf_protected_download"
-    monkeypatch.setattr(decode, lambda path, *_: opened.append(path))
+    monkeypatch.setattr(decode, lambda path, *_, **__: opened.append(path))
     monkeypatch.setattr(download, lambda url, **_: opened.append(url))
     return opened
 

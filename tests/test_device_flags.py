@@ -19,6 +19,7 @@ import ltu.serve
 import ltu_as.extract_whisper_feature
 from ltu.files import run_command
 from ltu.models.device_check import check_device, check_device_map, check_dtype
+from ltu.training import model_setup
 from tests import tiny
 
 HAS_CUDA = torch.cuda.is_available()
@@ -97,11 +98,10 @@ def test_whisper_features_need_a_device(tmp_path, capsys, device):
         (["--attn_implementation", "banana"], "attention 'banana'"),
     ],
 )
-def test_training_checks_them_before_it_loads(tmp_path, capsys, flags, error):
+def test_training_checks_them_before_it_loads(tmp_path, monkeypatch, flags, error):
     checkpoint = tmp_path / "model"
     tiny.write_checkpoint(checkpoint, tiny.write_llm(tmp_path / "llm"), tiny.LORA)
-    for weights in [*checkpoint.glob("*.safetensors"), *(tmp_path / "llm").glob("*.safetensors")]:
-        weights.write_bytes(b"no weights")
+    monkeypatch.setattr(model_setup, "open_model", lambda *_: pytest.fail("the model is loaded"))
     words = tiny.training_flags(checkpoint, tiny.write_rows(tmp_path / "data", 4), tmp_path / "run")
     with pytest.raises(SystemExit) as end:
         run_command(lambda: ltu.finetune.main([*words, *flags]))

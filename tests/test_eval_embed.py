@@ -461,3 +461,16 @@ def test_large_embeddings_do_not_change_the_class(protocol: str) -> None:
     for scale in (1e200, 1e-200):
         with pytest.raises(EvaluationError, match="outside 1e-100 to 1e\\+100"):
             cosines(answers, classes * scale, protocol)
+
+
+@pytest.mark.parametrize("content", ["[", "[" * 100_000, '{"a": "\xff"}'])
+def test_damaged_json_is_named(tmp_path: Path, content: str) -> None:
+    table = tmp_path / "table.json"
+    table.write_bytes(content.encode("latin-1"))
+    with pytest.raises(EvaluationError, match="table.json: no table of embeddings"):
+        open_embedder(str(table), tmp_path / "cache")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "modules.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(EvaluationError, match="modules.json is damaged"):
+        open_embedder(str(folder), tmp_path / "cache")

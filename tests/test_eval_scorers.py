@@ -445,11 +445,11 @@ def test_classes_without_positives_do_not_count():
 
 def test_label_scores_replace_embeddings():
     scores = np.log([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]])
-    made = rows(("?", "Emotion: neutral"), ("?", "Emotion: sad"))
+    made = rows(("x", "Emotion: neutral"), ("x", "Emotion: sad"))
     outcome = single_label(made, find_task("iemocap"), Context(label_scores=scores))
     assert metrics_of(outcome)["accuracy"] == 0.5
     assert [item["chosen"] for item in outcome.items] == ["neutral", "angry"]
-    fma = rows(("?", "Genre: Rock"), (None, "Genre: Folk, Pop"))
+    fma = rows(("x", "Genre: Rock"), (None, "Genre: Folk, Pop"))
     # The second example would rank first if it had an answer. Without one it ranks above Rock, and
     # is not found for Folk and Pop.
     best = np.tile(np.arange(16.0), (2, 1)) * [

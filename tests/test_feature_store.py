@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -93,6 +94,61 @@ def test_damage_is_found(store: FeatureStore) -> None:
             store.read("a.wav")
     error = pickle.loads(pickle.dumps(FeatureError("p", "r", "w")))
     assert (error.path, error.reason, error.hint, str(error)) == ("p", "r", "w", "p: r. w")
+
+
+def test_a_damaged_header_is_found(store: FeatureStore) -> None:
+    """Whatever a byte of it becomes, it is an error with the path, or the features are right."""
+    store.write("a.wav", features(), "hello", 1.0)
+    path = store.path_of("a.wav")
+    whole = path.read_bytes()
+    start = whole.index(b"shape")
+    num_damaged = 0
+    for position in range(start, whole.index(b"source")):
+        for character in b'0,["':
+            path.write_bytes(whole[:position] + bytes([character]) + whole[position + 1 :])
+            try:
+                assert torch.equal(store.read("a.wav").features, features())
+            except FeatureError as error:
+                assert str(path) in str(error)
+                num_damaged += 1
+    assert num_damaged > 50
+
+
+DAMAGED_DESCRIPTIONS = ["", "[]", "3", "{}", "[" * 9999]
+DAMAGED_DESCRIPTIONS += [
+    f'{{"features": {features}}}'
+    for features in (
+        "3",
+        "{}",
+        "null",
+        '{"shape": [1], "whisper_model": "x"}',
+        '{"shape": [1, 1, 1]}',
+    )
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED_DESCRIPTIONS)
+def test_a_damaged_description_is_one_error(store: FeatureStore, content: str) -> None:
+    (store.folder / "store.json").write_text(content)
+    for attempt in (FeatureStore, lambda folder: FeatureStore.create(folder, DESCRIPTION)):
+        with pytest.raises(ValueError, match="store.json is"):
+            attempt(store.folder)
+
+
+def test_a_pipe_is_no_file_of_features(store: FeatureStore) -> None:
+    """Opening it would wait for a writer for ever; `write` replaces it."""
+    path = store.path_of("a.wav")
+    path.parent.mkdir()
+    os.mkfifo(path)
+    opener = threading.Thread(target=path.write_bytes, args=(b"",), daemon=True)
+    opener.start()  # It ends the wait of a reader, so that the test fails and does not hang.
+    with pytest.raises(FeatureError, match="is a pipe, not a file"):
+        store.read("a.wav")
+    assert store.state_of("a.wav", __file__) is ClipState.NEW and opener.is_alive()
+    path.open("rb").close()
+    opener.join(PATIENCE)
+    store.write("a.wav", features(), "", 1.0)
+    assert store.read("a.wav").transcript == ""
 
 
 def test_another_model_is_refused(store: FeatureStore) -> None:

@@ -401,6 +401,8 @@ def test_a_processor_of_another_model(copies: Path) -> None:
     change(file, "feature_extractor.num_frames", 2**17)
     error = opened(lambda: ROUTES["engine"](copies / "named"))
     assert error.startswith("The processor has num_frames 131072, but the model has 64.")
+    flags = training_flags(copies / "named", write_rows(copies / "rows", 4), copies / "run")
+    assert opened(lambda: finetune([*flags, "--plan", "True"])) == error
     change(file, "feature_extractor.num_frames", 64)
     change(file, "prompt_template.prompt_no_input", "{instruction.__class__}")
     assert "prompt_no_input must have the field" in opened(lambda: open_processor(copies / "named"))

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import gzip
 import json
-import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from itertools import repeat
 from pathlib import Path
 
 import pytest
-from llm_server import FakeLlm, completion
+from llm_server import FakeLlm, LocalServer, completion
 
 import qa_generation.endpoint
 from eval.scorer_interface import EvaluationError
@@ -30,8 +29,8 @@ BLOCK = b" " * 2**16
 ENDLESS = repeat(BLOCK)
 
 
-class RawServer:
-    """A context manager that replies to each request with given bytes, however many.
+class RawServer(LocalServer):
+    """A server that replies to each request with given bytes, however many.
 
     Args:
         head: status line and headers, without the empty line after them.
@@ -44,27 +43,6 @@ class RawServer:
         self.blocks = blocks
         self.seconds = seconds
         self.requests: list[str] = []
-
-    def __enter__(self) -> "RawServer":
-        self.loop = asyncio.new_event_loop()
-        self.server = self.loop.run_until_complete(asyncio.start_server(self.serve, "127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.server.close()
-        self.loop.run_until_complete(self.end())
-        self.loop.close()
-
-    async def end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -336,6 +336,33 @@ def test_wrong_content(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_body_without_a_length_ends_at_the_known_size(site: Site, tmp_path: Path) -> None:
+    """Such a body may have no end."""
+    site.has_length = False
+    row = a_row(site, data=DATA * 20, size=len(DATA))
+    check_failure(row, tmp_path, "more than the 512,000 bytes", "--mirror")
+    assert not list(tmp_path.glob("*.part"))
+    assert len(site.requests) == 1
+    site.files["clip.wav"] = DATA
+    assert download(row, tmp_path).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    "record", ["{", "[]", "{}", '{"url": 5, "bytes": "many", "sha256": 5}', "[" * 100_000]
+)
+def test_damaged_records_are_written_again(site: Site, tmp_path: Path, record: str) -> None:
+    (tmp_path / "clip.wav.part").write_bytes(DATA[:1000])
+    (tmp_path / "clip.wav.part.json").write_text(record)
+    row = a_row(site)
+    assert download(row, tmp_path).read_bytes() == DATA
+    assert site.requests[0] == ("clip.wav", None, 200)
+    (tmp_path / "clip.wav.received.json").write_text(record)
+    assert download(row, tmp_path).read_bytes() == DATA
+    assert len(site.requests) == 1
+    receipt = json.loads((tmp_path / "clip.wav.received.json").read_text())
+    assert receipt["sha256"] == hashlib.sha256(DATA).hexdigest()
+
+
 def test_a_large_json_file_is_checked_at_its_ends(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,8 +6,10 @@ import inspect
 import io
 import json
 import re
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -95,6 +97,12 @@ CLIP_PARTS = {
     "without a type": input_audio(data=f"data:;base64,{BASE64}", format="wav"),
     "parameters": input_audio(data=f"Data:audio/ogg;codecs=opus;Base64,{BASE64}", format="wav"),
     "percent": input_audio(data=f"data:audio/wav;base64,{BASE64.replace('=', '%3D')}"),
+    "percent, all characters": input_audio(
+        data="data:;base64," + quote(in_lines(BASE64), safe=""), format="wav"
+    ),
+    "percent in lower case": input_audio(
+        data="data:;base64," + BASE64.replace("+", "%2b").replace("=", "%3d"), format="wav"
+    ),
     "audio_url": audio_url({"url": f"data:audio/wav;base64,{in_lines(BASE64)}", "detail": "x"}),
     "audio_url as a text": audio_url(f"data:audio/x-wav;base64,{BASE64}"),
     "extra keys": {
@@ -303,6 +311,38 @@ def test_the_message_about_a_part_names_its_keys(parser: RequestParser) -> None:
         ({"text": "x"}, "messages.0.content.0 is an object: it has no type."),
     ):
         assert refusal(parser, messages=user([part])).startswith(beginning)
+
+
+LIMIT = 100_000 + request_parser.MAX_SEPARATORS
+
+
+@pytest.mark.parametrize("content", [",".join(["{}"] * LIMIT), "[" * LIMIT, '{"a":' * LIMIT])
+def test_a_body_of_very_many_values_is_not_parsed(
+    parser: RequestParser, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """Parsing them takes memory and time that a limit of bytes does not bound."""
+    monkeypatch.setattr(request_parser, "ChatCompletionRequest", None)  # It would be used.
+    body = f'{{"model": "tiny", "messages": [{content}'
+    with pytest.raises(ApiError, match="commas, lists and objects. At most 110,000 are"):
+        parser.parse(bytearray(body.encode()))
+
+
+def test_the_longest_text_may_consist_of_commas(parser: RequestParser) -> None:
+    text = "," * 99_000
+    assert parse(parser, messages=user(text)).request.question == text
+
+
+def test_a_clip_of_escapes_is_refused_within_little_memory(parser: RequestParser) -> None:
+    """An object for each escape would take a hundred times as much memory as the body."""
+    clip = "data:audio/wav;base64," + "%41" * 500_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError, match="is not in base64"):
+            request_parser.read_clip(clip, "input_audio.data")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * len(clip)
 
 
 def deep(depth: int, key: str | None) -> Any:

@@ -143,7 +143,9 @@ def test_the_sizes_that_are_used_are_printed(checkpoint, data_path, tmp_path, ca
     arguments = flags(checkpoint, data_path, tmp_path / "run", batch_size=10, micro_batch_size=4)
     main([*arguments, "--plan"])
     output = capsys.readouterr().out
-    assert "examples: 12; steps: 1 of 8 (micro-batches on each rank: 2 of 4; ranks: 1)" in output
+    assert (
+        "examples: 12; steps: 1 of 8 examples; micro-batches of a rank in a step: 2 of 4" in output
+    )
     assert "--batch_size 10 is no multiple" in output
     assert "4 of 12 examples are left out in the last epoch" in output
 

@@ -304,7 +304,7 @@ def test_slow_bodies_take_no_place_in_the_queue(engine: LtuEngine) -> None:
 
 @pytest.mark.parametrize("num_sources, num_allowed", [(1, 4), (6, 8)], ids=["one", "many"])
 def test_memory_of_bodies_in_arrival(engine: LtuEngine, num_sources: int, num_allowed: int) -> None:
-    """Eight bodies of the largest size in total, four of a client; then the oldest is closed."""
+    """Half of a queue in total, and a quarter of one client; then the oldest is closed."""
     limit = 100_000
     sent = 90_000
     beginning = REQUEST_HEAD + b"Content-Length: %d\r\n\r\n" % limit + b" " * sent
@@ -315,7 +315,8 @@ def test_memory_of_bodies_in_arrival(engine: LtuEngine, num_sources: int, num_al
         num_bytes = sent * min(len(connections), num_allowed)
         return served.metric("ltu_arriving_bytes") >= num_bytes
 
-    with serve(engine, "--max_body_mb", str(limit / 2**20)) as served, ExitStack() as stack:
+    flags = ["--max_queue", "16", "--max_body_mb", str(limit / 2**20)]
+    with serve(engine, *flags) as served, ExitStack() as stack:
         for number in range(num_allowed + num_closed):
             source = f"127.0.0.{2 + number % num_sources}"
             connections.append(stack.enter_context(connect(served.port, beginning, source)))
@@ -327,6 +328,17 @@ def test_memory_of_bodies_in_arrival(engine: LtuEngine, num_sources: int, num_al
             connection.close()
         wait_until(lambda: served.metric("ltu_arriving_bytes") == 0)
         assert served.ask(text_part()).choices[0].message.content
+
+
+def test_a_body_that_is_thrown_away_takes_no_memory(engine: LtuEngine) -> None:
+    """It would count against the bodies of the same client that are in arrival."""
+    beginning = REQUEST_HEAD + b"Content-Length: 1000000\r\n\r\n"
+    with serve(engine, "--max_body_mb", "0.5") as served:
+        with connect(served.port, beginning) as connection:
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+            connection.sendall(b" " * 900_000)
+            assert get_health(served.port) == 200
+            assert served.metric("ltu_arriving_bytes") == 0
 
 
 # --- decoding
@@ -519,13 +531,22 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     start_without_model("--port", str(port))
 
 
+def has_ipv6() -> bool:
+    """Return whether this machine has an address of IPv6; Python alone knows the family."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_hosts() -> None:
     with pytest.raises(OSError, match="--host name.invalid: the name cannot be resolved"):
         open_listeners("name.invalid", 0)
     with pytest.raises(OSError, match=r"192\.0\.2\.1:0 cannot be opened .* --host"):
         open_listeners("192.0.2.1", 0)  # An address for documentation, which no machine has.
     for host in ("localhost", "::1", "", "0.0.0.0"):
-        if host == "::1" and not socket.has_ipv6:
+        if host == "::1" and not has_ipv6():
             continue
         listeners = open_listeners(host, 0)
         ports = {listener.getsockname()[1] for listener in listeners}
@@ -552,6 +573,8 @@ def test_a_warning_if_others_can_use_the_server(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    if host == "::" and not has_ipv6():
+        pytest.skip("no IPv6 here")
     monkeypatch.setenv("LTU_API_KEY", key)
     start_without_model("--host", host)
     warnings = [record for record in caplog.records if "LTU_API_KEY" in record.getMessage()]
@@ -588,3 +611,11 @@ def test_a_header_does_not_name_the_client(engine: LtuEngine) -> None:
         with urllib.request.urlopen(f"{served.url}/metrics") as reply:
             assert reply.status == 200
         wait_until(lambda: served.metric(closed_metric("too_many")) >= 5)
+
+
+def test_a_system_without_limits_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a system is Windows, whose Python has no module `resource`."""
+    monkeypatch.setattr("ltu.serving.connection_limits.resource", None)
+    raise_file_limit()
+    args = read_flags(["--model", "tiny", "--max_connections", "1000000"])
+    assert limits_of_flags(args).total == 1_000_000

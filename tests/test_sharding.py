@@ -355,3 +355,20 @@ def test_optimizer_states_that_cannot_be_written_or_read(tmp_path: Path) -> None
     part.write_bytes(part.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is damaged"):
         sharding.load_optimizer(model, optimizer, tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [(None, "No such file"), ("{", "is damaged"), ("[]", "is a list, not an object")],
+)
+def test_a_config_of_fsdp_that_cannot_be_read(tmp_path, capsys, content, reason):
+    path = tmp_path / "fsdp.json"
+    if content is not None:
+        path.write_text(content)
+    flags = training_flags(tmp_path / "model", tmp_path / "rows.json", tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        main([*flags, "--fsdp_config", str(path)])
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --fsdp_config") and message.count("\n") == 1
+    assert str(path) in message and reason in message

@@ -23,11 +23,15 @@ from dataclasses import asdict, dataclass, replace
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 from filelock import FileLock
 from tqdm import tqdm
 
-from ltu.files import replace_file, sha256_of
+from ltu.files import read_json_object, replace_file, sha256_of
+
+T = TypeVar("T")
 
 TIMEOUT = 60  # seconds without a byte until a connection is given up
 RETRIES = 6  # retries without a further byte, until a transfer is given up
@@ -99,7 +103,7 @@ def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = 
             received = target
             origin = str(target)
         else:
-            transfer(url, part)
+            transfer(url, part, size)
             received = part
             origin = url
         try:
@@ -122,10 +126,16 @@ def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = 
 
 def _is_received(path: Path, receipt_path: Path) -> bool:
     """Return whether a file is there with the size that its receipt records."""
-    if not (receipt_path.is_file() and path.is_file()):
-        return False
-    receipt = Receipt(**json.loads(receipt_path.read_text(encoding="utf-8")))
-    return path.stat().st_size == receipt.bytes
+    receipt = _read_record(receipt_path, Receipt)
+    return receipt is not None and path.is_file() and path.stat().st_size == receipt.bytes
+
+
+def _read_record(path: Path, kind: type[T]) -> T | None:
+    """Return what `fetch` recorded in a JSON file; None if it is not there, or damaged."""
+    try:
+        return msgspec.convert(read_json_object(path), kind)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def check(path: Path, name: str, origin: str, size: int | None, sha256: str | None) -> str:
@@ -175,7 +185,7 @@ def _what_is_wrong(path: Path, suffix: str) -> str | None:
     if suffix == ".json":
         try:
             json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"not JSON ({error})"
     return None
 
@@ -191,11 +201,16 @@ def _what_is_wrong_at_the_ends(path: Path) -> str | None:
     return "not JSON, or cut off"
 
 
-def transfer(url: str, part: Path) -> None:
+def transfer(url: str, part: Path, size: int | None = None) -> None:
     """Download a file into `part`, resuming what is there, until no more bytes can be had.
 
+    Args:
+        url: the address of the file, or a path.
+        part: the file to write.
+        size: its size in bytes, if it is known. No more is received.
+
     Raises:
-        DownloadError: the file cannot be downloaded.
+        DownloadError: the file cannot be downloaded, or is larger.
     """
     name = part.name.removesuffix(".part")
     if "://" not in url:
@@ -207,7 +222,7 @@ def transfer(url: str, part: Path) -> None:
     failures = 0  # In a row, without a further byte.
     while True:
         try:
-            return receive(url, part)
+            return receive(url, part, size)
         except (OSError, HTTPException) as error:
             code = getattr(error, "code", 500)  # Of an HTTPError; else the connection failed.
             if code == 416:  # The part is not shorter than the file.
@@ -245,21 +260,23 @@ def _notes_path(part: Path) -> Path:
 
 def _read_notes(part: Path) -> PartNotes | None:
     """Return the notes of a part; None if there is no part, or none of a known version."""
-    path = _notes_path(part)
-    if not (path.is_file() and part.is_file()):
-        return None
-    notes = PartNotes(**json.loads(path.read_text(encoding="utf-8")))
-    if not notes.version:
+    notes = _read_record(_notes_path(part), PartNotes)
+    if notes is None or not notes.version or not part.is_file():
         return None
     return notes
 
 
-def receive(url: str, part: Path) -> None:
+def receive(url: str, part: Path, size: int | None = None) -> None:
     """Request what is missing in `part`, once, and append it.
+
+    Args:
+        url: the address of the file.
+        part: the file to append to.
+        size: its size in bytes when it is complete, if it is known.
 
     Raises:
         OSError, HTTPException: another try may succeed.
-        DownloadError: the link has died.
+        DownloadError: the link has died, or gives a file of another size; then `part` is removed.
     """
     name = part.name.removesuffix(".part")
     headers = {"User-Agent": "ltu"}
@@ -282,15 +299,27 @@ def receive(url: str, part: Path) -> None:
         elif not _continues(response.headers, notes, start):
             _notes_path(part).unlink(missing_ok=True)
             raise ConnectionError("the file changed at its source")
+        if size is not None and notes.total not in (None, size):
+            part.unlink(missing_ok=True)
+            raise DownloadError(
+                f"{name}: {url} is {notes.total:,} bytes instead of {size:,}. {HINT}"
+            )
         with part.open("ab") as file:
             # Empty a new part before the notes are written: they must never describe old bytes.
             file.truncate(start)
             replace_file(_notes_path(part), json.dumps(asdict(notes)).encode())
             bar = tqdm(desc=name, total=notes.total, initial=start, unit="B", unit_scale=True)
+            received = start
             with bar:
                 while block := response.read1(1 << 16):
-                    bar.update(file.write(block))
-    received = _size_of(part)
+                    received += file.write(block)
+                    bar.update(len(block))
+                    # A server that sends no length could send without end.
+                    if size is not None and received > size:
+                        part.unlink()
+                        raise DownloadError(
+                            f"{name}: {url} is more than the {size:,} bytes of the file. {HINT}"
+                        )
     if notes.total not in (None, received):
         raise ConnectionError(f"the connection ended after {received:,} of {notes.total:,} bytes")
 

@@ -4,7 +4,6 @@ The authors round sizes and publish no hashes: a row has a sha256 only where som
 """
 
 import difflib
-import json
 import os
 import shlex
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from ltu.checkpoints.convert import CONVERTERS
 from ltu.checkpoints.download import DownloadError, fetch
 from ltu.data.check_examples import NO_AUDIO
-from ltu.files import replace_file
+from ltu.data.dataset_io import typed_examples
+from ltu.files import read_json_object, write_json
 from ltu.models.provenance import STATE, read_record
 
 VICUNA = "lmsys/vicuna-7b-v1.1"
@@ -394,7 +394,7 @@ def newest_checkpoint(kind: str, roots: tuple[str, ...] = ("exp", "pretrained_md
             if folder.name.startswith("checkpoint-") or not config.is_file():
                 continue
             record = read_record(folder)
-            model_type = json.loads(config.read_bytes())["model_type"]
+            model_type = read_json_object(config).get("model_type")
             if model_type != kind or record.get("finished") is False:
                 continue
             is_initial = record.get("stage") == "init"
@@ -450,9 +450,10 @@ def remap_toy_paths(meta: Path, clips: Path, output: Path) -> None:
         output: the new dataset file.
 
     Raises:
+        DatasetError: the dataset file is damaged.
         DownloadError: no clip of the examples is in the folder.
     """
-    examples = json.loads(meta.read_text(encoding="utf-8"))
+    examples = list(typed_examples(meta))
     files_by_name: dict[str, list[Path]] = {}
     for path in sorted(clips.rglob("*")):
         if path.is_file():
@@ -460,7 +461,7 @@ def remap_toy_paths(meta: Path, clips: Path, output: Path) -> None:
     matched = set()
     missing = set()
     for example in examples:
-        audio_id = example["audio_id"]
+        audio_id = example.get("audio_id")
         if audio_id in NO_AUDIO:
             continue
         parts = [part for part in PurePosixPath(audio_id).parts if part not in ("/", "..")][-4:]
@@ -479,7 +480,7 @@ def remap_toy_paths(meta: Path, clips: Path, output: Path) -> None:
             f"{meta}: no clip of its {len(examples)} examples is in {clips}. "
             "Is that zip the right one?"
         )
-    replace_file(output, json.dumps(examples, indent=1, ensure_ascii=False).encode())
+    write_json(examples, output)
     print(
         f"{output}: {len(examples)} examples, {len(matched)} clips matched, {len(missing)} not: "
         f"{sorted(missing)[:5]}"

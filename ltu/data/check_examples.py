@@ -222,8 +222,8 @@ def check_num_errors(errors: dict[str, AudioError], path: str | Path, max_bad: i
     """
     if len(errors) > max_bad:
         raise DatasetError(
-            f"{len(errors)} clips of {path} cannot be decoded, more than --max_bad {max_bad}:\n"
-            f"{list_errors(errors)}"
+            f"Clips of {path} that cannot be decoded: {len(errors)}, more than --max_bad "
+            f"{max_bad}:\n{list_errors(errors)}"
         )
 
 

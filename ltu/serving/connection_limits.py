@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import ipaddress
 import logging
-import resource
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -26,21 +25,30 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ltu.serving.batch_scheduler import Metrics
 
+try:
+    import resource
+except ImportError:  # Windows, where sockets are no open files.
+    resource = None
+
 logger = logging.getLogger(__name__)
 
-# Connections that the event loop accepts at a time. Python accepts that many before the first of
-# them can be closed.
-ACCEPTED_AT_ONCE = 8
-# Open files that are not counted as connections: the process's own, and connections in the moments
-# in which they are opened and closed.
-RESERVED_FILES = 64
+# Open files of the process that are not connections.
+OWN_FILES = 32
+# Connections that the event loop accepts in one turn: few if there are few files, else so many that
+# a crowd does not take many turns, of which each may wait for other threads.
+MIN_ACCEPTED_AT_ONCE = 8
+MAX_ACCEPTED_AT_ONCE = 128
+# Turns of the event loop from the moment in which a connection is accepted to that in which another
+# one is closed for it.
+TURNS_TO_CLOSE = 4
 # Connections that remain for `/health` and requests on their way if `--max_queue` requests are in
 # progress.
 RESERVED_CONNECTIONS = 16
 # Clients with at most as many connections that wait are alike if one must be closed.
 FEW_CONNECTIONS = 8
-# Memory of all bodies in arrival, as a multiple of `--max_body_mb`. One client gets half of it.
-ARRIVING_BODIES = 8
+# Bodies of the largest size that may be in arrival, in memory, for each one that may be complete.
+# One client gets half of them.
+ARRIVING_FRACTION = 0.5
 KEEP_ALIVE_SECONDS = 10  # that a connection may be idle after a reply; clients of OpenAI wait 5
 IPV6_PREFIX = 64  # bits; a client of IPv6 usually has that whole network
 
@@ -55,21 +63,33 @@ class ConnectionLimits:
         arriving_bytes: the largest number of bytes of bodies that have not arrived completely.
         receive_seconds: seconds in which the first byte of a request must arrive, in which the
             whole request must arrive after that, and in which a client must read what it is sent.
+        accepted_at_once: connections that the event loop accepts in one turn.
     """
 
     total: int
     per_client: int
     arriving_bytes: float
     receive_seconds: float
+    accepted_at_once: int
 
 
 def raise_file_limit() -> None:
     """Raise the soft limit of open files to the hard one, where the system allows it."""
+    if resource is None:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError):
         logger.info("The limit of open files cannot be raised.")
+
+
+def _file_limit() -> int | None:
+    """Return how many files the process may have open, None if there is no limit."""
+    if resource is None:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def limits_of_flags(args: argparse.Namespace) -> ConnectionLimits:
@@ -80,10 +100,16 @@ def limits_of_flags(args: argparse.Namespace) -> ConnectionLimits:
     """
     total = args.max_connections
     source = "--max_connections"
-    file_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if file_limit != resource.RLIM_INFINITY and file_limit - RESERVED_FILES < total:
-        total = file_limit - RESERVED_FILES
-        source = f"the limit of {file_limit} open files (`ulimit -n`)"
+    file_limit = _file_limit()
+    accepted_at_once = MAX_ACCEPTED_AT_ONCE
+    if file_limit is not None:
+        most = file_limit - OWN_FILES - TURNS_TO_CLOSE * MIN_ACCEPTED_AT_ONCE
+        if most < total:
+            total = most
+            source = f"the limit of {file_limit} open files (`ulimit -n`)"
+        accepted_at_once = min(
+            (file_limit - OWN_FILES - total) // TURNS_TO_CLOSE, MAX_ACCEPTED_AT_ONCE
+        )
     needed = args.max_queue + RESERVED_CONNECTIONS
     if total < needed:
         raise ValueError(
@@ -93,8 +119,9 @@ def limits_of_flags(args: argparse.Namespace) -> ConnectionLimits:
     return ConnectionLimits(
         total=total,
         per_client=args.max_connections_per_client,
-        arriving_bytes=ARRIVING_BODIES * args.max_body_mb * 2**20,
+        arriving_bytes=ARRIVING_FRACTION * args.max_queue * args.max_body_mb * 2**20,
         receive_seconds=args.receive_seconds,
+        accepted_at_once=accepted_at_once,
     )
 
 
@@ -241,8 +268,10 @@ class LimitedConnection(H11Protocol):
             self.is_silent = False
             self._start_receive_timer()
         super().data_received(data)
-        is_incomplete = self.conn.their_state is h11.SEND_BODY
-        num_bytes = self.arriving_bytes + len(data) if is_incomplete else 0
+        num_bytes = 0
+        # After a reply, as to a body that is too large, what still arrives is thrown away.
+        if self.conn.their_state is h11.SEND_BODY and not self.cycle.response_complete:
+            num_bytes = self.arriving_bytes + len(data)
         if self in self.open_connections.connections:
             self.open_connections.set_arriving(self, num_bytes)
 

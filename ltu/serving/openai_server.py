@@ -42,7 +42,6 @@ from ltu.inference.requests import Answer
 from ltu.serving.batch_scheduler import BatchScheduler, Metrics, log_without_message
 from ltu.serving.clip_decoder import ClipDecoder, RequestIsOver
 from ltu.serving.connection_limits import (
-    ACCEPTED_AT_ONCE,
     KEEP_ALIVE_SECONDS,
     ConnectionLimits,
     LimitedConnection,
@@ -439,7 +438,7 @@ def make_server(
         http=partial(LimitedConnection, open_connections=open_connections),
         # A WebSocket would be beyond the limits.
         ws="none",
-        backlog=ACCEPTED_AT_ONCE,
+        backlog=limits.accepted_at_once,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         # By default uvicorn takes the address of a client from a header if the peer is local.
         proxy_headers=False,

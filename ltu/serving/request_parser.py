@@ -13,10 +13,8 @@ import re
 import reprlib
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote
 
 from pydantic import JsonValue, ValidationError
-from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from ltu.data.audio import OnBlock, decode_audio
@@ -50,6 +48,12 @@ ADDRESS = re.compile(r"\s*[a-z][a-z0-9+.-]{0,20}:", re.IGNORECASE)
 WHITE_SPACE = b" \t\r\n\f\v"
 # The alphabet of URLs and file names (RFC 4648, section 5) to the standard one.
 STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+# The characters of base64 and the white space that clients escape in URLs.
+ESCAPES = {b"%%%02X" % code: bytes([code]) for code in b"+/=-_ \t\r\n"}
+# What separates or contains values in JSON, and how many of them a body may have in addition to
+# those in its texts.
+SEPARATORS = b",[{"
+MAX_SEPARATORS = 10_000
 # Reasons for an error of pydantic's, by its type, where pydantic's own words are those of Python.
 # The fields in braces are those of its `ctx`.
 REASONS = {
@@ -184,6 +188,7 @@ class RequestParser:
         Raises:
             ApiError, ValueError, RecursionError: the body is refused.
         """
+        self._check_separators(data)
         try:
             body = ChatCompletionRequest.model_validate_json(data)
         except ValidationError as error:
@@ -228,6 +233,23 @@ class RequestParser:
             clip, self.args.max_seconds, on_block, self.processor.front_end.downmix
         )
         pending.encoded_clip = None
+
+    def _check_separators(self, data: bytearray) -> None:
+        """Refuse a body with more values than a conversation has, before it is parsed.
+
+        Millions of values take gigabytes, and seconds in which nothing else runs. Base64 has no
+        separators, and texts have at most one for each of their characters.
+        """
+        limit = self.args.max_characters + MAX_SEPARATORS
+        num_separators = sum(data.count(separator) for separator in SEPARATORS)
+        if num_separators > limit:
+            raise ApiError(
+                400,
+                f"The body has {num_separators:,} commas, lists and objects. At most {limit:,} are "
+                "possible here.",
+                None,
+                "invalid_value",
+            )
 
     def _parse_conversation(self, body: ChatCompletionRequest) -> list[dict]:
         """Return the messages, the user's question last, with the transcript in that one."""
@@ -302,7 +324,7 @@ def describe_validation_error(error: ValidationError) -> ApiError:
     return ApiError(400, message, param, code)
 
 
-def describe_reason(details: ErrorDetails) -> str:
+def describe_reason(details: dict[str, Any]) -> str:
     """Return why pydantic refused a value, without names of our classes."""
     context = details.get("ctx", {})
     if details["type"] == "union_tag_invalid":
@@ -371,11 +393,15 @@ def read_clip(text: str, field_name: str) -> bytes:
     data_url = DATA_URL.match(text)
     if data_url:
         text = text[data_url.end() :]
-        if "%" in text:
-            text = unquote(text)
     elif ADDRESS.match(text):
         raise refuse_clip(field_name, "is an address, and nothing is fetched")
-    characters = text.encode("ascii", "replace").translate(STANDARD_ALPHABET, WHITE_SPACE)
+    characters = text.encode("ascii", "replace")
+    if data_url and b"%" in characters:
+        # `urllib.parse.unquote` would make an object of each escape.
+        for escape, character in ESCAPES.items():
+            characters = characters.replace(escape, character)
+            characters = characters.replace(escape.lower(), character)
+    characters = characters.translate(STANDARD_ALPHABET, WHITE_SPACE)
     characters = characters.rstrip(b"=")
     characters += b"=" * (-len(characters) % 4)
     try:

@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ltu.checkpoints.open_checkpoint import QUANTIZATIONS
 from ltu.data.check_examples import IGNORED_KEYS_HELP
+from ltu.files import read_json_object
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 from ltu.training import sharding
@@ -418,6 +420,7 @@ class RunArguments(TrainingArguments):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.gradient_accumulation_steps = self.batch_size // self.micro_batch_size // world_size
         self._set_reports()
+        self._check_fsdp_config()
         super().__post_init__()
         if self.fsdp:
             sharding.check_devices(self)
@@ -445,6 +448,18 @@ class RunArguments(TrainingArguments):
         if self.tensorboard:
             reports.append("tensorboard")
         self.report_to = reports or "none"
+
+    def _check_fsdp_config(self) -> None:
+        """Raise ValueError if `fsdp_config` is a file that cannot be read."""
+        config = self.fsdp_config
+        if not isinstance(config, str) or config.startswith("{"):
+            return
+        try:
+            read_json_object(Path(config))
+        except OSError as error:
+            raise ValueError(f"--fsdp_config {config}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"--fsdp_config: {error}") from error
 
     @property
     def n_gpu(self) -> int:

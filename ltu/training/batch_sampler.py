@@ -122,8 +122,8 @@ class StepPlan:
         num_epochs = self.total_batches / self.batches_per_epoch
         lines = [
             f"examples: {self.num_examples}; steps: {self.total_steps} of {self.examples_per_step} "
-            f"(micro-batches on each rank: {self.accumulation} of {self.micro_batch_size}; "
-            f"ranks: {self.world_size}); epochs: {num_epochs:.4g}"
+            f"examples; micro-batches of a rank in a step: {self.accumulation} of "
+            f"{self.micro_batch_size}; ranks: {self.world_size}; epochs: {num_epochs:.4g}"
         ]
         if self.examples_per_step != batch_size:
             lines.append(

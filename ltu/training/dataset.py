@@ -168,8 +168,8 @@ class QaDataset(Dataset):
         num_bad = int(self.is_bad.sum())
         if num_bad > self.max_bad:
             raise DatasetError(
-                f"{num_bad} examples have a clip that cannot be decoded or no answer within "
-                f"--cutoff_len, more than --max_bad {self.max_bad}. The last: example {number}: "
+                "Examples whose clip cannot be decoded, or without an answer within --cutoff_len: "
+                f"{num_bad}, more than --max_bad {self.max_bad}. The last: example {number}: "
                 f"{error} Fix the dataset file (--check_audio looks for such clips at the start), "
                 "raise --cutoff_len, or allow more with --max_bad."
             ) from error

@@ -37,7 +37,7 @@ from ltu.data.check_examples import (
     with_audio,
 )
 from ltu.data.dataset_parser import DatasetError
-from ltu.files import FileRecord, lock_file, sha256_of, sync_and_rename
+from ltu.files import FileRecord, check_regular_file, lock_file, sha256_of, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
 
 logger = logging.getLogger(__name__)
@@ -259,6 +259,7 @@ class IndexedExamples(Sequence):
         self.path = Path(path)
         self.audio_root = Path(audio_root or self.path.parent)
         try:
+            check_regular_file(path)
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
             self.about = json.loads(table.schema.metadata[b"ltu"])
             self.batches = [table.get_batch(number) for number in range(table.num_record_batches)]
@@ -268,7 +269,7 @@ class IndexedExamples(Sequence):
             raise DatasetError(
                 f"{path} is not a complete index ({error}). Build it again."
             ) from error
-        if self.about.get("version") != VERSION:
+        if not isinstance(self.about, dict) or self.about.get("version") != VERSION:
             raise DatasetError(
                 f"{path} was made by another version of this program, whose rules for examples "
                 "were others. Build it again."

@@ -4,11 +4,11 @@ A log is a list of entries as in the `log_history` of a `trainer_state.json`.
 """
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from ltu.files import check_regular_file, read_json_object
 from ltu.models.locate_checkpoint import list_checkpoints
 from ltu.models.provenance import TRAINER_STATE, read_record
 
@@ -82,6 +82,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def _read_csv(path: Path) -> list[dict]:
+    check_regular_file(path)
     log = []
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -92,7 +93,10 @@ def _read_csv(path: Path) -> list[dict]:
 
 
 def _read_state(path: Path) -> list[dict]:
-    return json.loads(path.read_text(encoding="utf-8"))["log_history"]
+    log = read_json_object(path)["log_history"]
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        raise TypeError("log_history is no list of objects")
+    return log
 
 
 def with_loss(log: list[dict]) -> list[dict]:

@@ -9,7 +9,6 @@ after all of them are on the disk, and the files have these sizes. So a run that
 wrote a checkpoint continues from the one before.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -22,7 +21,7 @@ from uuid import uuid4
 
 from accelerate.utils import broadcast_object_list
 
-from ltu.files import lock_file, sync_files
+from ltu.files import check_regular_file, lock_file, read_json_object, sync_files
 from ltu.models.locate_checkpoint import list_checkpoints
 from ltu.models.provenance import STATE, TRAINER_STATE, read_record, write_record
 from ltu.training.arguments import RunArguments
@@ -205,7 +204,7 @@ def check_same_run(folder: Path, stored: dict[str, Any], record: dict[str, Any])
 
 def find_damage(folder: Path, state: dict[str, Any]) -> str | None:
     """Return which file of a folder is missing or has another size than its state says, or None."""
-    if "files" not in state:
+    if not isinstance(state.get("files"), dict):
         return f"{STATE} is missing or lists no files, so the folder was not written to the end"
     for name, size in state["files"].items():
         path = folder / name
@@ -225,15 +224,16 @@ def what_is_incomplete(checkpoint: Path) -> str | None:
         if not any(checkpoint.glob(pattern)):
             return f"it has no {pattern} (--save_only_model writes none)"
     try:
-        json.loads((checkpoint / TRAINER_STATE).read_bytes())
+        read_json_object(checkpoint / TRAINER_STATE)
     except ValueError as error:
-        return f"{TRAINER_STATE} is damaged ({error})"
+        return str(error).rstrip(".")
     # A file of torch.save is a zip archive, whose entries have check sums.
     for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
         try:
+            check_regular_file(path)
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
-        except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
             return f"{path.name} is damaged ({error})"
         if damaged is not None:
             return f"{path.name} is damaged ({damaged})"

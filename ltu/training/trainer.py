@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoProcessor, set_seed
+from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
@@ -347,11 +347,13 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     """Open the processor and the dataset of a run, and plan its steps.
 
     Raises:
-        ValueError: the dataset is not valid, or a step needs more examples than there are.
+        ValueError: the processor is of another model, the dataset is not valid, or a step needs
+            more examples than there are.
     """
     set_seed(run.seed)
     parent = find_checkpoint(model_args.base_model, CHECKPOINT_FILES)
     processor = AutoProcessor.from_pretrained(parent)
+    processor.check_config(AutoConfig.from_pretrained(parent))
     processor.front_end.configure(**data.front_end)
     train_set, held_out, dataset = make_datasets(data, run, processor)
     steps = StepPlan(

@@ -35,7 +35,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ltu.files import replace_file, run_command, sha256_of
+from ltu.files import read_json_object, replace_file, run_command, sha256_of
 
 MANIFEST = "parts.json"
 UNZIP_BLOCK = 2**20  # bytes
@@ -391,7 +391,7 @@ def fetch(
     manifest_path = root / MANIFEST
     manifest = {}
     if manifest_path.is_file():
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = read_json_object(manifest_path)
     unfinished = []
     for part in parts:
         if is_finished(part, root, manifest, from_hub):
