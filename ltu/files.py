@@ -100,7 +100,12 @@ def replace_file(
         shared: several processes may write the file at once; the last one wins.
         is_synced: the content is on the disk before it gets its name, because the content that it
             replaces is lost then.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the path is that of something else than a file.
     """
+    check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
     if shared:
@@ -113,6 +118,21 @@ def replace_file(
             file.flush()
             os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def check_output(path: Path) -> None:
+    """Check that a path is free or that of a file, before a new file gets its name.
+
+    Otherwise `--output_path /dev/null` would replace the device, if root gives it.
+
+    Raises:
+        ValueError: it is a device, a pipe, a folder or the like, or a link to one.
+    """
+    with suppress(FileNotFoundError):
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        if kind != stat.S_IFREG:
+            name = FILE_KINDS.get(kind, "something else")
+            raise ValueError(f"{path} is {name}, which no file replaces. Choose another path.")
 
 
 def check_regular_file(path: str | Path, max_bytes: int | None = None) -> None:
@@ -189,7 +209,8 @@ def sync_files(paths: Iterable[Path]) -> None:
 
 
 def sync_and_rename(unfinished: Path, path: Path) -> None:
-    """Give a file its name, once it is on the disk."""
+    """Give a file its name, once it is on the disk. Raises as `check_output`."""
+    check_output(path)
     sync_files([unfinished])
     os.replace(unfinished, path)
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from ltu.files import check_output
 from qa_generation.generate_for_clip import ClipResult, Example
 from qa_generation.qa_json import Reject
 
@@ -173,7 +174,13 @@ class ExampleWriter:
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[IO[str]]:
-    """Open a file that appears as a whole when the block ends, and not at all if it fails."""
+    """Open a file that appears as a whole when the block ends, and not at all if it fails.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the path is that of something else than a file.
+    """
+    check_output(path)
     partial = path.with_name(f"{path.name}.tmp")
     try:
         with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:

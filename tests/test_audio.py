@@ -277,3 +277,19 @@ def test_a_small_file_may_not_claim_endless_values(tmp_path):
     with pytest.raises(AudioError, match="8 channels at 655350 Hz") as found:
         load_audio(tmp_path / "many.flac")
     assert found.value.reason == "unreadable"
+
+
+@pytest.mark.parametrize("block", [5333, audio.BLOCK])
+@pytest.mark.parametrize("source", ["bytes", "file"])
+def test_bytes_behind_the_audio_of_a_flac_are_ignored(tmp_path, monkeypatch, block, source):
+    """Such as an ID3 tag at the end, at which the decoder of libsndfile fails."""
+    monkeypatch.setattr(audio, "BLOCK", block)
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
+    whole = load_audio(path)
+    assert len(whole) == 16_000
+    for tail in (b"\0\0\0", b"TAG" + b"x" * 125, b"fLaC" * 500):
+        content = path.read_bytes() + tail
+        (tmp_path / "tagged.flac").write_bytes(content)
+        clip = content if source == "bytes" else tmp_path / "tagged.flac"
+        assert np.array_equal(load_audio(clip), whole)

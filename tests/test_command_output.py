@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from ltu import ask
-from ltu.files import run_command
+from ltu.files import replace_file, run_command, sync_and_rename
+from ltu.inference.predictions_file import PredictionsFile
 from tests import tiny
 from tests.machine import ROOT, start_python
 
@@ -179,3 +180,37 @@ def test_text_files_are_utf8_whatever_the_terminal():
             if isinstance(node, ast.Call) and text_call_without_encoding(node):
                 found.setdefault(file.relative_to(ROOT).as_posix(), []).append(node.lineno)
     assert {name: len(lines) for name, lines in found.items()} == WITHOUT_TEXT, found
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe", "link to a device"])
+def test_an_output_replaces_files_only(tmp_path, kind):
+    """As root, `--output_path /dev/null` would make a file of the device."""
+    path = tmp_path / "out.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link to a device":
+        path.symlink_to(os.devnull)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    before = path.lstat()
+    (tmp_path / "other").write_text("x")
+    for attempt in (
+        lambda: replace_file(path, b"x"),
+        lambda: sync_and_rename(tmp_path / "other", path),
+        PredictionsFile(path).lock,
+    ):
+        with pytest.raises(ValueError, match="which no file replaces. Choose another path"):
+            attempt()
+    assert os.path.samestat(path.lstat(), before)
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"out.json", "other", "pipe"}
+
+
+def test_an_output_replaces_a_file_and_a_broken_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "link", "new"):
+        replace_file(tmp_path / name, b"x")
+        assert (tmp_path / name).read_bytes() == b"x"

@@ -327,6 +327,15 @@ def test_a_body_of_very_many_values_is_not_parsed(
         parser.parse(bytearray(body.encode()))
 
 
+def test_an_error_quotes_the_first_of_many_turns(parser: RequestParser) -> None:
+    turns = [{"role": "assistant", "content": "x"}] * 3000
+    clips = user([audio_part(CLIP)] * 300)
+    for messages in (turns, clips):
+        with pytest.raises(ValueError, match="more") as error:
+            parse(parser, messages=messages)
+        assert len(str(error.value)) < 1000
+
+
 def test_the_longest_text_may_consist_of_commas(parser: RequestParser) -> None:
     text = "," * 99_000
     assert parse(parser, messages=user(text)).request.question == text

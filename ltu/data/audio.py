@@ -474,10 +474,15 @@ def _read_blocks(file: soundfile.SoundFile, downmix: Downmix) -> Iterator[np.nda
     # otherwise. The overridden `seekable` would say no.
     if soundfile.SoundFile.seekable(file):
         file.seek(0)
+    # libsndfile fails at bytes behind the audio of a flac, such as an ID3 tag, if it is asked for
+    # more than the length in the header.
+    num_left = file.frames if file.format == "FLAC" else UNKNOWN_FRAMES
     while True:
-        block = file.read(frames, dtype="float32", always_2d=True)  # (samples, channels)
+        num_wanted = min(frames, num_left)
+        block = file.read(num_wanted, dtype="float32", always_2d=True)  # (samples, channels)
         yield _to_mono(block.T, downmix)
-        if len(block) < frames:
+        num_left -= len(block)
+        if len(block) < num_wanted or num_left == 0:
             return
 
 

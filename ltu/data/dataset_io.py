@@ -22,7 +22,7 @@ from typing import IO, Any
 import msgspec
 
 from ltu.data.dataset_parser import DatasetError, LineSplitter, ListSplitter
-from ltu.files import lock_file, sync_and_rename
+from ltu.files import check_output, lock_file, sync_and_rename
 
 BLOCK = 2**20  # bytes
 EXAMPLES_AT_ONCE = 8192  # examples that are written at once; in Parquet, a row group
@@ -186,6 +186,7 @@ class ExampleWriter:
         self.table: Any = None  # pyarrow's writer, once the columns are known
 
     def __enter__(self) -> "ExampleWriter":
+        check_output(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock_file(self.unfinished, self.path)
         if self.codec:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from ltu.files import replace_file
+from ltu.files import check_output, replace_file
 from ltu.inference.requests import Answer
 
 # Hash of the clip's content (None without audio), question, transcript, mode, number of chunks;
@@ -48,8 +48,9 @@ class PredictionsFile:
         """Lock the output against other runs. Rank 0 locks first, and then the others.
 
         Raises:
-            ValueError: another run writes this output.
+            ValueError: another run writes this output, or it is no file.
         """
+        check_output(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.locked = self.lock_path.open("a")
         try:

@@ -35,6 +35,7 @@ ANSWER = "\ufdd1"
 # the default of Llama 3's template.
 DATE = "26 Jul 2024"
 AUDIO_KEYS = ("audio", "audio_url", "url", "path")
+MAX_SHOWN_ROLES = 20  # turns that an error quotes
 
 
 class RenderedPrompt(NamedTuple):
@@ -181,7 +182,9 @@ def render_prompt(
         )
     except TemplateError as error:
         roles = [message["role"] for message in messages]
-        raise ValueError(f"The chat template refuses the turns {roles}: {error}") from error
+        raise ValueError(
+            f"The chat template refuses the turns {_shorten(roles)}: {error}"
+        ) from error
     before, mark, after = text.partition(ANSWER)
     if not mark:
         raise ValueError(
@@ -230,16 +233,24 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
     roles = [message["role"] for message in plain_messages]
     if roles[-1:] != ["user"] or ("chat_template" not in template and len(roles) > 1):
         raise ValueError(
-            f"The template {template.get('name')!r} cannot express the turns {roles}: the last "
-            "must be the user's, and the only one unless the checkpoint was made with "
+            f"The template {template.get('name')!r} cannot express the turns {_shorten(roles)}: "
+            "the last must be the user's, and the only one unless the checkpoint was made with "
             "--prompt_template chat."
         )
     if clip_roles not in ([], ["user"]):
         raise ValueError(
             f"The model takes one clip ({', '.join(AUDIO_KEYS)}), in a turn of the user; here are "
-            f"{len(clip_roles)}, of {clip_roles}. Join the clips, or ask about each by itself."
+            f"{len(clip_roles)}, of {_shorten(clip_roles)}. Join the clips, or ask about each by "
+            "itself."
         )
     return plain_messages
+
+
+def _shorten(roles: list[str]) -> str:
+    """Return roles as an error quotes them, the first of many."""
+    if len(roles) <= MAX_SHOWN_ROLES:
+        return str(roles)
+    return f"{roles[:MAX_SHOWN_ROLES]} and {len(roles) - MAX_SHOWN_ROLES:,} more"
 
 
 def _parts_of(content: Any) -> list[dict]:
