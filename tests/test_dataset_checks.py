@@ -272,7 +272,7 @@ def test_examples_without_answer_are_skipped_counted_and_named(
     assert train_set.skipped == ["2.wav", "7.wav"]
     # The clip of a third example is missing: clips and answers are counted together.
     (cut_path.parent / "5.wav").unlink()
-    with pytest.raises(DatasetError, match=r"^3 examples have .* The last: example 6: .*5\.wav"):
+    with pytest.raises(DatasetError, match=r"--cutoff_len: 3, .* The last: example 6: .*5\.wav"):
         train_set[5]
 
 
@@ -297,7 +297,7 @@ def test_too_many_examples_to_count_are_checked_when_they_are_used(
     assert "not known without an index" in summary.describe()[1]
     assert train_set[2]["input_ids"] == train_set[3]["input_ids"]
     assert train_set.skipped == ["2.wav"]
-    with pytest.raises(DatasetError, match="^2 examples .* The last: example 8: no answer is left"):
+    with pytest.raises(DatasetError, match="--cutoff_len: 2, .* example 8: no answer is left"):
         train_set[7]
 
 

@@ -45,13 +45,16 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+FEATURES = {"shape": [4, 25, 64], "whisper_model": "tiny.pt"}
+
+
 def read_toy_meta(path: Path) -> None:
     remap_toy_paths(path, path.parent, path.with_name("out.json"))
 
 
 def read_failures(path: Path) -> None:
     folder = path.parent.parent
-    FeatureStore.create(folder, {"shape": [4, 25, 64]}).failures()
+    FeatureStore.create(folder, FEATURES).failures()
 
 
 def read_newest(path: Path) -> None:
@@ -143,7 +146,7 @@ def test_a_checkpoint_with_a_damaged_state_is_incomplete(tmp_path: Path, state: 
 
 
 def test_features_that_are_a_pipe_are_damaged(tmp_path: Path) -> None:
-    store = FeatureStore.create(tmp_path, {"shape": [4, 25, 64]})
+    store = FeatureStore.create(tmp_path, FEATURES)
     path = store.path_of("a.wav")
     path.parent.mkdir()
     os.mkfifo(path)

@@ -179,7 +179,7 @@ def test_nothing_is_left_when_a_copy_or_the_output_fails(folder, monkeypatch):
     monkeypatch.undo()
 
     (folder / "out" / "examples.json").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="examples.json is a folder"):
         run(folder, ["a.wav"])
     assert left(folder) == ["audio", "examples.json"]
 

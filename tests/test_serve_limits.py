@@ -611,11 +611,3 @@ def test_a_header_does_not_name_the_client(engine: LtuEngine) -> None:
         with urllib.request.urlopen(f"{served.url}/metrics") as reply:
             assert reply.status == 200
         wait_until(lambda: served.metric(closed_metric("too_many")) >= 5)
-
-
-def test_a_system_without_limits_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such a system is Windows, whose Python has no module `resource`."""
-    monkeypatch.setattr("ltu.serving.connection_limits.resource", None)
-    raise_file_limit()
-    args = read_flags(["--model", "tiny", "--max_connections", "1000000"])
-    assert limits_of_flags(args).total == 1_000_000

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import ipaddress
 import logging
+import resource
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,6 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ltu.serving.batch_scheduler import Metrics
-
-try:
-    import resource
-except ImportError:  # Windows, where sockets are no open files.
-    resource = None
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +71,6 @@ class ConnectionLimits:
 
 def raise_file_limit() -> None:
     """Raise the soft limit of open files to the hard one, where the system allows it."""
-    if resource is None:
-        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -86,8 +80,6 @@ def raise_file_limit() -> None:
 
 def _file_limit() -> int | None:
     """Return how many files the process may have open, None if there is no limit."""
-    if resource is None:
-        return None
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return None if limit == resource.RLIM_INFINITY else limit
 
