@@ -156,7 +156,8 @@ def test_endless_headers_end(tmp_path, head):
     lines = head.replace("\n", "\r\n").encode()
     with RawServer(head, lambda: repeat(lines)) as server:
         reply = ask(server.url, tmp_path, timeout=1, tries=2)
-        assert isinstance(reply, RequestFailed) and len(server.requests) == 2
+        assert isinstance(reply, RequestFailed)
+        assert 1 <= len(server.requests) <= 2  # A busy machine may not connect within a second.
 
 
 def test_a_trickle_ends_with_the_time_out(tmp_path):
