@@ -202,7 +202,9 @@ raise SystemExit("error: one line")
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert (done.returncode, done.stderr) == (1, "error: one line\n")
+    # Before this line, an installed bitsandbytes may print a warning.
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: one line\n")
 
 
 # --- torchrun
