@@ -12,7 +12,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,20 +142,17 @@ def copied_clips(clips: list[CheckedClip], folder: Path) -> Iterator[dict[str, s
     """
     new_ids: dict[str, str] = {}
     taken: set[str] = set()
-    written: list[Path] = []
-    try:
+    with ExitStack() as removal:
         for clip in clips:
             target = _free_name(clip, folder / AUDIO_FOLDER, taken)
             taken.add(target.name)
             new_ids[clip.audio_id] = f"{AUDIO_FOLDER}/{target.name}"
             if not target.exists():
                 _copy(clip, target)
-                written.append(target)
+                removal.callback(target.unlink, missing_ok=True)
         yield new_ids
-    except BaseException:
-        for target in written:
-            target.unlink(missing_ok=True)
-        raise
+        # No error: keep the copies.
+        removal.pop_all()
 
 
 def _free_name(clip: CheckedClip, folder: Path, taken: set[str]) -> Path:
