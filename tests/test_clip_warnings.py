@@ -274,7 +274,7 @@ def test_predictions_files_have_it(folder, tmp_path, capsys):
     assert [len(row["warnings"]) for row in rows] == [0, 1, 1, 1, 1]
     out, err = capsys.readouterr()
     assert "ok 3, truncated_file 2" in out and "answered 5 of 5" in out
-    assert "4 answers have `warnings`. The first: The clip is cut short" in err
+    assert "answers with `warnings`: 4. The first: The clip is cut short" in err
     assert set(ANSWERED) == {None, *ANSWERED_STATUSES}
 
 

@@ -317,5 +317,5 @@ def print_summary(name: str, answers: list[Answer]) -> None:
     if with_warnings:
         first = " ".join(with_warnings[0].warnings)
         print(
-            f"  {len(with_warnings)} answers have `warnings`. The first: {first}", file=sys.stderr
+            f"  answers with `warnings`: {len(with_warnings)}. The first: {first}", file=sys.stderr
         )

@@ -2,8 +2,8 @@
 
 The event loop receives bodies and sends replies. Some threads parse bodies, others decode clips,
 and the thread of the scheduler runs the model. A client that disconnects cancels its request, also
-while its clip is decoded, and so does the timeout, which begins when the request is complete. Only
-counts are logged, because a message or a traceback may quote a request.
+while its clip is decoded, and so does the timeout, which begins when the request is complete. An
+error is logged without its message, which may quote a request.
 """
 
 import argparse
