@@ -22,13 +22,13 @@ class WhisperFrontEnd(AudioFrontEnd):
     The transcript "" stands for a clip without speech; such a clip is not transcribed. Whisper gets
     the mean of a clip's channels, as in the original.
 
-    Stored features of a sound that has changed since are never used. Inference computes them from
-    the sound, with a warning for the first such clip; training refuses them, because a run would
+    Stored features of audio that has changed since are never used. Inference computes them from
+    the audio, with a warning for the first such clip; training refuses them, because a run would
     otherwise become slow without notice, and its numbers would be those of no one store.
 
     Attributes:
         store: the folder of stored features, or None.
-        warned_of_stale: whether a warning has named a clip whose sound has changed.
+        warned_of_stale: whether a warning has named a clip whose audio has changed.
     """
 
     transcribes = True
@@ -165,7 +165,7 @@ class WhisperFrontEnd(AudioFrontEnd):
     ) -> Stored | None:
         """Return what the feature folder holds of a clip, or None.
 
-        Features of another sound than that of the clip are not returned.
+        Features of other audio than that of the clip are not returned.
 
         Raises:
             ltu.data.audio.AudioError: its file in the feature folder is damaged.
@@ -175,8 +175,8 @@ class WhisperFrontEnd(AudioFrontEnd):
         if self.store.is_stale(audio_id, audio):
             if not self.warned_of_stale:
                 logger.warning(
-                    "%s: the sound has changed since its features were stored in %s. They are "
-                    "computed from the sound. Further such clips are not reported. To store them "
+                    "%s: the audio has changed since its features were stored in %s. They are "
+                    "computed from the audio. Further such clips are not reported. To store them "
                     "again: %s",
                     audio_id,
                     self.store.folder,
@@ -219,13 +219,13 @@ class WhisperFrontEnd(AudioFrontEnd):
         """Return the input of the audio encoder for training: (layers, time, width).
 
         Raises:
-            ltu_as.feature_store.StaleFeatures: the stored features are those of another sound.
+            ltu_as.feature_store.StaleFeatures: the stored features are those of other audio.
         """
         self._check_current(example["audio"], example.get("audio_id"))
         return super().load_features(example)
 
     def _check_current(self, audio: AudioSource, audio_id: str | None) -> None:
-        """Check that the feature folder holds no features of another sound for a clip."""
+        """Check that the feature folder holds no features of other audio for a clip."""
         if self.store is not None and audio_id:
             self.store.check_current(audio_id, audio)
 
@@ -290,7 +290,7 @@ class WhisperFrontEnd(AudioFrontEnd):
             batch_size: clips that are transcribed at once.
 
         Raises:
-            ltu_as.feature_store.StaleFeatures: a stored transcript is that of another sound.
+            ltu_as.feature_store.StaleFeatures: a stored transcript is that of other audio.
         """
         audio_ids = {}  # By path, of the clips without a transcript.
         for example in examples:

@@ -132,7 +132,7 @@ class LtuAsConverter(LtuConverter):
         They are those of each channel of each layer.
 
         Raises:
-            ValueError: the feature folder holds none of the clips, or features of a sound that has
+            ValueError: the feature folder holds none of the clips, or features of audio that has
                 changed since.
         """
         if not self.standardize_on:

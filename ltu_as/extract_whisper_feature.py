@@ -8,10 +8,10 @@ The last command uses four GPUs and writes the same files. A run that was stoppe
 is started again. Batches are cut from the list of all clips, whatever is stored already and however
 many processes share the work, so the files are the same to the bit.
 
-Size, time and hash of each sound are stored with its features. A clip whose sound was replaced
+Size, time and hash of each audio file are stored with its features. A clip whose audio was replaced
 under the same name is extracted again, and so is one that an earlier version stored without such a
 record. A copy or a moved file with the same content is kept; its new time is stored. Features whose
-sound is no longer there are kept.
+audio is no longer there are kept.
 
 `summary.json` in the folder lists the clips that failed, with the reason. The exit status is 1 if
 more clips failed than `--max_bad`.
@@ -151,7 +151,7 @@ def extract(
 
 
 def mark_failed(store: FeatureStore, name: str, state: ClipState, reason: str, detail: str) -> None:
-    """Mark a clip as failed, and remove its features if they are those of another sound."""
+    """Mark a clip as failed, and remove its features if they are those of other audio."""
     store.fail(name, reason, detail)
     if state is ClipState.CHANGED:
         store.remove(name)

@@ -8,8 +8,8 @@ bytes are noise, and are stored raw. Such a file is smaller than a compressed np
 several times as fast. It is written whole or not at all; a file that was damaged later is detected
 by its length and checksum.
 
-A file records what the sound was (`ltu.files.FileRecord`). If a clip is replaced under the same
-name, its features are stale: they are not used, and are extracted again. Where the sound is not
+A file records what the audio was (`ltu.files.FileRecord`). If a clip is replaced under the same
+name, its features are stale: they are not used, and are extracted again. Where the audio is not
 there, nothing can be compared, and features are used as they are. So are features without a record:
 those of the original, and those of earlier versions.
 
@@ -78,17 +78,17 @@ class DamagedFeatures(FeatureError):
 
 
 class StaleFeatures(ValueError):
-    """The stored features of a clip are those of another sound."""
+    """The stored features of a clip are those of other audio."""
 
 
 class ClipState(Enum):
     """What a store holds of a clip, by the words that an extraction prints."""
 
     KEPT = "kept"
-    MOVED = "moved"  # The same sound with another time; it had to be hashed.
+    MOVED = "moved"  # The same audio with another time; it had to be hashed.
     NEW = "new"
-    CHANGED = "changed"  # Features of another sound.
-    UNRECORDED = "without a record of the sound"
+    CHANGED = "changed"  # Features of other audio.
+    UNRECORDED = "without a record of the audio"
     UNTRANSCRIBED = "without a transcript"
 
     @property
@@ -107,8 +107,8 @@ class ClipHeader:
         shape: (layers, 25, width).
         dtype: "float16" or "float32".
         sum: checksum of the compressed features.
-        source: what the sound was; None in the files of earlier versions.
-        is_cut_short: whether the file of the sound ended before the length in its header.
+        source: what the audio was; None in the files of earlier versions.
+        is_cut_short: whether the file of the audio ended before the length in its header.
         warnings: those of `ltu.data.audio.Waveform`.
     """
 
@@ -260,7 +260,7 @@ class FeatureStore:
         """Return what an extraction of a clip has to do.
 
         Args:
-            path: the sound. If it is not there, the features are kept.
+            path: the audio. If it is not there, the features are kept.
             with_transcript: whether a transcript must be stored with the features.
         """
         header = self._read_header(audio_id)
@@ -278,12 +278,12 @@ class FeatureStore:
         return ClipState.KEPT
 
     def is_stale(self, audio_id: str, audio: AudioSource) -> bool:
-        """Return whether the stored features of a clip are those of another sound.
+        """Return whether the stored features of a clip are those of other audio.
 
-        They are not if there is nothing to compare: no record, no file, or an array as sound.
+        They are not if there is nothing to compare: no record, no file, or an array as audio.
 
         Args:
-            audio: the sound as it is now. A file is hashed only if its time differs from the
+            audio: the audio as it is now. A file is hashed only if its time differs from the
                 record.
         """
         header = None if self.is_original else self._read_header(audio_id)
@@ -297,14 +297,14 @@ class FeatureStore:
         return False
 
     def check_current(self, audio_id: str, audio: AudioSource) -> None:
-        """Check that stored features are those of the sound, as in `is_stale`.
+        """Check that stored features are those of the audio, as in `is_stale`.
 
         Raises:
-            StaleFeatures: they are those of another sound.
+            StaleFeatures: they are those of other audio.
         """
         if self.is_stale(audio_id, audio):
             raise StaleFeatures(
-                f"{audio_id}: the sound has changed since its features were stored in "
+                f"{audio_id}: the audio has changed since its features were stored in "
                 f"{self.folder}. Extract them again (clips that did not change are kept): "
                 f"{EXTRACT} --data_path DATA --model DIR --output_dir {self.folder}"
             )
@@ -326,7 +326,7 @@ class FeatureStore:
             features: (layers, 25, width), in half or single precision.
             transcript: None if the clip was not transcribed.
             seconds: duration of the clip.
-            source: what the sound was before it was decoded. Without it, a change of the sound is
+            source: what the audio was before it was decoded. Without it, a change of the audio is
                 not noticed.
             is_cut_short, warnings: as in `ltu.data.audio.Waveform`; each answer says them.
 
@@ -362,7 +362,7 @@ class FeatureStore:
         path.with_suffix(".failed").unlink(missing_ok=True)
 
     def renew_record(self, audio_id: str, path: str | Path) -> None:
-        """Record the time of a sound of `ClipState.MOVED`, so that no reader has to hash it."""
+        """Record the time of audio of `ClipState.MOVED`, so that no reader has to hash it."""
         source = FileRecord.of(path)
         with _open(self.path_of(audio_id)) as file:
             header = ClipHeader.of(file)

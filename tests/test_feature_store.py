@@ -243,7 +243,7 @@ def test_a_refusal_names_clip_and_command(store: FeatureStore, tmp_path: Path) -
     store.write("a.wav", features(), "", 1.0, FileRecord.of(tmp_path / "a.wav"))
     store.check_current("a.wav", tmp_path / "a.wav")
     (tmp_path / "a.wav").write_bytes(b"another")
-    with pytest.raises(StaleFeatures, match="a.wav: the sound has changed.*--output_dir") as caught:
+    with pytest.raises(StaleFeatures, match="a.wav: the audio has changed.*--output_dir") as caught:
         store.check_current("a.wav", tmp_path / "a.wav")
     command = "python -m ltu_as.extract_whisper_feature --data_path DATA --model DIR"
     assert f"{command} --output_dir {store.folder}" in str(caught.value)
@@ -543,7 +543,7 @@ def test_a_store_without_records_is_read_and_renewed(
         assert not store.is_stale(name, own_data / name)
     (own_data / "clip10.wav").unlink()
     assert extract_again(data, own_data) == 0
-    found = "11 clips were found 1 kept, 0 new, 0 changed, 10 without a record of the sound"
+    found = "11 clips were found 1 kept, 0 new, 0 changed, 10 without a record of the audio"
     assert found in capsys.readouterr().out
     assert store.state_of("clip3.wav", own_data / "clip3.wav") is ClipState.KEPT
     assert extract_again(data, own_data) == 0

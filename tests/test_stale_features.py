@@ -1,4 +1,4 @@
-"""Tests that stored features of LTU-AS are not used for a sound that has changed since."""
+"""Tests that stored features of LTU-AS are not used for audio that has changed since."""
 
 import json
 import logging
@@ -80,9 +80,11 @@ def test_inference_computes_stale_features_again(
     with caplog.at_level(logging.WARNING, "ltu_as"):
         answers = from_store(requests_of(root), max_new_tokens=6)
         assert from_store(requests_of(root), max_new_tokens=6) == answers
-    warnings = [record.getMessage() for record in caplog.records if "sound" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "audio has" in record.getMessage()
+    ]
     assert len(warnings) == 1
-    assert "2.wav: the sound has changed" in warnings[0] or "3.wav: the" in warnings[0]
+    assert "2.wav: the audio has changed" in warnings[0] or "3.wav: the" in warnings[0]
     assert "python -m ltu_as.extract_whisper_feature" in warnings[0]
     assert [answer.seconds_total for answer in answers] == [0.6, 0.6, 3.0, 2.0]
     # Of stored features, rate and channels of the sound are not known.
@@ -127,7 +129,7 @@ def test_training_refuses_stale_features(made: Path, root: Path, workers: int) -
     with pytest.raises(SystemExit) as caught:
         run_command(lambda: finetune(flags.split()))
     line = str(caught.value)
-    assert line.startswith("error: 2.wav: the sound has changed since its features were stored")
+    assert line.startswith("error: 2.wav: the audio has changed since its features were stored")
     assert f"--output_dir {root}/features" in line and "\n" not in line
     store_features(root, made / "init")
     assert finetune(flags.split()) in (0, None)
@@ -136,7 +138,7 @@ def test_training_refuses_stale_features(made: Path, root: Path, workers: int) -
 
 def test_an_index_refuses_stale_transcripts(made: Path, root: Path) -> None:
     flags = f"{root}/rows.json --base_model {made}/init --feature_root {root}/features"
-    with pytest.raises(StaleFeatures, match="2.wav: the sound has changed"):
+    with pytest.raises(StaleFeatures, match="2.wav: the audio has changed"):
         index_dataset(flags.split())
     assert not list(root.glob("*.arrow*"))
 
@@ -144,7 +146,7 @@ def test_an_index_refuses_stale_transcripts(made: Path, root: Path) -> None:
 def test_standardization_refuses_stale_features(made: Path, root: Path) -> None:
     flags = f"--init --llm {made}/llm --whisper {made}/whisper.pt --num_layer_heads 2"
     flags += f" --output_dir {root}/out --standardize_on {root}/rows.json"
-    with pytest.raises(StaleFeatures, match="2.wav: the sound has changed"):
+    with pytest.raises(StaleFeatures, match="2.wav: the audio has changed"):
         convert(f"{flags} --feature_root {root}/features".split())
 
 
