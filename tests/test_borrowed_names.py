@@ -157,6 +157,16 @@ BORROWED_NAMES = [
             "_load_best_model",
         )
     ),
+    BorrowedName(
+        "transformers:Trainer._load_from_checkpoint",
+        "ltu/training/forward_passes.py",
+        "the callback on_train_begin, with the folder of the checkpoint",
+    ),
+    BorrowedName(
+        "transformers.loss.loss_utils:ForCausalLMLoss",
+        "ltu/training/forward_passes.py",
+        "PreTrainedModel.loss_type, by its name",
+    ),
     # The server
     *(
         BorrowedName(

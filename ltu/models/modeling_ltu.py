@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.models.config_checks import refuse_malformed
-from ltu.models.configuration_ltu import LtuConfig, open_llm_config
+from ltu.models.configuration_ltu import IGNORED, LtuConfig, open_llm_config
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import (
@@ -299,6 +300,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         audio_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, length, vocabulary), and the loss if there are `labels`.
@@ -321,6 +323,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 `input_ids`, made by `generate`. Not used where a cache holds the audio already.
             logits_to_keep: positions whose logits are computed, the last n or their indices; all if
                 0, or if the language model has no such argument.
+            loss_tokens: (batch,) the number by which the loss of each row, a sum over its tokens,
+                is divided. The loss is (batch,) then, otherwise the mean over all tokens. So a
+                batch can hold several micro-batches, each with a mean of its own.
             kwargs: go to the language model as they are, among them its cache, whose name depends
                 on the version of transformers.
 
@@ -341,13 +346,17 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             attention_mask = inputs_embeds.new_ones(batch_size, length, dtype=torch.long)
         if "logits_to_keep" in signature(self.language_model.forward).parameters:
             kwargs["logits_to_keep"] = logits_to_keep
-        return self.language_model(
+        output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            labels=labels,
+            labels=labels if loss_tokens is None else None,
             **kwargs,
         )
+        if loss_tokens is not None:
+            losses = sum_losses(output.logits, labels)
+            output["loss"] = losses / loss_tokens.to(losses.device)
+        return output
 
     def is_own(self, key: str) -> bool:
         """Return whether a checkpoint folder holds this key of the state dict."""
@@ -551,6 +560,24 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 )
         check_finite(state, f"{folder} is not opened")
         self.load_state_dict(state, strict=False)
+
+
+def sum_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of each row, summed over its tokens, (rows,).
+
+    Args:
+        logits: (rows, length, vocabulary), which predict the next token.
+        labels: (rows, length); -100 carries no loss.
+    """
+    # Shift the labels, not the logits, whose copy would be large.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (rows, length)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        targets.flatten().to(logits.device),
+        ignore_index=IGNORED,
+        reduction="none",
+    )  # (rows * length,)
+    return losses.view(targets.shape).sum(1)
 
 
 def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:

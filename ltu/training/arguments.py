@@ -336,7 +336,19 @@ class RunArguments(TrainingArguments):
         metadata={"help": "The number of examples in one optimizer step, over all ranks."},
     )
     micro_batch_size: int = field(
-        default=8, metadata={"help": "The number of examples in one forward pass of one rank."}
+        default=8,
+        metadata={
+            "help": "The number of examples over whose tokens the loss is averaged. The loss of a "
+            "step is the mean over its micro-batches."
+        },
+    )
+    rows_per_pass: str = field(
+        default="auto",
+        metadata={
+            "help": "The number of examples that go through the model at once, which changes speed "
+            "and memory but not the loss: several micro-batches, or a part of one. auto is the "
+            "largest number that fits into a GPU, and a micro-batch elsewhere."
+        },
     )
     num_epochs: int = field(default=1, metadata={"help": "How often every example is used."})
     group_by_length: bool = field(
@@ -544,6 +556,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     for name, smallest in SMALLEST.items():
         if values[name] < smallest:
             parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
+    rows = run_args.rows_per_pass
+    if rows != "auto" and not (rows.isdecimal() and int(rows) > 0):
+        parser.error(f"--rows_per_pass {rows}: choose auto, or a number of at least 1")
     if run_args.seed > MAX_SEED:
         parser.error(f"--seed {run_args.seed}: it must be at most {MAX_SEED}")
     for name in ("logging_steps", "save_steps"):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltu.models.processing_ltu import IGNORED, LtuProcessor
+from ltu.models.configuration_ltu import IGNORED
+from ltu.models.processing_ltu import LtuProcessor
 
 
 class LtuCollator:

@@ -80,6 +80,7 @@ FREE_FLAGS = {
     # How the work is spread over devices and processes. The examples of a step are compared.
     "device_map",
     "num_workers",
+    "rows_per_pass",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "activation_checkpointing",

@@ -10,14 +10,12 @@ import math
 import shutil
 import sys
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoProcessor, set_seed
@@ -25,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.model_card import write_model_card
-from ltu.models.processing_ltu import IGNORED, LtuProcessor
+from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.provenance import (
     code_version,
     hash_settings,
@@ -38,10 +36,10 @@ from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
 from ltu.training.dataset import QaDataset
+from ltu.training.forward_passes import PassTrainer
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, complete_run
-from ltu.training.sharding import ShardedTrainer
 from ltu.training.stop_signal import ignore_stop_signals
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
@@ -59,7 +57,7 @@ def cannot_write(folder: str | Path, error: Exception) -> OSError:
     )
 
 
-class LtuTrainer(ShardedTrainer):
+class LtuTrainer(PassTrainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
     Training ends at the first loss or gradient norm that is not finite, before it changes the
@@ -78,7 +76,6 @@ class LtuTrainer(ShardedTrainer):
         self.micro_batches = micro_batches
         self.record = record
         self.is_stopping = False
-        self.step_losses: list[Tensor] = []  # Of the micro-batches of the current step.
 
         # The stock method deletes old checkpoints before the new one is known to be complete.
         self.save_total_limit = self.args.save_total_limit
@@ -87,13 +84,6 @@ class LtuTrainer(ShardedTrainer):
         # A forked process cannot use a GPU, so load the audio in this one.
         if self.processing_class.front_end.needs_gpu:
             self.args.dataloader_num_workers = 0
-
-        # With layers on several devices, the positions of the logits to keep can be on another
-        # device than the hidden states, so that indexing fails.
-        parameters = signature(self.model.language_model.forward).parameters
-        device_map = getattr(self.model, "hf_device_map", {})
-        is_on_one_device = len(set(device_map.values())) <= 1
-        self.takes_logits_to_keep = "logits_to_keep" in parameters and is_on_one_device
 
     def get_train_dataloader(self) -> DataLoader:
         # accelerate does not prepare this loader: the batch sampler knows its rank, and its epochs
@@ -135,32 +125,6 @@ class LtuTrainer(ShardedTrainer):
                 f"--lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}: {error}"
             ) from error
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Compute the loss of a micro-batch.
-
-        Logits are computed only from the position before the first label on, because audio tokens
-        and masked questions carry no loss.
-        """
-        if self.takes_logits_to_keep:
-            labels = inputs["labels"]  # (batch, tokens + text)
-            labelled = (labels != IGNORED).any(0).nonzero()  # (columns with a label, 1)
-            first = int(labelled[0]) if len(labelled) else 0
-            # Pass positions instead of a count: a count makes transformers slice, and the slice is
-            # not contiguous. Its product with the vocabulary would then take a slow path on CPUs
-            # that copies the weight for every position.
-            start = max(first - 1, 0)
-            keep = torch.arange(start, labels.shape[1], device=labelled.device)
-            inputs = inputs | {"labels": labels[:, keep], "logits_to_keep": keep}
-        inputs = inputs | {"use_cache": False}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.step_losses.append(loss.detach())
-        return loss
-
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Return the gradient norm of a step, if it and all losses of the step are finite.
 
@@ -171,8 +135,10 @@ class LtuTrainer(ShardedTrainer):
         """
         norm = super()._get_grad_norm(*args, **kwargs)
         value = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        losses = torch.stack(self.step_losses)  # (micro-batches,)
+        losses = torch.stack(self.step_losses)  # (parts,)
+        numbers = self.step_numbers
         self.step_losses = []
+        self.step_numbers = []
         is_finite = bool(losses.isfinite().all())
         if value is not None:  # DeepSpeed does not always know it.
             value = float(value)
@@ -181,7 +147,10 @@ class LtuTrainer(ShardedTrainer):
         flags = torch.tensor([not is_finite, self.is_stopping], device=losses.device).int()
         num_bad, num_stopping = self.accelerator.reduce(flags, "sum").tolist()
         if num_bad:
-            self._raise_non_finite(losses.isfinite().logical_not().tolist(), value)
+            bad = [False] * self.args.gradient_accumulation_steps
+            for number, is_bad in zip(numbers, (~losses.isfinite()).tolist(), strict=True):
+                bad[number] |= is_bad
+            self._raise_non_finite(bad, value)
         if num_stopping:
             self.is_stopping = True
             self.control.should_save = True
@@ -287,6 +256,7 @@ class LtuTrainer(ShardedTrainer):
             "step": self.state.global_step,
             "finished": self.state.global_step >= self.state.max_steps,
             "skipped": self.skipped,
+            "rows_per_pass": self.rows_per_pass,
         }
         if self.args.load_best_model_at_end and record["finished"]:
             record["weights_of_step"] = self.state.best_global_step
@@ -433,6 +403,7 @@ def make_trainer(
     run.max_steps = setup.steps.total_steps
     if run.use_liger_kernel:
         apply_liger(model, run.liger_kernel_config)
+    lengths = setup.train_set.lengths
     return LtuTrainer(
         model=model,
         args=run,
@@ -442,4 +413,5 @@ def make_trainer(
         processing_class=setup.processor,
         micro_batches=make_sampler(setup, run),
         record=setup.record,
+        longest_text=data.cutoff_len if lengths is None else int(lengths.max()),
     )
