@@ -96,13 +96,18 @@ def count_rows(trainer):
 # --- equality
 
 
+def positions(original: bool) -> dict:
+    """Return the flags of the original's positions, with the attention that equals the original."""
+    return {"original_positions": True, "attn_implementation": "eager"} if original else {}
+
+
 @pytest.fixture(scope="module")
 def one_by_one(checkpoint, data_path, tmp_path_factory):
     """Runs with a pass for each micro-batch, by `original_positions`."""
     folder = tmp_path_factory.mktemp("one_by_one")
     runs = {}
     for original in (False, True):
-        trainer = make(checkpoint, data_path, folder / str(original), original_positions=original)
+        trainer = make(checkpoint, data_path, folder / str(original), **positions(original))
         with count_rows(trainer) as rows:
             trainer.train()
         assert rows.count(2) == 27
@@ -119,9 +124,8 @@ def one_by_one(checkpoint, data_path, tmp_path_factory):
 def test_passes_of_any_size(
     checkpoint, data_path, tmp_path, one_by_one, rows_per_pass, rows, original
 ):
-    trainer = make(
-        checkpoint, data_path, tmp_path, rows_per_pass=rows_per_pass, original_positions=original
-    )
+    flags = {"rows_per_pass": rows_per_pass} | positions(original)
+    trainer = make(checkpoint, data_path, tmp_path, **flags)
     with count_rows(trainer) as found:
         trainer.train()
     assert len(logged(trainer, "loss")) == 6
