@@ -39,16 +39,12 @@ class Disconnected(Exception):
 
 
 class EventStreamer(BaseStreamer):
-    """Sends each new token as an event; the first call of `put` has the prompt."""
+    """Sends each new token as an event. The prompt, which comes first, has no tokens."""
 
-    def __init__(self, send: Callable[[list[int]], None], has_prompt: bool):
+    def __init__(self, send: Callable[[list[int]], None]):
         self.send = send
-        self.is_prompt = has_prompt
 
     def put(self, value: torch.Tensor) -> None:
-        if self.is_prompt:
-            self.is_prompt = False
-            return
         self.send(value.flatten().tolist())
 
     def end(self) -> None:
@@ -72,9 +68,7 @@ class FakeVllm:
         gate: while it is cleared, completions wait after their first token.
     """
 
-    def __init__(
-        self, folder: Path, name: str = "", max_length: int | None = None, key: str = ""
-    ):
+    def __init__(self, folder: Path, name: str = "", max_length: int | None = None, key: str = ""):
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
         self.name = name or str(folder)
         self.root = str(folder)
@@ -119,7 +113,9 @@ class FakeVllm:
 
     # --- replies
 
-    def reply(self, http: BaseHTTPRequestHandler, status: int, content: Any, wait: str = "") -> None:
+    def reply(
+        self, http: BaseHTTPRequestHandler, status: int, content: Any, wait: str = ""
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         http.send_response(status)
         http.send_header("Content-Type", "application/json")
@@ -149,6 +145,7 @@ class FakeVllm:
         body = json.loads(http.rfile.read(int(http.headers["Content-Length"])))
         if not self.has_key(http):
             return
+        # The client asks for one token to find out which model this is; no test asks for one.
         is_probe = body.get("max_tokens") == 1
         with self.lock:
             fault = self.script.pop(0) if self.script and not is_probe else ""
@@ -242,9 +239,7 @@ class FakeVllm:
         http.wfile.write(b"0\r\n\r\n")
 
     @torch.no_grad()
-    def generate(
-        self, body: dict, embeds: torch.Tensor, send: Callable[[list[int]], None]
-    ) -> str:
+    def generate(self, body: dict, embeds: torch.Tensor, send: Callable[[list[int]], None]) -> str:
         """Generate by the stock loop, and return why it ended."""
         settings: dict[str, Any] = {"do_sample": body["temperature"] > 0}
         if settings["do_sample"]:
@@ -259,7 +254,7 @@ class FakeVllm:
             max_new_tokens=body["max_tokens"],
             eos_token_id=ends,
             pad_token_id=0,
-            streamer=EventStreamer(send, has_prompt=False),
+            streamer=EventStreamer(send),
             **settings,
         )
         return "stop" if output[0, -1].item() in ends else "length"

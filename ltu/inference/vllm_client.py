@@ -34,8 +34,11 @@ MAX_MESSAGE = 300  # Characters of an error that are quoted.
 BUSY = (429, 503)  # The server takes the request later.
 TRANSIENT = (408, 425)  # Of the statuses below 500, those that concern this try only.
 TRIES_PER_HOST = 4
-FIRST_PAUSE = 0.5  # Seconds that a server is left out after its first failure; it then doubles.
-MAX_PAUSE = 30.0
+# Seconds for which a server that failed is left out: after its first failure, twice as long after
+# each further one up to the third, and what it asks for (Retry-After) up to a limit.
+FIRST_PAUSE = 0.5
+MAX_DOUBLINGS = 3
+MAX_WAIT = 30.0
 POLL_SECONDS = 0.1  # How often a waiting request finds out that nobody waits for it.
 
 
@@ -96,9 +99,9 @@ class VllmHost:
             if now < self.not_before:  # Another request has found out.
                 return
             if wait is None:
-                wait = FIRST_PAUSE * 2.0**self.failures
+                wait = FIRST_PAUSE * 2 ** min(self.failures, MAX_DOUBLINGS)
             self.failures += 1
-            self.not_before = now + min(wait, MAX_PAUSE)
+            self.not_before = now + min(wait, MAX_WAIT)
 
     def note_success(self) -> None:
         with self.lock:
@@ -372,7 +375,7 @@ class VllmHosts:
             except ServerFailure as error:
                 failure = error
             except ValueError as error:  # Of the check: it began to run with another model.
-                failure = ServerFailure(str(error), wait=MAX_PAUSE)
+                failure = ServerFailure(str(error), wait=MAX_WAIT)
             if failure.is_final:
                 break
             host.pause(failure.wait)
