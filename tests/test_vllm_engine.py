@@ -90,10 +90,9 @@ def unused_url() -> str:
 # --- what a server gets
 
 
-@pytest.mark.parametrize("model_type, settings", [("llama", {}), ("qwen2", {"tie": True})])
-def test_merged_language_model_is_a_stock_folder(tmp_path, model_type, settings, capsys):
-    is_tied = {"tie_word_embeddings": True} if settings else {}
-    llm = tiny.write_llm(tmp_path / "llm", model_type, **is_tied)
+@pytest.mark.parametrize("model_type, is_tied", [("llama", False), ("qwen2", True)])
+def test_merged_language_model_is_a_stock_folder(tmp_path, model_type, is_tied, capsys):
+    llm = tiny.write_llm(tmp_path / "llm", model_type, tie_word_embeddings=is_tied)
     folder = tiny.write_checkpoint(tmp_path / "ltu", llm, tiny.LORA)
     convert(["--model", str(folder), "--merged_llm_dir", str(tmp_path / "merged")])
     assert f"vllm serve {tmp_path / 'merged'} --enable-prompt-embeds" in capsys.readouterr().out
@@ -430,6 +429,7 @@ def test_flags_that_contradict_each_other(root, server, tmp_path):
     vllm = ["--engine", "vllm", "--engine_url", server.url]
     for more, message in (
         (["--engine", "vllm"], "needs --engine_url"),
+        (["--engine", "vllm", "--engine_url", "host:8000"], "'host:8000': an address"),
         (["--engine_url", server.url], "without --engine vllm"),
         ([*vllm, "--quantization", "4bit", "--compile"], "--quantization and --compile"),
         ([*vllm, "--original_decoding"], "repetition_penalty is 1.1"),

@@ -5,6 +5,7 @@ import argparse
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
+from ltu.inference.vllm_client import parse_url
 from ltu.inference.vllm_engine import VllmEngine, check_vllm_decoding
 from ltu.models.audio_front_end import (
     add_front_end_flags,
@@ -174,6 +175,8 @@ def check_engine_flags(args: argparse.Namespace) -> None:
         return
     if not args.engine_url:
         raise ValueError("--engine vllm needs --engine_url, such as http://HOST:8000/v1")
+    for url in args.engine_url:
+        parse_url(url)
     given = [f"--{name}" for name in LOCAL_FLAGS if getattr(args, name)]
     if given:
         raise ValueError(
