@@ -449,9 +449,12 @@ def test_served_requests_do_not_wait_for_each_other(server, connect, local):
     there = connect(server)
     server.gate.clear()
     with serve(there, "--max_batch", "3") as served, ThreadPoolExecutor(5) as pool:
-        pending = [pool.submit(served.ask, {"type": "text", "text": f"Why {i}?"}) for i in range(5)]
-        # As many as there may be; each has its first token, and none has ended.
-        wait_until(lambda: server.at_once == 3)
+        pending = []
+        for number in range(5):
+            part = {"type": "text", "text": f"Why {number}?"}
+            pending.append(pool.submit(served.ask, part))
+            # It begins although the ones before it have not ended, as many as there may be.
+            wait_until(lambda: server.at_once == min(len(pending), 3))
         server.gate.set()
         texts = [future.result(PATIENCE).choices[0].message.content for future in pending]
         assert server.most_at_once == 3
