@@ -179,10 +179,12 @@ def test_answers_equal_those_of_the_model_here(root, connect, kind):
     assert {answer.finish_reason for answer in expected} == {"stop", "length", None}
 
 
-def test_a_merged_checkpoint_embeds_the_same(root, server, connect, local, tmp_path):
+def test_a_merged_checkpoint_embeds_the_same(root, local, tmp_path):
     convert(["--model", str(root / "ltu"), "--merge", "--output_dir", str(tmp_path / "merged")])
-    there = VllmEngine.from_pretrained(tmp_path / "merged", [server.url], device="cpu")
-    texts = [answer.text for answer in there(mixture(), **DECODING)]
+    # The name is that of the checkpoint which both folders were made of.
+    with FakeVllm(root / "ltu_llm", name=f"ltu-{local.checkpoint[:12]}") as server:
+        there = VllmEngine.from_pretrained(tmp_path / "merged", [server.url], device="cpu")
+        texts = [answer.text for answer in there(mixture(), **DECODING)]
     assert texts == [answer.text for answer in local(mixture(), **DECODING)]
 
 
