@@ -142,6 +142,7 @@ def make_keys(
         engine.processor.front_end.settings,
         check_decoding(settings.decoding),
         settings.seed,
+        *engine.backend,
     ]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
     clips = {(request.audio, request.audio_id): request for request in requests if request.audio}

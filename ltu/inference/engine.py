@@ -58,11 +58,17 @@ class LtuEngine:
 
     Threads may share an engine; it computes one batch at a time.
 
+    Attributes:
+        is_concurrent: whether requests that run at the same time do not wait for each other, so
+            that a request need not wait for a batch.
+
     Args:
         model, processor: of one checkpoint folder.
         cache_mb: size of the cache of audio embeddings, at most.
         folder: that checkpoint folder, for the hash in answers.
     """
+
+    is_concurrent = False
 
     def __init__(
         self,
@@ -144,6 +150,18 @@ class LtuEngine:
         """sha256 of the folder's weights; "" for a model that was not opened from a folder."""
         return sha256_of_weights(self.folder) if self.folder else ""
 
+    @property
+    def backend(self) -> list[str]:
+        """What generates, if it is not the model in this process."""
+        return []
+
+    def check_supported(self, decoding: dict[str, Any]) -> None:
+        """Check that this engine can generate with decoding settings of `check_decoding`.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
     def clip_hash(self, request: Request) -> str | None:
         """Return kind and sha256 of a clip's content; None without a clip that can be read."""
         return self.cache.hash_of(request)
@@ -191,13 +209,7 @@ class LtuEngine:
             ValueError: a decoding setting is impossible, or the prompt template cannot express a
                 history; before anything is generated.
         """
-        settings = [check_decoding(decoding | request.decoding) for request in requests]
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it is at least 1.")
-        for request in requests:
-            request.check()
-            self.render(request, "")
-        seeds = [seed if request.seed is None else request.seed for request in requests]
+        settings, seeds = self._prepare(requests, batch_size, seed, decoding)
         for batch in batches(requests, settings, batch_size):
             if on_text is not None:
                 cancelled = [index for index in batch if on_text(index, "") is False]
@@ -216,6 +228,28 @@ class LtuEngine:
                     _renumber(on_text, batch),
                 )
             yield from zip(batch, answers, strict=True)
+
+    def _prepare(
+        self, requests: list[Request], batch_size: int, seed: int, decoding: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        """Check requests before anything is generated.
+
+        Returns:
+            the decoding settings and the seed of each request.
+
+        Raises:
+            ValueError: as of `run`.
+        """
+        settings = [check_decoding(decoding | request.decoding) for request in requests]
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it is at least 1.")
+        for request in requests:
+            request.check()
+            self.render(request, "")
+        for own in settings:
+            self.check_supported(own)
+        seeds = [seed if request.seed is None else request.seed for request in requests]
+        return settings, seeds
 
     def stream(self, request: Request, seed: int = 42, **decoding: Any) -> Iterator[str | Answer]:
         """Yield the text so far, whenever it has grown, and at last the answer.
