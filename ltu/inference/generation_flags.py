@@ -5,6 +5,7 @@ import argparse
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
+from ltu.inference.static_cache import CHOICES
 from ltu.models.audio_front_end import (
     add_front_end_flags,
     find_dataset_flags,
@@ -55,6 +56,19 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compile", action="store_true", help="Compile the language model with torch.compile."
+    )
+    parser.add_argument(
+        "--static_cache",
+        choices=CHOICES,
+        default="auto",
+        help="Compile decoding as CUDA graphs over a cache of fixed length. auto: on CUDA, where "
+        "there are enough questions to earn the compile time.",
+    )
+    parser.add_argument(
+        "--merge_lora",
+        choices=CHOICES,
+        default="auto",
+        help="Add LoRA to the weights of the language model, in memory. auto: if they are fp32.",
     )
     parser.add_argument(
         "--cache_mb",
@@ -124,7 +138,15 @@ def open_engine(args: argparse.Namespace) -> LtuEngine:
     """Open the engine that the flags describe."""
     settings = {
         name: getattr(args, name)
-        for name in ("device", "dtype", "device_map", "attention", "compile")
+        for name in (
+            "device",
+            "dtype",
+            "device_map",
+            "attention",
+            "compile",
+            "static_cache",
+            "merge_lora",
+        )
     }
     settings |= {
         "language_model": args.llm,
