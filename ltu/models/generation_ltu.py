@@ -6,6 +6,7 @@ without a cache, and needs no code for audio. The loop's own arguments are not n
 their names change between releases of transformers.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ class LtuGenerationMixin(GenerationMixin):
             self._replace_repetition_penalty(input_ids, attention_mask, kwargs)
         return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
 
+    # With its signature, which `generate` compares with the arguments that it is given.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Run the stock method, which makes the arguments of one forward pass.
 
