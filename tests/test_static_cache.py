@@ -3,7 +3,8 @@
 import argparse
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -100,8 +101,10 @@ def static(engine: LtuEngine, config: CompileConfig | None = None) -> LtuEngine:
     )
 
 
-def record_steps(engine: LtuEngine) -> tuple[list[tuple[int, int]], Callable]:
-    """Return a list that gets (rows, length of the cache) of each step, and how to stop that."""
+@contextmanager
+def recorded_steps(engine: LtuEngine) -> Iterator[list[tuple[int, int]]]:
+    """Yield a list that gets (rows, length of the cache) of each step."""
+    assert engine.can_use_static_cache  # This check has steps of its own.
     shapes = []
 
     def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -110,7 +113,10 @@ def record_steps(engine: LtuEngine) -> tuple[list[tuple[int, int]], Callable]:
             shapes.append((rows, length))
 
     handle = engine.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
-    return shapes, handle.remove
+    try:
+        yield shapes
+    finally:
+        handle.remove()
 
 
 # --- equal answers
@@ -164,10 +170,9 @@ def test_a_cancelled_request_of_three(ltu):
 def test_the_check_of_batches_uses_the_static_cache(ltu, monkeypatch, capsys):
     requests = [Request(LONG_QUESTION, tiny.clip(3), ""), Request("Why?"), Request("Who?")]
     engine = static(ltu)
-    shapes, stop = record_steps(engine)
-    assert check_batch(engine, requests, {"max_new_tokens": 4}) == 0
-    stop()
-    assert {length for _, length in shapes} <= {128, 192}
+    with recorded_steps(engine) as shapes:
+        assert check_batch(engine, requests, {"max_new_tokens": 4}) == 0
+    assert {length for _, length in shapes} == {128}
     assert "batched answers equal single ones\n" in capsys.readouterr().out
 
 
@@ -252,15 +257,14 @@ def test_a_mixed_run_has_few_shapes(ltu):
     assert graphs.count <= 3
 
     engine = static(ltu)
-    shapes, stop = record_steps(engine)
-    engine(requests, 4)
+    with recorded_steps(engine) as shapes:
+        engine(requests, 4)
     lengths = [length for _, length in shapes]
     assert {rows for rows, _ in shapes} == {4}
     assert set(lengths) == {128, 192, 256}
     # A long prompt makes its own batch long, and no later one.
-    shapes.clear()
-    engine(requests[:1])
-    stop()
+    with recorded_steps(engine) as shapes:
+        engine(requests[:1])
     assert set(shapes) == {(1, 128)}
 
 
