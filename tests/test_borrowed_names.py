@@ -76,6 +76,16 @@ BORROWED_NAMES = [
         "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
     ),
     BorrowedName(
+        "transformers:PreTrainedModel._can_compile_fullgraph",
+        "ltu/inference/static_cache.py",
+        "the comparison of check_static_cache alone",
+    ),
+    BorrowedName(
+        "transformers:GenerationMixin.prepare_inputs_for_generation",
+        "ltu/models/generation_ltu.py",
+        "the method of transformers that makes the arguments of a step of generate",
+    ),
+    BorrowedName(
         "transformers.initialization:trunc_normal_",
         "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "torch.nn.init, for parameters that were not loaded",

@@ -134,7 +134,7 @@ def make_keys(
     decisive = [
         engine.kind,
         engine.checkpoint,
-        engine.model.config.language_model_sha256,
+        engine.language_model_sha256,
         str(engine.model.get_input_embeddings().weight.dtype),
         settings.quantization,
         engine.processor.to_dict(),  # With the prompt template and the audio encoder's input.

@@ -6,8 +6,10 @@ once, however many requests are about it (`ltu.inference.embedding_cache`). A cl
 decoded gives an answer with the reason; features are never made up.
 """
 
+import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, BatchFeature, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    CompileConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from ltu.checkpoints.open_checkpoint import open_model
 from ltu.data.audio import AudioClip, AudioError
@@ -26,6 +34,13 @@ from ltu.inference.embedding_cache import EmbeddingCache
 from ltu.inference.label_scoring import score_labels
 from ltu.inference.requests import ROW_SETTINGS, Answer, OnText, Request, batches
 from ltu.inference.sampling import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
+from ltu.inference.static_cache import (
+    CHOICES,
+    MIN_BATCHES,
+    choose_length,
+    count_rows,
+    find_obstacle,
+)
 from ltu.models.device_check import (
     check_attention,
     check_compile,
@@ -34,10 +49,17 @@ from ltu.models.device_check import (
     check_dtype,
 )
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.lora import can_merge_lora
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import RenderedPrompt
 from ltu.models.version_check import check_generation
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a batch that is generated only to compile its shapes. CUDA graphs are recorded at the
+# second or third step.
+WARM_UP_TOKENS = 5
 
 
 @dataclass
@@ -66,6 +88,16 @@ class LtuEngine:
         model, processor: of one checkpoint folder.
         cache_mb: size of the cache of audio embeddings, at most.
         folder: that checkpoint folder, for the hash in answers.
+        static_cache: "on", "off", or "auto": on CUDA, in runs of `MIN_BATCHES` or more. Beam search
+            never uses it, because reordering the beams would replace its tensors at each step.
+        compile_config: how transformers compiles the decoding step with a static cache; by default
+            on CUDA, with its own settings.
+
+    Attributes:
+        language_model_sha256: hash of the language model that the checkpoint names, or None.
+
+    Raises:
+        ValueError: there is no such `static_cache`.
     """
 
     is_concurrent = False
@@ -76,11 +108,17 @@ class LtuEngine:
         processor: LtuProcessor,
         cache_mb: float = 256,
         folder: str | Path | None = None,
+        static_cache: str = "auto",
+        compile_config: CompileConfig | None = None,
     ):
+        check_choice("static_cache", static_cache)
         self.model = model.eval()
         self.processor = processor
         self.cache = EmbeddingCache(model, processor, cache_mb)
         self.folder = folder
+        self.static_cache = static_cache
+        self.compile_config = compile_config
+        self.language_model_sha256 = model.config.language_model_sha256
         self._generating = threading.Lock()
 
     @classmethod
@@ -95,6 +133,8 @@ class LtuEngine:
         attention: str | None = None,
         compile: bool = False,
         cache_mb: float = 256,
+        static_cache: str = "auto",
+        merge_lora: str = "auto",
     ) -> "LtuEngine":
         """Open a checkpoint folder of LTU or LTU-AS on a GPU if there is one.
 
@@ -107,6 +147,10 @@ class LtuEngine:
             quantization: "8bit" or "4bit" weights of the language model, by bitsandbytes.
             attention: "sdpa", "flash_attention_2" or "eager", of the language model.
             compile: run the language model through torch.compile.
+            static_cache: as of the class.
+            merge_lora: "on": add the product of LoRA to the weights of the language model, in
+                memory only; "off"; "auto": if these are fp32 and not tied. In fp32 this changes
+                logits by rounding; in bf16 and fp16 it would round the product itself.
 
         Raises:
             ValueError: a setting is impossible, or a library is of a version that was not tested
@@ -119,6 +163,8 @@ class LtuEngine:
         check_dtype(dtype)
         check_device_map(device_map)
         check_attention(attention)
+        check_choice("static_cache", static_cache)
+        check_choice("merge_lora", merge_lora)
         if compile:
             check_compile(device)
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
@@ -128,11 +174,16 @@ class LtuEngine:
         processor = AutoProcessor.from_pretrained(folder)
         processor.check_config(model.config)
         processor.front_end.to(device)
+        language_model_sha256 = model.config.language_model_sha256
+        if merge_lora == "on" or (merge_lora == "auto" and merges_exactly(model)):
+            model.merge_lora()
         if compile:
             model.language_model.compile(dynamic=True)
         model = model if device_map else model.to(device)
         check_generation(model)
-        return cls(model, processor, cache_mb, folder)
+        engine = cls(model, processor, cache_mb, folder, static_cache)
+        engine.language_model_sha256 = language_model_sha256
+        return engine
 
     @property
     def kind(self) -> str:
@@ -161,6 +212,23 @@ class LtuEngine:
         Raises:
             ValueError: it cannot.
         """
+
+    @cached_property
+    def can_use_static_cache(self) -> bool:
+        """Whether the model can generate with a static cache; if not, a warning says why."""
+        obstacle = find_obstacle(self.model)
+        if obstacle is not None:
+            logger.warning("The cache is not static: %s.", obstacle)
+        return obstacle is None
+
+    @cached_property
+    def _compiling_thread(self) -> ThreadPoolExecutor:
+        """The thread that generates with a static cache.
+
+        CUDA graphs belong to the thread that recorded them. Up to torch 2.13 another thread fails
+        on them, and later it records its own.
+        """
+        return ThreadPoolExecutor(1, "static cache")
 
     def clip_hash(self, request: Request) -> str | None:
         """Return kind and sha256 of a clip's content; None without a clip that can be read."""
@@ -210,6 +278,7 @@ class LtuEngine:
                 history; before anything is generated.
         """
         settings, seeds = self._prepare(requests, batch_size, seed, decoding)
+        num_rows = self._choose_rows(len(requests), batch_size)
         for batch in batches(requests, settings, batch_size):
             if on_text is not None:
                 cancelled = [index for index in batch if on_text(index, "") is False]
@@ -226,6 +295,7 @@ class LtuEngine:
                     [settings[index] for index in batch],
                     [seeds[index] for index in batch],
                     _renumber(on_text, batch),
+                    num_rows,
                 )
             yield from zip(batch, answers, strict=True)
 
@@ -250,6 +320,44 @@ class LtuEngine:
             self.check_supported(own)
         seeds = [seed if request.seed is None else request.seed for request in requests]
         return settings, seeds
+
+    def _choose_rows(self, num_requests: int, batch_size: int) -> int | None:
+        """Return the number of rows of the batches of a run, or None for dynamic caches."""
+        if self.static_cache == "auto":
+            is_long = num_requests > (MIN_BATCHES - 1) * batch_size
+            is_wanted = is_long and self.model.device.type == "cuda"
+        else:
+            is_wanted = self.static_cache == "on" and num_requests > 0
+        if not is_wanted:
+            return None
+        with self._generating:
+            can_use_static_cache = self.can_use_static_cache
+        return count_rows(min(batch_size, num_requests)) if can_use_static_cache else None
+
+    def warm_up(self, batch_size: int, max_new_tokens: int = 400) -> None:
+        """Compile decoding for batches of 1, 2, 4, ... up to `batch_size` short questions.
+
+        This takes a minute or more on CUDA with `static_cache` "on", and nothing otherwise.
+        """
+        if self.static_cache != "on" or not self.can_use_static_cache:
+            return
+        size = 1
+        while size < 2 * batch_size:
+            self._warm_up_batch(size, max_new_tokens)
+            size *= 2
+
+    def _warm_up_batch(self, size: int, max_new_tokens: int) -> None:
+        """Begin a batch of questions, which is cancelled after a few tokens."""
+        num_texts: Counter[int] = Counter()
+
+        def on_text(index: int, _: str) -> bool:
+            num_texts[index] += 1
+            return num_texts[index] <= WARM_UP_TOKENS
+
+        requests = [Request("?")] * size
+        settings = {"max_new_tokens": max_new_tokens, "min_new_tokens": WARM_UP_TOKENS}
+        for _ in self.run(requests, size, on_text=on_text, **settings):
+            pass
 
     def stream(self, request: Request, seed: int = 42, **decoding: Any) -> Iterator[str | Answer]:
         """Yield the text so far, whenever it has grown, and at last the answer.
@@ -373,8 +481,13 @@ class LtuEngine:
         settings: list[dict],
         seeds: list[int],
         on_text: OnText | None,
+        num_rows: int | None,
     ) -> list[Answer]:
-        """Answer one batch, with equal settings except for `ROW_SETTINGS`."""
+        """Answer one batch, with equal settings except for `ROW_SETTINGS`.
+
+        Args:
+            num_rows: the size to which the batch is filled up for a static cache, or None.
+        """
         start = time.perf_counter()
         clips = self.cache.encode(requests)
         answers = [self._empty_answer() for _ in requests]
@@ -390,7 +503,7 @@ class LtuEngine:
                     prompts.append(prompt)
         if prompts:
             numbers = [prompt.index for prompt in prompts]
-            self._generate(prompts, _renumber(on_text, numbers))
+            self._generate(prompts, _renumber(on_text, numbers), num_rows)
         for answer in answers:
             answer.seconds = time.perf_counter() - start
         return answers
@@ -416,20 +529,40 @@ class LtuEngine:
         # The prompt is part of the seed, so that equal seeds sample differently for other prompts.
         return Prompt(index, answer, settings, f"{seed} {tokens}", tokens, embeds, limit)
 
-    def _generate(self, prompts: list[Prompt], on_text: OnText | None) -> None:
+    def cache_settings(self, num_tokens: int) -> dict[str, Any]:
+        """Return the arguments of `generate` for a static cache.
+
+        Args:
+            num_tokens: of the padded prompt and the longest possible answer.
+        """
+        # transformers keeps the length of the longest cache so far, even if one long prompt made
+        # all later batches too large for the memory.
+        self.model._previous_max_cache_length = 0
+        settings = {"cache_implementation": "static", "max_cache_len": choose_length(num_tokens)}
+        if self.compile_config is not None:
+            settings["compile_config"] = self.compile_config
+        return settings
+
+    def _generate(
+        self, prompts: list[Prompt], on_text: OnText | None, num_rows: int | None
+    ) -> None:
         """Generate for the prompts of a batch, and write text and length into their answers."""
-        batch = self.pad_batch(
-            [prompt.tokens for prompt in prompts], [prompt.embeds for prompt in prompts]
-        )
+        is_static = num_rows is not None and prompts[0].settings.get("num_beams", 1) == 1
+        # Copies of the first prompt fill the batch up to a size that is compiled for all batches.
+        # They end after one token, and nobody reads it.
+        num_copies = num_rows - len(prompts) if is_static else 0
+        rows = prompts + prompts[:1] * num_copies
+        batch = self.pad_batch([row.tokens for row in rows], [row.embeds for row in rows])
         prompt_length = batch["input_ids"].shape[1]
         limits = [prompt.max_new_tokens for prompt in prompts]
+        row_limits = limits + [1] * num_copies
         common = prompts[0].settings.items()
         arguments: dict[str, Any] = {
             name: value for name, value in common if name not in ROW_SETTINGS
         }
         criteria = StoppingCriteriaList()
-        if min(limits) < max(limits):
-            criteria.append(RowLimits(limits, prompt_length))
+        if min(row_limits) < max(row_limits):
+            criteria.append(RowLimits(row_limits, prompt_length))
         if any(prompt.settings["do_sample"] for prompt in prompts):
             sampler = RowSampler(
                 [prompt.seed for prompt in prompts], [prompt.settings for prompt in prompts]
@@ -452,8 +585,13 @@ class LtuEngine:
             "pad_token_id": self.processor.pad_token_id,
             "max_new_tokens": max(limits),
         }
-        output = self.model.generate(**batch, stopping_criteria=criteria, **arguments)
-        for row, new_tokens in enumerate(output[:, prompt_length:].tolist()):
+        arguments |= batch | {"stopping_criteria": criteria}
+        if is_static:
+            arguments |= self.cache_settings(prompt_length + max(limits))
+            output = self._compiling_thread.submit(self.model.generate, **arguments).result()
+        else:
+            output = self.model.generate(**arguments)
+        for row, new_tokens in enumerate(output[: len(prompts), prompt_length:].tolist()):
             self._read_answer(row, new_tokens[: limits[row]], prompts[row].answer, watcher)
 
     def _read_answer(
@@ -480,3 +618,19 @@ def _renumber(on_text: OnText | None, numbers: list[int]) -> OnText | None:
     if on_text is None:
         return None
     return lambda index, text: on_text(numbers[index], text)
+
+
+def check_choice(name: str, choice: str) -> None:
+    """Check a setting that is "auto", "on" or "off".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"{name} is {choice!r}; there are {', '.join(CHOICES)}.")
+
+
+def merges_exactly(model: LtuForConditionalGeneration) -> bool:
+    """Return whether merging LoRA into the language model changes logits by fp32 rounding only."""
+    dtypes = {parameter.dtype for parameter in model.language_model.parameters()}
+    return dtypes == {torch.float32} and can_merge_lora(model.language_model)

@@ -5,6 +5,7 @@ import argparse
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
+from ltu.inference.static_cache import CHOICES
 from ltu.inference.vllm_client import parse_url
 from ltu.inference.vllm_engine import VllmEngine, check_vllm_decoding
 from ltu.models.audio_front_end import (
@@ -23,8 +24,15 @@ DECODING_FLAGS = (
 )
 
 
-# Settings of the language model in this process; a server of it has its own.
-LOCAL_FLAGS = ("device_map", "quantization", "attention", "compile")
+# Settings of the language model in this process, with their defaults; a server of it has its own.
+LOCAL_FLAGS = {
+    "device_map": None,
+    "quantization": None,
+    "attention": None,
+    "compile": False,
+    "static_cache": "auto",
+    "merge_lora": "auto",
+}
 
 
 def parse_urls(text: str) -> list[str]:
@@ -80,6 +88,19 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="With --engine vllm: address of a server, http://HOST:8000/v1. Several, in flags of "
         "their own or with commas between them, take turns.",
+    )
+    parser.add_argument(
+        "--static_cache",
+        choices=CHOICES,
+        default="auto",
+        help="Compile decoding as CUDA graphs over a cache of fixed length. auto: on CUDA, where "
+        "there are enough questions to earn the compile time.",
+    )
+    parser.add_argument(
+        "--merge_lora",
+        choices=CHOICES,
+        default="auto",
+        help="Add LoRA to the weights of the language model, in memory. auto: if they are fp32.",
     )
     parser.add_argument(
         "--cache_mb",
@@ -177,7 +198,10 @@ def check_engine_flags(args: argparse.Namespace) -> None:
         raise ValueError("--engine vllm needs --engine_url, such as http://HOST:8000/v1")
     for url in args.engine_url:
         parse_url(url)
-    given = [f"--{name}" for name in LOCAL_FLAGS if getattr(args, name)]
+    given = []
+    for name, default in LOCAL_FLAGS.items():
+        if getattr(args, name) != default:
+            given.append(f"--{name}")
     if given:
         raise ValueError(
             f"{' and '.join(given)}: with --engine vllm the server has the language model. Give "

@@ -224,12 +224,14 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         return [row.tokens for row in self.rows]
 
     def put(self, value: Tensor) -> None:
-        """Take the prompts first, (rows, length), then one new token of each row, (rows,)."""
+        """Take the prompts first, (rows, length), then one new token of each row, (rows,).
+
+        Rows without a limit, which only fill a batch, are not streamed.
+        """
         if not self.has_prompts:
             self.has_prompts = True
             return
-        for index, token in enumerate(value.tolist()):
-            row = self.rows[index]
+        for index, (row, token) in enumerate(zip(self.rows, value.tolist(), strict=False)):
             if row.is_done:
                 continue
             if token in self.ends:

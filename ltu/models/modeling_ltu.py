@@ -238,15 +238,15 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             (batch, length, hidden)
         """
         input_ids = input_ids.to(self.get_input_embeddings().weight.device)
-        is_audio = input_ids == self.config.audio_token_id  # (batch, length)
-        num_placeholders = int(is_audio.sum())
-        prompt_length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
         # `generate` has embedded the prompt already. Only the tokens after it are embedded here:
         # none at the first step, all generated ones at a later step without a cache.
-        if num_placeholders and 0 < prompt_length <= input_ids.shape[1]:
+        prompt_length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        if 0 < prompt_length <= input_ids.shape[1]:
             new_embeds = self.get_input_embeddings()(input_ids[:, prompt_length:])
             return torch.cat([prompt_embeds, new_embeds], dim=1)
 
+        is_audio = input_ids == self.config.audio_token_id  # (batch, length)
+        num_placeholders = int(is_audio.sum())
         if audio_embeds is None:
             clips = input_features
             tokens_per_clip = self.config.num_audio_tokens
@@ -332,7 +332,16 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         Raises:
             ValueError: the number of placeholders does not fit the number of clips.
         """
-        if inputs_embeds is None:
+        has_cache = any(isinstance(value, Cache) for value in kwargs.values())
+        has_clips = any(
+            clips is not None for clips in (input_features, audio_embeds, prompt_embeds)
+        )
+        if inputs_embeds is None and has_cache and not has_clips and input_ids.shape[1] == 1:
+            # A step of decoding. Its token was generated, so it is no placeholder: logits have no
+            # column for these. Without counting them, the host need not wait for the GPU at every
+            # token, and the step is one graph for torch.compile.
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif inputs_embeds is None:
             inputs_embeds = self._embed(
                 input_ids, input_features, audio_index, audio_embeds, prompt_embeds
             )
@@ -341,7 +350,6 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         # Without mask and cache, transformers takes gaps in position_ids for borders of packed
         # sequences, which would cut the audio off.
-        has_cache = any(isinstance(value, Cache) for value in kwargs.values())
         if attention_mask is None and position_ids is not None and not has_cache:
             attention_mask = inputs_embeds.new_ones(batch_size, length, dtype=torch.long)
         if "logits_to_keep" in signature(self.language_model.forward).parameters:
