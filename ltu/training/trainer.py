@@ -6,18 +6,21 @@ original's logs.
 
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoProcessor, set_seed
@@ -37,6 +40,14 @@ from ltu.models.provenance import (
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
+from ltu.training.compiled_layers import (
+    chooses_compilation,
+    compile_layers,
+    describe_failure,
+    find_failure,
+    find_layers,
+    undo_compilation,
+)
 from ltu.training.dataset import QaDataset
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
@@ -44,7 +55,10 @@ from ltu.training.run_folder import complete_checkpoint, complete_run
 from ltu.training.sharding import ShardedTrainer
 from ltu.training.stop_signal import ignore_stop_signals
 
+logger = logging.getLogger(__name__)
+
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
+COMPILER = "inductor"  # The backend of torch.compile.
 
 
 class NonFiniteError(ValueError):
@@ -68,15 +82,24 @@ class LtuTrainer(ShardedTrainer):
     Args:
         micro_batches: the batch sampler of this rank, over all epochs.
         record: how the model is trained, which `save_model` writes into `ltu_state.json`.
+        layers_to_compile: the layers that the first step compiles.
 
     Attributes:
         is_stopping: whether training ends after the current step.
     """
 
-    def __init__(self, *args: Any, micro_batches: MicroBatchSampler, record: dict, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        micro_batches: MicroBatchSampler,
+        record: dict,
+        layers_to_compile: Sequence[nn.Module] = (),
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
         self.record = record
+        self.layers_to_compile = layers_to_compile
         self.is_stopping = False
         self.step_losses: list[Tensor] = []  # Of the micro-batches of the current step.
 
@@ -156,10 +179,75 @@ class LtuTrainer(ShardedTrainer):
         inputs = inputs | {"use_cache": False}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Run the forward and backward pass of a micro-batch; the first one compiles the layers.
+
+        Raises:
+            ValueError: a layer cannot be compiled for an input of another kind.
+        """
+        if self.layers_to_compile:
+            self._compile_layers(inputs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except TorchDynamoException as error:
+            if not self.record["compiled_layers"]:  # With --torch_compile.
+                raise
+            raise ValueError(
+                f"Step {self.state.global_step + 1}: a layer cannot be compiled "
+                f"({describe_failure(error)}). Continue with --resume_from_checkpoint last "
+                "--compile_layers False."
+            ) from error
         self.step_losses.append(loss.detach())
         return loss
+
+    def _compile_layers(self, inputs: dict[str, Any]) -> None:
+        """Compile the layers on all ranks, or on none if that fails on one.
+
+        A pass whose results are not used compiles them, so that training does not depend on how far
+        one that fails has come.
+
+        Args:
+            inputs: a micro-batch.
+        """
+        layers = self.layers_to_compile
+        self.layers_to_compile = ()
+        device = self.args.device
+        inputs = send_to_device(inputs, device)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.train()
+
+        def run_pass() -> None:
+            compile_layers(layers, COMPILER)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, inputs)
+            # This leaves the gradients alone, and calls none of the hooks on them.
+            torch.autograd.grad(loss, trained, allow_unused=True)
+
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):
+            failure = find_failure(run_pass)
+        failures = [failure for failure in gather_object([failure]) if failure is not None]
+        self.record["compiled_layers"] = not failures
+        if not failures:
+            return
+        undo_compilation(layers)
+        if self.is_world_process_zero():
+            logger.warning(
+                "--compile_layers: the layers cannot be compiled, so training goes on without, "
+                "more slowly. %s",
+                failures[0],
+            )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the held-out examples, as the stock method does.
+
+        Layers are not compiled again for this, which would take longer than it saves.
+        """
+        stance = "force_eager" if self.record["compiled_layers"] else "default"
+        with torch.compiler.set_stance(stance):
+            return super().evaluate(*args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Return the gradient norm of a step, if it and all losses of the step are finite.
@@ -433,6 +521,10 @@ def make_trainer(
     run.max_steps = setup.steps.total_steps
     if run.use_liger_kernel:
         apply_liger(model, run.liger_kernel_config)
+    num_examples = setup.steps.total_steps * setup.steps.examples_per_step
+    is_compiled = chooses_compilation(model_args, run, num_examples, run.device)
+    layers = find_layers(model) if is_compiled else []
+    setup.record["compiled_layers"] = bool(layers)
     return LtuTrainer(
         model=model,
         args=run,
@@ -442,4 +534,5 @@ def make_trainer(
         processing_class=setup.processor,
         micro_batches=make_sampler(setup, run),
         record=setup.record,
+        layers_to_compile=layers,
     )
