@@ -32,7 +32,8 @@ from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
 from tests import tiny
 
 CUDA = torch.device("cuda")  # Only its name is used.
-LENGTHS = (20, 31, 64, 23)  # 64 is also the width of the tiny language model.
+# Of the text. With two audio tokens, 62 are 64, which is also the width of the language model.
+LENGTHS = (20, 31, 62, 23)
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +69,14 @@ def open_tiny(folder: Path, checkpointing: bool = False) -> LtuForConditionalGen
 
 
 def make_batch(model: LtuForConditionalGeneration, length: int, rows: int = 3) -> dict[str, Any]:
-    """Return rows of random text and one clip each; the second row is padded."""
+    """Return rows of one clip and random text each; the second row is padded."""
     generator = torch.Generator().manual_seed(length)
     config = model.config
-    input_ids = torch.randint(3, 500, (rows, length), generator=generator)
-    input_ids[:, : config.num_audio_tokens] = config.audio_token_id
+    num_tokens = config.num_audio_tokens
+    input_ids = torch.randint(3, 500, (rows, num_tokens + length), generator=generator)
+    input_ids[:, :num_tokens] = config.audio_token_id
     mask = torch.ones_like(input_ids)
-    mask[1, config.num_audio_tokens : config.num_audio_tokens + 4] = 0
+    mask[1, num_tokens : num_tokens + 4] = 0
     labels = input_ids.masked_fill((mask == 0) | (input_ids == config.audio_token_id), -100)
     shape = config.audio_config.feature_shape
     return {
