@@ -143,6 +143,19 @@ BORROWED_NAMES = [
         "ltu/training/model_setup.py",
         "liger_kernel.transformers.apply_liger_kernel_to_llama and its siblings",
     ),
+    *(
+        BorrowedName(
+            f"torch{name}",
+            "ltu/training/compiled_layers.py",
+            "the argument recompile_limit that torch.compile of newer releases has",
+        )
+        for name in (":_dynamo", "._dynamo.config:recompile_limit")
+    ),
+    BorrowedName(
+        "torch._dynamo.exc:TorchDynamoException",
+        "ltu/training/compiled_layers.py",
+        "RuntimeError, which errors of the computation are too",
+    ),
     BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
         "ltu/training/arguments.py",

@@ -305,6 +305,17 @@ class RunArguments(TrainingArguments):
         default=False,
         metadata={"help": "Compute activations again in the backward pass, to save memory."},
     )
+    compile_layers: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether to compile the layers of language model and audio encoder, which "
+            "takes a minute or two once: True, False, or auto for long runs on CUDA. The loss is "
+            "the same but for the rounding. If there is no compiler, a warning says so, and "
+            "training goes on without.",
+            "nargs": "?",
+            "const": "True",
+        },
+    )
     logging_steps: float = field(
         default=10, metadata={"help": "The number of steps between two entries of the log."}
     )
@@ -409,6 +420,9 @@ class RunArguments(TrainingArguments):
         choice = self.bf16.lower()
         if choice not in ("auto", "true", "false"):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
+        self.compile_layers = self.compile_layers.lower()
+        if self.compile_layers not in ("auto", "true", "false"):
+            raise ValueError(f"--compile_layers {self.compile_layers}: choose auto, True, False")
         self.is_bf16_chosen = choice != "auto"  # --plan can be for another machine.
         self.bf16 = device_has_bf16() if choice == "auto" else choice == "true"
         # transformers 5.24 warns of the old name of this argument, 5.17 lacks the new one.
@@ -434,6 +448,12 @@ class RunArguments(TrainingArguments):
         self._set_reports()
         self._check_fsdp_config()
         super().__post_init__()
+        if self.compile_layers == "true":
+            for name in ("torch_compile", "fsdp", "deepspeed"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"--compile_layers does not work with --{name}. Leave one of them out."
+                    )
         if self.fsdp:
             sharding.check_devices(self)
         for name in ("eval_strategy", "logging_strategy", "save_strategy"):
@@ -544,6 +564,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     contradiction = model_args.find_contradiction()
     if contradiction is not None:
         parser.error(contradiction)
+    if run_args.compile_layers == "true" and model_args.device_map is not None:
+        parser.error("--compile_layers does not work with --device_map. Leave one of them out")
     if data_args.gpu_memory is not None:
         if not data_args.plan:
             parser.error("--gpu_memory is only for --plan")

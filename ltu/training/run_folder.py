@@ -79,6 +79,7 @@ FREE_FLAGS = {
     "skip_finished",
     # How the work is spread over devices and processes. The examples of a step are compared.
     "device_map",
+    "compile_layers",
     "num_workers",
     "rows_per_pass",
     "gradient_checkpointing",

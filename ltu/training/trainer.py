@@ -35,8 +35,8 @@ from ltu.models.provenance import (
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
+from ltu.training.compiled_layers import CompilingTrainer, chooses_compilation, find_layers
 from ltu.training.dataset import QaDataset
-from ltu.training.forward_passes import PassTrainer
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, complete_run
@@ -57,7 +57,7 @@ def cannot_write(folder: str | Path, error: Exception) -> OSError:
     )
 
 
-class LtuTrainer(PassTrainer):
+class LtuTrainer(CompilingTrainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
     Training ends at the first loss or gradient norm that is not finite, before it changes the
@@ -257,6 +257,7 @@ class LtuTrainer(PassTrainer):
             "finished": self.state.global_step >= self.state.max_steps,
             "skipped": self.skipped,
             "rows_per_pass": self.rows_per_pass,
+            "compiled_layers": self.has_compiled_layers,
         }
         if self.args.load_best_model_at_end and record["finished"]:
             record["weights_of_step"] = self.state.best_global_step
@@ -403,6 +404,9 @@ def make_trainer(
     run.max_steps = setup.steps.total_steps
     if run.use_liger_kernel:
         apply_liger(model, run.liger_kernel_config)
+    num_examples = setup.steps.total_steps * setup.steps.examples_per_step
+    is_compiled = chooses_compilation(model_args, run, num_examples, run.device)
+    layers = find_layers(model) if is_compiled else []
     lengths = setup.train_set.lengths
     return LtuTrainer(
         model=model,
@@ -414,4 +418,5 @@ def make_trainer(
         micro_batches=make_sampler(setup, run),
         record=setup.record,
         longest_text=data.cutoff_len if lengths is None else int(lengths.max()),
+        layers_to_compile=layers,
     )
