@@ -209,15 +209,25 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def get_audio_features(self, input_features: Tensor) -> Tensor:
+    def get_audio_features(
+        self, input_features: Tensor | None = None, audio_hidden_states: Tensor | None = None
+    ) -> Tensor:
         """Return the audio embeddings (clips, num_audio_tokens, hidden) of clips.
 
         Args:
             input_features: (clips, frames, mel bins) spectrograms.
+            audio_hidden_states: (clips, num_audio_tokens, audio hidden) of further clips, which are
+                in front of those of `input_features`: outputs of the audio encoder, which then does
+                not run for them.
         """
         weight = self.multi_modal_projector.linear.weight
-        input_features = input_features.to(weight.device, weight.dtype)
-        audio_hidden = self.audio_tower(input_features)  # (clips, tokens, audio hidden)
+        parts = []
+        if audio_hidden_states is not None:
+            parts.append(audio_hidden_states.to(weight.device))
+        if input_features is not None:
+            input_features = input_features.to(weight.device, weight.dtype)
+            parts.append(self.audio_tower(input_features))  # (clips, tokens, audio hidden)
+        audio_hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         audio_hidden = audio_hidden / self.config.audio_config.feature_divisor
         return self.multi_modal_projector(audio_hidden)  # (clips, tokens, hidden)
 
@@ -299,6 +309,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         audio_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        audio_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, length, vocabulary), and the loss if there are `labels`.
@@ -321,12 +332,16 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 `input_ids`, made by `generate`. Not used where a cache holds the audio already.
             logits_to_keep: positions whose logits are computed, the last n or their indices; all if
                 0, or if the language model has no such argument.
+            audio_hidden_states: (clips, num_audio_tokens, audio hidden) outputs of the audio
+                encoder. These clips come before those of `input_features`.
             kwargs: go to the language model as they are, among them its cache, whose name depends
                 on the version of transformers.
 
         Raises:
             ValueError: the number of placeholders does not fit the number of clips.
         """
+        if audio_hidden_states is not None:
+            audio_embeds = self.get_audio_features(input_features, audio_hidden_states)
         if inputs_embeds is None:
             inputs_embeds = self._embed(
                 input_ids, input_features, audio_index, audio_embeds, prompt_embeds
