@@ -40,7 +40,7 @@ def print_plan(setup: RunSetup, data: DataArguments, run: RunArguments) -> None:
     """Print what a run is going to do."""
     for line in [*setup.dataset.describe(), *setup.steps.describe(run.batch_size)]:
         print(line)
-    if data.encoder_cache is not None:
+    if data.encoder_cache:
         config = AutoConfig.from_pretrained(setup.parent)
         print(describe_size(data.encoder_cache, config, setup.dataset.num_clips))
     warmup_steps = setup.record["warmup_steps"]
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     inputs = {"base_model": setup.parent, "data_path": data.data_path, "llm": model_args.llm}
-    inputs["encoder_cache"] = data.encoder_cache
+    inputs["encoder_cache"] = data.encoder_cache or None
     folder = RunFolder(run, setup.record, inputs)
     try:
         start = on_main_process(folder.open, run.process_index, run.world_size)

@@ -228,7 +228,8 @@ def test_a_clip_that_changes_while_it_is_read_is_not_cached(
     monkeypatch.setattr(AudioFrontEnd, "load_features", load)
     train(checkpoint, data_path, tmp_path, "run", num_epochs=1)
     # Three at the start, the fourth in the step, because it has no output.
-    assert encoded == [3, 1]
+    assert sum(encoded[:-1]) == 3
+    assert encoded[-1] == 1
 
 
 def test_another_encoder_uses_no_output_of_the_first(checkpoint, data_path, tmp_path, encoded):
@@ -291,12 +292,10 @@ def test_an_output_with_a_wrong_bit_is_computed_again(
 def test_a_full_disk_is_one_line_and_keeps_what_is_written(
     checkpoint, data_path, tmp_path, encoded, monkeypatch
 ):
-    arguments = flags(
-        checkpoint, data_path, tmp_path / "run", **FROZEN, encoder_cache=tmp_path / "cache"
-    )
+    settings = FROZEN | {"encoder_cache": tmp_path / "cache", "micro_batch_size": 1}
+    arguments = flags(checkpoint, data_path, tmp_path / "run", **settings)
     # One clip per file; the third file is too large.
     monkeypatch.setattr(encoder_cache, "MAX_SHARD_BYTES", 1)
-    monkeypatch.setattr(encoder_cache, "CLIPS_PER_PASS", 1)
     stock_write = encoder_cache.EncoderOutputs.write
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     num_files = []

@@ -570,7 +570,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     contradiction = model_args.find_contradiction()
     if contradiction is not None:
         parser.error(contradiction)
-    if data_args.encoder_cache is not None:
+    if data_args.encoder_cache:
         if model_args.trains_audio_tower:
             parser.error(
                 f"--encoder_cache needs an audio encoder that is not trained, but "

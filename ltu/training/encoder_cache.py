@@ -54,7 +54,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 DIGEST_BYTES = 32  # Of a sha256.
 MAX_SHARD_BYTES = 2**28  # Of the outputs in one file. A process holds two of them while it writes.
-CLIPS_PER_PASS = 16  # Clips in one forward pass of the audio encoder.
 # Keys of a config that say nothing about the output.
 IGNORED_CONFIG_KEYS = ("_name_or_path", "architectures", "transformers_version")
 
@@ -583,10 +582,12 @@ class CacheFiller:
         Raises:
             OSError: they cannot be written, for example to a full disk.
         """
-        num_batches = -(-len(clips) // CLIPS_PER_PASS)
+        # As many clips at once as without a cache, because rounding can depend on it.
+        batch_size = self.run.micro_batch_size
+        num_batches = -(-len(clips) // batch_size)
         loader = DataLoader(
             clips,
-            batch_size=CLIPS_PER_PASS,
+            batch_size=batch_size,
             collate_fn=list,
             num_workers=min(self.num_workers, num_batches),
             worker_init_fn=ignore_stop_signals,

@@ -473,7 +473,7 @@ def make_trainer(
         micro_batches=make_sampler(setup, run),
         record=setup.record,
     )
-    if data.encoder_cache is not None:
+    if data.encoder_cache:
         fill_encoder_cache(trainer, data.encoder_cache, setup)
     if run.num_workers == "auto":
         choice = choose_num_workers(
