@@ -157,11 +157,16 @@ def test_a_run_resumes_with_and_without_the_cache(checkpoint, data_path, tmp_pat
         assert losses(tmp_path / name)[-4:] == pytest.approx(plain_losses[-4:], abs=1e-6)
 
 
-def test_ranks_share_the_work(checkpoint, data_path, tmp_path, plain_losses):
-    """Each rank encodes a part, and all read all of it."""
+@pytest.mark.parametrize("is_sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_ranks_share_the_work(checkpoint, data_path, tmp_path, plain_losses, is_sharded):
+    """Each rank encodes a part, and all read all of it; also with FSDP."""
     settings = FROZEN | {"encoder_cache": tmp_path / "cache", "disable_tqdm": True}
     arguments = flags(checkpoint, data_path, tmp_path / "two", **settings)
-    for rank in start_ranks(2, "ltu.finetune", arguments, tmp_path / "log"):
+    module = "ltu.finetune"
+    if is_sharded:
+        module = "tests.finetune_on_gloo"
+        arguments += ["--fsdp", "--fsdp_config", "train_scripts/configs/fsdp.json"]
+    for rank in start_ranks(2, module, arguments, tmp_path / "log"):
         rank.join(PATIENCE)
         assert rank.exitcode == 0, (tmp_path / "log.0").read_text()[-3000:]
     # Two ranks with half the accumulation train on the same examples in a step.

@@ -238,6 +238,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         audio_index: Tensor | None = None,
         audio_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        audio_hidden_states: Tensor | None = None,
     ) -> Tensor:
         """Return token embeddings, with audio embeddings at the placeholders.
 
@@ -257,12 +258,12 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             return torch.cat([prompt_embeds, new_embeds], dim=1)
 
         if audio_embeds is None:
-            clips = input_features
+            clips = [input_features, audio_hidden_states]
             tokens_per_clip = self.config.num_audio_tokens
         else:
-            clips = audio_embeds
+            clips = [audio_embeds]
             tokens_per_clip = audio_embeds.shape[1]
-        num_clips = 0 if clips is None else len(clips)
+        num_clips = sum(len(part) for part in clips if part is not None)
         num_runs = num_clips if audio_index is None else len(audio_index)
         if num_placeholders != num_runs * tokens_per_clip:
             raise ValueError(
@@ -277,7 +278,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         if num_clips == 0:
             return self._without_audio(token_embeds)
         if audio_embeds is None:
-            audio_embeds = self.get_audio_features(input_features)
+            audio_embeds = self.get_audio_features(input_features, audio_hidden_states)
         audio_embeds = audio_embeds.to(token_embeds)  # (clips, tokens, hidden)
         if audio_index is not None:
             audio_index = audio_index.to(audio_embeds.device)
@@ -340,11 +341,14 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         Raises:
             ValueError: the number of placeholders does not fit the number of clips.
         """
-        if audio_hidden_states is not None:
-            audio_embeds = self.get_audio_features(input_features, audio_hidden_states)
         if inputs_embeds is None:
             inputs_embeds = self._embed(
-                input_ids, input_features, audio_index, audio_embeds, prompt_embeds
+                input_ids,
+                input_features,
+                audio_index,
+                audio_embeds,
+                prompt_embeds,
+                audio_hidden_states,
             )
         batch_size, length = inputs_embeds.shape[:2]
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
