@@ -198,7 +198,7 @@ def test_two_runs_fill_one_folder_at_once(
 def test_equal_content_is_encoded_once(checkpoint, tmp_path, encoded):
     """Of files with different names, and of one that is moved."""
     data_path = write_rows(tmp_path / "rows", 4)
-    shutil.copy(data_path.parent / "0.wav", data_path.parent / "1.wav")
+    shutil.copy(data_path.parent / "0.wav", data_path.parent / "3.wav")  # In two micro-batches.
     train(checkpoint, data_path, tmp_path, "run")
     assert sum(encoded) == 3
     moved = data_path.parent.rename(tmp_path / "moved") / data_path.name
