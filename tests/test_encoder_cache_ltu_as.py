@@ -1,6 +1,7 @@
 """Tests `--encoder_cache` with TLTR, from stored features of Whisper and from audio."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ltu.finetune import main as finetune
 from ltu_as.audio_front_end import WhisperFrontEnd
 from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
+from ltu_as.feature_store import FeatureStore
 from ltu_as.modeling_tltr import TltrModel
 from tests import tiny
 from tests.whisper_tiny import save_whisper
@@ -105,3 +107,20 @@ def test_features_that_are_extracted_again_are_encoded_again(root, tmp_path, enc
     finally:
         (root / "2.wav").write_bytes(old)
         store_features(root)
+
+
+def test_the_content_of_stored_features_counts(root, tmp_path, encoded):
+    """And not that of the audio, which need not be there."""
+    features = tmp_path / "features"
+    shutil.copytree(root / "features", features)
+    data_path = shutil.copy(root / "rows.json", tmp_path)
+    flags = ["--feature_root", str(features), "--encoder_cache", str(tmp_path / "cache")]
+    flags += ["--data_path", str(data_path)]
+    losses(root, tmp_path / "first", *flags)
+    assert sum(encoded) == NUM_CLIPS
+    encoded.clear()
+    store = FeatureStore(features)
+    old = store.read("1.wav")
+    store.write("1.wav", old.features + 1, old.transcript, old.seconds)
+    losses(root, tmp_path / "second", *flags)
+    assert sum(encoded) == 1

@@ -540,8 +540,9 @@ class CacheFiller:
         versions = ClipVersions(self.root)
         part = PartOfRank(outputs, versions)
         missing = []
-        for name, index in clips.items():
-            if int.from_bytes(name[:4], "big") % self.run.world_size != self.run.process_index:
+        # The clips and their order are the same on all ranks.
+        for number, (name, index) in enumerate(clips.items()):
+            if number % self.run.world_size != self.run.process_index:
                 continue
             version = version_of(self.front_end.find_source(examples[index]))
             key = None if version is None else versions.find(version)
