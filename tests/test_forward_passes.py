@@ -264,6 +264,62 @@ def test_a_part_has_the_clips_of_its_rows():
     assert {(part.number, part.num_labelled, part.is_whole) for part in parts} == {(3, 7, False)}
 
 
+def test_clips_that_are_encoded_already():
+    """Rows keep their clips, of which some are encoded, through parts and passes."""
+    # Rows 0 to 3 have the clips a, B, C and d, of which those in capitals are encoded.
+    mixed = {
+        "input_ids": torch.tensor([[9, 1], [9, 1], [9, 1], [9, 1], [0, 1]]),
+        "labels": torch.zeros(5, 2, dtype=torch.long),
+        "audio_hidden_states": torch.tensor([[11], [12]]),
+        "input_features": torch.tensor([[10], [13]]),
+        "audio_index": torch.tensor([2, 0, 1, 3]),
+    }
+    plain = {
+        "input_ids": torch.tensor([[9, 1]]),
+        "labels": torch.zeros(1, 2, dtype=torch.long),
+        "input_features": torch.tensor([[14]]),
+    }
+
+    def clips_of_rows(tensors: dict) -> list[int]:
+        clips = []
+        for name in ("audio_hidden_states", "input_features"):
+            value = tensors.get(name, [])
+            clips += torch.cat(value).flatten().tolist() if value else []
+        index = tensors.get("audio_index", torch.arange(len(clips)))
+        return [clips[position] for position in index.tolist()]
+
+    parts = split_micro_batch(Part(mixed, 0, 4), 2, audio_token_id=9)
+    assert clips_of_rows(merge(parts)) == [10, 11, 12, 13]
+    assert clips_of_rows(merge([Part(plain, 1, 1), *parts])) == [14, 10, 11, 12, 13]
+    assert clips_of_rows(merge([parts[1], parts[0]])) == [12, 13, 10, 11]
+    assert clips_of_rows(merge([parts[2], Part(plain, 1, 1)])) == [14]
+    assert clips_of_rows(merge([parts[2]])) == []
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_passes_of_encoded_clips(checkpoint, data_path, tmp_path, rows):
+    """The outputs of a frozen audio encoder come from a cache, but for two clips of the eight."""
+    flags = {"freeze_audio_tower": True, "max_steps": 4}
+    one = train(checkpoint, data_path, tmp_path / "one", **flags)
+    cached = make(
+        checkpoint,
+        data_path,
+        tmp_path / "cached",
+        encoder_cache=tmp_path / "cache",
+        rows_per_pass=rows,
+        **flags,
+    )
+    read = cached.train_dataset.read_encoded
+    lacking = [example["audio_id"] for example in cached.train_dataset.examples[-2:]]
+
+    def read_some(example):
+        return None if example["audio_id"] in lacking else read(example)
+
+    cached.train_dataset.read_encoded = read_some
+    cached.train()
+    assert_same_training(cached, one)
+
+
 def test_micro_batches_are_loaded_when_they_are_needed():
     loaded = iter(range(10))
     step = StepBatches(loaded, 4)

@@ -210,15 +210,25 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def get_audio_features(self, input_features: Tensor) -> Tensor:
+    def get_audio_features(
+        self, input_features: Tensor | None = None, audio_hidden_states: Tensor | None = None
+    ) -> Tensor:
         """Return the audio embeddings (clips, num_audio_tokens, hidden) of clips.
 
         Args:
             input_features: (clips, frames, mel bins) spectrograms.
+            audio_hidden_states: (clips, num_audio_tokens, audio hidden) of further clips, which are
+                in front of those of `input_features`: outputs of the audio encoder, which then does
+                not run for them.
         """
         weight = self.multi_modal_projector.linear.weight
-        input_features = input_features.to(weight.device, weight.dtype)
-        audio_hidden = self.audio_tower(input_features)  # (clips, tokens, audio hidden)
+        parts = []
+        if audio_hidden_states is not None:
+            parts.append(audio_hidden_states.to(weight.device))
+        if input_features is not None:
+            input_features = input_features.to(weight.device, weight.dtype)
+            parts.append(self.audio_tower(input_features))  # (clips, tokens, audio hidden)
+        audio_hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         audio_hidden = audio_hidden / self.config.audio_config.feature_divisor
         return self.multi_modal_projector(audio_hidden)  # (clips, tokens, hidden)
 
@@ -229,6 +239,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         audio_index: Tensor | None = None,
         audio_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        audio_hidden_states: Tensor | None = None,
     ) -> Tensor:
         """Return token embeddings, with audio embeddings at the placeholders.
 
@@ -248,12 +259,12 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         is_audio = input_ids == self.config.audio_token_id  # (batch, length)
         num_placeholders = int(is_audio.sum())
         if audio_embeds is None:
-            clips = input_features
+            clips = [input_features, audio_hidden_states]
             tokens_per_clip = self.config.num_audio_tokens
         else:
-            clips = audio_embeds
+            clips = [audio_embeds]
             tokens_per_clip = audio_embeds.shape[1]
-        num_clips = 0 if clips is None else len(clips)
+        num_clips = sum(len(part) for part in clips if part is not None)
         num_runs = num_clips if audio_index is None else len(audio_index)
         if num_placeholders != num_runs * tokens_per_clip:
             raise ValueError(
@@ -268,7 +279,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         if num_clips == 0:
             return self._without_audio(token_embeds)
         if audio_embeds is None:
-            audio_embeds = self.get_audio_features(input_features)
+            audio_embeds = self.get_audio_features(input_features, audio_hidden_states)
         audio_embeds = audio_embeds.to(token_embeds)  # (clips, tokens, hidden)
         if audio_index is not None:
             audio_index = audio_index.to(audio_embeds.device)
@@ -301,6 +312,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         prompt_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         loss_tokens: Tensor | None = None,
+        audio_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, length, vocabulary), and the loss if there are `labels`.
@@ -326,6 +338,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             loss_tokens: (batch,) the number by which the loss of each row, a sum over its tokens,
                 is divided. The loss is (batch,) then, otherwise the mean over all tokens. So a
                 batch can hold several micro-batches, each with a mean of its own.
+            audio_hidden_states: (clips, num_audio_tokens, audio hidden) outputs of the audio
+                encoder. These clips come before those of `input_features`.
             kwargs: go to the language model as they are, among them its cache, whose name depends
                 on the version of transformers.
 
@@ -343,7 +357,12 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         elif inputs_embeds is None:
             inputs_embeds = self._embed(
-                input_ids, input_features, audio_index, audio_embeds, prompt_embeds
+                input_ids,
+                input_features,
+                audio_index,
+                audio_embeds,
+                prompt_embeds,
+                audio_hidden_states,
             )
         batch_size, length = inputs_embeds.shape[:2]
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:

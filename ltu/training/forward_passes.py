@@ -33,11 +33,15 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ltu.models.configuration_ltu import IGNORED
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.models.provenance import read_record
+from ltu.training.collator import index_clips
 from ltu.training.sharding import ShardedTrainer
 
 # What fills the tensors (rows, length) of a micro-batch when they become longer. `input_ids` are
-# filled with any token, because the mask hides it. All other tensors are of clips.
+# filled with any token, because the mask hides it.
 PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED, "position_ids": 0}
+# The tensors of clips: outputs of the audio encoder, and its input. In a batch the clips of the
+# former come first.
+CLIP_NAMES = ("audio_hidden_states", "input_features")
 
 # The part of a GPU's memory that a pass may use. The rest is for fragmentation.
 USABLE_MEMORY = 0.92
@@ -65,6 +69,11 @@ class Part:
     def num_rows(self) -> int:
         return len(self.tensors["input_ids"])
 
+    @property
+    def text_names(self) -> list[str]:
+        """The names of the tensors (rows, length)."""
+        return [name for name in PADDING if name in self.tensors]
+
 
 def count_labelled(labels: Tensor) -> int:
     """Return the number of tokens that carry loss, of the labels (rows, length) of a micro-batch.
@@ -77,19 +86,29 @@ def count_labelled(labels: Tensor) -> int:
 def split_micro_batch(part: Part, num_rows: int, audio_token_id: int) -> list[Part]:
     """Split a micro-batch into parts of so many rows, each with its clips."""
     has_audio = (part.tensors["input_ids"] == audio_token_id).any(1)  # (rows,)
+    is_encoded = find_encoded(part.tensors)  # (clips,)
     parts = []
     for start in range(0, part.num_rows, num_rows):
         end = start + num_rows
         first_clip = int(has_audio[:start].sum())
         last_clip = int(has_audio[:end].sum())
-        tensors = {}
-        for name, value in part.tensors.items():
-            if name in PADDING:
-                tensors[name] = value[start:end]
-            elif last_clip > first_clip:
-                tensors[name] = value[first_clip:last_clip]
+        tensors = {name: part.tensors[name][start:end] for name in part.text_names}
+        for name, is_here in zip(CLIP_NAMES, (is_encoded, ~is_encoded), strict=True):
+            first = int(is_here[:first_clip].sum())
+            last = int(is_here[:last_clip].sum())
+            if last > first:
+                tensors[name] = part.tensors[name][first:last]
+        if "audio_hidden_states" in tensors:
+            tensors["audio_index"] = index_clips(is_encoded[first_clip:last_clip])
         parts.append(Part(tensors, part.number, part.num_labelled, is_whole=False))
     return parts
+
+
+def find_encoded(tensors: dict[str, Tensor]) -> Tensor:
+    """Return whether each clip of a micro-batch is encoded already, (clips,), by rows."""
+    if "audio_hidden_states" in tensors:
+        return tensors["audio_index"] < len(tensors["audio_hidden_states"])
+    return torch.zeros(len(tensors.get("input_features", ())), dtype=torch.bool)
 
 
 def merge(parts: list[Part]) -> dict[str, Any]:
@@ -103,21 +122,29 @@ def merge(parts: list[Part]) -> dict[str, Any]:
     """
     length = max(part.tensors["input_ids"].shape[1] for part in parts)
     merged: dict[str, Any] = {}
-    for part in parts:
-        for name, value in part.tensors.items():
-            if name in PADDING:
-                num_padding = length - value.shape[1]
-                value = F.pad(value, (num_padding, 0), value=PADDING[name])  # (rows, length)
-                if name == "labels":
-                    # Nothing precedes the first token of a micro-batch. In the pass, padding does.
-                    value[:, num_padding] = IGNORED
-            merged.setdefault(name, []).append(value)
-    for name in PADDING.keys() & merged.keys():
-        merged[name] = torch.cat(merged[name])
+    for name in parts[0].text_names:
+        merged[name] = torch.cat([pad_part(part.tensors[name], name, length) for part in parts])
+    for name in CLIP_NAMES:
+        present = [part.tensors[name] for part in parts if name in part.tensors]
+        if present:
+            merged[name] = present
+    if "audio_hidden_states" in merged:
+        is_encoded = torch.cat([find_encoded(part.tensors) for part in parts])  # (clips,)
+        merged["audio_index"] = index_clips(is_encoded)
     merged["part_rows"] = [part.num_rows for part in parts]
     num_labelled = torch.tensor([part.num_labelled for part in parts])
     merged["loss_tokens"] = num_labelled.repeat_interleave(torch.tensor(merged["part_rows"]))
     return merged
+
+
+def pad_part(value: Tensor, name: str, length: int) -> Tensor:
+    """Pad a tensor (rows, length of the part) on the left to (rows, `length`)."""
+    num_padding = length - value.shape[1]
+    value = F.pad(value, (num_padding, 0), value=PADDING[name])
+    if name == "labels":
+        # Nothing precedes the first token of a micro-batch. In the pass, padding does.
+        value[:, num_padding] = IGNORED
+    return value
 
 
 def depends_on_length(tensors: dict[str, Tensor], audio_token_id: int) -> bool:

@@ -46,6 +46,7 @@ FREE_FLAGS = {
     "output_dir",
     "llm",
     "feature_root",
+    "encoder_cache",
     "whisper",  # Its fingerprint is that of the checkpoint.
     # What is checked, printed, logged, evaluated and uploaded.
     "check_audio",

@@ -9,15 +9,20 @@ import json
 import math
 import shutil
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -37,12 +42,15 @@ from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
 from ltu.training.compiled_layers import CompilingTrainer, chooses_compilation, find_layers
 from ltu.training.dataset import QaDataset
+from ltu.training.encoder_cache import CacheFiller
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, complete_run
 from ltu.training.stop_signal import ignore_stop_signals
+from ltu.training.worker_count import MAX_WORKERS, choose_num_workers, count_cores
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
+ROWS_AHEAD = 64  # Examples that are loaded ahead for a GPU.
 
 
 class NonFiniteError(ValueError):
@@ -69,6 +77,8 @@ class LtuTrainer(CompilingTrainer):
 
     Attributes:
         is_stopping: whether training ends after the current step.
+        notes: lines that a run prints at its start.
+        data_wait: seconds for which this rank has waited for batches since training began.
     """
 
     def __init__(self, *args: Any, micro_batches: MicroBatchSampler, record: dict, **kwargs: Any):
@@ -76,6 +86,8 @@ class LtuTrainer(CompilingTrainer):
         self.micro_batches = micro_batches
         self.record = record
         self.is_stopping = False
+        self.notes: list[str] = []
+        self.data_wait = 0.0
 
         # The stock method deletes old checkpoints before the new one is known to be complete.
         self.save_total_limit = self.args.save_total_limit
@@ -95,17 +107,44 @@ class LtuTrainer(CompilingTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available() and self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+            prefetch_factor=self._choose_prefetch_factor(),
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
             worker_init_fn=ignore_stop_signals,
         )
+
+    def _choose_prefetch_factor(self) -> int | None:
+        """Return the number of micro-batches that each worker loads ahead.
+
+        On a GPU, all workers together load those of a large pass, which takes them at once.
+        """
+        given = self.args.dataloader_prefetch_factor
+        num_workers = self.args.dataloader_num_workers
+        if given is not None or num_workers == 0 or self.args.device.type == "cpu":
+            return given
+        num_micro_batches = ceil(ROWS_AHEAD / self.args.micro_batch_size)
+        return max(2, ceil(num_micro_batches / num_workers))
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super().get_eval_dataloader(*args, **kwargs)
         # accelerate puts the loader whose workers are started into one of its own.
         getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_stop_signals
         return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], *args: Any, **kwargs: Any
+    ) -> Any:
+        return super().get_batch_samples(self._time_loading(epoch_iterator), *args, **kwargs)
+
+    def _time_loading(self, loaded: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Yield micro-batches, and add up how long each is waited for."""
+        while True:
+            start = time.perf_counter()
+            micro_batch = next(loaded, None)
+            self.data_wait += time.perf_counter() - start
+            if micro_batch is None:
+                return
+            yield micro_batch
 
     def stop(self) -> None:
         """End training after the current step, with a checkpoint."""
@@ -196,7 +235,21 @@ class LtuTrainer(CompilingTrainer):
         if self.model.training or "loss" in logs:
             num_batches = self.state.global_step * self.args.gradient_accumulation_steps
             self.state.epoch = num_batches / self.micro_batches.per_epoch
+        if "train_runtime" in logs:  # At the end of training, on all ranks.
+            logs["data_wait_fraction"] = self._data_wait_fraction(logs["train_runtime"])
         super().log(logs, *args, **kwargs)
+
+    def _data_wait_fraction(self, seconds: float) -> float:
+        """Return the fraction of the training time that a rank waited for data, at most.
+
+        Every rank must call this.
+
+        Args:
+            seconds: the training time.
+        """
+        wait = torch.tensor([self.data_wait], device=self.args.device)
+        longest = float(self.accelerator.gather(wait).max())
+        return round(longest / seconds, 4) if seconds else 0.0
 
     def _datasets(self) -> list[QaDataset]:
         """Return the examples to train on, and those that are held out, if any."""
@@ -308,7 +361,7 @@ class RunSetup:
     parent: Path
     processor: LtuProcessor
     train_set: QaDataset
-    held_out: Dataset | None
+    held_out: QaDataset | None
     dataset: DatasetSummary
     steps: StepPlan
     record: dict[str, Any]
@@ -368,8 +421,8 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
 
-def make_sampler(setup: RunSetup, run: RunArguments) -> MicroBatchSampler:
-    """Return the micro-batches of this rank."""
+def make_sampler(setup: RunSetup, run: RunArguments, rank: int | None = None) -> MicroBatchSampler:
+    """Return the micro-batches of a rank, by default of this one."""
     steps = setup.steps
     return MicroBatchSampler(
         len(setup.train_set),
@@ -378,7 +431,7 @@ def make_sampler(setup: RunSetup, run: RunArguments) -> MicroBatchSampler:
         epochs=steps.epochs_needed,
         lengths=setup.train_set.lengths if run.group_by_length else None,
         seed=run.seed if run.data_seed is None else run.data_seed,
-        rank=run.process_index,
+        rank=run.process_index if rank is None else rank,
         world_size=steps.world_size,
         total_batches=steps.total_batches,
     )
@@ -408,7 +461,7 @@ def make_trainer(
     is_compiled = chooses_compilation(model_args, run, num_examples, run.device)
     layers = find_layers(model) if is_compiled else []
     lengths = setup.train_set.lengths
-    return LtuTrainer(
+    trainer = LtuTrainer(
         model=model,
         args=run,
         data_collator=LtuCollator(setup.processor, data.original_positions),
@@ -420,3 +473,49 @@ def make_trainer(
         longest_text=data.cutoff_len if lengths is None else int(lengths.max()),
         layers_to_compile=layers,
     )
+    if data.encoder_cache:
+        fill_encoder_cache(trainer, data.encoder_cache, setup)
+    if run.num_workers == "auto":
+        choice = choose_num_workers(
+            setup.train_set,
+            chain.from_iterable(trainer.micro_batches),
+            has_accelerator=run.device.type != "cpu",
+            needs_gpu=setup.processor.front_end.needs_gpu,
+        )
+        run.dataloader_num_workers = choice.num_workers
+        trainer.notes.append(choice.describe())
+    return trainer
+
+
+def fill_encoder_cache(trainer: LtuTrainer, folder: str, setup: RunSetup) -> None:
+    """Encode the clips of a run that the cache lacks, and let its datasets read the cache.
+
+    Every rank must call this.
+
+    Args:
+        folder: of `--encoder_cache`.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+        ValueError: the stored features of a clip are those of other audio.
+    """
+    run = trainer.args
+    num_workers = run.dataloader_num_workers
+    if run.num_workers == "auto":
+        num_workers = min(MAX_WORKERS, count_cores())
+    front_end = setup.processor.front_end
+    if front_end.needs_gpu:
+        num_workers = 0
+    used: set[int] = set()  # Examples of all ranks.
+    for rank in range(setup.steps.world_size):
+        used.update(chain.from_iterable(make_sampler(setup, run, rank)))
+    datasets = [setup.train_set]
+    indices: list[Iterable[int]] = [sorted(used)]
+    if setup.held_out is not None:
+        datasets.append(setup.held_out)
+        indices.append(range(len(setup.held_out)))
+    filler = CacheFiller(folder, trainer.model, front_end, run, num_workers)
+    filled = filler.fill(datasets, indices)
+    for dataset in datasets:
+        dataset.read_encoded = filled.clips.read
+    trainer.notes.append(filled.describe())
