@@ -278,6 +278,10 @@ def test_a_warm_up_compiles_all_shapes(ltu):
         requests = [Request("Why?"), Request("Who is it?"), Request("?"), Request("A dog?")]
         engine(requests[:size], size, max_new_tokens=90, min_new_tokens=4)
     assert graphs.count == count
+    engine = static(ltu)
+    with recorded_steps(engine) as shapes:
+        engine.warm_up(3, max_new_tokens=90)
+    assert set(shapes) == {(1, 128), (2, 128), (4, 128)}
     dynamic = LtuEngine(ltu.model, ltu.processor, static_cache="off")
     dynamic.warm_up(3)
     assert "can_use_static_cache" not in vars(dynamic)
