@@ -301,7 +301,8 @@ def test_one_thread_generates(ltu, monkeypatch):
     monkeypatch.setattr(engine.model, "generate", record)
     for _ in range(3):
         list(engine.stream(Request("Why?"), max_new_tokens=3))
-    engine([Request("Why?")], max_new_tokens=3)
+    other = static(ltu)
+    other([Request("Why?")], max_new_tokens=3)
     assert len(threads) == 1 and threads != {threading.get_ident()}
 
 
@@ -313,7 +314,7 @@ def test_auto_needs_a_gpu_and_many_batches(ltu, monkeypatch):
     many = MIN_BATCHES * 8
     assert engine._choose_rows(many, 8) is None
     monkeypatch.setattr(LtuForConditionalGeneration, "device", torch.device("cuda"))
-    monkeypatch.setattr(engine, "can_use_static_cache", True, raising=False)
+    vars(engine)["can_use_static_cache"] = True  # It is cached.
     assert engine._choose_rows(many, 8) == 8
     assert engine._choose_rows(many - 7, 8) == 8
     assert engine._choose_rows(many - 8, 8) is None
