@@ -278,6 +278,10 @@ def test_a_warm_up_compiles_all_shapes(ltu):
         requests = [Request("Why?"), Request("Who is it?"), Request("?"), Request("A dog?")]
         engine(requests[:size], size, max_new_tokens=90, min_new_tokens=4)
     assert graphs.count == count
+    engine = static(ltu)
+    with recorded_steps(engine) as shapes:
+        engine.warm_up(3, max_new_tokens=90)
+    assert set(shapes) == {(1, 128), (2, 128), (4, 128)}
     dynamic = LtuEngine(ltu.model, ltu.processor, static_cache="off")
     dynamic.warm_up(3)
     assert "can_use_static_cache" not in vars(dynamic)
@@ -292,12 +296,13 @@ def test_one_thread_generates(ltu, monkeypatch):
         threads.add(threading.get_ident())
         return generate(**arguments)
 
-    engine = static(ltu)
-    assert engine.can_use_static_cache
+    engine, other = static(ltu), static(ltu)
+    # Their checks do not compile, and run in this thread.
+    assert engine.can_use_static_cache and other.can_use_static_cache
     monkeypatch.setattr(engine.model, "generate", record)
     for _ in range(3):
         list(engine.stream(Request("Why?"), max_new_tokens=3))
-    engine([Request("Why?")], max_new_tokens=3)
+    other([Request("Why?")], max_new_tokens=3)
     assert len(threads) == 1 and threads != {threading.get_ident()}
 
 
@@ -309,7 +314,7 @@ def test_auto_needs_a_gpu_and_many_batches(ltu, monkeypatch):
     many = MIN_BATCHES * 8
     assert engine._choose_rows(many, 8) is None
     monkeypatch.setattr(LtuForConditionalGeneration, "device", torch.device("cuda"))
-    monkeypatch.setattr(engine, "can_use_static_cache", True, raising=False)
+    vars(engine)["can_use_static_cache"] = True  # It is cached.
     assert engine._choose_rows(many, 8) == 8
     assert engine._choose_rows(many - 7, 8) == 8
     assert engine._choose_rows(many - 8, 8) is None

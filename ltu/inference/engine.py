@@ -38,6 +38,7 @@ from ltu.inference.static_cache import (
     CHOICES,
     MIN_BATCHES,
     choose_length,
+    compiling_thread,
     count_rows,
     find_obstacle,
 )
@@ -220,15 +221,6 @@ class LtuEngine:
         if obstacle is not None:
             logger.warning("The cache is not static: %s.", obstacle)
         return obstacle is None
-
-    @cached_property
-    def _compiling_thread(self) -> ThreadPoolExecutor:
-        """The thread that generates with a static cache.
-
-        CUDA graphs belong to the thread that recorded them. Up to torch 2.13 another thread fails
-        on them, and later it records its own.
-        """
-        return ThreadPoolExecutor(1, "static cache")
 
     def clip_hash(self, request: Request) -> str | None:
         """Return kind and sha256 of a clip's content; None without a clip that can be read."""
@@ -588,7 +580,7 @@ class LtuEngine:
         arguments |= batch | {"stopping_criteria": criteria}
         if is_static:
             arguments |= self.cache_settings(prompt_length + max(limits))
-            output = self._compiling_thread.submit(self.model.generate, **arguments).result()
+            output = compiling_thread().submit(self.model.generate, **arguments).result()
         else:
             output = self.model.generate(**arguments)
         for row, new_tokens in enumerate(output[: len(prompts), prompt_length:].tolist()):

@@ -7,6 +7,9 @@ that a run compiles a few shapes and not one for each batch. Positions that are 
 and weigh exactly zero, so answers do not change but for the order in which numbers are added.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 from transformers import PreTrainedModel
 
 from ltu.models.device_check import check_compile
@@ -44,6 +47,17 @@ def find_obstacle(model: PreTrainedModel) -> str | None:
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         return str(error).partition("\n")[0]
     return None
+
+
+@cache
+def compiling_thread() -> ThreadPoolExecutor:
+    """Return the thread in which all engines of the process generate with static caches.
+
+    CUDA graphs belong to the thread that recorded them: torch 2.11 fails on them in another one,
+    and torch 2.14 records them again for each. torch 2.11 also crashes where a second thread
+    compiles after the first has ended.
+    """
+    return ThreadPoolExecutor(1, "static cache")
 
 
 def count_rows(batch_size: int) -> int:
