@@ -35,6 +35,8 @@ CUDA = torch.device("cuda")  # Only its name is used.
 # Of the text. With two audio tokens, 62 are 64, which is also the width of the language model.
 LENGTHS = (20, 31, 62, 23)
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -48,7 +50,8 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("model")
-    return tiny.write_checkpoint(root / "checkpoint", tiny.write_llm(root / "llm"), tiny.LORA)
+    lora = tiny.LORA | {"lora_dropout": 0.3}
+    return tiny.write_checkpoint(root / "checkpoint", tiny.write_llm(root / "llm"), lora)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,7 @@ def make_batch(model: LtuForConditionalGeneration, length: int, rows: int = 3) -
     input_ids = torch.randint(3, 500, (rows, num_tokens + length), generator=generator)
     input_ids[:, :num_tokens] = config.audio_token_id
     mask = torch.ones_like(input_ids)
-    mask[1, num_tokens : num_tokens + 4] = 0
+    mask[1:2, num_tokens : num_tokens + 4] = 0
     labels = input_ids.masked_fill((mask == 0) | (input_ids == config.audio_token_id), -100)
     shape = config.audio_config.feature_shape
     return {
@@ -136,10 +139,10 @@ def check_equal_training(
     assert list(compiled.state_dict()) == keys
     counts = dict(counters["inductor"])
 
-    # Nothing of it is left when it is undone.
+    # When it is undone, an input of another kind is not compiled any more.
     undo_compilation(layers)
     counters.clear()
-    compiled(**make_batch(compiled, 20, rows=1 + len(LENGTHS)))
+    compiled(**make_batch(compiled, 20, rows=1))
     assert not counters["stats"]
     return counts
 
@@ -392,22 +395,44 @@ def test_descriptions_of_failures() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_command_without_cxx_compiler(
-    checkpoint: Path, data_path: Path, tmp_path: Path
+    checkpoint: Path, data_path: Path, tmp_path: Path, num_ranks: int
 ) -> None:
     environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     words = tiny.training_flags(checkpoint, data_path, tmp_path / "run", compile_layers=True)
-    process = tiny.start_command("ltu.finetune", words, tmp_path / "output", **environment)
-    process.join()
-    output = (tmp_path / "output").read_text(encoding="utf-8")
-    assert process.exitcode == 0, output
+    file = tmp_path / "output"
+    ranks = tiny.start_ranks(num_ranks, "ltu.finetune", words, file, **environment)
+    output = ""
+    for number, rank in enumerate(ranks):
+        rank.join()
+        output += Path(f"{file}.{number}").read_text(encoding="utf-8")
+    assert [rank.exitcode for rank in ranks] == [0] * num_ranks, output
     assert output.count("--compile_layers: the layers cannot be compiled") == 1
     assert "Traceback" not in output
     assert not is_compiled(tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@needs_compiler
+def test_two_ranks(checkpoint: Path, data_path: Path, tmp_path: Path) -> None:
+    """Both compile; their losses are those of the run without compiled layers."""
+    folders = []
+    for choice in (False, True):
+        folder = tmp_path / f"run_{choice}"
+        words = tiny.training_flags(checkpoint, data_path, folder, compile_layers=choice)
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        for rank in tiny.start_ranks(2, "ltu.finetune", words, tmp_path / "output", **environment):
+            rank.join()
+            assert rank.exitcode == 0
+        assert is_compiled(folder) is choice
+        folders.append(folder)
+    first, second = (losses_of(folder) for folder in folders)
+    assert first == pytest.approx(second, rel=0.1)  # Dropout takes other random numbers.
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_inductor(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own compiler, whose results a later run takes from its cache."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -421,7 +446,7 @@ def test_inductor(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_inductor_seeds_dropout(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,7 +464,7 @@ def test_inductor_seeds_dropout(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@needs_compiler
 def test_inductor_in_bf16(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
