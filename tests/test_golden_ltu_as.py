@@ -171,7 +171,7 @@ def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeyp
     figures, arrays = read("forward_ltu_as"), stored("forward_ltu_as")
     batch = runs["b3"].batch
     audio = runs["b3"].audio
-    monkeypatch.setattr(model, "get_audio_features", lambda features: audio)
+    monkeypatch.setattr(model, "get_audio_features", lambda features, hidden: audio)
 
     def compare(variant: str, model: LtuAsForConditionalGeneration, batch: dict) -> None:
         output = model(**batch)

@@ -242,7 +242,9 @@ def test_gradients(golden_report, runs: dict[str, Run], name: str) -> None:
 def audio_encoded_once(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the audio encoder by its output for batch b3, which no variant changes."""
     monkeypatch.setattr(
-        LtuForConditionalGeneration, "get_audio_features", lambda self, features: runs["b3"].audio
+        LtuForConditionalGeneration,
+        "get_audio_features",
+        lambda self, features, hidden: runs["b3"].audio,
     )
 
 
