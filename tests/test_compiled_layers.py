@@ -366,6 +366,41 @@ def test_without_a_compiler_one_line_warns(
     assert losses_of(folder) == losses_of(plain)
 
 
+def test_memory_for_a_part_of_a_micro_batch_only(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With passes of one row, layers are compiled on one row."""
+    rows = record_rows(monkeypatch)
+    folder = run("--compile_layers", "--rows_per_pass", "1")
+    assert set(rows) == {1}
+    assert is_compiled(folder)
+
+
+def test_layers_are_compiled_on_a_part_if_memory_is_not_enough(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = record_rows(monkeypatch, limit=1)
+    folder = run("--compile_layers")
+    assert rows[:4] == [2, 1, 2, 1]  # In the pass that compiles, and in the first of the run.
+    assert is_compiled(folder)
+
+
+def record_rows(monkeypatch: pytest.MonkeyPatch, limit: int | None = None) -> list[int]:
+    """Return a list that gets the rows of each pass that trains; larger ones run out of memory."""
+    rows = []
+    stock_forward = LtuForConditionalGeneration.forward
+
+    def forward(self: LtuForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if self.training:
+            rows.append(len(input_ids))
+            if limit is not None and len(input_ids) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return stock_forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(LtuForConditionalGeneration, "forward", forward)
+    return rows
+
+
 def test_a_failure_later_is_an_error_of_one_line(run: Callable[..., Path], tmp_path: Path) -> None:
     """A micro-batch of another kind is compiled later, for example one that has a single clip."""
     data_path = tiny.write_rows(tmp_path / "data", 14, without_audio=3)

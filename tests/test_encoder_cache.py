@@ -260,6 +260,18 @@ def test_another_encoder_uses_no_output_of_the_first(checkpoint, data_path, tmp_
     assert sum(encoded) == NUM_CLIPS
 
 
+def test_precision_of_matrix_products_counts(checkpoint, data_path, tmp_path, monkeypatch):
+    """As transformers sets it for --tf32; torch's older function fails from then on."""
+    arguments = flags(checkpoint, data_path, tmp_path / "run", **FROZEN)
+    trainer = make_trainer(*parse_args(arguments))
+    front_end = trainer.processing_class.front_end
+    hashes = set()
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends, "fp32_precision", precision)
+        hashes.add(encoder_cache.hash_encoder(trainer.model, front_end, trainer.args))
+    assert len(hashes) == 2
+
+
 @pytest.mark.parametrize("kind", ["cut", "changed", "missing"])
 @pytest.mark.parametrize("pattern", ["clips-*", "*/hidden-*"])
 def test_damaged_files_are_not_used(

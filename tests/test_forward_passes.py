@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from tiny import (
     LORA,
     start_ranks,
@@ -383,13 +384,15 @@ def test_a_size_that_is_none(checkpoint, data_path, tmp_path, capsys, value):
     assert "choose auto, or a number of at least 1" in capsys.readouterr().err
 
 
-def test_a_loss_with_more_than_tokens(data_path, tmp_path):
-    """The router of a mixture of experts has a loss over the whole micro-batch."""
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A checkpoint with a mixture of experts, whose router has a loss over a micro-batch."""
+    root = tmp_path_factory.mktemp("mixture")
     config = AutoConfig.for_model(
         "mixtral",
         vocab_size=512,
         hidden_size=64,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         intermediate_size=64,
@@ -399,13 +402,44 @@ def test_a_loss_with_more_than_tokens(data_path, tmp_path):
         pad_token_id=0,
         output_router_logits=True,
     )
-    llm = write_llm(tmp_path / "llm")
+    llm = write_llm(root / "llm")
     AutoModelForCausalLM.from_config(config).save_pretrained(llm)
-    base = write_checkpoint(tmp_path / "base", llm)
-    flags = {"lora_r": 4, "lora_target_modules": "[q_proj]"}
-    assert make(base, data_path, tmp_path / "a", **flags).rows_per_pass == 2
+    return write_checkpoint(root / "base", llm)
+
+
+MIXTURE_FLAGS = {"lora_r": 4, "lora_target_modules": "[q_proj]"}
+
+
+def test_a_loss_with_more_than_tokens(mixture, data_path, tmp_path):
+    assert make(mixture, data_path, tmp_path / "a", **MIXTURE_FLAGS).rows_per_pass == 2
     with pytest.raises(ValueError, match="--rows_per_pass 4: the loss of this mixtral has a term"):
-        make(base, data_path, tmp_path / "b", rows_per_pass=4, **flags)
+        make(mixture, data_path, tmp_path / "b", rows_per_pass=4, **MIXTURE_FLAGS)
+
+
+def test_noise_that_depends_on_the_length(checkpoint, data_path, tmp_path):
+    flags = {"neftune_noise_alpha": 5}
+    assert make(checkpoint, data_path, tmp_path / "a", **flags).reason_to_keep is not None
+    with pytest.raises(ValueError, match="--rows_per_pass 4: the noise of --neftune_noise_alpha"):
+        make(checkpoint, data_path, tmp_path / "b", rows_per_pass=4, **flags)
+
+
+@pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_change_weights_in_a_backward_pass(
+    checkpoint, data_path, tmp_path, optimizer
+):
+    """Several passes, and those that are measured, would train."""
+    trainer = make(checkpoint, data_path, tmp_path / "a", optim=optimizer)
+    assert f"--optim {optimizer} changes the weights" in trainer.reason_to_keep
+    with pytest.raises(ValueError, match=f"--rows_per_pass 1: --optim {optimizer}"):
+        make(checkpoint, data_path, tmp_path / "b", rows_per_pass=1, optim=optimizer)
+
+
+def test_deepspeed_has_a_pass_for_each_micro_batch(checkpoint, data_path, tmp_path, monkeypatch):
+    """accelerate takes a step of DeepSpeed's optimizer after every pass of the last one."""
+    trainer = make(checkpoint, data_path, tmp_path)
+    assert trainer._find_reason_to_keep() is None
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    assert "DeepSpeed" in trainer._find_reason_to_keep()
 
 
 # --- memory
@@ -459,6 +493,25 @@ def test_a_row_that_is_too_large(checkpoint, data_path, tmp_path):
         trainer.train()
 
 
+def test_micro_batches_that_are_too_large_and_cannot_be_split(mixture, data_path, tmp_path):
+    """Smaller passes would have another loss."""
+    trainer = make(mixture, data_path, tmp_path, **MIXTURE_FLAGS)
+    failures = fail_above(0, trainer, "model.layers.0.mlp")
+    with pytest.raises(ValueError, match="a pass of 2 rows .*cannot be smaller: the loss of this"):
+        trainer.train()
+    assert failures == [2]
+
+
+def test_ranks_do_not_repeat_a_step(checkpoint, data_path, tmp_path, monkeypatch):
+    """Not even one that torchrun has started alone: its model is wrapped all the same."""
+    trainer = make(checkpoint, data_path, tmp_path, rows_per_pass=6)
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    trainer._check_repeatable(error)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.MULTI_GPU)
+    with pytest.raises(ValueError, match="not enough for a pass of 6 rows"):
+        trainer._check_repeatable(error)
+
+
 MIB = 2**20
 
 
@@ -480,17 +533,21 @@ def test_the_size_is_measured_once(
     The measured passes train nothing. Without dropout they need no random numbers.
     """
     trainer = make(checkpoint, data_path, tmp_path)
-    peak = partial(measured_peak, trainer, [])
+    measured = []
+    peak = partial(measured_peak, trainer, measured)
     fake_gpu(monkeypatch, free * MIB, peak)
     trainer.rows_per_pass = None
     trainer.train()
     assert trainer.rows_per_pass == rows
+    # In most passes of a step, there are gradients of those before.
+    assert [number for number, _ in measured[:2]] == [2, 4]
+    assert all(had_gradients for _, had_gradients in measured)
     assert_same_training(trainer, one_by_one[False])
 
 
 def measured_peak(trainer, measured, *device):
     rows = trainer.last_rows
-    measured.append(rows)
+    measured.append((rows, trainer.had_gradients))
     return (100 + 50 * rows) * MIB
 
 
@@ -500,6 +557,8 @@ def fake_gpu(monkeypatch, free, peak):
 
     def run_pass(self, model, parts):
         self.last_rows = sum(part.num_rows for part in parts)
+        gradients = [p.grad for p in self.model.parameters() if p.requires_grad]
+        self.had_gradients = all(gradient is not None for gradient in gradients)
         lengths = {part.tensors["input_ids"].shape[1] for part in parts}
         if len(parts) > 1 and all(part is parts[0] for part in parts):
             # A measured pass has the longest text of all.
@@ -512,6 +571,18 @@ def fake_gpu(monkeypatch, free, peak):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+
+
+def test_a_run_that_continues_keeps_the_size(checkpoint, data_path, tmp_path):
+    """On a GPU, where `auto` would measure it again."""
+    trainer = make(checkpoint, data_path, tmp_path, rows_per_pass=6, save_steps=2)
+    trainer.args.save_strategy = "steps"
+    trainer.train()
+    again = make(checkpoint, data_path, tmp_path, rows_per_pass="auto")
+    again.rows_per_pass = None
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.rows_per_pass == 6
+    assert logged(again, "loss") == pytest.approx(logged(trainer, "loss"), abs=1e-6)
 
 
 def test_order_of_examples_does_not_depend_on_passes(checkpoint, data_path, tmp_path):

@@ -246,6 +246,12 @@ def test_plan_says_that_a_run_fits(arguments, capsys):
     assert "--rows_per_pass 4" in printed  # The batch size is the limit.
 
 
+def test_plan_of_a_pass_that_is_larger_than_a_step(arguments, capsys):
+    """The step has four examples, and a pass ends with it."""
+    assert main([*arguments, "--rows_per_pass", "99", "--plan", "--gpu_memory", "24"]) == 0
+    assert "4 examples x 110 tokens" in capsys.readouterr().out
+
+
 def test_plan_names_flags_that_make_a_run_fit(arguments, capsys, monkeypatch):
     """On a GPU that is too small for the run, and on one that is too small for any."""
     monkeypatch.setattr(memory_plan, "CONTEXT_BYTES", 0)

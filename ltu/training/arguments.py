@@ -266,7 +266,8 @@ REFUSED = {
     "dataloader_drop_last": "the micro-batches are the original's",
     "dataloader_in_order": "the order of examples is the original's",
     "accelerator_config": "the micro-batches of a process are the original's",
-    "auto_find_batch_size": "it would change the micro-batches; lower --micro_batch_size",
+    "auto_find_batch_size": "it would change the micro-batches; --rows_per_pass auto finds what "
+    "fits",
     "ignore_data_skip": "a resumed run would use the same examples again",
     "remove_unused_columns": "examples are checked when they are read",
     "label_names": "the labels are the answers",

@@ -23,7 +23,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import GradientCheckpointingLayer
 
 from ltu.training.arguments import ModelArguments, RunArguments
-from ltu.training.forward_passes import PassTrainer
+from ltu.training.forward_passes import Part, PassTrainer, count_labelled, merge, split_micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ def find_failure(run_pass: Callable[[], None]) -> str | None:
     """Return why a forward and backward pass fails, in one line, or None if it does not.
 
     Raises:
-        torch.OutOfMemoryError: the memory of the device does not suffice. Without compilation, the
-            pass would need more.
+        torch.OutOfMemoryError: the memory of the device does not suffice, which says nothing about
+            the compiler.
     """
     try:
         run_pass()
@@ -172,20 +172,10 @@ class CompilingTrainer(PassTrainer):
         layers = self.layers_to_compile
         self.layers_to_compile = ()
         device = self.args.device
-        inputs = send_to_device(inputs, device)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.train()
-
-        def run_pass() -> None:
-            compile_layers(layers, COMPILER)
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(self.model, inputs)
-            # This leaves the gradients alone, and calls none of the hooks on them.
-            torch.autograd.grad(loss, trained, allow_unused=True)
-
         gpus = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(gpus):
-            failure = find_failure(run_pass)
+            failure = self._find_failure(layers, inputs)
         self.step_losses = []
         failures = [failure for failure in gather_object([failure]) if failure is not None]
         self.has_compiled_layers = not failures
@@ -198,6 +188,38 @@ class CompilingTrainer(PassTrainer):
                 "more slowly. %s",
                 failures[0],
             )
+
+    def _find_failure(self, layers: Sequence[nn.Module], inputs: dict[str, Tensor]) -> str | None:
+        """Compile layers; return why they fail on a micro-batch, or None if they do not.
+
+        If memory is not enough for it, or `--rows_per_pass` is smaller, a part of it takes its
+        place.
+
+        Raises:
+            torch.OutOfMemoryError: memory is not enough for one row.
+        """
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        micro_batch = Part(inputs, 0, count_labelled(inputs["labels"]))
+        num_rows = micro_batch.num_rows
+        if self.rows_per_pass is not None:
+            num_rows = min(num_rows, self.rows_per_pass)
+
+        def run_pass() -> None:
+            compile_layers(layers, COMPILER)
+            part = split_micro_batch(micro_batch, num_rows, self.model.config.audio_token_id)[0]
+            with self.compute_loss_context_manager():
+                inputs = send_to_device(merge([part]), self.args.device)
+                loss = self.compute_loss(self.model, inputs)
+            # This leaves the gradients alone, and calls none of the hooks on them.
+            torch.autograd.grad(loss, trained, allow_unused=True)
+
+        while True:
+            try:
+                return find_failure(run_pass)
+            except torch.OutOfMemoryError:
+                if num_rows == 1:
+                    raise
+            num_rows //= 2
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the held-out examples, as the stock method does.

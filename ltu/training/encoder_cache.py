@@ -83,7 +83,9 @@ def hash_encoder(
         "config": {key: config[key] for key in config.keys() - set(IGNORED_CONFIG_KEYS)},
         "features": front_end.describe_features(),
         "bf16": run.bf16,
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        # torch's older function fails after --tf32, which sets the precision by the newer one.
+        "matmul_precision": torch.backends.cuda.matmul.fp32_precision,
+        "conv_precision": torch.backends.cudnn.conv.fp32_precision,
         "device": run.device.type,
     }
     text = json.dumps(settings, sort_keys=True, default=str)

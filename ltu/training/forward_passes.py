@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -206,6 +207,7 @@ class PassTrainer(ShardedTrainer):
 
     Attributes:
         rows_per_pass: the largest number of rows of a pass; None until it is chosen.
+        reason_to_keep: why passes must be micro-batches; None if they need not be.
         step_losses: () the loss of each part that was computed in the current step, in order.
         step_numbers: the micro-batch of each of these parts, from 0.
 
@@ -232,22 +234,35 @@ class PassTrainer(ShardedTrainer):
         self.takes_logits_to_keep = "logits_to_keep" in parameters and self.is_on_one_device
 
         flag = self.args.rows_per_pass
-        reason = find_reason_to_keep(self.model)
-        if self.is_fsdp_enabled and self.data_collator.original_positions:
-            reason = (
-                "with --fsdp and --original_positions ranks could need unequal numbers of passes"
-            )
+        self.reason_to_keep = self._find_reason_to_keep()
+        is_kept = self.reason_to_keep is not None
         if flag != "auto":
             self.rows_per_pass = int(flag)
-            if reason is not None and self.rows_per_pass != self.args.micro_batch_size:
-                raise ValueError(f"--rows_per_pass {flag}: {reason}. Leave the flag out.")
-        elif reason is not None or not self._can_measure():
+            if is_kept and self.rows_per_pass != self.args.micro_batch_size:
+                raise ValueError(
+                    f"--rows_per_pass {flag}: {self.reason_to_keep}. Leave the flag out."
+                )
+        elif is_kept or not self._can_measure():
             self.rows_per_pass = self.args.micro_batch_size
+
+    def _find_reason_to_keep(self) -> str | None:
+        """Return why passes must be micro-batches, or None if they need not be."""
+        if self.is_fsdp_enabled and self.data_collator.original_positions:
+            return "with --fsdp and --original_positions ranks could need unequal numbers of passes"
+        if self.is_deepspeed_enabled:
+            # accelerate calls DeepSpeed's step after each backward pass of the last micro-batch.
+            return "DeepSpeed changes the weights after each pass of the last micro-batch of a step"
+        if self.args.neftune_noise_alpha is not None:
+            return "the noise of --neftune_noise_alpha depends on the length of a micro-batch"
+        optimizer = self.args.optim.value
+        if "lomo" in optimizer or optimizer.endswith("layerwise"):
+            return f"--optim {optimizer} changes the weights in each backward pass"
+        return find_reason_to_keep(self.model)
 
     def _can_measure(self) -> bool:
         """Return whether the memory of a pass can be measured: on one GPU for each process."""
-        is_whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        return self.args.device.type == "cuda" and is_whole and self.is_on_one_device
+        is_on_one_gpu = self.args.device.type == "cuda" and self.is_on_one_device
+        return is_on_one_gpu and not self.is_fsdp_enabled
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -377,11 +392,18 @@ class PassTrainer(ShardedTrainer):
 
     def _check_repeatable(self, error: torch.OutOfMemoryError) -> None:
         """Raise a ValueError if a step cannot be computed again in smaller passes."""
-        if self.rows_per_pass > 1 and self.args.world_size == 1 and not self.is_deepspeed_enabled:
+        # DistributedDataParallel cannot begin a pass before it has exchanged the gradients of the
+        # one before, even if torchrun has started one process only.
+        is_alone = self.accelerator.distributed_type == DistributedType.NO
+        is_kept = self.reason_to_keep is not None
+        if self.rows_per_pass > 1 and is_alone and not is_kept:
             return
+        hint = "Lower --rows_per_pass"
+        if is_kept:
+            hint = f"It cannot be smaller: {self.reason_to_keep}. Add --gradient_checkpointing"
         raise ValueError(
-            f"Memory is not enough for a pass of {self.rows_per_pass} rows ({error}). Lower "
-            "--rows_per_pass, or see --plan --gpu_memory for what fits."
+            f"Memory is not enough for a pass of {self.rows_per_pass} rows ({error}). {hint}, or "
+            "see --plan --gpu_memory for what fits."
         ) from error
 
     def _compute_again(self, model: torch.nn.Module) -> Tensor:
@@ -418,35 +440,40 @@ class PassTrainer(ShardedTrainer):
             usable -= DDP_BYTES * trained
 
         count = 1
-        first = self._measure_peak(model, 1)
-        second = self._measure_peak(model, 2) if largest > 1 else None
+        part = self._longest_micro_batch()
+        first = self._measure_peak(model, [part])
+        second = self._measure_peak(model, [part] * 2) if largest > 1 else None
         if first is not None and second is not None:
             count += int((usable - first) / max(1, second - first))
         count = max(1, min(count, largest))
         num_passes = ceil(largest / count)
         count = ceil(largest / num_passes)
         while count > 1:
-            peak = self._measure_peak(model, count)
+            peak = self._measure_peak(model, [part] * count)
             if peak is not None and peak <= usable:
                 break
             count //= 2
         counts = self.accelerator.gather(torch.tensor([count], device=device))  # (ranks,)
         return int(counts.min()) * self.args.micro_batch_size
 
-    def _measure_peak(self, model: torch.nn.Module, count: int) -> int | None:
-        """Return the peak of memory in bytes of a pass of so many micro-batches, which trains
-        nothing; None if memory is not enough for it.
+    def _measure_peak(self, model: torch.nn.Module, parts: list[Part]) -> int | None:
+        """Return the peak of memory in bytes of a pass, which trains nothing; None if memory is not
+        enough for it.
         """
         device = self.args.device
-        part = self._longest_micro_batch()
         torch.cuda.reset_peak_memory_stats(device)
         peak = None
         with torch.random.fork_rng(devices=[device]), self.accelerator.no_sync(model):
             try:
-                self._run_pass(model, [part] * count)
+                # In a step, the passes before have left gradients.
+                for parameter in self.model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+                self._run_pass(model, parts)
                 peak = torch.cuda.max_memory_allocated(device)
+            # Tensors that its traceback refers to are freed when this block is left.
             except torch.OutOfMemoryError:
-                peak = None
+                pass
         model.zero_grad()
         self.step_losses = []
         self.step_numbers = []
@@ -473,6 +500,5 @@ class PassTrainer(ShardedTrainer):
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint; with "auto", passes keep their size, so that results are the same."""
         super()._load_from_checkpoint(checkpoint, model)
-        rows = read_record(Path(checkpoint)).get("rows_per_pass")
-        if self.args.rows_per_pass == "auto" and self._can_measure() and rows is not None:
-            self.rows_per_pass = rows
+        if self.rows_per_pass is None:
+            self.rows_per_pass = read_record(Path(checkpoint)).get("rows_per_pass")

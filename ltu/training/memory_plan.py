@@ -96,7 +96,8 @@ class MemoryPlanner:
         self.batch_size = run.batch_size // run.world_size
         self.num_rows = run.micro_batch_size
         if run.rows_per_pass != "auto":
-            self.num_rows = int(run.rows_per_pass)
+            # A pass ends with the step at the latest.
+            self.num_rows = min(int(run.rows_per_pass), self.batch_size)
         # --bf16 auto asks this machine, which may have no GPU.
         self.bf16 = run.bf16 or not run.is_bf16_chosen
         self.model = build_model(model_args, self.bf16)
