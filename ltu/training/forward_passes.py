@@ -280,7 +280,7 @@ class PassTrainer(ShardedTrainer):
         """
         self._step.append(Part(inputs, len(self._step), count_labelled(inputs["labels"])))
         if self.rows_per_pass is None:
-            self.rows_per_pass = self._measure_rows(model)
+            self.rows_per_pass = self._measure_rows()
             self._announce()
         num_in_step = self.current_gradient_accumulation_steps
         is_last = len(self._step) == num_in_step
@@ -423,7 +423,7 @@ class PassTrainer(ShardedTrainer):
             loss = self._compute(model, self._step)
         return loss
 
-    def _measure_rows(self, model: torch.nn.Module) -> int:
+    def _measure_rows(self) -> int:
         """Return the largest number of rows whose pass fits into the GPU, on every rank.
 
         Two passes of the longest text give the memory of a micro-batch, and a third one shows
@@ -441,54 +441,52 @@ class PassTrainer(ShardedTrainer):
 
         count = 1
         part = self._longest_micro_batch()
-        first = self._measure_peak(model, [part])
-        second = self._measure_peak(model, [part] * 2) if largest > 1 else None
+        first = self._measure_peak([part])
+        second = self._measure_peak([part] * 2) if largest > 1 else None
         if first is not None and second is not None:
             count += int((usable - first) / max(1, second - first))
         count = max(1, min(count, largest))
         num_passes = ceil(largest / count)
         count = ceil(largest / num_passes)
         while count > 1:
-            peak = self._measure_peak(model, [part] * count)
+            peak = self._measure_peak([part] * count)
             if peak is not None and peak <= usable:
                 break
             count //= 2
         counts = self.accelerator.gather(torch.tensor([count], device=device))  # (ranks,)
         return int(counts.min()) * self.args.micro_batch_size
 
-    def _measure_peak(self, model: torch.nn.Module, parts: list[Part]) -> int | None:
+    def _measure_peak(self, parts: list[Part]) -> int | None:
         """Return the peak of memory in bytes of a pass, which trains nothing; None if memory is not
         enough for it.
+
+        Processes exchange nothing here: one of them alone may have too little memory.
         """
         device = self.args.device
         torch.cuda.reset_peak_memory_stats(device)
         peak = None
-        with torch.random.fork_rng(devices=[device]), self.accelerator.no_sync(model):
+        with torch.random.fork_rng(devices=[device]):
             try:
                 # In a step, the passes before have left gradients.
                 for parameter in self.model.parameters():
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
-                self._run_pass(model, parts)
+                self._run_pass(self.model, parts)
                 peak = torch.cuda.max_memory_allocated(device)
             # Tensors that its traceback refers to are freed when this block is left.
             except torch.OutOfMemoryError:
                 pass
-        model.zero_grad()
+        self.model.zero_grad()
         self.step_losses = []
         self.step_numbers = []
         torch.cuda.empty_cache()
         return peak
 
     def _longest_micro_batch(self) -> Part:
-        """Return a micro-batch of the longest text, with a clip in each row if there are any."""
-        dataset = self.train_dataset
-        indices = range(len(dataset))
-        with_audio = (index for index in indices if dataset.examples[index]["audio"] is not None)
-        item = dataset[next(with_audio, 0)]
-        tokens = item["input_ids"] * ceil(self.longest_text / len(item["input_ids"]))
-        tokens = tokens[: self.longest_text]
-        item = item | {"input_ids": tokens, "labels": tokens}
+        """Return a micro-batch of the longest text, with a clip in each row, all of zeros."""
+        tokens = [0] * self.longest_text
+        features = torch.zeros(self.model.config.audio_config.feature_shape)
+        item = {"input_ids": tokens, "labels": tokens, "input_features": features}
         tensors = self.data_collator([item] * self.args.micro_batch_size)
         return Part(tensors, 0, count_labelled(tensors["labels"]))
 
@@ -500,5 +498,7 @@ class PassTrainer(ShardedTrainer):
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint; with "auto", passes keep their size, so that results are the same."""
         super()._load_from_checkpoint(checkpoint, model)
-        if self.rows_per_pass is None:
-            self.rows_per_pass = read_record(Path(checkpoint)).get("rows_per_pass")
+        rows = read_record(Path(checkpoint)).get("rows_per_pass")
+        # A micro-batch may come from a machine that could not measure.
+        if self.rows_per_pass is None and rows != self.args.micro_batch_size:
+            self.rows_per_pass = rows
