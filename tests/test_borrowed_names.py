@@ -76,6 +76,11 @@ BORROWED_NAMES = [
         "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
     ),
     BorrowedName(
+        "transformers.cache_utils:DynamicLayer",
+        "ltu/inference/row_cache.py",
+        "the class of a layer of DynamicCache() that holds keys and values of all tokens",
+    ),
+    BorrowedName(
         "transformers.initialization:trunc_normal_",
         "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "torch.nn.init, for parameters that were not loaded",

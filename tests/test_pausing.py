@@ -116,7 +116,7 @@ def test_answers_do_not_depend_on_pauses(
     "model_type, settings",
     [
         ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
-        ("mistral", {"sliding_window": 16}),
+        ("mistral", {"sliding_window": 256}),
         ("gemma2", {"sliding_window": 256}),
     ],
 )
