@@ -7,8 +7,8 @@
 
 There are three loads: all clients ask for few new tokens, all for many, or every second one for
 each. A client sends its next request when its answer is complete. Answers are sampled and streamed,
-and have exactly as many tokens as the request allows. The model is that of
-`benchmarks.questions_per_second`, with random weights: speed does not depend on them.
+and have exactly as many tokens as the request allows. The weights are random (speed does not depend
+on them): a Llama of `--hidden_size` x `--layers` with 512 tokens, and the paper's CAV-MAE.
 
 Servers with different flags, and those of another source tree, alternate: each gets the three
 loads, then the next one, `--rounds` times. The report has the median and the 95th percentile, over
@@ -32,12 +32,20 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import openai  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
 
 from benchmarks.device import default_device, device_name, parse_device  # noqa: E402
-from benchmarks.questions_per_second import QUESTIONS, Settings, make_model  # noqa: E402
+from benchmarks.questions_per_second import QUESTIONS, TOKENIZER  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
 from benchmarks.serve_load import AUDIO, audio_part, wait_for_server  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
+from ltu import (  # noqa: E402
+    CavMaeConfig,
+    LtuConfig,
+    LtuForConditionalGeneration,
+    LtuProcessor,
+)
 from ltu.files import run_command  # noqa: E402
 
 NAME = "wait"  # The model's name for clients.
@@ -76,10 +84,21 @@ class Arm:
     flags: list[str]
 
 
-def write_model(folder: Path, device: str) -> None:
+def write_model(folder: Path, hidden_size: int, layers: int) -> None:
     """Write a checkpoint folder with random weights, whose answers do not end by themselves."""
-    settings = Settings(0, 0, "tiny.en", "float32", device, 0)
-    model, processor = make_model("ltu", settings, str(folder))
+    torch.manual_seed(0)
+    text_config = LlamaConfig(
+        vocab_size=512,  # That of the tokenizer: any other token has no text.
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 64,
+        dtype="float32",
+    )
+    config = LtuConfig(audio_config=CavMaeConfig(), text_config=text_config)
+    processor = LtuProcessor.from_config(config, TOKENIZER)
+    model = LtuForConditionalGeneration(config)
+    # No token of the vocabulary, so it is never generated.
     model.generation_config.eos_token_id = model.config.audio_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -184,20 +203,19 @@ def make_arms(args: argparse.Namespace) -> list[Arm]:
     return arms
 
 
-def print_table(report: dict) -> None:
-    """Print a line for each server, load and number of tokens."""
-    print("server | load | tokens | first median, 95 % | end median, 95 % (seconds)")
-    for name, loads in report["servers"].items():
-        for load, summary in loads.items():
-            for tokens, figures in summary.items():
-                first = f"{figures['first_median']:.2f}, {figures['first_p95']:.2f}"
-                last = f"{figures['last_median']:.2f}, {figures['last_p95']:.2f}"
-                print(f"{name} | {load} | {tokens} | {first} | {last}")
+def print_line(server: str, load: str, summary: dict) -> None:
+    """Print a line for each number of tokens of a load."""
+    for tokens, figures in summary.items():
+        first = f"first {figures['first_median']:.2f}, {figures['first_p95']:.2f}"
+        last = f"last {figures['last_median']:.2f}, {figures['last_p95']:.2f}"
+        print(f"{server} | {load} | {tokens} tokens | {first} | {last}", flush=True)
 
 
 def parse_args() -> argparse.Namespace:
     parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument("--clients", type=int, default=32, help="Clients at the same time.")
+    parser.add_argument("--hidden_size", type=int, default=256, help="Of the language model.")
+    parser.add_argument("--layers", type=int, default=4, help="Of the language model.")
     parser.add_argument("--rounds", type=int, default=1, help="Measurements of each server.")
     parser.add_argument(
         "--short_requests", type=int, default=4, help="Requests of a client that asks for few."
@@ -223,21 +241,27 @@ def main() -> None:
     arms = make_arms(args)
     waits: dict[str, dict[str, list[Wait]]] = {arm.name: {} for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), args.device)
+        write_model(Path(folder), args.hidden_size, args.layers)
         for _ in range(args.rounds):
             for arm in arms:
                 for load, found in measure(arm, Path(folder), args).items():
+                    print_line(arm.name, load, summarize(found))
                     waits[arm.name].setdefault(load, []).extend(found)
-    servers = {}
+    print("all rounds, seconds, median and 95th percentile:")
+    servers: dict[str, dict] = {}
     for name, loads in waits.items():
-        servers[name] = {load: summarize(found) for load, found in loads.items()}
+        servers[name] = {}
+        for load, found in loads.items():
+            servers[name][load] = summarize(found)
+            print_line(name, load, servers[name][load])
     report = {
         "device": device_name(args.device),
+        "hidden_size": args.hidden_size,
+        "layers": args.layers,
         "clients": args.clients,
         "rounds": args.rounds,
         "servers": servers,
     }
-    print_table(report)
     write_report(report, args.output_path)
 
 

@@ -802,9 +802,7 @@ def test_clients_that_disconnect_while_they_are_paused(engine: LtuEngine, gate: 
         waiting = pool.submit(served.ask, text_part(), max_tokens=1000, stream=True)
         wait_until(lambda: served.metric("ltu_queue_depth") == 1)
         # They take turns until the second one has a text; then one runs and the other is paused.
-        while not waiting.done():
-            gate.step()
-            time.sleep(0.01)
+        wait_until(lambda: gate.step() or waiting.done())
         second = waiting.result()
         wait_until(lambda: served.metric("ltu_queue_depth") == 1)
         first.close()
@@ -842,13 +840,12 @@ def test_a_stream_that_is_retried_repeats_nothing(
         assert gate.is_reached.wait(PATIENCE)
         texts = [pool.submit(read, question) for question in questions]
         wait_until(lambda: served.metric("ltu_queue_depth") == 2)
-        while not running.done():
-            gate.step()
-            time.sleep(0.01)
+        wait_until(lambda: gate.step() or running.done())
         # The two others show some texts, then their batch fails.
+        gate.is_reached.clear()
         for _ in range(4):
             gate.step()
-        wait_until(lambda: served.metric("ltu_batch_size_count") == 2)
+        assert gate.is_reached.wait(PATIENCE)
         gate.is_open.set()
         for text, answer in zip(texts, alone, strict=True):
             assert text.result() == answer.text
