@@ -38,6 +38,7 @@ from benchmarks.train_step import LORA
 from data.command_line import command_parser
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration
 from ltu.files import run_command
+from ltu.training.compiled_layers import compile_layers, find_layers, undo_compilation
 from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
 
 LLMS = {
@@ -368,6 +369,11 @@ def parse_args() -> argparse.Namespace:
         default=["proj", "all"],
         help="What is trained. Generation is measured with all.",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="Compile the layers for training, as --compile_layers of ltu.finetune does.",
+    )
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     args = parser.parse_args()
     args.device = torch.device(args.device)
@@ -380,15 +386,19 @@ def main() -> None:
         "device": device_name(args.device),
         "torch": torch.__version__,
         "batch": BATCH,
+        "compiled_layers": args.compile,
         "training": [],
         "generation": [],
     }
     models = itertools.product(args.size, args.kind, args.trainable_params)
     for size, kind, trainable_params in models:
         model = make_model(kind, size, trainable_params, args.device)
+        layers = find_layers(model) if args.compile else []
+        compile_layers(layers)
         report["training"] += measure_training(
             model, kind, size, trainable_params, args.micro_batches, args.num_micro_batches
         )
+        undo_compilation(layers)
         if trainable_params == "all":
             for batch, clips in ((1, 2), (16, 16)):
                 measurement = dict(kind=kind, llm=size) | measure_generation(model, batch, clips)

@@ -33,7 +33,7 @@ from data.command_line import command_parser  # noqa: E402
 from ltu.files import run_command  # noqa: E402
 from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
-from ltu.models.processing_ltu import IGNORED  # noqa: E402
+from ltu.models.configuration_ltu import IGNORED  # noqa: E402
 
 QUESTION = "Classify the sound events in the audio clip."
 NEEDED = 10.0  # alone / shared

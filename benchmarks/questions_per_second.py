@@ -67,12 +67,18 @@ class Way:
 
     batch_size: int
     cache_mb: int
+    static_cache: str = "off"
 
 
 WAYS = {
     "encoding every time": Way(1, 0),
     "one by one": Way(1, 256),
     "batch 16": Way(16, 256),
+}
+# With --static_cache. The first batch, which compiles, belongs to the warm-up.
+STATIC_WAYS = {
+    "one by one, static": Way(1, 256, "on"),
+    "batch 16, static": Way(16, 256, "on"),
 }
 REFERENCE_WAY = "encoding every time"
 NEEDED = {"cpu": 4.0, "cuda": 10.0}  # batch 16 / encoding every time
@@ -92,6 +98,8 @@ class Settings:
         dtype: Dtype of the language model.
         device: "cpu", "cuda", ...
         threads: Threads of torch.
+        static_cache: Measure static caches too, next to dynamic ones.
+        lora: Put LoRA on the language model, and measure it as "separate" or "merged".
     """
 
     clips: int
@@ -100,6 +108,13 @@ class Settings:
     dtype: str
     device: str
     threads: int
+    static_cache: bool
+    lora: str | None
+
+    @property
+    def ways(self) -> dict[str, Way]:
+        """The ways that are measured."""
+        return WAYS | STATIC_WAYS if self.static_cache else WAYS
 
 
 def make_model(kind: str, settings: Settings, folder: str) -> tuple[torch.nn.Module, LtuProcessor]:
@@ -122,6 +137,11 @@ def make_model(kind: str, settings: Settings, folder: str) -> tuple[torch.nn.Mod
         )
         processor.feature_extractor.device = settings.device
     model = AutoModelForCausalLM.from_config(config).to(settings.device)
+    if settings.lora is not None:
+        model.add_lora(r=8, lora_alpha=16, lora_dropout=0.0)
+        model.to(settings.device)
+    if settings.lora == "merged":
+        model.merge_lora()
     return model, processor
 
 
@@ -154,7 +174,8 @@ def generate_answers(engine: LtuEngine, requests: list[Request], batch_size: int
 
 def measure(kind: str, settings: Settings) -> dict[str, Any]:
     """Return the questions per second of each way, and how many answers equal the reference."""
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    ways = settings.ways
+    times: dict[str, list[float]] = {name: [] for name in ways}
     texts: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model, processor = make_model(kind, settings, folder)
@@ -162,12 +183,12 @@ def measure(kind: str, settings: Settings) -> dict[str, Any]:
         for clip in write_clips(folder, settings.clips):
             for question in QUESTIONS:
                 requests.append(Request(question, clip, ""))
-        for way in WAYS.values():  # Warm-up.
-            engine = LtuEngine(model, processor, way.cache_mb)
+        for way in ways.values():  # Warm-up.
+            engine = LtuEngine(model, processor, way.cache_mb, static_cache=way.static_cache)
             generate_answers(engine, requests[: 2 * way.batch_size], way.batch_size)
         for _ in range(settings.rounds):
-            for name, way in WAYS.items():
-                engine = LtuEngine(model, processor, way.cache_mb)
+            for name, way in ways.items():
+                engine = LtuEngine(model, processor, way.cache_mb, static_cache=way.static_cache)
                 start = time.perf_counter()
                 texts[name] = generate_answers(engine, requests, way.batch_size)
                 times[name].append(time.perf_counter() - start)
@@ -219,6 +240,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="Threads of torch."
     )
+    parser.add_argument(
+        "--static_cache", action="store_true", help="Measure static caches next to dynamic ones."
+    )
+    parser.add_argument(
+        "--lora",
+        choices=("separate", "merged"),
+        help="Put LoRA on the language model, and merge it or not. The default is none.",
+    )
     parser.add_argument("--output_path", type=Path, help="Write the report there as JSON.")
     return parser.parse_args()
 
@@ -232,6 +261,8 @@ def main() -> int:
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
+        static_cache=args.static_cache,
+        lora=args.lora,
     )
     torch.set_num_threads(settings.threads)
     machine = device_name(settings.device)

@@ -1,6 +1,7 @@
 """Times generation with dynamic and static caches, and the check of untested versions, at 7B.
 
     python -m benchmarks.static_cache --output_path benchmarks/results/static_cache_h100.json
+    python -m benchmarks.static_cache --merge_lora --output_path ...     the same without LoRA
     python -m benchmarks.static_cache --size tiny --device cpu
 
 The model has random weights (speed does not depend on them), a language model in bf16, and LoRA.
@@ -83,8 +84,11 @@ def parse_args() -> argparse.Namespace:
         "--static",
         nargs="*",
         type=int,
-        default=[16, 64],
+        default=[1, 16, 64],
         help="Batch sizes with a static cache.",
+    )
+    parser.add_argument(
+        "--merge_lora", action="store_true", help="Merge LoRA into the language model."
     )
     parser.add_argument("--num_tokens", type=int, default=64, help="New tokens of each answer.")
     parser.add_argument(
@@ -99,7 +103,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     model = make_model("ltu", args.size, "all", args.device).eval()
+    if args.merge_lora:
+        model.merge_lora()
     report: dict[str, Any] = {"device": device_name(args.device), "size": args.size}
+    report["merged_lora"] = args.merge_lora
     for package in ("torch", "transformers", "peft"):
         report[package] = version(package)
     for name in ("first", "second"):

@@ -4,6 +4,7 @@
     python -m ltu.convert_checkpoint --init --llm DIR_OR_ID --audio_encoder FILE --output_dir DIR
     python -m ltu.convert_checkpoint --model DIR --to_original FILE.bin
     python -m ltu.convert_checkpoint --model DIR --merge --output_dir DIR
+    python -m ltu.convert_checkpoint --model DIR --merged_llm_dir DIR
 
 1. Opens an original file, with the trainable parameters alone or a whole model. For a whole model,
    `--llm` gives config and tokenizer, and the new folder contains the language model.
@@ -11,6 +12,7 @@
    encoder is random, with a warning.
 3. Writes a file as the original's Trainer would.
 4. Writes a self-contained folder: the language model with LoRA merged in.
+5. Writes that language model alone, as a stock folder for other programs such as vLLM.
 
 Each key of a file is placed, renamed, or dropped by a rule with a reason; a key that is left over
 or missing is an error. Pickles are opened only with `weights_only=True`. Of a language model that
@@ -29,8 +31,9 @@ from ltu.files import run_command
 PROMPT_TEMPLATE = "alpaca_short"
 USAGE = (
     "give --llm and --output_dir with --checkpoint or --init (and its --audio_encoder, "
-    "--prompt_template); --model with --to_original; or --model and --output_dir with --merge. "
-    "--llm_dtype is for --checkpoint and --merge, --lora_alpha and --lora_dropout for --checkpoint"
+    "--prompt_template); --model with --to_original or --merged_llm_dir; or --model and "
+    "--output_dir with --merge. --llm_dtype is for --checkpoint, --merge and --merged_llm_dir, "
+    "--lora_alpha and --lora_dropout for --checkpoint"
 )
 
 
@@ -58,7 +61,8 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
         "vicuna folder. Without it the audio encoder is random.",
     )
     parser.add_argument(
-        "--model", help="A checkpoint folder of ours, for --to_original or --merge."
+        "--model",
+        help="A checkpoint folder of ours, for --to_original, --merge or --merged_llm_dir.",
     )
     parser.add_argument(
         "--to_original",
@@ -69,6 +73,11 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
         "--merge",
         action="store_true",
         help="Write the model with its language model, LoRA merged in.",
+    )
+    parser.add_argument(
+        "--merged_llm_dir",
+        metavar="DIR",
+        help="Write the language model alone, LoRA merged in, as a stock folder with tokenizer.",
     )
     parser.add_argument(
         "--lora_alpha", type=int, help="Alpha of LoRA, which original files lack (16)."
@@ -102,27 +111,30 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
                 parser.error(
                     f"--{field.name} is for --checkpoint and --init; {args.model} has its own."
                 )
+    flag = "merged_llm_dir" if args.merged_llm_dir else "output_dir"
+    output = getattr(args, flag)
     for source in (args.llm, args.checkpoint, args.audio_encoder, args.model):
-        if source and args.output_dir and Path(source).resolve() == Path(args.output_dir).resolve():
-            parser.error(f"--output_dir {args.output_dir} is also an input. Name another folder.")
+        if source and output and Path(source).resolve() == Path(output).resolve():
+            parser.error(f"--{flag} {output} is also an input. Name another folder.")
     return args
 
 
 def _is_consistent(args: argparse.Namespace) -> bool:
     """Return whether the flags name exactly one conversion, with the paths that it needs."""
-    commands = [args.checkpoint, args.init, args.to_original, args.merge]
+    commands = [args.checkpoint, args.init, args.to_original, args.merge, args.merged_llm_dir]
     if sum(bool(command) for command in commands) != 1:
         return False
-    # A model of ours is an input of two conversions; the other two need a language model.
-    reads_our_model = bool(args.to_original or args.merge)
+    # A model of ours is an input of three conversions; the other two need a language model.
+    reads_our_model = bool(args.to_original or args.merge or args.merged_llm_dir)
     if bool(args.model) != reads_our_model or not (reads_our_model or args.llm):
         return False
-    if bool(args.output_dir) == bool(args.to_original) or (args.llm and args.to_original):
+    names_output = bool(args.to_original or args.merged_llm_dir)
+    if bool(args.output_dir) == names_output or (args.llm and args.to_original):
         return False
     has_init_flags = args.audio_encoder or args.prompt_template != PROMPT_TEMPLATE
     if has_init_flags and not args.init:
         return False
-    if args.llm_dtype and not (args.checkpoint or args.merge):
+    if args.llm_dtype and not (args.checkpoint or args.merge or args.merged_llm_dir):
         return False
     has_lora_flags = args.lora_alpha is not None or args.lora_dropout is not None
     return not has_lora_flags or bool(args.checkpoint)
@@ -137,6 +149,8 @@ def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = Lt
         converter.export_original(args.model, args.to_original)
     elif args.merge:
         converter.merge(args.model, args.output_dir, args.llm, args.llm_dtype)
+    elif args.merged_llm_dir:
+        converter.merge_llm(args.model, args.merged_llm_dir, args.llm, args.llm_dtype)
     elif args.init:
         converter.make_initial_checkpoint(
             args.llm, args.output_dir, args.audio_encoder, args.prompt_template

@@ -22,10 +22,13 @@ exits with 143 and waits.
 
 import sys
 
+from transformers import AutoConfig
+
 from ltu.files import run_command
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
-from ltu.training.arguments import RunArguments, parse_args
+from ltu.training.arguments import DataArguments, RunArguments, parse_args
 from ltu.training.collator import LtuCollator, describe_batch
+from ltu.training.encoder_cache import describe_size
 from ltu.training.memory_plan import MemoryPlanner, describe_memory
 from ltu.training.model_setup import open_to_train
 from ltu.training.run_folder import RunFolder, Start, on_main_process
@@ -33,10 +36,13 @@ from ltu.training.stop_signal import STOPPED, kill_workers_at_exit, on_sigterm
 from ltu.training.trainer import LtuTrainer, RunSetup, make_sampler, make_trainer, prepare_run
 
 
-def print_plan(setup: RunSetup, run: RunArguments) -> None:
+def print_plan(setup: RunSetup, data: DataArguments, run: RunArguments) -> None:
     """Print what a run is going to do."""
     for line in [*setup.dataset.describe(), *setup.steps.describe(run.batch_size)]:
         print(line)
+    if data.encoder_cache:
+        config = AutoConfig.from_pretrained(setup.parent)
+        print(describe_size(data.encoder_cache, config, setup.dataset.num_clips))
     warmup_steps = setup.record["warmup_steps"]
     if warmup_steps >= setup.steps.total_steps:
         print(
@@ -58,7 +64,9 @@ def print_parameters(model: LtuForConditionalGeneration) -> None:
 
 def train(trainer: LtuTrainer, start: Start) -> int:
     """Train to the end, or until SIGTERM; return the exit status."""
-    trainer.train(resume_from_checkpoint=start.checkpoint)
+    output = trainer.train(resume_from_checkpoint=start.checkpoint)
+    if trainer.is_world_process_zero():
+        print(f"waiting for data: {output.metrics['data_wait_fraction']:.2%} of the training time")
     step = trainer.state.global_step
     if step < trainer.state.max_steps:
         if trainer.is_world_process_zero():
@@ -83,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     is_main = run.process_index == 0
     setup = prepare_run(model_args, data, run)
     if is_main:
-        print_plan(setup, run)
+        print_plan(setup, data, run)
     if data.gpu_memory is not None:
         planner = MemoryPlanner(model_args, data.cutoff_len, run)
         for line in describe_memory(planner, data.gpu_memory):
@@ -100,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     inputs = {"base_model": setup.parent, "data_path": data.data_path, "llm": model_args.llm}
+    inputs["encoder_cache"] = data.encoder_cache or None
     folder = RunFolder(run, setup.record, inputs)
     try:
         start = on_main_process(folder.open, run.process_index, run.world_size)
@@ -116,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
         if is_main:
             folder.begin(start)
             print_parameters(trainer.model)
+            for note in trainer.notes:
+                print(note)
             if start.checkpoint is not None:
                 print(f"continues from {start.checkpoint}")
         with on_sigterm(trainer.stop):

@@ -76,6 +76,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     outputs = [Path(path).absolute() for path in args.output_path or []]
     if args.check_batch is not None and args.check_batch < 2:
         parser.error(f"--check_batch {args.check_batch}: it compares 2 questions or more")
+    if args.check_batch and args.engine == "vllm":
+        parser.error("--check_batch is for the model in this process; leave --engine vllm out")
     if args.check_batch and outputs:
         parser.error("--check_batch writes nothing; leave --output_path out")
     if len(args.data_path) != len(outputs) and not args.check_batch:

@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None, kind: str = "ltu") -> None:
     # End on SIGTERM as on Ctrl-C, so that uploads are removed and the counts are printed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     engine = open_engine(args)
+    engine.warm_up(1)
     uploads = tempfile.TemporaryDirectory(prefix="ltu_demo_", ignore_cleanup_errors=True)
     with discard_output() as terminal, uploads as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder

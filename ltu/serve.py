@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     # less.
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLING_RATE).astype(np.float32)
     engine([Request("?", noise)], max_new_tokens=1)
+    engine.warm_up(args.max_batch)
     server = make_server(engine, args, limits)
     # Leave what exists now to the end of the process. Otherwise the garbage collector looks through
     # it now and then, which takes half a second in which nothing is answered.

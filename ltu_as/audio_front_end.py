@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ltu_as.feature_extraction_ltu_as import DOWNMIX, LtuAsFeatureExtractor
 from ltu_as.feature_store import EXTRACT, FeatureError, FeatureStore, Stored
 
 logger = logging.getLogger(__name__)
+
+# Settings of the feature extractor that do not decide the features of a given Whisper.
+TRANSCRIPT_SETTINGS = ("whisper_model", "transcription_model", "language", "transcript_rule")
 
 
 class WhisperFrontEnd(AudioFrontEnd):
@@ -223,6 +227,35 @@ class WhisperFrontEnd(AudioFrontEnd):
         """
         self._check_current(example["audio"], example.get("audio_id"))
         return super().load_features(example)
+
+    def find_source(self, example: dict) -> str:
+        """Return the path of the stored features of a clip, or of its audio if there are none.
+
+        Raises:
+            ltu_as.feature_store.StaleFeatures: the stored features are those of other audio.
+        """
+        audio = example["audio"]
+        audio_id = example.get("audio_id")
+        self._check_current(audio, audio_id)
+        if self.store is None or not audio_id:
+            return audio
+        path = self.store.find_file(audio_id)
+        if path is None and self.store.is_original:
+            path = self.store.find_file(str(audio))
+        return audio if path is None else str(path)
+
+    def describe_features(self) -> dict[str, Any]:
+        """Return all that decides the features of a given source.
+
+        Whisper is loaded if its fingerprint is not known.
+        """
+        extractor = self.feature_extractor
+        fingerprint = extractor.whisper_fingerprint or extractor.describe()["fingerprint"]
+        settings = super().describe_features()
+        # Names of the same Whisper differ between machines, and transcripts are no features.
+        for name in TRANSCRIPT_SETTINGS:
+            settings.pop(name, None)
+        return settings | {"whisper_fingerprint": fingerprint, "device": extractor.device.type}
 
     def _check_current(self, audio: AudioSource, audio_id: str | None) -> None:
         """Check that the feature folder holds no features of other audio for a clip."""

@@ -5,6 +5,7 @@
     python -m ltu_as.convert_checkpoint --init --llm LLM --whisper FILE.pt --output_dir DIR
     python -m ltu_as.convert_checkpoint --model DIR --to_original FILE.bin
     python -m ltu_as.convert_checkpoint --model DIR --merge --output_dir DIR
+    python -m ltu_as.convert_checkpoint --model DIR --merged_llm_dir DIR
 
 LLM is a folder or a hub id. `--audio_encoder` takes TLTR from a Whisper-AT file of the full width
 ("ori"), such as whisper_at_large_v1.pth, or from a released folder, such as vicuna_ltuas. Without

@@ -243,6 +243,13 @@ class FeatureStore:
             )
         return stored
 
+    def find_file(self, audio_id: str) -> Path | None:
+        """Return the path of the features of a clip, which may be damaged, or None."""
+        if self.is_original:
+            return self._find_original(audio_id)
+        path = self.path_of(audio_id)
+        return path if path.is_file() else None
+
     def has(self, audio_id: str, with_transcript: bool = False) -> bool:
         """Return whether the features of a clip are stored.
 

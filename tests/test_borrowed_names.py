@@ -81,6 +81,16 @@ BORROWED_NAMES = [
         "the class of a layer of DynamicCache() that holds keys and values of all tokens",
     ),
     BorrowedName(
+        "transformers:PreTrainedModel._can_compile_fullgraph",
+        "ltu/inference/static_cache.py",
+        "the comparison of check_static_cache alone",
+    ),
+    BorrowedName(
+        "transformers:GenerationMixin.prepare_inputs_for_generation",
+        "ltu/models/generation_ltu.py",
+        "the method of transformers that makes the arguments of a step of generate",
+    ),
+    BorrowedName(
         "transformers.initialization:trunc_normal_",
         "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "torch.nn.init, for parameters that were not loaded",
@@ -138,6 +148,19 @@ BORROWED_NAMES = [
         "ltu/training/model_setup.py",
         "liger_kernel.transformers.apply_liger_kernel_to_llama and its siblings",
     ),
+    *(
+        BorrowedName(
+            f"torch{name}",
+            "ltu/training/compiled_layers.py",
+            "the argument recompile_limit that torch.compile of newer releases has",
+        )
+        for name in (":_dynamo", "._dynamo.config:recompile_limit")
+    ),
+    BorrowedName(
+        "torch._dynamo.exc:TorchDynamoException",
+        "ltu/training/compiled_layers.py",
+        "RuntimeError, which errors of the computation are too",
+    ),
     BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
         "ltu/training/arguments.py",
@@ -161,6 +184,16 @@ BORROWED_NAMES = [
             "_load_optimizer_and_scheduler",
             "_load_best_model",
         )
+    ),
+    BorrowedName(
+        "transformers:Trainer._load_from_checkpoint",
+        "ltu/training/forward_passes.py",
+        "the callback on_train_begin, with the folder of the checkpoint",
+    ),
+    BorrowedName(
+        "transformers.loss.loss_utils:ForCausalLMLoss",
+        "ltu/training/forward_passes.py",
+        "PreTrainedModel.loss_type, by its name",
     ),
     # The server
     *(

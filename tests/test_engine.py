@@ -346,7 +346,7 @@ def test_impossible_settings_stop_before_anything_is_generated(ltu, decoding, me
     assert ltu.cache.encoded == 0
 
 
-def test_history_needs_a_chat_template(ltu, tmp_path):
+def test_history_needs_a_chat_template(ltu, folders, tmp_path):
     history = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A dog."}]
     with pytest.raises(ValueError, match="single questions only"):
         ltu([Request("Why?", history=history)])
@@ -354,7 +354,7 @@ def test_history_needs_a_chat_template(ltu, tmp_path):
         "chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n"
         "{% endfor %}<assistant>"
     }
-    llm = Path(ltu.model.config.language_model)
+    llm = folders["ltu"].parent / "llm"
     chat = LtuEngine.from_pretrained(
         tiny.write_checkpoint(tmp_path / "chat", llm, prompt_template=template), "cpu"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ltu.models.processing_ltu import IGNORED
+from ltu.models.configuration_ltu import IGNORED
 from ltu.training.arguments import parse_args
 from ltu.training.batch_sampler import MicroBatchSampler
 from ltu.training.collator import LtuCollator
@@ -204,10 +204,14 @@ def test_variants(golden_report, model, processor, runs: dict[str, Run], monkeyp
             parameter.copy_(value)
 
 
+@pytest.mark.parametrize("rows", [2, 1])
 def test_five_steps(
-    golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    golden_report, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """Audio encoder, projector and a new LoRA are trained from a folder of features."""
+    """Audio encoder, projector and a new LoRA are trained from a folder of features.
+
+    A pass has the two rows of a micro-batch, or one.
+    """
     monkeypatch.setattr(
         MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.num_examples)
     )
@@ -225,6 +229,7 @@ def test_five_steps(
     }
     flags |= {
         "feature_root": root / "features",
+        "rows_per_pass": rows,
         "original_positions": True,
         "bf16": False,
         "logging_steps": 1,
@@ -247,10 +252,13 @@ def test_five_steps(
     trainer.train()
 
     def report(name: str, error: float, bound: float) -> None:
-        golden_report("LTU-AS, five steps", name, error, bound)
+        golden_report(f"LTU-AS, five steps, {rows} rows", name, error, bound)
 
     report("names", set(trained) != {our_name(key) for key in figures["trainable_names"]}, 0)
-    report("shapes", shapes != [shape["attention_mask"] for shape in figures["micro_shapes"]], 0)
+    expected_shapes = [shape["attention_mask"] for shape in figures["micro_shapes"]]
+    if rows == 1:
+        expected_shapes = [[1, length] for _, length in expected_shapes for _ in range(2)]
+    report("shapes", shapes != expected_shapes, 0)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for index, (entry, expected) in enumerate(zip(logged, figures["log_history"][:5], strict=True)):
         norm = figures["grad_norm_before_clip"][index]

@@ -20,8 +20,8 @@ import torch
 
 from ltu import LtuForConditionalGeneration, LtuProcessor
 from ltu.data.audio import load_audio
+from ltu.models.configuration_ltu import IGNORED
 from ltu.models.modeling_cavmae import CavMaeModel
-from ltu.models.processing_ltu import IGNORED
 from ltu.training.arguments import parse_args
 from ltu.training.batch_sampler import MicroBatchSampler
 from ltu.training.collator import LtuCollator
@@ -378,7 +378,7 @@ def test_greedy_answers(
 # --- five steps of training
 
 
-def stage_one(base_model: Path, data: Path, output_dir: Path) -> LtuTrainer:
+def stage_one(base_model: Path, data: Path, output_dir: Path, rows: int) -> LtuTrainer:
     """Return the trainer of the golden run, made from its own flags."""
     figures = read("traj_ltu_stage1")
     names = ("learning_rate", "cutoff_len", "val_set_size", "trainable_params", "train_on_inputs")
@@ -393,6 +393,7 @@ def stage_one(base_model: Path, data: Path, output_dir: Path) -> LtuTrainer:
         "output_dir": output_dir,
     }
     flags |= {
+        "rows_per_pass": rows,
         "lora_target_modules": '["dummy"]',
         "original_positions": True,
         "bf16": False,
@@ -405,15 +406,17 @@ def stage_one(base_model: Path, data: Path, output_dir: Path) -> LtuTrainer:
     return trainer
 
 
+@pytest.mark.parametrize("rows", [2, 1])
 def test_first_steps_of_stage_one(
-    golden_report, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch
+    golden_report, folders, data, tmp_path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
+    """With a pass for a micro-batch, and for each of its two rows."""
     # The golden run did not shuffle the examples.
     monkeypatch.setattr(
         MicroBatchSampler, "order", lambda self, epoch: torch.arange(self.num_examples)
     )
     figures, arrays = read("traj_ltu_stage1"), stored("traj_ltu_stage1")
-    trainer = stage_one(folders["no_lora"], data, tmp_path)
+    trainer = stage_one(folders["no_lora"], data, tmp_path, rows)
     trained = {
         name: parameter
         for name, parameter in trainer.model.named_parameters()
@@ -431,7 +434,7 @@ def test_first_steps_of_stage_one(
     trainer.train()
 
     def report(name: str, error: float, bound: float) -> None:
-        golden_report("five steps of stage 1", name, error, bound)
+        golden_report(f"five steps of stage 1, {rows} rows", name, error, bound)
 
     counts = {
         "trainable": figures["n_trainable"],
@@ -439,8 +442,13 @@ def test_first_steps_of_stage_one(
     }
     report("counts", trainer.record["parameters"] != counts, 0)
     report("names", list(trained) != [our_name(key) for key in figures["trainable_names"]], 0)
-    report("shapes", shapes != [shape["attention_mask"] for shape in figures["micro_shapes"]], 0)
-    report("rates used", rates != figures["lr_used_step"], 0)
+    expected_shapes = [shape["attention_mask"] for shape in figures["micro_shapes"]]
+    expected_rates = figures["lr_used_step"]
+    if rows == 1:
+        expected_shapes = [[1, length] for _, length in expected_shapes for _ in range(2)]
+        expected_rates = [rate for rate in expected_rates for _ in range(2)]
+    report("shapes", shapes != expected_shapes, 0)
+    report("rates used", rates != expected_rates, 0)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for index, (entry, expected) in enumerate(zip(logged, figures["log_history"][:5], strict=True)):
         norm = figures["grad_norm_before_clip"][index]

@@ -11,7 +11,7 @@ from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
 from ltu.inference.label_scoring import Candidate, LabelScore, group_candidates
 from ltu.inference.requests import Request
-from ltu.models.processing_ltu import IGNORED
+from ltu.models.configuration_ltu import IGNORED
 from ltu.models.prompt_template import load_prompt_template
 from ltu_as.convert_checkpoint import main as convert_as
 from tests.test_any_llm import TEMPLATES, byte_tokenizer

@@ -243,7 +243,7 @@ def test_plan_says_that_a_run_fits(arguments, capsys):
     printed = capsys.readouterr().out
     assert "2 examples x 110 tokens" in printed
     assert "in all: fits into 24.0" in printed
-    assert "--micro_batch_size 4" in printed  # The batch size is the limit.
+    assert "--rows_per_pass 4" in printed  # The batch size is the limit.
 
 
 def test_plan_names_flags_that_make_a_run_fit(arguments, capsys, monkeypatch):
@@ -254,9 +254,11 @@ def test_plan_names_flags_that_make_a_run_fit(arguments, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "does not fit into 0.0" in printed
     fitting = printed.split("the fastest first:\n")[1]
-    assert "--micro_batch_size" in fitting.splitlines()[0]
+    assert fitting.splitlines()[0].split()[1:] == ["--rows_per_pass", "1"]
     assert "--gradient_checkpointing True" in fitting
     assert "--fsdp --fsdp_config train_scripts/configs/fsdp.json on 2 GPUs" in fitting
+    assert main([*flags, "0.003", "--rows_per_pass", "1"]) == 0
+    assert "1 examples x 110 tokens" in capsys.readouterr().out
     main([*flags, "0.000001"])
     assert "nothing, up to 8 GPUs" in capsys.readouterr().out
 

@@ -130,6 +130,13 @@ def test_language_models_whose_positions_or_caches_differ(
     assert Run(engine, 5, 4).run(requests) == alone
 
 
+def test_static_caches_are_computed_again(engine: LtuEngine) -> None:
+    requests = make_requests()
+    alone = [engine([request])[0] for request in requests]
+    static = LtuEngine(engine.model, engine.processor, folder=engine.folder, static_cache="on")
+    assert Run(static, 5, 3).run(requests) == alone
+
+
 def test_an_answer_does_not_wait_for_its_batch(engine: LtuEngine) -> None:
     """A short answer is delivered before the next token of a longer one, also without a pause."""
     lengths = [40, 3, 12, 25]

@@ -30,8 +30,10 @@ from ltu.checkpoints.save_checkpoint import (
     find_weights,
     is_llm,
     merge,
+    served_name,
     to_original,
     write_folder,
+    write_merged_llm,
 )
 from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig, open_llm_config
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
@@ -275,6 +277,24 @@ class LtuConverter:
         processor = self.processor_class.from_pretrained(folder)
         placed, dropped = merge(config, folder, output_dir, processor, llm, llm_dtype)
         report(output_dir, placed, dropped)
+
+    def merge_llm(
+        self,
+        model: str | Path,
+        output_dir: str | Path,
+        llm: str | Path | None = None,
+        llm_dtype: str | None = None,
+    ) -> None:
+        """Write the language model of a checkpoint folder, LoRA merged in, as a stock folder."""
+        folder, config = self._find(model)
+        processor = self.processor_class.from_pretrained(folder)
+        placed, dropped = write_merged_llm(config, folder, output_dir, processor, llm, llm_dtype)
+        report(output_dir, placed, dropped)
+        name = served_name(sha256_of_weights(folder))
+        print(
+            f"Serve it with: vllm serve {output_dir} --enable-prompt-embeds "
+            f"--served-model-name {name}"
+        )
 
     def _find(self, model: str | Path) -> tuple[Path, PreTrainedConfig]:
         """Return a checkpoint folder and its config.

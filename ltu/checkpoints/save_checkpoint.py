@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,6 +47,8 @@ from ltu.models.provenance import (
 
 SHARD = "1GB"  # Size of a shard, which is what a conversion has in memory at once.
 CONVERTED = ("init", "converted", "merged")  # Stages of folders that a conversion may replace.
+LLM_PREFIX = "language_model."  # Of the keys of the language model in a checkpoint.
+NAME_DIGITS = 12  # Of a hash, in the name of a served model.
 MLP_ORDER = ("gate_proj", "down_proj", "up_proj")  # The layers of Llama's MLP in the original.
 
 
@@ -99,11 +103,39 @@ def write_folder(
     model = build_on_meta(config)
     check_replaceable(output_dir)
 
-    # Plan what the files will contain, on the meta device.
+    source = (record["parent"] or {}).get("name", "what was read")
+    plan = plan_tensors(match_keys(state, model, source), state, config, llm_dtype)
+    with replacing_folder(output_dir) as part:
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(part)
+        model.generation_config.save_pretrained(part)
+        subject = f"{output_dir} is not written from {source}"
+        write_shards(part, plan, lambda key: finish(key, state[key]), subject)
+        processor.save_pretrained(part)
+        if config.language_model is None:
+            record["language_model"] = "in this folder"
+        complete_record(record, model.num_parameters(), plan)
+        write_record(part, record)
+        if not is_replaceable(output_dir / CARD):  # Somebody wrote it, so it is not lost.
+            shutil.copyfile(output_dir / CARD, part / CARD)
+    write_model_card(output_dir)
+    return len(plan)
+
+
+def plan_tensors(
+    keys: list[str], state: dict[str, Tensor], config: LtuConfig, llm_dtype: str | None
+) -> dict[str, Tensor]:
+    """Return the tensors that files will contain, on the meta device.
+
+    Args:
+        keys: of `state`, those that are written.
+        state: the tensors by key.
+        config: of the model; the dtype of its language model is set to that of most weights.
+        llm_dtype: of the language model; by default each of its tensors keeps its own.
+    """
     plan = {}
     llm_dtypes: Counter[torch.dtype] = Counter()
-    source = (record["parent"] or {}).get("name", "what was read")
-    for key in match_keys(state, model, source):
+    for key in keys:
         dtype = torch.float32
         if is_llm(key):
             dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
@@ -111,34 +143,30 @@ def write_folder(
         plan[key] = torch.empty_like(state[key], dtype=dtype, device="meta")
     if llm_dtypes:
         config.text_config.dtype = llm_dtypes.most_common(1)[0][0]
+    return plan
 
-    # Write next to the final folder, where a relative path of the language model is the same. The
-    # folder itself is replaced when everything is written.
+
+def complete_record(record: dict, num_parameters: int, plan: dict[str, Tensor]) -> None:
+    """Add the parameters and the versions of code and libraries to a record of `ltu_state.json`."""
+    stored = sum(value.numel() for value in plan.values())
+    record["parameters"] = {"all": num_parameters, "stored": stored}
+    record["versions"] = library_versions()
+    record["code"] = code_version()
+
+
+@contextmanager
+def replacing_folder(output_dir: Path) -> Iterator[Path]:
+    """Yield a folder to write, which replaces `output_dir` when everything is written.
+
+    It is next to the final folder, where a relative path of the language model is the same.
+    """
     part = output_dir.absolute().with_name(f".{output_dir.absolute().name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(part)
-    model.generation_config.save_pretrained(part)
-    subject = f"{output_dir} is not written from {source}"
-    write_shards(part, plan, lambda key: finish(key, state[key]), subject)
-    processor.save_pretrained(part)
-    if config.language_model is None:
-        record["language_model"] = "in this folder"
-    record["parameters"] = {
-        "all": model.num_parameters(),
-        "stored": sum(value.numel() for value in plan.values()),
-    }
-    record["versions"] = library_versions()
-    record["code"] = code_version()
-    write_record(part, record)
-    if not is_replaceable(output_dir / CARD):  # Somebody wrote it, so it is not lost.
-        shutil.copyfile(output_dir / CARD, part / CARD)
+    yield part
     if output_dir.is_dir():
         shutil.rmtree(output_dir)
     os.replace(part, output_dir)
-    write_model_card(output_dir)
-    return len(plan)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -282,6 +310,23 @@ def in_original_order(keys: list[str]) -> list[str]:
     return sorted(keys, key=place)
 
 
+@dataclass
+class MergedModel:
+    """A self-contained model whose LoRA is merged when a tensor is written.
+
+    Attributes:
+        state: the tensors by key, those of the language model without LoRA.
+        finish: adds the product of LoRA to the tensor of a key.
+        dropped: the keys that were dropped, each with the reason.
+        record: the content of ltu_state.json, without the parameters.
+    """
+
+    state: dict[str, Tensor]
+    finish: Callable[[str, Tensor], Tensor]
+    dropped: dict[str, str]
+    record: dict
+
+
 def merge(
     config: LtuConfig,
     folder: Path,
@@ -312,6 +357,78 @@ def merge(
             f"{folder} contains its language model, and has no LoRA: there is nothing to merge. "
             "Name a dtype to write the language model in it: --llm_dtype bfloat16"
         )
+    merged = plan_merge(config, folder, llm)
+    count = write_folder(
+        output_dir, config, merged.state, processor, merged.record, llm_dtype, merged.finish
+    )
+    return count, merged.dropped
+
+
+def write_merged_llm(
+    config: LtuConfig,
+    folder: Path,
+    output_dir: str | Path,
+    processor: LtuProcessor,
+    llm: str | None,
+    llm_dtype: str | None,
+) -> tuple[int, dict[str, str]]:
+    """Write the language model alone, LoRA merged in, as a stock folder with its tokenizer.
+
+    `AutoModelForCausalLM` opens it, and other programs that serve language models.
+
+    Args, Returns: as of `merge`.
+
+    Raises:
+        ValueError: the language model is another one, or LoRA is on a tied weight, or a weight is
+            NaN or infinite, or `output_dir` contains something that no conversion made.
+    """
+    output_dir = Path(output_dir)
+    check_replaceable(output_dir)
+    merged = plan_merge(config, folder, llm)
+    model = build_on_meta(config)
+    keys = [key for key in match_keys(merged.state, model, folder) if is_llm(key)]
+    plan = {}
+    for key, tensor in plan_tensors(keys, merged.state, config, llm_dtype).items():
+        plan[key.removeprefix(LLM_PREFIX)] = tensor
+
+    def get(name: str) -> Tensor:
+        key = LLM_PREFIX + name
+        return merged.finish(key, merged.state[key])
+
+    language_model = model.language_model
+    language_model.config.architectures = [type(language_model).__name__]
+    # Answers end at the same tokens as ours.
+    language_model.generation_config.eos_token_id = config.eos_token_id
+    with replacing_folder(output_dir) as part:
+        language_model.config.save_pretrained(part)
+        language_model.generation_config.save_pretrained(part)
+        write_shards(part, plan, get, f"{output_dir} is not written from {folder}")
+        processor.tokenizer.save_pretrained(part)
+        complete_record(merged.record, language_model.num_parameters(), plan)
+        write_record(part, merged.record)
+    return len(plan), merged.dropped
+
+
+def served_name(sha256: str) -> str:
+    """Return the name under which another server serves the merged language model of a checkpoint.
+
+    Args:
+        sha256: of the checkpoint's weights.
+    """
+    return f"ltu-{sha256[:NAME_DIGITS]}"
+
+
+def plan_merge(config: LtuConfig, folder: Path, llm: str | None) -> MergedModel:
+    """Collect the tensors of a checkpoint and its language model; nothing is written.
+
+    Args:
+        config: of the checkpoint folder. It is changed to that of the merged model.
+        folder: the checkpoint folder.
+        llm: another path or hub id of the same language model, instead of the one in the config.
+
+    Raises:
+        ValueError: the language model is another one, or LoRA is on a tied weight.
+    """
     with_lora = build_on_meta(config)
     own = load_state(folder)
     match_keys(own, with_lora, folder)
@@ -364,5 +481,4 @@ def merge(
     parent = {"name": folder.resolve().name, "sha256": sha256_of_weights(folder)}
     lineage = lineage_from(folder, parent["sha256"])
     record = {"stage": "merged", "parent": parent, "lineage": lineage, "dropped_keys": dropped}
-    count = write_folder(output_dir, config, state, processor, record, llm_dtype, finish)
-    return count, dropped
+    return MergedModel(state, finish, dropped, record)

@@ -134,7 +134,7 @@ def make_keys(
     decisive = [
         engine.kind,
         engine.checkpoint,
-        engine.model.config.language_model_sha256,
+        engine.language_model_sha256,
         str(engine.model.get_input_embeddings().weight.dtype),
         settings.quantization,
         engine.processor.to_dict(),  # With the prompt template and the audio encoder's input.
@@ -142,6 +142,7 @@ def make_keys(
         engine.processor.front_end.settings,
         check_decoding(settings.decoding),
         settings.seed,
+        *engine.backend,
     ]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()
     clips = {(request.audio, request.audio_id): request for request in requests if request.audio}

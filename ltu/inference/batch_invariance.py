@@ -77,6 +77,9 @@ def generate(
         batch["attention_mask"].sum(1).max()
     )
     settings["max_new_tokens"] = min(settings["max_new_tokens"], num_positions_left)
+    if engine.static_cache == "on" and engine.can_use_static_cache:
+        num_tokens = batch["input_ids"].shape[1] + settings["max_new_tokens"]
+        settings |= engine.cache_settings(num_tokens)
     sequences = engine.model.generate(
         **batch,
         **settings,

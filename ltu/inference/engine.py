@@ -6,8 +6,10 @@ once, however many requests are about it (`ltu.inference.embedding_cache`). A cl
 decoded gives an answer with the reason; features are never made up.
 """
 
+import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +20,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, BatchFeature, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    AutoProcessor,
+    BatchFeature,
+    CompileConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.utils import ModelOutput
 
 from ltu.checkpoints.open_checkpoint import open_model
@@ -45,6 +53,14 @@ from ltu.inference.sampling import (
     StreamedRow,
     check_decoding,
 )
+from ltu.inference.static_cache import (
+    CHOICES,
+    MIN_BATCHES,
+    choose_length,
+    compiling_thread,
+    count_rows,
+    find_obstacle,
+)
 from ltu.models.device_check import (
     check_attention,
     check_compile,
@@ -53,10 +69,17 @@ from ltu.models.device_check import (
     check_dtype,
 )
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
+from ltu.models.lora import can_merge_lora
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import RenderedPrompt
 from ltu.models.version_check import check_generation
+
+logger = logging.getLogger(__name__)
+
+# Tokens of a batch that is generated only to compile its shapes. CUDA graphs are recorded at the
+# second or third step.
+WARM_UP_TOKENS = 5
 
 
 class LtuEngine:
@@ -64,11 +87,27 @@ class LtuEngine:
 
     Threads may share an engine; it computes one batch at a time.
 
+    Attributes:
+        is_concurrent: whether requests that run at the same time do not wait for each other, so
+            that a request need not wait for a batch.
+
     Args:
         model, processor: of one checkpoint folder.
         cache_mb: size of the cache of audio embeddings, at most.
         folder: that checkpoint folder, for the hash in answers.
+        static_cache: "on", "off", or "auto": on CUDA, in runs of `MIN_BATCHES` or more. Beam search
+            never uses it, because reordering the beams would replace its tensors at each step.
+        compile_config: how transformers compiles the decoding step with a static cache; by default
+            on CUDA, with its own settings.
+
+    Attributes:
+        language_model_sha256: hash of the language model that the checkpoint names, or None.
+
+    Raises:
+        ValueError: there is no such `static_cache`.
     """
+
+    is_concurrent = False
 
     def __init__(
         self,
@@ -76,11 +115,17 @@ class LtuEngine:
         processor: LtuProcessor,
         cache_mb: float = 256,
         folder: str | Path | None = None,
+        static_cache: str = "auto",
+        compile_config: CompileConfig | None = None,
     ):
+        check_choice("static_cache", static_cache)
         self.model = model.eval()
         self.processor = processor
         self.cache = EmbeddingCache(model, processor, cache_mb)
         self.folder = folder
+        self.static_cache = static_cache
+        self.compile_config = compile_config
+        self.language_model_sha256 = model.config.language_model_sha256
         self._generating = threading.Lock()
 
     @classmethod
@@ -95,6 +140,8 @@ class LtuEngine:
         attention: str | None = None,
         compile: bool = False,
         cache_mb: float = 256,
+        static_cache: str = "auto",
+        merge_lora: str = "auto",
     ) -> "LtuEngine":
         """Open a checkpoint folder of LTU or LTU-AS on a GPU if there is one.
 
@@ -107,6 +154,10 @@ class LtuEngine:
             quantization: "8bit" or "4bit" weights of the language model, by bitsandbytes.
             attention: "sdpa", "flash_attention_2" or "eager", of the language model.
             compile: run the language model through torch.compile.
+            static_cache: as of the class.
+            merge_lora: "on": add the product of LoRA to the weights of the language model, in
+                memory only; "off"; "auto": if these are fp32 and not tied. In fp32 this changes
+                logits by rounding; in bf16 and fp16 it would round the product itself.
 
         Raises:
             ValueError: a setting is impossible, or a library is of a version that was not tested
@@ -119,6 +170,8 @@ class LtuEngine:
         check_dtype(dtype)
         check_device_map(device_map)
         check_attention(attention)
+        check_choice("static_cache", static_cache)
+        check_choice("merge_lora", merge_lora)
         if compile:
             check_compile(device)
         folder = find_checkpoint(folder, CHECKPOINT_FILES)
@@ -128,11 +181,16 @@ class LtuEngine:
         processor = AutoProcessor.from_pretrained(folder)
         processor.check_config(model.config)
         processor.front_end.to(device)
+        language_model_sha256 = model.config.language_model_sha256
+        if merge_lora == "on" or (merge_lora == "auto" and merges_exactly(model)):
+            model.merge_lora()
         if compile:
             model.language_model.compile(dynamic=True)
         model = model if device_map else model.to(device)
         check_generation(model)
-        return cls(model, processor, cache_mb, folder)
+        engine = cls(model, processor, cache_mb, folder, static_cache)
+        engine.language_model_sha256 = language_model_sha256
+        return engine
 
     @property
     def kind(self) -> str:
@@ -149,6 +207,26 @@ class LtuEngine:
     def checkpoint(self) -> str:
         """sha256 of the folder's weights; "" for a model that was not opened from a folder."""
         return sha256_of_weights(self.folder) if self.folder else ""
+
+    @property
+    def backend(self) -> list[str]:
+        """What generates, if it is not the model in this process."""
+        return []
+
+    def check_supported(self, decoding: dict[str, Any]) -> None:
+        """Check that this engine can generate with decoding settings of `check_decoding`.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    @cached_property
+    def can_use_static_cache(self) -> bool:
+        """Whether the model can generate with a static cache; if not, a warning says why."""
+        obstacle = find_obstacle(self.model)
+        if obstacle is not None:
+            logger.warning("The cache is not static: %s.", obstacle)
+        return obstacle is None
 
     def clip_hash(self, request: Request) -> str | None:
         """Return kind and sha256 of a clip's content; None without a clip that can be read."""
@@ -205,13 +283,8 @@ class LtuEngine:
             ValueError: a decoding setting is impossible, or the prompt template cannot express a
                 history; before anything is generated.
         """
-        settings = [check_decoding(decoding | request.decoding) for request in requests]
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it is at least 1.")
-        for request in requests:
-            request.check()
-            self.render(request, "")
-        seeds = [seed if request.seed is None else request.seed for request in requests]
+        settings, seeds = self._prepare(requests, batch_size, seed, decoding)
+        num_rows = self._choose_rows(len(requests), batch_size)
         for batch in batches(requests, settings, batch_size):
             if on_text is not None:
                 wanted = []
@@ -232,8 +305,69 @@ class LtuEngine:
                     _renumber(on_text, batch),
                     _renumber(on_answer, batch),
                     is_turn_over,
+                    num_rows,
                 )
             yield from zip(batch, answers, strict=True)
+
+    def _prepare(
+        self, requests: list[Request], batch_size: int, seed: int, decoding: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        """Check requests before anything is generated.
+
+        Returns:
+            the decoding settings and the seed of each request.
+
+        Raises:
+            ValueError: as of `run`.
+        """
+        settings = [check_decoding(decoding | request.decoding) for request in requests]
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it is at least 1.")
+        for request in requests:
+            request.check()
+            self.render(request, "")
+        for own in settings:
+            self.check_supported(own)
+        seeds = [seed if request.seed is None else request.seed for request in requests]
+        return settings, seeds
+
+    def _choose_rows(self, num_requests: int, batch_size: int) -> int | None:
+        """Return the number of rows of the batches of a run, or None for dynamic caches."""
+        if self.static_cache == "auto":
+            is_long = num_requests > (MIN_BATCHES - 1) * batch_size
+            is_wanted = is_long and self.model.device.type == "cuda"
+        else:
+            is_wanted = self.static_cache == "on" and num_requests > 0
+        if not is_wanted:
+            return None
+        with self._generating:
+            can_use_static_cache = self.can_use_static_cache
+        return count_rows(min(batch_size, num_requests)) if can_use_static_cache else None
+
+    def warm_up(self, batch_size: int, max_new_tokens: int = 400) -> None:
+        """Compile decoding for batches of 1, 2, 4, ... up to `batch_size` short questions.
+
+        This takes a minute or more on CUDA with `static_cache` "on", and nothing otherwise.
+        """
+        if self.static_cache != "on" or not self.can_use_static_cache:
+            return
+        size = 1
+        while size < 2 * batch_size:
+            self._warm_up_batch(size, max_new_tokens)
+            size *= 2
+
+    def _warm_up_batch(self, size: int, max_new_tokens: int) -> None:
+        """Begin a batch of questions, which is cancelled after a few tokens."""
+        num_texts: Counter[int] = Counter()
+
+        def on_text(index: int, _: str) -> bool:
+            num_texts[index] += 1
+            return num_texts[index] <= WARM_UP_TOKENS
+
+        requests = [Request("?")] * size
+        settings = {"max_new_tokens": max_new_tokens, "min_new_tokens": WARM_UP_TOKENS}
+        for _ in self.run(requests, size, on_text=on_text, **settings):
+            pass
 
     def stream(self, request: Request, seed: int = 42, **decoding: Any) -> Iterator[str | Answer]:
         """Yield the text so far, whenever it has grown, and at last the answer.
@@ -368,8 +502,12 @@ class LtuEngine:
         on_text: OnText | None,
         on_answer: OnAnswer | None,
         is_turn_over: IsTurnOver | None,
+        num_rows: int | None,
     ) -> list[Answer | Request]:
         """Answer one batch, with equal settings except for `ROW_SETTINGS`.
+
+        Args:
+            num_rows: the size to which the batch is filled up for a static cache, or None.
 
         Returns:
             for each request its answer, or the request to continue with.
@@ -398,7 +536,8 @@ class LtuEngine:
                 deliver(prompt)
         if running:
             numbers = [prompt.index for prompt in running]
-            self._generate(running, _renumber(on_text, numbers), deliver, is_turn_over)
+            on_own_text = _renumber(on_text, numbers)
+            self._generate(running, on_own_text, deliver, is_turn_over, num_rows)
 
         results: list[Answer | Request] = []
         for request, prompt in zip(requests, prompts, strict=True):
@@ -435,29 +574,49 @@ class LtuEngine:
         # The prompt is part of the seed, so that equal seeds sample differently for other prompts.
         return Prompt(answer, settings, f"{seed} {tokens}", tokens, embeds, limit)
 
+    def cache_settings(self, num_tokens: int) -> dict[str, Any]:
+        """Return the arguments of `generate` for a static cache.
+
+        Args:
+            num_tokens: of the padded prompt and the longest possible answer.
+        """
+        # transformers keeps the length of the longest cache so far, even if one long prompt made
+        # all later batches too large for the memory.
+        self.model._previous_max_cache_length = 0
+        settings = {"cache_implementation": "static", "max_cache_len": choose_length(num_tokens)}
+        if self.compile_config is not None:
+            settings["compile_config"] = self.compile_config
+        return settings
+
     def _generate(
         self,
         prompts: list[Prompt],
         on_text: OnText | None,
         deliver: Callable[[Prompt], None],
         is_turn_over: IsTurnOver | None,
+        num_rows: int | None,
     ) -> None:
         """Generate for the prompts of a batch.
 
         Text and length of what is complete are written into its answer, which is delivered. What
         was paused has its new tokens and its cache in its prompt.
         """
-        batch = self._make_batch(prompts)
+        is_static = num_rows is not None and prompts[0].settings.get("num_beams", 1) == 1
+        # Copies of the first prompt fill the batch up to a size that is compiled for all batches.
+        # They end after one token, and nobody reads it.
+        num_copies = num_rows - len(prompts) if is_static else 0
+        batch = self._make_batch(prompts + prompts[:1] * num_copies)
         prompt_length = batch["input_ids"].shape[1]
         # How many tokens a row may generate now; a row that was paused has some already.
         limits = [prompt.max_new_tokens - len(prompt.new_tokens) for prompt in prompts]
+        row_limits = limits + [1] * num_copies
         common = prompts[0].settings.items()
         arguments: dict[str, Any] = {
             name: value for name, value in common if name not in ROW_SETTINGS
         }
         criteria = StoppingCriteriaList()
-        if min(limits) < max(limits):
-            criteria.append(RowLimits(limits, prompt_length))
+        if min(row_limits) < max(row_limits):
+            criteria.append(RowLimits(row_limits, prompt_length))
         if any(prompt.settings["do_sample"] for prompt in prompts):
             sampler = RowSampler(
                 [prompt.seed for prompt in prompts],
@@ -487,19 +646,25 @@ class LtuEngine:
             "max_new_tokens": max(limits),
             "return_dict_in_generate": True,
         }
-        output = self.model.generate(**batch, stopping_criteria=criteria, **arguments)
+        arguments |= batch | {"stopping_criteria": criteria}
+        if is_static:
+            arguments |= self.cache_settings(prompt_length + max(limits))
+            output = compiling_thread().submit(self.model.generate, **arguments).result()
+        else:
+            output = self.model.generate(**arguments)
         if isinstance(watcher, BatchStreamer):
             self._pause(prompts, watcher.rows, batch, output)
             return
-        new_tokens = output.sequences[:, prompt_length:].tolist()
+        new_tokens = output.sequences[: len(prompts), prompt_length:].tolist()
         for row, (prompt, own_tokens) in enumerate(zip(prompts, new_tokens, strict=True)):
             own_tokens = own_tokens[: limits[row]]
-            ends = [place for place, token in enumerate(own_tokens) if token in self.end_ids]
-            finish_reason = "stop" if ends else "length"
             if watcher is not None and row in watcher.cancelled:
                 finish_reason = "cancelled"
-            length = ends[0] if ends else len(own_tokens)
-            self._complete(prompt.answer, own_tokens[:length], finish_reason)
+            elif self.end_ids.isdisjoint(own_tokens):
+                finish_reason = "length"
+            else:
+                finish_reason = "stop"
+            self._complete(prompt.answer, own_tokens, finish_reason)
             deliver(prompt)
 
     def _make_batch(self, prompts: list[Prompt]) -> dict[str, Any]:
@@ -574,7 +739,10 @@ class LtuEngine:
             prompts[number].cache = row_caches[place] if row_caches else None
 
     def _complete(self, answer: Answer, tokens: list[int], finish_reason: str) -> None:
-        """Write the text of new tokens, which have no end token, into an answer."""
+        """Write the text of new tokens, up to the first end token, into an answer."""
+        ends = [position for position, token in enumerate(tokens) if token in self.end_ids]
+        if ends:
+            tokens = tokens[: ends[0]]
         answer.text = self.processor.decode_answer(tokens)
         answer.new_tokens = len(tokens)
         answer.finish_reason = finish_reason
@@ -588,3 +756,19 @@ def _renumber(callback: Callable | None, numbers: list[int]) -> Callable | None:
     if callback is None:
         return None
     return lambda index, value: callback(numbers[index], value)
+
+
+def check_choice(name: str, choice: str) -> None:
+    """Check a setting that is "auto", "on" or "off".
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"{name} is {choice!r}; there are {', '.join(CHOICES)}.")
+
+
+def merges_exactly(model: LtuForConditionalGeneration) -> bool:
+    """Return whether merging LoRA into the language model changes logits by fp32 rounding only."""
+    dtypes = {parameter.dtype for parameter in model.language_model.parameters()}
+    return dtypes == {torch.float32} and can_merge_lora(model.language_model)

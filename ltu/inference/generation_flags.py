@@ -5,6 +5,9 @@ import argparse
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import MODES
 from ltu.inference.sampling import ORIGINAL_DECODING, check_decoding
+from ltu.inference.static_cache import CHOICES
+from ltu.inference.vllm_client import parse_url
+from ltu.inference.vllm_engine import VllmEngine, check_vllm_decoding
 from ltu.models.audio_front_end import (
     add_front_end_flags,
     find_dataset_flags,
@@ -19,6 +22,22 @@ DECODING_FLAGS = (
     "top_p",
     "top_k",
 )
+
+
+# Settings of the language model in this process, with their defaults; a server of it has its own.
+LOCAL_FLAGS = {
+    "device_map": None,
+    "quantization": None,
+    "attention": None,
+    "compile": False,
+    "static_cache": "auto",
+    "merge_lora": "auto",
+}
+
+
+def parse_urls(text: str) -> list[str]:
+    """Split addresses at commas."""
+    return [url.strip() for url in text.split(",") if url.strip()]
 
 
 def parse_num_chunks(text: str) -> int:
@@ -55,6 +74,33 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compile", action="store_true", help="Compile the language model with torch.compile."
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="What generates: this process, or vLLM servers of the merged language model.",
+    )
+    parser.add_argument(
+        "--engine_url",
+        action="extend",
+        type=parse_urls,
+        metavar="URL",
+        help="With --engine vllm: address of a server, http://HOST:8000/v1. Several, in flags of "
+        "their own or with commas between them, take turns.",
+    )
+    parser.add_argument(
+        "--static_cache",
+        choices=CHOICES,
+        default="auto",
+        help="Compile decoding as CUDA graphs over a cache of fixed length. auto: on CUDA, where "
+        "there are enough questions to earn the compile time.",
+    )
+    parser.add_argument(
+        "--merge_lora",
+        choices=CHOICES,
+        default="auto",
+        help="Add LoRA to the weights of the language model, in memory. auto: if they are fp32.",
     )
     parser.add_argument(
         "--cache_mb",
@@ -121,19 +167,47 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def open_engine(args: argparse.Namespace) -> LtuEngine:
-    """Open the engine that the flags describe."""
-    settings = {
-        name: getattr(args, name)
-        for name in ("device", "dtype", "device_map", "attention", "compile")
-    }
-    settings |= {
-        "language_model": args.llm,
-        "quantization": args.quantization,
-        "cache_mb": args.cache_mb,
-    }
-    engine = LtuEngine.from_pretrained(args.model, **settings)
+    """Open the engine that the flags describe.
+
+    Raises:
+        ValueError: flags contradict each other.
+    """
+    settings = {name: getattr(args, name) for name in ("device", "dtype", "cache_mb")}
+    settings["language_model"] = args.llm
+    check_engine_flags(args)
+    if args.engine == "vllm":
+        engine = VllmEngine.from_pretrained(args.model, args.engine_url, **settings)
+    else:
+        settings |= {name: getattr(args, name) for name in LOCAL_FLAGS}
+        engine = LtuEngine.from_pretrained(args.model, **settings)
     engine.processor.front_end.configure(**read_front_end_flags(args))
     return engine
+
+
+def check_engine_flags(args: argparse.Namespace) -> None:
+    """Check that the flags fit what generates.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if args.engine != "vllm":
+        if args.engine_url:
+            raise ValueError("--engine_url has no effect without --engine vllm.")
+        return
+    if not args.engine_url:
+        raise ValueError("--engine vllm needs --engine_url, such as http://HOST:8000/v1")
+    for url in args.engine_url:
+        parse_url(url)
+    given = []
+    for name, default in LOCAL_FLAGS.items():
+        if getattr(args, name) != default:
+            given.append(f"--{name}")
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)}: with --engine vllm the server has the language model. Give "
+            "vLLM its own flags."
+        )
+    check_vllm_decoding(check_decoding(read_decoding_flags(args)))
 
 
 def read_decoding_flags(args: argparse.Namespace) -> dict:

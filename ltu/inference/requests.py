@@ -18,6 +18,9 @@ ROW_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
 UNUSED_SECONDS = MIN_SAMPLES / SAMPLING_RATE
 # Statuses of an answer that has a text.
 ANSWERED_STATUSES = ("ok", "truncated", "truncated_file")
+# Statuses of an answer that another server did not give: it was busy, or failed.
+BUSY = "engine_busy"
+FAILED = "engine_failed"
 MODES = ("joint", "audio_only", "asr_only")
 # Takes the number of a request and its text so far; False cancels the request.
 OnText = Callable[[int, str], bool | None]
@@ -82,7 +85,8 @@ class Answer:
     `status` is one of `ANSWERED_STATUSES`: "ok", "truncated" (only `seconds_heard` of the clip were
     used) or "truncated_file" (the file ends before the length that its header promises; what it has
     is used, as far as `seconds_heard`). Else it is the reason why there is no answer: "missing",
-    "unreadable", "too_short", "too_long", "silent", "damaged"; then `text` is empty and `error` has
+    "unreadable", "too_short", "too_long", "silent" or "damaged" for the clip, "engine_busy" or
+    "engine_failed" for another server that generates; then `text` is empty and `error` has
     the message. `warnings` are sentences about the clip, with any status: that the file is cut
     short, or that its samples are in the range of integers.
 

@@ -249,12 +249,14 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         self.has_prompts = False
 
     def put(self, value: Tensor) -> None:
-        """Take the prompts first, (rows, length), then one new token of each row, (rows,)."""
+        """Take the prompts first, (rows, length), then one new token of each row, (rows,).
+
+        Further rows, which only fill a batch, are not streamed.
+        """
         if not self.has_prompts:
             self.has_prompts = True
             return
-        for index, token in enumerate(value.tolist()):
-            row = self.rows[index]
+        for index, (row, token) in enumerate(zip(self.rows, value.tolist(), strict=False)):
             if row.finish_reason is not None:
                 continue
             self._append(index, row, token)

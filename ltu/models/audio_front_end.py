@@ -116,6 +116,17 @@ class AudioFrontEnd:
         """
         return None
 
+    def find_source(self, example: dict) -> str:
+        """Return the path of the file from which `load_features` computes or reads features.
+
+        It need not exist.
+        """
+        return example["audio"]
+
+    def describe_features(self) -> dict[str, Any]:
+        """Return all that decides the features of a given source: JSON values."""
+        return self.feature_extractor.to_dict() | {"downmix": self.downmix}
+
     def extract_features(self, clips: list[AudioClip]) -> Tensor:
         """Return the input of the audio encoder: (chunks of all clips, frames, mel bins).
 

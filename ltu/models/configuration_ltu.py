@@ -28,6 +28,8 @@ from ltu.models.config_checks import (
 )
 from ltu.models.locate_checkpoint import check_files, relative_path_of
 
+IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
+
 # The released checkpoints were trained on these strings, to the character.
 ALPACA_SHORT = {
     "name": "alpaca_short",

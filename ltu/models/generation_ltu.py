@@ -6,6 +6,7 @@ without a cache, and needs no code for audio. The loop's own arguments are not n
 their names change between releases of transformers.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -88,6 +89,24 @@ class LtuGenerationMixin(GenerationMixin):
                 attention_mask = torch.ones_like(input_ids)
             self._replace_repetition_penalty(input_ids, attention_mask, kwargs)
         return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+
+    # With its signature, which `generate` compares with the arguments that it is given.
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Run the stock method, which makes the arguments of one forward pass.
+
+        The embeddings of the prompt belong to its own forward pass. With a cache, later steps go
+        without them, so the shapes of a step do not depend on the length of the prompt.
+
+        Args:
+            input_ids: (rows, length so far), the whole sequence.
+        """
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        prompt_embeds = model_inputs.get("prompt_embeds")
+        has_cache = any(isinstance(value, Cache) for value in model_inputs.values())
+        if has_cache and prompt_embeds is not None and input_ids.shape[1] > prompt_embeds.shape[1]:
+            del model_inputs["prompt_embeds"]
+        return model_inputs
 
     def _replace_repetition_penalty(
         self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]

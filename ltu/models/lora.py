@@ -75,6 +75,32 @@ def inject_lora(language_model: PreTrainedModel, lora: dict) -> None:
             parameter.data = parameter.data.float()
 
 
+def can_merge_lora(language_model: PreTrainedModel) -> bool:
+    """Return whether LoRA is on weights in memory that are neither tied nor quantized."""
+    is_offloaded = any(parameter.is_meta for parameter in language_model.parameters())
+    if is_offloaded or getattr(language_model, "is_quantized", False):
+        return False
+    return find_tied_lora(language_model) is None
+
+
+def find_tied_lora(language_model: PreTrainedModel) -> tuple[str, str] | None:
+    """Return the names of two weights that are one tensor and that LoRA is on, or None."""
+    changed = {f"{name}.weight" for name in _lora_layers(language_model)}
+    for pair in language_model.all_tied_weights_keys.items():
+        if changed & set(pair):
+            return pair
+    return None
+
+
+def _lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the layers of peft by their names."""
+    layers = {}
+    for name, module in language_model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            layers[name] = module
+    return layers
+
+
 def merge_lora(language_model: PreTrainedModel) -> None:
     """Add the product of LoRA to the weights, by peft's own arithmetic, and remove LoRA.
 
@@ -84,17 +110,10 @@ def merge_lora(language_model: PreTrainedModel) -> None:
     Raises:
         ValueError: LoRA is on a tied weight, whose other use has no LoRA.
     """
-    layers = {}
-    for name, module in language_model.named_modules():
-        if hasattr(module, "get_delta_weight"):  # A layer of peft.
-            layers[name] = module
-    changed = {f"{name}.weight" for name in layers}
-    for pair in language_model.all_tied_weights_keys.items():
-        if changed & set(pair):
-            raise ValueError(
-                f"LoRA is on one of {pair}, which are one tensor: it cannot be merged."
-            )
-    for name, layer in layers.items():
+    tied = find_tied_lora(language_model)
+    if tied is not None:
+        raise ValueError(f"LoRA is on one of {tied}, which are one tensor: it cannot be merged.")
+    for name, layer in _lora_layers(language_model).items():
         layer.merge()
         language_model.set_submodule(name, layer.get_base_layer())
     # peft would otherwise take a later LoRA for a second one next to this.

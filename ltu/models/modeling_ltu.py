@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.models.config_checks import refuse_malformed
-from ltu.models.configuration_ltu import LtuConfig, open_llm_config
+from ltu.models.configuration_ltu import IGNORED, LtuConfig, open_llm_config
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import (
@@ -209,15 +210,25 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def get_audio_features(self, input_features: Tensor) -> Tensor:
+    def get_audio_features(
+        self, input_features: Tensor | None = None, audio_hidden_states: Tensor | None = None
+    ) -> Tensor:
         """Return the audio embeddings (clips, num_audio_tokens, hidden) of clips.
 
         Args:
             input_features: (clips, frames, mel bins) spectrograms.
+            audio_hidden_states: (clips, num_audio_tokens, audio hidden) of further clips, which are
+                in front of those of `input_features`: outputs of the audio encoder, which then does
+                not run for them.
         """
         weight = self.multi_modal_projector.linear.weight
-        input_features = input_features.to(weight.device, weight.dtype)
-        audio_hidden = self.audio_tower(input_features)  # (clips, tokens, audio hidden)
+        parts = []
+        if audio_hidden_states is not None:
+            parts.append(audio_hidden_states.to(weight.device))
+        if input_features is not None:
+            input_features = input_features.to(weight.device, weight.dtype)
+            parts.append(self.audio_tower(input_features))  # (clips, tokens, audio hidden)
+        audio_hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
         audio_hidden = audio_hidden / self.config.audio_config.feature_divisor
         return self.multi_modal_projector(audio_hidden)  # (clips, tokens, hidden)
 
@@ -228,6 +239,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         audio_index: Tensor | None = None,
         audio_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        audio_hidden_states: Tensor | None = None,
     ) -> Tensor:
         """Return token embeddings, with audio embeddings at the placeholders.
 
@@ -237,22 +249,22 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             (batch, length, hidden)
         """
         input_ids = input_ids.to(self.get_input_embeddings().weight.device)
-        is_audio = input_ids == self.config.audio_token_id  # (batch, length)
-        num_placeholders = int(is_audio.sum())
-        prompt_length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
         # `generate` has embedded the prompt already. Only the tokens after it are embedded here:
         # none at the first step, all generated ones at a later step without a cache.
-        if num_placeholders and 0 < prompt_length <= input_ids.shape[1]:
+        prompt_length = 0 if prompt_embeds is None else prompt_embeds.shape[1]
+        if 0 < prompt_length <= input_ids.shape[1]:
             new_embeds = self.get_input_embeddings()(input_ids[:, prompt_length:])
             return torch.cat([prompt_embeds, new_embeds], dim=1)
 
+        is_audio = input_ids == self.config.audio_token_id  # (batch, length)
+        num_placeholders = int(is_audio.sum())
         if audio_embeds is None:
-            clips = input_features
+            clips = [input_features, audio_hidden_states]
             tokens_per_clip = self.config.num_audio_tokens
         else:
-            clips = audio_embeds
+            clips = [audio_embeds]
             tokens_per_clip = audio_embeds.shape[1]
-        num_clips = 0 if clips is None else len(clips)
+        num_clips = sum(len(part) for part in clips if part is not None)
         num_runs = num_clips if audio_index is None else len(audio_index)
         if num_placeholders != num_runs * tokens_per_clip:
             raise ValueError(
@@ -267,7 +279,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         if num_clips == 0:
             return self._without_audio(token_embeds)
         if audio_embeds is None:
-            audio_embeds = self.get_audio_features(input_features)
+            audio_embeds = self.get_audio_features(input_features, audio_hidden_states)
         audio_embeds = audio_embeds.to(token_embeds)  # (clips, tokens, hidden)
         if audio_index is not None:
             audio_index = audio_index.to(audio_embeds.device)
@@ -299,6 +311,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         audio_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_tokens: Tensor | None = None,
+        audio_hidden_states: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, length, vocabulary), and the loss if there are `labels`.
@@ -321,33 +335,55 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 `input_ids`, made by `generate`. Not used where a cache holds the audio already.
             logits_to_keep: positions whose logits are computed, the last n or their indices; all if
                 0, or if the language model has no such argument.
+            loss_tokens: (batch,) the number by which the loss of each row, a sum over its tokens,
+                is divided. The loss is (batch,) then, otherwise the mean over all tokens. So a
+                batch can hold several micro-batches, each with a mean of its own.
+            audio_hidden_states: (clips, num_audio_tokens, audio hidden) outputs of the audio
+                encoder. These clips come before those of `input_features`.
             kwargs: go to the language model as they are, among them its cache, whose name depends
                 on the version of transformers.
 
         Raises:
             ValueError: the number of placeholders does not fit the number of clips.
         """
-        if inputs_embeds is None:
+        has_cache = any(isinstance(value, Cache) for value in kwargs.values())
+        has_clips = any(
+            clips is not None for clips in (input_features, audio_embeds, prompt_embeds)
+        )
+        if inputs_embeds is None and has_cache and not has_clips and input_ids.shape[1] == 1:
+            # A step of decoding. Its token was generated, so it is no placeholder: logits have no
+            # column for these. Without counting them, the host need not wait for the GPU at every
+            # token, and the step is one graph for torch.compile.
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif inputs_embeds is None:
             inputs_embeds = self._embed(
-                input_ids, input_features, audio_index, audio_embeds, prompt_embeds
+                input_ids,
+                input_features,
+                audio_index,
+                audio_embeds,
+                prompt_embeds,
+                audio_hidden_states,
             )
         batch_size, length = inputs_embeds.shape[:2]
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         # Without mask and cache, transformers takes gaps in position_ids for borders of packed
         # sequences, which would cut the audio off.
-        has_cache = any(isinstance(value, Cache) for value in kwargs.values())
         if attention_mask is None and position_ids is not None and not has_cache:
             attention_mask = inputs_embeds.new_ones(batch_size, length, dtype=torch.long)
         if "logits_to_keep" in signature(self.language_model.forward).parameters:
             kwargs["logits_to_keep"] = logits_to_keep
-        return self.language_model(
+        output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            labels=labels,
+            labels=labels if loss_tokens is None else None,
             **kwargs,
         )
+        if loss_tokens is not None:
+            losses = sum_losses(output.logits, labels)
+            output["loss"] = losses / loss_tokens.to(losses.device)
+        return output
 
     def is_own(self, key: str) -> bool:
         """Return whether a checkpoint folder holds this key of the state dict."""
@@ -551,6 +587,24 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 )
         check_finite(state, f"{folder} is not opened")
         self.load_state_dict(state, strict=False)
+
+
+def sum_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of each row, summed over its tokens, (rows,).
+
+    Args:
+        logits: (rows, length, vocabulary), which predict the next token.
+        labels: (rows, length); -100 carries no loss.
+    """
+    # Shift the labels, not the logits, whose copy would be large.
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # (rows, length)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        targets.flatten().to(logits.device),
+        ignore_index=IGNORED,
+        reduction="none",
+    )  # (rows * length,)
+    return losses.view(targets.shape).sum(1)
 
 
 def build_on_meta(config: LtuConfig) -> LtuForConditionalGeneration:

@@ -34,7 +34,7 @@ from ltu.models.config_checks import (
     refuse_malformed,
     show,
 )
-from ltu.models.configuration_ltu import ALPACA_SHORT, LtuConfig
+from ltu.models.configuration_ltu import ALPACA_SHORT, IGNORED, LtuConfig
 from ltu.models.locate_checkpoint import check_files
 from ltu.models.prompt_template import (
     CUT,
@@ -54,7 +54,6 @@ from ltu.models.prompt_template import (
 REPLACEMENT = "\ufffd"  # The character that stands for bytes that are no UTF-8.
 # A token of tokenizers that spell rare characters in bytes, as Llama's does.
 BYTE = re.compile("<0x([0-9A-F]{2})>")
-IGNORED = -100  # Labels with this value carry no loss (torch.nn.functional.cross_entropy).
 
 
 class LtuProcessor(ProcessorMixin):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -121,8 +122,7 @@ def check_generation(model: PreTrainedModel) -> None:
                 difference = compare_cached_logits(model)
         finally:
             _models_in_check.discard(model)
-        dtypes = {parameter.dtype for parameter in language_model.parameters()}
-        tolerance = FP32_TOLERANCE if dtypes == {torch.float32} else LOW_PRECISION_TOLERANCE
+        tolerance = logit_tolerance(model)
         if difference <= tolerance:  # False for NaN.
             _checked_models.add(model)
             return
@@ -137,6 +137,30 @@ def check_generation(model: PreTrainedModel) -> None:
         "Answers would be wrong: with its cache the model generates other logits than without "
         f"(difference {difference:.2g} of their range, at most {tolerance:g} is rounding). {hint}"
     )
+
+
+def logit_tolerance(model: PreTrainedModel) -> float:
+    """Return the largest difference of two logits, by their range, that can be rounding."""
+    dtypes = {parameter.dtype for parameter in model.language_model.parameters()}
+    return FP32_TOLERANCE if dtypes == {torch.float32} else LOW_PRECISION_TOLERANCE
+
+
+def check_static_cache(model: PreTrainedModel) -> None:
+    """Check that a model generates with a static cache what it computes without a cache.
+
+    Raises:
+        ValueError: the logits differ.
+    """
+    with _check_lock, neutral_settings(model):
+        difference = compare_cached_logits(
+            model, cache_implementation="static", disable_compile=True
+        )
+    tolerance = logit_tolerance(model)
+    if not difference <= tolerance:  # True for NaN.
+        raise ValueError(
+            f"logits with it differ by {difference:.2g} of their range, at most {tolerance:g} is "
+            "rounding"
+        )
 
 
 @contextmanager
@@ -155,12 +179,15 @@ def neutral_settings(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compare_cached_logits(model: PreTrainedModel) -> float:
+def compare_cached_logits(model: PreTrainedModel, **settings: Any) -> float:
     """Generate four tokens with the cache, and compute the same logits without.
 
     A prompt with audio runs alone, and in a batch with one of text only. The processor pads such a
     batch as audio, padding, text, though both prompts have the same number of tokens here. So one
     forward pass without cache and padding serves for the comparison.
+
+    Args:
+        settings: further arguments of `generate`, such as the kind of the cache.
 
     Returns:
         The largest difference of two logits, as a fraction of the range of the logits.
@@ -197,6 +224,7 @@ def compare_cached_logits(model: PreTrainedModel) -> float:
             pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=True,
+            **settings,
         )
         cached.append(torch.stack(output.logits, dim=1).float())  # (rows, new tokens, vocabulary)
         new_tokens.append(output.sequences[:, input_ids.shape[1] : -1])

@@ -38,9 +38,10 @@ except ImportError as error:
 
 from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
-from ltu.inference.requests import Answer
+from ltu.inference.requests import BUSY, FAILED, Answer
 from ltu.serving.batch_scheduler import BatchScheduler, BatchSettings, Metrics, log_without_message
 from ltu.serving.clip_decoder import ClipDecoder, RequestIsOver
+from ltu.serving.concurrent_scheduler import ConcurrentScheduler
 from ltu.serving.connection_limits import (
     KEEP_ALIVE_SECONDS,
     ConnectionLimits,
@@ -79,6 +80,7 @@ class Service:
 
     def __init__(self, engine: LtuEngine, args: argparse.Namespace):
         self.args = args
+        self.engine = engine
         self.name = args.name or Path(args.model).resolve().name
         self.key = api_key()
         self.parser = RequestParser(engine.processor, args, self.name)
@@ -89,7 +91,8 @@ class Service:
             tokens_per_turn=args.tokens_per_turn,
             max_paused_bytes=int(args.paused_cache_mb * 2**20),
         )
-        self.scheduler = BatchScheduler(engine, self.metrics, settings, self.count_arriving)
+        scheduler_class = ConcurrentScheduler if engine.is_concurrent else BatchScheduler
+        self.scheduler = scheduler_class(engine, self.metrics, settings, self.count_arriving)
         # Behind a reverse proxy, which the second flag is for, all clients are one.
         is_fair = args.max_connections_per_client > 0
         self.decoder = ClipDecoder(self.parser, args.max_seconds, is_fair)
@@ -159,7 +162,7 @@ class Service:
         loop = asyncio.get_running_loop()
         self.num_parsing += 1
         try:
-            parsing = loop.run_in_executor(self.parser_threads, self.parser.parse, data)
+            parsing = loop.run_in_executor(self.parser_threads, self._parse_supported, data)
             return await asyncio.wait_for(parsing, self.args.timeout)
         except asyncio.TimeoutError as error:
             raise too_late() from error
@@ -167,6 +170,12 @@ class Service:
             raise ApiError(400, str(error)) from error
         finally:
             self.num_parsing -= 1
+
+    def _parse_supported(self, data: bytearray) -> PendingRequest:
+        """Parse a body; a setting that the engine does not have is refused like a wrong one."""
+        pending = self.parser.parse(data)
+        self.engine.check_supported(pending.request.decoding)
+        return pending
 
     def _put_in_queue(self, pending: PendingRequest, decoding: asyncio.Task) -> None:
         """Put a request into the queue of the model when its clip is decoded, or push the error."""
@@ -250,8 +259,23 @@ async def next_event(pending: PendingRequest) -> str | Answer:
     if isinstance(event, Exception):
         raise event
     if isinstance(event, Answer) and not event.answered:
-        raise ApiError(400, event.error, "messages", event.status)
+        raise refuse_answer(event)
     return event
+
+
+def refuse_answer(answer: Answer) -> ApiError:
+    """Return the error for a request without an answer: its clip's, or that of what generates.
+
+    The reason of the latter has the address of another server, so it is in the log only.
+    """
+    if answer.status not in (BUSY, FAILED):
+        return ApiError(400, answer.error, "messages", answer.status)
+    logging.getLogger(__name__).error("%s", answer.error)
+    if answer.status == BUSY:
+        message = "The model's server is busy."
+        return ApiError(503, message, None, answer.status, retry_after="1")
+    message = "The model's server failed; the log of this one has the reason."
+    return ApiError(502, message, None, answer.status)
 
 
 async def stream_events(

@@ -40,7 +40,6 @@ SMALLEST = {
     "cutoff_len": 2,
     "val_set_size": 0,
     "max_bad": 0,
-    "num_workers": 0,
     "warmup_steps": 0,
     "max_steps": -1,
     "learning_rate": 0,
@@ -120,6 +119,13 @@ class ModelArguments:
             "fp32. Needs pip install -e '.[4bit]'."
         },
     )
+
+    @property
+    def trains_audio_tower(self) -> bool:
+        """Whether the audio encoder is trained."""
+        return "audio_tower." in TRAINABLE_PLANS[self.trainable_params] and not (
+            self.freeze_audio_tower
+        )
 
     def find_contradiction(self) -> str | None:
         """Return why these flags cannot be used together, or None if they can."""
@@ -206,6 +212,14 @@ class DataArguments:
         },
     )
     ignored_keys: str = field(default="", metadata={"help": IGNORED_KEYS_HELP})
+    encoder_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder for the outputs of an audio encoder that is not trained: each clip "
+            "is encoded once, before the first step, and no audio is decoded then. Runs and stages "
+            "with the same encoder share it. --plan prints its size."
+        },
+    )
     text_only: bool = field(
         default=False,
         metadata={
@@ -305,6 +319,17 @@ class RunArguments(TrainingArguments):
         default=False,
         metadata={"help": "Compute activations again in the backward pass, to save memory."},
     )
+    compile_layers: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether to compile the layers of language model and audio encoder, which "
+            "takes a minute or two once: True, False, or auto for long runs on CUDA. The loss is "
+            "the same but for the rounding. If there is no compiler, a warning says so, and "
+            "training goes on without.",
+            "nargs": "?",
+            "const": "True",
+        },
+    )
     logging_steps: float = field(
         default=10, metadata={"help": "The number of steps between two entries of the log."}
     )
@@ -336,14 +361,30 @@ class RunArguments(TrainingArguments):
         metadata={"help": "The number of examples in one optimizer step, over all ranks."},
     )
     micro_batch_size: int = field(
-        default=8, metadata={"help": "The number of examples in one forward pass of one rank."}
+        default=8,
+        metadata={
+            "help": "The number of examples over whose tokens the loss is averaged. The loss of a "
+            "step is the mean over its micro-batches."
+        },
+    )
+    rows_per_pass: str = field(
+        default="auto",
+        metadata={
+            "help": "The number of examples that go through the model at once, which changes speed "
+            "and memory but not the loss: several micro-batches, or a part of one. auto is the "
+            "largest number that fits into a GPU, and a micro-batch elsewhere."
+        },
     )
     num_epochs: int = field(default=1, metadata={"help": "How often every example is used."})
     group_by_length: bool = field(
         default=False, metadata={"help": "Put examples of similar length into one batch."}
     )
-    num_workers: int = field(
-        default=2, metadata={"help": "The number of processes that load audio."}
+    num_workers: str = field(
+        default="auto",
+        metadata={
+            "help": "The number of processes that load audio; auto chooses it by the number of "
+            "cores and the time that an example takes."
+        },
     )
     skip_finished: bool = field(
         default=False,
@@ -397,6 +438,9 @@ class RunArguments(TrainingArguments):
         choice = self.bf16.lower()
         if choice not in ("auto", "true", "false"):
             raise ValueError(f"--bf16 {self.bf16}: choose from auto, True, False")
+        self.compile_layers = self.compile_layers.lower()
+        if self.compile_layers not in ("auto", "true", "false"):
+            raise ValueError(f"--compile_layers {self.compile_layers}: choose auto, True, False")
         self.is_bf16_chosen = choice != "auto"  # --plan can be for another machine.
         self.bf16 = device_has_bf16() if choice == "auto" else choice == "true"
         # transformers 5.24 warns of the old name of this argument, 5.17 lacks the new one.
@@ -416,12 +460,18 @@ class RunArguments(TrainingArguments):
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = self.micro_batch_size
         self.num_train_epochs = self.num_epochs
-        self.dataloader_num_workers = self.num_workers
+        self._set_num_workers()
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.gradient_accumulation_steps = self.batch_size // self.micro_batch_size // world_size
         self._set_reports()
         self._check_fsdp_config()
         super().__post_init__()
+        if self.compile_layers == "true":
+            for name in ("torch_compile", "fsdp", "deepspeed"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"--compile_layers does not work with --{name}. Leave one of them out."
+                    )
         if self.fsdp:
             sharding.check_devices(self)
         for name in ("eval_strategy", "logging_strategy", "save_strategy"):
@@ -430,6 +480,26 @@ class RunArguments(TrainingArguments):
                     f"--{name} epoch: one loader covers all epochs here, so that this would be the "
                     "end of the run. Give a number of steps."
                 )
+
+    def _set_num_workers(self) -> None:
+        """Convert `num_workers` to a number, unless it is auto.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        # The Trainer's checks need a number. `make_trainer` replaces it.
+        self.dataloader_num_workers = 1
+        if self.num_workers == "auto":
+            return
+        try:
+            self.num_workers = int(self.num_workers)
+        except ValueError as error:
+            raise ValueError(
+                f"--num_workers {self.num_workers}: it must be a number from 0, or auto"
+            ) from error
+        if self.num_workers < 0:
+            raise ValueError(f"--num_workers {self.num_workers}: it must be at least 0")
+        self.dataloader_num_workers = self.num_workers
 
     def _set_reports(self) -> None:
         """Add wandb and tensorboard to `report_to`, and set the variables that wandb reads."""
@@ -532,6 +602,20 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     contradiction = model_args.find_contradiction()
     if contradiction is not None:
         parser.error(contradiction)
+    if run_args.compile_layers == "true" and model_args.device_map is not None:
+        parser.error("--compile_layers does not work with --device_map. Leave one of them out")
+    if data_args.encoder_cache:
+        if model_args.trains_audio_tower:
+            parser.error(
+                f"--encoder_cache needs an audio encoder that is not trained, but "
+                f"--trainable_params {plan} trains it. Add --freeze_audio_tower, or leave the flag "
+                "out"
+            )
+        if run_args.deepspeed:
+            parser.error(
+                "--encoder_cache with --deepspeed: DeepSpeed computes the encoder in another "
+                "precision than the cache. Leave one of them out"
+            )
     if data_args.gpu_memory is not None:
         if not data_args.plan:
             parser.error("--gpu_memory is only for --plan")
@@ -544,6 +628,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     for name, smallest in SMALLEST.items():
         if values[name] < smallest:
             parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
+    rows = run_args.rows_per_pass
+    if rows != "auto" and not (rows.isdecimal() and int(rows) > 0):
+        parser.error(f"--rows_per_pass {rows}: choose auto, or a number of at least 1")
     if run_args.seed > MAX_SEED:
         parser.error(f"--seed {run_args.seed}: it must be at most {MAX_SEED}")
     for name in ("logging_steps", "save_steps"):

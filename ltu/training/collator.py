@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltu.models.processing_ltu import IGNORED, LtuProcessor
+from ltu.models.configuration_ltu import IGNORED
+from ltu.models.processing_ltu import LtuProcessor
 
 
 class LtuCollator:
@@ -36,13 +37,14 @@ class LtuCollator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         texts = [item["input_ids"] for item in items]
-        has_audio = [item["input_features"] is not None for item in items]
-        clips = [item["input_features"] for item in items if item["input_features"] is not None]
-
+        clips = stack_clips(items)
+        has_audio = [
+            item["input_features"] is not None or item.get("audio_hidden_states") is not None
+            for item in items
+        ]
         batch = self.processor.pad_batch(texts, has_audio, self.multiple_of)
         batch["labels"] = self._pad_labels(items, batch["input_ids"], bool(clips))
-        if clips:
-            batch["input_features"] = torch.stack(clips)  # (clips, frames, mel bins)
+        batch |= clips
         if self.original_positions:
             length = batch["input_ids"].shape[1]
             positions = torch.arange(length)
@@ -68,6 +70,43 @@ class LtuCollator:
             if starts_with_bos and not predicts_bos:
                 labels[row, start] = IGNORED
         return labels
+
+
+def stack_clips(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return the clips of items of `QaDataset` as arguments of the model.
+
+    Returns:
+        `input_features` (clips, frames, mel bins) of clips that are to be encoded, if there are
+        any. If others are encoded already, `audio_hidden_states` (clips, tokens, audio hidden), and
+        `audio_index`, the clip of each item with audio: encoded ones come first.
+    """
+    features = []
+    hidden = []
+    is_encoded = []  # Of the items with audio.
+    for item in items:
+        if item.get("audio_hidden_states") is not None:
+            hidden.append(item["audio_hidden_states"])
+            is_encoded.append(True)
+        elif item["input_features"] is not None:
+            features.append(item["input_features"])
+            is_encoded.append(False)
+    clips = {}
+    if features:
+        clips["input_features"] = torch.stack(features)
+    if hidden:
+        clips["audio_hidden_states"] = torch.stack(hidden)
+        clips["audio_index"] = index_clips(torch.tensor(is_encoded))
+    return clips
+
+
+def index_clips(is_encoded: Tensor) -> Tensor:
+    """Return the position of each clip, (clips,), where those that are encoded come first.
+
+    Args:
+        is_encoded: (clips,) bool, in the order of the rows.
+    """
+    order = is_encoded.logical_not().int().argsort(stable=True)  # (clips,) the clip of a position
+    return order.argsort()
 
 
 def describe_batch(batch: dict[str, Tensor], processor: LtuProcessor) -> str:

@@ -84,6 +84,10 @@ class QaDataset(Dataset):
             its position in `examples`.
         has_no_answer: (examples,) whether it is known that no answer is left within the cutoff.
             Such examples count as skipped from the start.
+
+    Attributes:
+        read_encoded: example -> output of the audio encoder (tokens, audio hidden), or None, in
+            which case the features are loaded; such as `EncodedClips.read`.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class QaDataset(Dataset):
         self.examples = examples
         self.encode = encode
         self.load_features = load_features
+        self.read_encoded: Callable[[dict], torch.Tensor | None] | None = None
         self.max_bad = max_bad
         self.lengths = lengths
         self.numbers = range(len(examples)) if numbers is None else numbers
@@ -132,28 +137,48 @@ class QaDataset(Dataset):
         """Return an example, or the next one that can be used.
 
         Returns:
-            `input_ids` and `labels`, lists of the same length, and `input_features`, the input of
-            the audio encoder, which is None for an example without audio.
+            As `load`.
 
         Raises:
             DatasetError: more than `max_bad` examples or all examples cannot be used.
         """
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
-            example = self.examples[candidate]
-            features = None
             try:
-                tokens, labels = self.encode(example)
-                if example["audio"] is not None:
-                    features = self.load_features(example)
+                return self.load(candidate)
             except (AudioError, NoAnswerError) as error:
                 self._skip(candidate, error)
-                continue
-            return {"input_ids": tokens, "labels": labels, "input_features": features}
         raise DatasetError(
             f"None of the {len(self)} examples has a clip that can be decoded and an answer within "
             "--cutoff_len."
         )
+
+    def load(self, index: int) -> dict[str, Any]:
+        """Return an example.
+
+        Returns:
+            `input_ids` and `labels`, lists of the same length; `input_features`, the input of the
+            audio encoder, and `audio_hidden_states`, its output. One of them is None, both are for
+            an example without audio.
+
+        Raises:
+            AudioError, NoAnswerError: it cannot be used.
+        """
+        example = self.examples[index]
+        tokens, labels = self.encode(example)
+        features = None
+        hidden = None
+        if example["audio"] is not None:
+            if self.read_encoded is not None:
+                hidden = self.read_encoded(example)
+            if hidden is None:
+                features = self.load_features(example)
+        return {
+            "input_ids": tokens,
+            "labels": labels,
+            "input_features": features,
+            "audio_hidden_states": hidden,
+        }
 
     def _skip(self, index: int, error: AudioError | NoAnswerError) -> None:
         """Mark an example as skipped.

@@ -59,7 +59,7 @@ class TrainingMemory:
         trained_weights: weights that are trained.
         gradients: gradients of the trained weights.
         optimizer_state: the two averages of AdamW.
-        activations: what the forward pass saves for the backward pass of a micro-batch.
+        activations: what the forward pass saves for the backward pass.
         temporary: further tensors at the peak of the forward and backward pass.
         step_temporary: tensors that exist during the optimizer step only.
         gathered: what FSDP gathers while a block is in use, on top of the sharded weights: the
@@ -298,7 +298,7 @@ def _gathered_bytes(model: LtuForConditionalGeneration) -> int:
 
 def trace_training(
     model: LtuForConditionalGeneration,
-    micro_batch_size: int,
+    num_rows: int,
     text_tokens: int,
     accumulates: bool = True,
     bf16: bool = True,
@@ -307,14 +307,14 @@ def trace_training(
     """Return the memory that a training run of a model needs.
 
     Every example has a clip and fills the cutoff, and all of its text has a loss. So the estimate
-    is that of the largest micro-batch of a run.
+    is that of the largest pass of a run.
 
     Args:
         model: a model on the meta device. What is trained, and gradient checkpointing, are set as
             in the run.
-        micro_batch_size: number of examples in one forward pass.
+        num_rows: number of examples in one forward pass.
         text_tokens: number of text tokens of an example.
-        accumulates: whether an optimizer step has more than one micro-batch, so that gradients
+        accumulates: whether an optimizer step has more than one pass, so that gradients
             exist already when the next forward pass runs.
         bf16: whether autocast computes in bf16.
         cuda: whether to count what is allocated on a GPU, or on a CPU.
@@ -325,7 +325,7 @@ def trace_training(
     model = copy.deepcopy(model)  # The trace gives it fake weights.
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _trace(model, micro_batch_size, text_tokens, accumulates, bf16, cuda)
+            return _trace(model, num_rows, text_tokens, accumulates, bf16, cuda)
     except DataDependentOutputException as error:
         raise ValueError(
             f"The memory of this model cannot be estimated, because its code depends on the values "
@@ -335,7 +335,7 @@ def trace_training(
 
 def _trace(
     model: LtuForConditionalGeneration,
-    micro_batch_size: int,
+    num_rows: int,
     text_tokens: int,
     accumulates: bool,
     bf16: bool,
@@ -354,7 +354,7 @@ def _trace(
         tracker.add(tensor)
     frozen_weights = tracker.now - trained_weights
 
-    # Gradients, if a micro-batch before has left them. Otherwise the backward pass allocates them.
+    # Gradients, if a pass before has left them. Otherwise the backward pass allocates them.
     if accumulates:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
@@ -364,7 +364,7 @@ def _trace(
     # A forward pass and a backward pass.
     operations = _cuda_operations if cuda else nullcontext
     with operations(), tracker:
-        loss = _forward(model, micro_batch_size, text_tokens, bf16)
+        loss = _forward(model, num_rows, text_tokens, bf16)
         activations = tracker.now - existing
         loss.backward()
     gradients = trained_weights
@@ -382,14 +382,14 @@ def _trace(
 
 
 def _forward(
-    model: LtuForConditionalGeneration, micro_batch_size: int, text_tokens: int, bf16: bool
+    model: LtuForConditionalGeneration, num_rows: int, text_tokens: int, bf16: bool
 ) -> Tensor:
-    """Return the loss of a micro-batch, computed as the trainer does."""
+    """Return the loss of a pass, computed as the trainer does."""
     num_audio_tokens = model.config.num_audio_tokens
     length = num_audio_tokens + text_tokens
-    features = torch.empty(micro_batch_size, *model.config.audio_config.feature_shape)
-    input_ids = torch.zeros(micro_batch_size, length, dtype=torch.long)
-    attention_mask = torch.ones(micro_batch_size, length, dtype=torch.long)
+    features = torch.empty(num_rows, *model.config.audio_config.feature_shape)
+    input_ids = torch.zeros(num_rows, length, dtype=torch.long)
+    attention_mask = torch.ones(num_rows, length, dtype=torch.long)
 
     # Logits are computed from the position before the first text token on, if the language model
     # can leave the others out.

@@ -1,7 +1,7 @@
 """Says whether a training run fits into the memory of a GPU, and which flags make it fit.
 
 Only the config of the checkpoint is opened, no weights; see `ltu.training.memory_estimate`. A trace
-takes seconds, so each setting is traced for one or two sizes of the micro-batch. Activations grow
+takes seconds, so each setting is traced for one or two sizes of the pass. Activations grow
 linearly with it, so the other sizes follow.
 """
 
@@ -30,7 +30,7 @@ GIB = 2**30
 # a run with 76.7 GiB of tensors was out of memory (benchmarks/gpu_speed_and_memory.py).
 CONTEXT_BYTES = int(0.6 * GIB)
 FRAGMENTATION = 0.03
-# The micro-batch size that is traced if that of the run is smaller: the largest temporary tensors
+# The number of rows that is traced if that of the run is smaller: the largest temporary tensors
 # of a few examples are not those of many.
 SMALLEST_TRACED_SIZE = 4
 NUMBERS_OF_GPUS = (2, 4, 8)
@@ -94,7 +94,9 @@ class MemoryPlanner:
     def __init__(self, model_args: ModelArguments, text_tokens: int, run: RunArguments):
         self.text_tokens = text_tokens
         self.batch_size = run.batch_size // run.world_size
-        self.micro_batch_size = run.micro_batch_size
+        self.num_rows = run.micro_batch_size
+        if run.rows_per_pass != "auto":
+            self.num_rows = int(run.rows_per_pass)
         # --bf16 auto asks this machine, which may have no GPU.
         self.bf16 = run.bf16 or not run.is_bf16_chosen
         self.model = build_model(model_args, self.bf16)
@@ -110,24 +112,24 @@ class MemoryPlanner:
         )
         self._traced: dict[tuple[Setting, int, bool], TrainingMemory] = {}
 
-    def estimate(self, setting: Setting, micro_batch_size: int) -> TrainingMemory:
+    def estimate(self, setting: Setting, num_rows: int) -> TrainingMemory:
         """Return the memory of one GPU."""
-        accumulates = self.batch_size > micro_batch_size
-        high = max(self.micro_batch_size, SMALLEST_TRACED_SIZE)
+        accumulates = self.batch_size > num_rows
+        high = max(self.num_rows, SMALLEST_TRACED_SIZE)
         memory = self._trace(setting, high, accumulates)
-        if micro_batch_size != high:
+        if num_rows != high:
             low_memory = self._trace(setting, 1, accumulates)
-            fraction = (micro_batch_size - 1) / (high - 1)
+            fraction = (num_rows - 1) / (high - 1)
             memory = interpolate(low_memory, memory, fraction)
         return memory.sharded(setting.num_gpus) if setting.num_gpus > 1 else memory
 
-    def _trace(self, setting: Setting, micro_batch_size: int, accumulates: bool) -> TrainingMemory:
+    def _trace(self, setting: Setting, num_rows: int, accumulates: bool) -> TrainingMemory:
         """Return the memory of one GPU, before the model is sharded."""
         # A language model that is trained with FSDP is gathered in bf16, so that autocast makes no
         # copies. For the rest, a trace does not depend on the number of GPUs.
         gathers_bf16 = setting.num_gpus > 1 and self.trains_llm and self.bf16
         traced = replace(setting, num_gpus=2 if gathers_bf16 else 1)
-        key = (traced, micro_batch_size, accumulates)
+        key = (traced, num_rows, accumulates)
         if key in self._traced:
             return self._traced[key]
 
@@ -136,12 +138,10 @@ class MemoryPlanner:
             enable_checkpointing(model)
         if setting.quantization is not None:
             quantize(model, setting.quantization)
-        memory = trace_training(model, micro_batch_size, self.text_tokens, accumulates, self.bf16)
+        memory = trace_training(model, num_rows, self.text_tokens, accumulates, self.bf16)
         if gathers_bf16:
             model.language_model.to(torch.bfloat16)
-            passes = trace_training(
-                model, micro_batch_size, self.text_tokens, accumulates, self.bf16
-            )
+            passes = trace_training(model, num_rows, self.text_tokens, accumulates, self.bf16)
             memory = replace(
                 memory,
                 activations=passes.activations,
@@ -152,7 +152,7 @@ class MemoryPlanner:
         return memory
 
     def largest_fit(self, setting: Setting, gpu_bytes: float, limit: int) -> int | None:
-        """Return the largest micro-batch size that fits, or None.
+        """Return the largest number of rows that fits, or None.
 
         Args:
             setting: what else the run needs.
@@ -178,7 +178,7 @@ class MemoryPlanner:
 
 
 def interpolate(low: TrainingMemory, high: TrainingMemory, fraction: float) -> TrainingMemory:
-    """Return the memory between two sizes of the micro-batch, or beyond them.
+    """Return the memory between two sizes of the pass, or beyond them.
 
     Args:
         low, high: the memory of both.
@@ -205,7 +205,7 @@ def describe_memory(planner: MemoryPlanner, gpu_memory: float) -> list[str]:
         The lines of a table, in GiB.
     """
     gpu_bytes = gpu_memory * GIB
-    size = planner.micro_batch_size
+    size = planner.num_rows
     given = planner.given
     memory = planner.estimate(given, size)
     needed = needed_bytes(memory)
@@ -220,7 +220,9 @@ def describe_memory(planner: MemoryPlanner, gpu_memory: float) -> list[str]:
     lines.append(_line(needed, f"in all: {verdict} into {gpu_memory:.1f}"))
     if fits:
         largest = planner.largest_fit(given, gpu_bytes, planner.batch_size)
-        lines.append(f"the largest micro-batch that fits: --micro_batch_size {largest}")
+        lines.append(
+            f"the largest pass that fits: --rows_per_pass {largest} (the default finds it)"
+        )
         return lines
 
     lines.append("what fits, the fastest first:")
@@ -232,7 +234,7 @@ def describe_memory(planner: MemoryPlanner, gpu_memory: float) -> list[str]:
         found = True
         flags = setting.flags(given)
         if largest != size:
-            flags.append(f"--micro_batch_size {largest}")
+            flags.append(f"--rows_per_pass {largest}")
         lines.append(_line(needed_bytes(planner.estimate(setting, largest)), " ".join(flags)))
     if not found:
         lines.append(f"nothing, up to {NUMBERS_OF_GPUS[-1]} GPUs. Lower --cutoff_len")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError
@@ -111,7 +110,7 @@ class TokenCounts:
 
 def make_datasets(
     data: DataArguments, run: RunArguments, processor: LtuProcessor
-) -> tuple[QaDataset, Dataset | None, DatasetSummary]:
+) -> tuple[QaDataset, QaDataset | None, DatasetSummary]:
     """Open the dataset file, or its index, and split it.
 
     Returns:

@@ -46,6 +46,7 @@ FREE_FLAGS = {
     "output_dir",
     "llm",
     "feature_root",
+    "encoder_cache",
     "whisper",  # Its fingerprint is that of the checkpoint.
     # What is checked, printed, logged, evaluated and uploaded.
     "check_audio",
@@ -79,7 +80,9 @@ FREE_FLAGS = {
     "skip_finished",
     # How the work is spread over devices and processes. The examples of a step are compared.
     "device_map",
+    "compile_layers",
     "num_workers",
+    "rows_per_pass",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "activation_checkpointing",

@@ -321,7 +321,8 @@ class ShardedTrainer(Trainer):
             shape = self.model.config.audio_config.feature_shape
             inputs = inputs | {
                 "input_features": torch.zeros(1, *shape, device=input_ids.device),
-                "audio_index": input_ids.new_empty(0),  # No run of placeholders.
+                # No run of placeholders is of this clip, which comes after encoded ones.
+                "audio_index": inputs.get("audio_index", input_ids.new_empty(0)),
             }
         with self.accelerator.autocast():
             return super().compute_loss(model, inputs, *args, **kwargs)

@@ -9,8 +9,11 @@ import json
 import math
 import shutil
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from inspect import signature
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,13 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.model_card import write_model_card
-from ltu.models.processing_ltu import IGNORED, LtuProcessor
+from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.provenance import (
     code_version,
     hash_settings,
@@ -37,14 +40,17 @@ from ltu.models.provenance import (
 from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 from ltu.training.batch_sampler import MicroBatchSampler, StepPlan
 from ltu.training.collator import LtuCollator
+from ltu.training.compiled_layers import CompilingTrainer, chooses_compilation, find_layers
 from ltu.training.dataset import QaDataset
+from ltu.training.encoder_cache import CacheFiller
 from ltu.training.model_setup import apply_liger, open_to_train
 from ltu.training.open_dataset import DatasetSummary, make_datasets
 from ltu.training.run_folder import complete_checkpoint, complete_run
-from ltu.training.sharding import ShardedTrainer
 from ltu.training.stop_signal import ignore_stop_signals
+from ltu.training.worker_count import MAX_WORKERS, choose_num_workers, count_cores
 
 MAX_LISTED_EXAMPLES = 20  # Examples in an error message.
+ROWS_AHEAD = 64  # Examples that are loaded ahead for a GPU.
 
 
 class NonFiniteError(ValueError):
@@ -59,7 +65,7 @@ def cannot_write(folder: str | Path, error: Exception) -> OSError:
     )
 
 
-class LtuTrainer(ShardedTrainer):
+class LtuTrainer(CompilingTrainer):
     """The Trainer of transformers with the original's order of examples, steps and logs.
 
     Training ends at the first loss or gradient norm that is not finite, before it changes the
@@ -71,6 +77,8 @@ class LtuTrainer(ShardedTrainer):
 
     Attributes:
         is_stopping: whether training ends after the current step.
+        notes: lines that a run prints at its start.
+        data_wait: seconds for which this rank has waited for batches since training began.
     """
 
     def __init__(self, *args: Any, micro_batches: MicroBatchSampler, record: dict, **kwargs: Any):
@@ -78,7 +86,8 @@ class LtuTrainer(ShardedTrainer):
         self.micro_batches = micro_batches
         self.record = record
         self.is_stopping = False
-        self.step_losses: list[Tensor] = []  # Of the micro-batches of the current step.
+        self.notes: list[str] = []
+        self.data_wait = 0.0
 
         # The stock method deletes old checkpoints before the new one is known to be complete.
         self.save_total_limit = self.args.save_total_limit
@@ -87,13 +96,6 @@ class LtuTrainer(ShardedTrainer):
         # A forked process cannot use a GPU, so load the audio in this one.
         if self.processing_class.front_end.needs_gpu:
             self.args.dataloader_num_workers = 0
-
-        # With layers on several devices, the positions of the logits to keep can be on another
-        # device than the hidden states, so that indexing fails.
-        parameters = signature(self.model.language_model.forward).parameters
-        device_map = getattr(self.model, "hf_device_map", {})
-        is_on_one_device = len(set(device_map.values())) <= 1
-        self.takes_logits_to_keep = "logits_to_keep" in parameters and is_on_one_device
 
     def get_train_dataloader(self) -> DataLoader:
         # accelerate does not prepare this loader: the batch sampler knows its rank, and its epochs
@@ -105,17 +107,44 @@ class LtuTrainer(ShardedTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=torch.cuda.is_available() and self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+            prefetch_factor=self._choose_prefetch_factor(),
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             in_order=self.args.dataloader_in_order,
             worker_init_fn=ignore_stop_signals,
         )
+
+    def _choose_prefetch_factor(self) -> int | None:
+        """Return the number of micro-batches that each worker loads ahead.
+
+        On a GPU, all workers together load those of a large pass, which takes them at once.
+        """
+        given = self.args.dataloader_prefetch_factor
+        num_workers = self.args.dataloader_num_workers
+        if given is not None or num_workers == 0 or self.args.device.type == "cpu":
+            return given
+        num_micro_batches = ceil(ROWS_AHEAD / self.args.micro_batch_size)
+        return max(2, ceil(num_micro_batches / num_workers))
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super().get_eval_dataloader(*args, **kwargs)
         # accelerate puts the loader whose workers are started into one of its own.
         getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_stop_signals
         return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], *args: Any, **kwargs: Any
+    ) -> Any:
+        return super().get_batch_samples(self._time_loading(epoch_iterator), *args, **kwargs)
+
+    def _time_loading(self, loaded: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Yield micro-batches, and add up how long each is waited for."""
+        while True:
+            start = time.perf_counter()
+            micro_batch = next(loaded, None)
+            self.data_wait += time.perf_counter() - start
+            if micro_batch is None:
+                return
+            yield micro_batch
 
     def stop(self) -> None:
         """End training after the current step, with a checkpoint."""
@@ -135,32 +164,6 @@ class LtuTrainer(ShardedTrainer):
                 f"--lr_scheduler_kwargs {self.args.lr_scheduler_kwargs}: {error}"
             ) from error
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Compute the loss of a micro-batch.
-
-        Logits are computed only from the position before the first label on, because audio tokens
-        and masked questions carry no loss.
-        """
-        if self.takes_logits_to_keep:
-            labels = inputs["labels"]  # (batch, tokens + text)
-            labelled = (labels != IGNORED).any(0).nonzero()  # (columns with a label, 1)
-            first = int(labelled[0]) if len(labelled) else 0
-            # Pass positions instead of a count: a count makes transformers slice, and the slice is
-            # not contiguous. Its product with the vocabulary would then take a slow path on CPUs
-            # that copies the weight for every position.
-            start = max(first - 1, 0)
-            keep = torch.arange(start, labels.shape[1], device=labelled.device)
-            inputs = inputs | {"labels": labels[:, keep], "logits_to_keep": keep}
-        inputs = inputs | {"use_cache": False}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.step_losses.append(loss.detach())
-        return loss
-
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Return the gradient norm of a step, if it and all losses of the step are finite.
 
@@ -171,8 +174,10 @@ class LtuTrainer(ShardedTrainer):
         """
         norm = super()._get_grad_norm(*args, **kwargs)
         value = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        losses = torch.stack(self.step_losses)  # (micro-batches,)
+        losses = torch.stack(self.step_losses)  # (parts,)
+        numbers = self.step_numbers
         self.step_losses = []
+        self.step_numbers = []
         is_finite = bool(losses.isfinite().all())
         if value is not None:  # DeepSpeed does not always know it.
             value = float(value)
@@ -181,7 +186,10 @@ class LtuTrainer(ShardedTrainer):
         flags = torch.tensor([not is_finite, self.is_stopping], device=losses.device).int()
         num_bad, num_stopping = self.accelerator.reduce(flags, "sum").tolist()
         if num_bad:
-            self._raise_non_finite(losses.isfinite().logical_not().tolist(), value)
+            bad = [False] * self.args.gradient_accumulation_steps
+            for number, is_bad in zip(numbers, (~losses.isfinite()).tolist(), strict=True):
+                bad[number] |= is_bad
+            self._raise_non_finite(bad, value)
         if num_stopping:
             self.is_stopping = True
             self.control.should_save = True
@@ -227,7 +235,21 @@ class LtuTrainer(ShardedTrainer):
         if self.model.training or "loss" in logs:
             num_batches = self.state.global_step * self.args.gradient_accumulation_steps
             self.state.epoch = num_batches / self.micro_batches.per_epoch
+        if "train_runtime" in logs:  # At the end of training, on all ranks.
+            logs["data_wait_fraction"] = self._data_wait_fraction(logs["train_runtime"])
         super().log(logs, *args, **kwargs)
+
+    def _data_wait_fraction(self, seconds: float) -> float:
+        """Return the fraction of the training time that a rank waited for data, at most.
+
+        Every rank must call this.
+
+        Args:
+            seconds: the training time.
+        """
+        wait = torch.tensor([self.data_wait], device=self.args.device)
+        longest = float(self.accelerator.gather(wait).max())
+        return round(longest / seconds, 4) if seconds else 0.0
 
     def _datasets(self) -> list[QaDataset]:
         """Return the examples to train on, and those that are held out, if any."""
@@ -287,6 +309,8 @@ class LtuTrainer(ShardedTrainer):
             "step": self.state.global_step,
             "finished": self.state.global_step >= self.state.max_steps,
             "skipped": self.skipped,
+            "rows_per_pass": self.rows_per_pass,
+            "compiled_layers": self.has_compiled_layers,
         }
         if self.args.load_best_model_at_end and record["finished"]:
             record["weights_of_step"] = self.state.best_global_step
@@ -337,7 +361,7 @@ class RunSetup:
     parent: Path
     processor: LtuProcessor
     train_set: QaDataset
-    held_out: Dataset | None
+    held_out: QaDataset | None
     dataset: DatasetSummary
     steps: StepPlan
     record: dict[str, Any]
@@ -397,8 +421,8 @@ def prepare_run(model_args: ModelArguments, data: DataArguments, run: RunArgumen
     return RunSetup(parent, processor, train_set, held_out, dataset, steps, record)
 
 
-def make_sampler(setup: RunSetup, run: RunArguments) -> MicroBatchSampler:
-    """Return the micro-batches of this rank."""
+def make_sampler(setup: RunSetup, run: RunArguments, rank: int | None = None) -> MicroBatchSampler:
+    """Return the micro-batches of a rank, by default of this one."""
     steps = setup.steps
     return MicroBatchSampler(
         len(setup.train_set),
@@ -407,7 +431,7 @@ def make_sampler(setup: RunSetup, run: RunArguments) -> MicroBatchSampler:
         epochs=steps.epochs_needed,
         lengths=setup.train_set.lengths if run.group_by_length else None,
         seed=run.seed if run.data_seed is None else run.data_seed,
-        rank=run.process_index,
+        rank=run.process_index if rank is None else rank,
         world_size=steps.world_size,
         total_batches=steps.total_batches,
     )
@@ -433,7 +457,11 @@ def make_trainer(
     run.max_steps = setup.steps.total_steps
     if run.use_liger_kernel:
         apply_liger(model, run.liger_kernel_config)
-    return LtuTrainer(
+    num_examples = setup.steps.total_steps * setup.steps.examples_per_step
+    is_compiled = chooses_compilation(model_args, run, num_examples, run.device)
+    layers = find_layers(model) if is_compiled else []
+    lengths = setup.train_set.lengths
+    trainer = LtuTrainer(
         model=model,
         args=run,
         data_collator=LtuCollator(setup.processor, data.original_positions),
@@ -442,4 +470,52 @@ def make_trainer(
         processing_class=setup.processor,
         micro_batches=make_sampler(setup, run),
         record=setup.record,
+        longest_text=data.cutoff_len if lengths is None else int(lengths.max()),
+        layers_to_compile=layers,
     )
+    if data.encoder_cache:
+        fill_encoder_cache(trainer, data.encoder_cache, setup)
+    if run.num_workers == "auto":
+        choice = choose_num_workers(
+            setup.train_set,
+            chain.from_iterable(trainer.micro_batches),
+            has_accelerator=run.device.type != "cpu",
+            needs_gpu=setup.processor.front_end.needs_gpu,
+        )
+        run.dataloader_num_workers = choice.num_workers
+        trainer.notes.append(choice.describe())
+    return trainer
+
+
+def fill_encoder_cache(trainer: LtuTrainer, folder: str, setup: RunSetup) -> None:
+    """Encode the clips of a run that the cache lacks, and let its datasets read the cache.
+
+    Every rank must call this.
+
+    Args:
+        folder: of `--encoder_cache`.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+        ValueError: the stored features of a clip are those of other audio.
+    """
+    run = trainer.args
+    num_workers = run.dataloader_num_workers
+    if run.num_workers == "auto":
+        num_workers = min(MAX_WORKERS, count_cores())
+    front_end = setup.processor.front_end
+    if front_end.needs_gpu:
+        num_workers = 0
+    used: set[int] = set()  # Examples of all ranks.
+    for rank in range(setup.steps.world_size):
+        used.update(chain.from_iterable(make_sampler(setup, run, rank)))
+    datasets = [setup.train_set]
+    indices: list[Iterable[int]] = [sorted(used)]
+    if setup.held_out is not None:
+        datasets.append(setup.held_out)
+        indices.append(range(len(setup.held_out)))
+    filler = CacheFiller(folder, trainer.model, front_end, run, num_workers)
+    filled = filler.fill(datasets, indices)
+    for dataset in datasets:
+        dataset.read_encoded = filled.clips.read
+    trainer.notes.append(filled.describe())

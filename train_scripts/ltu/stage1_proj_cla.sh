@@ -3,6 +3,8 @@
 # BASE: folder of ltu.convert_checkpoint --init. DATA: folder of stage1.json. EXP: output folder.
 # Further flags go to ltu.finetune and override these:
 # bash train_scripts/ltu/stage1_proj_cla.sh --micro_batch_size 4
+# --encoder_cache DIR encodes each clip once, so that the second epoch decodes no audio. It needs
+# 98 kB a clip (32 x 768 values), 98 GB for a million clips.
 source "$(dirname "$0")/../functions.sh"
 
 finetune \

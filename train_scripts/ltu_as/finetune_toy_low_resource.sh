@@ -2,7 +2,7 @@
 # Runs finetune_toy.sh on several small GPUs: one process spreads the layers of the language model
 # over them. This is slower, because the GPUs work one after the other.
 # (The losses of the authors' low-resource run are 0.6051, 0.5754 and 0.5488.)
-# On a single small GPU: finetune_toy.sh --micro_batch_size 1 --gradient_checkpointing.
+# On a single small GPU: finetune_toy.sh --rows_per_pass 1 --gradient_checkpointing.
 export NPROC=1
 exec bash "$(dirname "$0")/finetune_toy.sh" --output_dir "${EXP:-exp/ltu_as}/finetune_toy_low_resource" \
     --device_map auto --micro_batch_size 2 "$@"

@@ -3,6 +3,8 @@
 # BASE: folder of ltu_as.convert_checkpoint --init. DATA: folder of stage1.json. EXP: output
 # folder. FEATURES: folder of ltu_as.extract_whisper_feature; without it, Whisper runs on the fly.
 # Further flags override these.
+# --encoder_cache DIR runs TLTR once for each clip. It needs 128 kB a clip (25 x 1280 values), 128 GB
+# for a million clips.
 source "$(dirname "$0")/../functions.sh"
 
 MODEL=ltu_as finetune \

@@ -73,6 +73,8 @@ for stage in $stages; do
     # The last stage adds open-ended questions, at a quarter of the learning rate. At the full one,
     # the model would name fewer labels exactly.
     stage_flags=(--cutoff_len "$cutoff_len")
+    # YAMNet is not trained, so it encodes each clip once for all stages (180 MB).
+    if [ "$kind" = ltu ]; then stage_flags+=(--encoder_cache "$EXP/encoder_cache"); fi
     case $kind/$stage in
         ltu/stage4_* | ltu_as/stage3_*) stage_flags+=(--learning_rate 5e-4) ;;
     esac
