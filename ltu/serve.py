@@ -101,9 +101,10 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "tokens_per_turn",
-        16,
+        32,
         "New tokens after which the answers of a batch are paused if other requests wait; they "
-        "continue after these. 0: a batch runs to the end of its longest answer.",
+        "continue after these. 0: a batch runs to the end of its longest answer. Fewer tokens "
+        "shorten the wait for the first text, and cost up to a tenth of the time of generation.",
     )
     add(
         "paused_cache_mb",
