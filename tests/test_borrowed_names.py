@@ -76,6 +76,11 @@ BORROWED_NAMES = [
         "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
     ),
     BorrowedName(
+        "transformers.cache_utils:DynamicLayer",
+        "ltu/inference/row_cache.py",
+        "the class of a layer of DynamicCache() that holds keys and values of all tokens",
+    ),
+    BorrowedName(
         "transformers:PreTrainedModel._can_compile_fullgraph",
         "ltu/inference/static_cache.py",
         "the comparison of check_static_cache alone",

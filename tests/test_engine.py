@@ -22,7 +22,13 @@ from ltu.files import sha256_of
 from ltu.inference.embedding_cache import hash_content
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, Request
-from ltu.inference.sampling import ORIGINAL_DECODING, BatchStreamer, RowSampler, check_decoding
+from ltu.inference.sampling import (
+    ORIGINAL_DECODING,
+    BatchStreamer,
+    RowSampler,
+    StreamedRow,
+    check_decoding,
+)
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.tiny import GOLDEN
@@ -392,7 +398,8 @@ def test_samples_follow_the_stock_distribution():
 def stream(tokens: list[int], decode: Callable[[list[int]], str]) -> list[str]:
     """Return the texts that are shown after each token of an answer."""
     shown: list[str] = []
-    streamer = BatchStreamer(lambda row, text: shown.append(text), decode, {2}, [len(tokens)])
+    rows = [StreamedRow(len(tokens))]
+    streamer = BatchStreamer(lambda row, text: shown.append(text), decode, {2}, rows)
     streamer.put(torch.zeros(1, 3))
     for token in tokens:
         streamer.put(torch.tensor([token]))

@@ -25,14 +25,15 @@ import soundfile
 
 from ltu.data.audio import load_audio
 from ltu.inference.engine import LtuEngine
-from ltu.inference.requests import Request
+from ltu.inference.requests import Answer, Request
 from ltu.models.prompt_template import load_prompt_template
 from ltu.serve import read_flags
+from ltu.serving.batch_scheduler import BatchScheduler
 from ltu.serving.connection_limits import limits_of_flags
 from ltu.serving.listener import open_listeners
 from ltu.serving.openai_server import make_server
 from ltu.serving.protocol import ChatCompletionRequest
-from ltu.serving.request_parser import ApiError, RequestParser
+from ltu.serving.request_parser import ApiError, PendingRequest, RequestParser
 from ltu_as.convert_checkpoint import main as convert
 from tests import tiny
 from tests.machine import PATIENCE, wait_until
@@ -688,6 +689,167 @@ def test_a_full_batch_does_not_wait(engine: LtuEngine) -> None:
             replies = [pool.submit(served.ask, text_part()) for _ in range(2)]
             for reply in replies:
                 assert reply.result(PATIENCE).choices[0].message.content
+
+
+def test_nobody_waits_for_requests_that_do_not_come(engine: LtuEngine) -> None:
+    with serve(engine, "--max_batch", "2", "--max_wait_ms", "1e6") as served:
+        assert served.ask(text_part()).choices[0].message.content
+        assert served.metric("ltu_batch_size_count") == 1
+
+
+@pytest.mark.parametrize("tokens_per_turn, num_turns", [(4, 3), (0, 2)])
+def test_a_short_answer_does_not_wait_for_a_long_one(
+    engine: LtuEngine,
+    gate: tiny.Gate,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens_per_turn: int,
+    num_turns: int,
+) -> None:
+    """The long one is paused after its turn; without turns it runs to its end."""
+    deliver = BatchScheduler._deliver
+    delivered = []
+
+    def record(scheduler: BatchScheduler, pending: PendingRequest, answer: Answer) -> None:
+        delivered.append(pending.request.question)
+        deliver(scheduler, pending, answer)
+
+    monkeypatch.setattr(BatchScheduler, "_deliver", record)
+    flags = ["--max_batch", "1", "--tokens_per_turn", str(tokens_per_turn)]
+    with serve(engine, *flags) as served, ThreadPoolExecutor() as pool:
+        long = pool.submit(served.ask, text_part("long"), max_tokens=40)
+        assert gate.is_reached.wait(PATIENCE)
+        short = pool.submit(served.ask, text_part("short"), max_tokens=4)
+        wait_until(lambda: served.metric("ltu_queue_depth") == 1)
+        gate.is_open.set()
+        for reply, question, length in ((long, "long", 40), (short, "short", 4)):
+            expected = engine([Request(question)], max_new_tokens=length)[0]
+            assert reply.result().choices[0].message.content == expected.text
+            assert reply.result().usage.completion_tokens == expected.new_tokens
+        assert served.metric("ltu_batch_size_count") == num_turns
+    assert delivered == (["short", "long"] if tokens_per_turn else ["long", "short"])
+
+
+@pytest.mark.parametrize("paused_cache_mb", ["0", "0.25", "1024"])
+def test_answers_that_are_paused(
+    engine: LtuEngine, gate: tiny.Gate, monkeypatch: pytest.MonkeyPatch, paused_cache_mb: str
+) -> None:
+    """Streams, stop sequences, sampling and usage are those of an answer in one piece."""
+    caches = []
+    pause = BatchScheduler._pause
+
+    def record(scheduler: BatchScheduler, pending: PendingRequest, request: Request) -> None:
+        pause(scheduler, pending, request)
+        caches.append(request.paused.cache is not None)
+        assert 0 <= scheduler.paused_bytes <= float(paused_cache_mb) * 2**20
+
+    monkeypatch.setattr(BatchScheduler, "_pause", record)
+    clip = TOY[0].read_bytes()
+    expected, settings = [], []
+    for index in range(7):
+        own: dict = {"seed": index, "max_tokens": 8 + 6 * index, "stream": index % 2 == 0}
+        decoding: dict = {"max_new_tokens": own["max_tokens"]}
+        if index % 3 == 1:
+            own["temperature"] = 1.2
+            decoding |= {"do_sample": True, "temperature": 1.2}
+        if index % 3 == 2:
+            own["extra_body"] = {"repetition_penalty": 1.5}
+            decoding["repetition_penalty"] = 1.5
+        request = Request(QUESTION, clip if index % 2 else None, decoding=decoding, seed=index)
+        answer = engine([request])[0]
+        text, tokens = answer.text, answer.new_tokens
+        if index in (5, 6):
+            own["stop"] = text[len(text) // 2 :][:3]
+            text, tokens = text.split(own["stop"])[0], None
+        expected.append((text, tokens))
+        if own["stream"]:
+            own["stream_options"] = {"include_usage": True}
+        settings.append(own)
+
+    def ask(index: int) -> tuple[str, int]:
+        parts = [text_part()]
+        if index % 2:
+            parts.append(audio_part(clip, "flac"))
+        reply = served.ask(*parts, **settings[index])
+        if not settings[index]["stream"]:
+            return reply.choices[0].message.content, reply.usage.completion_tokens
+        *chunks, last = list(reply)
+        texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+        return "".join(texts), last.usage.completion_tokens
+
+    flags = ["--max_batch", "3", "--tokens_per_turn", "5", "--paused_cache_mb", paused_cache_mb]
+    with serve(engine, *flags) as served, ThreadPoolExecutor(7) as pool:
+        replies = [pool.submit(ask, index) for index in range(7)]
+        wait_until(
+            lambda: served.metric("ltu_queue_depth") + served.metric("ltu_batch_size_sum") == 7
+        )
+        gate.is_open.set()
+        for reply, (text, tokens) in zip(replies, expected, strict=True):
+            found_text, found_tokens = reply.result()
+            assert found_text == text
+            assert found_tokens == tokens or tokens is None
+        assert served.metric("ltu_queue_depth") == 0
+        assert served.metric("ltu_batch_size_count") > 5
+    assert len(caches) > 5
+    assert set(caches) == {"0": {False}, "0.25": {False, True}, "1024": {True}}[paused_cache_mb]
+
+
+def test_clients_that_disconnect_while_they_are_paused(engine: LtuEngine, gate: tiny.Gate) -> None:
+    name = 'ltu_answers_total{status="cancelled"}'
+    flags = ["--max_batch", "1", "--tokens_per_turn", "1"]
+    with serve(engine, *flags) as served, ThreadPoolExecutor() as pool:
+        first = served.ask(text_part(), max_tokens=1000, stream=True)
+        next(iter(first))
+        waiting = pool.submit(served.ask, text_part(), max_tokens=1000, stream=True)
+        wait_until(lambda: served.metric("ltu_queue_depth") == 1)
+        # They take turns until the second one has a text; then one runs and the other is paused.
+        wait_until(lambda: gate.step() or waiting.done())
+        second = waiting.result()
+        wait_until(lambda: served.metric("ltu_queue_depth") == 1)
+        first.close()
+        wait_until(lambda: served.metric("ltu_request_seconds_count") == 1)
+        second.close()
+        wait_until(lambda: served.metric(name) == 2)
+        gate.is_open.set()
+        assert served.ask(text_part()).choices[0].message.content == served.answer_alone(QUESTION)
+
+
+def test_a_stream_that_is_retried_repeats_nothing(
+    engine: LtuEngine, gate: tiny.Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch fails once, when texts of its requests were shown."""
+    forward = type(engine.model).forward
+    has_failed = threading.Event()
+
+    def fail_once(model: object, *args: object, **kwargs: object) -> object:
+        if len(args[0] if args else kwargs["input_ids"]) == 2 and gate.is_open.is_set():
+            if not has_failed.is_set():
+                has_failed.set()
+                raise RuntimeError("once")
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(engine.model), "forward", fail_once)
+
+    def read(question: str) -> str:
+        parts = served.ask(text_part(question), stream=True)
+        return "".join(part.choices[0].delta.content or "" for part in parts)
+
+    questions = ["first", "second"]
+    alone = engine([Request(question) for question in questions], max_new_tokens=12)
+    with serve(engine) as served, ThreadPoolExecutor() as pool:
+        running = pool.submit(read, "running")
+        assert gate.is_reached.wait(PATIENCE)
+        texts = [pool.submit(read, question) for question in questions]
+        wait_until(lambda: served.metric("ltu_queue_depth") == 2)
+        wait_until(lambda: gate.step() or running.done())
+        # The two others show some texts, then their batch fails.
+        gate.is_reached.clear()
+        for _ in range(4):
+            gate.step()
+        assert gate.is_reached.wait(PATIENCE)
+        gate.is_open.set()
+        for text, answer in zip(texts, alone, strict=True):
+            assert text.result() == answer.text
+    assert has_failed.is_set()
 
 
 @pytest.mark.parametrize("flag", ["--max_wait_ms=-5", "--max_queue=0", "--timeout=nan"])

@@ -10,9 +10,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,13 +27,32 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
 )
+from transformers.utils import ModelOutput
 
 from ltu.checkpoints.open_checkpoint import open_model
 from ltu.data.audio import AudioClip, AudioError
 from ltu.inference.embedding_cache import EmbeddingCache
 from ltu.inference.label_scoring import score_labels
-from ltu.inference.requests import ROW_SETTINGS, Answer, OnText, Request, batches
-from ltu.inference.sampling import BatchStreamer, Cancelling, RowLimits, RowSampler, check_decoding
+from ltu.inference.requests import (
+    ROW_SETTINGS,
+    Answer,
+    IsTurnOver,
+    OnAnswer,
+    OnText,
+    Prompt,
+    Request,
+    batches,
+)
+from ltu.inference.row_cache import join_caches, split_cache
+from ltu.inference.sampling import (
+    BatchStreamer,
+    Cancelling,
+    Pausing,
+    RowLimits,
+    RowSampler,
+    StreamedRow,
+    check_decoding,
+)
 from ltu.inference.static_cache import (
     CHOICES,
     MIN_BATCHES,
@@ -61,19 +80,6 @@ logger = logging.getLogger(__name__)
 # Tokens of a batch that is generated only to compile its shapes. CUDA graphs are recorded at the
 # second or third step.
 WARM_UP_TOKENS = 5
-
-
-@dataclass
-class Prompt:
-    """A request of a batch on its way through the model."""
-
-    index: int  # In the batch.
-    answer: Answer
-    settings: dict[str, Any]
-    seed: str
-    tokens: list[int]
-    embeds: torch.Tensor | None  # (chunks, audio tokens, hidden)
-    max_new_tokens: int
 
 
 class LtuEngine:
@@ -254,16 +260,24 @@ class LtuEngine:
         batch_size: int = 8,
         seed: int = 42,
         on_text: OnText | None = None,
+        on_answer: OnAnswer | None = None,
+        is_turn_over: IsTurnOver | None = None,
         **decoding: Any,
-    ) -> Iterator[tuple[int, Answer]]:
+    ) -> Iterator[tuple[int, Answer | Request]]:
         """Answer requests, batch by batch.
 
         Args:
             on_text: called with the number of a request and its text so far, which only grows;
                 False cancels that request.
+            on_answer: called with the number of a request and its answer as soon as that is
+                complete. Without `on_text`, or with beams, that is when its batch ends.
+            is_turn_over: called after each token of a batch with the number of tokens in this call;
+                True pauses the requests of the batch. Needs `on_text`; requests with beams or
+                `min_new_tokens` are not paused.
 
         Yields:
-            the number of a request and its answer.
+            the number of a request and its answer, when its batch ends; for a request that was
+            paused, the request to give to `run` again. Its answer has the same tokens.
 
         Raises:
             ValueError: a decoding setting is impossible, or the prompt template cannot express a
@@ -273,12 +287,14 @@ class LtuEngine:
         num_rows = self._choose_rows(len(requests), batch_size)
         for batch in batches(requests, settings, batch_size):
             if on_text is not None:
-                cancelled = [index for index in batch if on_text(index, "") is False]
-                batch = [index for index in batch if index not in cancelled]
-                for index in cancelled:
-                    answer = self._empty_answer()
-                    answer.finish_reason = "cancelled"
-                    yield index, answer
+                wanted = []
+                for index in batch:
+                    paused = requests[index].paused
+                    if on_text(index, paused.shown if paused else "") is False:
+                        yield index, self._cancelled_answer(paused)
+                    else:
+                        wanted.append(index)
+                batch = wanted
             if not batch:
                 continue
             with self._generating:
@@ -287,6 +303,8 @@ class LtuEngine:
                     [settings[index] for index in batch],
                     [seeds[index] for index in batch],
                     _renumber(on_text, batch),
+                    _renumber(on_answer, batch),
+                    is_turn_over,
                     num_rows,
                 )
             yield from zip(batch, answers, strict=True)
@@ -466,6 +484,15 @@ class LtuEngine:
     def _empty_answer(self) -> Answer:
         return Answer("", model=self.kind, checkpoint=self.checkpoint)
 
+    def _cancelled_answer(self, paused: Prompt | None) -> Answer:
+        """Return the answer of a request that is cancelled before its batch."""
+        if paused is None:
+            answer = self._empty_answer()
+            answer.finish_reason = "cancelled"
+            return answer
+        self._complete(paused.answer, paused.new_tokens, "cancelled")
+        return paused.answer
+
     @torch.no_grad()
     def _answer(
         self,
@@ -473,43 +500,69 @@ class LtuEngine:
         settings: list[dict],
         seeds: list[int],
         on_text: OnText | None,
+        on_answer: OnAnswer | None,
+        is_turn_over: IsTurnOver | None,
         num_rows: int | None,
-    ) -> list[Answer]:
+    ) -> list[Answer | Request]:
         """Answer one batch, with equal settings except for `ROW_SETTINGS`.
 
         Args:
             num_rows: the size to which the batch is filled up for a static cache, or None.
+
+        Returns:
+            for each request its answer, or the request to continue with.
         """
         start = time.perf_counter()
-        clips = self.cache.encode(requests)
-        answers = [self._empty_answer() for _ in requests]
+        clips = iter(self.cache.encode([own for own in requests if own.paused is None]))
         prompts = []
-        for index, (request, clip) in enumerate(zip(requests, clips, strict=True)):
-            answer = answers[index]
-            answer.note_clip(clip)
-            if answer.answered:
-                prompt = self._make_prompt(
-                    index, request, clip, settings[index], seeds[index], answer
-                )
-                if answer.answered:
-                    prompts.append(prompt)
-        if prompts:
-            numbers = [prompt.index for prompt in prompts]
-            self._generate(prompts, _renumber(on_text, numbers), num_rows)
-        for answer in answers:
-            answer.seconds = time.perf_counter() - start
-        return answers
+        for index, request in enumerate(requests):
+            if request.paused is None:
+                prompt = self._make_prompt(request, next(clips), settings[index], seeds[index])
+            else:
+                prompt = request.paused
+            prompt.index = index
+            prompts.append(prompt)
+
+        def deliver(prompt: Prompt) -> None:
+            prompt.answer.seconds += time.perf_counter() - start
+            if on_answer is not None:
+                on_answer(prompt.index, prompt.answer)
+
+        running = []
+        for prompt in prompts:
+            if prompt.answer.answered:
+                running.append(prompt)
+            else:
+                deliver(prompt)
+        if running:
+            numbers = [prompt.index for prompt in running]
+            on_own_text = _renumber(on_text, numbers)
+            self._generate(running, on_own_text, deliver, is_turn_over, num_rows)
+
+        results: list[Answer | Request] = []
+        for request, prompt in zip(requests, prompts, strict=True):
+            if prompt.answer.answered and prompt.answer.finish_reason is None:
+                prompt.answer.seconds += time.perf_counter() - start
+                results.append(replace(request, paused=prompt))
+            else:
+                results.append(prompt.answer)
+        return results
 
     def _make_prompt(
         self,
-        index: int,
         request: Request,
-        clip: AudioClip | None,
+        clip: AudioClip | AudioError | None,
         settings: dict[str, Any],
         seed: int,
-        answer: Answer,
     ) -> Prompt:
-        """Encode a request, and record in its answer what is used of the clip."""
+        """Encode a request, and record in its answer what is used of the clip.
+
+        The answer says so if the clip cannot be decoded or the prompt is too long.
+        """
+        answer = self._empty_answer()
+        answer.note_clip(clip)
+        if not answer.answered:
+            return Prompt(answer, settings)
         max_new_tokens = settings["max_new_tokens"]
         tokens, embeds, answer.transcript = self.encode(request, clip, max_new_tokens)
         num_chunks = 0 if embeds is None else len(embeds)
@@ -519,7 +572,7 @@ class LtuEngine:
         num_positions_left = self.model.config.num_positions - answer.prompt_tokens
         limit = min(max_new_tokens, num_positions_left)
         # The prompt is part of the seed, so that equal seeds sample differently for other prompts.
-        return Prompt(index, answer, settings, f"{seed} {tokens}", tokens, embeds, limit)
+        return Prompt(answer, settings, f"{seed} {tokens}", tokens, embeds, limit)
 
     def cache_settings(self, num_tokens: int) -> dict[str, Any]:
         """Return the arguments of `generate` for a static cache.
@@ -536,17 +589,26 @@ class LtuEngine:
         return settings
 
     def _generate(
-        self, prompts: list[Prompt], on_text: OnText | None, num_rows: int | None
+        self,
+        prompts: list[Prompt],
+        on_text: OnText | None,
+        deliver: Callable[[Prompt], None],
+        is_turn_over: IsTurnOver | None,
+        num_rows: int | None,
     ) -> None:
-        """Generate for the prompts of a batch, and write text and length into their answers."""
+        """Generate for the prompts of a batch.
+
+        Text and length of what is complete are written into its answer, which is delivered. What
+        was paused has its new tokens and its cache in its prompt.
+        """
         is_static = num_rows is not None and prompts[0].settings.get("num_beams", 1) == 1
         # Copies of the first prompt fill the batch up to a size that is compiled for all batches.
         # They end after one token, and nobody reads it.
         num_copies = num_rows - len(prompts) if is_static else 0
-        rows = prompts + prompts[:1] * num_copies
-        batch = self.pad_batch([row.tokens for row in rows], [row.embeds for row in rows])
+        batch = self._make_batch(prompts + prompts[:1] * num_copies)
         prompt_length = batch["input_ids"].shape[1]
-        limits = [prompt.max_new_tokens for prompt in prompts]
+        # How many tokens a row may generate now; a row that was paused has some already.
+        limits = [prompt.max_new_tokens - len(prompt.new_tokens) for prompt in prompts]
         row_limits = limits + [1] * num_copies
         common = prompts[0].settings.items()
         arguments: dict[str, Any] = {
@@ -557,25 +619,32 @@ class LtuEngine:
             criteria.append(RowLimits(row_limits, prompt_length))
         if any(prompt.settings["do_sample"] for prompt in prompts):
             sampler = RowSampler(
-                [prompt.seed for prompt in prompts], [prompt.settings for prompt in prompts]
+                [prompt.seed for prompt in prompts],
+                [prompt.settings for prompt in prompts],
+                [len(prompt.new_tokens) for prompt in prompts],
             )
             arguments["logits_processor"] = LogitsProcessorList([sampler])
 
         # With beams the text is known at the end only; until then a request can just be cancelled.
+        has_beams = arguments.get("num_beams", 1) > 1
         watcher: Cancelling | BatchStreamer | None = None
-        if on_text is not None and arguments.get("num_beams", 1) > 1:
+        if on_text is not None and has_beams:
             watcher = Cancelling(lambda row: on_text(row, "") is not False, len(prompts))
         elif on_text is not None:
-            watcher = BatchStreamer(on_text, self.processor.decode_answer, self.end_ids, limits)
+            watcher = self._make_streamer(prompts, on_text, deliver)
             arguments["streamer"] = watcher
         if watcher is not None:
             criteria.append(watcher)
+        can_pause = is_turn_over is not None and not has_beams
+        if can_pause and not arguments.get("min_new_tokens"):
+            criteria.append(Pausing(is_turn_over, prompt_length))
 
         # Sampling is a logits processor here, so the loop itself is greedy.
         arguments |= {
             "do_sample": False,
             "pad_token_id": self.processor.pad_token_id,
             "max_new_tokens": max(limits),
+            "return_dict_in_generate": True,
         }
         arguments |= batch | {"stopping_criteria": criteria}
         if is_static:
@@ -583,33 +652,110 @@ class LtuEngine:
             output = compiling_thread().submit(self.model.generate, **arguments).result()
         else:
             output = self.model.generate(**arguments)
-        for row, new_tokens in enumerate(output[: len(prompts), prompt_length:].tolist()):
-            self._read_answer(row, new_tokens[: limits[row]], prompts[row].answer, watcher)
+        if isinstance(watcher, BatchStreamer):
+            self._pause(prompts, watcher.rows, batch, output)
+            return
+        new_tokens = output.sequences[: len(prompts), prompt_length:].tolist()
+        for row, (prompt, own_tokens) in enumerate(zip(prompts, new_tokens, strict=True)):
+            own_tokens = own_tokens[: limits[row]]
+            if watcher is not None and row in watcher.cancelled:
+                finish_reason = "cancelled"
+            elif self.end_ids.isdisjoint(own_tokens):
+                finish_reason = "length"
+            else:
+                finish_reason = "stop"
+            self._complete(prompt.answer, own_tokens, finish_reason)
+            deliver(prompt)
 
-    def _read_answer(
+    def _make_batch(self, prompts: list[Prompt]) -> dict[str, Any]:
+        """Make the arguments of `generate` for prompts, of which some may have a cache."""
+        if all(prompt.cache is None for prompt in prompts):
+            tokens = [prompt.all_tokens for prompt in prompts]
+            return dict(self.pad_batch(tokens, [prompt.embeds for prompt in prompts]))
+        # `generate` takes one cache for all rows, which lacks the last token of each.
+        new = [prompt for prompt in prompts if prompt.cache is None]
+        if new:
+            tokens = [prompt.all_tokens[:-1] for prompt in new]
+            inputs = self.pad_batch(tokens, [prompt.embeds for prompt in new])
+            output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            rows = list(range(len(new)))
+            row_caches = split_cache(output, inputs["attention_mask"], rows)
+            for prompt, row_cache in zip(new, row_caches, strict=True):
+                prompt.cache = row_cache
+        width = 1 + max(prompt.cache.length for prompt in prompts)
+        num_audio_tokens = self.model.config.num_audio_tokens
+        ids = torch.full((len(prompts), width), self.processor.pad_token_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            length = prompt.cache.length + 1
+            placeholders = [self.model.config.audio_token_id] * prompt.num_chunks * num_audio_tokens
+            ids[row, width - length :] = torch.tensor(placeholders + prompt.all_tokens)
+            mask[row, width - length :] = 1
+        cache_name = prompts[0].cache.name
+        cache = join_caches([prompt.cache for prompt in prompts])
+        for prompt in prompts:
+            prompt.cache = None  # It is in that of the batch, so it need not be in memory twice.
+        device = self.model.get_input_embeddings().weight.device
+        return {
+            "input_ids": ids.to(device),
+            "attention_mask": mask.to(device),
+            cache_name: cache,
+        }
+
+    def _make_streamer(
+        self, prompts: list[Prompt], on_text: OnText, deliver: Callable[[Prompt], None]
+    ) -> BatchStreamer:
+        """Make the streamer of a batch, which delivers each answer when it is complete."""
+        rows = []
+        for prompt in prompts:
+            rows.append(StreamedRow(prompt.max_new_tokens, list(prompt.new_tokens), prompt.shown))
+
+        def on_done(row: int) -> None:
+            self._complete(prompts[row].answer, rows[row].tokens, rows[row].finish_reason)
+            deliver(prompts[row])
+
+        return BatchStreamer(on_text, self.processor.decode_answer, self.end_ids, rows, on_done)
+
+    def _pause(
         self,
-        row: int,
-        tokens: list[int],
-        answer: Answer,
-        watcher: Cancelling | BatchStreamer | None,
+        prompts: list[Prompt],
+        rows: list[StreamedRow],
+        batch: dict[str, Any],
+        output: ModelOutput,
     ) -> None:
+        """Store in the prompts that are not complete what `generate` has added to them."""
+        paused = [number for number, row in enumerate(rows) if row.finish_reason is None]
+        if not paused:
+            return
+        # The mask covers the prompts; each row that was paused has had a token at each step since.
+        # The last one has not gone through the model.
+        mask = batch["attention_mask"]
+        num_steps = output.sequences.shape[1] - mask.shape[1]
+        mask = torch.nn.functional.pad(mask, (0, num_steps - 1), value=1)
+        row_caches = split_cache(output, mask, paused)
+        for place, number in enumerate(paused):
+            prompts[number].new_tokens = rows[number].tokens
+            prompts[number].shown = rows[number].shown
+            prompts[number].cache = row_caches[place] if row_caches else None
+
+    def _complete(self, answer: Answer, tokens: list[int], finish_reason: str) -> None:
         """Write the text of new tokens, up to the first end token, into an answer."""
         ends = [position for position, token in enumerate(tokens) if token in self.end_ids]
-        length = ends[0] if ends else len(tokens)
-        answer.finish_reason = "stop" if ends else "length"
-        if watcher is not None and row in watcher.cancelled:
-            answer.finish_reason = "cancelled"
-            if isinstance(watcher, BatchStreamer):
-                length = len(watcher.tokens[row])
-        answer.text = self.processor.decode_answer(tokens[:length])
-        answer.new_tokens = length
+        if ends:
+            tokens = tokens[: ends[0]]
+        answer.text = self.processor.decode_answer(tokens)
+        answer.new_tokens = len(tokens)
+        answer.finish_reason = finish_reason
 
 
-def _renumber(on_text: OnText | None, numbers: list[int]) -> OnText | None:
-    """Wrap `on_text` for a part of the requests; the n-th of the part has the number numbers[n]."""
-    if on_text is None:
+def _renumber(callback: Callable | None, numbers: list[int]) -> Callable | None:
+    """Wrap `on_text` or `on_answer` for a part of the requests.
+
+    The n-th request of the part has the number numbers[n].
+    """
+    if callback is None:
         return None
-    return lambda index, text: on_text(numbers[index], text)
+    return lambda index, value: callback(numbers[index], value)
 
 
 def check_choice(name: str, choice: str) -> None:

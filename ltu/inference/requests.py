@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioClip, AudioError, AudioSource
+from ltu.inference.row_cache import RowCache
 from ltu.models.configuration_ltu import LtuConfig
 
 # Settings that may differ between the rows of a batch.
@@ -21,6 +24,10 @@ FAILED = "engine_failed"
 MODES = ("joint", "audio_only", "asr_only")
 # Takes the number of a request and its text so far; False cancels the request.
 OnText = Callable[[int, str], bool | None]
+# Takes the number of a request and its answer.
+OnAnswer = Callable[[int, "Answer"], None]
+# Takes the number of tokens of a turn so far; True ends the turn.
+IsTurnOver = Callable[[int], bool]
 # Batches whose requests are sorted by length together.
 BATCHES_SORTED_TOGETHER = 8
 
@@ -40,6 +47,7 @@ class Request:
         num_chunks: how many chunks of the clip are used, one after the other; 0 for all.
         history: messages before the question, {"role", "content"}, where the prompt template is the
             language model's own.
+        paused: what was generated so far, if `LtuEngine.run` paused the request.
     """
 
     question: str
@@ -51,6 +59,7 @@ class Request:
     seed: int | None = None
     num_chunks: int = 1
     history: list[dict] = field(default_factory=list)
+    paused: "Prompt | None" = None
 
     def check(self) -> None:
         """Check mode and number of chunks.
@@ -140,6 +149,44 @@ class Answer:
             # "truncated_file" stays: a file that is damaged matters more than a long one.
             if self.seconds_heard < self.seconds_total - UNUSED_SECONDS:
                 self.status = "truncated"
+
+
+@dataclass
+class Prompt:
+    """A request of a batch on its way through the model.
+
+    Attributes:
+        answer: its answer, without a text until it is complete.
+        settings: of decoding.
+        seed: of sampling.
+        tokens: of the text.
+        embeds: (chunks, audio tokens, hidden), or None without audio.
+        max_new_tokens: as many as it may generate.
+        index: its number in the batch.
+        new_tokens: those that it generated before it was paused.
+        shown: their text, as far as later tokens cannot change it.
+        cache: keys and values of all tokens but the last; None if they must be computed again.
+    """
+
+    answer: Answer
+    settings: dict[str, Any]
+    seed: str = ""
+    tokens: list[int] = field(default_factory=list)
+    embeds: Tensor | None = None
+    max_new_tokens: int = 0
+    index: int = 0
+    new_tokens: list[int] = field(default_factory=list)
+    shown: str = ""
+    cache: RowCache | None = None
+
+    @property
+    def all_tokens(self) -> list[int]:
+        """The tokens of the text and those that were generated."""
+        return self.tokens + self.new_tokens
+
+    @property
+    def num_chunks(self) -> int:
+        return 0 if self.embeds is None else len(self.embeds)
 
 
 def batches(requests: list[Request], settings: list[dict], batch_size: int) -> Iterator[list[int]]:

@@ -86,14 +86,23 @@ class RowSampler(LogitsProcessor):
         seeds: one for each row, any text.
         settings: for each row `temperature`, `top_k` and `top_p` as in stock sampling; a setting
             that is absent is not applied. A row that does not `do_sample` stays greedy.
+        num_sampled: for each row, how many tokens were sampled before, with their random numbers.
     """
 
-    def __init__(self, seeds: list[str], settings: list[dict[str, Any]]):
+    def __init__(
+        self,
+        seeds: list[str],
+        settings: list[dict[str, Any]],
+        num_sampled: list[int] | None = None,
+    ):
         self.generators: list[random.Random] = []  # one for each row
         for seed in seeds:
             # Not random.Random(text): how Python turns a text into a seed may change.
             digest = hashlib.sha256(seed.encode("utf-8", "surrogatepass")).digest()
             self.generators.append(random.Random(int.from_bytes(digest, "big")))
+        for generator, count in zip(self.generators, num_sampled or [], strict=False):
+            for _ in range(count):
+                generator.random()
         # Rows with equal settings are sampled together: (temperature, top_k, top_p) -> rows.
         self.rows_of_settings: dict[tuple, list[int]] = {}
         for row, own in enumerate(settings):
@@ -176,6 +185,23 @@ class RowLimits(StoppingCriteria):
         return (input_ids.shape[1] - self.start >= limits).to(input_ids.device)
 
 
+class Pausing(StoppingCriteria):
+    """Stops all rows of a batch when its turn is over.
+
+    Args:
+        is_turn_over: called with the number of tokens that each row has generated in this turn.
+        start: the length of the prompts.
+    """
+
+    def __init__(self, is_turn_over: Callable[[int], bool], start: int):
+        self.is_turn_over = is_turn_over
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        is_over = self.is_turn_over(input_ids.shape[1] - self.start)
+        return torch.full((len(input_ids),), is_over, device=input_ids.device)
+
+
 @dataclass
 class StreamedRow:
     """A row of a batch whose text is streamed.
@@ -184,13 +210,14 @@ class StreamedRow:
         limit: the maximum number of new tokens.
         tokens: the new tokens so far, without an end token.
         shown: the text so far, as far as later tokens cannot change it.
-        is_done: no token follows, or nobody waits for it.
+        finish_reason: "stop", "length" or "cancelled" (nobody waits for it); None while more tokens
+            follow.
     """
 
     limit: int
     tokens: list[int] = field(default_factory=list)
     shown: str = ""
-    is_done: bool = False
+    finish_reason: str | None = None
 
 
 class BatchStreamer(BaseStreamer, StoppingCriteria):
@@ -201,7 +228,8 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         decode: converts tokens to text. More tokens append to the text, but may change U+FFFD at
             its end.
         ends: end tokens.
-        limits: the maximum number of new tokens of each row.
+        rows: the rows, with the tokens that were generated before.
+        on_done: called with a row as soon as it has a `finish_reason`.
     """
 
     def __init__(
@@ -209,47 +237,47 @@ class BatchStreamer(BaseStreamer, StoppingCriteria):
         on_text: Callable[[int, str], bool | None],
         decode: Callable[[list[int]], str],
         ends: set[int],
-        limits: list[int],
+        rows: list[StreamedRow],
+        on_done: Callable[[int], None] | None = None,
     ):
         self.on_text = on_text
         self.decode = decode
         self.ends = ends
-        self.rows = [StreamedRow(limit) for limit in limits]
+        self.rows = rows
+        self.on_done = on_done
         self.cancelled: set[int] = set()
         self.has_prompts = False
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        """The new tokens of each row, without an end token."""
-        return [row.tokens for row in self.rows]
 
     def put(self, value: Tensor) -> None:
         """Take the prompts first, (rows, length), then one new token of each row, (rows,).
 
-        Rows without a limit, which only fill a batch, are not streamed.
+        Further rows, which only fill a batch, are not streamed.
         """
         if not self.has_prompts:
             self.has_prompts = True
             return
         for index, (row, token) in enumerate(zip(self.rows, value.tolist(), strict=False)):
-            if row.is_done:
+            if row.finish_reason is not None:
                 continue
-            if token in self.ends:
-                row.is_done = True
-                continue
-            self._append(row, token)
-            if self.on_text(index, row.shown) is False:
-                row.is_done = True
-                self.cancelled.add(index)
+            self._append(index, row, token)
+            if row.finish_reason is not None and self.on_done is not None:
+                self.on_done(index)
 
-    def _append(self, row: StreamedRow, token: int) -> None:
+    def _append(self, index: int, row: StreamedRow, token: int) -> None:
         """Append a token, and show the text that later tokens cannot change."""
+        if token in self.ends:
+            row.finish_reason = "stop"
+            return
         row.tokens.append(token)
-        row.is_done = len(row.tokens) == row.limit
         text = self.decode(row.tokens)
         # An incomplete character decodes as U+FFFD.
         if not text.endswith("\ufffd") and text.startswith(row.shown):
             row.shown = text
+        if self.on_text(index, row.shown) is False:
+            row.finish_reason = "cancelled"
+            self.cancelled.add(index)
+        elif len(row.tokens) == row.limit:
+            row.finish_reason = "length"
 
     def end(self) -> None:
         """Do nothing: the whole text is in the answer."""

@@ -26,9 +26,19 @@ from transformers import AutoProcessor
 
 from ltu.checkpoints.open_prompt_encoder import open_prompt_encoder
 from ltu.checkpoints.save_checkpoint import served_name
-from ltu.inference.engine import LtuEngine, Prompt
-from ltu.inference.requests import BUSY, FAILED, Answer, OnText, Request, batches
-from ltu.inference.sampling import BatchStreamer
+from ltu.inference.engine import LtuEngine
+from ltu.inference.requests import (
+    BUSY,
+    FAILED,
+    Answer,
+    IsTurnOver,
+    OnAnswer,
+    OnText,
+    Prompt,
+    Request,
+    batches,
+)
+from ltu.inference.sampling import BatchStreamer, StreamedRow
 from ltu.inference.vllm_client import ServerFailure, VllmHost, VllmHosts, encode_embeds
 from ltu.models.device_check import check_device, check_dtype
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
@@ -69,7 +79,8 @@ class ReceivedAnswer:
         self.tokens = []
         if self.on_text is not None:
             decode = self.engine.processor.decode_answer
-            self.streamer = BatchStreamer(self.on_text, decode, self.engine.end_ids, [self.limit])
+            rows = [StreamedRow(self.limit)]
+            self.streamer = BatchStreamer(self.on_text, decode, self.engine.end_ids, rows)
             self.streamer.put(torch.empty(0))  # In place of the prompts.
 
     def add(self, tokens: list[int]) -> None:
@@ -83,7 +94,7 @@ class ReceivedAnswer:
         """Return whether somebody still waits for the answer."""
         if self.streamer is not None and not self.streamer.cancelled:
             row = self.streamer.rows[0]
-            if not row.is_done and self.on_text(0, row.shown) is False:
+            if row.finish_reason is None and self.on_text(0, row.shown) is False:
                 self.streamer.cancelled.add(0)
         is_cancelled = self.streamer is not None and bool(self.streamer.cancelled)
         return not is_cancelled and not self.is_left.is_set()
@@ -190,12 +201,16 @@ class VllmEngine(LtuEngine):
         batch_size: int = 8,
         seed: int = 42,
         on_text: OnText | None = None,
+        on_answer: OnAnswer | None = None,
+        is_turn_over: IsTurnOver | None = None,
         **decoding: Any,
     ) -> Iterator[tuple[int, Answer]]:
         """Answer requests, `batch_size` of them at the same time.
 
         Args:
             on_text: as of `LtuEngine.run`; it is called from several threads.
+            on_answer, is_turn_over: not used, since each answer is yielded when it is complete, and
+                no request waits for others.
 
         Yields:
             the number of a request and its answer, as soon as it is complete.
@@ -256,15 +271,13 @@ class VllmEngine(LtuEngine):
             answer.finish_reason = "cancelled"
             return answer
         clip = self.cache.encode([request])[0]
-        answer.note_clip(clip)
-        if answer.answered:
-            prompt = self._make_prompt(0, request, clip, settings, seed, answer)
-            if answer.answered:
-                self._complete(prompt, on_text, is_left)
-        answer.seconds = time.perf_counter() - start
-        return answer
+        prompt = self._make_prompt(request, clip, settings, seed)
+        if prompt.answer.answered:
+            self._receive(prompt, on_text, is_left)
+        prompt.answer.seconds = time.perf_counter() - start
+        return prompt.answer
 
-    def _complete(self, prompt: Prompt, on_text: OnText | None, is_left: threading.Event) -> None:
+    def _receive(self, prompt: Prompt, on_text: OnText | None, is_left: threading.Event) -> None:
         """Let a server generate, and write text and length, or the failure, into the answer."""
         answer = prompt.answer
         received = ReceivedAnswer(on_text, is_left, self, prompt.max_new_tokens)
@@ -275,9 +288,11 @@ class VllmEngine(LtuEngine):
             answer.status = BUSY if failure.is_busy else FAILED
             answer.error = f"{failure}."
             return
-        self._read_answer(0, received.tokens, answer, received.streamer)
-        if answer.finish_reason != "cancelled":
-            answer.finish_reason = finish_reason
+        tokens = received.tokens
+        if received.streamer is not None and received.streamer.cancelled:
+            tokens = received.streamer.rows[0].tokens
+            finish_reason = "cancelled"
+        self._complete(answer, tokens, finish_reason)
 
     def _make_body(self, prompt: Prompt) -> dict[str, Any]:
         """Return the body of a completion request, without the name of the model.

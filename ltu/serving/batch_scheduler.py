@@ -1,9 +1,13 @@
 """Collects pending requests into batches and runs them on the engine.
 
-One thread runs the model. A batch starts when it is full, or when its first request has waited
-`max_wait` seconds; while it runs, the next requests queue up. Between two tokens any request can be
-cancelled without an effect on the others. If a batch fails, its requests are retried one by one,
-and only the one that fails gets an error.
+One thread runs the model. A batch starts when it is full, or when no request is about to join it;
+it waits for those at most `max_wait` seconds. An answer is delivered when it is complete, while the
+others of its batch run on. Once each row of a batch has generated `tokens_per_turn` tokens and
+other requests wait, the batch is paused: its requests go to the end of the queue, and continue
+later where they stopped. So a short request does not wait for the end of long answers.
+
+Between two tokens any request can be cancelled without an effect on the others. If a batch fails,
+its requests are retried one by one, and only the one that fails gets an error.
 """
 
 import logging
@@ -11,12 +15,13 @@ import queue
 import threading
 import time
 import traceback
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ltu.inference.engine import LtuEngine
-from ltu.inference.requests import Answer
+from ltu.inference.requests import Answer, Request
 from ltu.serving.request_parser import ApiError, PendingRequest
 
 LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # seconds
@@ -77,22 +82,47 @@ class Metrics:
         )
 
 
+@dataclass(frozen=True)
+class BatchSettings:
+    """How batches are made.
+
+    Args:
+        max_batch: the largest number of requests in a batch.
+        max_wait: seconds that a batch waits for requests that are about to join it.
+        tokens_per_turn: tokens after which a batch is paused if other requests wait; 0 for never.
+        max_paused_bytes: the largest size of the key-value caches of paused requests. Beyond it
+            their keys and values are computed again.
+    """
+
+    max_batch: int
+    max_wait: float
+    tokens_per_turn: int
+    max_paused_bytes: int
+
+
 class BatchScheduler(threading.Thread):
     """The thread that runs the model.
 
     Args:
         engine: generates the answers.
         metrics: counts batches, tokens and answers.
-        max_batch: the largest number of requests in a batch.
-        max_wait: seconds that the first request of a batch waits for others.
+        settings: how batches are made.
+        count_arriving: returns the number of complete requests that are not in the queue yet.
     """
 
-    def __init__(self, engine: LtuEngine, metrics: Metrics, max_batch: int, max_wait: float):
+    def __init__(
+        self,
+        engine: LtuEngine,
+        metrics: Metrics,
+        settings: BatchSettings,
+        count_arriving: Callable[[], int],
+    ):
         super().__init__(name="batches", daemon=True)
         self.engine = engine
         self.metrics = metrics
-        self.max_batch = max_batch
-        self.max_wait = max_wait
+        self.settings = settings
+        self.count_arriving = count_arriving
+        self.paused_bytes = 0  # of the caches of paused requests in the queue
         # None ends the thread.
         self.pending_requests: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
         metrics.waiting.set_function(self.pending_requests.qsize)
@@ -111,15 +141,38 @@ class BatchScheduler(threading.Thread):
 
     def _gather(self) -> list[PendingRequest | None]:
         """Wait for a request and return it with those that followed; None, if there, is last."""
-        batch = [self.pending_requests.get()]
-        deadline = time.monotonic() + self.max_wait
-        while batch[-1] is not None and len(batch) < self.max_batch:
-            seconds_left = max(0.0, deadline - time.monotonic())
+        batch = [self._take(timeout=None)]
+        deadline = time.monotonic() + self.settings.max_wait
+        while batch[-1] is not None and len(batch) < self.settings.max_batch:
+            seconds_left = 0.0
+            # A paused request has waited already.
+            if batch[0].request.paused is None and self.count_arriving() > 0:
+                seconds_left = max(0.0, deadline - time.monotonic())
             try:
-                batch.append(self.pending_requests.get(timeout=seconds_left))
+                batch.append(self._take(seconds_left))
             except queue.Empty:
                 break
         return batch
+
+    def _take(self, timeout: float | None) -> PendingRequest | None:
+        """Take a request from the queue. Raises queue.Empty if there is none in time."""
+        pending = self.pending_requests.get(timeout=timeout)
+        if pending is not None:
+            self.paused_bytes -= paused_size(pending.request)
+        return pending
+
+    def _pause(self, pending: PendingRequest, request: Request) -> None:
+        """Put a request that was paused at the end of the queue."""
+        pending.request = request
+        # The last of the queue waits longest, so its cache is the one to drop.
+        if self.paused_bytes + paused_size(request) > self.settings.max_paused_bytes:
+            request.paused.cache = None
+        self.paused_bytes += paused_size(request)
+        self.pending_requests.put(pending)
+
+    def _is_turn_over(self, num_tokens: int) -> bool:
+        limit = self.settings.tokens_per_turn
+        return 0 < limit <= num_tokens and not self.pending_requests.empty()
 
     def _answer(self, batch: list[PendingRequest]) -> None:
         """Run the engine on a batch and deliver each answer as soon as it is complete."""
@@ -131,9 +184,21 @@ class BatchScheduler(threading.Thread):
             found_stop = batch[index].show(text)
             return not (found_stop or batch[index].is_over)
 
+        def on_answer(index: int, answer: Answer) -> None:
+            self._deliver(unanswered.pop(index), answer)
+
         try:
-            for index, answer in self.engine.run(requests, len(batch), on_text=on_text):
-                self._deliver(unanswered.pop(index), answer)
+            for index, result in self.engine.run(
+                requests,
+                len(batch),
+                on_text=on_text,
+                on_answer=on_answer,
+                is_turn_over=self._is_turn_over,
+            ):
+                if isinstance(result, Request):
+                    self._pause(unanswered.pop(index), result)
+                elif index in unanswered:
+                    on_answer(index, result)
         # Catch everything, also a bug: if the thread ended here, every request would wait until its
         # timeout. No list of types is enough, because a GPU that is full or broken raises several,
         # and a bug in the model or in a library any other. The requests run again one by one, so
@@ -167,6 +232,13 @@ class BatchScheduler(threading.Thread):
         self.metrics.tokens.labels("prompt").inc(answer.prompt_tokens)
         self.metrics.tokens.labels("new").inc(answer.new_tokens)
         self.metrics.audio_seconds.inc(answer.seconds_heard)
+
+
+def paused_size(request: Request) -> int:
+    """Return the bytes of the key-value cache of a request that was paused; 0 for any other."""
+    if request.paused is None or request.paused.cache is None:
+        return 0
+    return request.paused.cache.nbytes
 
 
 def log_without_message(error: Exception) -> None:

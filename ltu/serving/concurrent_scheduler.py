@@ -5,25 +5,32 @@ requests wait for each other.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ltu.inference.engine import LtuEngine
-from ltu.serving.batch_scheduler import BatchScheduler, Metrics
+from ltu.serving.batch_scheduler import BatchScheduler, BatchSettings, Metrics
 from ltu.serving.request_parser import PendingRequest
 
 
 class ConcurrentScheduler(BatchScheduler):
     """The thread that starts requests, at most `max_batch` of them at the same time.
 
-    Args: as of `BatchScheduler`; nothing waits `max_wait`.
+    Args: as of `BatchScheduler`; nothing waits for a batch or is paused.
     """
 
-    def __init__(self, engine: LtuEngine, metrics: Metrics, max_batch: int, max_wait: float):
-        super().__init__(engine, metrics, max_batch, max_wait)
-        self.free = threading.Semaphore(max_batch)
+    def __init__(
+        self,
+        engine: LtuEngine,
+        metrics: Metrics,
+        settings: BatchSettings,
+        count_arriving: Callable[[], int],
+    ):
+        super().__init__(engine, metrics, settings, count_arriving)
+        self.free = threading.Semaphore(settings.max_batch)
 
     def run(self) -> None:
-        with ThreadPoolExecutor(self.max_batch, "requests") as pool:
+        with ThreadPoolExecutor(self.settings.max_batch, "requests") as pool:
             while True:
                 self.free.acquire()
                 pending = self.pending_requests.get()

@@ -39,7 +39,7 @@ except ImportError as error:
 from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import BUSY, FAILED, Answer
-from ltu.serving.batch_scheduler import BatchScheduler, Metrics, log_without_message
+from ltu.serving.batch_scheduler import BatchScheduler, BatchSettings, Metrics, log_without_message
 from ltu.serving.clip_decoder import ClipDecoder, RequestIsOver
 from ltu.serving.concurrent_scheduler import ConcurrentScheduler
 from ltu.serving.connection_limits import (
@@ -85,14 +85,20 @@ class Service:
         self.key = api_key()
         self.parser = RequestParser(engine.processor, args, self.name)
         self.metrics = Metrics()
-        max_wait = args.max_wait_ms / 1000
+        settings = BatchSettings(
+            max_batch=args.max_batch,
+            max_wait=args.max_wait_ms / 1000,
+            tokens_per_turn=args.tokens_per_turn,
+            max_paused_bytes=int(args.paused_cache_mb * 2**20),
+        )
         scheduler_class = ConcurrentScheduler if engine.is_concurrent else BatchScheduler
-        self.scheduler = scheduler_class(engine, self.metrics, args.max_batch, max_wait)
+        self.scheduler = scheduler_class(engine, self.metrics, settings, self.count_arriving)
         # Behind a reverse proxy, which the second flag is for, all clients are one.
         is_fair = args.max_connections_per_client > 0
         self.decoder = ClipDecoder(self.parser, args.max_seconds, is_fair)
         self.parser_threads = ThreadPoolExecutor(PARSER_THREADS, "parsers")
         self.num_parsing = 0  # requests that are parsed; their bodies have arrived
+        self.num_decoding = 0  # requests whose clips are decoded
         # Each request whose clip is decoded, or which is in the queue or on the model, with the
         # task that watches its connection.
         self.pending_requests: dict[PendingRequest, asyncio.Task] = {}
@@ -116,6 +122,7 @@ class Service:
         pending = await self._parse(data)
         pending.loop = loop
         decoding = loop.create_task(self.decoder.decode(pending, http.scope["state"]["client"]))
+        self.num_decoding += 1
         decoding.add_done_callback(partial(self._put_in_queue, pending))
         watch = loop.create_task(self._watch(pending, http, decoding, start))
         self.pending_requests[pending] = watch
@@ -178,6 +185,11 @@ class Service:
             pending.push(decoding.exception())
         else:
             self.scheduler.pending_requests.put(pending)
+        self.num_decoding -= 1
+
+    def count_arriving(self) -> int:
+        """Return the number of requests that have arrived and are not in the queue yet."""
+        return self.num_parsing + self.num_decoding
 
     async def _receive(self, http: HttpRequest) -> bytearray:
         """Receive a body. Raises ApiError as soon as it is larger than the limit."""

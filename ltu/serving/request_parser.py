@@ -160,6 +160,9 @@ class PendingRequest:
             num_held_back = max(map(len, self.stop), default=1) - 1
             end = max(len(self.shown), len(text) - num_held_back)
         text = text[:end]
+        # A request that is retried or continues begins with less text than was shown.
+        if len(text) < len(self.shown):
+            return False
         if self.streams and len(text) > len(self.shown):
             self.push(text[len(self.shown) :])
         self.shown = text
