@@ -80,6 +80,7 @@ from ltu.files import run_command, write_json  # noqa: E402
 from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu.models.provenance import read_record  # noqa: E402
+from ltu.models.version_check import FP32_TOLERANCE  # noqa: E402
 from ltu.training.compiled_layers import (  # noqa: E402
     compile_layers,
     find_layers,
@@ -104,8 +105,10 @@ BOUND_DEVICE = "H100"
 BOUND_SIZE = "7b"
 
 # By the dtype of the language model: the largest difference of two logits, as a fraction of the
-# range of logits, and the smallest fraction of positions with the same most likely token.
-PARITY_BOUNDS = {"float32": (1e-4, 1.0), "bfloat16": (0.05, 0.8), "float16": (0.01, 0.95)}
+# range of logits, and the smallest fraction of positions with the same most likely token. In fp32,
+# a recent GPU rounds the inputs of convolutions to a mantissa of 10 bits, so that logits differ by
+# 3e-4 (emulated on a CPU).
+PARITY_BOUNDS = {"float32": (FP32_TOLERANCE, 1.0), "bfloat16": (0.05, 0.8), "float16": (0.01, 0.95)}
 MAX_MEMORY_ERROR = 0.15  # Of the estimate of --plan, as in tests/test_memory_estimate.py.
 
 MIN_FREE_BYTES = {"tiny": 2**28, "7b": 16 * 2**30}  # Of the folder of temporary files.
