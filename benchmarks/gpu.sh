@@ -28,8 +28,6 @@ if compgen -G "$wheels/*.whl" > /dev/null; then
     # shellcheck disable=SC2086
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
         --no-compile --find-links "$wheels" --target "$site" $names
-fi
-if [ -d "$site" ]; then
     export PYTHONPATH="$PWD/$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
@@ -71,7 +69,8 @@ for line in NEEDED.split("\n"):
         missing.append(f"{package} ({error})")
 if missing:
     version = ".".join(map(str, sys.version_info[:2]))
-    print(f"error: Python {version} ({sys.executable}) lacks:", *missing, sep="\n  ", file=sys.stderr)
+    print(f"error: Python {version} ({sys.executable}) lacks:", file=sys.stderr)
+    print(*[f"  {line}" for line in missing], sep="\n", file=sys.stderr)
     print("Put their wheels for this Python into the folder wheels, or set WHEELS", file=sys.stderr)
     sys.exit(1)
 END
