@@ -34,12 +34,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.device import default_device, device_name, parse_device, synchronize
 from benchmarks.report import write_report
-from benchmarks.train_step import LORA
 from data.command_line import command_parser
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration
 from ltu.files import run_command
 from ltu.training.compiled_layers import compile_layers, find_layers, undo_compilation
-from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
 
 LLMS = {
     "tiny": dict(hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4),
@@ -50,6 +48,7 @@ LLMS = {
         hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
     ),
 }
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 BATCH = 256
 QUESTIONS_PER_CLIP = 5
 PROMPT_TOKENS = 40
@@ -82,11 +81,22 @@ STAGES = {
 
 
 def make_model(
-    kind: str, size: str, trainable_params: str, device: torch.device
+    kind: str,
+    size: str,
+    trainable_params: str,
+    device: torch.device,
+    audio_config: CavMaeConfig | None = None,
 ) -> torch.nn.Module:
     """Return a model with random weights, in the dtypes of `ltu.finetune`.
 
     The language model is bf16, the rest fp32. There is LoRA if `trainable_params` is "all".
+
+    Args:
+        kind: "ltu" or "ltu_as".
+        size: of LLMS.
+        trainable_params: "proj" or "all".
+        device: of all weights.
+        audio_config: the audio encoder of an LTU; by default that of the paper.
     """
     torch.manual_seed(0)
     lora = None if trainable_params == "proj" else LORA
@@ -94,9 +104,13 @@ def make_model(
     with torch.device(device):
         llm = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
         if kind == "ltu":
-            config = LtuConfig(audio_config=CavMaeConfig(), text_config=text_config, lora=lora)
+            audio_config = audio_config or CavMaeConfig()
+            config = LtuConfig(audio_config=audio_config, text_config=text_config, lora=lora)
             model = LtuForConditionalGeneration(config, llm)
         else:
+            # LTU-AS imports Whisper, which not every machine with a GPU has.
+            from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
+
             config = LtuAsConfig(audio_config=TltrConfig(), text_config=text_config, lora=lora)
             model = LtuAsForConditionalGeneration(config, llm)
     trained_dtypes = set()
@@ -153,8 +167,15 @@ def free_memory(device: torch.device) -> None:
 
 @dataclass
 class TrainingCost:
-    """Medians of a micro-batch and of an optimizer step, in seconds, and the peak of memory."""
+    """Costs of training.
 
+    Attributes:
+        first_seconds: of the first micro-batch, which compiles layers that are to be compiled.
+        micro_batch_seconds, step_seconds: medians of a micro-batch and of an optimizer step.
+        peak_gib: the peak of memory.
+    """
+
+    first_seconds: float
     micro_batch_seconds: float
     step_seconds: float
     peak_gib: float | None
@@ -221,6 +242,7 @@ def train(
             timed("micro_batch", forward_backward)
         timed("step", step)
     return TrainingCost(
+        first_seconds=times["micro_batch"][0],
         micro_batch_seconds=statistics.median(times["micro_batch"][1:]),
         step_seconds=times["step"][-1],
         peak_gib=peak_gib(device),

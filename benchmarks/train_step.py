@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 from whisper.model import ResidualAttentionBlock, disable_sdpa  # noqa: E402
 
 from benchmarks.device import default_device, parse_device, synchronize  # noqa: E402
+from benchmarks.gpu_speed_and_memory import LORA  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
 from ltu import CavMaeConfig, LtuConfig  # noqa: E402
@@ -57,7 +58,6 @@ LLM = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
 )
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
 
 class BareBlock(nn.Module):

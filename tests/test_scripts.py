@@ -23,7 +23,14 @@ from tests.tiny import write_checkpoint, write_llm, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["stage1_proj_cla", "stage2_all_cla", "stage3_all_close", "stage4_all_mix"]
-SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("train_scripts/**/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [
+        *ROOT.glob("*.sh"),
+        *ROOT.glob("benchmarks/*.sh"),
+        *ROOT.glob("train_scripts/**/*.sh"),
+        ROOT / ".ci" / "run",
+    ]
+)
 PACKAGES = ("ltu", "ltu_as", "data", "eval", "qa_generation", "benchmarks", "train_scripts")
 CURRICULUM = "train_scripts/curriculum.args"
 TOY = "train_scripts/quickstart/toy.args"

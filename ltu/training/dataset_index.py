@@ -20,9 +20,9 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -39,6 +39,10 @@ from ltu.data.check_examples import (
 from ltu.data.dataset_parser import DatasetError
 from ltu.files import FileRecord, check_regular_file, lock_file, sha256_of, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
+
+# Only where there is an index. As in `ltu.data.dataset_io`, JSON needs no pyarrow.
+if TYPE_CHECKING:
+    import pyarrow
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +85,8 @@ def build_index(
         DatasetError: examples are not valid or more than `max_bad` clips cannot be decoded (the
             message lists the first of them), or the file changed while it was read.
     """
+    import pyarrow
+
     path = Path(path)
     output = Path(output or f"{path}{ENDING}")
     examples = checked_examples(path, audio_root, ignored_keys=ignored_keys)
@@ -121,8 +127,10 @@ def build_index(
     return output
 
 
-def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> pyarrow.Schema:
+def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> "pyarrow.Schema":
     """Return the columns of an index, with a description of the dataset file as metadata."""
+    import pyarrow
+
     about = {
         "version": VERSION,
         "source": path.name,
@@ -256,6 +264,8 @@ class IndexedExamples(Sequence):
     def __init__(
         self, path: str | Path, audio_root: str | Path | None = None, part: Tensor | None = None
     ):
+        import pyarrow
+
         self.path = Path(path)
         self.audio_root = Path(audio_root or self.path.parent)
         try:
