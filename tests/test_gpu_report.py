@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_report import Context, Row, main, measure_parity, rows_path
+from benchmarks.gpu_report import (
+    Context,
+    Row,
+    main,
+    measure_generation,
+    measure_parity,
+    rows_path,
+)
 from tests.machine import ROOT
 
 CPU = torch.device("cpu")
@@ -82,6 +89,20 @@ def test_parity_on_the_cpu(tmp_path: Path) -> None:
     name = "largest difference of logits / their range"
     assert values[f"float32: {name}"] == 0
     assert 0 < values[f"float16: {name}"] < values[f"bfloat16: {name}"]
+
+
+def test_both_caches_are_measured_on_the_cpu(tmp_path: Path) -> None:
+    measure_generation(Context("generate", "tiny", CPU, tmp_path))
+    rows = read_rows(tmp_path, "generate")
+    assert [row.name for row in rows] == [
+        "engine, 2 at once, static cache",
+        "generate, 2 at once, static cache",
+        "engine, 1 at once, static cache",
+        "generate, 1 at once, static cache",
+        "engine, 2 at once, dynamic cache",
+        "engine, 1 at once, dynamic cache",
+    ]
+    assert all(row.value > 0 for row in rows)
 
 
 @pytest.mark.slow
