@@ -7,6 +7,7 @@ run.
 import gc
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +21,14 @@ from ltu.convert_checkpoint import main as convert
 from ltu.inference.engine import LtuEngine
 from ltu.inference.generation_flags import parse_urls
 from ltu.inference.requests import Request
-from ltu.inference.vllm_client import MAX_EVENT, VllmHost, encode_embeds, parse_url
-from ltu.inference.vllm_engine import FAILURES_IN_ROW, VllmEngine
+from ltu.inference.vllm_client import (
+    MAX_EVENT,
+    ServerFailure,
+    VllmHost,
+    encode_embeds,
+    parse_url,
+)
+from ltu.inference.vllm_engine import FAILURES_IN_ROW, ReceivedAnswer, VllmEngine
 from ltu.inference_batch import main as answer_questions
 from ltu.serve import main as serve_command
 from ltu_as.convert_checkpoint import main as convert_as
@@ -243,6 +250,8 @@ def test_a_host_that_is_gone_is_left_out(root, connect, local, capsys):
         assert f"warning: {urls[0]}" in capsys.readouterr().err
         assert there(mixture(), **DECODING) == local(mixture(), **DECODING)
         assert there.hosts.hosts[0].failures >= 1
+        # A run that is continued when this host is back finds the answers of before.
+        assert there.backend == ["vllm", server.name]
 
 
 @pytest.mark.parametrize(
@@ -288,10 +297,38 @@ def test_a_failure_is_reported(root, connect, monkeypatch, fault, status, reason
 
 def test_a_silent_server_times_out(server, connect, monkeypatch):
     monkeypatch.setattr("ltu.inference.vllm_client.FIRST_PAUSE", 0.01)
-    there = connect(server, idle_seconds=0.2)
+    there = connect(server)
+    there.hosts.idle_seconds = 0.2
     server.script = ["silence"] * 4
     answer = there([Request("Why?")], **DECODING)[0]
     assert answer.status == "engine_failed" and "time-out" in answer.error
+
+
+def test_a_server_that_sends_no_token_times_out(server, connect):
+    there = connect(server)
+    there.hosts.connect_seconds = there.hosts.idle_seconds = 1.0
+    server.script = ["hang"]
+    received = ReceivedAnswer(None, threading.Event(), there, 12)
+    body = {"prompt": [1, 2], "max_tokens": 12, "stream": True}
+    with pytest.raises(ServerFailure, match="no token for 2 s"):
+        there.hosts.stream(there.hosts.hosts[0], body, received)
+    wait_until(lambda: server.aborted == 1)
+
+
+def test_no_part_of_the_key_is_quoted(root, connect, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    monkeypatch.setattr("ltu.inference.vllm_client.FIRST_PAUSE", 0.01)
+    with FakeVllm(root / "ltu_llm", key=KEY) as server:
+        there = connect(server)
+        server.script = ["echo"] * 4
+        answer = there([Request("Why?")], **DECODING)[0]
+    assert "xxxBearer ***" in answer.error
+    other = tiny.write_llm(tmp_path / "other", seed=1)
+    for name in (f"\x1b[2J{KEY}", f"ltu-{KEY}"):
+        with FakeVllm(other, name=name, key=KEY) as server:
+            with pytest.raises(ValueError, match=r"\*\*\*") as error:
+                connect(server)
+        assert KEY not in str(error.value) and str(error.value).isprintable()
 
 
 def test_an_endless_event_is_not_read(server, connect, monkeypatch):

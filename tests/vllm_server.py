@@ -218,6 +218,8 @@ class FakeVllm:
             if fault == "cut off" and len(sent) == 2:
                 http.close_connection = True
                 raise Disconnected
+            if fault == "echo":
+                write(f"data: {'x' * 70}{http.headers.get('Authorization')}\n\n")
             if fault == "no JSON":
                 write("data: {half\n\n")
             if fault == "error event":

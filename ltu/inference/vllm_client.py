@@ -5,8 +5,9 @@ of server-sent events with `token_ids`. Several servers take turns. One that is 
 left out for a while, and its request goes to the next one.
 
 Replies are bounded: an event has at most `MAX_EVENT` bytes and an answer at most the tokens that
-were asked for. A server that sends nothing for `idle_seconds` has failed. The API key is taken out
-of everything that a server sends before it is quoted.
+were asked for. A server has failed if it sends nothing for `idle_seconds`, or no token for these
+and `connect_seconds`. The API key is taken out of everything that a server sends before it is
+quoted.
 """
 
 import base64
@@ -243,18 +244,14 @@ class VllmConnection:
         except (ValueError, RecursionError):
             event = None
         if not isinstance(event, dict):
-            raise self.fail(f"an event is no JSON object: {text.strip()[:80]!r}")
+            raise self.fail(f"an event is no JSON object: {text}")
         if event.get("error") or event.get("object") == "error":
             raise self.fail(f"an error in the stream: {find_message(text)}")
         return event
 
     def fail(self, reason: str, **settings: Any) -> ServerFailure:
         """Return a failure whose message has the address and the reason in one line."""
-        # The key is taken out before the text is cut, since half a key would not be found.
-        if self.key:
-            reason = reason.replace(self.key, "***")
-        reason = " ".join(reason.split())[:MAX_MESSAGE]
-        return ServerFailure(f"{self.host.url}: {reason}", **settings)
+        return ServerFailure(f"{self.host.url}: {quote(reason, self.key)}", **settings)
 
     def abort(self) -> None:
         """End the request from any thread; the server then stops generating."""
@@ -268,6 +265,16 @@ class VllmConnection:
         if self.response is not None:
             self.response.close()
         self.connection.close()
+
+
+def quote(text: str, key: str) -> str:
+    """Return the beginning of what a server has sent, in one line and without the key."""
+    # The key is taken out before the text is cut, since half a key would not be found.
+    if key:
+        text = text.replace(key, "***")
+    text = " ".join(text.split())[:MAX_MESSAGE]
+    # A terminal would obey control characters.
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def describe(error: Exception) -> str:
@@ -396,7 +403,8 @@ class VllmHosts:
     def stream(self, host: VllmHost, body: dict[str, Any], receiver: Receiver) -> str:
         """Let a server generate an answer.
 
-        One thread reads the stream, so that this one notices when nobody waits any more.
+        One thread reads the stream, so that this one notices when nobody waits any more, and when
+        the server sends other things than tokens.
 
         Args, Returns: as of `complete`.
 
@@ -417,6 +425,8 @@ class VllmHosts:
         with ThreadPoolExecutor(1, "vllm") as pool:
             reading = pool.submit(read)
             is_read = False
+            patience = self.connect_seconds + self.idle_seconds
+            deadline = time.monotonic() + patience
             while not is_read:
                 try:
                     tokens = chunks.get(timeout=POLL_SECONDS)
@@ -424,7 +434,11 @@ class VllmHosts:
                     tokens = []
                 if tokens:
                     receiver.add(tokens)
+                    deadline = time.monotonic() + patience
                 is_read = tokens is None
+                if not is_read and time.monotonic() > deadline:
+                    connection.abort()
+                    raise connection.fail(f"no token for {patience:g} s")
                 if not is_read and not receiver.is_wanted():
                     connection.abort()
                     return "cancelled"

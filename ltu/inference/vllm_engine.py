@@ -39,7 +39,13 @@ from ltu.inference.requests import (
     batches,
 )
 from ltu.inference.sampling import BatchStreamer, StreamedRow
-from ltu.inference.vllm_client import ServerFailure, VllmHost, VllmHosts, encode_embeds
+from ltu.inference.vllm_client import (
+    ServerFailure,
+    VllmHost,
+    VllmHosts,
+    encode_embeds,
+    quote,
+)
 from ltu.models.device_check import check_device, check_dtype
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
@@ -175,7 +181,8 @@ class VllmEngine(LtuEngine):
     @property
     def backend(self) -> list[str]:
         """Names of the served models: answers of another one are not reused."""
-        return ["vllm", *sorted({host.model for host in self.hosts.hosts})]
+        # A server that could not be reached yet has no name here.
+        return ["vllm", *sorted({host.model for host in self.hosts.hosts if host.model})]
 
     def check_supported(self, decoding: dict[str, Any]) -> None:
         """Check that a server can generate with these settings as this project defines them.
@@ -361,10 +368,11 @@ class VllmEngine(LtuEngine):
             num_equal = sum(self._is_equal(probe_host, text) for text in PROBES)
             if num_equal < PROBES_EQUAL:
                 raise ValueError(
-                    f"{host.url}: the model {name!r} continues our embeddings of a text otherwise "
-                    f"than its tokens ({num_equal} of {len(PROBES)} equal), so it is not the "
-                    "language model of this checkpoint. Serve the folder of: python -m "
-                    "ltu.convert_checkpoint --model DIR --merged_llm_dir DIR"
+                    f"{host.url}: the model {quote(name, self.hosts.key)!r} continues our "
+                    f"embeddings of a text otherwise than its tokens ({num_equal} of "
+                    f"{len(PROBES)} equal), so it is not the language model of this checkpoint. "
+                    "Serve the folder of: python -m ltu.convert_checkpoint --model DIR "
+                    "--merged_llm_dir DIR"
                 )
             host.max_length = max_length
             host.model = name
@@ -414,7 +422,8 @@ class VllmEngine(LtuEngine):
         names = [served_name(sha256) for sha256 in hashes]
         if name not in names:
             raise ValueError(
-                f"{host.url} serves {name}, which was made of another checkpoint than "
+                f"{host.url} serves {quote(name, self.hosts.key)}, which was made of another "
+                "checkpoint than "
                 f"{self.folder} ({' or '.join(names)})."
             )
 
