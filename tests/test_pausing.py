@@ -137,6 +137,15 @@ def test_static_caches_are_computed_again(engine: LtuEngine) -> None:
     assert Run(static, 5, 3).run(requests) == alone
 
 
+def test_a_request_with_a_dynamic_cache_continues_with_a_static_one(engine: LtuEngine) -> None:
+    request = Request("Why?", tiny.clip(1), decoding={"max_new_tokens": 9})
+    run = Run(engine, 4, 1)
+    [(_, paused)] = run.run_turn([(0, request)])
+    assert paused.paused.cache is not None
+    static = LtuEngine(engine.model, engine.processor, folder=engine.folder, static_cache="on")
+    assert Run(static, 400, 1).run([paused]) == engine([request])
+
+
 def test_an_answer_does_not_wait_for_its_batch(engine: LtuEngine) -> None:
     """A short answer is delivered before the next token of a longer one, also without a pause."""
     lengths = [40, 3, 12, 25]

@@ -303,6 +303,7 @@ def test_one_thread_generates(ltu, monkeypatch):
     for _ in range(3):
         list(engine.stream(Request("Why?"), max_new_tokens=3))
     other([Request("Why?")], max_new_tokens=3)
+    check_batch(engine, [Request("Why?"), Request("Who?")], {"max_new_tokens": 3})
     assert len(threads) == 1 and threads != {threading.get_ident()}
 
 

@@ -13,6 +13,7 @@ from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.inference.sampling import check_decoding
+from ltu.inference.static_cache import COMPILING_THREAD
 
 # Difference of the two highest logits below which bf16 and fp16 may round a step either way.
 NEAR_TIE = 1e-2
@@ -77,15 +78,15 @@ def generate(
         batch["attention_mask"].sum(1).max()
     )
     settings["max_new_tokens"] = min(settings["max_new_tokens"], num_positions_left)
+    arguments = settings | batch
+    arguments["logits_processor"] = [top_two]
+    arguments["pad_token_id"] = engine.processor.pad_token_id
     if engine.static_cache == "on" and engine.can_use_static_cache:
         num_tokens = batch["input_ids"].shape[1] + settings["max_new_tokens"]
-        settings |= engine.cache_settings(num_tokens)
-    sequences = engine.model.generate(
-        **batch,
-        **settings,
-        logits_processor=[top_two],
-        pad_token_id=engine.processor.pad_token_id,
-    )
+        arguments |= engine.cache_settings(num_tokens)
+        sequences = COMPILING_THREAD.submit(engine.model.generate, **arguments).result()
+    else:
+        sequences = engine.model.generate(**arguments)
     tokens = sequences[:, batch["input_ids"].shape[1] :].tolist()
     best, second = torch.stack(top_two.values, 1).unbind(-1)  # (rows, steps) each
     leads = (best - second).tolist()

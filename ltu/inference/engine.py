@@ -55,9 +55,9 @@ from ltu.inference.sampling import (
 )
 from ltu.inference.static_cache import (
     CHOICES,
+    COMPILING_THREAD,
     MIN_BATCHES,
     choose_length,
-    compiling_thread,
     count_rows,
     find_obstacle,
 )
@@ -87,10 +87,6 @@ class LtuEngine:
 
     Threads may share an engine; it computes one batch at a time.
 
-    Attributes:
-        is_concurrent: whether requests that run at the same time do not wait for each other, so
-            that a request need not wait for a batch.
-
     Args:
         model, processor: of one checkpoint folder.
         cache_mb: size of the cache of audio embeddings, at most.
@@ -101,6 +97,8 @@ class LtuEngine:
             on CUDA, with its own settings.
 
     Attributes:
+        is_concurrent: whether requests that run at the same time do not wait for each other, so
+            that a request need not wait for a batch.
         language_model_sha256: hash of the language model that the checkpoint names, or None.
 
     Raises:
@@ -605,6 +603,9 @@ class LtuEngine:
         # Copies of the first prompt fill the batch up to a size that is compiled for all batches.
         # They end after one token, and nobody reads it.
         num_copies = num_rows - len(prompts) if is_static else 0
+        if is_static:
+            for prompt in prompts:
+                prompt.cache = None  # `generate` takes none for a static one.
         batch = self._make_batch(prompts + prompts[:1] * num_copies)
         prompt_length = batch["input_ids"].shape[1]
         # How many tokens a row may generate now; a row that was paused has some already.
@@ -649,7 +650,7 @@ class LtuEngine:
         arguments |= batch | {"stopping_criteria": criteria}
         if is_static:
             arguments |= self.cache_settings(prompt_length + max(limits))
-            output = compiling_thread().submit(self.model.generate, **arguments).result()
+            output = COMPILING_THREAD.submit(self.model.generate, **arguments).result()
         else:
             output = self.model.generate(**arguments)
         if isinstance(watcher, BatchStreamer):

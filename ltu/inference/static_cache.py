@@ -8,7 +8,6 @@ and weigh exactly zero, so answers do not change but for the order in which numb
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 from transformers import PreTrainedModel
 
@@ -23,6 +22,12 @@ CHOICES = ("auto", "on", "off")
 MIN_BATCHES = 64
 # Length of the shortest cache, in tokens.
 MIN_LENGTH = 128
+
+# The thread in which all engines of the process generate with static caches; it starts with its
+# first task. CUDA graphs belong to the thread that recorded them: torch 2.11 fails on them in
+# another one, and torch 2.14 records them again for each. torch 2.11 also crashes where a second
+# thread compiles after the first has ended.
+COMPILING_THREAD = ThreadPoolExecutor(1, "static cache")
 
 
 def find_obstacle(model: PreTrainedModel) -> str | None:
@@ -47,17 +52,6 @@ def find_obstacle(model: PreTrainedModel) -> str | None:
     except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         return str(error).partition("\n")[0]
     return None
-
-
-@cache
-def compiling_thread() -> ThreadPoolExecutor:
-    """Return the thread in which all engines of the process generate with static caches.
-
-    CUDA graphs belong to the thread that recorded them: torch 2.11 fails on them in another one,
-    and torch 2.14 records them again for each. torch 2.11 also crashes where a second thread
-    compiles after the first has ended.
-    """
-    return ThreadPoolExecutor(1, "static cache")
 
 
 def count_rows(batch_size: int) -> int:
