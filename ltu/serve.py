@@ -31,8 +31,14 @@ import numpy as np
 
 from ltu.data.audio import SAMPLING_RATE
 from ltu.files import run_command
-from ltu.inference.generation_flags import add_generation_flags, open_engine, refuse_unused
+from ltu.inference.generation_flags import (
+    add_generation_flags,
+    open_engine,
+    read_decoding_flags,
+    refuse_unused,
+)
 from ltu.inference.requests import Request
+from ltu.inference.sampling import check_decoding
 from ltu.serving.connection_limits import limits_of_flags, raise_file_limit
 from ltu.serving.listener import open_listeners, warn_if_open
 from ltu.serving.openai_server import api_key, make_server
@@ -154,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     # less.
     noise = np.random.default_rng(0).normal(0, 0.1, SAMPLING_RATE).astype(np.float32)
     engine([Request("?", noise)], max_new_tokens=1)
-    engine.warm_up(args.max_batch)
+    # A request that names no limit has this one.
+    engine.warm_up(args.max_batch, check_decoding(read_decoding_flags(args))["max_new_tokens"])
     server = make_server(engine, args, limits)
     # Leave what exists now to the end of the process. Otherwise the garbage collector looks through
     # it now and then, which takes half a second in which nothing is answered.

@@ -20,6 +20,8 @@ from ltu.inference.generation_flags import add_generation_flags, open_engine
 from ltu.inference.requests import Request
 from ltu.inference.static_cache import MIN_BATCHES, choose_length, count_rows
 from ltu.models.generation_ltu import find_cache
+from ltu.models.lora import can_merge_lora
+from ltu.serve import main as serve
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.test_engine import mixture
@@ -307,6 +309,30 @@ def test_one_thread_generates(ltu, monkeypatch):
     assert len(threads) == 1 and threads != {threading.get_ident()}
 
 
+def test_a_server_compiles_the_length_of_its_own_answers(folders, monkeypatch):
+    lengths = []
+    cache_settings = LtuEngine.cache_settings
+
+    def record(engine: LtuEngine, num_tokens: int) -> dict:
+        settings = cache_settings(engine, num_tokens)
+        lengths.append(settings["max_cache_len"])
+        return settings
+
+    class Started(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Started
+
+    monkeypatch.setattr(LtuEngine, "cache_settings", record)
+    monkeypatch.setattr("ltu.serve.make_server", stop)
+    flags = f"--model {folders['ltu']} --device cpu --port 0 --static_cache on --max_batch 1"
+    with pytest.raises(Started):
+        serve([*flags.split(), "--max_new_tokens", "600"])
+    question = LtuEngine.from_pretrained(folders["ltu"], "cpu").inputs([Request("Why?")])
+    assert lengths[-1] == choose_length(question["input_ids"].shape[1] + 600) > 512
+
+
 # --- when it is used
 
 
@@ -399,3 +425,14 @@ def test_lora_on_a_tied_weight_is_left(tmp_path):
     assert lora_names(engine)
     with pytest.raises(ValueError, match="one tensor: it cannot be merged"):
         LtuEngine.from_pretrained(folder, "cpu", merge_lora="on")
+
+
+def test_offloaded_weights_are_left(folders):
+    """Adding to a weight on the meta device would do nothing, and LoRA would be lost."""
+    engine = LtuEngine.from_pretrained(folders["ltu"], "cpu", merge_lora="off")
+    num_names = len(lora_names(engine))
+    engine.model.language_model.model.layers[0].to("meta")
+    assert not can_merge_lora(engine.model.language_model)
+    with pytest.raises(ValueError, match="offloaded, and LoRA cannot be merged"):
+        engine.model.merge_lora()
+    assert len(lora_names(engine)) == num_names and engine.model.config.lora

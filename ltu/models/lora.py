@@ -77,10 +77,14 @@ def inject_lora(language_model: PreTrainedModel, lora: dict) -> None:
 
 def can_merge_lora(language_model: PreTrainedModel) -> bool:
     """Return whether LoRA is on weights in memory that are neither tied nor quantized."""
-    is_offloaded = any(parameter.is_meta for parameter in language_model.parameters())
-    if is_offloaded or getattr(language_model, "is_quantized", False):
+    if _is_offloaded(language_model) or getattr(language_model, "is_quantized", False):
         return False
     return find_tied_lora(language_model) is None
+
+
+def _is_offloaded(language_model: PreTrainedModel) -> bool:
+    """Return whether weights are on the meta device until a forward pass needs them."""
+    return any(parameter.is_meta for parameter in language_model.parameters())
 
 
 def find_tied_lora(language_model: PreTrainedModel) -> tuple[str, str] | None:
@@ -108,8 +112,14 @@ def merge_lora(language_model: PreTrainedModel) -> None:
         language_model: a causal LM with LoRA, which is changed.
 
     Raises:
-        ValueError: LoRA is on a tied weight, whose other use has no LoRA.
+        ValueError: LoRA is on a tied weight, whose other use has no LoRA, or weights are offloaded,
+            so that a sum would be lost.
     """
+    if _is_offloaded(language_model):
+        raise ValueError(
+            "Weights of the language model are offloaded, and LoRA cannot be merged into them: use "
+            "more memory, or leave merging out."
+        )
     tied = find_tied_lora(language_model)
     if tied is not None:
         raise ValueError(f"LoRA is on one of {tied}, which are one tensor: it cannot be merged.")

@@ -149,7 +149,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         language model from now on.
 
         Raises:
-            ValueError: LoRA is on a tied weight, or the language model is quantized.
+            ValueError: LoRA is on a tied weight, or the language model is quantized or offloaded.
         """
         if self.config.lora is None:
             return
