@@ -78,6 +78,7 @@ from ltu.data.audio import SAMPLING_RATE  # noqa: E402
 from ltu.files import run_command, write_json  # noqa: E402
 from ltu.inference.engine import LtuEngine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
+from ltu.inference.static_cache import compiling_thread  # noqa: E402
 from ltu.models.provenance import read_record  # noqa: E402
 from ltu.models.version_check import FP32_TOLERANCE  # noqa: E402
 from ltu.training.compiled_layers import (  # noqa: E402
@@ -714,7 +715,7 @@ def add_generate(
     # thread could not replay its CUDA graphs.
     prompt_length = engine.inputs(requests, new_tokens)["input_ids"].shape[1]
     settings = engine.cache_settings(prompt_length + new_tokens)
-    thread = engine._compiling_thread
+    thread = compiling_thread()
     found = thread.submit(time_generate, engine.model, count, new_tokens, **settings).result()
     name = f"generate, {count} at once, static cache"
     note = f"first call {found['first_seconds']:.1f} s, then {found['seconds']:.2f} s, "
