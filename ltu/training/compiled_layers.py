@@ -176,7 +176,6 @@ class CompilingTrainer(PassTrainer):
         gpus = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(gpus):
             failure = self._find_failure(layers, inputs)
-        self.step_losses = []
         failures = [failure for failure in gather_object([failure]) if failure is not None]
         self.has_compiled_layers = not failures
         if not failures:

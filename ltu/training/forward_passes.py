@@ -222,6 +222,7 @@ class PassTrainer(ShardedTrainer):
         self.rows_per_pass: int | None = None
         self.step_losses: list[Tensor] = []
         self.step_numbers: list[int] = []
+        self._pass_losses: list[Tensor] = []  # Of the parts of the current pass, if it is merged.
         self._step: list[Part] = []  # The micro-batches of the current step so far.
         self._num_computed = 0  # How many of them are computed.
         self._returned_loss: Tensor | float = 0.0  # Of the current step so far.
@@ -351,11 +352,14 @@ class PassTrainer(ShardedTrainer):
 
     def _run_pass(self, model: torch.nn.Module, parts: list[Part]) -> Tensor:
         """Compute the loss of a pass and its gradients, which are added to those that exist."""
-        self.step_numbers += [part.number for part in parts]
+        self._pass_losses = []
         inputs: dict[str, Any] = parts[0].tensors
         if len(parts) > 1 or not parts[0].is_whole:
             inputs = merge(parts)
-        return super().training_step(model, inputs)
+        loss = super().training_step(model, inputs)
+        self.step_numbers += [part.number for part in parts]
+        self.step_losses += self._pass_losses or [loss.detach()]
+        return loss
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -381,13 +385,10 @@ class PassTrainer(ShardedTrainer):
             keep = torch.arange(start, labels.shape[1], device=labelled.device)
             inputs = inputs | {"labels": labels[:, keep], "logits_to_keep": keep}
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not model.training:
-            return loss
         if part_rows is not None:
             losses = torch.stack([rows.sum() for rows in loss.split(part_rows)])  # (parts,)
-            self.step_losses += losses.detach().unbind()
+            self._pass_losses = list(losses.detach().unbind())
             return losses.sum()
-        self.step_losses.append(loss.detach())
         return loss
 
     def _check_repeatable(self, error: torch.OutOfMemoryError) -> None:
