@@ -729,6 +729,33 @@ def test_a_short_answer_does_not_wait_for_a_long_one(
     assert delivered == (["short", "long"] if tokens_per_turn else ["long", "short"])
 
 
+def test_a_short_answer_with_other_settings(
+    engine: LtuEngine, gate: tiny.Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is gathered with a long one, but runs after it: the long one is paused for it too."""
+    deliver = BatchScheduler._deliver
+    delivered = []
+
+    def record(scheduler: BatchScheduler, pending: PendingRequest, answer: Answer) -> None:
+        delivered.append(pending.request.question)
+        deliver(scheduler, pending, answer)
+
+    monkeypatch.setattr(BatchScheduler, "_deliver", record)
+    flags = ["--max_batch", "2", "--tokens_per_turn", "4"]
+    penalty = {"repetition_penalty": 1.5}
+    with serve(engine, *flags) as served, ThreadPoolExecutor() as pool:
+        first = pool.submit(served.ask, text_part("first"), max_tokens=1)
+        assert gate.is_reached.wait(PATIENCE)
+        long = pool.submit(served.ask, text_part("long"), max_tokens=40)
+        wait_until(lambda: served.metric("ltu_queue_depth") == 1)
+        short = pool.submit(served.ask, text_part("short"), max_tokens=3, extra_body=penalty)
+        wait_until(lambda: served.metric("ltu_queue_depth") == 2)
+        gate.is_open.set()
+        for reply in (first, long, short):
+            reply.result()
+    assert delivered == ["first", "short", "long"]
+
+
 @pytest.mark.parametrize("paused_cache_mb", ["0", "0.25", "1024"])
 def test_answers_that_are_paused(
     engine: LtuEngine, gate: tiny.Gate, monkeypatch: pytest.MonkeyPatch, paused_cache_mb: str

@@ -170,17 +170,20 @@ class BatchScheduler(threading.Thread):
         self.paused_bytes += paused_size(request)
         self.pending_requests.put(pending)
 
-    def _is_turn_over(self, num_tokens: int) -> bool:
-        limit = self.settings.tokens_per_turn
-        return 0 < limit <= num_tokens and not self.pending_requests.empty()
-
     def _answer(self, batch: list[PendingRequest]) -> None:
         """Run the engine on a batch and deliver each answer as soon as it is complete."""
         self.metrics.batch_size.observe(len(batch))
         unanswered = dict(enumerate(batch))
         requests = [pending.request for pending in batch]
+        # The engine computes requests with other settings one group after the other.
+        begun: set[int] = set()
+
+        def is_turn_over(num_tokens: int) -> bool:
+            others_wait = len(begun) < len(batch) or not self.pending_requests.empty()
+            return 0 < self.settings.tokens_per_turn <= num_tokens and others_wait
 
         def on_text(index: int, text: str) -> bool:
+            begun.add(index)
             found_stop = batch[index].show(text)
             return not (found_stop or batch[index].is_over)
 
@@ -193,7 +196,7 @@ class BatchScheduler(threading.Thread):
                 len(batch),
                 on_text=on_text,
                 on_answer=on_answer,
-                is_turn_over=self._is_turn_over,
+                is_turn_over=is_turn_over,
             ):
                 if isinstance(result, Request):
                     self._pause(unanswered.pop(index), result)
