@@ -2,8 +2,8 @@
 
     python -m benchmarks.serve_wait --output_path benchmarks/results/serve_wait_cpu.json
     python -m benchmarks.serve_wait --flags "--tokens_per_turn 0" "--tokens_per_turn 16"
-    git worktree add /tmp/before COMMIT
-    python -m benchmarks.serve_wait --before /tmp/before
+    git worktree add ../before COMMIT
+    python -m benchmarks.serve_wait --before ../before
 
 There are three loads: all clients ask for few new tokens, all for many, or every second one for
 each. A client sends its next request when its answer is complete. Answers are sampled and streamed,

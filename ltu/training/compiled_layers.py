@@ -176,7 +176,7 @@ class CompilingTrainer(PassTrainer):
         gpus = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(gpus):
             failure = self._find_failure(layers, inputs)
-        failures = [failure for failure in gather_object([failure]) if failure is not None]
+        failures = [found for found in gather_object([failure]) if found is not None]
         self.has_compiled_layers = not failures
         if not failures:
             return

@@ -17,7 +17,7 @@ rounding. With dropout they are equal in distribution, because random numbers de
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
@@ -55,7 +55,8 @@ class Part:
     """Some rows of a micro-batch, which are computed in one pass.
 
     Attributes:
-        tensors: of these rows and their clips, as the collator makes them.
+        tensors: (rows, length) of these rows, and (clips, ...) of their clips, as the collator
+            makes them.
         number: of the micro-batch in the step, from 0.
         num_labelled: labelled tokens of the whole micro-batch.
         is_whole: whether these are all rows of the micro-batch.
@@ -319,8 +320,10 @@ class PassTrainer(ShardedTrainer):
             # Processes exchange their gradients after the last pass of a step only.
             # With FSDP they do so after each pass, as `ShardedTrainer` says.
             is_last = number == len(passes) - 1
-            exchanges = is_last or self.is_fsdp_enabled
-            with nullcontext() if exchanges else self.accelerator.no_sync(model):
+            context: AbstractContextManager = nullcontext()
+            if not is_last and not self.is_fsdp_enabled:
+                context = self.accelerator.no_sync(model)
+            with context:
                 try:
                     loss = loss + self._run_pass(model, parts)
                 # Tensors that its traceback refers to are freed when this block is left.
