@@ -11,12 +11,11 @@ import torch
 from ltu.files import run_command
 from ltu.finetune import main as finetune
 from ltu_as.audio_front_end import WhisperFrontEnd
-from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
 from ltu_as.feature_store import FeatureStore
 from ltu_as.modeling_tltr import TltrModel
 from tests import tiny
-from tests.whisper_tiny import save_whisper
+from tests.whisper_tiny import write_ltu_as
 
 NUM_CLIPS = 4
 
@@ -25,10 +24,7 @@ NUM_CLIPS = 4
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a Whisper, a checkpoint, four clips, five examples and stored features."""
     folder = tmp_path_factory.mktemp("ltu_as")
-    save_whisper(folder / "whisper.pt")
-    tiny.write_llm(folder / "llm")
-    flags = f"--init --llm {folder}/llm --whisper {folder}/whisper.pt --num_layer_heads 2"
-    convert(f"{flags} --feature_precision fp32 --output_dir {folder}/init".split())
+    write_ltu_as(folder / "init", tiny.write_llm(folder / "llm"))
     rows = [{"instruction": "Name an animal.", "input": "", "audio_id": "empty", "output": "dog"}]
     for number in range(NUM_CLIPS):
         soundfile.write(folder / f"{number}.wav", tiny.clip(number, 0.6), 16_000)

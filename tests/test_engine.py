@@ -29,23 +29,21 @@ from ltu.inference.sampling import (
     StreamedRow,
     check_decoding,
 )
-from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.tiny import GOLDEN
-from tests.whisper_tiny import save_whisper
+from tests.whisper_tiny import write_ltu_as
 
-WORDS = "what do you hear is the dog loud near or far and why say more".split()
+WORDS = "what do you see is the dog loud near or far and why say more".split()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("engine")
     llm = tiny.write_llm(root / "llm")
-    save_whisper(root / "whisper.pt")
-    flags = f"--init --llm {llm} --whisper {root}/whisper.pt "
-    flags += "--feature_precision fp32 --num_layer_heads 2"
-    convert_as(f"{flags} --output_dir {root}/ltu_as".split())
-    return {"ltu": tiny.write_checkpoint(root / "ltu", llm, tiny.LORA), "ltu_as": root / "ltu_as"}
+    return {
+        "ltu": tiny.write_checkpoint(root / "ltu", llm, tiny.LORA),
+        "ltu_as": write_ltu_as(root / "ltu_as", llm),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tiny import (
     write_llm,
     write_rows,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from ltu.finetune import main
 from ltu.models.configuration_ltu import IGNORED
@@ -391,22 +390,8 @@ def test_a_size_that_is_none(checkpoint, data_path, tmp_path, capsys, value):
 def mixture(tmp_path_factory):
     """A checkpoint with a mixture of experts, whose router has a loss over a micro-batch."""
     root = tmp_path_factory.mktemp("mixture")
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=512,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=64,
-        num_local_experts=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        output_router_logits=True,
-    )
-    llm = write_llm(root / "llm")
-    AutoModelForCausalLM.from_config(config).save_pretrained(llm)
+    router = {"num_local_experts": 2, "output_router_logits": True}
+    llm = write_llm(root / "llm", "mixtral", **router)
     return write_checkpoint(root / "base", llm)
 
 

@@ -697,23 +697,29 @@ def test_nobody_waits_for_requests_that_do_not_come(engine: LtuEngine) -> None:
         assert served.metric("ltu_batch_size_count") == 1
 
 
+@pytest.fixture
+def delivered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the questions whose answers a server has delivered, in their order."""
+    deliver = BatchScheduler._deliver
+    questions = []
+
+    def record(scheduler: BatchScheduler, pending: PendingRequest, answer: Answer) -> None:
+        questions.append(pending.request.question)
+        deliver(scheduler, pending, answer)
+
+    monkeypatch.setattr(BatchScheduler, "_deliver", record)
+    return questions
+
+
 @pytest.mark.parametrize("tokens_per_turn, num_turns", [(4, 3), (0, 2)])
 def test_a_short_answer_does_not_wait_for_a_long_one(
     engine: LtuEngine,
     gate: tiny.Gate,
-    monkeypatch: pytest.MonkeyPatch,
+    delivered: list[str],
     tokens_per_turn: int,
     num_turns: int,
 ) -> None:
     """The long one is paused after its turn; without turns it runs to its end."""
-    deliver = BatchScheduler._deliver
-    delivered = []
-
-    def record(scheduler: BatchScheduler, pending: PendingRequest, answer: Answer) -> None:
-        delivered.append(pending.request.question)
-        deliver(scheduler, pending, answer)
-
-    monkeypatch.setattr(BatchScheduler, "_deliver", record)
     flags = ["--max_batch", "1", "--tokens_per_turn", str(tokens_per_turn)]
     with serve(engine, *flags) as served, ThreadPoolExecutor() as pool:
         long = pool.submit(served.ask, text_part("long"), max_tokens=40)
@@ -730,17 +736,9 @@ def test_a_short_answer_does_not_wait_for_a_long_one(
 
 
 def test_a_short_answer_with_other_settings(
-    engine: LtuEngine, gate: tiny.Gate, monkeypatch: pytest.MonkeyPatch
+    engine: LtuEngine, gate: tiny.Gate, delivered: list[str]
 ) -> None:
     """It is gathered with a long one, but runs after it: the long one is paused for it too."""
-    deliver = BatchScheduler._deliver
-    delivered = []
-
-    def record(scheduler: BatchScheduler, pending: PendingRequest, answer: Answer) -> None:
-        delivered.append(pending.request.question)
-        deliver(scheduler, pending, answer)
-
-    monkeypatch.setattr(BatchScheduler, "_deliver", record)
     flags = ["--max_batch", "2", "--tokens_per_turn", "4"]
     penalty = {"repetition_penalty": 1.5}
     with serve(engine, *flags) as served, ThreadPoolExecutor() as pool:

@@ -19,7 +19,7 @@ from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
 from ltu_as.feature_store import FeatureStore, StaleFeatures
 from tests import tiny
-from tests.whisper_tiny import save_whisper
+from tests.whisper_tiny import write_ltu_as
 
 RATE = 16_000
 
@@ -28,10 +28,7 @@ RATE = 16_000
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a Whisper, a checkpoint, four clips of 0.6 s, examples of them and features."""
     folder = tmp_path_factory.mktemp("stale")
-    save_whisper(folder / "whisper.pt")
-    tiny.write_llm(folder / "llm")
-    flags = f"--init --llm {folder}/llm --whisper {folder}/whisper.pt --num_layer_heads 2"
-    convert(f"{flags} --feature_precision fp32 --output_dir {folder}/init".split())
+    write_ltu_as(folder / "init", tiny.write_llm(folder / "llm"))
     rows = []
     for number in range(4):
         soundfile.write(folder / f"{number}.wav", tiny.clip(number, 0.6), RATE)

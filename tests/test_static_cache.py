@@ -22,10 +22,9 @@ from ltu.inference.static_cache import MIN_BATCHES, choose_length, count_rows
 from ltu.models.generation_ltu import find_cache
 from ltu.models.lora import can_merge_lora
 from ltu.serve import main as serve
-from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.test_engine import mixture
-from tests.whisper_tiny import save_whisper
+from tests.whisper_tiny import write_ltu_as
 
 QUESTION = "What is it?"
 LONG_QUESTION = "Which of the two sounds comes first, and why do you think so? " * 3
@@ -60,11 +59,10 @@ def on_the_cpu(config: CompileConfig) -> CompileConfig:
 def folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("static_cache")
     llm = tiny.write_llm(root / "llm")
-    save_whisper(root / "whisper.pt")
-    flags = f"--init --llm {llm} --whisper {root}/whisper.pt "
-    flags += "--feature_precision fp32 --num_layer_heads 2"
-    convert_as(f"{flags} --output_dir {root}/ltu_as".split())
-    return {"ltu": tiny.write_checkpoint(root / "ltu", llm, tiny.LORA), "ltu_as": root / "ltu_as"}
+    return {
+        "ltu": tiny.write_checkpoint(root / "ltu", llm, tiny.LORA),
+        "ltu_as": write_ltu_as(root / "ltu_as", llm),
+    }
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from tests import tiny
 from tests.machine import PATIENCE, wait_until
 from tests.test_serve import serve
 from tests.vllm_server import KEY, FakeVllm
-from tests.whisper_tiny import save_whisper
+from tests.whisper_tiny import write_ltu_as
 
 DECODING = {"max_new_tokens": 12}
 
@@ -47,9 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vllm")
     llm = tiny.write_llm(root / "llm")
     tiny.write_checkpoint(root / "ltu", llm, tiny.LORA)
-    save_whisper(root / "whisper.pt")
-    flags = f"--init --llm {llm} --whisper {root}/whisper.pt --feature_precision fp32 "
-    convert_as(f"{flags} --num_layer_heads 2 --output_dir {root}/ltu_as".split())
+    write_ltu_as(root / "ltu_as", llm)
     convert(["--model", f"{root}/ltu", "--merged_llm_dir", f"{root}/ltu_llm"])
     convert_as(["--model", f"{root}/ltu_as", "--merged_llm_dir", f"{root}/ltu_as_llm"])
     return root

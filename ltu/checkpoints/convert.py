@@ -273,8 +273,7 @@ class LtuConverter:
         llm_dtype: str | None = None,
     ) -> None:
         """Write a checkpoint folder as a self-contained one, with LoRA merged in."""
-        folder, config = self._find(model)
-        processor = self.processor_class.from_pretrained(folder)
+        folder, config, processor = self._open(model)
         placed, dropped = merge(config, folder, output_dir, processor, llm, llm_dtype)
         report(output_dir, placed, dropped)
 
@@ -286,8 +285,7 @@ class LtuConverter:
         llm_dtype: str | None = None,
     ) -> None:
         """Write the language model of a checkpoint folder, LoRA merged in, as a stock folder."""
-        folder, config = self._find(model)
-        processor = self.processor_class.from_pretrained(folder)
+        folder, config, processor = self._open(model)
         placed, dropped = write_merged_llm(config, folder, output_dir, processor, llm, llm_dtype)
         report(output_dir, placed, dropped)
         name = served_name(sha256_of_weights(folder))
@@ -295,6 +293,11 @@ class LtuConverter:
             f"Serve it with: vllm serve {output_dir} --enable-prompt-embeds "
             f"--served-model-name {name}"
         )
+
+    def _open(self, model: str | Path) -> tuple[Path, PreTrainedConfig, LtuProcessor]:
+        """Return a checkpoint folder, its config and its processor. Raises as `_find`."""
+        folder, config = self._find(model)
+        return folder, config, self.processor_class.from_pretrained(folder)
 
     def _find(self, model: str | Path) -> tuple[Path, PreTrainedConfig]:
         """Return a checkpoint folder and its config.

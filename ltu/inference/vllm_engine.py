@@ -56,7 +56,7 @@ KEY_VARIABLE = "VLLM_API_KEY"  # The environment variable of the key, as on the 
 # Questions of a dataset in a row that the servers did not answer, after which the run ends.
 FAILURES_IN_ROW = 16
 # Texts whose next token must be the same by their tokens and by our embeddings of them.
-PROBES = ("The sound of a dog barking in", "What can be heard? It is a", "One, two, three,")
+PROBES = ("The sound of a dog barking in", "Which sound is it? It is a", "One, two, three,")
 PROBES_EQUAL = 2  # So many must be; a server that computes in bf16 may decide a tie either way.
 
 
