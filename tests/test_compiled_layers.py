@@ -334,6 +334,13 @@ def test_run(run: Callable[..., Path], plain: Path) -> None:
     check_equal_runs(folder, plain)
 
 
+def test_a_language_model_without_layers(data_path: Path, tmp_path: Path) -> None:
+    base = tiny.write_checkpoint(tmp_path / "base", tiny.write_llm(tmp_path / "llm", "openai-gpt"))
+    flags = tiny.training_flags(base, data_path, tmp_path / "run", compile_layers=True, lora_r=4)
+    with pytest.raises(ValueError, match="a openai-gpt has no layers that can be compiled"):
+        main([*flags, "--lora_target_modules", "[c_attn]"])
+
+
 def fail_in_forward(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> None:
     raise FileNotFoundError("no compiler")
 

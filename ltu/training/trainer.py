@@ -460,6 +460,11 @@ def make_trainer(
     num_examples = setup.steps.total_steps * setup.steps.examples_per_step
     is_compiled = chooses_compilation(model_args, run, num_examples, run.device)
     layers = find_layers(model) if is_compiled else []
+    if run.compile_layers == "true" and not find_layers(model.language_model):
+        raise ValueError(
+            f"--compile_layers: a {model.language_model.config.model_type} has no layers that can "
+            "be compiled one by one. Leave the flag out."
+        )
     lengths = setup.train_set.lengths
     trainer = LtuTrainer(
         model=model,
