@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ltu.checkpoints.save_checkpoint import LLM_PREFIX, find_weights
-from ltu.models.configuration_ltu import LtuConfig, open_llm_config
+from ltu.models.configuration_ltu import LtuConfig, open_model_config
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import find_checkpoint, weight_files
 from ltu.models.modeling_ltu import (
@@ -56,7 +56,7 @@ def open_prompt_encoder(
     if config.language_model is not None:
         config.language_model = str(language_model or config.find_language_model(folder))
         check_language_model(config, folder)
-        plan.text_config = open_llm_config(config.language_model)
+        plan.text_config = open_model_config(config.language_model)
         check_same_sizes(config, plan.text_config, folder)
         config.text_config = copy.deepcopy(plan.text_config)
         llm_folder = find_weights(config.language_model)
