@@ -138,7 +138,7 @@ def plan_tensors(
     plan = {}
     llm_dtypes: Counter[torch.dtype] = Counter()
     for key in keys:
-        dtype = torch.float32
+        dtype = torch.float32 if state[key].is_floating_point() else state[key].dtype
         if is_llm(key):
             dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
             llm_dtypes[dtype] += 1

@@ -32,11 +32,11 @@ from ltu.models.feature_extraction_audio_encoder_wrapper import (
 )
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import hash_model
+from ltu.models.lora import find_parameters
 from ltu.models.modeling_audio_encoder_wrapper import (
     compute_hidden_states,
     find_encoder_class,
     find_input_name,
-    find_parameters,
     load_encoder_weights,
     repeat_constants,
 )

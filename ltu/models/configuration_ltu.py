@@ -209,8 +209,8 @@ class LtuConfig(PreTrainedConfig):
         self.text_config = as_config(text_config, "llama")
         if not getattr(self.text_config, "vocab_size", None):
             raise ValueError(
-                f"{self.text_config.model_type} is no causal language model. Give a model of text "
-                "only."
+                f"{self.text_config.model_type} is no causal language model, because its config "
+                "has no vocab_size. Give a model of text only."
             )
         self.language_model = language_model
         self.language_model_sha256 = language_model_sha256

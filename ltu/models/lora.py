@@ -5,7 +5,7 @@ LoRA weights are fp32, whatever the dtype of the language model.
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from torch import nn
+from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
 
@@ -76,6 +76,22 @@ def inject_lora(model: PreTrainedModel, lora: dict) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def find_parameters(output: Tensor) -> set[nn.Parameter]:
+    """Return the parameters that an output depends on, by its graph of gradients."""
+    found = set()
+    seen = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting.extend(next_node for next_node, _ in node.next_functions)
+    return found
 
 
 def can_merge_lora(language_model: PreTrainedModel) -> bool:

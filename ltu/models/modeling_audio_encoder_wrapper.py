@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ltu.models.config_checks import refuse_malformed
 from ltu.models.configuration_audio_encoder_wrapper import AudioEncoderWrapperConfig
+from ltu.models.lora import find_parameters
 
 INPUT_NAMES = ("input_features", "input_values")
 # Names of sub-configs that belong to an audio encoder, in the configs of larger models.
@@ -28,9 +30,12 @@ class AudioEncoderWrapperModel(PreTrainedModel):
     """An audio encoder of transformers as the audio encoder of LTU.
 
     Args:
-        config: how the hidden states become audio tokens.
-        encoder: the loaded encoder. Without one it is built from `config.encoder_config` with
-            random weights.
+        config: how the hidden states become audio tokens. The encoder is built from its
+            `encoder_config`, with random weights.
+
+    Attributes:
+        fixed_parameter_names: parameters that the encoder itself does not train, such as Whisper's
+            sine-shaped position embeddings.
     """
 
     config_class = AudioEncoderWrapperConfig
@@ -43,13 +48,13 @@ class AudioEncoderWrapperModel(PreTrainedModel):
     _supports_flash_attn = True
     encoder: PreTrainedModel
 
-    def __init__(self, config: AudioEncoderWrapperConfig, encoder: PreTrainedModel | None = None):
+    def __init__(self, config: AudioEncoderWrapperConfig):
         super().__init__(config)
-        if encoder is None:
-            encoder_class, encoder_config = find_encoder_class(config.encoder_config)
-            encoder = encoder_class(encoder_config)
-        self.encoder = encoder
-        self._no_split_modules = list(encoder._no_split_modules or [])
+        encoder_class, encoder_config = find_encoder_class(config.encoder_config)
+        self.encoder = encoder_class(encoder_config)
+        self.fixed_parameter_names = frozenset(
+            name for name, parameter in self.named_parameters() if not parameter.requires_grad
+        )
         self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
         self.register_buffer("feature_std", torch.ones(config.hidden_size))
         self.post_init()
@@ -79,25 +84,32 @@ class AudioEncoderWrapperModel(PreTrainedModel):
             self.encoder.load_state_dict(state, strict=False)
 
     def train(self, mode: bool = True) -> "AudioEncoderWrapperModel":
-        """Switch dropout on or off; a frozen encoder has none, so its output can be cached."""
+        """Switch dropout on or off.
+
+        A frozen encoder has none, so that its output can be cached. Batch normalisation always uses
+        its stored statistics, so that an example does not depend on the others of its batch.
+        """
         super().train(mode)
         if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
             self.encoder.eval()
+        for module in self.encoder.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
         return self
 
     @cached_property
     def unused_parameter_names(self) -> list[str]:
         """Parameters without gradient, named as in `state_dict`, such as those of unused layers."""
         was_training = self.training
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        was_trained = {parameter: parameter.requires_grad for parameter in self.parameters()}
         self.eval()
-        self.requires_grad_(True)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self.fixed_parameter_names)
         with torch.enable_grad():
             output = self(torch.zeros(1, *self.config.feature_shape, device=self.device))
         used = find_parameters(output)
-        self.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, is_trained in was_trained.items():
+            parameter.requires_grad_(is_trained)
         self.train(was_training)
         return [name for name, parameter in self.named_parameters() if parameter not in used]
 
@@ -271,22 +283,6 @@ def load_encoder_weights(name: str | Path, **hub_kwargs: Any) -> dict[str, Tenso
     missing = set(info["missing_keys"])
     state = encoder.state_dict()
     return {key: value for key, value in state.items() if prefix + key not in missing}
-
-
-def find_parameters(output: Tensor) -> set[nn.Parameter]:
-    """Return the parameters that an output depends on, by its graph of gradients."""
-    found = set()
-    seen = set()
-    waiting = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        waiting.extend(next_node for next_node, _ in node.next_functions)
-    return found
 
 
 AutoModel.register(AudioEncoderWrapperConfig, AudioEncoderWrapperModel)

@@ -40,7 +40,7 @@ from ltu.models.locate_checkpoint import (
     hash_model,
     weight_files,
 )
-from ltu.models.lora import find_targets, inject_lora, merge_lora
+from ltu.models.lora import find_parameters, find_targets, inject_lora, merge_lora
 from ltu.models.model_card import CARD, add_model_card
 from ltu.models.weight_headers import StoredTensor, read_headers
 
@@ -165,6 +165,17 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             "target_modules": targets,
         }
         inject_lora(self.audio_tower, self.config.encoder_lora)
+        # Some attention layers of torch use the weights of a layer without calling the layer.
+        weight = self.multi_modal_projector.linear.weight
+        features = weight.new_zeros(1, *self.config.audio_config.feature_shape)
+        with torch.enable_grad():
+            used = find_parameters(self.audio_tower(features))
+        for name, parameter in self.audio_tower.named_parameters():
+            if ".lora_" in name and parameter not in used:
+                raise ValueError(
+                    f"LoRA on {name.split('.lora_')[0]} has no effect, because the audio encoder "
+                    f"uses its weights without calling the layer. Name other layers: {flag}"
+                )
 
     def merge_lora(self) -> None:
         """Add the product of LoRA to the weights of its model, and remove LoRA.
@@ -222,12 +233,15 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         patterns = TRAINABLE_PLANS[plan]
         prefixes = tuple(pattern for pattern in patterns if not pattern.startswith("."))
         infixes = [pattern for pattern in patterns if pattern.startswith(".")]
+        fixed = getattr(self.audio_tower, "fixed_parameter_names", frozenset())
         for name, parameter in self.named_parameters():
             is_trainable = name.startswith(prefixes) or any(infix in name for infix in infixes)
             if name.startswith("audio_tower."):
                 is_lora = ".lora_" in name
-                is_frozen = self.config.encoder_lora is not None and not is_lora
-                is_trainable = is_trainable and not is_frozen and not freeze_audio_tower
+                is_frozen = freeze_audio_tower or name.removeprefix("audio_tower.") in fixed
+                if self.config.encoder_lora is not None and not is_lora:
+                    is_frozen = True
+                is_trainable = is_trainable and not is_frozen
                 if is_trainable and not is_lora:
                     self._own_audio_tower()
             parameter.requires_grad_(is_trainable)
@@ -451,6 +465,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         state_dict = self.state_dict() if state_dict is None else state_dict
         own_state = {key: value for key, value in state_dict.items() if self.is_own(key)}
         check_finite(own_state, f"{save_directory} is not written")
+        # The names in memory: transformers would write some models under names of older versions.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, state_dict=own_state, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
@@ -610,10 +626,12 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 "the folder again with: python -m ltu.convert_checkpoint"
             )
         for key, tensor in stored.items():
-            if tensor.shape != tuple(own[key].shape) or not tensor.is_float:
+            is_float = own[key].is_floating_point()
+            if tensor.shape != tuple(own[key].shape) or tensor.is_float != is_float:
+                kind = "float" if is_float else "integers"
                 raise ValueError(
                     f"{folder} does not fit its own config: {key} is {tensor.dtype} of shape "
-                    f"{[*tensor.shape]}, and float of {[*own[key].shape]} by the config. Write "
+                    f"{[*tensor.shape]}, and {kind} of {[*own[key].shape]} by the config. Write "
                     "the folder again with: python -m ltu.convert_checkpoint"
                 )
 
