@@ -22,6 +22,7 @@ from ltu.models.modeling_ltu import (
     check_language_model,
     check_same_sizes,
     check_stored_weights,
+    find_audio_encoder,
 )
 
 OWN_PREFIXES = ("audio_tower.", "multi_modal_projector.")
@@ -51,6 +52,7 @@ def open_prompt_encoder(
     config: LtuConfig = AutoConfig.from_pretrained(folder)
     if config.language_model is None and language_model:
         raise ValueError(f"{folder} holds its language model; leave --llm {language_model} out.")
+    find_audio_encoder(config, folder)
     plan = copy.deepcopy(config)  # Of the model that is built to be compared with the files.
     llm_folder = None
     if config.language_model is not None:
@@ -78,6 +80,7 @@ def open_prompt_encoder(
             names += pair
     table = _read_table(llm_folder or folder, names, llm_folder is None)
     check_finite(own | {name: table}, f"{folder} is not opened")
+    model.load_named_encoder()
     model.load_state_dict(own, strict=False)
     if dtype != "auto":
         table = table.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

@@ -354,8 +354,7 @@ def merge(
         ValueError: there is nothing to merge and `llm_dtype` is None, the language model is another
             one, or LoRA is on a tied weight.
     """
-    encoder = getattr(config.audio_config, "encoder", None)
-    is_whole = config.language_model is None and encoder is None
+    is_whole = config.language_model is None and config.named_encoder is None
     if is_whole and config.lora is None and config.encoder_lora is None and llm_dtype is None:
         raise ValueError(
             f"{folder} contains its language model, and has no LoRA: there is nothing to merge. "
@@ -463,7 +462,7 @@ def plan_merge(config: LtuConfig, folder: Path, llm: str | None) -> MergedModel:
             else:
                 dropped[key] = "no weight of the model"
 
-    if getattr(config.audio_config, "encoder", None) is not None:
+    if config.named_encoder is not None:
         find_audio_encoder(config, folder)
         for key, value in load_encoder_weights(config.audio_config.encoder).items():
             state[f"audio_tower.encoder.{key}"] = value

@@ -49,6 +49,8 @@ LARGEST = {
     "max_source_positions": 2**20,
     "num_audio_tokens": 2**16,
     "num_mel_bins": 2**12,
+    "feature_size": 2**16,
+    "n_fft": 2**16,
     "num_frames": 2**17,
     "patch_size": 2**12,
     "time_pooling": 2**12,

@@ -251,6 +251,16 @@ class LtuConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
 
     @property
+    def named_encoder(self) -> str | None:
+        """Hub id or folder of an audio encoder that the checkpoint names; None if it holds it."""
+        return getattr(self.audio_config, "encoder", None)
+
+    @property
+    def encoder_sha256(self) -> str | None:
+        """Hash of an audio encoder that the checkpoint names."""
+        return getattr(self.audio_config, "encoder_sha256", None)
+
+    @property
     def num_positions(self) -> int:
         """Tokens that the language model has positions for; 2**20 if its config has no limit."""
         return getattr(self.text_config, "max_position_embeddings", None) or 2**20

@@ -20,6 +20,7 @@ from ltu.models.config_checks import check_numbers, refuse_malformed, show
 from ltu.models.configuration_audio_encoder_wrapper import AudioEncoderWrapperConfig
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor, LtuFeatureExtractor
 
+MAX_SETTING = 2**24  # Of a number of a feature extractor; 30 s at 48 kHz are 1.4 million samples.
 # How a chunk that is shorter than the others gets as many features as they have.
 PADDINGS = {
     "fixed": "the feature extractor always returns the same number of features",
@@ -121,8 +122,12 @@ def make_feature_extractor(settings: dict[str, Any]) -> FeatureExtractionMixin:
             f"The feature extractor of the audio encoder is {show(name)}, which is no class of "
             f"transformers {transformers.__version__}."
         )
-    check_numbers(settings, f"The settings of {name}")
-    with refuse_malformed(f"The settings of {name}"):
+    subject = f"The settings of {name}"
+    check_numbers(settings, subject)
+    for key, value in settings.items():
+        if isinstance(value, int) and abs(value) > MAX_SETTING:
+            raise ValueError(f"{subject}: {key} is {value}; possible: at most {MAX_SETTING}.")
+    with refuse_malformed(subject):
         return extractor_class.from_dict(settings)
 
 

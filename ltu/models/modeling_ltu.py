@@ -477,7 +477,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         """
         named = {
             "language_model": self.config.language_model,
-            "audio_config.encoder": getattr(self.config.audio_config, "encoder", None),
+            "audio_config.encoder": self.config.named_encoder,
         }
         for field, name in named.items():
             if name is not None and Path(name).is_dir():
@@ -595,8 +595,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                     getattr(torch, dtype) if isinstance(dtype, str) else dtype
                 )
         model = cls(config, language_model=llm)
-        if getattr(config.audio_config, "encoder", None) is not None:
-            model.audio_tower.load_encoder(**llm_hub_kwargs)
+        model.load_named_encoder(**llm_hub_kwargs)
         model.load_own(folder)
         model.checkpoint_folder = folder
         if llm is not None:
@@ -634,6 +633,15 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                     f"{[*tensor.shape]}, and {kind} of {[*own[key].shape]} by the config. Write "
                     "the folder again with: python -m ltu.convert_checkpoint"
                 )
+
+    def load_named_encoder(self, **hub_kwargs: Any) -> None:
+        """Load the weights of an audio encoder that the config names, after `find_audio_encoder`.
+
+        Raises:
+            ValueError: they do not fit the config.
+        """
+        if self.config.named_encoder is not None:
+            self.audio_tower.load_encoder(**hub_kwargs)
 
     def load_own(self, folder: Path) -> None:
         """Load the weights that a checkpoint folder holds, every key of them.
@@ -781,7 +789,7 @@ def find_audio_encoder(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> No
         ValueError: it is not the one that the checkpoint was trained with.
     """
     audio_config = config.audio_config
-    if getattr(audio_config, "encoder", None) is None:
+    if config.named_encoder is None:
         return
     audio_config.encoder = find_model(audio_config.encoder, folder)
     hint = "put it there, or change audio_config.encoder in config.json"
