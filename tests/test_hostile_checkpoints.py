@@ -267,8 +267,16 @@ def test_any_value_of_any_field_of_a_config(copies: Path, name: str) -> None:
     assert sum(bool(error) for error in errors.values()) > len(errors) / 3
 
 
-@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("name", ["named", "as", "wrapped"])
+PROCESSOR_FILES = [
+    ("named", "processor_config.json"),
+    ("named", "tokenizer_config.json"),
+    ("as", "processor_config.json"),
+    ("as", "tokenizer_config.json"),
+    ("wrapped", "processor_config.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), PROCESSOR_FILES)
 def test_any_value_of_any_field_of_a_processor(copies: Path, name: str, file: str) -> None:
     folder = copies / name
     errors = errors_of_wrong_values(folder / file, lambda: open_processor(folder))
