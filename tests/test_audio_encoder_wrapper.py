@@ -5,6 +5,7 @@ The audio tokens are compared with what transformers computes without our code.
 
 import json
 import shutil
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import numpy as np
 import openai
 import pytest
 import torch
+import whisper
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from ltu.checkpoints.wrap_audio_encoder import wrap_audio_encoder
 from ltu.convert_checkpoint import main as convert
+from ltu.data.audio import load_audio
 from ltu.finetune import main as finetune
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
@@ -26,7 +29,11 @@ from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
 from tests.audio_encoders import FAMILIES, expected_tokens, write_audio_model
 from tests.test_serve import serve, write_served_model
+from tests.whisper_tiny import save_whisper
+from train_scripts.quickstart.whisper_to_transformers import convert as whisper_to_transformers
 
+ROOT = Path(__file__).parents[1]
+SPEECH = sorted((ROOT / "data" / "toy" / "speech").glob("*.flac"))[0]
 NUM_TOKENS = 4
 
 
@@ -162,6 +169,37 @@ class TestEachFamily:
         assert difference.abs().max() < 1e-4
 
 
+PRETRAINED_WHISPER = ROOT / "pretrained_mdls" / "whisper-tiny.en" / "whisper.pt"
+
+
+def check_whisper(file: str, llm: Path, tmp_path: Path) -> None:
+    """Compare the audio tokens of a clip with the output of openai-whisper's own encoder."""
+    whisper_to_transformers(file, tmp_path / "whisper")
+    flags = f"--init --llm {llm} --audio_encoder {tmp_path}/whisper --output_dir {tmp_path}/init"
+    convert(flags.split())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "init")
+    processor = AutoProcessor.from_pretrained(tmp_path / "init")
+    clip = load_audio(SPEECH)
+    original = whisper.load_model(file, device="cpu")
+    mel = whisper.log_mel_spectrogram(clip, original.dims.n_mels, padding=whisper.audio.N_SAMPLES)
+    mel = whisper.pad_or_trim(mel, whisper.audio.N_FRAMES)
+    with torch.no_grad():
+        tokens = model.audio_tower(processor(text="What?", audio=clip)["input_features"])[0]
+        # 512 positions of 20 ms are 10.24 s.
+        expected = original.encoder(mel[None])[0, :512].unflatten(0, (32, 16)).mean(1)
+    assert (tokens - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_whisper_of_openai(root: Path, tmp_path: Path) -> None:
+    check_whisper(save_whisper(tmp_path / "whisper.pt"), root / "llm", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PRETRAINED_WHISPER.is_file(), reason="needs Whisper tiny.en (quickstart)")
+def test_pretrained_whisper(root: Path, tmp_path: Path) -> None:
+    check_whisper(str(PRETRAINED_WHISPER), root / "llm", tmp_path)
+
+
 def test_lora_without_effect_is_refused(
     write_initial: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -225,21 +263,18 @@ def test_the_server(root: Path, tmp_path: Path) -> None:
     flags = ["--init", "--llm", str(tmp_path / "llm"), "--audio_encoder", str(root / "whisper")]
     convert([*flags, "--chunk_seconds", "1.28", "--output_dir", str(tmp_path / "wrapped")])
     engine = LtuEngine.from_pretrained(tmp_path / "wrapped", "cpu")
-    clip = sorted((Path(__file__).parents[1] / "data" / "toy" / "audio").glob("*.flac"))[0]
     with serve(engine) as running:
-        text = running.answer_alone("What is it?", str(clip))
+        text = running.answer_alone("What is it?", str(SPEECH))
         reply = running.client.chat.completions.create(
             model="tiny",
             max_tokens=12,
-            messages=[{"role": "user", "content": audio_message(clip, "What is it?")}],
+            messages=[{"role": "user", "content": audio_message(SPEECH, "What is it?")}],
         )
     assert isinstance(reply, openai.types.chat.ChatCompletion)
     assert reply.choices[0].message.content == text
 
 
 def audio_message(clip: Path, question: str) -> list[dict]:
-    from base64 import b64encode
-
     data = b64encode(clip.read_bytes()).decode()
     audio = {"type": "input_audio", "input_audio": {"data": data, "format": "flac"}}
     return [audio, {"type": "text", "text": question}]
