@@ -4,7 +4,10 @@ The audio tokens are compared with what transformers computes without our code.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +201,47 @@ def test_whisper_of_openai(root: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not PRETRAINED_WHISPER.is_file(), reason="needs Whisper tiny.en (quickstart)")
 def test_pretrained_whisper(root: Path, tmp_path: Path) -> None:
     check_whisper(str(PRETRAINED_WHISPER), root / "llm", tmp_path)
+
+
+BY_HUB_ID = """
+from ltu.convert_checkpoint import main
+from transformers import AutoModelForCausalLM
+flags = "--init --llm {llm} --audio_encoder tiny/whisper --output_dir {output}"
+main(flags.split())
+model = AutoModelForCausalLM.from_pretrained("{output}")
+print(model.config.audio_config.encoder, len(model.config.audio_config.encoder_sha256))
+"""
+
+
+@pytest.mark.slow  # A process of its own, because huggingface_hub reads its settings at import.
+def test_an_encoder_by_its_hub_id(root: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "models--tiny--whisper"
+    shutil.copytree(root / "whisper", cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    code = BY_HUB_ID.format(llm=root / "llm", output=tmp_path / "init")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "tiny/whisper 64"
+
+
+@pytest.mark.parametrize("name", ["nowhere/encoder.pth", "./nowhere"])
+def test_no_such_file(root: Path, tmp_path: Path, name: str) -> None:
+    flags = f"--init --llm {root}/llm --audio_encoder {name} --output_dir {tmp_path}/out"
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        convert(flags.split())
+
+
+def test_a_checkpoint_is_no_audio_encoder(
+    root: Path, write_initial: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = write_initial("whisper")
+    flags = f"--init --llm {root}/llm --audio_encoder {checkpoint} --output_dir {tmp_path}/out"
+    with pytest.raises(ValueError, match=str(checkpoint)):
+        convert(flags.split())
 
 
 def test_lora_without_effect_is_refused(

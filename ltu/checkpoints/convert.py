@@ -62,6 +62,7 @@ EMBEDDINGS = (
     "model.language_model.embed_tokens",
 )
 MIN_CHUNK_SECONDS = 0.1
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 HEAD_WIDTH = 64  # Channels of an attention head, in all ViTs of the family of CAV-MAE.
 INITIALIZER_RANGE = 0.02  # The usual standard deviation of embeddings, if no file shows it.
 
@@ -326,22 +327,31 @@ class LtuConverter:
             weights = Path(path) / "model.safetensors"
             if weights.is_file():
                 config = AutoConfig.from_pretrained(path)
-                return AudioEncoderParts(config, _add_prefix("audio_tower", load_state(weights)))
+                extractor_class = FEATURE_EXTRACTOR_MAPPING.get(type(config), object)
+                if issubclass(extractor_class, ChunkedFeatureExtractor):
+                    state = _add_prefix("audio_tower", load_state(weights))
+                    return AudioEncoderParts(config, state)
             state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
         check_audio_encoder(state, self.config_class.model_type, path)
         return AudioEncoderParts(self.make_audio_config(state), state, dropped)
 
     def _is_transformers_model(self, path: str | Path) -> bool:
         """Return whether a path is that of a model of transformers, and none of our encoders."""
+        name = str(path)
         if not Path(path).is_dir():
-            return not Path(path).exists() and str(path).count("/") == 1
+            is_local = Path(path).exists() or name.startswith((".", "/", "~"))
+            is_file_name = Path(path).suffix in WEIGHT_SUFFIXES
+            return name.count("/") == 1 and not is_local and not is_file_name
         if not (Path(path) / "config.json").is_file():
             return False
         model_type = read_json_object(Path(path) / "config.json").get("model_type")
-        # A released folder of the original is that of a language model with an audio encoder in it.
-        if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] is LlamaConfig:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             return False
-        extractor_class = FEATURE_EXTRACTOR_MAPPING.get(CONFIG_MAPPING[model_type], object)
+        config_class = CONFIG_MAPPING[model_type]
+        # A released folder of the original is that of a Llama with an audio encoder in it.
+        if config_class is LlamaConfig or issubclass(config_class, LtuConfig):
+            return False
+        extractor_class = FEATURE_EXTRACTOR_MAPPING.get(config_class, object)
         return not issubclass(extractor_class, ChunkedFeatureExtractor)
 
     def _wrap(self, path: str | Path, settings: EncoderSettings) -> AudioEncoderParts:
@@ -446,7 +456,10 @@ def _name_language_model(llm: str | Path) -> dict[str, str]:
 
 
 def _provenance(path: str | Path) -> dict[str, str]:
-    return {"name": Path(path).name, "sha256": sha256_of_weights(path)}
+    """Return the name of a file, folder or hub id, and the hash of its weights."""
+    if Path(path).exists():
+        return {"name": Path(path).name, "sha256": sha256_of_weights(path)}
+    return {"name": str(path), "sha256": sha256_of_weights(find_weights(path))}
 
 
 def _add_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
