@@ -1,0 +1,213 @@
+"""Runs transformers' own tests of models (ModelTesterMixin, GenerationTesterMixin) on tiny models.
+
+They are not in the wheel of transformers, and no text of them is here. `TRANSFORMERS_TESTS` names a
+checkout of transformers, or its unpacked source distribution, of the installed version:
+
+    pip download --no-deps --no-binary transformers transformers==VERSION
+    tar xf transformers-VERSION.tar.gz
+    TRANSFORMERS_TESTS=transformers-VERSION pytest -m slow -rs tests/test_transformers_mixins.py
+
+The source distribution lacks the tests of generation and of export: a test that is skipped says so.
+
+Every test that does not pass is listed here with its reason. It runs all the same, and the list is
+wrong as soon as the test passes.
+"""
+
+import copy
+import os
+import sys
+import unittest
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration
+from ltu.models.configuration_ltu import YamnetConfig
+from ltu.models.modeling_cavmae import CavMaeModel
+from ltu.models.modeling_yamnet import YamnetModel
+from ltu_as import LtuAsConfig, LtuAsForConditionalGeneration, TltrConfig
+from ltu_as.modeling_tltr import TltrModel
+from tests import tiny
+
+pytestmark = pytest.mark.slow
+
+FOLDER = os.environ.get("TRANSFORMERS_TESTS")
+if FOLDER is None:
+    pytest.skip(
+        "TRANSFORMERS_TESTS names no checkout or source distribution of transformers",
+        allow_module_level=True,
+    )
+
+# The package under which the tests of transformers are imported: ours is called `tests` too.
+PACKAGE = "transformers_tests"
+# What the source distribution lacks, and what stands in its place.
+LACKING = {
+    "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    "utils.test_configuration_utils": {"config_common_kwargs": {}},
+}
+
+
+def import_stock_tests(folder: Path) -> list[str]:
+    """Make the tests of transformers importable as `transformers_tests`.
+
+    Returns:
+        The modules that the folder lacks, which have stand-ins without tests.
+    """
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(folder / "tests")]
+    sys.modules[PACKAGE] = package
+    lacking = []
+    for name, content in LACKING.items():
+        if (folder / "tests" / f"{name.replace('.', '/')}.py").is_file():
+            continue
+        lacking.append(name)
+        parent = f"{PACKAGE}.{name.partition('.')[0]}"
+        sys.modules.setdefault(parent, ModuleType(parent))
+        module = ModuleType(f"{PACKAGE}.{name}")
+        vars(module).update(content)
+        sys.modules[module.__name__] = module
+    return lacking
+
+
+NOT_RUN = import_stock_tests(Path(FOLDER))
+with warnings.catch_warnings():
+    # Their conftest.py declares their marks.
+    warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+    ModelTesterMixin = import_module(f"{PACKAGE}.test_modeling_common").ModelTesterMixin
+    GenerationTesterMixin = import_module(f"{PACKAGE}.generation.test_utils").GenerationTesterMixin
+# The module imports transformers a second time, from a file that a source distribution lacks, and
+# does not use it.
+with patch("transformers.utils.direct_transformers_import"):
+    ConfigTester = import_module(f"{PACKAGE}.test_configuration_common").ConfigTester
+
+
+def fails(**reasons: str) -> Callable[[type], type]:
+    """Mark tests of a class as failing, each with its reason.
+
+    A test that passes must be taken from the list, and a name that is no test is an error.
+    """
+
+    def mark(cls: type) -> type:
+        for name, reason in reasons.items():
+            tests = [test for test in dir(cls) if test == name or test.startswith(f"{name}_")]
+            assert tests, f"{cls.__name__} has no test {name}"
+            for test in tests:
+                inherited = getattr(cls, test)
+
+                def run(self: unittest.TestCase, inherited: Callable = inherited) -> None:
+                    inherited(self)
+
+                setattr(cls, test, pytest.mark.xfail(reason=reason, strict=True)(run))
+        return cls
+
+    return mark
+
+
+class EncoderTester:
+    """Makes configs and inputs of an audio encoder."""
+
+    is_training = True
+    batch_size = 3
+    num_hidden_layers = 2
+    hidden_size = 32
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self.seq_length = config.num_audio_tokens
+
+    def get_config(self) -> PreTrainedConfig:
+        return copy.deepcopy(self.config)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict]:
+        encoder = getattr(self.config, "audio_config", self.config)
+        features = torch.randn(self.batch_size, *encoder.feature_shape)
+        return self.get_config(), {"input_features": features}
+
+
+class ModelTester(EncoderTester):
+    """Makes configs and inputs of a model with a language model."""
+
+    vocab_size = 99
+    num_attention_heads = 4
+
+    def __init__(self, config_class: type[LtuConfig], audio_config: PreTrainedConfig):
+        text_config = LlamaConfig(**(tiny.LLM | tiny.SPECIAL | {"vocab_size": self.vocab_size, "hidden_size": 32, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 36}), max_position_embeddings=64)
+        super().__init__(config_class(audio_config=audio_config, text_config=text_config))
+        self.seq_length = self.config.num_audio_tokens + 10
+        self.encoder_seq_length = self.seq_length
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict]:
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        num_audio_tokens = config.num_audio_tokens
+        input_ids = torch.randint(3, self.vocab_size, (self.batch_size, self.seq_length))
+        input_ids[:, :num_audio_tokens] = config.audio_token_id
+        inputs["input_ids"] = input_ids
+        inputs["attention_mask"] = torch.ones_like(input_ids)
+        return config, inputs
+
+
+class EncoderTests(ModelTesterMixin):
+    config: PreTrainedConfig
+    has_attentions = False  # No attention weights can be returned: always sdpa, or none.
+    test_resize_embeddings = False
+
+    def setUp(self) -> None:
+        self.model_tester = EncoderTester(self.config)
+        self.config_tester = ConfigTester(self, config_class=type(self.config), has_text_modality=False, common_properties=["hidden_size"])
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+class ModelTests(ModelTesterMixin, GenerationTesterMixin):
+    config_class: type[LtuConfig]
+    config: PreTrainedConfig
+    _is_composite = True
+
+    def setUp(self) -> None:
+        self.model_tester = ModelTester(self.config_class, self.config)
+        self.config_tester = ConfigTester(self, config_class=self.config_class, has_text_modality=False)
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+class TestCavMae(EncoderTests, unittest.TestCase):
+    all_model_classes = (CavMaeModel,)
+    config = tiny.audio_config()
+
+
+class TestYamnet(EncoderTests, unittest.TestCase):
+    all_model_classes = (YamnetModel,)
+    config = YamnetConfig(hidden_size=32, num_frames=64, num_classes=5)
+
+
+class TestTltr(EncoderTests, unittest.TestCase):
+    all_model_classes = (TltrModel,)
+    config = TltrConfig(hidden_size=32, num_whisper_layers=3, num_audio_tokens=4, num_layer_heads=2)
+
+
+class TestLtu(ModelTests, unittest.TestCase):
+    all_model_classes = (LtuForConditionalGeneration,)
+    config_class = LtuConfig
+    config = tiny.audio_config()
+
+
+class TestLtuAs(ModelTests, unittest.TestCase):
+    all_model_classes = (LtuAsForConditionalGeneration,)
+    config_class = LtuAsConfig
+    config = TestTltr.config
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_module_of_the_tests_is_there(name: str) -> None:
+    if name in NOT_RUN:
+        pytest.skip(f"{FOLDER} has no tests/{name.replace('.', '/')}.py, which was not run")
