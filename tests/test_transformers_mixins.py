@@ -114,8 +114,8 @@ def fails(**reasons: str) -> Callable[[type], type]:
 class EncoderTester:
     """Makes configs and inputs of an audio encoder."""
 
-    is_training = True
-    batch_size = 3
+    is_training = False  # It has no loss of its own.
+    batch_size = 7  # The size of the tests that compare attention implementations.
     num_hidden_layers = 2
     hidden_size = 32
 
@@ -135,6 +135,7 @@ class EncoderTester:
 class ModelTester(EncoderTester):
     """Makes configs and inputs of a model with a language model."""
 
+    is_training = True
     vocab_size = 99
     num_attention_heads = 4
 
@@ -171,6 +172,16 @@ class ModelTests(ModelTesterMixin, GenerationTesterMixin):
     config_class: type[LtuConfig]
     config: PreTrainedConfig
     _is_composite = True
+    additional_model_inputs = ["input_features"]
+
+    def _prepare_for_class(
+        self, inputs_dict: dict, model_class: type, return_labels: bool = False
+    ) -> dict:
+        """Add labels to inputs: the stock method finds out by the class's name whether there are."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class)
+        if return_labels:
+            inputs["labels"] = torch.zeros_like(inputs["input_ids"])
+        return inputs
 
     def setUp(self) -> None:
         self.model_tester = ModelTester(self.config_class, self.config)

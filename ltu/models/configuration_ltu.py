@@ -251,6 +251,7 @@ class LtuConfig(PreTrainedConfig):
         content = super().to_dict()
         for name in ("quantization_config", "_name_or_path"):
             content["text_config"].pop(name, None)
+        content.pop("auto_map", None)  # A folder without the code must not name it.
         return content
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -32,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.models.config_checks import refuse_malformed
 from ltu.models.configuration_ltu import IGNORED, LtuConfig, open_llm_config
+from ltu.models.custom_code import CustomCodeMixin
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import (
@@ -77,7 +78,7 @@ class LtuMultiModalProjector(nn.Module):
         return self.linear(self.layer_norm(audio_hidden))  # (clips, tokens, hidden)
 
 
-class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
+class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGenerationMixin):
     """Audio encoder (`audio_tower`), `multi_modal_projector` and causal `language_model`.
 
     Args:
