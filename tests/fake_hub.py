@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        parts = self.path.strip("/").split("/")
+        parts = self.path.split("?")[0].strip("/").split("/")
         if len(parts) > 4 and parts[2] == "resolve":
             content = self.server.files.get(("/".join(parts[:2]), "/".join(parts[4:])))
             if content is None:
@@ -84,8 +84,32 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 headers = {"ETag": f'"{hash(content)}"', "X-Repo-Commit": "0" * 40}
                 self.reply(content, 200, headers)
+        elif parts[:2] == ["api", "models"]:
+            self.reply_info("/".join(parts[2:4]), parts[4:])
         else:
             self.reply(b"", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def reply_info(self, repo: str, request: list[str]) -> None:
+        """Reply with the state of a repository, or with a list of its files.
+
+        Args:
+            request: the parts of the address after the repository, such as ["tree", "main"].
+        """
+        files = {
+            path: content for (name, path), content in self.server.files.items() if name == repo
+        }
+        if not files:
+            self.reply(b"", 404, {"X-Error-Code": "RepoNotFound"})
+        elif request[:1] != ["tree"]:
+            self.reply_json({"id": repo, "sha": "0" * 40})
+        elif len(request) > 2:  # A folder of templates, which no repository has.
+            self.reply(b"", 404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            entries = []
+            for path, content in files.items():
+                sizes = {"size": len(content), "oid": "0" * 40}
+                entries.append({"type": "file", "path": path} | sizes)
+            self.reply_json(entries)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -113,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.reply(b"", 404)
 
-    def reply_json(self, value: dict) -> None:
+    def reply_json(self, value: dict | list) -> None:
         self.reply(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
 
     def reply(self, content: bytes, status: int, headers: dict[str, str] | None = None) -> None:

@@ -72,7 +72,7 @@ BORROWED_NAMES = [
     ),
     BorrowedName(
         "transformers:PreTrainedModel._upload_modified_files",
-        "ltu/models/modeling_ltu.py",
+        "ltu/models/modeling_ltu.py ltu/models/custom_code.py",
         "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
     ),
     BorrowedName(

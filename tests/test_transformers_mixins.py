@@ -140,7 +140,20 @@ class ModelTester(EncoderTester):
     num_attention_heads = 4
 
     def __init__(self, config_class: type[LtuConfig], audio_config: PreTrainedConfig):
-        text_config = LlamaConfig(**(tiny.LLM | tiny.SPECIAL | {"vocab_size": self.vocab_size, "hidden_size": 32, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 36}), max_position_embeddings=64)
+        text_config = LlamaConfig(
+            **(
+                tiny.LLM
+                | tiny.SPECIAL
+                | {
+                    "vocab_size": self.vocab_size,
+                    "hidden_size": 32,
+                    "num_key_value_heads": 2,
+                    "head_dim": 8,
+                    "intermediate_size": 36,
+                }
+            ),
+            max_position_embeddings=64,
+        )
         super().__init__(config_class(audio_config=audio_config, text_config=text_config))
         self.seq_length = self.config.num_audio_tokens + 10
         self.encoder_seq_length = self.seq_length
@@ -162,7 +175,12 @@ class EncoderTests(ModelTesterMixin):
 
     def setUp(self) -> None:
         self.model_tester = EncoderTester(self.config)
-        self.config_tester = ConfigTester(self, config_class=type(self.config), has_text_modality=False, common_properties=["hidden_size"])
+        self.config_tester = ConfigTester(
+            self,
+            config_class=type(self.config),
+            has_text_modality=False,
+            common_properties=["hidden_size"],
+        )
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
@@ -185,7 +203,9 @@ class ModelTests(ModelTesterMixin, GenerationTesterMixin):
 
     def setUp(self) -> None:
         self.model_tester = ModelTester(self.config_class, self.config)
-        self.config_tester = ConfigTester(self, config_class=self.config_class, has_text_modality=False)
+        self.config_tester = ConfigTester(
+            self, config_class=self.config_class, has_text_modality=False
+        )
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()

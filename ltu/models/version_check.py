@@ -47,7 +47,8 @@ NUM_AUDIO = 3  # Those of them that stand for audio, in the prompt with audio.
 FP32_TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.1
 
-# The requirements of code in a checkpoint folder, which has no package (`custom_code.finish_entry`).
+# Requirements of the copied code in a checkpoint folder, which belongs to no package; set by
+# `ltu.models.custom_code.finish_entry`.
 REQUIREMENTS: list[str] = []
 
 _checked_models: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()

@@ -1,0 +1,216 @@
+"""Checkpoint folders with the code of their classes, opened in a process that has no `ltu`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from ltu import LtuForConditionalGeneration, LtuProcessor
+from ltu.checkpoints.open_checkpoint import open_model
+from ltu.models.custom_code import CODE_FOLDER, CONFIG_FILES, find_modules
+from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
+from tests import tiny
+from tests.fake_hub import open_fake_hub
+from tests.machine import PATIENCE
+from tests.whisper_tiny import write_ltu_as
+
+ROOT = Path(__file__).parents[1]
+# Modules that import all others that a model needs.
+ROOT_MODULES = {
+    "ltu": [f"models.{name}_ltu" for name in ("modeling", "processing")]
+    + [f"models.modeling_{name}" for name in ("cavmae", "yamnet")],
+    "ltu_as": ["modeling_ltu_as", "modeling_tltr", "processing_ltu_as"],
+}
+# A process in which the packages of `missing` are not installed.
+WITHOUT_PACKAGES = """
+import importlib.abc, json, sys
+
+missing = {"ltu", "ltu_as"}
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Refuse())
+
+import numpy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+def answer(folder):
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    clip = numpy.random.default_rng(1).normal(0, 0.1, 8000).astype(numpy.float32)
+    batch = processor(text=["What is it?"], audio=[clip], transcript=["yes"], return_tensors="pt")
+    tokens = model.generate(**batch, max_new_tokens=8, do_sample=False).tolist()
+    return processor, model, tokens
+
+def error_without(package, folder):
+    missing.add(package)
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    except ImportError as error:
+        return str(error)
+    finally:
+        missing.remove(package)
+"""
+
+
+def run_without_packages(code: str, cache: Path) -> dict:
+    """Run Python without `ltu`, from another folder, and return the JSON of its last line."""
+    environment = os.environ | {"HF_HOME": str(cache), "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{WITHOUT_PACKAGES}\n{code}"],
+        env=environment,
+        cwd=cache.parent,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(model: LtuForConditionalGeneration, processor: LtuProcessor) -> list[list[int]]:
+    """Generate with the classes of the package what the other process does."""
+    clip = np.random.default_rng(1).normal(0, 0.1, 8000).astype(np.float32)
+    batch = processor(text=["What is it?"], audio=[clip], transcript=["yes"], return_tensors="pt")
+    return model.generate(**batch, max_new_tokens=8, do_sample=False).tolist()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of LTU and one of LTU-AS, saved with code."""
+    root = tmp_path_factory.mktemp("custom_code")
+    llm = tiny.write_llm(root / "llm")
+    classes = {
+        "ltu": (LtuForConditionalGeneration, LtuProcessor),
+        "ltu_as": (LtuAsForConditionalGeneration, LtuAsProcessor),
+    }
+    plain = {
+        "ltu": tiny.write_checkpoint(root / "plain", llm, lora=tiny.LORA),
+        "ltu_as": write_ltu_as(root / "plain_as", llm),
+    }
+    saved = {}
+    for name, (model_class, processor_class) in classes.items():
+        saved[name] = root / f"{name}_with_code"
+        for cls in (model_class, processor_class):
+            cls.from_pretrained(plain[name]).save_pretrained(saved[name], custom_code=True)
+    return saved
+
+
+def test_folders_open_without_the_package(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The answers are equal, both models fit into one process, and what it saves opens again."""
+    code = f"""
+found = dict()
+for name, folder in { ({name: str(folder) for name, folder in folders.items()})!r}.items():
+    found[name + " without"] = error_without(dict(ltu="peft", ltu_as="whisper")[name], folder)
+    processor, model, found[name] = answer(folder)
+    saved = {str(tmp_path)!r} + "/" + name
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    found[name + " again"] = answer(saved)[2]
+found["modules"] = [name for name in sys.modules if name.partition(".")[0] in missing]
+print(json.dumps(found))
+"""
+    (tmp_path / "client").mkdir()
+    found = run_without_packages(code, tmp_path / "client" / "cache")
+    assert found["modules"] == []
+    assert found["ltu without"].endswith("Run `pip install peft`")
+    assert found["ltu_as without"].endswith("Install it with: pip install openai-whisper")
+    for name, folder in folders.items():
+        # The commands open such a folder with the classes of the package.
+        model = open_model(folder)
+        assert type(model).__module__.startswith(f"{name}.")
+        assert found[name] == answer(model, AutoProcessor.from_pretrained(folder))
+        assert found[f"{name} again"] == found[name]
+        assert read_code(tmp_path / name) == read_code(folder)
+
+
+def read_code(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text("utf-8") for file in (folder / CODE_FOLDER).glob("*.py")}
+
+
+def test_code_is_that_of_the_package(folders: dict[str, Path]) -> None:
+    """Only imports and registrations differ, and no file names a path of this machine."""
+    for name, folder in folders.items():
+        modules = find_modules({f"{name}.{module}" for module in ROOT_MODULES[name]})
+        code = read_code(folder)
+        assert len(code) == len(modules) + 1
+        for module in modules:
+            original = Path(import_module(module).__file__).read_text("utf-8").splitlines()
+            copied = code[f"{module.replace('.', '_')}.py"].splitlines()
+            header, copied = copied[:2], copied[2:]
+            assert f"module {module} of ltu" in header[0]
+            assert "Apache License, Version 2.0" in header[1]
+            changed = [line for line in copied if line and line not in original]
+            for line in changed:
+                assert re.match(r" *(from|import|try:|except|raise) ?|Auto\w+\.register\(", line), (
+                    line
+                )
+        for file in folder.rglob("*.*"):
+            if file.suffix in (".py", ".json"):
+                text = file.read_text("utf-8")
+                assert str(ROOT) not in text
+                assert str(folder.parent) not in text
+
+
+def test_a_folder_without_code_names_none(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A model that the package has opened is saved without code, unless it is asked for."""
+    model = AutoModelForCausalLM.from_pretrained(folders["ltu"])
+    processor = AutoProcessor.from_pretrained(folders["ltu"])
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / CODE_FOLDER).exists()
+    for name in CONFIG_FILES:
+        assert "auto_map" not in json.loads((tmp_path / "saved" / name).read_text())
+        assert "auto_map" in json.loads((folders["ltu"] / name).read_text())
+
+
+def test_a_class_of_the_user_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    class Mine(LtuForConditionalGeneration):
+        pass
+
+    with pytest.raises(ValueError, match="test_custom_code. Save without it"):
+        Mine.from_pretrained(folders["ltu"]).save_pretrained(tmp_path / "mine", custom_code=True)
+
+
+@pytest.mark.slow
+def test_a_repository_opens_without_the_package(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same by `push_to_hub` and the id of the repository."""
+    push = f"""
+from ltu import LtuForConditionalGeneration, LtuProcessor
+
+for cls in (LtuForConditionalGeneration, LtuProcessor):
+    part = cls.from_pretrained({str(folders["ltu"])!r})
+    if cls is LtuForConditionalGeneration:
+        part.config.language_model = "org/llm"
+    part.push_to_hub("me/new", custom_code=True)
+"""
+    opened = f"""
+{WITHOUT_PACKAGES}
+print(json.dumps(answer("me/new")[2]))
+"""
+    with open_fake_hub() as hub:
+        for file in (folders["ltu"].parent / "llm").iterdir():
+            hub.files["org/llm", file.name] = file.read_bytes()
+        done = hub.run(push)
+        assert done.returncode == 0, done.stderr[-3000:]
+        code = {path for repo, path in hub.files if path.startswith(CODE_FOLDER)}
+        assert code == {f"{CODE_FOLDER}/{name}" for name in read_code(folders["ltu"])}
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+        done = hub.run(opened)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = open_model(folders["ltu"])
+    expected = answer(model, AutoProcessor.from_pretrained(folders["ltu"]))
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
