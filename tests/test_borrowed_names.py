@@ -76,6 +76,11 @@ BORROWED_NAMES = [
         "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
     ),
     BorrowedName(
+        "transformers:PreTrainedConfig._attn_implementation",
+        "ltu/models/modeling_ltu.py",
+        "the argument attn_implementation of from_config, for each part",
+    ),
+    BorrowedName(
         "transformers.cache_utils:DynamicLayer",
         "ltu/inference/row_cache.py",
         "the class of a layer of DynamicCache() that holds keys and values of all tokens",

@@ -14,11 +14,13 @@ wrong as soon as the test passes.
 """
 
 import copy
+import functools
 import os
 import sys
 import unittest
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -26,9 +28,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedConfig
 
-from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration
+from ltu import LtuConfig, LtuForConditionalGeneration
 from ltu.models.configuration_ltu import YamnetConfig
 from ltu.models.modeling_cavmae import CavMaeModel
 from ltu.models.modeling_yamnet import YamnetModel
@@ -89,26 +91,57 @@ with patch("transformers.utils.direct_transformers_import"):
     ConfigTester = import_module(f"{PACKAGE}.test_configuration_common").ConfigTester
 
 
-def fails(**reasons: str) -> Callable[[type], type]:
-    """Mark tests of a class as failing, each with its reason.
-
-    A test that passes must be taken from the list, and a name that is no test is an error.
-    """
+def fails(reasons: dict[str, str]) -> Callable[[type], type]:
+    """Mark tests of a class, by their names, as failing, each with its reason."""
 
     def mark(cls: type) -> type:
         for name, reason in reasons.items():
-            tests = [test for test in dir(cls) if test == name or test.startswith(f"{name}_")]
-            assert tests, f"{cls.__name__} has no test {name}"
-            for test in tests:
-                inherited = getattr(cls, test)
-
-                def run(self: unittest.TestCase, inherited: Callable = inherited) -> None:
-                    inherited(self)
-
-                setattr(cls, test, pytest.mark.xfail(reason=reason, strict=True)(run))
+            setattr(cls, name, expect_failure(getattr(cls, name), reason))
         return cls
 
     return mark
+
+
+def expect_failure(test: Callable, reason: str) -> Callable:
+    """Wrap a test so that the run fails as soon as the test passes."""
+
+    @pytest.mark.xfail(reason=reason, strict=True)
+    @functools.wraps(test)
+    def run(self: unittest.TestCase) -> None:
+        # The failure of a part would not be that of the test.
+        with patch.object(self, "subTest", lambda *args, **kwargs: nullcontext()):
+            test(self)
+
+    return run
+
+
+ENCODER_FAILURES = {
+    "test_hidden_states_output": "An encoder returns the tensor of its audio tokens.",
+    "test_model_outputs_equivalence": "An encoder returns the tensor of its audio tokens.",
+    "test_retain_grad_hidden_states_attentions": "An encoder returns a tensor of audio tokens.",
+    "test_model_get_set_embeddings": "An encoder has no token embeddings.",
+}
+MODEL_FAILURES = {
+    "test_can_use_safetensors": "from_pretrained is strict: there is no loading info.",
+    "test_load_save_without_tied_weights": "from_pretrained is strict: there is no loading info.",
+    "test_model_weights_reload_no_missing_tied_weights": "The same: there is no loading info.",
+    "test_from_pretrained_no_checkpoint": "from_pretrained opens a folder, and no state dict.",
+    "test_cannot_load_with_meta_device_context_manager": "load_state_dict warns, and goes on.",
+    "test_config_from_and_save_pretrained_composite": "config.json names no folder of the LLM.",
+    **dict.fromkeys(
+        (
+            "test_get_audio_features_attentions",
+            "test_get_audio_features_hidden_states",
+            *(f"test_get_audio_features_output_{number}" for number in range(3)),
+        ),
+        "get_audio_features returns the tensor of audio embeddings.",
+    ),
+    "test_init_weights_can_init_buffers": "The parts initialise themselves, when they are built.",
+    "test_inputs_embeds": "The placeholder is one past the vocabulary: it has no embedding.",
+    "test_resize_embeddings_untied": "The placeholder is one past the vocabulary, so it moves.",
+    "test_resize_tokens_embeddings": "The placeholder is one past the vocabulary, so it moves.",
+    "test_model_base_model_prefix": "There is no separate model without a head.",
+}
 
 
 class EncoderTester:
@@ -168,7 +201,26 @@ class ModelTester(EncoderTester):
         return config, inputs
 
 
-class EncoderTests(ModelTesterMixin):
+class ConfigTests:
+    """Makes a test of each check of transformers' `ConfigTester`."""
+
+    config_tester: ConfigTester
+
+
+def add_config_tests() -> None:
+    for name in dir(ConfigTester):
+        if name.startswith(("create_and_test_", "check_")):
+
+            def run(self: ConfigTests, name: str = name) -> None:
+                getattr(self.config_tester, name)()
+
+            setattr(ConfigTests, f"test_{name.removeprefix('create_and_test_')}", run)
+
+
+add_config_tests()
+
+
+class EncoderTests(ConfigTests, ModelTesterMixin):
     config: PreTrainedConfig
     has_attentions = False  # No attention weights can be returned: always sdpa, or none.
     test_resize_embeddings = False
@@ -182,20 +234,19 @@ class EncoderTests(ModelTesterMixin):
             common_properties=["hidden_size"],
         )
 
-    def test_config(self) -> None:
-        self.config_tester.run_common_tests()
 
-
-class ModelTests(ModelTesterMixin, GenerationTesterMixin):
+class ModelTests(ConfigTests, ModelTesterMixin, GenerationTesterMixin):
     config_class: type[LtuConfig]
     config: PreTrainedConfig
     _is_composite = True
     additional_model_inputs = ["input_features"]
+    # CAV-MAE has norms that LTU does not use (`CavMaeBlock`).
+    test_all_params_have_gradient = False
 
     def _prepare_for_class(
         self, inputs_dict: dict, model_class: type, return_labels: bool = False
     ) -> dict:
-        """Add labels to inputs: the stock method finds out by the class's name whether there are."""
+        """Add labels, which the stock method does for names of classes that it knows."""
         inputs = super()._prepare_for_class(inputs_dict, model_class)
         if return_labels:
             inputs["labels"] = torch.zeros_like(inputs["input_ids"])
@@ -207,31 +258,33 @@ class ModelTests(ModelTesterMixin, GenerationTesterMixin):
             self, config_class=self.config_class, has_text_modality=False
         )
 
-    def test_config(self) -> None:
-        self.config_tester.run_common_tests()
 
-
+@fails(ENCODER_FAILURES)
 class TestCavMae(EncoderTests, unittest.TestCase):
     all_model_classes = (CavMaeModel,)
     config = tiny.audio_config()
 
 
+@fails(ENCODER_FAILURES)
 class TestYamnet(EncoderTests, unittest.TestCase):
     all_model_classes = (YamnetModel,)
     config = YamnetConfig(hidden_size=32, num_frames=64, num_classes=5)
 
 
+@fails(ENCODER_FAILURES)
 class TestTltr(EncoderTests, unittest.TestCase):
     all_model_classes = (TltrModel,)
     config = TltrConfig(hidden_size=32, num_whisper_layers=3, num_audio_tokens=4, num_layer_heads=2)
 
 
+@fails(MODEL_FAILURES)
 class TestLtu(ModelTests, unittest.TestCase):
     all_model_classes = (LtuForConditionalGeneration,)
     config_class = LtuConfig
     config = tiny.audio_config()
 
 
+@fails(MODEL_FAILURES)
 class TestLtuAs(ModelTests, unittest.TestCase):
     all_model_classes = (LtuAsForConditionalGeneration,)
     config_class = LtuAsConfig

@@ -208,8 +208,32 @@ class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGeneratio
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Run the stock method on the language model, and return its new embeddings.
+
+        A checkpoint holds the language model from now on. The audio placeholder remains one past
+        the vocabulary, so `config.audio_token_id` changes: make a new processor, with
+        `LtuProcessor.from_config`.
+
+        Raises:
+            ValueError: the language model is quantized.
+        """
+        self._check_not_quantized("its embeddings cannot be resized")
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        vocab_size = self.config.text_config.vocab_size
+        if vocab_size != self.config.audio_token_id:
+            self.config.audio_token_id = vocab_size
+            self._own_language_model()
+        return embeddings
 
     def get_audio_features(
         self, input_features: Tensor | None = None, audio_hidden_states: Tensor | None = None
@@ -516,6 +540,9 @@ class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGeneratio
             )
             config.text_config = llm.config
         else:
+            attention = llm_kwargs.pop("attn_implementation", None)
+            if attention is not None:
+                config._attn_implementation = attention
             given = llm_kwargs | {"language_model": language_model, "device_map": device_map}
             refused = {name for name, value in given.items() if value is not None}
             if refused:
