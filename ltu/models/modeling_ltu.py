@@ -282,7 +282,6 @@ class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGeneratio
             return torch.cat([prompt_embeds, new_embeds], dim=1)
 
         is_audio = input_ids == self.config.audio_token_id  # (batch, length)
-        num_placeholders = int(is_audio.sum())
         if audio_embeds is None:
             clips = [input_features, audio_hidden_states]
             tokens_per_clip = self.config.num_audio_tokens
@@ -291,13 +290,8 @@ class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGeneratio
             tokens_per_clip = audio_embeds.shape[1]
         num_clips = sum(len(part) for part in clips if part is not None)
         num_runs = num_clips if audio_index is None else len(audio_index)
-        if num_placeholders != num_runs * tokens_per_clip:
-            raise ValueError(
-                f"{num_placeholders} audio placeholders in input_ids, but {num_runs} clips x "
-                f"{tokens_per_clip} tokens = {num_runs * tokens_per_clip} audio embeddings. Each "
-                f"clip needs one run of {tokens_per_clip} placeholders (token "
-                f"{self.config.audio_token_id}); LtuProcessor writes them."
-            )
+        if not torch.compiler.is_exporting():  # A graph raises no errors that depend on tokens.
+            self._check_num_placeholders(int(is_audio.sum()), num_runs, tokens_per_clip)
         token_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         # Clips that no run uses are encoded all the same: with FSDP, the audio encoder must run on
         # every rank or on none.
@@ -310,6 +304,17 @@ class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGeneratio
             audio_index = audio_index.to(audio_embeds.device)
             audio_embeds = audio_embeds[audio_index]  # (runs, tokens, hidden)
         return token_embeds.masked_scatter(is_audio[..., None], audio_embeds)
+
+    def _check_num_placeholders(
+        self, num_placeholders: int, num_runs: int, tokens_per_clip: int
+    ) -> None:
+        if num_placeholders != num_runs * tokens_per_clip:
+            raise ValueError(
+                f"{num_placeholders} audio placeholders in input_ids, but {num_runs} clips x "
+                f"{tokens_per_clip} tokens = {num_runs * tokens_per_clip} audio embeddings. Each "
+                f"clip needs one run of {tokens_per_clip} placeholders (token "
+                f"{self.config.audio_token_id}); LtuProcessor writes them."
+            )
 
     def _without_audio(self, token_embeds: Tensor) -> Tensor:
         """Return token embeddings of a batch without audio, (batch, length, hidden).
