@@ -1,6 +1,7 @@
 """Methods of transformers' models that users call on ours: vocabulary, attention, export."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,9 @@ def test_attention_of_a_language_model_in_the_checkpoint(tmp_path: Path) -> None
     """It is chosen when the folder is opened, as that of a language model elsewhere is."""
     model = make()
     model.save_pretrained(tmp_path / "model")
-    for attention in ("eager", "sdpa"):
-        opened = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "model", attn_implementation=attention
-        )
+    classes = (LtuForConditionalGeneration, AutoModelForCausalLM)
+    for cls, attention in itertools.product(classes, ("eager", "sdpa")):
+        opened = cls.from_pretrained(tmp_path / "model", attn_implementation=attention)
         assert opened.language_model.config._attn_implementation == attention
         torch.testing.assert_close(compute_logits(opened), compute_logits(model))
     assert "attn_implementation" not in (tmp_path / "model" / "config.json").read_text()

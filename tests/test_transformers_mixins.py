@@ -5,7 +5,8 @@ checkout of transformers, or its unpacked source distribution, of the installed 
 
     pip download --no-deps --no-binary transformers transformers==VERSION
     tar xf transformers-VERSION.tar.gz
-    TRANSFORMERS_TESTS=transformers-VERSION pytest -m slow -rs tests/test_transformers_mixins.py
+    pip install parameterized
+    TRANSFORMERS_TESTS=transformers-VERSION pytest -m slow -rsx tests/test_transformers_mixins.py
 
 The source distribution lacks the tests of generation and of export: a test that is skipped says so.
 

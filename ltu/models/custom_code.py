@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ltu.files import read_json_object, replace_file
 from ltu.models.version_check import REQUIREMENTS, tested_ranges
@@ -43,7 +44,7 @@ KINDS = (PreTrainedConfig, PreTrainedModel, FeatureExtractionMixin, ProcessorMix
 # Names for pip, where they differ from the names of imports.
 PIP_NAMES = {"whisper": "openai-whisper"}
 # Whether this module is itself such a copy.
-IS_COPY = __name__.startswith("transformers_modules.")
+IS_COPY = __name__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 
 
 class CustomCodeMixin:
@@ -68,6 +69,11 @@ class CustomCodeMixin:
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, custom_code: bool | None = None, **kwargs: Any
     ) -> Any:
+        """Run the stock method, and write the code.
+
+        Raises:
+            ValueError: the class is not one of this package.
+        """
         with self._choose_custom_code(custom_code):
             saved = super().save_pretrained(save_directory, *args, **kwargs)
             if self.writes_custom_code:
@@ -75,6 +81,7 @@ class CustomCodeMixin:
             return saved
 
     def push_to_hub(self, *args: Any, custom_code: bool | None = None, **kwargs: Any) -> Any:
+        """Run the stock method, and upload the code."""
         with self._choose_custom_code(custom_code):
             return super().push_to_hub(*args, **kwargs)
 
@@ -127,7 +134,8 @@ def find_classes(cls: type) -> list[type]:
             f"{cls.__qualname__} is in {cls.__module__}. Save without it, and upload your code."
         )
     exported = [getattr(import_module(package), name) for name in import_module(package).__all__]
-    return [exported_class for exported_class in exported if issubclass(exported_class, KINDS)]
+    classes = [value for value in exported if isinstance(value, type)]
+    return [exported_class for exported_class in classes if issubclass(exported_class, KINDS)]
 
 
 def make_auto_map(classes: list[type]) -> dict[str, str]:
@@ -137,6 +145,7 @@ def make_auto_map(classes: list[type]) -> dict[str, str]:
         "AutoConfig": config,
         "AutoModel": MODEL_MAPPING[config],
         "AutoModelForCausalLM": MODEL_MAPPING[config],
+        "AutoModelForMultimodalLM": MODEL_MAPPING[config],
         "AutoProcessor": PROCESSOR_MAPPING[config],
     }
     return {name: f"{CODE_FOLDER}/{ENTRY}.{cls.__name__}" for name, cls in found.items()}
