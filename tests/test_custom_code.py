@@ -133,6 +133,7 @@ print(json.dumps(found))
         assert found[name] == answer(model, AutoProcessor.from_pretrained(folder))
         assert found[f"{name} again"] == found[name]
         assert read_code(tmp_path / name) == read_code(folder)
+        assert list((tmp_path / name).glob("*.py")) == []
 
 
 def read_code(folder: Path) -> dict[str, str]:

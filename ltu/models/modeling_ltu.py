@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import TransformersKwargs
+from typing_extensions import Unpack
 
 from ltu.models.config_checks import refuse_malformed
 from ltu.models.configuration_ltu import IGNORED, LtuConfig, open_llm_config
@@ -343,7 +345,7 @@ class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGeneratio
         logits_to_keep: int | Tensor = 0,
         loss_tokens: Tensor | None = None,
         audio_hidden_states: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, length, vocabulary), and the loss if there are `labels`.
 
