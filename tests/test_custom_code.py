@@ -108,7 +108,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_folders_open_without_the_package(folders: dict[str, Path], tmp_path: Path) -> None:
-    """The answers are equal, both models fit into one process, and what it saves opens again."""
+    """The answers are equal, both models fit into one process, and what it saves opens again.
+
+    Nor do the copies stand in the way of the package, if it is imported later.
+    """
     code = f"""
 found = dict()
 for name, folder in { ({name: str(folder) for name, folder in folders.items()})!r}.items():
@@ -119,11 +122,17 @@ for name, folder in { ({name: str(folder) for name, folder in folders.items()})!
     processor.save_pretrained(saved)
     found[name + " again"] = answer(saved, AutoModelForCausalLM)[2]
 found["modules"] = [name for name in sys.modules if name.partition(".")[0] in missing]
+missing.clear()
+sys.path.insert(0, {str(ROOT)!r})
+import ltu
+model = AutoModelForCausalLM.from_pretrained({str(folders["ltu"])!r})
+found["class after import"] = type(model).__module__
 print(json.dumps(found))
 """
     (tmp_path / "client").mkdir()
     found = run_without_packages(code, tmp_path / "client" / "cache")
     assert found["modules"] == []
+    assert found["class after import"].startswith("ltu.")
     assert found["ltu without"].endswith("Run `pip install peft`")
     assert found["ltu_as without"].endswith("Install it with: pip install openai-whisper")
     for name, folder in folders.items():
@@ -141,7 +150,7 @@ def read_code(folder: Path) -> dict[str, str]:
 
 
 def test_code_is_that_of_the_package(folders: dict[str, Path]) -> None:
-    """Only imports and registrations differ, and no file names a path of this machine."""
+    """Only imports differ, and no file names a path of this machine."""
     for name, folder in folders.items():
         modules = find_modules({f"{name}.{module}" for module in ROOT_MODULES[name]})
         code = read_code(folder)

@@ -192,8 +192,7 @@ def find_modules(modules: set[str]) -> list[str]:
 def copy_module(module: str) -> str:
     """Return the text of one of our modules, as it is written into a checkpoint folder.
 
-    The text is changed line by line, so its comments stay. Imports of our modules become relative.
-    Classes replace those that another folder registered under the same names.
+    Imports of our modules become relative. The text is changed line by line, so its comments stay.
     """
     text = read_module(module)
     tree = ast.parse(text)
@@ -208,20 +207,7 @@ def copy_module(module: str) -> str:
             lines[node.lineno - 1] = line.replace(f"import {name}", relative, 1)
         elif name.partition(".")[0] in PIP_NAMES:
             lines[node.lineno - 1] = import_or_explain(line, name.partition(".")[0])
-    for node in tree.body:
-        if is_registration(node):
-            node.value.keywords.append(ast.keyword("exist_ok", ast.Constant(True)))
-            lines[node.lineno - 1 : node.end_lineno] = [
-                ast.unparse(node),
-                *[""] * (node.end_lineno - node.lineno),
-            ]
     return f"{write_header(module)}{chr(10).join(lines)}\n"
-
-
-def is_registration(node: ast.stmt) -> bool:
-    """Return whether a statement is like `AutoConfig.register("ltu", LtuConfig)`."""
-    is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-    return is_call and ast.unparse(node.value.func).partition(".")[2] == "register"
 
 
 def import_or_explain(statement: str, package: str) -> str:
