@@ -133,12 +133,22 @@ class TltrModel(PreTrainedModel):
             )
         if config.standardize:
             input_features = (input_features - self.feature_mean) / self.feature_std
+        if self._recomputes_inputs():
+            input_features = input_features.detach().requires_grad_()
         batch, layers, time, _ = input_features.shape
         hidden = self.time_tr(input_features.flatten(0, 1))  # (batch x layers, time, width)
         hidden = hidden.unflatten(0, (batch, layers))
         hidden = hidden.transpose(1, 2)  # (batch, time, layers, width)
         hidden = self.layer_tr(hidden.flatten(0, 1), mean=True)  # (batch x time, width)
         return hidden.unflatten(0, (batch, time))  # (batch, time, width)
+
+    def _recomputes_inputs(self) -> bool:
+        """Return whether the features need a gradient, so that the first block gets its own.
+
+        With reentrant gradient checkpointing, a block has gradients only if its input has one.
+        """
+        is_trained = self.training and self.time_tr.attn.out.weight.requires_grad
+        return is_trained and torch.is_grad_enabled() and self.time_tr.gradient_checkpointing
 
 
 AutoModel.register(TltrConfig, TltrModel)

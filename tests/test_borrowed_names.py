@@ -80,8 +80,13 @@ BORROWED_NAMES = [
     ),
     BorrowedName(
         "transformers:PreTrainedModel._upload_modified_files",
-        "ltu/models/modeling_ltu.py",
+        "ltu/models/modeling_ltu.py ltu/models/custom_code.py",
         "upload_folder of huggingface_hub, with the model card of the checkpoint folder",
+    ),
+    BorrowedName(
+        "transformers:PreTrainedConfig._attn_implementation",
+        "ltu/models/modeling_ltu.py",
+        "the argument attn_implementation of from_config, for each part",
     ),
     BorrowedName(
         "transformers.cache_utils:DynamicLayer",

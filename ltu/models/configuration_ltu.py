@@ -275,6 +275,7 @@ class LtuConfig(PreTrainedConfig):
         content = super().to_dict()
         for name in ("quantization_config", "_name_or_path"):
             content["text_config"].pop(name, None)
+        content.pop("auto_map", None)  # A folder without the code must not name it.
         if content["encoder_lora"] is None:
             del content["encoder_lora"]  # Folders of older versions lack it too.
         return content

@@ -67,12 +67,14 @@ class LtuGenerationMixin(GenerationMixin):
             input_ids: (batch, length), as in `forward`.
             attention_mask: (batch, length); all ones if absent.
             input_features, audio_embeds, audio_index: the clips, as in `forward`.
+            kwargs: of the stock method. Its `inputs` is another name of `input_ids`.
 
         Raises:
             ValueError: the placeholders do not fit the clips, or, on a version of transformers that
                 was not tested, generation is wrong (`ltu.models.version_check`).
         """
         check_generation(self)
+        input_ids = kwargs.pop("inputs", input_ids)
         has_clips = input_features is not None or audio_embeds is not None
         if has_clips and input_ids is None:
             raise ValueError(

@@ -29,9 +29,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import TransformersKwargs
+from typing_extensions import Unpack
 
 from ltu.models.config_checks import refuse_malformed
 from ltu.models.configuration_ltu import IGNORED, LtuConfig, find_model, open_model_config
+from ltu.models.custom_code import CustomCodeMixin
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import (
@@ -77,7 +80,7 @@ class LtuMultiModalProjector(nn.Module):
         return self.linear(self.layer_norm(audio_hidden))  # (clips, tokens, hidden)
 
 
-class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
+class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGenerationMixin):
     """Audio encoder (`audio_tower`), `multi_modal_projector` and causal `language_model`.
 
     Args:
@@ -262,8 +265,32 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Run the stock method on the language model, and return its new embeddings.
+
+        A checkpoint holds the language model from now on. The audio placeholder remains one past
+        the vocabulary, so `config.audio_token_id` changes: make a new processor, with
+        `LtuProcessor.from_config`.
+
+        Raises:
+            ValueError: the language model is quantized.
+        """
+        self._check_not_quantized("its embeddings cannot be resized")
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        vocab_size = self.config.text_config.vocab_size
+        if vocab_size != self.config.audio_token_id:
+            self.config.audio_token_id = vocab_size
+            self._own_language_model()
+        return embeddings
 
     def get_audio_features(
         self, input_features: Tensor | None = None, audio_hidden_states: Tensor | None = None
@@ -312,7 +339,6 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             return torch.cat([prompt_embeds, new_embeds], dim=1)
 
         is_audio = input_ids == self.config.audio_token_id  # (batch, length)
-        num_placeholders = int(is_audio.sum())
         if audio_embeds is None:
             clips = [input_features, audio_hidden_states]
             tokens_per_clip = self.config.num_audio_tokens
@@ -321,13 +347,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             tokens_per_clip = audio_embeds.shape[1]
         num_clips = sum(len(part) for part in clips if part is not None)
         num_runs = num_clips if audio_index is None else len(audio_index)
-        if num_placeholders != num_runs * tokens_per_clip:
-            raise ValueError(
-                f"{num_placeholders} audio placeholders in input_ids, but {num_runs} clips x "
-                f"{tokens_per_clip} tokens = {num_runs * tokens_per_clip} audio embeddings. Each "
-                f"clip needs one run of {tokens_per_clip} placeholders (token "
-                f"{self.config.audio_token_id}); LtuProcessor writes them."
-            )
+        if not torch.compiler.is_exporting():  # A graph raises no errors that depend on tokens.
+            self._check_num_placeholders(int(is_audio.sum()), num_runs, tokens_per_clip)
         token_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         # Clips that no run uses are encoded all the same: with FSDP, the audio encoder must run on
         # every rank or on none.
@@ -340,6 +361,17 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             audio_index = audio_index.to(audio_embeds.device)
             audio_embeds = audio_embeds[audio_index]  # (runs, tokens, hidden)
         return token_embeds.masked_scatter(is_audio[..., None], audio_embeds)
+
+    def _check_num_placeholders(
+        self, num_placeholders: int, num_runs: int, tokens_per_clip: int
+    ) -> None:
+        if num_placeholders != num_runs * tokens_per_clip:
+            raise ValueError(
+                f"{num_placeholders} audio placeholders in input_ids, but {num_runs} clips x "
+                f"{tokens_per_clip} tokens = {num_runs * tokens_per_clip} audio embeddings. Each "
+                f"clip needs one run of {tokens_per_clip} placeholders (token "
+                f"{self.config.audio_token_id}); LtuProcessor writes them."
+            )
 
     def _without_audio(self, token_embeds: Tensor) -> Tensor:
         """Return token embeddings of a batch without audio, (batch, length, hidden).
@@ -368,7 +400,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         loss_tokens: Tensor | None = None,
         audio_hidden_states: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Compute logits (batch, length, vocabulary), and the loss if there are `labels`.
 
@@ -581,6 +613,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             )
             config.text_config = llm.config
         else:
+            attention = llm_kwargs.pop("attn_implementation", None)
+            if attention is not None:
+                config._attn_implementation = attention
             given = llm_kwargs | {"language_model": language_model, "device_map": device_map}
             refused = {name for name, value in given.items() if value is not None}
             if refused:

@@ -35,6 +35,7 @@ from ltu.models.config_checks import (
     show,
 )
 from ltu.models.configuration_ltu import ALPACA_SHORT, IGNORED, LtuConfig
+from ltu.models.custom_code import CustomCodeMixin
 from ltu.models.locate_checkpoint import check_files
 from ltu.models.prompt_template import (
     CUT,
@@ -56,7 +57,7 @@ REPLACEMENT = "\ufffd"  # The character that stands for bytes that are no UTF-8.
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
-class LtuProcessor(ProcessorMixin):
+class LtuProcessor(CustomCodeMixin, ProcessorMixin):
     """The feature extractor of the audio encoder, the tokenizer of the language model, the prompt.
 
     Args:

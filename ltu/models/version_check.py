@@ -47,6 +47,10 @@ NUM_AUDIO = 3  # Those of them that stand for audio, in the prompt with audio.
 FP32_TOLERANCE = 1e-3
 LOW_PRECISION_TOLERANCE = 0.1
 
+# Requirements of the copied code in a checkpoint folder, which belongs to no package; set by
+# `ltu.models.custom_code.finish_entry`.
+REQUIREMENTS: list[str] = []
+
 _checked_models: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 _models_in_check: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
 _check_lock = threading.RLock()  # Reentrant, because the check itself calls `generate`.
@@ -66,7 +70,7 @@ def tested_ranges() -> dict[str, str]:
         try:
             lines = requires("ltu") or []
         except PackageNotFoundError:
-            lines = []
+            lines = REQUIREMENTS
     requirements = [Requirement(line) for line in lines if line]
     return {
         requirement.name: str(requirement.specifier)
