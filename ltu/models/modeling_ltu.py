@@ -27,8 +27,18 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from ltu.models.config_checks import refuse_malformed
 from ltu.models.configuration_ltu import IGNORED, LtuConfig, open_llm_config
@@ -53,6 +63,15 @@ TRAINABLE_PLANS = {
     "all": ("audio_tower.", "multi_modal_projector.", ".lora_"),
     "full": ("audio_tower.", "multi_modal_projector.", "language_model."),
 }
+
+# Auto classes that open a checkpoint folder.
+AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+)
 
 # Arguments that `from_pretrained` passes to the hub.
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
@@ -716,5 +735,15 @@ def check_language_model(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> 
         )
 
 
-AutoModelForCausalLM.register(LtuConfig, LtuForConditionalGeneration)
-AutoModel.register(LtuConfig, LtuForConditionalGeneration)
+def register_model(config_class: type[LtuConfig], model_class: type[PreTrainedModel]) -> None:
+    """Register a model with the Auto classes of Qwen2-Audio and of text models.
+
+    The pipeline "any-to-any" compares the class with names that no Auto class can extend; without
+    an entry there it would log that the model is not supported.
+    """
+    for auto_class in AUTO_CLASSES:
+        auto_class.register(config_class, model_class)
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
+
+
+register_model(LtuConfig, LtuForConditionalGeneration)
