@@ -63,6 +63,7 @@ REFUSED_OPTIONS = {
     "assistant_model": RefusedOption(NO_DRAFT),
     "assistant_early_exit": RefusedOption(NO_DRAFT),
     "prompt_lookup_num_tokens": RefusedOption("a draft could copy audio placeholders"),
+    "prefill_chunk_size": RefusedOption("the prompt is embedded as a whole, with its audio"),
     "use_mtp": RefusedOption(NO_DRAFT, False),
     "speculation_type": RefusedOption(NO_DRAFT),
     "encoder_repetition_penalty": RefusedOption("use repetition_penalty", 1.0),
@@ -172,10 +173,10 @@ class LtuGenerationMixin(GenerationMixin):
         processors = []
         for name, counting in COUNTING_PROCESSORS.items():
             value = self._read_option(name, kwargs)
-            # Switch the stock one off, also in generation_config.
-            if value is not None:
-                kwargs[name] = counting.off
             if value not in (None, counting.off):
+                kwargs[name] = (
+                    counting.off
+                )  # Switches the stock one off, also in generation_config.
                 processors.append(TextProcessor(counting.stock_class(value), is_text))
         # A caller may give a stock one too.
         stock_classes = tuple(counting.stock_class for counting in COUNTING_PROCESSORS.values())

@@ -129,6 +129,8 @@ class LtuProcessor(ProcessorMixin):
                 "them special: its files are missing. Copy the folder again."
             )
         tokenizer.split_special_tokens = True
+        # The side on which the pipelines of transformers pad; `pad_batch` does not ask.
+        tokenizer.padding_side = "left"
 
     @classmethod
     def from_pretrained(
@@ -620,14 +622,33 @@ class LtuProcessor(ProcessorMixin):
         """The names of what `__call__` returns."""
         return ["input_ids", "attention_mask", *self.feature_extractor.model_input_names]
 
-    def decode(self, token_ids: Any, *args: Any, **kwargs: Any) -> str | list[str]:
-        """Decode tokens as the stock method does; audio placeholders, which have no text, are left
-        out."""
-        return self.tokenizer.decode(self._without_placeholders(token_ids), *args, **kwargs)
+    def decode(self, token_ids: Any, **kwargs: Any) -> str | list[str]:
+        """Decode tokens as the stock method does, with its arguments.
 
-    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
+        Audio placeholders have no text, and are left out. Bytes that are no UTF-8 do not change the
+        text around them.
+        """
+        tokens = self._without_placeholders(token_ids)
+        if isinstance(tokens, list) and any(isinstance(part, list) for part in tokens):
+            return [self.decode(part, **kwargs) for part in tokens]
+        text = self.tokenizer.decode(tokens, **kwargs)
+        # A tokenizer that is not fast decodes with sentencepiece itself.
+        if REPLACEMENT not in text or not self.tokenizer.is_fast or not isinstance(tokens, list):
+            return text
+        if kwargs.get("clean_up_tokenization_spaces"):
+            return text
+        words = self.tokenizer.convert_ids_to_tokens(
+            tokens, skip_special_tokens=kwargs.get("skip_special_tokens", False)
+        )
+        # Language models have more tokens than their tokenizers know.
+        words = [word for word in words if word is not None]
+        if any(BYTE.fullmatch(word) for word in words):
+            text = self.tokenizer.convert_tokens_to_string(replace_wrong_bytes(words))
+        return text
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Decode several sequences, as `decode` does."""
-        return self.tokenizer.batch_decode(self._without_placeholders(sequences), *args, **kwargs)
+        return [self.decode(tokens, **kwargs) for tokens in sequences]
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -651,15 +672,7 @@ class LtuProcessor(ProcessorMixin):
         More tokens only append to the text, except that they may complete a character whose first
         bytes are U+FFFD at its end.
         """
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        # A tokenizer that is not fast decodes with sentencepiece itself.
-        if REPLACEMENT in text and self.tokenizer.is_fast:
-            tokens = self.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
-            # Language models have more tokens than their tokenizers know.
-            tokens = [token for token in tokens if token is not None]
-            if any(BYTE.fullmatch(token) for token in tokens):
-                text = self.tokenizer.convert_tokens_to_string(replace_wrong_bytes(tokens))
-        return text.strip()
+        return self.decode(ids, skip_special_tokens=True).strip()
 
 
 def find_audio_message(messages: list[dict]) -> dict:

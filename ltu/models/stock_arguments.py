@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ltu.data.audio import AudioError, AudioSource
+from ltu.models.config_checks import show
 
 # Arguments that hold further arguments, as in `ProcessingKwargs` of transformers.
 GROUPS = ("text_kwargs", "audio_kwargs", "common_kwargs")
@@ -102,17 +103,19 @@ def read_processing_arguments(arguments: dict[str, Any]) -> ProcessingArguments:
     for group in (others, *groups):
         for name, value in group.items():
             if name in flat and flat[name] != value:
-                raise ValueError(f"{name} is given as {flat[name]!r} and as {value!r}.")
+                raise ValueError(f"{name} is given as {show(flat[name])} and as {show(value)}.")
             flat[name] = value
 
     padding = flat.pop("padding", None)
     if not isinstance(padding, bool | str | None) or padding not in PADDINGS:
-        raise ValueError(f"padding is {padding!r}, but rows are padded to the longest or not.")
+        raise ValueError(f"padding is {show(padding)}, but rows are padded to the longest or not.")
     read = ProcessingArguments(
         PADDINGS[padding], flat.pop("sampling_rate", None), bool(flat.pop("output_labels", False))
     )
     if not isinstance(read.sampling_rate, int | None):
-        raise ValueError(f"sampling_rate is {read.sampling_rate!r}, but a whole number of Hz.")
+        raise ValueError(
+            f"sampling_rate is {show(read.sampling_rate)}, but must be a whole number of Hz."
+        )
     for name, value in flat.items():
         check_stock_argument(name, value)
     return read
@@ -126,11 +129,11 @@ def check_stock_argument(name: str, value: Any) -> None:
     """
     known = STOCK_ARGUMENTS.get(name)
     if known is None:
-        raise ValueError(f"The processor has no argument {name} ({value!r}).")
+        raise ValueError(f"The processor has no argument {name} ({show(value)}).")
     is_plain = isinstance(value, bool | str | None)
     if not (is_plain and value in known.accepted) and not (value == {} and None in known.accepted):
         shown = " or ".join(map(repr, known.accepted))
-        raise ValueError(f"{name} is {value!r}, but only {shown} is possible: {known.reason}.")
+        raise ValueError(f"{name} is {show(value)}, but only {shown} is possible: {known.reason}.")
 
 
 def resolve_clip(source: Any, sampling_rate: int | None = None) -> AudioSource:
