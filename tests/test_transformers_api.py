@@ -835,13 +835,17 @@ def test_a_folder_is_trained_with_stock_trainers(
     words = ["train.py", str(root / kind), str(examples), str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     script = EXAMPLES / f"train_with_{library}.py"
-    trainer = runpy.run_path(str(script))["trainer"]
+    names = runpy.run_path(str(script))
+    trainer = names["trainer"]
     before = AutoModelForMultimodalLM.from_pretrained(root / kind)
     model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert trainer.state.global_step >= 3
-    lines = [example["messages"] for example in json.loads(examples.read_text())]
-    batch = processor.apply_chat_template(lines, **ASK, processor_kwargs={"output_labels": True})
+    lines = json.loads(examples.read_text())
+    batch = names["collate"](lines)
+    lines = [example["messages"] for example in lines]
+    again = processor.apply_chat_template(lines, **ASK)
+    assert torch.equal(again["input_ids"], batch["input_ids"])
     with torch.no_grad():
         assert model(**batch).loss < before(**batch).loss
         # The folder is what was trained.
