@@ -91,11 +91,6 @@ BORROWED_NAMES = [
         "the method of transformers that makes the arguments of a step of generate",
     ),
     BorrowedName(
-        "transformers.models.auto.modeling_auto:MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-        "ltu/models/modeling_ltu.py",
-        "nothing: the pipeline any-to-any then logs that the model is not supported, and works",
-    ),
-    BorrowedName(
         "transformers.initialization:trunc_normal_",
         "ltu/models/modeling_cavmae.py ltu/models/modeling_yamnet.py",
         "torch.nn.init, for parameters that were not loaded",

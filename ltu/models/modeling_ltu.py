@@ -38,7 +38,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from ltu.models.config_checks import refuse_malformed
 from ltu.models.configuration_ltu import IGNORED, LtuConfig, open_llm_config
@@ -64,7 +63,8 @@ TRAINABLE_PLANS = {
     "full": ("audio_tower.", "multi_modal_projector.", "language_model."),
 }
 
-# Auto classes that open a checkpoint folder.
+# Auto classes that open a checkpoint folder: those of text models, of Qwen2-Audio, and of Audio
+# Flamingo 3.
 AUTO_CLASSES = (
     AutoModel,
     AutoModelForCausalLM,
@@ -736,14 +736,9 @@ def check_language_model(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> 
 
 
 def register_model(config_class: type[LtuConfig], model_class: type[PreTrainedModel]) -> None:
-    """Register a model with the Auto classes of Qwen2-Audio and of text models.
-
-    The pipeline "any-to-any" compares the class with names that no Auto class can extend; without
-    an entry there it would log that the model is not supported.
-    """
+    """Register a model with `AUTO_CLASSES`."""
     for auto_class in AUTO_CLASSES:
         auto_class.register(config_class, model_class)
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__
 
 
 register_model(LtuConfig, LtuForConditionalGeneration)
