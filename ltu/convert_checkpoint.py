@@ -25,15 +25,17 @@ from pathlib import Path
 
 import torch
 
-from ltu.checkpoints.convert import LtuConverter
+from ltu.checkpoints.convert import EncoderSettings, LtuConverter
+from ltu.checkpoints.wrap_audio_encoder import DEFAULT_CHUNK_SECONDS, DEFAULT_NUM_AUDIO_TOKENS
 from ltu.files import run_command
 
 PROMPT_TEMPLATE = "alpaca_short"
 USAGE = (
     "give --llm and --output_dir with --checkpoint or --init (and its --audio_encoder, "
-    "--prompt_template); --model with --to_original or --merged_llm_dir; or --model and "
-    "--output_dir with --merge. --llm_dtype is for --checkpoint, --merge and --merged_llm_dir, "
-    "--lora_alpha and --lora_dropout for --checkpoint"
+    "--num_audio_tokens, --chunk_seconds, --encoder_layers, --prompt_template); --model with "
+    "--to_original or --merged_llm_dir; or --model and --output_dir with --merge. --llm_dtype is "
+    "for --checkpoint, --merge and --merged_llm_dir, --lora_alpha and --lora_dropout for "
+    "--checkpoint"
 )
 
 
@@ -57,8 +59,27 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
     )
     parser.add_argument(
         "--audio_encoder",
-        help="With --init: a .pth file, one of our folders of an audio encoder, or a released "
-        "vicuna folder. Without it the audio encoder is random.",
+        help="With --init: a .pth file, one of our folders of an audio encoder, a released vicuna "
+        "folder, or the folder or hub id of any audio model of transformers (Whisper, AST, "
+        "wav2vec2, CLAP, ...). Without it the audio encoder is random.",
+    )
+    parser.add_argument(
+        "--num_audio_tokens",
+        type=int,
+        help="Audio tokens of a chunk, for an audio encoder of transformers "
+        f"({DEFAULT_NUM_AUDIO_TOKENS}).",
+    )
+    parser.add_argument(
+        "--chunk_seconds",
+        type=float,
+        help="Length of a chunk, for an audio encoder of transformers "
+        f"({DEFAULT_CHUNK_SECONDS:g}).",
+    )
+    parser.add_argument(
+        "--encoder_layers",
+        metavar="last|mean|N",
+        help="The hidden states of an audio encoder of transformers that are used: its output "
+        "(last), the mean of all layers, or layer N.",
     )
     parser.add_argument(
         "--model",
@@ -132,12 +153,17 @@ def _is_consistent(args: argparse.Namespace) -> bool:
     if bool(args.output_dir) == names_output or (args.llm and args.to_original):
         return False
     has_init_flags = args.audio_encoder or args.prompt_template != PROMPT_TEMPLATE
+    has_init_flags = has_init_flags or bool(_encoder_settings(args).given())
     if has_init_flags and not args.init:
         return False
     if args.llm_dtype and not (args.checkpoint or args.merge or args.merged_llm_dir):
         return False
     has_lora_flags = args.lora_alpha is not None or args.lora_dropout is not None
     return not has_lora_flags or bool(args.checkpoint)
+
+
+def _encoder_settings(args: argparse.Namespace) -> EncoderSettings:
+    return EncoderSettings(args.num_audio_tokens, args.chunk_seconds, args.encoder_layers)
 
 
 def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = LtuConverter) -> None:
@@ -153,7 +179,11 @@ def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = Lt
         converter.merge_llm(args.model, args.merged_llm_dir, args.llm, args.llm_dtype)
     elif args.init:
         converter.make_initial_checkpoint(
-            args.llm, args.output_dir, args.audio_encoder, args.prompt_template
+            args.llm,
+            args.output_dir,
+            args.audio_encoder,
+            args.prompt_template,
+            _encoder_settings(args),
         )
     else:
         lora = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}

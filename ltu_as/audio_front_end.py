@@ -47,6 +47,7 @@ class WhisperFrontEnd(AudioFrontEnd):
         "original's .npz files.",
     }
     dataset_flags = ("feature_root",)
+    place_flags = ("feature_root", "whisper")  # The checkpoint has the fingerprint of Whisper.
     feature_extractor: LtuAsFeatureExtractor
     store: FeatureStore | None = None
     warned_of_stale = False

@@ -78,6 +78,11 @@ class TltrConfig(PreTrainedConfig):
         """The shape of the features of one clip."""
         return self.num_whisper_layers, self.num_audio_tokens, self.hidden_size
 
+    @property
+    def extractor_settings(self) -> dict[str, Any]:
+        """Arguments of the feature extractor that follow from the audio encoder."""
+        return {"num_layers": self.num_whisper_layers, "hidden_size": self.hidden_size}
+
 
 class LtuAsConfig(LtuConfig):
     """`LtuConfig` with TLTR as the default audio encoder."""

@@ -43,6 +43,7 @@ class LtuAsConverter(LtuConverter):
     config_class: ClassVar[type[LtuAsConfig]] = LtuAsConfig
     processor_class: ClassVar[type[LtuAsProcessor]] = LtuAsProcessor
     audio_encoder_keys: ClassVar[list[KeyRule]] = TLTR_KEYS
+    takes_other_encoders: ClassVar[bool] = False
 
     whisper: str = "large-v1"
     transcription_model: str | None = None

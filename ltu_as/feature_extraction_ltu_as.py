@@ -31,7 +31,7 @@ from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
 
 from ltu.data.audio import SAMPLING_RATE, Downmix
 from ltu.data.transcripts import TRANSCRIPT_RULES
-from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
+from ltu.models.feature_extraction_ltu import SpectrogramFeatureExtractor
 from ltu_as.configuration_ltu_as import WHISPER_SIZES
 
 # Whisper gets the mean of a clip's channels, as in the original, which decodes with ffmpeg.
@@ -111,7 +111,7 @@ class _FirstChunkDecoded:
         return result or self._model.decode(mel, options)
 
 
-class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
+class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
     """Extracts Whisper features `(clips, layers, 25, width)` and transcripts.
 
     Args:
@@ -318,6 +318,10 @@ class LtuAsFeatureExtractor(ChunkedFeatureExtractor):
         mel = log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu()
         mel = pad_or_trim(mel, num_chunks * self.num_frames)  # (mels, chunks x frames)
         return mel.unflatten(1, (num_chunks, -1)).transpose(0, 1)
+
+    def spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Return the log-mel `(frames, num_mel_bins)` of a waveform `(samples,)`."""
+        return log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu().T
 
     @torch.no_grad()
     def transcribe(self, waveforms: list[np.ndarray], batched: bool | None = None) -> list[str]:

@@ -23,8 +23,6 @@ class LtuAsProcessor(LtuProcessor):
         feature_extractor: an `LtuAsFeatureExtractor`; other arguments as for `LtuProcessor`.
     """
 
-    extractor_sizes = {"num_layers": "num_whisper_layers", "hidden_size": "hidden_size"}
-
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> Any:
         """Write the files of the processor.
 

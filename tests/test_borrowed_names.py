@@ -70,6 +70,14 @@ BORROWED_NAMES = [
         )
         for name in ("_supports_sdpa", "_supports_flash_attn", "_no_split_modules")
     ),
+    *(
+        BorrowedName(
+            f"transformers:PreTrainedModel.{name}",
+            "ltu/models/modeling_audio_encoder_wrapper.py",
+            "the attribute of transformers' guide to custom models that replaces it",
+        )
+        for name in ("_supports_sdpa", "_supports_flash_attn")
+    ),
     BorrowedName(
         "transformers:PreTrainedModel._upload_modified_files",
         "ltu/models/modeling_ltu.py",

@@ -29,6 +29,7 @@ from ltu.inference.engine import LtuEngine
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
 from ltu.models.modeling_ltu import build_on_meta
 from ltu_as.convert_checkpoint import main as convert_as
+from tests.audio_encoders import FAMILIES, write_audio_model
 from tests.tiny import LORA, training_flags, write_checkpoint, write_llm, write_rows
 from tests.whisper_tiny import save_whisper
 
@@ -113,9 +114,10 @@ ROUTES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three checkpoint folders.
+    """Four checkpoint folders.
 
-    The language model of "named" and "as" is in another folder, and that of "whole" in its own.
+    The language model of "named", "as" and "wrapped" is in another folder, and that of "whole" in
+    its own. "wrapped" names its audio encoder too.
     """
     root = tmp_path_factory.mktemp("hostile")
     llm = write_llm(root / "llm")
@@ -126,6 +128,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--init", "--llm", str(llm), "--whisper", str(root / "whisper.pt")]
     flags += ["--feature_precision", "fp32", "--num_layer_heads", "2"]
     convert_as([*flags, "--output_dir", str(root / "as")])
+    write_audio_model(root / "encoder", FAMILIES["whisper"])
+    flags = ["--init", "--llm", str(llm), "--audio_encoder", str(root / "encoder")]
+    convert([*flags, "--output_dir", str(root / "wrapped")])
     return root
 
 
@@ -249,7 +254,7 @@ def errors_of_wrong_values(file: Path, open_it: Callable[[], Any]) -> dict[tuple
     return errors
 
 
-@pytest.mark.parametrize("name", ["named", "whole", "as"])
+@pytest.mark.parametrize("name", ["named", "whole", "as", "wrapped"])
 def test_any_value_of_any_field_of_a_config(copies: Path, name: str) -> None:
     """`AutoConfig` opens it or refuses it with one line, without a hang."""
     file = copies / name / "config.json"
@@ -262,13 +267,22 @@ def test_any_value_of_any_field_of_a_config(copies: Path, name: str) -> None:
     assert sum(bool(error) for error in errors.values()) > len(errors) / 3
 
 
-@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("name", ["named", "as"])
+PROCESSOR_FILES = [
+    ("named", "processor_config.json"),
+    ("named", "tokenizer_config.json"),
+    ("as", "processor_config.json"),
+    ("as", "tokenizer_config.json"),
+    ("wrapped", "processor_config.json"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), PROCESSOR_FILES)
 def test_any_value_of_any_field_of_a_processor(copies: Path, name: str, file: str) -> None:
     folder = copies / name
     errors = errors_of_wrong_values(folder / file, lambda: open_processor(folder))
     if file == "processor_config.json":
-        for field in ("num_audio_tokens", "feature_extractor.num_frames"):
+        size = "num_frames" if name != "wrapped" else "feature_extractor.feature_size"
+        for field in ("num_audio_tokens", f"feature_extractor.{size}"):
             assert all(errors[field, value] for value in ("-1", "0", "'x'", "[]"))
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +124,28 @@ def test_light_modules():
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         if module != "ltu.__init__" and room_of(module) in LIGHT:
             assert not {name.split(".")[0] for name in imports(file)} & heavy, file
+
+
+ENCODERS = re.compile("cav_?mae|yamnet|tltr|whisper|wav2vec|hubert|clap", re.IGNORECASE)
+
+
+@pytest.mark.parametrize("folder", ["training", "inference", "serving"])
+def test_nothing_asks_which_audio_encoder_it_is(folder):
+    """No name and no text in the code is that of an encoder; docstrings may give examples."""
+    found = []
+    for file in (ROOT / "ltu" / folder).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docstrings = set()
+        for node in ast.walk(tree):
+            if isinstance(node, documented) and ast.get_docstring(node) is not None:
+                docstrings.add(node.body[0].value)
+        for node in ast.walk(tree):
+            texts = [getattr(node, "id", ""), getattr(node, "attr", ""), getattr(node, "name", "")]
+            if isinstance(node, ast.Constant) and node not in docstrings:
+                texts.append(str(node.value))
+            found += [(file.name, text) for text in texts if ENCODERS.search(str(text))]
+    assert not found
 
 
 def test_no_file_is_called_utils():

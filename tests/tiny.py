@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ltu import CavMaeConfig, LtuConfig, LtuForConditionalGeneration, LtuProcessor
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, OnText, Request
-from ltu.models.locate_checkpoint import hash_language_model
+from ltu.models.locate_checkpoint import hash_model
 
 GOLDEN = Path(__file__).parent / "golden"
 LLM = {
@@ -97,7 +97,7 @@ def write_checkpoint(
         audio_config=audio_config(),
         text_config=text_config,
         language_model=str(llm),
-        language_model_sha256=hash_language_model(llm),
+        language_model_sha256=hash_model(llm),
         lora=lora,
         prompt_template=prompt_template,
     )

@@ -8,13 +8,20 @@ is not copied, only the embeddings are read, to initialize the projection.
 import argparse
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import FEATURE_EXTRACTOR_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    FEATURE_EXTRACTOR_MAPPING,
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 
 from ltu.checkpoints.original_checkpoints import (
     CAV_MAE_KEYS,
@@ -35,10 +42,13 @@ from ltu.checkpoints.save_checkpoint import (
     write_folder,
     write_merged_llm,
 )
-from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig, open_llm_config
+from ltu.checkpoints.wrap_audio_encoder import wrap_audio_encoder
+from ltu.files import read_json_object
+from ltu.models.configuration_audio_encoder_wrapper import MAX_CHUNK_SECONDS
+from ltu.models.configuration_ltu import CavMaeConfig, LtuConfig, open_model_config
 from ltu.models.feature_extraction_ltu import ChunkedFeatureExtractor
 from ltu.models.finite_weights import check_finite
-from ltu.models.locate_checkpoint import find_checkpoint, hash_language_model, sha256_of_weights
+from ltu.models.locate_checkpoint import find_checkpoint, hash_model, sha256_of_weights
 from ltu.models.modeling_ltu import LtuMultiModalProjector, build_on_meta
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.models.prompt_template import load_prompt_template
@@ -51,6 +61,8 @@ EMBEDDINGS = (
     "wte",
     "model.language_model.embed_tokens",
 )
+MIN_CHUNK_SECONDS = 0.1
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 HEAD_WIDTH = 64  # Channels of an attention head, in all ViTs of the family of CAV-MAE.
 INITIALIZER_RANGE = 0.02  # The usual standard deviation of embeddings, if no file shows it.
 
@@ -98,6 +110,71 @@ def cav_mae_config(state: dict[str, Tensor]) -> CavMaeConfig:
     )
 
 
+@dataclass(frozen=True)
+class EncoderSettings:
+    """How an audio encoder of transformers is used; see `wrap_audio_encoder`. None: the default.
+
+    Attributes:
+        num_audio_tokens: audio tokens of a chunk.
+        chunk_seconds: length of a chunk.
+        encoder_layers: "last", "mean", or the number of a layer.
+    """
+
+    num_audio_tokens: int | None = None
+    chunk_seconds: float | None = None
+    encoder_layers: str | None = None
+
+    def given(self) -> list[str]:
+        """Return the flags that are given."""
+        return [f"--{name}" for name, value in vars(self).items() if value is not None]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `wrap_audio_encoder` that are given.
+
+        Raises:
+            ValueError: one of them is impossible.
+        """
+        if self.num_audio_tokens is not None and self.num_audio_tokens < 1:
+            raise ValueError(f"--num_audio_tokens {self.num_audio_tokens}: it must be at least 1.")
+        seconds = self.chunk_seconds
+        if seconds is not None and not MIN_CHUNK_SECONDS <= seconds <= MAX_CHUNK_SECONDS:
+            raise ValueError(
+                f"--chunk_seconds {seconds:g}: it must be from {MIN_CHUNK_SECONDS:g} to "
+                f"{MAX_CHUNK_SECONDS:g}."
+            )
+        layer: int | str | None = self.encoder_layers
+        if layer not in (None, "last", "mean"):
+            try:
+                layer = int(layer)
+            except ValueError as error:
+                raise ValueError(
+                    f"--encoder_layers {layer}: it must be last, mean, or the number of a layer."
+                ) from error
+        values = {
+            "num_audio_tokens": self.num_audio_tokens,
+            "chunk_seconds": seconds,
+            "hidden_layer": layer,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class AudioEncoderParts:
+    """An audio encoder for a new checkpoint.
+
+    Attributes:
+        config: of the audio encoder.
+        state: its tensors by key, those that the checkpoint will hold.
+        dropped: the keys that were dropped, each with the reason.
+        extractor_settings: arguments of its feature extractor.
+    """
+
+    config: PreTrainedConfig
+    state: dict[str, Tensor]
+    dropped: dict[str, str] = field(default_factory=dict)
+    extractor_settings: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class LtuConverter:
     """Makes checkpoint folders of LTU; subclasses override what differs in other models.
@@ -108,6 +185,7 @@ class LtuConverter:
     config_class: ClassVar[type[LtuConfig]] = LtuConfig
     processor_class: ClassVar[type[LtuProcessor]] = LtuProcessor
     audio_encoder_keys: ClassVar[list[KeyRule]] = CAV_MAE_KEYS
+    takes_other_encoders: ClassVar[bool] = True  # Whether the input may be that of any encoder.
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
@@ -158,7 +236,7 @@ class LtuConverter:
         state, dropped = rename_keys(file, ORIGINAL_KEYS, (PREFIX,), checkpoint)
         check_audio_encoder(state, self.config_class.model_type, checkpoint)
         settings = {
-            "text_config": open_llm_config(llm),
+            "text_config": open_model_config(llm),
             "audio_config": self.make_audio_config(state),
             "lora": lora_settings(state, lora_alpha, lora_dropout),
         }
@@ -187,6 +265,7 @@ class LtuConverter:
         output_dir: str | Path,
         audio_encoder: str | Path | None = None,
         prompt_template: str = "alpaca_short",
+        encoder_settings: EncoderSettings = EncoderSettings(),
     ) -> None:
         """Write the checkpoint folder from which stage 1 starts.
 
@@ -195,41 +274,50 @@ class LtuConverter:
             output_dir: the folder to write.
             audio_encoder: as `load_audio_encoder` takes it.
             prompt_template: "alpaca_short", a JSON file, or "chat".
+            encoder_settings: of an audio encoder of transformers.
 
         Raises: as `convert_original`.
         """
-        text_config = open_llm_config(llm)
-        audio_config, state, dropped = self.load_audio_encoder(audio_encoder)
+        text_config = open_model_config(llm)
+        encoder = self.load_audio_encoder(audio_encoder, encoder_settings)
         config = self.config_class(
             text_config=text_config,
-            audio_config=audio_config,
+            audio_config=encoder.config,
             prompt_template=load_prompt_template(prompt_template, llm),
             **_name_language_model(llm),
         )
-        state = init_projector(config, llm) | state
+        state = init_projector(config, llm) | encoder.state
         extractor_settings = self.extractor_settings(is_original=False)
+        extractor_settings |= encoder.extractor_settings
         processor = self.processor_class.from_config(config, llm, **extractor_settings)
         parent = None if audio_encoder is None else _provenance(audio_encoder)
-        record = {"stage": "init", "parent": parent, "dropped_keys": dropped}
+        record = {"stage": "init", "parent": parent, "dropped_keys": encoder.dropped}
         placed = write_folder(output_dir, config, state, processor, record, None)
-        report(output_dir, placed, dropped)
+        report(output_dir, placed, encoder.dropped)
 
     def load_audio_encoder(
-        self, path: str | Path | None
-    ) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+        self, path: str | Path | None, settings: EncoderSettings = EncoderSettings()
+    ) -> AudioEncoderParts:
         """Load an audio encoder.
 
         Args:
-            path: a `.pth` file, one of our folders of an audio encoder, or a released folder of the
-                original (of which the projection is loaded too). None: the audio encoder is random.
-
-        Returns:
-            its config; its tensors by key; and the keys that were dropped, each with the reason.
+            path: a `.pth` file; one of our folders of an audio encoder; a released folder of the
+                original (of which the projection is loaded too); or a folder or hub id of an audio
+                model of transformers, which the checkpoint then names. None: the audio encoder is
+                random.
+            settings: of an audio model of transformers.
 
         Raises:
             ValueError: a key is unknown, or the file contains no audio encoder or that of the other
-                model, or cannot be opened.
+                model, or cannot be opened; or `settings` are given for another kind.
         """
+        if path is not None and self._is_transformers_model(path):
+            return self._wrap(path, settings)
+        if settings.given():
+            raise ValueError(
+                f"{', '.join(settings.given())}: only for an --audio_encoder of transformers, such "
+                "as the folder or hub id of a Whisper. The built-in encoders have their own sizes."
+            )
         if path is None:
             return self._random_audio_encoder()
         if not Path(path).is_dir():
@@ -241,14 +329,56 @@ class LtuConverter:
                 config = AutoConfig.from_pretrained(path)
                 extractor_class = FEATURE_EXTRACTOR_MAPPING.get(type(config), object)
                 if issubclass(extractor_class, ChunkedFeatureExtractor):
-                    return config, _add_prefix("audio_tower", load_state(weights)), {}
+                    state = _add_prefix("audio_tower", load_state(weights))
+                    return AudioEncoderParts(config, state)
             state, dropped = rename_keys(load_state(path), FOLDER_KEYS, (), path)
         check_audio_encoder(state, self.config_class.model_type, path)
-        return self.make_audio_config(state), state, dropped
+        return AudioEncoderParts(self.make_audio_config(state), state, dropped)
 
-    def _random_audio_encoder(
-        self,
-    ) -> tuple[PreTrainedConfig, dict[str, Tensor], dict[str, str]]:
+    def _is_transformers_model(self, path: str | Path) -> bool:
+        """Return whether a path is that of a model of transformers, and none of our encoders."""
+        name = str(path)
+        if not Path(path).is_dir():
+            is_local = Path(path).exists() or name.startswith((".", "/", "~"))
+            is_file_name = Path(path).suffix in WEIGHT_SUFFIXES
+            return name.count("/") == 1 and not is_local and not is_file_name
+        if not (Path(path) / "config.json").is_file():
+            return False
+        model_type = read_json_object(Path(path) / "config.json").get("model_type")
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            return False
+        config_class = CONFIG_MAPPING[model_type]
+        # A released folder of the original is that of a Llama with an audio encoder in it.
+        if config_class is LlamaConfig or issubclass(config_class, LtuConfig):
+            return False
+        extractor_class = FEATURE_EXTRACTOR_MAPPING.get(config_class, object)
+        return not issubclass(extractor_class, ChunkedFeatureExtractor)
+
+    def _wrap(self, path: str | Path, settings: EncoderSettings) -> AudioEncoderParts:
+        """Return an audio encoder of transformers; the checkpoint names its weights.
+
+        Raises:
+            ValueError: this kind of model takes no other audio encoder, or the encoder cannot be
+                used with these settings.
+        """
+        if not self.takes_other_encoders:
+            raise ValueError(
+                f"{path}: the audio encoder of {self.config_class.model_type} takes the layers of "
+                "Whisper and no other input. Use: python -m ltu.convert_checkpoint --init"
+            )
+        if Path(path).is_dir():
+            path = Path(path).resolve()
+        wrapped = wrap_audio_encoder(path, **settings.arguments())
+        hidden_size = wrapped.config.hidden_size
+        state = {
+            "audio_tower.feature_mean": torch.zeros(hidden_size),
+            "audio_tower.feature_std": torch.ones(hidden_size),
+        }
+        return AudioEncoderParts(
+            wrapped.config, state, extractor_settings=wrapped.extractor_settings
+        )
+
+    def _random_audio_encoder(self) -> AudioEncoderParts:
         print(
             "WARNING: no --audio_encoder: the audio encoder is RANDOM. Its embeddings mean nothing "
             "until it has been trained on a lot of audio.",
@@ -257,7 +387,7 @@ class LtuConverter:
         config = self.make_audio_config({})
         state = _add_prefix("audio_tower", AutoModel.from_config(config).state_dict())
         self.finish_audio_encoder(state)
-        return config, state, {}
+        return AudioEncoderParts(config, state)
 
     def export_original(self, model: str | Path, file: str | Path) -> None:
         """Write a checkpoint folder as a file of the original, and print what was dropped."""
@@ -322,11 +452,14 @@ CONVERTERS: dict[str, type[LtuConverter]] = {"ltu": LtuConverter}
 
 def _name_language_model(llm: str | Path) -> dict[str, str]:
     """Return the fields of the config that name the language model, and identify its files."""
-    return {"language_model": str(llm), "language_model_sha256": hash_language_model(llm)}
+    return {"language_model": str(llm), "language_model_sha256": hash_model(llm)}
 
 
 def _provenance(path: str | Path) -> dict[str, str]:
-    return {"name": Path(path).name, "sha256": sha256_of_weights(path)}
+    """Return the name of a file, folder or hub id, and the hash of its weights."""
+    if Path(path).exists():
+        return {"name": Path(path).name, "sha256": sha256_of_weights(path)}
+    return {"name": str(path), "sha256": sha256_of_weights(find_weights(path))}
 
 
 def _add_prefix(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

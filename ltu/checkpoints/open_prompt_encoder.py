@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ltu.checkpoints.save_checkpoint import LLM_PREFIX, find_weights
-from ltu.models.configuration_ltu import LtuConfig, open_llm_config
+from ltu.models.configuration_ltu import LtuConfig, open_model_config
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import find_checkpoint, weight_files
 from ltu.models.modeling_ltu import (
@@ -22,6 +22,7 @@ from ltu.models.modeling_ltu import (
     check_language_model,
     check_same_sizes,
     check_stored_weights,
+    find_audio_encoder,
 )
 
 OWN_PREFIXES = ("audio_tower.", "multi_modal_projector.")
@@ -51,12 +52,13 @@ def open_prompt_encoder(
     config: LtuConfig = AutoConfig.from_pretrained(folder)
     if config.language_model is None and language_model:
         raise ValueError(f"{folder} holds its language model; leave --llm {language_model} out.")
+    find_audio_encoder(config, folder)
     plan = copy.deepcopy(config)  # Of the model that is built to be compared with the files.
     llm_folder = None
     if config.language_model is not None:
         config.language_model = str(language_model or config.find_language_model(folder))
         check_language_model(config, folder)
-        plan.text_config = open_llm_config(config.language_model)
+        plan.text_config = open_model_config(config.language_model)
         check_same_sizes(config, plan.text_config, folder)
         config.text_config = copy.deepcopy(plan.text_config)
         llm_folder = find_weights(config.language_model)
@@ -78,6 +80,7 @@ def open_prompt_encoder(
             names += pair
     table = _read_table(llm_folder or folder, names, llm_folder is None)
     check_finite(own | {name: table}, f"{folder} is not opened")
+    model.load_named_encoder()
     model.load_state_dict(own, strict=False)
     if dtype != "auto":
         table = table.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

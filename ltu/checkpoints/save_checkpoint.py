@@ -30,10 +30,12 @@ from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.finite_weights import check_finite
 from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.model_card import CARD, is_replaceable, write_model_card
+from ltu.models.modeling_audio_encoder_wrapper import load_encoder_weights
 from ltu.models.modeling_ltu import (
     LtuForConditionalGeneration,
     build_on_meta,
     check_language_model,
+    find_audio_encoder,
     load_llm,
 )
 from ltu.models.processing_ltu import LtuProcessor
@@ -136,7 +138,7 @@ def plan_tensors(
     plan = {}
     llm_dtypes: Counter[torch.dtype] = Counter()
     for key in keys:
-        dtype = torch.float32
+        dtype = torch.float32 if state[key].is_floating_point() else state[key].dtype
         if is_llm(key):
             dtype = getattr(torch, llm_dtype) if llm_dtype else state[key].dtype
             llm_dtypes[dtype] += 1
@@ -352,7 +354,8 @@ def merge(
         ValueError: there is nothing to merge and `llm_dtype` is None, the language model is another
             one, or LoRA is on a tied weight.
     """
-    if config.language_model is None and config.lora is None and llm_dtype is None:
+    is_whole = config.language_model is None and config.named_encoder is None
+    if is_whole and config.lora is None and config.encoder_lora is None and llm_dtype is None:
         raise ValueError(
             f"{folder} contains its language model, and has no LoRA: there is nothing to merge. "
             "Name a dtype to write the language model in it: --llm_dtype bfloat16"
@@ -459,12 +462,21 @@ def plan_merge(config: LtuConfig, folder: Path, llm: str | None) -> MergedModel:
             else:
                 dropped[key] = "no weight of the model"
 
+    if config.named_encoder is not None:
+        find_audio_encoder(config, folder)
+        for key, value in load_encoder_weights(config.audio_config.encoder).items():
+            state[f"audio_tower.encoder.{key}"] = value
+        with_lora.audio_tower.own_weights()
+        config.audio_config.encoder = None
+        config.audio_config.encoder_sha256 = None
+
     # Find the layers with LoRA, by the key of the weight that it changes.
     lora_layers = {}
     for name, module in with_lora.named_modules():
         if hasattr(module, "get_delta_weight"):
             lora_layers[f"{name}.weight"] = module
     config.lora = None
+    config.encoder_lora = None
     config.language_model = None
     config.language_model_sha256 = None
     for pair in build_on_meta(config).all_tied_weights_keys.items():

@@ -135,6 +135,7 @@ def make_keys(
         engine.kind,
         engine.checkpoint,
         engine.language_model_sha256,
+        engine.model.config.encoder_sha256,
         str(engine.model.get_input_embeddings().weight.dtype),
         settings.quantization,
         engine.processor.to_dict(),  # With the prompt template and the audio encoder's input.

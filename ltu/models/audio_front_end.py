@@ -37,6 +37,7 @@ class AudioFrontEnd:
         downmix: how several channels of a clip become one, for `ltu.data.audio.decode_audio`.
         flags: settings that can change after opening: the names of flags, with their help texts.
         dataset_flags: those of `flags` that need the clips of a dataset file.
+        place_flags: those of `flags` that say where something is, and do not change the features.
         title: a headline for the flags.
     """
 
@@ -44,6 +45,7 @@ class AudioFrontEnd:
     downmix: Downmix = "first"
     flags: dict[str, str] = {}
     dataset_flags: tuple[str, ...] = ()
+    place_flags: tuple[str, ...] = ()
     title = ""
 
     def __init__(self, feature_extractor: ChunkedFeatureExtractor):
@@ -202,3 +204,8 @@ def find_dataset_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags that are given and that need the clips of a dataset file."""
     names = [name for front_end in _REGISTERED.values() for name in front_end.dataset_flags]
     return [f"--{name}" for name in names if getattr(args, name) is not None]
+
+
+def list_place_flags() -> list[str]:
+    """Return the `place_flags` of all registered front ends, without the dashes."""
+    return [name for front_end in _REGISTERED.values() for name in front_end.place_flags]

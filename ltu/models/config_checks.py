@@ -23,15 +23,21 @@ LARGEST = {
     "n_layer": 2**10,
     "num_layers": 2**10,
     "num_whisper_layers": 2**10,
+    "encoder_layers": 2**10,
+    "decoder_layers": 2**10,
     "hidden_size": 2**17,
     "n_embd": 2**17,
     "d_model": 2**17,
     "intermediate_size": 2**20,
     "n_inner": 2**20,
     "ffn_dim": 2**20,
+    "encoder_ffn_dim": 2**20,
+    "decoder_ffn_dim": 2**20,
     "num_attention_heads": 2**12,
     "num_key_value_heads": 2**12,
     "n_head": 2**12,
+    "encoder_attention_heads": 2**12,
+    "decoder_attention_heads": 2**12,
     "num_time_heads": 2**12,
     "num_layer_heads": 2**12,
     "head_dim": 2**14,
@@ -40,16 +46,21 @@ LARGEST = {
     "vocab_size": 2**24,
     "max_position_embeddings": 2**30,
     "n_positions": 2**30,
+    "max_source_positions": 2**20,
     "num_audio_tokens": 2**16,
     "num_mel_bins": 2**12,
+    "feature_size": 2**16,
+    "n_fft": 2**16,
     "num_frames": 2**17,
     "patch_size": 2**12,
     "time_pooling": 2**12,
     "time_stride": 2**12,
     "num_classes": 2**20,
 }
+LARGEST_LAYER = LARGEST["num_hidden_layers"]
 # Sizes that may be null or 0.
 OPTIONAL_SIZES = (
+    "vocab_size",  # Some audio encoders have none.
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
@@ -166,6 +177,9 @@ class LtuFields(BaseModel):
     )
     pad_token_id: TokenId | None = Field(None, description=A_TOKEN)
     lora: LoraSettings | None = Field(
+        None, description="an object with r, lora_alpha, lora_dropout and target_modules, or null"
+    )
+    encoder_lora: LoraSettings | None = Field(
         None, description="an object with r, lora_alpha, lora_dropout and target_modules, or null"
     )
     prompt_template: PromptTemplateFields | None = Field(

@@ -106,6 +106,11 @@ class CavMaeConfig(PreTrainedConfig):
         """The shape of the features of one clip."""
         return self.num_frames, self.num_mel_bins
 
+    @property
+    def extractor_settings(self) -> dict[str, Any]:
+        """Arguments of the feature extractor that follow from the audio encoder."""
+        return {"num_mel_bins": self.num_mel_bins, "num_frames": self.num_frames}
+
 
 class YamnetConfig(PreTrainedConfig):
     """YAMNet, a MobileNet trained on AudioSet: the small audio encoder of the quickstart.
@@ -149,6 +154,11 @@ class YamnetConfig(PreTrainedConfig):
         """The shape of the features of one clip."""
         return self.num_frames, self.num_mel_bins
 
+    @property
+    def extractor_settings(self) -> dict[str, Any]:
+        """Arguments of the feature extractor that follow from the audio encoder."""
+        return {"num_mel_bins": self.num_mel_bins, "num_frames": self.num_frames}
+
 
 class LtuConfig(PreTrainedConfig):
     """Config of audio encoder, projector and causal language model.
@@ -164,6 +174,7 @@ class LtuConfig(PreTrainedConfig):
         lora: arguments of peft's `LoraConfig`: `{"r", "lora_alpha", "lora_dropout",
             "target_modules"}`, or None if the language model has no LoRA (stage 1). The whole
             `LoraConfig.to_dict()` is not stored, because its keys differ between versions of peft.
+        encoder_lora: the same for the audio encoder, or None if it has no LoRA.
         prompt_template: `{"name", "prompt_no_input", "prompt_input"}`, and `"chat_template"` if
             that of the language model is used; by default the template of the released checkpoints.
         projector_layer_norm_eps: eps of the LayerNorm in front of the projector.
@@ -180,6 +191,7 @@ class LtuConfig(PreTrainedConfig):
         language_model: str | None = None,
         language_model_sha256: str | None = None,
         lora: dict | None = None,
+        encoder_lora: dict | None = None,
         prompt_template: dict | None = None,
         projector_layer_norm_eps: float = 1e-5,
         **kwargs: Any,
@@ -188,20 +200,22 @@ class LtuConfig(PreTrainedConfig):
             "language_model": language_model,
             "language_model_sha256": language_model_sha256,
             "lora": lora,
+            "encoder_lora": encoder_lora,
             "prompt_template": prompt_template,
         }
         fields |= {name: kwargs.get(name) for name in TOKENS}
         check_fields(LtuFields, fields, f"The config of {self.model_type}")
-        self.audio_config = _as_config(audio_config, self.default_audio_model_type)
-        self.text_config = _as_config(text_config, "llama")
-        if not hasattr(self.text_config, "vocab_size"):
+        self.audio_config = as_config(audio_config, self.default_audio_model_type)
+        self.text_config = as_config(text_config, "llama")
+        if not getattr(self.text_config, "vocab_size", None):
             raise ValueError(
-                f"{self.text_config.model_type} is no causal language model. Give a model of text "
-                "only."
+                f"{self.text_config.model_type} is no causal language model, because its config "
+                "has no vocab_size. Give a model of text only."
             )
         self.language_model = language_model
         self.language_model_sha256 = language_model_sha256
         self.lora = lora
+        self.encoder_lora = encoder_lora
         self.prompt_template = dict(prompt_template or ALPACA_SHORT)
         self.projector_layer_norm_eps = projector_layer_norm_eps
         # Both values are derived, and written to config.json for readers. A stored value that
@@ -237,6 +251,16 @@ class LtuConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
 
     @property
+    def named_encoder(self) -> str | None:
+        """Hub id or folder of an audio encoder that the checkpoint names; None if it holds it."""
+        return getattr(self.audio_config, "encoder", None)
+
+    @property
+    def encoder_sha256(self) -> str | None:
+        """Hash of an audio encoder that the checkpoint names."""
+        return getattr(self.audio_config, "encoder_sha256", None)
+
+    @property
     def num_positions(self) -> int:
         """Tokens that the language model has positions for; 2**20 if its config has no limit."""
         return getattr(self.text_config, "max_position_embeddings", None) or 2**20
@@ -251,21 +275,27 @@ class LtuConfig(PreTrainedConfig):
         content = super().to_dict()
         for name in ("quantization_config", "_name_or_path"):
             content["text_config"].pop(name, None)
+        if content["encoder_lora"] is None:
+            del content["encoder_lora"]  # Folders of older versions lack it too.
         return content
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `config.json`.
 
-        The path of the language model's folder is written relative to it, so that both folders can
-        be moved together.
+        The paths of the folders of the language model and the audio encoder are written relative to
+        it, so that they can be moved together.
         """
-        language_model = self.language_model
-        if language_model is not None and Path(language_model).is_dir():
-            self.language_model = relative_path_of(language_model, save_directory)
+        named = {"language_model": self, "encoder": self.audio_config}
+        paths = {field: getattr(config, field, None) for field, config in named.items()}
         try:
+            for field, config in named.items():
+                if paths[field] is not None and Path(paths[field]).is_dir():
+                    setattr(config, field, relative_path_of(paths[field], save_directory))
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.language_model = language_model
+            for field, config in named.items():
+                if paths[field] is not None:
+                    setattr(config, field, paths[field])
 
     def find_language_model(self, folder: str | os.PathLike) -> str:
         """Return the hub id or the absolute folder of the language model.
@@ -273,12 +303,21 @@ class LtuConfig(PreTrainedConfig):
         Args:
             folder: of the checkpoint, to which the path of the language model is relative.
         """
-        name = self.language_model
-        return str((Path(folder) / name).resolve()) if name.startswith(".") else name
+        return find_model(self.language_model, folder)
 
 
-def open_llm_config(name: str | os.PathLike, **hub_kwargs: Any) -> PreTrainedConfig:
-    """Return the config of a language model in a folder or on the hub.
+def find_model(name: str, folder: str | os.PathLike) -> str:
+    """Return the hub id or the absolute folder of a model that a checkpoint names.
+
+    Args:
+        name: as in the config of the checkpoint.
+        folder: of the checkpoint, to which a path that begins with a dot is relative.
+    """
+    return str((Path(folder) / name).resolve()) if name.startswith(".") else name
+
+
+def open_model_config(name: str | os.PathLike, **hub_kwargs: Any) -> PreTrainedConfig:
+    """Return the config of a language model or audio model in a folder or on the hub.
 
     Args:
         hub_kwargs: arguments of `AutoConfig.from_pretrained`, such as `token`.
@@ -298,7 +337,15 @@ def open_llm_config(name: str | os.PathLike, **hub_kwargs: Any) -> PreTrainedCon
     return config
 
 
-def _as_config(config: PreTrainedConfig | dict | None, default_model_type: str) -> PreTrainedConfig:
+def as_config(config: PreTrainedConfig | dict | None, default_model_type: str) -> PreTrainedConfig:
+    """Return a copy of a config, or the config that a dict describes.
+
+    Args:
+        default_model_type: of a dict without `model_type`.
+
+    Raises:
+        ValueError: the model type is not known, or a value has a wrong type or size.
+    """
     if isinstance(config, PreTrainedConfig):
         # Copy the config: transformers writes settings such as the attention implementation from
         # the outer config into the inner one, which may be that of a language model in use.

@@ -33,37 +33,23 @@ FRAME_SHIFT = 160  # Samples from one frame to the next, 10 ms.
 
 
 class ChunkedFeatureExtractor(SequenceFeatureExtractor):
-    """Converts waveforms of any length into features of a fixed number of frames.
+    """Converts waveforms of any length into features of chunks of a fixed length.
 
-    Subclasses define `extract_features`.
+    Subclasses define `chunk_step`, `extract_chunks` and `spectrogram`.
     """
 
     model_input_names = ["input_features"]
     downmix: Downmix = "first"  # How several channels of a clip become one.
 
-    def __init__(
-        self, num_mel_bins: int, num_frames: int, sampling_rate: int, padding_value: float, **kwargs
-    ):
-        # The base class saves feature_size too, which is num_mel_bins here.
-        kwargs.pop("feature_size", None)
-        super().__init__(
-            feature_size=num_mel_bins,
-            sampling_rate=sampling_rate,
-            padding_value=padding_value,
-            **kwargs,
-        )
-        self.num_mel_bins = num_mel_bins
-        self.num_frames = num_frames
+    @property
+    def chunk_step(self) -> int:
+        """Samples from one chunk to the next, at `SAMPLING_RATE`."""
+        raise NotImplementedError
 
     @property
     def chunk_seconds(self) -> float:
         """Seconds of a chunk, the part of a clip that is encoded at once."""
-        return self.num_frames * FRAME_SHIFT / self.sampling_rate
-
-    @property
-    def chunk_samples(self) -> int:
-        """Samples of `num_frames` frames; the last frame reaches 15 ms into the next chunk."""
-        return FRAME_LENGTH + (self.num_frames - 1) * FRAME_SHIFT
+        return self.chunk_step / SAMPLING_RATE
 
     def __call__(
         self,
@@ -77,20 +63,20 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             raw_speech: one mono waveform `(samples,)`, or a list of them, each of at least 25 ms.
-            sampling_rate: in Hz; must be the extractor's. `ltu.data.audio.load_audio` resamples.
+            sampling_rate: in Hz; must be 16 kHz. `ltu.data.audio.load_audio` resamples.
             return_tensors: "pt" for torch, "np" for numpy.
             num_chunks: the number of chunks of each clip, at most `count_chunks`; by default one.
 
         Returns:
-            `input_features`, float32 `(chunks of all clips, num_frames, num_mel_bins)`.
+            `input_features`, float32, by default `(chunks of all clips, num_frames, num_mel_bins)`.
 
         Raises:
             ValueError: another sampling rate, or a waveform that is not mono.
             ltu.data.audio.AudioError: a waveform is shorter than 25 ms.
         """
-        if sampling_rate != self.sampling_rate:
+        if sampling_rate != SAMPLING_RATE:
             raise ValueError(
-                f"The features are defined at {self.sampling_rate} Hz, got {sampling_rate} Hz. "
+                f"Waveforms must have {SAMPLING_RATE} Hz, got {sampling_rate} Hz. "
                 "Load the clip with ltu.data.audio.load_audio, which resamples."
             )
         if not isinstance(raw_speech, list | tuple):
@@ -103,7 +89,7 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
                     "mono."
                 )
             if len(waveform) < MIN_SAMPLES:
-                milliseconds = 1000 * len(waveform) / self.sampling_rate
+                milliseconds = 1000 * len(waveform) / SAMPLING_RATE
                 raise AudioError(
                     f"<waveform {number}>", "too_short", f"{milliseconds:.1f} ms of sound"
                 )
@@ -130,20 +116,72 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
 
         A rest of less than 25 ms is no chunk.
         """
-        return max(1, -(-(samples - MIN_SAMPLES + 1) // (self.num_frames * FRAME_SHIFT)))
+        return max(1, -(-(samples - MIN_SAMPLES + 1) // self.chunk_step))
+
+    def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
+        """Return features of the first chunks of a waveform.
+
+        Args:
+            waveform: `(samples,)`, 16 kHz.
+            num_chunks: at most `count_chunks`.
+
+        Returns:
+            `(chunks, *feature_shape of the audio encoder's config)`
+        """
+        raise NotImplementedError
+
+    def spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Return the log-mel spectrogram `(frames, bins)` of a waveform `(samples,)`."""
+        raise NotImplementedError
+
+
+class SpectrogramFeatureExtractor(ChunkedFeatureExtractor):
+    """Converts waveforms into spectrograms of a fixed number of frames.
+
+    Subclasses define `extract_features`.
+    """
+
+    def __init__(
+        self, num_mel_bins: int, num_frames: int, sampling_rate: int, padding_value: float, **kwargs
+    ):
+        # The base class saves feature_size too, which is num_mel_bins here.
+        kwargs.pop("feature_size", None)
+        super().__init__(
+            feature_size=num_mel_bins,
+            sampling_rate=sampling_rate,
+            padding_value=padding_value,
+            **kwargs,
+        )
+        self.num_mel_bins = num_mel_bins
+        self.num_frames = num_frames
+
+    @property
+    def chunk_step(self) -> int:
+        return self.num_frames * FRAME_SHIFT
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples of `num_frames` frames; the last frame reaches 15 ms into the next chunk."""
+        return FRAME_LENGTH + (self.num_frames - 1) * FRAME_SHIFT
 
     def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
         """Return features `(chunks, num_frames, num_mel_bins)` of a waveform `(samples,)`."""
-        step = self.num_frames * FRAME_SHIFT  # Samples from one chunk to the next.
-        starts = range(0, num_chunks * step, step)
+        starts = range(0, num_chunks * self.chunk_step, self.chunk_step)
         return torch.stack([self.extract_features(waveform[start:]) for start in starts])
 
     def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:
         """Return features `(num_frames, num_mel_bins)` of a waveform `(samples,)`."""
         raise NotImplementedError
 
+    def spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
+        num_chunks = self.count_chunks(len(waveform))
+        frames = self.extract_chunks(waveform, num_chunks).flatten(0, 1).float()
+        # Cut off the padding of the last chunk. The last frame reaches 15 ms over its shift.
+        num_frames = (len(waveform) - FRAME_LENGTH + FRAME_SHIFT) // FRAME_SHIFT
+        return frames[: max(1, num_frames)]  # (frames, bins)
 
-class LtuFeatureExtractor(ChunkedFeatureExtractor):
+
+class LtuFeatureExtractor(SpectrogramFeatureExtractor):
     """The filterbank that CAV-MAE takes.
 
     Args:
@@ -183,7 +221,7 @@ class LtuFeatureExtractor(ChunkedFeatureExtractor):
         return (filterbank - self.mean) / self.std  # (num_frames, bins)
 
 
-class YamnetFeatureExtractor(ChunkedFeatureExtractor):
+class YamnetFeatureExtractor(SpectrogramFeatureExtractor):
     """The log-mel spectrogram that YAMNet takes.
 
     Its parameters are those of tensorflow/models, research/audioset/yamnet/params.py.

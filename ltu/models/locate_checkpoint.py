@@ -188,14 +188,20 @@ def find_model_file(name: str | os.PathLike, file: str, **hub_kwargs: Any) -> Pa
         return None
 
 
-def hash_language_model(name: str | os.PathLike, **hub_kwargs: Any) -> str:
-    """Return a sha256 that identifies a language model without reading its weights.
+def hash_model(
+    name: str | os.PathLike,
+    kind: str = "language model",
+    hint: str = "--llm DIR_OR_ID (language_model=... in Python)",
+    **hub_kwargs: Any,
+) -> str:
+    """Return a sha256 that identifies a model without reading its weights.
 
     It is that of `config.json` and the index of the weight files. A model in one safetensors file
     has no index, so its header (names, shapes, offsets) is used; of one `.bin` file, its size.
 
     Args:
         name: a folder, or a hub id.
+        kind, hint: what it is, and how to name it, for messages.
         hub_kwargs: arguments of `huggingface_hub.hf_hub_download`, such as `token`.
 
     Raises:
@@ -204,8 +210,7 @@ def hash_language_model(name: str | os.PathLike, **hub_kwargs: Any) -> str:
     """
     if str(name).startswith((".", "/")) and not Path(name).is_dir():
         raise FileNotFoundError(
-            f"The language model {name} is not there. Give its folder or hub id: --llm DIR_OR_ID "
-            "(language_model=... in Python)."
+            f"The {kind} {name} is not there. Give its folder or hub id: {hint}."
         )
     if Path(name).is_dir():
         check_files(Path(name))

@@ -5,25 +5,28 @@ LoRA weights are fp32, whatever the dtype of the language model.
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from torch import nn
+from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
 
 def find_targets(
-    language_model: PreTrainedModel, target_modules: list[str] | None = None
+    model: PreTrainedModel,
+    target_modules: list[str] | None = None,
+    flag: str = "--lora_target_modules",
 ) -> list[str]:
     """Return the names of the layers that take LoRA.
 
     Args:
-        language_model: a causal LM.
+        model: a causal LM, or an audio encoder.
         target_modules: the layers; by default q_proj and v_proj, as in the papers, or else those
             that peft knows for this type of model.
+        flag: by which they are given, for the message.
 
     Raises:
         ValueError: a named layer is not in the model, or no default fits it.
     """
-    modules = dict(language_model.named_modules())
-    model_type = language_model.config.model_type
+    modules = dict(model.named_modules())
+    model_type = model.config.model_type
     candidates = [["q_proj", "v_proj"], PEFT_TARGETS.get(model_type)]
     if target_modules:
         candidates = [target_modules]
@@ -32,7 +35,7 @@ def find_targets(
         if isinstance(targets, list) and all(_has_layer(modules, target) for target in targets):
             return list(targets)
 
-    output_layer = language_model.get_output_embeddings()
+    output_layer = model.get_output_embeddings()
     linear = set()
     for name, module in modules.items():
         if isinstance(module, nn.Linear | Conv1D) and module is not output_layer:
@@ -43,7 +46,7 @@ def find_targets(
         reason = "The usual target layers of LoRA are not known"
     raise ValueError(
         f"{reason}. The linear layers of this {model_type} are {', '.join(sorted(linear))}. Use "
-        "--lora_target_modules '[NAME,NAME]'."
+        f"{flag} '[NAME,NAME]'."
     )
 
 
@@ -51,11 +54,11 @@ def _has_layer(modules: dict[str, nn.Module], target: str) -> bool:
     return any(f".{name}".endswith(f".{target}") for name in modules)
 
 
-def inject_lora(language_model: PreTrainedModel, lora: dict) -> None:
+def inject_lora(model: PreTrainedModel, lora: dict) -> None:
     """Inject a new LoRA, whose product is zero at first, into the layers of `target_modules`.
 
     Args:
-        language_model: a causal LM, which is changed.
+        model: a causal LM or an audio encoder, which is changed.
         lora: arguments of peft's `LoraConfig`.
 
     Raises:
@@ -69,10 +72,26 @@ def inject_lora(language_model: PreTrainedModel, lora: dict) -> None:
             f"The LoRA settings {lora} are no arguments of peft's LoraConfig ({error}). Use the "
             f"names {known} in config.json."
         ) from error
-    inject_adapter_in_model(config, language_model)
-    for name, parameter in language_model.named_parameters():
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def find_parameters(output: Tensor) -> set[nn.Parameter]:
+    """Return the parameters that an output depends on, by its graph of gradients."""
+    found = set()
+    seen = set()
+    waiting = [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting.extend(next_node for next_node, _ in node.next_functions)
+    return found
 
 
 def can_merge_lora(language_model: PreTrainedModel) -> bool:
@@ -109,7 +128,7 @@ def merge_lora(language_model: PreTrainedModel) -> None:
     """Add the product of LoRA to the weights, by peft's own arithmetic, and remove LoRA.
 
     Args:
-        language_model: a causal LM with LoRA, which is changed.
+        language_model: a causal LM with LoRA, which is changed; or an audio encoder.
 
     Raises:
         ValueError: LoRA is on a tied weight, whose other use has no LoRA, or weights are offloaded,

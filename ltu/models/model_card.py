@@ -24,6 +24,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
 
 from ltu.files import read_json_object, replace_file, write_json
+from ltu.models.configuration_ltu import LtuConfig
 from ltu.models.locate_checkpoint import sha256_of_weights
 from ltu.models.provenance import (
     STATE,
@@ -304,7 +305,6 @@ def render_model_card(folder: Path, stage: StageRecord, tags: Sequence[str] = ()
     record = read_record(folder)
     lineage = [*read_lineage(record), stage]
     is_inside = config.language_model is None
-    encoder = config.audio_config.model_type
     language_model = find_language_model(lineage)
     # The name of a local folder has no slash.
     hub_id = language_model if language_model and "/" in language_model else None
@@ -318,7 +318,7 @@ def render_model_card(folder: Path, stage: StageRecord, tags: Sequence[str] = ()
         kind=KINDS.get(config.model_type, config.model_type),
         status=_describe_status(record, stage),
         config=config,
-        encoder=AUDIO_ENCODERS.get(encoder, encoder),
+        encoder=_describe_encoder(config),
         audio_width=config.audio_config.hidden_size,
         text=config.text_config,
         language_model=language_model or "random weights",
@@ -350,6 +350,22 @@ def render_model_card(folder: Path, stage: StageRecord, tags: Sequence[str] = ()
 
 
 # --- parts of the card
+
+
+def _describe_encoder(config: LtuConfig) -> str:
+    """Return what the audio encoder is, and where its weights are."""
+    audio_config = config.audio_config
+    model_type = audio_config.model_type
+    wrapped = getattr(audio_config, "encoder_config", None)
+    if wrapped is None:
+        return AUDIO_ENCODERS.get(model_type, model_type)
+    place = "in this folder"
+    if config.named_encoder is not None:
+        place = f"{public_value(config.named_encoder)}, not in this folder"
+    text = f"{wrapped.model_type} of transformers ({place})"
+    if config.encoder_lora:
+        text += " with LoRA of rank {r} on {target_modules}".format(**config.encoder_lora)
+    return text
 
 
 def _describe_status(record: Mapping[str, Any], stage: StageRecord) -> str:

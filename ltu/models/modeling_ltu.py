@@ -40,16 +40,16 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ltu.models.config_checks import refuse_malformed
-from ltu.models.configuration_ltu import IGNORED, LtuConfig, open_llm_config
+from ltu.models.configuration_ltu import IGNORED, LtuConfig, find_model, open_model_config
 from ltu.models.finite_weights import check_finite
 from ltu.models.generation_ltu import LtuGenerationMixin
 from ltu.models.locate_checkpoint import (
     WEIGHT_FILES,
     find_checkpoint,
-    hash_language_model,
+    hash_model,
     weight_files,
 )
-from ltu.models.lora import find_targets, inject_lora, merge_lora
+from ltu.models.lora import find_parameters, find_targets, inject_lora, merge_lora
 from ltu.models.model_card import CARD, add_model_card
 from ltu.models.weight_headers import StoredTensor, read_headers
 
@@ -126,6 +126,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.language_model.requires_grad_(False)
         if config.lora:
             inject_lora(self.language_model, config.lora)
+        if config.encoder_lora:
+            inject_lora(self.audio_tower, config.encoder_lora)
         self.post_init()
 
     def init_weights(self) -> None:
@@ -161,21 +163,56 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         }
         inject_lora(self.language_model, self.config.lora)
 
-    def merge_lora(self) -> None:
-        """Add the product of LoRA to the weights of the language model, and remove LoRA.
+    def add_encoder_lora(
+        self, r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str]
+    ) -> None:
+        """Inject a new LoRA into the audio encoder; its product is zero at first.
 
-        The language model that the config names lacks this product, so a checkpoint holds the
-        language model from now on.
+        Args, Raises: as of `add_lora`.
+        """
+        if self.config.encoder_lora:
+            raise ValueError(
+                f"The audio encoder already has LoRA {self.config.encoder_lora}. Leave "
+                "--encoder_lora_target_modules out to continue with it."
+            )
+        flag = "--encoder_lora_target_modules"
+        targets = find_targets(self.audio_tower, target_modules, flag)
+        self.config.encoder_lora = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "target_modules": targets,
+        }
+        inject_lora(self.audio_tower, self.config.encoder_lora)
+        # Some attention layers of torch use the weights of a layer without calling the layer.
+        weight = self.multi_modal_projector.linear.weight
+        features = weight.new_zeros(1, *self.config.audio_config.feature_shape)
+        with torch.enable_grad():
+            used = find_parameters(self.audio_tower(features))
+        for name, parameter in self.audio_tower.named_parameters():
+            if ".lora_" in name and parameter not in used:
+                raise ValueError(
+                    f"LoRA on {name.split('.lora_')[0]} has no effect, because the audio encoder "
+                    f"uses its weights without calling the layer. Name other layers: {flag}"
+                )
+
+    def merge_lora(self) -> None:
+        """Add the product of LoRA to the weights of its model, and remove LoRA.
+
+        The models that the config names lack this product, so a checkpoint holds them from now on.
 
         Raises:
             ValueError: LoRA is on a tied weight, or the language model is quantized or offloaded.
         """
-        if self.config.lora is None:
-            return
-        self._check_not_quantized("LoRA cannot be merged into it")
-        merge_lora(self.language_model)
-        self.config.lora = None
-        self._own_language_model()
+        if self.config.lora is not None:
+            self._check_not_quantized("LoRA cannot be merged into it")
+            merge_lora(self.language_model)
+            self.config.lora = None
+            self._own_language_model()
+        if self.config.encoder_lora is not None:
+            merge_lora(self.audio_tower)
+            self.config.encoder_lora = None
+            self._own_audio_tower()
 
     def _check_not_quantized(self, consequence: str) -> None:
         if getattr(self.language_model, "is_quantized", False):
@@ -188,26 +225,44 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         self.config.language_model = None
         self.config.language_model_sha256 = None
 
-    def set_trainable(self, plan: str) -> None:
+    def _own_audio_tower(self) -> None:
+        """Let checkpoints hold the audio encoder, if the config names another copy of it."""
+        if hasattr(self.audio_tower, "own_weights"):
+            self.audio_tower.own_weights()
+
+    def set_trainable(self, plan: str, freeze_audio_tower: bool = False) -> None:
         """Freeze all parameters but those of a plan.
+
+        Of an audio encoder with LoRA, LoRA alone is trained. An audio encoder whose own weights are
+        trained is in the checkpoints from now on.
 
         Args:
             plan: "proj" (projector), "all" (audio encoder, projector and LoRA), or "full" (audio
                 encoder, projector and language model, which checkpoints then hold).
+            freeze_audio_tower: whether the audio encoder is frozen in any case.
 
         Raises:
-            ValueError: the plan is "full", and the language model has LoRA or is quantized.
+            ValueError: the plan is "full", and the model has LoRA or is quantized.
         """
         if plan == "full":
-            if self.config.lora is not None:
+            if self.config.lora is not None or self.config.encoder_lora is not None:
                 raise ValueError("The plan 'full' trains no LoRA: call merge_lora() first.")
             self._check_not_quantized("its weights cannot be trained")
             self._own_language_model()
         patterns = TRAINABLE_PLANS[plan]
         prefixes = tuple(pattern for pattern in patterns if not pattern.startswith("."))
         infixes = [pattern for pattern in patterns if pattern.startswith(".")]
+        fixed = getattr(self.audio_tower, "fixed_parameter_names", frozenset())
         for name, parameter in self.named_parameters():
             is_trainable = name.startswith(prefixes) or any(infix in name for infix in infixes)
+            if name.startswith("audio_tower."):
+                is_lora = ".lora_" in name
+                is_frozen = freeze_audio_tower or name.removeprefix("audio_tower.") in fixed
+                if self.config.encoder_lora is not None and not is_lora:
+                    is_frozen = True
+                is_trainable = is_trainable and not is_frozen
+                if is_trainable and not is_lora:
+                    self._own_audio_tower()
             parameter.requires_grad_(is_trainable)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -406,6 +461,8 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
 
     def is_own(self, key: str) -> bool:
         """Return whether a checkpoint folder holds this key of the state dict."""
+        if key.startswith("audio_tower.") and hasattr(self.audio_tower, "is_own"):
+            return self.audio_tower.is_own(key.removeprefix("audio_tower."))
         return (
             self.config.language_model is None
             or ".lora_" in key
@@ -417,8 +474,9 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
     ) -> None:
         """Write `config.json` and `model.safetensors`.
 
-        The weights are those of audio encoder, projector and LoRA. Those of the language model are
-        added only if the config names no other folder or hub id that holds them.
+        The weights are those of audio encoder, projector and LoRA. Those of the language model, or
+        of an encoder of transformers, are left out if the config names a folder or hub id that
+        holds them.
 
         Raises:
             ValueError: a weight is NaN or infinite. Nothing is written.
@@ -426,20 +484,27 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         state_dict = self.state_dict() if state_dict is None else state_dict
         own_state = {key: value for key, value in state_dict.items() if self.is_own(key)}
         check_finite(own_state, f"{save_directory} is not written")
+        # The names in memory: transformers would write some models under names of older versions.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, state_dict=own_state, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stock `push_to_hub`, unless others could not find the language model.
 
         Raises:
-            ValueError: the language model is a folder of this machine.
+            ValueError: the language model or the audio encoder is a folder of this machine.
         """
-        name = self.config.language_model
-        if name is not None and Path(name).is_dir():
-            raise ValueError(
-                f"The checkpoint names its language model as {name}, a folder that others do not "
-                "have. Set model.config.language_model to the hub id of the same model first."
-            )
+        named = {
+            "language_model": self.config.language_model,
+            "audio_config.encoder": self.config.named_encoder,
+        }
+        for field, name in named.items():
+            if name is not None and Path(name).is_dir():
+                kind = "language model" if field == "language_model" else "audio encoder"
+                raise ValueError(
+                    f"The checkpoint names its {kind} as {name}, a folder that others do not "
+                    f"have. Set model.config.{field} to the hub id of the same model first."
+                )
         return super().push_to_hub(*args, **kwargs)
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
@@ -515,6 +580,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
         folder = find_checkpoint(pretrained_model_name_or_path, **hub_kwargs)
         config = config or cls.config_class.from_pretrained(folder)
         llm = None
+        find_audio_encoder(config, folder, **llm_hub_kwargs)
         plan = copy.deepcopy(config)  # Of the model that is built to be compared with the files.
         if config.language_model is not None:
             if language_model:
@@ -522,7 +588,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
             else:
                 config.language_model = config.find_language_model(folder)
             check_language_model(config, folder, **llm_hub_kwargs)
-            plan.text_config = open_llm_config(config.language_model, **llm_hub_kwargs)
+            plan.text_config = open_model_config(config.language_model, **llm_hub_kwargs)
             check_same_sizes(config, plan.text_config, folder)
             check_stored_weights(plan, folder, Path(config.language_model))
             llm = load_llm(
@@ -548,6 +614,7 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                     getattr(torch, dtype) if isinstance(dtype, str) else dtype
                 )
         model = cls(config, language_model=llm)
+        model.load_named_encoder(**llm_hub_kwargs)
         model.load_own(folder)
         model.checkpoint_folder = folder
         if llm is not None:
@@ -577,12 +644,23 @@ class LtuForConditionalGeneration(PreTrainedModel, LtuGenerationMixin):
                 "the folder again with: python -m ltu.convert_checkpoint"
             )
         for key, tensor in stored.items():
-            if tensor.shape != tuple(own[key].shape) or not tensor.is_float:
+            is_float = own[key].is_floating_point()
+            if tensor.shape != tuple(own[key].shape) or tensor.is_float != is_float:
+                kind = "float" if is_float else "integers"
                 raise ValueError(
                     f"{folder} does not fit its own config: {key} is {tensor.dtype} of shape "
-                    f"{[*tensor.shape]}, and float of {[*own[key].shape]} by the config. Write "
+                    f"{[*tensor.shape]}, and {kind} of {[*own[key].shape]} by the config. Write "
                     "the folder again with: python -m ltu.convert_checkpoint"
                 )
+
+    def load_named_encoder(self, **hub_kwargs: Any) -> None:
+        """Load the weights of an audio encoder that the config names, after `find_audio_encoder`.
+
+        Raises:
+            ValueError: they do not fit the config.
+        """
+        if self.config.named_encoder is not None:
+            self.audio_tower.load_encoder(**hub_kwargs)
 
     def load_own(self, folder: Path) -> None:
         """Load the weights that a checkpoint folder holds, every key of them.
@@ -717,16 +795,42 @@ def load_llm(name: str, **settings: Any) -> PreTrainedModel:
     return model
 
 
+def find_audio_encoder(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> None:
+    """Find the audio encoder that a checkpoint names, if it does not hold it.
+
+    Args:
+        config: of the checkpoint; the name of the audio encoder becomes its hub id or absolute
+            folder.
+        hub_kwargs: as for `hash_model`.
+
+    Raises:
+        FileNotFoundError: there is no such audio encoder.
+        ValueError: it is not the one that the checkpoint was trained with.
+    """
+    audio_config = config.audio_config
+    if config.named_encoder is None:
+        return
+    audio_config.encoder = find_model(audio_config.encoder, folder)
+    hint = "put it there, or change audio_config.encoder in config.json"
+    found = hash_model(audio_config.encoder, "audio encoder", hint, **hub_kwargs)
+    if audio_config.encoder_sha256 not in (None, found):
+        raise ValueError(
+            f"{folder} was trained with an audio encoder whose hash is "
+            f"{audio_config.encoder_sha256[:12]}, but {audio_config.encoder} has {found[:12]}. "
+            "Name the right one: audio_config.encoder in config.json"
+        )
+
+
 def check_language_model(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> None:
     """Check that the language model is the one that a checkpoint was trained with.
 
     Args:
-        hub_kwargs: as for `hash_language_model`.
+        hub_kwargs: as for `hash_model`.
 
     Raises:
         ValueError: its hash differs from the one in the config.
     """
-    found = hash_language_model(config.language_model, **hub_kwargs)
+    found = hash_model(config.language_model, **hub_kwargs)
     if config.language_model_sha256 not in (None, found):
         raise ValueError(
             f"{folder} was trained with a language model whose hash is "

@@ -83,10 +83,6 @@ class LtuProcessor(ProcessorMixin):
             setting has a wrong type or size.
     """
 
-    # Arguments of the feature extractor that depend on the audio encoder, each with the field of
-    # `audio_config` that holds the value.
-    extractor_sizes = {"num_mel_bins": "num_mel_bins", "num_frames": "num_frames"}
-
     def __init__(
         self,
         feature_extractor: Any = None,
@@ -159,9 +155,8 @@ class LtuProcessor(ProcessorMixin):
             "num_audio_tokens": (self.num_audio_tokens, config.num_audio_tokens),
             "audio_token_id": (self.audio_token_id, config.audio_token_id),
         }
-        for argument, field in self.extractor_sizes.items():
-            stored = getattr(self.feature_extractor, argument)
-            sizes[argument] = stored, getattr(config.audio_config, field)
+        for name, expected in config.audio_config.extractor_settings.items():
+            sizes[name] = getattr(self.feature_extractor, name, None), expected
         for name, (own, expected) in sizes.items():
             if own != expected:
                 raise ValueError(
@@ -184,12 +179,9 @@ class LtuProcessor(ProcessorMixin):
             extractor_settings: further arguments of the feature extractor.
         """
         extractor_class = FEATURE_EXTRACTOR_MAPPING[type(config.audio_config)]
-        sizes = {
-            argument: getattr(config.audio_config, field)
-            for argument, field in cls.extractor_sizes.items()
-        }
+        extractor_settings = config.audio_config.extractor_settings | extractor_settings
         processor = cls(
-            extractor_class(**sizes, **extractor_settings),
+            extractor_class(**extractor_settings),
             open_tokenizer(tokenizer_name),
             num_audio_tokens=config.num_audio_tokens,
             audio_token_id=config.audio_token_id,

@@ -140,6 +140,7 @@ def lineage_from(parent: Path, sha256: str | None = None) -> list[dict[str, Any]
 # Of config.json, what the output of a model depends on besides its weights.
 MODEL_SETTINGS = (
     "audio_config",
+    "encoder_lora",
     "language_model_sha256",
     "lora",
     "projector_layer_norm_eps",
@@ -159,7 +160,13 @@ def hash_settings(folder: Path) -> str:
         ValueError: a file is damaged.
     """
     config = read_json_object(folder / "config.json")
-    settings: dict[str, Any] = {name: config.get(name) for name in MODEL_SETTINGS}
+    settings: dict[str, Any] = {}
+    for name in MODEL_SETTINGS:
+        settings[name] = config.get(name)
+    if settings["encoder_lora"] is None:
+        del settings["encoder_lora"]  # Older versions had none.
+    if isinstance(settings["audio_config"], dict):
+        settings["audio_config"].pop("encoder", None)  # Its hash stays.
     for name in ("processor_config.json", "tokenizer.json"):
         path = folder / name
         settings[name] = read_json_object(path) if path.is_file() else None

@@ -308,19 +308,10 @@ def draw_spectrogram(waveform: np.ndarray, extractor: Any) -> bytes:
     """Return a PNG of the log-mel spectrogram of a whole clip, at most MAX_COLUMNS wide.
 
     Args:
-        waveform: (samples,), at the rate of the extractor.
+        waveform: (samples,), 16 kHz.
         extractor: the feature extractor of the model.
     """
-    seconds = len(waveform) / extractor.sampling_rate
-    num_chunks = extractor.count_chunks(len(waveform))
-    # (chunks, frames, bins) or, from Whisper's, (chunks, bins, frames)
-    mels = extractor.extract_chunks(torch.from_numpy(waveform), num_chunks)
-    if mels.shape[1] != extractor.num_frames:
-        mels = mels.transpose(1, 2)  # (chunks, frames, bins)
-    mels = mels.flatten(0, 1).float()  # (chunks * frames, bins)
-    # Cut off the padding of the last chunk. The last frame reaches 15 ms over its shift.
-    num_frames = int((seconds - 0.015) / extractor.chunk_seconds * extractor.num_frames)
-    mels = mels[: max(1, num_frames)].T  # (bins, frames)
+    mels = extractor.spectrogram(torch.from_numpy(waveform)).T  # (bins, frames)
     width = min(MAX_COLUMNS, mels.shape[1])
     mels = torch.nn.functional.interpolate(mels[None], width, mode="area")[0]  # (bins, width)
     # The quietest 2 % are black, so that silence does not take most of the colours.

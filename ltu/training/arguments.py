@@ -87,6 +87,14 @@ class ModelArguments:
             "found in the language model; '[\"dummy\"]' adds no LoRA."
         },
     )
+    encoder_lora_target_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "The modules of the audio encoder that get LoRA, for example "
+            "'[q_proj,v_proj]'. Its other weights are frozen then. Rank, scale and dropout are "
+            "those of --lora_*."
+        },
+    )
     prompt_template_name: str | None = field(
         default=None,
         metadata={
@@ -132,6 +140,14 @@ class ModelArguments:
         if self.quantization not in (None, *QUANTIZATIONS):
             choices = ", ".join(QUANTIZATIONS)
             return f"--quantization {self.quantization}: choose from {choices}"
+        if self.encoder_lora_target_modules is not None:
+            if self.freeze_audio_tower:
+                return "--encoder_lora_target_modules with --freeze_audio_tower: leave one out"
+            if self.trainable_params != "all":
+                return (
+                    "--encoder_lora_target_modules with --trainable_params "
+                    f"{self.trainable_params}, which trains no LoRA: use --trainable_params all"
+                )
         if self.trainable_params != "full":
             return None
         lora_flags = {

@@ -70,20 +70,31 @@ def choose_trained(model: LtuForConditionalGeneration, args: ModelArguments) -> 
     """
     lora_flags = _lora_flags(args)
     stored_lora = model.config.lora
+    stored_encoder_lora = model.config.encoder_lora
     is_without_lora = lora_flags.get("target_modules") == ["dummy"]
     if args.trainable_params == "full":
-        if stored_lora is not None:
-            logger.warning(
-                "The LoRA of %s (r %s) is merged into the language model, all of which is trained.",
-                args.base_model,
-                stored_lora["r"],
-            )
-            model.merge_lora()
+        for part, lora in (("language model", stored_lora), ("audio encoder", stored_encoder_lora)):
+            if lora is not None:
+                logger.warning(
+                    "The LoRA of %s (r %s) is merged into the %s, all of which is trained.",
+                    args.base_model,
+                    lora["r"],
+                    part,
+                )
+        model.merge_lora()
     elif args.trainable_params != "proj" and not is_without_lora:
         if stored_lora is None:
             model.add_lora(**(DEFAULT_LORA | lora_flags))
         else:
             _check_lora_flags(args.base_model, stored_lora, lora_flags)
+    if args.encoder_lora_target_modules is not None:
+        encoder_flags = lora_flags | {
+            "target_modules": parse_list(args.encoder_lora_target_modules)
+        }
+        if stored_encoder_lora is None:
+            model.add_encoder_lora(**(DEFAULT_LORA | encoder_flags))
+        else:
+            _check_lora_flags(args.base_model, stored_encoder_lora, encoder_flags)
 
     template = model.config.prompt_template.get("name")
     if args.prompt_template_name not in (None, "", template):
@@ -92,9 +103,7 @@ def choose_trained(model: LtuForConditionalGeneration, args: ModelArguments) -> 
             f"{args.prompt_template_name!r}: leave the flag out."
         )
 
-    model.set_trainable(args.trainable_params)
-    if args.freeze_audio_tower:
-        model.audio_tower.requires_grad_(False)
+    model.set_trainable(args.trainable_params, args.freeze_audio_tower)
 
 
 def choose_llm_dtype(args: ModelArguments, config: LtuConfig, bf16: bool) -> torch.dtype | str:

@@ -22,6 +22,7 @@ from uuid import uuid4
 from accelerate.utils import broadcast_object_list
 
 from ltu.files import check_regular_file, lock_file, read_json_object, sync_files
+from ltu.models.audio_front_end import list_place_flags
 from ltu.models.locate_checkpoint import list_checkpoints
 from ltu.models.provenance import STATE, TRAINER_STATE, read_record, write_record
 from ltu.training.arguments import RunArguments
@@ -45,9 +46,7 @@ FREE_FLAGS = {
     "audio_root",
     "output_dir",
     "llm",
-    "feature_root",
     "encoder_cache",
-    "whisper",  # Its fingerprint is that of the checkpoint.
     # What is checked, printed, logged, evaluated and uploaded.
     "check_audio",
     "max_bad",
@@ -152,7 +151,8 @@ def is_compared(flag: str, with_evaluation: bool = False) -> bool:
     """
     if with_evaluation and flag in EVALUATION_FLAGS:
         return True
-    return flag not in FREE_FLAGS and not flag.startswith(FREE_PREFIXES)
+    is_free = flag in FREE_FLAGS or flag in list_place_flags()
+    return not is_free and not flag.startswith(FREE_PREFIXES)
 
 
 def find_differences(stored: dict[str, Any], record: dict[str, Any]) -> list[str]:

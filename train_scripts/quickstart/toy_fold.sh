@@ -6,6 +6,7 @@
 #   STAGES        names of stage scripts in order; the default is all of them
 #   NUM_EXAMPLES  numbers of examples of the stages, with commas; the default is that of
 #                 data.toy.build
+#   AUDIO_ENCODER folder or hub id of another audio encoder for LTU; the default is YAMNet's
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 kind=$1 fold=$2 seed=$3
@@ -21,7 +22,7 @@ stages="stage1_proj_cla stage2_all_cla"
 case $kind in
     ltu)
         stages="$stages stage3_all_close stage4_all_mix"
-        init_flags=(--audio_encoder pretrained_mdls/yamnet)
+        init_flags=(--audio_encoder "${AUDIO_ENCODER:-pretrained_mdls/yamnet}")
         cutoff_len=108
         generate_flags=(--max_new_tokens 40)
         question_sets="heldout_right heldout_wrong heldout_none heldout_show"
@@ -73,7 +74,7 @@ for stage in $stages; do
     # The last stage adds open-ended questions, at a quarter of the learning rate. At the full one,
     # the model would name fewer labels exactly.
     stage_flags=(--cutoff_len "$cutoff_len")
-    # YAMNet is not trained, so it encodes each clip once for all stages (180 MB).
+    # The audio encoder of LTU is not trained, so it encodes each clip once for all stages (180 MB).
     if [ "$kind" = ltu ]; then stage_flags+=(--encoder_cache "$EXP/encoder_cache"); fi
     case $kind/$stage in
         ltu/stage4_* | ltu_as/stage3_*) stage_flags+=(--learning_rate 5e-4) ;;
