@@ -128,6 +128,8 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
             the data of the released checkpoints.
     """
 
+    downmix = DOWNMIX
+
     def __init__(
         self,
         num_layers: int | None = 32,

@@ -1,8 +1,6 @@
 """Defines the model of LTU-AS, which differs from that of LTU only in its audio encoder."""
 
-from transformers import AutoModel, AutoModelForCausalLM
-
-from ltu.models.modeling_ltu import LtuForConditionalGeneration
+from ltu.models.modeling_ltu import LtuForConditionalGeneration, register_model
 from ltu_as.configuration_ltu_as import LtuAsConfig
 
 
@@ -15,5 +13,4 @@ class LtuAsForConditionalGeneration(LtuForConditionalGeneration):
     config_class = LtuAsConfig
 
 
-AutoModel.register(LtuAsConfig, LtuAsForConditionalGeneration)
-AutoModelForCausalLM.register(LtuAsConfig, LtuAsForConditionalGeneration)
+register_model(LtuAsConfig, LtuAsForConditionalGeneration)

@@ -264,7 +264,7 @@ def is_positive(value: object) -> bool:
 
 def show(value: object) -> str:
     """Return a value for a message, on one line and cut if it is long."""
-    text = ascii(value)
+    text = ascii(value).replace("\n", " ")  # Arrays have line breaks.
     return text if len(text) <= NUM_SHOWN else f"{text[:NUM_SHOWN]}..."
 
 

@@ -17,8 +17,16 @@ import torch
 from torchaudio.compliance import kaldi
 from transformers import AutoFeatureExtractor, BatchFeature, SequenceFeatureExtractor
 
-from ltu.data.audio import MIN_SAMPLES, SAMPLING_RATE, AudioError
+from ltu.data.audio import (
+    MIN_SAMPLES,
+    SAMPLING_RATE,
+    AudioError,
+    AudioSource,
+    Downmix,
+    load_audio,
+)
 from ltu.models.configuration_ltu import CavMaeConfig, YamnetConfig
+from ltu.models.stock_arguments import resolve_clip
 
 FRAME_LENGTH = 400  # Samples of a frame, 25 ms.
 FRAME_SHIFT = 160  # Samples from one frame to the next, 10 ms.
@@ -31,6 +39,7 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
     """
 
     model_input_names = ["input_features"]
+    downmix: Downmix = "first"  # How several channels of a clip become one.
 
     @property
     def chunk_step(self) -> int:
@@ -92,6 +101,15 @@ class ChunkedFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature(
             {"input_features": torch.cat(features).numpy()}, tensor_type=return_tensors
         )
+
+    def fetch_audio(self, audio: AudioSource | list[AudioSource]) -> np.ndarray | list[np.ndarray]:
+        """Load clips as mono waveforms, (samples,) at the rate of the extractor.
+
+        The stock method, which the pipeline "any-to-any" calls, needs other libraries to decode.
+        """
+        if isinstance(audio, list):
+            return [self.fetch_audio(clip) for clip in audio]
+        return load_audio(resolve_clip(audio), self.downmix)
 
     def count_chunks(self, samples: int) -> int:
         """Return the number of chunks of a clip, of which the last may be shorter.

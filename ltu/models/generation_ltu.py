@@ -3,46 +3,99 @@
 `generate` embeds the whole prompt once, audio included, and passes it to the stock loop as
 `prompt_embeds`, one per row. So the loop can repeat rows for beams and samples, and can run with or
 without a cache, and needs no code for audio. The loop's own arguments are not named here, because
-their names change between releases of transformers.
+their names change between releases of transformers, except those that count the tokens of the
+prompt and those that cannot work with audio.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    Cache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.utils import ModelOutput
 
 from ltu.models.version_check import check_generation
 
 
-class TextRepetitionPenalty(LogitsProcessor):
-    """Repetition penalty over the text tokens of a sequence, as in the original.
-
-    The stock processor indexes the vocabulary by every token of the sequence. It fails on audio
-    placeholders, and counts padding as text.
+@dataclass(frozen=True)
+class CountingProcessor:
+    """A stock logits processor that counts the tokens of the prompt.
 
     Args:
-        penalty: divides positive and multiplies negative scores of tokens that have occurred.
+        stock_class: its class, whose only argument is the value of the option.
+        off: the value with which `generate` does not use it.
+    """
+
+    stock_class: type[LogitsProcessor]
+    off: float
+
+
+@dataclass(frozen=True)
+class RefusedOption:
+    """An option of the stock `generate` that cannot work with audio.
+
+    Args:
+        reason: why not, and what to use instead.
+        off: the value with which `generate` does not use it.
+    """
+
+    reason: str
+    off: float | bool | None = None
+
+
+# By the name of the option.
+COUNTING_PROCESSORS = {
+    "repetition_penalty": CountingProcessor(RepetitionPenaltyLogitsProcessor, 1.0),
+    "no_repeat_ngram_size": CountingProcessor(NoRepeatNGramLogitsProcessor, 0),
+}
+NO_DRAFT = "a drafting model does not get the audio, and drafts are not checked against it"
+REFUSED_OPTIONS = {
+    "assistant_model": RefusedOption(NO_DRAFT),
+    "assistant_early_exit": RefusedOption(NO_DRAFT),
+    "prompt_lookup_num_tokens": RefusedOption("a draft could copy audio placeholders"),
+    "prefill_chunk_size": RefusedOption("the prompt is embedded as a whole, with its audio"),
+    "use_mtp": RefusedOption(NO_DRAFT, False),
+    "speculation_type": RefusedOption(NO_DRAFT),
+    "encoder_repetition_penalty": RefusedOption("use repetition_penalty", 1.0),
+    "encoder_no_repeat_ngram_size": RefusedOption("use no_repeat_ngram_size", 0),
+}
+
+
+class TextProcessor(LogitsProcessor):
+    """Runs a stock logits processor over the text tokens of a sequence, as in the original.
+
+    The stock processor would count padding as text and, on some versions of transformers, fail on
+    audio placeholders, which are no tokens of the vocabulary. Here it sees both as one token more,
+    with a score of its own that is dropped.
+
+    Args:
+        inner: the stock processor, which relates the tokens of a sequence to their scores.
         is_text: (batch, prompt length) bool, False for placeholders and padding.
     """
 
-    def __init__(self, penalty: float, is_text: Tensor):
-        self.penalty = penalty
+    def __init__(self, inner: LogitsProcessor, is_text: Tensor):
+        self.inner = inner
         self.is_text = is_text
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        num_rows, vocab_size = scores.shape
+        vocab_size = scores.shape[1]
         rows_per_prompt = input_ids.shape[0] // self.is_text.shape[0]  # Beams or samples.
         is_text = self.is_text.to(input_ids.device).repeat_interleave(rows_per_prompt, dim=0)
         generated = is_text.new_ones(input_ids.shape[0], input_ids.shape[1] - is_text.shape[1])
         is_text = torch.cat([is_text, generated], dim=1)  # (rows, length so far)
-        # Mark the tokens that have occurred. An extra column takes those that are not text.
-        seen = torch.zeros(num_rows, vocab_size + 1, dtype=torch.bool, device=scores.device)
-        seen.scatter_(1, input_ids.masked_fill(~is_text, vocab_size), True)
-        penalised = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return torch.where(seen[:, :-1], penalised, scores)  # (rows, vocabulary)
+        tokens = input_ids.masked_fill(~is_text, vocab_size)
+        with_column = F.pad(scores, (0, 1))  # (rows, vocabulary + 1)
+        return self.inner(tokens, with_column)[:, :-1]  # (rows, vocabulary)
 
 
 class LtuGenerationMixin(GenerationMixin):
@@ -61,7 +114,7 @@ class LtuGenerationMixin(GenerationMixin):
         """Run the stock `generate`, which takes the other arguments and returns the result.
 
         Each clip is encoded once, whatever the number of beams or samples, and with or without a
-        cache. The repetition penalty counts text only.
+        cache. The repetition penalty and `no_repeat_ngram_size` count text only.
 
         Args:
             input_ids: (batch, length), as in `forward`.
@@ -70,11 +123,13 @@ class LtuGenerationMixin(GenerationMixin):
             kwargs: of the stock method. Its `inputs` is another name of `input_ids`.
 
         Raises:
-            ValueError: the placeholders do not fit the clips, or, on a version of transformers that
-                was not tested, generation is wrong (`ltu.models.version_check`).
+            ValueError: the placeholders do not fit the clips, an option is one of
+                `REFUSED_OPTIONS`, or, on a version of transformers that was not tested, generation
+                is wrong (`ltu.models.version_check`).
         """
         check_generation(self)
         input_ids = kwargs.pop("inputs", input_ids)
+        self._check_options(kwargs)
         has_clips = input_features is not None or audio_embeds is not None
         if has_clips and input_ids is None:
             raise ValueError(
@@ -89,7 +144,7 @@ class LtuGenerationMixin(GenerationMixin):
         if input_ids is not None:
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
-            self._replace_repetition_penalty(input_ids, attention_mask, kwargs)
+            self._replace_processors(input_ids, attention_mask, kwargs)
         return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
 
     # With its signature, which `generate` compares with the arguments that it is given.
@@ -110,24 +165,47 @@ class LtuGenerationMixin(GenerationMixin):
             del model_inputs["prompt_embeds"]
         return model_inputs
 
-    def _replace_repetition_penalty(
+    def _replace_processors(
         self, input_ids: Tensor, attention_mask: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        """Replace the stock repetition penalty in the arguments by `TextRepetitionPenalty`."""
-        penalty = kwargs.pop("repetition_penalty", None)
-        for config in (kwargs.get("generation_config"), self.generation_config):
-            if penalty is None and config is not None:
-                penalty = config.repetition_penalty
-        kwargs["repetition_penalty"] = 1.0  # Switches the stock one off, also in generation_config.
-        if penalty is None or penalty == 1.0:
-            return
+        """Replace stock processors that count the tokens of the prompt by `TextProcessor`."""
         # The mask is longer than the tokens if a cache holds earlier tokens.
         is_seen = attention_mask[:, -input_ids.shape[1] :].bool()
         is_text = is_seen & (input_ids != self.config.audio_token_id)
-        processors = kwargs.get("logits_processor") or []
-        kwargs["logits_processor"] = LogitsProcessorList(
-            [TextRepetitionPenalty(penalty, is_text), *processors]
-        )
+        processors = []
+        for name, counting in COUNTING_PROCESSORS.items():
+            value = self._read_option(name, kwargs)
+            if value not in (None, counting.off):
+                kwargs[name] = (
+                    counting.off
+                )  # Switches the stock one off, also in generation_config.
+                processors.append(TextProcessor(counting.stock_class(value), is_text))
+        # A caller may give a stock one too.
+        stock_classes = tuple(counting.stock_class for counting in COUNTING_PROCESSORS.values())
+        for given in kwargs.pop("logits_processor", None) or []:
+            is_stock = isinstance(given, stock_classes)
+            processors.append(TextProcessor(given, is_text) if is_stock else given)
+        if processors:
+            kwargs["logits_processor"] = LogitsProcessorList(processors)
+
+    def _read_option(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """Return an option of `generate`: of its arguments, or of the generation config."""
+        value = kwargs.get(name)
+        for config in (kwargs.get("generation_config"), self.generation_config):
+            if value is None and config is not None:
+                value = getattr(config, name, None)
+        return value
+
+    def _check_options(self, kwargs: dict[str, Any]) -> None:
+        """Refuse options of the stock `generate` that cannot work with audio.
+
+        Raises:
+            ValueError: one is given; the message has the reason.
+        """
+        for name, refused in REFUSED_OPTIONS.items():
+            value = self._read_option(name, kwargs)
+            if value not in (None, refused.off):
+                raise ValueError(f"generate does not take {name}: {refused.reason}.")
 
 
 def find_cache(output: ModelOutput) -> tuple[str, Cache]:

@@ -27,7 +27,16 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 from typing_extensions import Unpack
@@ -56,6 +65,16 @@ TRAINABLE_PLANS = {
     "all": ("audio_tower.", "multi_modal_projector.", ".lora_"),
     "full": ("audio_tower.", "multi_modal_projector.", "language_model."),
 }
+
+# Auto classes that open a checkpoint folder: those of text models, of Qwen2-Audio, and of Audio
+# Flamingo 3.
+AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+)
 
 # Arguments that `from_pretrained` passes to the hub.
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
@@ -855,5 +874,10 @@ def check_language_model(config: LtuConfig, folder: Path, **hub_kwargs: Any) -> 
         )
 
 
-AutoModelForCausalLM.register(LtuConfig, LtuForConditionalGeneration)
-AutoModel.register(LtuConfig, LtuForConditionalGeneration)
+def register_model(config_class: type[LtuConfig], model_class: type[PreTrainedModel]) -> None:
+    """Register a model with `AUTO_CLASSES`."""
+    for auto_class in AUTO_CLASSES:
+        auto_class.register(config_class, model_class)
+
+
+register_model(LtuConfig, LtuForConditionalGeneration)

@@ -39,7 +39,9 @@ from ltu.models.custom_code import CustomCodeMixin
 from ltu.models.locate_checkpoint import check_files
 from ltu.models.prompt_template import (
     CUT,
+    Conversation,
     RenderedPrompt,
+    RenderedText,
     adds_bos,
     broadcast,
     check_prompt_fields,
@@ -51,10 +53,20 @@ from ltu.models.prompt_template import (
     tokenize_texts,
     user_message,
 )
+from ltu.models.stock_arguments import (
+    ProcessingArguments,
+    check_stock_argument,
+    read_processing_arguments,
+    resolve_clip,
+)
 
 REPLACEMENT = "\ufffd"  # The character that stands for bytes that are no UTF-8.
 # A token of tokenizers that spell rare characters in bytes, as Llama's does.
 BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+# A question that no user asks: a character that Unicode reserves for the internal use of programs.
+QUESTION = "\ufdd2"
 
 
 class LtuProcessor(CustomCodeMixin, ProcessorMixin):
@@ -114,6 +126,8 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
                 "them special: its files are missing. Copy the folder again."
             )
         tokenizer.split_special_tokens = True
+        # The side on which the pipelines of transformers pad; `pad_batch` does not ask.
+        tokenizer.padding_side = "left"
 
     @classmethod
     def from_pretrained(
@@ -279,10 +293,25 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
 
     def example(self, example: dict) -> tuple[RenderedPrompt, str]:
         """Return the rendered prompt of a training example, and its whole text with the answer."""
-        rendered = self.render([user_message(example["instruction"], example.get("input"))])
-        answer = escape_control_tokens(example["output"], self.controls)
-        text = rendered.prompt + rendered.leading_space + answer + rendered.end
-        return rendered, text
+        question = user_message(example["instruction"], example.get("input"))
+        rendered, text = self._render_answer([question], example["output"])
+        return rendered, text + rendered.end
+
+    def _render_answer(self, messages: list[dict], answer: str) -> tuple[RenderedPrompt, str]:
+        """Return the rendered prompt of messages, and its text with an answer, without an end."""
+        rendered = self.render(messages)
+        answer = escape_control_tokens(answer, self.controls)
+        return rendered, rendered.prompt + rendered.leading_space + answer
+
+    def _render_conversation(self, conversation: Conversation) -> tuple[str, int | None]:
+        """Return the text of a conversation, and the token after it that ends the answer."""
+        if conversation.ending == "prompt":
+            return self.render(conversation.messages).prompt, None
+        *history, last = conversation.messages
+        rendered, text = self._render_answer(history, last["content"])
+        if conversation.ending == "continued":
+            return text, None
+        return text + rendered.end, rendered.end_id
 
     def __call__(
         self,
@@ -290,15 +319,24 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
         audio: AudioSource | list[AudioSource] = None,
         transcript: str | list[str | None] | None = None,
         return_tensors: str = "pt",
+        **kwargs: Any,
     ) -> BatchFeature:
         """Convert questions about clips into the input of `LtuForConditionalGeneration.generate`.
 
         Args:
-            text: one question, or a list of them.
+            text: one question, or a list of them; or what `apply_chat_template` returned with
+                `tokenize=False`, which is tokenized as it is.
             audio: one clip per question: a path, the bytes of a file, a 16 kHz mono waveform
-                (samples,), or None for a question without audio.
+                (samples,), an http(s) URL, or None for a question without audio. For texts of
+                `apply_chat_template`, one per part of type audio; by default, the clips of the
+                messages.
             transcript: the speech of each clip as text; "" for none. If it is None, the clip is
                 transcribed if the model takes transcripts, as LTU-AS does.
+            return_tensors: "pt".
+            kwargs: `padding`, `sampling_rate` (of arrays, in Hz) and `output_labels` (adds
+                `labels` of all text) as for Audio Flamingo 3; other arguments of transformers'
+                processors, such as `truncation`, are accepted with the value that describes what is
+                done here (`ltu.models.stock_arguments`).
 
         Returns:
             `input_ids` and `attention_mask` (batch, audio tokens + longest text), and
@@ -307,77 +345,239 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
         Raises:
             ltu.data.audio.AudioError: a clip cannot be decoded; the message has its path and the
                 reason.
-            ValueError: the lists have unequal lengths.
+            ValueError: the lists have unequal lengths, a text is a rendered prompt that was
+                changed, or an argument has no meaning here.
         """
-        if return_tensors != "pt":
-            raise ValueError(
-                f"return_tensors is {return_tensors!r}, but only 'pt' (torch tensors) is supported."
-            )
-        questions = [text] if isinstance(text, str) else list(text)
-        transcripts = broadcast(transcript, len(questions), "transcript")
-        clips = broadcast(audio, len(questions), "audio")
-        conversations = [
-            [user_message(*fields)] for fields in zip(questions, transcripts, clips, strict=True)
-        ]
-        return self._batch(conversations)
+        arguments = read_processing_arguments(kwargs | {"return_tensors": return_tensors})
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not all(isinstance(each, str) for each in texts):
+            raise ValueError(f"text is one question or a list of them, not {type(text).__name__}.")
+        if not texts:
+            raise ValueError("text is an empty list. Give one question at least.")
+        transcripts = broadcast(transcript, len(texts), "transcript")
+        if all(isinstance(each, RenderedText) for each in texts):
+            conversations = [_copy_conversation(each.conversation) for each in texts]
+            if audio is not None:
+                _replace_clips(conversations, audio)
+            for conversation, given in zip(conversations, transcripts, strict=True):
+                if given is not None:
+                    find_audio_message(conversation.messages)["transcript"] = given
+            return self._batch(conversations, arguments)
+
+        clips = broadcast(audio, len(texts), "audio")
+        conversations = []
+        for question, given, clip in zip(texts, transcripts, clips, strict=True):
+            self._check_question(question)
+            conversations.append(Conversation([user_message(question, given, clip)]))
+        return self._batch(conversations, arguments)
+
+    def _check_question(self, text: str) -> None:
+        """Check that a text is a question, and not a prompt that was rendered before.
+
+        Raises:
+            ValueError: it has the beginning and the end that the prompt template writes around a
+                question, and would get them a second time.
+        """
+        for transcript in (None, QUESTION):
+            prompt = self.prompt(QUESTION, transcript)
+            begin = prompt.partition(QUESTION)[0].strip()
+            end = prompt.rpartition(QUESTION)[2].strip()
+            # A chat template may write a system text, which differs.
+            control = None if self.controls is None else self.controls.search(begin)
+            if control is not None:
+                begin = begin[: control.end()]
+            is_rendered = text.lstrip().startswith(begin)
+            if begin:
+                is_rendered = is_rendered and end in text
+            else:
+                is_rendered = bool(end) and text.rstrip().endswith(end)
+            if is_rendered or isinstance(text, RenderedText):
+                raise ValueError(
+                    f"The text {text[:60]!r}... is a rendered prompt, and would be rendered again. "
+                    "Give the question alone, or all texts as apply_chat_template returned them "
+                    "(a copy as plain str has lost its conversation), or call "
+                    "apply_chat_template(..., tokenize=True, return_dict=True)."
+                )
 
     def apply_chat_template(
         self,
         conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        *,
         tokenize: bool = False,
         return_dict: bool = False,
-        return_tensors: str = "pt",
-        add_generation_prompt: bool = True,
-        padding: bool = True,
+        return_tensors: str | None = "pt",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> str | list[str] | Tensor | BatchFeature:
         """Render one conversation or several.
 
         Args:
             conversation: messages as `read_conversation` takes them, or a list of conversations.
-            tokenize: whether to return tensors, not the text of the prompts.
+            chat_template: None; the template is that of the checkpoint.
+            tokenize: whether to return tensors, not texts. The texts are for reading, and for
+                `__call__`.
             return_dict: whether to return all that `__call__` returns, not `input_ids` alone.
-            return_tensors, add_generation_prompt, padding: only the default values are supported.
+            return_tensors: "pt"; None and "auto" mean the same.
+            add_generation_prompt: True for a prompt, whose last turn is the user's; False for a
+                whole conversation, whose last turn is the assistant's, with the token that ends
+                the answer. By default, the last turn decides.
+            continue_final_message: whether the last turn is the beginning of an answer that is to
+                be continued.
+            return_assistant_tokens_mask: whether to add `assistant_masks` (batch, length), 1 for
+                the tokens of all answers.
+            processor_kwargs, kwargs: as for `__call__`.
 
         Raises:
-            ValueError: the prompt template or the model cannot express a conversation.
+            ValueError: the prompt template or the model cannot express a conversation, or an
+                argument has no meaning here.
         """
-        if return_tensors != "pt" or not add_generation_prompt or not padding:
+        check_stock_argument("chat_template", chat_template)
+        if return_tensors in (None, "auto"):
+            return_tensors = "pt"
+        given = {**(processor_kwargs or {}), **kwargs, "return_tensors": return_tensors}
+        arguments = read_processing_arguments(given)
+        if not isinstance(continue_final_message, bool):
+            raise ValueError("continue_final_message is True or False: answers have one text.")
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             raise ValueError(
-                "A prompt ends where the answer begins, in padded rows of torch tensors ('pt')."
+                "continue_final_message cannot be combined with add_generation_prompt or "
+                "return_assistant_tokens_mask: the last answer has no end."
             )
-        is_batch = bool(conversation) and isinstance(conversation[0], list)
-        conversations = conversation if is_batch else [conversation]
-        conversations = [read_conversation(each, self.prompt_template) for each in conversations]
-        if not tokenize:
-            texts = [self.render(messages).prompt.replace(CUT, "") for messages in conversations]
-            return texts if is_batch else texts[0]
-        batch = self._batch(conversations)
-        return batch if return_dict else batch["input_ids"]
+        if return_assistant_tokens_mask and not (tokenize and return_dict):
+            raise ValueError(
+                "return_assistant_tokens_mask needs tokenize=True and return_dict=True."
+            )
+        if not conversation:
+            raise ValueError("The conversation has no messages.")
+        is_batch = isinstance(conversation[0], list | tuple)
+        conversations = [
+            self._read_conversation(
+                messages, add_generation_prompt, continue_final_message, needs_clips=tokenize
+            )
+            for messages in (conversation if is_batch else [conversation])
+        ]
+        if tokenize:
+            batch = self._batch(conversations, arguments, return_assistant_tokens_mask)
+            return batch if return_dict else batch["input_ids"]
+        texts = []
+        for each in conversations:
+            text, end_id = self._render_conversation(each)
+            if end_id is not None:
+                text += self.tokenizer.convert_ids_to_tokens(end_id)
+            texts.append(RenderedText.of(text.replace(CUT, ""), each))
+        return texts if is_batch else texts[0]
 
-    def _batch(self, conversations: list[list[dict]]) -> BatchFeature:
-        """Return what `__call__` returns, with one row per conversation."""
-        # Each conversation holds at most one clip. Its transcript belongs to the message with the
-        # clip, or to the last message if there is no clip.
-        audio_messages = []
-        for messages in conversations:
-            with_audio = (message for message in messages if message.get("audio") is not None)
-            audio_messages.append(next(with_audio, messages[-1]))
+    def _read_conversation(
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool | None,
+        continue_final_message: bool,
+        needs_clips: bool,
+    ) -> Conversation:
+        """Read a conversation, by the arguments of `apply_chat_template` of these names."""
+        if not messages:
+            raise ValueError("The conversation has no messages.")
+        last = messages[-1]
+        ends_with_answer = isinstance(last, dict) and last.get("role") == "assistant"
+        ending = "prompt"
+        if continue_final_message:
+            ending = "continued"
+        elif add_generation_prompt is False or (add_generation_prompt is None and ends_with_answer):
+            ending = "answered"
+        if ending == "answered" and not ends_with_answer:
+            raise ValueError(
+                "With add_generation_prompt=False the last turn is the assistant's: a question "
+                "without the beginning of its answer is no prompt of this model."
+            )
+        last_role = "user" if ending == "prompt" else "assistant"
+        plain = read_conversation(messages, self.prompt_template, last_role, needs_clips)
+        return Conversation(plain, ending)
+
+    def _batch(
+        self,
+        conversations: list[Conversation],
+        arguments: ProcessingArguments,
+        with_masks: bool = False,
+    ) -> BatchFeature:
+        """Return what `__call__` returns, with one row per conversation.
+
+        Args:
+            with_masks: whether to add `assistant_masks`.
+        """
+        audio_messages = [find_audio_message(each.messages) for each in conversations]
         clips = []
         for message in audio_messages:
-            audio = message.get("audio")
-            clips.append(None if audio is None else self.front_end.load_clip(audio))
+            source = resolve_clip(message.get("audio"), arguments.sampling_rate)
+            if source is None and message.get("has_audio"):
+                raise ValueError("A part of type audio holds no clip. Give it as audio=.")
+            clips.append(None if source is None else self.front_end.load_clip(source))
         transcripts = self.front_end.complete_transcripts(
             clips, [message.get("transcript") for message in audio_messages]
         )
         for message, transcript in zip(audio_messages, transcripts, strict=True):
             message["transcript"] = transcript
 
-        tokens = [self.encode(self.render(messages).prompt) for messages in conversations]
-        batch = self.pad_batch(tokens, [clip is not None for clip in clips])
+        rendered = [self._render_conversation(each) for each in conversations]
+        tokens = self.encode_all([text for text, _ in rendered])
+        for row, (_, end_id) in zip(tokens, rendered, strict=True):
+            if end_id is not None and row[-1:] != [end_id]:
+                row.append(end_id)
+        has_audio = [clip is not None for clip in clips]
+        is_ragged = len(set(map(len, tokens))) > 1 or len(set(has_audio)) > 1
+        if is_ragged and not arguments.padding:
+            raise ValueError("Rows of unequal length cannot be one tensor with padding=False.")
+        batch = self.pad_batch(tokens, has_audio)
+        length = batch["input_ids"].shape[1]
+        if arguments.output_labels:
+            batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+            for row, text in enumerate(tokens):
+                num_bos = int(text[:1] == self.bos_ids)  # Nothing predicts <s>.
+                batch["labels"][row, length - len(text) + num_bos :] = torch.tensor(text[num_bos:])
+        if with_masks:
+            batch["assistant_masks"] = torch.zeros_like(batch["input_ids"])
+            for row, conversation in enumerate(conversations):
+                first = length - len(tokens[row])
+                for start, end in self._find_answers(conversation, len(tokens[row])):
+                    batch["assistant_masks"][row, first + start : first + end] = 1
         loaded_clips = [clip for clip in clips if clip is not None]
         if loaded_clips:
             batch["input_features"] = self.front_end.extract_features(loaded_clips)
         return BatchFeature(batch)
+
+    def _find_answers(self, conversation: Conversation, length: int) -> list[tuple[int, int]]:
+        """Return the tokens of each answer in a conversation: the first, and the one after.
+
+        Args:
+            length: number of tokens of the whole text.
+
+        Raises:
+            ValueError: the chat template writes an answer in another way if turns follow it.
+        """
+        whole, _ = self._render_conversation(conversation)
+        spans = []
+        for position, message in enumerate(conversation.messages):
+            if message["role"] != "assistant":
+                continue
+            history = conversation.messages[:position]
+            rendered, text = self._render_answer(history, message["content"])
+            text += rendered.end
+            if not whole.startswith(text):
+                raise ValueError(
+                    "return_assistant_tokens_mask: the chat template writes an answer in another "
+                    "way if turns follow it. Train on conversations of one answer each."
+                )
+            end = length
+            if position < len(conversation.messages) - 1:
+                end = len(self.encode(text))
+                # The next control token ends the answer.
+                control = self.controls.match(whole, len(text))
+                end += int(control is not None)
+            spans.append((len(self.encode(rendered.prompt)), end))
+        return spans
 
     def pad_batch(
         self, ids: list[list[int]], has_audio: list[bool | int], multiple_of: int = 1
@@ -410,21 +610,101 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
             attention_mask[row, :num_audio] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+    @property
+    def model_input_names(self) -> list[str]:
+        """The names of what `__call__` returns."""
+        return ["input_ids", "attention_mask", *self.feature_extractor.model_input_names]
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str | list[str]:
+        """Decode tokens as the stock method does, with its arguments.
+
+        Audio placeholders have no text, and are left out. Bytes that are no UTF-8 do not change the
+        text around them.
+        """
+        tokens = self._without_placeholders(token_ids)
+        if isinstance(tokens, list) and any(isinstance(part, list) for part in tokens):
+            return [self.decode(part, **kwargs) for part in tokens]
+        text = self.tokenizer.decode(tokens, **kwargs)
+        # A tokenizer that is not fast decodes with sentencepiece itself.
+        if REPLACEMENT not in text or not self.tokenizer.is_fast or not isinstance(tokens, list):
+            return text
+        if kwargs.get("clean_up_tokenization_spaces"):
+            return text
+        words = self.tokenizer.convert_ids_to_tokens(
+            tokens, skip_special_tokens=kwargs.get("skip_special_tokens", False)
+        )
+        # Language models have more tokens than their tokenizers know.
+        words = [word for word in words if word is not None]
+        if any(BYTE.fullmatch(word) for word in words):
+            text = self.tokenizer.convert_tokens_to_string(replace_wrong_bytes(words))
+        return text
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """Decode several sequences, as `decode` does."""
+        return [self.decode(tokens, **kwargs) for tokens in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Decode what `generate` returned, as the pipeline "any-to-any" needs it."""
+        return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _without_placeholders(self, tokens: Any) -> Any:
+        """Return tokens as lists of the same depth, without audio placeholders."""
+        if hasattr(tokens, "tolist"):
+            tokens = tokens.tolist()
+        if not isinstance(tokens, list | tuple):
+            return [] if tokens == self.audio_token_id else tokens
+        if any(isinstance(part, int) for part in tokens):
+            return [token for token in tokens if token != self.audio_token_id]
+        return [self._without_placeholders(part) for part in tokens]
+
     def decode_answer(self, ids: Tensor | list[int]) -> str:
         """Return the text of newly generated tokens, without control tokens.
 
         More tokens only append to the text, except that they may complete a character whose first
         bytes are U+FFFD at its end.
         """
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        # A tokenizer that is not fast decodes with sentencepiece itself.
-        if REPLACEMENT in text and self.tokenizer.is_fast:
-            tokens = self.tokenizer.convert_ids_to_tokens(ids, skip_special_tokens=True)
-            # Language models have more tokens than their tokenizers know.
-            tokens = [token for token in tokens if token is not None]
-            if any(BYTE.fullmatch(token) for token in tokens):
-                text = self.tokenizer.convert_tokens_to_string(replace_wrong_bytes(tokens))
-        return text.strip()
+        return self.decode(ids, skip_special_tokens=True).strip()
+
+
+def find_audio_message(messages: list[dict]) -> dict:
+    """Return the message to which the clip and its transcript belong.
+
+    A conversation holds at most one clip. Without a clip, a transcript belongs to the last message
+    of the user.
+    """
+    for message in messages:
+        if message.get("audio") is not None or message.get("has_audio"):
+            return message
+    users = [message for message in messages if message["role"] == "user"]
+    return users[-1] if users else messages[-1]
+
+
+def _copy_conversation(conversation: Conversation) -> Conversation:
+    """Return a conversation whose messages can be changed."""
+    messages = [dict(message) for message in conversation.messages]
+    return Conversation(messages, conversation.ending)
+
+
+def _replace_clips(
+    conversations: list[Conversation], audio: AudioSource | list[AudioSource]
+) -> None:
+    """Put clips into the messages that hold parts of type audio, in their order.
+
+    Raises:
+        ValueError: there is another number of them.
+    """
+    messages = [find_audio_message(each.messages) for each in conversations]
+    messages = [message for message in messages if message.get("has_audio")]
+    clips = audio if isinstance(audio, list) else [audio]
+    clips = [clip for clip in clips if clip is not None]
+    if len(clips) != len(messages):
+        raise ValueError(
+            f"The texts have {len(messages)} parts of type audio, but audio has {len(clips)} clips."
+        )
+    for message, clip in zip(messages, clips, strict=True):
+        message["audio"] = clip
 
 
 def replace_wrong_bytes(tokens: list[str]) -> list[str]:

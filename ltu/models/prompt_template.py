@@ -9,9 +9,10 @@ and is tokenized as text.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ ANSWER = "\ufdd1"
 # The date for chat templates that write one, so that prompts do not change from day to day. It is
 # the default of Llama 3's template.
 DATE = "26 Jul 2024"
-AUDIO_KEYS = ("audio", "audio_url", "url", "path")
+AUDIO_KEYS = ("audio", "audio_url", "url", "path", "base64")
 MAX_SHOWN_ROLES = 20  # turns that an error quotes
 
 
@@ -45,6 +46,36 @@ class RenderedPrompt(NamedTuple):
     leading_space: str  # Between prompt and answer; a tokenizer joins it to the first word.
     end: str  # Between the answer and the end token.
     end_id: int  # The token that ends the answer.
+
+
+@dataclass
+class Conversation:
+    """A conversation, and where its text ends.
+
+    Args:
+        messages: as `read_conversation` returns them.
+        ending: "prompt" where the answer to the last message begins, "continued" within the last
+            message, which is the beginning of the answer, "answered" after the last message.
+    """
+
+    messages: list[dict]
+    ending: Literal["prompt", "continued", "answered"] = "prompt"
+
+
+class RenderedText(str):
+    """The text of a conversation, for reading, with the conversation itself.
+
+    A processor takes it back as what it is. A text alone could not be told from a question that
+    has the same characters.
+    """
+
+    conversation: Conversation
+
+    @classmethod
+    def of(cls, text: str, conversation: Conversation) -> "RenderedText":
+        rendered = cls(text)
+        rendered.conversation = conversation
+        return rendered
 
 
 def load_prompt_template(name: str, llm: str | Path) -> dict[str, str]:
@@ -201,7 +232,12 @@ def render_prompt(
     return RenderedPrompt(prompt, leading_space, after[: end_token.start()], end_id)
 
 
-def read_conversation(messages: list[dict], template: dict[str, str]) -> list[dict]:
+def read_conversation(
+    messages: list[dict],
+    template: dict[str, str],
+    last_role: Literal["user", "assistant"] = "user",
+    needs_clips: bool = True,
+) -> list[dict]:
     """Convert messages as Qwen2-Audio's processor takes them to messages with plain text.
 
     The `content` of a message is a text, or a list of `{"type": "text", "text"}` and
@@ -209,8 +245,15 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
     Several texts of a message become lines of one text. The audio tokens come before all text,
     wherever the clip is in the list.
 
+    Args:
+        messages: the conversation.
+        template: of `load_prompt_template`.
+        last_role: of the last message; "assistant" for a conversation with its answer.
+        needs_clips: whether a part of type audio must hold its clip, which may follow otherwise.
+
     Returns:
-        Messages with `role` and a text as `content`; one may have `audio` and `transcript` too.
+        Messages with `role` and a text as `content`; one may have `audio`, `transcript` and
+        `has_audio` too.
 
     Raises:
         ValueError: the template or the model cannot express the conversation.
@@ -218,24 +261,29 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
     plain_messages = []
     clip_roles = []  # Of each audio part, the role of its message; "nothing" if it has no clip.
     for message in messages:
+        if not isinstance(message, dict) or "role" not in message:
+            raise ValueError("A message is an object with role and content.")
         parts = _parts_of(message.get("content"))
         texts = [part["text"] for part in parts if part["type"] == "text"]
         plain_message = {"role": message["role"], "content": "\n".join(texts)}
         for part in parts:
             if part["type"] != "audio":
                 continue
-            clips = (part[key] for key in AUDIO_KEYS if part.get(key) is not None)
-            clip = next(clips, None)
+            clip = _clip_of(part)
             plain_message |= {"audio": clip, "transcript": part.get("transcript")}
-            clip_roles.append("nothing" if clip is None else message["role"])
+            plain_message["has_audio"] = True
+            is_missing = clip is None and needs_clips
+            clip_roles.append("nothing" if is_missing else message["role"])
         plain_messages.append(plain_message)
 
     roles = [message["role"] for message in plain_messages]
-    if roles[-1:] != ["user"] or ("chat_template" not in template and len(roles) > 1):
+    num_turns = 1 if last_role == "user" else 2
+    if roles[-1:] != [last_role] or ("chat_template" not in template and len(roles) != num_turns):
+        position = "only" if last_role == "user" else "second"
         raise ValueError(
             f"The template {template.get('name')!r} cannot express the turns {_shorten(roles)}: "
-            "the last must be the user's, and the only one unless the checkpoint was made with "
-            "--prompt_template chat."
+            f"the last must be the {last_role}'s, and the {position} one unless the checkpoint was "
+            "made with --prompt_template chat."
         )
     if clip_roles not in ([], ["user"]):
         raise ValueError(
@@ -244,6 +292,20 @@ def read_conversation(messages: list[dict], template: dict[str, str]) -> list[di
             "itself."
         )
     return plain_messages
+
+
+def _clip_of(part: dict) -> AudioSource:
+    """Return the clip of a part of type audio, None if it holds none.
+
+    Raises:
+        ValueError: it holds two.
+    """
+    given = {key: part[key] for key in AUDIO_KEYS if part.get(key) is not None}
+    if len(given) > 1:
+        raise ValueError(f"A part of type audio holds {', '.join(given)}, but one clip is needed.")
+    if "base64" in given:
+        return f"data:;base64,{given['base64']}"
+    return next(iter(given.values()), None)
 
 
 def _shorten(roles: list[str]) -> str:
