@@ -109,7 +109,7 @@ def find_hub_dataset(
     split: str | None = None,
     config: str | None = None,
 ) -> list[Path]:
-    """Return the Parquet files of one split of a dataset on the hub, which are downloaded if need be.
+    """Return the Parquet files of a split of a dataset on the hub; download them if need be.
 
     Args:
         name: the dataset, as the docstring of the module says.
@@ -189,7 +189,7 @@ def _list_cached_files(
         reason: why the hub did not list the files.
     """
     try:
-        # A revision that was never cached has no folder; whether files are missing is checked later.
+        # Whether the chosen files are all there is checked later, by `_download`.
         folder = Path(
             snapshot_download(
                 dataset.repo,
