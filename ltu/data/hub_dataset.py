@@ -148,15 +148,6 @@ def find_hub_dataset(
     return [folder / name for name in names]
 
 
-def cached_name(path: str) -> str:
-    """Return a path in the cache of the hub without the folder of the cache; others unchanged.
-
-    The same file has the same name on every machine, so a choice by hashes of names repeats.
-    """
-    folder = f"{constants.HF_HUB_CACHE}{os.sep}"
-    return path.removeprefix(folder)
-
-
 def _list_files(dataset: HubDataset, revision: str | None) -> RepoFiles:
     """List the files of a revision: those on the hub, or without a network those in the cache."""
     try:
