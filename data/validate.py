@@ -34,7 +34,7 @@ from typing import Any, get_args
 import numpy as np
 import soundfile
 
-from data.command_line import add_audio_root, command_parser
+from data.command_line import add_audio_root, command_parser, source_of
 from data.duplicate_detection import DuplicateDetector, first_clips
 from ltu.data.audio import (
     MAX_SECONDS,
@@ -52,7 +52,10 @@ from ltu.data.check_examples import (
     parse_ignored_keys,
     what_is_wrong,
 )
+from ltu.data.columns import ColumnFlags, read_column_flags
 from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_source import DatasetSource
+from ltu.data.table_clip import TableClip, TableClipError, read_clip_bytes
 from ltu.files import run_command, write_json
 
 SHOWN = 10  # Errors of each kind that are listed.
@@ -76,14 +79,19 @@ class Findings:
 
 
 def check_examples(
-    path: Path, folder: str, findings: Findings, ignored_keys: Collection[str] = ()
+    source: DatasetSource,
+    folder: str,
+    findings: Findings,
+    columns: ColumnFlags,
+    ignored_keys: Collection[str] = (),
 ) -> tuple[int, Counter[str], np.ndarray]:
-    """Check every example of a dataset file.
+    """Check every example of a dataset.
 
     Args:
-        path: the dataset file.
+        source: the dataset.
         folder: for the temporary files.
         findings: the errors are added to them.
+        columns: of the dataset.
         ignored_keys: further keys that examples may have.
 
     Returns:
@@ -95,7 +103,7 @@ def check_examples(
     contents = DuplicateDetector(folder, "examples")
     missing_keys: Counter[str] = Counter()
     count = 0
-    for number, example in enumerate(stream_examples(path)):
+    for number, example in enumerate(stream_examples(source, columns)):
         count += 1
         reason = what_is_wrong(example, True, ignored_keys)
         if reason:
@@ -250,20 +258,24 @@ def main(argv: list[str] | None = None) -> int:
     add_ignored_keys(parser)
     args = parser.parse_args(argv)
     ignored_keys = parse_ignored_keys(args.ignored_keys)
+    columns = read_column_flags(args)
+    source = source_of(args)
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
-        count, missing_keys, firsts = check_examples(args.data_path, folder, findings, ignored_keys)
+        count, missing_keys, firsts = check_examples(
+            source, folder, findings, columns, ignored_keys
+        )
     if not count:
-        raise ValueError(f"{args.data_path} contains no examples. Training refuses such a file.")
+        raise ValueError(f"{source.name} contains no examples. Training refuses such a file.")
     report: dict[str, Any] = {
         "num_examples": count,
         "clips": len(firsts),
         "missing_keys": dict(missing_keys),
     }
     if not args.no_audio:
-        root = args.audio_root or args.data_path.parent
+        root = args.audio_root or source.root
         check = partial(decode_clip, downmix=args.downmix) if args.decode else read_header
-        report |= check_clips(first_clips(args.data_path, firsts), root, check, findings)
+        report |= check_clips(first_clips(source, firsts, columns), root, check, findings)
     report |= {"wrong": dict(findings.counts), "first_errors": dict(findings.first)}
     print(json.dumps(report, indent=1))
     if args.output_path:
