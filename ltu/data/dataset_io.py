@@ -1,7 +1,9 @@
 """Reads and writes dataset files, one example at a time.
 
 The formats are a JSON list, JSON lines (`.jsonl`) and Parquet; JSON also compressed (`.gz`,
-`.zst`). A reader goes by the first bytes of a file, a writer by its name.
+`.zst`). A reader goes by the first bytes of a file, a writer by its name. Readers also take folders
+that the library `datasets` has saved, folders of Parquet files and data sets of the hub
+(`ltu.data.dataset_source`), and other names of columns (`ltu.data.columns`).
 
 `stream_examples` yields any objects; `typed_examples` also checks that each is an example: it has
 at least one of the keys, and the values of the keys are texts or null.
@@ -13,16 +15,21 @@ error. An example with keys within a value cannot be stored in Parquet.
 A file gets its name only when it is complete and on the disk.
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
+from ltu.data.columns import ColumnFlags, ColumnMap
 from ltu.data.dataset_parser import DatasetError, LineSplitter, ListSplitter
-from ltu.files import check_output, lock_file, sync_and_rename
+from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.table_clip import TableClip
+from ltu.data.table_reader import open_columns, table_examples
+from ltu.files import check_output, lock_file, sha256_of, sync_and_rename
 
 # JSON needs no pyarrow.
 if TYPE_CHECKING:
@@ -41,22 +48,91 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _encode = msgspec.json.Encoder().encode
 
 
-def stream_examples(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a dataset file, in constant memory.
+def stream_examples(
+    path: str | Path, columns: ColumnFlags | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a data set, in constant memory.
+
+    Args:
+        path: a file, a folder or a data set of the hub, see `ltu.data.dataset_source`.
+        columns: its split, and the names of its columns.
 
     Raises:
-        DatasetError: the file is malformed, cut off or missing.
+        DatasetError: the data set is malformed, cut off or missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DatasetError(
-            f"{path} is not there. Give a JSON list, JSON lines or Parquet file (also .gz, .zst)."
-        )
+    columns = columns or ColumnFlags()
+    return stream_source(find_source(path, columns.split), columns)
+
+
+def stream_source(source: DatasetSource, columns: ColumnFlags) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a data set, in constant memory; raises as `stream_examples`."""
+    found = find_columns(source, columns)
+    if found is not None:
+        yield from table_examples(source, found)
+        return
+    if source.kind == "parquet":
+        for file in source.files:
+            yield from _parquet_examples(file)
+        return
+    for number, example in enumerate(_json_examples(source.files[0]), start=1):
+        try:
+            yield columns.rename_keys(example)
+        except DatasetError as error:
+            raise DatasetError(f"{source.name}, example {number}: {error}") from error
+
+
+def find_columns(source: DatasetSource, columns: ColumnFlags) -> ColumnMap | None:
+    """Find the columns of a table that are used.
+
+    Returns:
+        None for JSON, and for a Parquet file whose columns are the keys of examples.
+
+    Raises:
+        DatasetError: as `stream_examples`.
+    """
+    return None if source.kind == "json" else open_columns(source, columns)
+
+
+def describe_columns(source: DatasetSource, columns: ColumnFlags) -> list[str]:
+    """Return what the start of a run prints about columns; nothing if there is nothing to say.
+
+    Raises:
+        DatasetError: as `stream_examples`.
+    """
+    found = find_columns(source, columns)
+    return columns.describe() if found is None else found.describe()
+
+
+def hash_source(source: DatasetSource, columns: ColumnFlags) -> str:
+    """Return a sha256 of a data set: of a file, its content.
+
+    Of a table it covers the examples as they are used, and the sizes of its files, but not the
+    content of its clips, which may be terabytes. The content of the clips of a JSON file is not
+    covered either. Names of files and folders are not covered.
+
+    Raises:
+        DatasetError: as `stream_examples`.
+    """
+    if find_columns(source, columns) is None:
+        digest = sha256_of(*source.files)
+        if not columns.renames:
+            return digest
+        return hashlib.sha256(_encode([digest, columns.to_json()])).hexdigest()
+    hashed = hashlib.sha256()
+    for file in source.files:
+        hashed.update(b"%d," % file.stat().st_size)
+    for example in stream_source(source, columns):
+        # The position of a clip follows from its place among the examples.
+        clip = TableClip.parse(example.get("audio_id") or "")
+        if clip is not None:
+            example = example | {"audio_id": f"#{clip.column}[{clip.row}]"}
+        hashed.update(encode_line(example) + b"\n")
+    return hashed.hexdigest()
+
+
+def _json_examples(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         magic = file.read(4)
-    if magic == b"PAR1":
-        yield from _parquet_examples(path)
-        return
     with _open_to_read(path, magic) as file:
         first = _read(file, path)
         # Skip the byte order mark and white space; then `[` begins a list.
@@ -74,13 +150,17 @@ def stream_examples(path: str | Path) -> Iterator[dict[str, Any]]:
             data = data[used:] + block
 
 
-def typed_examples(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a dataset file, in constant memory, after a check of their types.
+def typed_examples(
+    path: str | Path, columns: ColumnFlags | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a data set, in constant memory, after a check of their types.
+
+    Arguments are those of `stream_examples`.
 
     Raises:
         DatasetError: as `stream_examples`; or an example has none of `KEYS`, or a wrong type.
     """
-    for number, example in enumerate(stream_examples(path), start=1):
+    for number, example in enumerate(stream_examples(path, columns), start=1):
         # One look at the types of all values passes nearly every example, and is fast.
         is_text = TEXT_TYPES.issuperset(map(type, example.values()))
         if not is_text or "instruction" not in example:
@@ -95,18 +175,28 @@ def typed_examples(path: str | Path) -> Iterator[dict[str, Any]]:
         yield example
 
 
-def wrong_type(example: dict[str, Any]) -> str | None:
+def wrong_type(example: dict[str, Any], names: Mapping[str, str] | None = None) -> str | None:
     """Return which of the `KEYS` of an example has a value that is neither text nor null, or None.
 
     Other keys may have any value.
+
+    Args:
+        example: the example.
+        names: the columns that its values are of, by key, where they have other names.
     """
+    names = names or {}
     for key in KEYS:
         value = example.get(key)
         if type(value) in TEXT_TYPES:
             continue
+        label = repr(key)
+        column = names.get(key, key)
+        if column != key:
+            label = f"{key!r}, from the column {column!r},"
         if key == "audio_id":
-            return f"{key!r} is a {type(value).__name__}. {AUDIO_HINT}"
-        return f"{key!r} is a {type(value).__name__}, not text"
+            return f"{label} is a {type(value).__name__}. {AUDIO_HINT}"
+        hint = "" if column == key else ". Name a column of texts, or of labels (ClassLabel)"
+        return f"{label} is a {type(value).__name__}, not text{hint}"
     return None
 
 
