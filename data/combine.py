@@ -226,7 +226,9 @@ def resampled_examples(
             lines.add(b"%016x" % (position * step) + encode_line(example))
         read[pattern] += 1
     if read != counts:
-        raise ValueError(f"{source.name} changed while it was read for the second time. Run it again.")
+        raise ValueError(
+            f"{source.name} changed while it was read for the second time. Run it again."
+        )
     for line in lines:
         yield json.loads(line)
 

@@ -46,8 +46,6 @@ from ltu.data.dataset_source import DatasetSource, find_source
 from ltu.data.table_clip import TableClip
 from ltu.files import run_command
 
-# Evaluation sets may have no questions or answers: a question of our own stands for them.
-NO_QUESTIONS = ColumnFlags(question="")
 CLIPS_AT_ONCE = 4096  # Clips that are given to the workers at once.
 SHOWN = 10  # Clips that are listed.
 
@@ -137,7 +135,7 @@ def read_eval_clips(
     for source in sources:
         name = source.path.name
         clips: dict[str, None] = {}  # An ordered set.
-        for example in typed_examples(source, NO_QUESTIONS):
+        for example in typed_examples(source):
             if example.get("audio_id") not in NO_AUDIO:
                 clips[example["audio_id"]] = None
 
@@ -152,8 +150,8 @@ def read_eval_clips(
         if ambiguous and not has_content:
             eval_clips.num_not_compared += len(ambiguous)
             print(
-                f"{source.name}: {len(ambiguous):,} clips were not compared, because they have no unique "
-                f"name, such as {ambiguous[0]}. Use --content."
+                f"{source.name}: {len(ambiguous):,} clips were not compared, because they have no "
+                f"unique name, such as {ambiguous[0]}. Use --content."
             )
 
         if has_content:

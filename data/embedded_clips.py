@@ -51,7 +51,7 @@ class ClipEmbedder:
         allowed_roots: further folders below which clips may be.
 
     Raises:
-        ValueError: a folder does not exist, or the `audio_id`s of a dataset are relative to several.
+        ValueError: a folder does not exist, or `audio_id`s of a dataset are relative to several.
     """
 
     def __init__(

@@ -10,16 +10,16 @@ The seed and the audio_id decide whether a clip is sampled, and the order of the
 two files with the same clips give the same clips. Every clip has the same probability, however many
 questions it has.
 
---embed_audio stores the clips in the output, a Parquet file. --copy_audio copies the clips into audio/ next to the output, and the audio_ids of the output are
-then relative to it. A clip is copied only if it decodes as audio and is, after all links are
-followed, below --audio_root or an --allowed_root. Otherwise nothing is copied: the dataset file may
-name any file of this machine, and the copy may be published.
+--embed_audio stores the clips in the output, a Parquet file. --copy_audio copies them into audio/
+next to the output, and the audio_ids of the output are then relative to it. Both take a clip only
+if it is, after all links are followed, below --audio_root or an --allowed_root, and --copy_audio
+only if it decodes as audio. Otherwise nothing is written: the dataset file may name any file of
+this machine, and the copy may be published.
 """
 
 import hashlib
 from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
 
 from data.command_line import add_audio_root, command_parser, source_of
 from data.copy_clips import check_clips, copied_clips

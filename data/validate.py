@@ -20,6 +20,7 @@ The exit code is 1 if more than `--max_bad` examples or clips are wrong, or if t
 examples.
 """
 
+import io
 import json
 import tempfile
 from collections import Counter, defaultdict
@@ -55,7 +56,7 @@ from ltu.data.check_examples import (
 from ltu.data.columns import ColumnFlags, read_column_flags
 from ltu.data.dataset_io import stream_examples
 from ltu.data.dataset_source import DatasetSource
-from ltu.data.table_clip import TableClip, TableClipError, read_clip_bytes
+from ltu.data.table_clip import TableClip, TableClipError, find_content
 from ltu.files import run_command, write_json
 
 SHOWN = 10  # Errors of each kind that are listed.
@@ -147,16 +148,23 @@ def read_header(path: Path) -> ClipFacts:
     Raises:
         AudioError: the clip does not exist, or training would refuse it.
     """
-    if not path.is_file():
+    content: bytes | Path = path
+    if TableClip.parse(path) is not None:
+        try:
+            content = find_content(path)
+        except TableClipError as error:
+            raise AudioError(str(path), error.reason, str(error)) from error
+    is_stored = isinstance(content, bytes)
+    if not is_stored and not content.is_file():
         raise AudioError(str(path), "missing", "no such file")
     try:
-        header = soundfile.info(str(path))
+        header = soundfile.info(io.BytesIO(content) if is_stored else str(content))
     except soundfile.SoundFileError as error:
         raise AudioError(str(path), "unreadable", "libsndfile cannot open it") from error
     if not MIN_SAMPLES / SAMPLING_RATE <= header.duration <= MAX_SECONDS:
         reason = "too_long" if header.duration > MAX_SECONDS else "too_short"
         raise AudioError(str(path), reason, f"{header.duration:.3f} s long")
-    expected_seconds = read_expected_seconds(path, header.duration)
+    expected_seconds = read_expected_seconds(content, header.duration)
     return ClipFacts(header.samplerate, header.duration, expected_seconds)
 
 

@@ -49,12 +49,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 def stream_examples(
-    path: str | Path, columns: ColumnFlags | None = None
+    path: str | Path | DatasetSource, columns: ColumnFlags | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples of a data set, in constant memory.
 
     Args:
-        path: a file, a folder or a data set of the hub, see `ltu.data.dataset_source`.
+        path: a file, a folder or a data set of the hub, see `ltu.data.dataset_source`; or what
+            `find_source` has found.
         columns: its split, and the names of its columns.
 
     Raises:
@@ -151,7 +152,7 @@ def _json_examples(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def typed_examples(
-    path: str | Path, columns: ColumnFlags | None = None
+    path: str | Path | DatasetSource, columns: ColumnFlags | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples of a data set, in constant memory, after a check of their types.
 
@@ -168,8 +169,9 @@ def typed_examples(
             if reason is None and not any(key in example for key in KEYS):
                 reason = f"none of the keys {', '.join(KEYS)}, only {str(list(example))[:300]}"
             if reason:
+                name = path.name if isinstance(path, DatasetSource) else path
                 raise DatasetError(
-                    f"{path}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
+                    f"{name}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
                     "data.validate lists all that are wrong."
                 )
         yield example
