@@ -16,6 +16,7 @@ import glob
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ltu.data.dataset_parser import DatasetError
@@ -54,6 +55,11 @@ class DatasetSource:
     root: Path
     name: str
     is_local: bool = True
+
+    @property
+    def short_name(self) -> str:
+        """The name without the folder of a file."""
+        return self.name if not self.is_local else self.name.removeprefix(f"{self.root}{os.sep}")
 
     @property
     def size(self) -> int:
@@ -107,9 +113,20 @@ def find_source(path: "str | Path | DatasetSource", split: str | None = None) ->
         return _parquet_source(path, files, _label(path, split), is_local=False)
     hub_dataset = HubDataset.parse(path)
     if hub_dataset is not None:
-        files = find_hub_dataset(hub_dataset, split)
+        files = list(_find_on_hub(hub_dataset, split))
         return _parquet_source(path, files, _label(path, split), is_local=False)
     raise DatasetError(NOT_THERE.format(path=path))
+
+
+@cache
+def _find_on_hub(dataset: HubDataset, split: str | None) -> tuple[Path, ...]:
+    """Return the files of a data set of the hub; a process asks the hub once."""
+    return tuple(find_hub_dataset(dataset, split))
+
+
+def is_dataset_folder(path: Path) -> bool:
+    """Return whether a folder is a data set, not one of dataset files."""
+    return any((path / name).is_file() for name in (STATE, SPLITS)) or any(path.glob("*.parquet"))
 
 
 def _find_in_folder(path: Path, split: str | None) -> DatasetSource:

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from ltu.files import check_regular_file
+from ltu.files import FileRecord, check_regular_file
 
 # Only where there are tables. As in `ltu.data.dataset_io`, JSON needs no pyarrow.
 if TYPE_CHECKING:
@@ -154,6 +154,53 @@ def version_of_clip(text: str | os.PathLike) -> str | None:
     except (OSError, ValueError):
         return None
     return "\0".join(map(str, parts))
+
+
+def clip_exists(path: str | os.PathLike) -> bool:
+    """Return whether there is a clip: a file, or one in a table."""
+    if TableClip.parse(path) is None:
+        return os.path.isfile(path)
+    return version_of_clip(path) is not None
+
+
+def record_clip(path: str | os.PathLike) -> FileRecord:
+    """Record a clip: a file, or one in a table. Its time is then that of the table.
+
+    Raises:
+        OSError, TableClipError: it cannot be read.
+    """
+    clip = TableClip.parse(path)
+    if clip is None:
+        return FileRecord.of(path)
+    # The time is read first: if the table changes meanwhile, the record does not fit.
+    mtime_ns = mtime_of_clip(path)
+    content = read_clip_bytes(path)
+    return FileRecord(len(content), mtime_ns, hashlib.sha256(content).hexdigest())
+
+
+def fits_record(record: FileRecord, path: str | os.PathLike) -> bool:
+    """Return whether a clip, a file or one in a table, still has the recorded content.
+
+    It is only hashed if its time differs.
+    """
+    if TableClip.parse(path) is None:
+        return record.fits(path)
+    try:
+        if mtime_of_clip(path) == record.mtime_ns:
+            return True
+        return sha256_of_clip(path) == record.sha256
+    except (OSError, TableClipError):
+        return False
+
+
+def mtime_of_clip(path: str | os.PathLike) -> int:
+    """Return the time of the last change of a file, or of the table of a clip, in nanoseconds.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    clip = TableClip.parse(path)
+    return os.stat(path if clip is None else clip.file).st_mtime_ns
 
 
 def sha256_of_clip(text: str | os.PathLike) -> str:
