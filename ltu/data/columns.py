@@ -240,10 +240,9 @@ def map_columns(
         elif key in schema.names and key != audio:
             columns[key] = key
     labels = {}
-    for column in columns.values():
-        feature = features.get(column)
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            labels[column] = [str(name) for name in feature.get("names") or []]
+    for column, names in labels_of(features).items():
+        if column in columns.values():
+            labels[column] = names
     for key in ("dataset", "task"):
         # Others use these names for other things: numbers, lists.
         column = columns.get(key)
@@ -294,6 +293,15 @@ def _is_text(kind: "pyarrow.DataType") -> bool:
         or pyarrow.types.is_large_string(kind)
         or pyarrow.types.is_string_view(kind)
     )
+
+
+def labels_of(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the names of the labels of each column of the type ClassLabel."""
+    labels = {}
+    for column, feature in features.items():
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            labels[column] = [str(name) for name in feature.get("names") or []]
+    return labels
 
 
 def features_of(schema: "pyarrow.Schema") -> dict[str, Any]:
