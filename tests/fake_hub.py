@@ -1,10 +1,11 @@
-"""A model hub on this machine: the requests of `push_to_hub`, and files of repositories in memory.
+"""A hub on this machine: the requests of `push_to_hub`, and files of repositories in memory.
 
 `FakeHub.run` runs Python in a process of its own, because huggingface_hub reads the address of the
 hub when it is imported.
 """
 
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -13,30 +14,59 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 from tests.machine import PATIENCE
 
 
 class FakeHub(ThreadingHTTPServer):
-    """`files` has the bytes of each file, by (repository, path)."""
+    """A hub of models and datasets.
+
+    Attributes:
+        files: bytes of each file of a model, by (repository, path).
+        dataset_files: bytes of each file of a dataset, by (repository, revision, path).
+        gated: datasets that are listed, but whose files nobody may download.
+        downloads: paths of the files of datasets that were sent, in order.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[tuple[str, str], bytes] = {}
+        self.dataset_files: dict[tuple[str, str, str], bytes] = {}
+        self.gated: set[str] = set()
+        self.downloads: list[str] = []
+
+    def commit_of(self, repo: str, revision: str) -> str | None:
+        """Return the hash of a revision of a dataset; None if there is no such revision."""
+        named = [
+            (path, content)
+            for (of_repo, of_revision, path), content in self.dataset_files.items()
+            if (of_repo, of_revision) == (repo, revision)
+        ]
+        return hashlib.sha1(repr((repo, sorted(named))).encode()).hexdigest() if named else None
+
+    def files_at(self, repo: str, commit: str) -> dict[str, bytes]:
+        """Return path -> bytes of a dataset at a commit."""
+        files = {}
+        for (of_repo, revision, path), content in self.dataset_files.items():
+            if of_repo == repo and self.commit_of(repo, revision) == commit:
+                files[path] = content
+        return files
 
     def text(self, repo: str, path: str) -> str:
         return self.files[repo, path].decode()
 
-    def run(self, code: str) -> subprocess.CompletedProcess:
-        """Run Python with this hub, and return its output and exit status."""
+    def run(self, code: str, **variables: str) -> subprocess.CompletedProcess:
+        """Run Python with this hub and environment variables; return its output and status."""
         environment = os.environ | {
             "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
             "HF_TOKEN": "hf_of_the_test",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "no_proxy": "127.0.0.1",
+            **variables,
         }
         return subprocess.run(
             [sys.executable, "-c", code],
@@ -76,8 +106,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        parts = self.path.strip("/").split("/")
-        if len(parts) > 4 and parts[2] == "resolve":
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "datasets"] and len(parts) == 6:
+            self.reply_listing("/".join(parts[2:4]), parts[4], unquote(parts[5]))
+        elif parts[0] == "datasets" and len(parts) > 5 and parts[3] == "resolve":
+            self.reply_dataset_file("/".join(parts[1:3]), parts[4], "/".join(parts[5:]))
+        elif len(parts) > 4 and parts[2] == "resolve":
             content = self.server.files.get(("/".join(parts[:2]), "/".join(parts[4:])))
             if content is None:
                 self.reply(b"", 404, {"X-Error-Code": "EntryNotFound"})
@@ -86,6 +120,35 @@ class _Handler(BaseHTTPRequestHandler):
                 self.reply(content, 200, headers)
         else:
             self.reply(b"", 404, {"X-Error-Code": "RepoNotFound"})
+
+    def reply_listing(self, repo: str, kind: str, revision: str) -> None:
+        """Reply to a request for a revision of a dataset, or for the files of a commit."""
+        if not any(of_repo == repo for of_repo, _, _ in self.server.dataset_files):
+            return self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
+        if kind == "revision":
+            commit = self.server.commit_of(repo, revision)
+            if commit is None:
+                return self.reply(b"", 404, {"X-Error-Code": "RevisionNotFound"})
+            files = self.server.files_at(repo, commit)
+            siblings = [{"rfilename": path} for path in files]
+            return self.reply_json({"id": repo, "sha": commit, "siblings": siblings})
+        entries = []
+        for path, content in self.server.files_at(repo, revision).items():
+            oid = hashlib.sha1(content).hexdigest()
+            entries.append({"type": "file", "path": path, "size": len(content), "oid": oid})
+        self.reply_json(entries)
+
+    def reply_dataset_file(self, repo: str, commit: str, path: str) -> None:
+        content = self.server.files_at(repo, unquote(commit)).get(unquote(path))
+        if repo in self.server.gated:
+            self.reply(b"", 403, {"X-Error-Code": "GatedRepo"})
+        elif content is None:
+            self.reply(b"", 404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            if self.command == "GET":
+                self.server.downloads.append(path)
+            tag = hashlib.sha1(content).hexdigest()
+            self.reply(content, 200, {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -113,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.reply(b"", 404)
 
-    def reply_json(self, value: dict) -> None:
+    def reply_json(self, value: dict | list) -> None:
         self.reply(json.dumps(value).encode(), 200, {"Content-Type": "application/json"})
 
     def reply(self, content: bytes, status: int, headers: dict[str, str] | None = None) -> None:

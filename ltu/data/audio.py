@@ -202,14 +202,16 @@ def describe_cut(seconds: float, expected_seconds: float | None) -> str | None:
     )
 
 
-def read_expected_seconds(path: str | Path, seconds: float) -> float | None:
+def read_expected_seconds(source: str | Path | bytes, seconds: float) -> float | None:
     """Return the length that the header of a wav, aiff, w64 or au promises; else None.
 
     Args:
-        path: the file.
+        source: the file, or its bytes.
         seconds: its length, as libsndfile reports it: never more than the file has.
     """
-    with open(path, "rb") as stream:
+    if isinstance(source, bytes):
+        return _scale_length(_read_data_size(_Bytes(source)), seconds)
+    with open(source, "rb") as stream:
         return _scale_length(_read_data_size(stream.fileno()), seconds)
 
 

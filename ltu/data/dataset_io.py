@@ -8,19 +8,19 @@ that the library `datasets` has saved, folders of Parquet files and data sets of
 `stream_examples` yields any objects; `typed_examples` also checks that each is an example: it has
 at least one of the keys, and the values of the keys are texts or null.
 
-The keys of an example and their order are preserved. Parquet has a column for each key: a null in
-it means that the example lacks the key, so that the `audio_id` null is stored as "empty". A key
-that only later examples have is an error. An example with keys within a value cannot be stored in
-Parquet.
+The keys of an example and their order are preserved. Parquet has a column for each key, also one
+with the clips themselves (`ltu.data.parquet_writer`). A key that only later examples have is an
+error. An example with keys within a value cannot be stored in Parquet.
 
 A file gets its name only when it is complete and on the disk.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -30,6 +30,10 @@ from ltu.data.dataset_source import DatasetSource, find_source
 from ltu.data.table_clip import TableClip
 from ltu.data.table_reader import open_columns, table_examples
 from ltu.files import check_output, lock_file, sha256_of, sync_and_rename
+
+# JSON needs no pyarrow.
+if TYPE_CHECKING:
+    from ltu.data.parquet_writer import ClipContent, ParquetTable
 
 BLOCK = 2**20  # bytes
 EXAMPLES_AT_ONCE = 8192  # examples that are written at once; in Parquet, a row group
@@ -45,12 +49,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 def stream_examples(
-    path: str | Path, columns: ColumnFlags | None = None
+    path: str | Path | DatasetSource, columns: ColumnFlags | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples of a data set, in constant memory.
 
     Args:
-        path: a file, a folder or a data set of the hub, see `ltu.data.dataset_source`.
+        path: a file, a folder or a data set of the hub, see `ltu.data.dataset_source`; or what
+            `find_source` has found.
         columns: its split, and the names of its columns.
 
     Raises:
@@ -147,7 +152,7 @@ def _json_examples(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def typed_examples(
-    path: str | Path, columns: ColumnFlags | None = None
+    path: str | Path | DatasetSource, columns: ColumnFlags | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples of a data set, in constant memory, after a check of their types.
 
@@ -164,8 +169,9 @@ def typed_examples(
             if reason is None and not any(key in example for key in KEYS):
                 reason = f"none of the keys {', '.join(KEYS)}, only {str(list(example))[:300]}"
             if reason:
+                name = path.name if isinstance(path, DatasetSource) else path
                 raise DatasetError(
-                    f"{path}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
+                    f"{name}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
                     "data.validate lists all that are wrong."
                 )
         yield example
@@ -253,16 +259,23 @@ class ExampleWriter:
     Args:
         path: the file; its suffixes decide the format.
         inputs: files that are read at the same time, and so must not be `path`.
+        read_clip: returns the clip of an `audio_id`, which is then stored in the file; None for
+            questions without audio. The file must be Parquet.
 
     Attributes:
         count: how many examples were written.
 
     Raises:
         ValueError: another name is needed, another run writes the same file, or the examples do not
-            fit the format.
+            fit the format, or a clip cannot be read.
     """
 
-    def __init__(self, path: str | Path, inputs: Iterable[str | Path] = ()):
+    def __init__(
+        self,
+        path: str | Path,
+        inputs: Iterable[str | Path] = (),
+        read_clip: "Callable[[str | None], ClipContent | None] | None" = None,
+    ):
         self.path = Path(path)
         self.unfinished = self.path.with_name(f"{self.path.name}.tmp")
         outputs = {self.path.resolve(), self.unfinished.resolve()}
@@ -271,9 +284,12 @@ class ExampleWriter:
                 f"{path} or {self.unfinished.name} is an input. Give the output another name."
             )
         self.kind, self.codec = _format_of(self.path)
+        if read_clip is not None and self.kind != "parquet":
+            raise ValueError(f"{path}: only Parquet stores clips. Name the output .parquet.")
+        self.read_clip = read_clip
         self.count = 0
         self.lines: list[bytes] = []
-        self.table: Any = None  # pyarrow's writer, once the columns are known
+        self.table: ParquetTable | None = None
 
     def __enter__(self) -> "ExampleWriter":
         check_output(self.path)
@@ -287,20 +303,35 @@ class ExampleWriter:
             self.file = self.unfinished.open("wb")
         if self.kind == "list":
             self.file.write(b"[")
+        if self.kind == "parquet":
+            from ltu.data.parquet_writer import ParquetTable
+
+            self.table = ParquetTable(self.file, KEYS, EXAMPLES_AT_ONCE, self.read_clip)
         return self
 
     def write(self, example: dict[str, Any] | bytes) -> None:
         """Add an example, or the line that `encode_line` made of it."""
         line = example if isinstance(example, bytes) else encode_line(example)
-        self.lines.append(line)
         self.count += 1
+        if self.table is not None:
+            with self._named_errors():
+                self.table.add(json.loads(line))
+            return
+        self.lines.append(line)
         if len(self.lines) == EXAMPLES_AT_ONCE:
             self._flush()
 
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Put the path in front of errors about the table."""
+        try:
+            yield
+        except ValueError as error:
+            hint = "" if self.read_clip is not None else ". Write .jsonl."
+            raise ValueError(f"{self.path}: {error}{hint}") from error
+
     def _flush(self) -> None:
-        if self.kind == "parquet":
-            self._write_table([json.loads(line) for line in self.lines])
-        elif self.lines and self.kind == "lines":
+        if self.lines and self.kind == "lines":
             self.file.write(b"\n".join(self.lines) + b"\n")
         elif self.lines:
             if self.count > len(self.lines):
@@ -308,39 +339,12 @@ class ExampleWriter:
             self.file.write(b"\n" + b",\n".join(self.lines))
         self.lines = []
 
-    def _write_table(self, examples: list[dict]) -> None:
-        """Write examples as a row group of Parquet; raise ValueError if they do not fit it."""
-        import pyarrow
-        import pyarrow.parquet
-
-        first = self.count - len(examples) + 1
-        try:
-            if self.table is None:
-                schema = pyarrow.schema(_columns(examples))
-                self.table = pyarrow.parquet.ParquetWriter(self.file, schema, compression="zstd")
-            for number, example in enumerate(examples, start=first):
-                # A null would mean that the example lacks the key, which it must have.
-                if "audio_id" in example and example["audio_id"] is None:
-                    example["audio_id"] = "empty"
-                unknown = example.keys() - set(self.table.schema.names)
-                if unknown:
-                    raise ValueError(
-                        f"example {number} has {min(unknown)!r}, which the first examples lack"
-                    )
-            self.table.write_table(pyarrow.Table.from_pylist(examples, self.table.schema))
-        except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.path}: examples {first} to {self.count} fit no table: {error}. "
-                "Write .jsonl."
-            ) from error
-
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
                 self._finish()
         finally:
             if self.table is not None:
-                # A writer that is not closed here would write to a closed file later.
                 self.table.close()
             self.file.close()
             if self.unfinished:
@@ -349,38 +353,14 @@ class ExampleWriter:
 
     def _finish(self) -> None:
         """Write what is left and give the file its name."""
-        if self.lines or self.table is None:
-            self._flush()
+        if self.table is not None:
+            with self._named_errors():
+                self.table.finish()
+        self._flush()
         if self.kind == "list" and self.count:
             self.file.write(b"\n")
         if self.kind == "list":
             self.file.write(b"]\n")
-        if self.table is not None:
-            self.table.close()
         self.file.close()
         sync_and_rename(self.unfinished, self.path)
         self.unfinished = None  # The name may belong to another run from now on.
-
-
-def _columns(examples: list[dict]) -> list[tuple[str, Any]]:
-    """Return name and type of every column of a table.
-
-    The keys of the examples are first, in their order, then the usual keys. A column is of text
-    unless these examples have other values.
-    """
-    import pyarrow
-
-    names: dict[str, None] = {}  # An ordered set.
-    for example in examples:
-        names.update(dict.fromkeys(example))
-    names.update(dict.fromkeys(KEYS))
-    columns = []
-    for name in names:
-        values = [example[name] for example in examples if example.get(name) is not None]
-        is_text = all(isinstance(value, str) for value in values)
-        column_type = pyarrow.string() if is_text else pyarrow.array(values).type
-        if "struct<" in str(column_type):
-            # pyarrow would drop keys that only later examples have in it, without an error.
-            raise ValueError(f"{name!r} has keys of its own")
-        columns.append((name, column_type))
-    return columns

@@ -89,12 +89,14 @@ def index_path_of(path: str | Path, split: str | None = None) -> Path:
     return path.with_name(f"{path.name}{INDEX_ENDING}")
 
 
-def find_source(path: str | Path, split: str | None = None) -> DatasetSource:
-    """Find the files of a data set.
+def find_source(path: "str | Path | DatasetSource", split: str | None = None) -> DatasetSource:
+    """Find the files of a data set. One that was found is returned as it is.
 
     Raises:
         DatasetError: they are not there, or the split is not clear. The message lists the splits.
     """
+    if isinstance(path, DatasetSource):
+        return path
     path = Path(path)
     if path.is_dir():
         return _find_in_folder(path, split)

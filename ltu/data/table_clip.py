@@ -117,6 +117,20 @@ def find_content(text: str | os.PathLike) -> bytes | Path:
     raise TableClipError("unreadable", f"{kind}, and it has no path")
 
 
+def name_of_clip(text: str | os.PathLike) -> str | None:
+    """Return the name of the file that a clip of a table was, without folders, if it is known.
+
+    Raises:
+        TableClipError: the name is that of no clip, or the clip cannot be read.
+    """
+    clip = TableClip.parse(text)
+    if clip is None:
+        raise TableClipError("missing", "is not TABLE_FILE#COLUMN[ROW]")
+    entry = _read_entry(clip)
+    path = entry.get("path") if isinstance(entry, dict) else None
+    return os.path.basename(path) if path else None
+
+
 def version_of_clip(text: str | os.PathLike) -> str | None:
     """Return what changes when the content of a clip may have changed; None if it has none.
 
