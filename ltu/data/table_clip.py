@@ -104,12 +104,8 @@ def find_content(text: str | os.PathLike) -> bytes | Path:
     clip = TableClip.parse(text)
     if clip is None:
         raise TableClipError("missing", "is not TABLE_FILE#COLUMN[ROW]")
-    entry = _read_entry(clip)
-    content = entry
-    path = None
-    if isinstance(entry, dict):
-        content = entry.get("bytes")
-        path = entry.get("path")
+    entry, path = _take_apart(_read_entry(clip))
+    content = entry.as_py()
     if not isinstance(content, bytes | NoneType):
         kind = type(content).__name__
         raise TableClipError("unreadable", f"the column {clip.column!r} has a {kind}, no bytes")
@@ -145,15 +141,31 @@ def version_of_clip(text: str | os.PathLike) -> str | None:
     try:
         table = _open(clip)
         parts = [os.path.abspath(clip.file), *table.version, clip.column, clip.row]
+        # The bytes of a clip are not copied here: this is asked for each clip of a run.
         if table.may_have_paths:
-            content = find_content(text)
-            if isinstance(content, Path):
-                check_regular_file(content)
-                status = content.stat()
-                parts += [os.path.abspath(content), status.st_size, status.st_mtime_ns]
+            entry, path = _take_apart(_read_entry(clip))
+            if path and not entry.is_valid:
+                file = Path(clip.file).parent / path
+                check_regular_file(file)
+                status = file.stat()
+                parts += [os.path.abspath(file), status.st_size, status.st_mtime_ns]
     except (OSError, ValueError):
         return None
     return "\0".join(map(str, parts))
+
+
+def _take_apart(entry: "pyarrow.Scalar") -> "tuple[pyarrow.Scalar, str | None]":
+    """Return the bytes and the path of a value of a column of clips. The bytes are not copied."""
+    import pyarrow
+
+    if not isinstance(entry, pyarrow.StructScalar):
+        return entry, None
+    if not entry.is_valid:
+        return pyarrow.scalar(None), None
+    names = set(entry.keys())
+    content = entry["bytes"] if "bytes" in names else pyarrow.scalar(None)
+    path = entry["path"].as_py() if "path" in names else None
+    return content, path
 
 
 def clip_exists(path: str | os.PathLike) -> bool:
@@ -225,7 +237,7 @@ class _Column:
     may_have_paths: bool
     version: tuple[int, int]
 
-    def read(self, row: int) -> "dict | bytes | None":
+    def read(self, row: int) -> "pyarrow.Scalar":
         """Return a value of the column; pyarrow's errors are not caught."""
         raise NotImplementedError
 
@@ -236,10 +248,10 @@ class _ArrowColumn(_Column):
     def __init__(self, path: str, column: str):
         self.rows = map_arrow(path).column(column)
         self.num_rows = len(self.rows)
-        self.may_have_paths = True  # Looking is quick here.
+        self.may_have_paths = True
 
-    def read(self, row: int) -> "dict | bytes | None":
-        return self.rows[row].as_py()
+    def read(self, row: int) -> "pyarrow.Scalar":
+        return self.rows[row]
 
 
 class _ParquetColumn(_Column):
@@ -265,14 +277,14 @@ class _ParquetColumn(_Column):
         self.first = 0  # Row of the file at which the batch begins.
         self.next = 0  # Row of the file at which the next batch begins.
 
-    def read(self, row: int) -> "dict | bytes | None":
+    def read(self, row: int) -> "pyarrow.Scalar":
         if self.batch is None or not self.first <= row < self.starts[self.group + 1]:
             self._open_group(row)
         while row >= self.next:
             self.batch = next(self.batches)
             self.first = self.next
             self.next += len(self.batch)
-        return self.batch.column(self.column)[row - self.first].as_py()
+        return self.batch.column(self.column)[row - self.first]
 
     def _open_group(self, row: int) -> None:
         self.batch = None
@@ -380,7 +392,7 @@ def _open_column(clip: TableClip) -> _Column:
     return _ArrowColumn(clip.file, clip.column)
 
 
-def _read_entry(clip: TableClip) -> "dict | bytes | None":
+def _read_entry(clip: TableClip) -> "pyarrow.Scalar":
     """Return the value of a clip's column.
 
     Raises:
