@@ -19,8 +19,8 @@ import pyarrow.parquet
 
 AUDIO_COLUMN = "audio"
 AUDIO_TYPE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-# A row group with clips ends after so many rows, as in `datasets`, or after so many bytes: who reads
-# clips in random order reads half a group for each, and writing takes constant memory.
+# A row group with clips ends after so many rows, as in `datasets`, or after so many bytes: reading
+# in random order reads half a group for each clip, and writing takes constant memory.
 CLIPS_AT_ONCE = 100
 CLIP_BYTES_AT_ONCE = 2**24
 
