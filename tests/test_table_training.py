@@ -5,9 +5,11 @@ The tables are written by the library `datasets`: folders of save_to_disk, and P
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,18 +17,25 @@ import torch
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoProcessor
 
+from eval import report, text_embeddings
+from eval.run import main as evaluate
 from ltu import index_dataset
 from ltu.data.check_examples import read_examples
 from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_parser import DatasetError
 from ltu.files import run_command
 from ltu.finetune import main as train
+from ltu.inference.engine import LtuEngine
 from ltu.inference_batch import main as infer
 from ltu.models.modeling_cavmae import CavMaeModel
 from ltu.training.arguments import parse_args
 from ltu.training.dataset_index import IndexedExamples, build_index, find_index
 from ltu.training.trainer import make_trainer
+from ltu_as.extract_whisper_feature import main as extract
+from ltu_as.feature_store import FeatureStore
+from tests.fake_hub import open_fake_hub
 from tests.machine import PATIENCE
+from tests.test_eval_questions import Stub
 from tests.tiny import (
     LORA,
     start_ranks,
@@ -35,6 +44,7 @@ from tests.tiny import (
     write_llm,
     write_rows,
 )
+from tests.whisper_tiny import write_ltu_as
 
 AUDIO = {"bytes": Value("binary"), "path": Value("string")}
 COLUMNS = ("--question_column", "question", "--answer_column", "answer")
@@ -390,3 +400,187 @@ def test_labels_are_their_names(checkpoint, tmp_path, rows):
     columns = ColumnFlags(question="What is it?", answer_column="target")
     examples = read_examples(tmp_path / "set", columns=columns)
     assert [example["output"] for example in examples[:4]] == ["dog", "rain", "bell", "dog"]
+
+
+# --- LTU-AS: transcripts and stored features
+
+
+def test_features_of_clips_in_a_table_are_stored_once(tmp_path, capsys):
+    """Training from the feature folder equals training from the audio; a change is noticed."""
+    write_ltu_as(tmp_path / "init", write_llm(tmp_path / "llm"))
+    rows = write_rows(tmp_path / "rows", 4)
+    dataset = as_dataset(rows).add_column("said", ["one", None, "three", None])
+    dataset.save_to_disk(tmp_path / "set")
+    data = ["--data_path", str(tmp_path / "set"), *COLUMNS, "--transcript_column", "said"]
+    questions = [word for word in data if word not in ("--answer_column", "answer")]
+    store = tmp_path / "features"
+    command = [*questions, "--model", str(tmp_path / "init"), "--device", "cpu"]
+    command += ["--output_dir", str(store)]
+    assert extract(command) == 0
+    summary = json.loads((store / "summary.json").read_text())
+    assert (summary["clips"], summary["stored"]) == (4, 4)
+    assert extract(command) == 0  # From here on, the times of the files are compared.
+    assert "4 kept" in capsys.readouterr().out
+
+    settings = {"num_epochs": 1, "freeze_audio_tower": True}
+    train(flags(tmp_path / "init", data, tmp_path / "audio", **settings))
+    train(flags(tmp_path / "init", data, tmp_path / "stored", **settings, feature_root=store))
+    assert losses(tmp_path / "stored") == losses(tmp_path / "audio") != []
+
+    # Another clip in the table has another hash; the others only have another time.
+    audio = dataset["audio"][:]
+    audio[2] = audio[0]
+    features = dataset.cast_column("audio", AUDIO).features
+    changed = Dataset.from_dict(dataset.to_dict() | {"audio": audio}, features=features)
+    shutil.rmtree(tmp_path / "set")
+    changed.cast_column("audio", Audio(decode=False)).save_to_disk(tmp_path / "set")
+    arguments = flags(tmp_path / "init", data, tmp_path / "new", **settings, feature_root=store)
+    assert "#audio[2]: the audio has changed since its features" in one_line_of(train, arguments)
+    assert extract(command) == 0
+    assert "1 changed" in capsys.readouterr().out
+    train(arguments)
+
+    # The original's folders name features by files; a table is none.
+    original = FeatureStore.__new__(FeatureStore)
+    original.folder = tmp_path
+    np.savez(tmp_path / "data-00000-of-00001.npz", np.ones((1, 25, 64), np.float32))
+    assert original._find_original("set/data-00000-of-00001.arrow#audio[0]") is None
+    assert original._find_original("set/data-00000-of-00001.wav") is not None
+
+
+# --- eval
+
+
+def test_eval_takes_questions_from_a_table(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_save", lambda figure, path: None)
+    monkeypatch.setattr(text_embeddings, "open_embedder", lambda name, folder: Stub())
+    rows = write_rows(tmp_path / "rows", 5)
+    genres = ["Hip-Hop", "Reggae", "Rock", "Country", "Jazz"]
+    examples = json.loads(rows.read_text())
+    for example, genre in zip(examples, genres, strict=True):
+        example["instruction"] = "Which genre?"
+        example["output"] = f"Music genre: {genre}"
+        del example["input"]
+    rows.write_text(json.dumps(examples))
+    dataset = as_dataset(rows).remove_columns(["question", "answer"])
+    dataset = dataset.add_column("genre", list(range(5)))
+    names = [f"Music genre: {genre}" for genre in genres]
+    dataset = dataset.cast_column("genre", ClassLabel(names=names))
+    splits = {"test": dataset, "train": dataset.select([0])}
+    DatasetDict(splits).save_to_disk(tmp_path / "set")
+
+    common = ["--task", "gtzan", "--model", f"m={checkpoint}", "--device", "cpu"]
+    common += ["--max_new_tokens", "6", "--cache_dir", str(tmp_path / "cache")]
+    columns = ["--question", "Which genre?", "--answer_column", "genre"]
+    table = ["--questions", str(tmp_path / "set"), "--split", "test", *columns]
+    assert evaluate([*common, "--questions", str(rows), "--output_dir", str(tmp_path / "a")]) == 0
+    assert evaluate([*common, *table, "--output_dir", str(tmp_path / "b")]) == 0
+    found = []
+    for name in ("a", "b"):
+        result = json.loads((tmp_path / name / "report.json").read_text())["results"][0]
+        predictions = json.loads((tmp_path / name / "m" / "gtzan.predictions.json").read_text())
+        answers = [(entry["pred"], entry["ref"]) for entry in predictions]
+        found.append((result["num_examples"], result["value"], answers))
+        assert result["questions"].get("split") == (None if name == "a" else "test")
+    assert found[0] == found[1] and found[0][0] == 5
+    # Nothing is generated again.
+    monkeypatch.setattr(LtuEngine, "from_pretrained", None)
+    assert evaluate([*common, *table, "--output_dir", str(tmp_path / "b")]) == 0
+    # Predictions are compared with the questions of the table.
+    predictions = ["--predictions", str(tmp_path / "b" / "m" / "gtzan.predictions.json")]
+    score = ["--task", "gtzan", *predictions, *table, "--output_dir", str(tmp_path / "c")]
+    assert evaluate(score) == 0
+    line = one_line_of(evaluate, [*score, "--split", "train"])
+    assert "not in" in line
+    line = one_line_of(evaluate, [*score, "--task", "gtzan", "esc50"])
+    assert "is one data set, for one --task" in line
+
+
+# --- data sets of the hub
+
+
+def hub_rows(rows: Path) -> list[tuple[dict, bytes | None]]:
+    """Return examples of a JSON file and the bytes of their clips."""
+    found = []
+    for example in json.loads(rows.read_text()):
+        found.append((example, (rows.parent / example["audio_id"]).read_bytes()))
+    return found
+
+
+def test_data_sets_with_the_columns_of_the_hub(checkpoint, tmp_path):
+    """ESC-50, AudioCaps and LibriSpeech as they lie on the hub, each trained for a step."""
+    rows = write_rows(tmp_path / "rows", 4)
+    clips = [{"bytes": content, "path": "x.wav"} for _, content in hub_rows(rows)]
+    texts = [example["output"] for example, _ in hub_rows(rows)]
+    numbers = list(range(4))
+    tables = {
+        "esc50/data/train": {
+            "filename": ["1-100032-A-0.wav"] * 4, "fold": [1] * 4, "target": numbers,
+            "category": texts, "esc10": [True] * 4, "src_file": numbers, "take": ["A"] * 4,
+        },
+        "AudioCaps/data/test": {
+            "audiocap_id": numbers, "youtube_id": ["r1nicOVtvkQ"] * 4, "start_time": numbers,
+            "caption": texts,
+        },
+        "librispeech_asr/clean/train.100/0000": {
+            "file": ["374-180298-0000.flac"] * 4, "text": texts, "speaker_id": numbers,
+            "chapter_id": numbers, "id": ["374-180298-0000"] * 4,
+        },
+    }  # fmt: skip
+    commands = {
+        "esc50/data": "--split train --question 'What is it?' --answer_column category",
+        "AudioCaps/data": "--split test --question 'Describe it.' --answer_column caption",
+        "librispeech_asr/clean": "--split train.100 --question 'What is said?' "
+        "--answer_column text",
+    }
+    for name, columns in tables.items():
+        folder = tmp_path / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        dataset = Dataset.from_dict(columns)
+        shard = "" if name.startswith("libri") else "-00000-of-00001"
+        table = dataset.with_format("arrow")[:].append_column(
+            "audio", pyarrow.array(clips, pyarrow.struct({"bytes": "binary", "path": "string"}))
+        )
+        pyarrow.parquet.write_table(table, f"{folder}{shard}.parquet")
+    for name, words in commands.items():
+        data = ["--data_path", str(tmp_path / name), *shlex.split(words)]
+        output = tmp_path / name / "run"
+        train(flags(checkpoint, data, output, num_epochs=1))
+        assert len(losses(output)) == 1
+        split = data[3]
+        columns = ColumnFlags(split, question="?", answer_column=data[-1])
+        examples = read_examples(tmp_path / name, columns=columns)
+        assert [example["output"] for example in examples] == texts
+
+
+def test_training_and_an_index_of_a_data_set_of_the_hub(checkpoint, rows, plain, tmp_path):
+    """With the real client; nothing is downloaded twice, and the index names the cached files."""
+    dataset = as_dataset(rows)
+    code = "import sys; from {} import main; sys.exit(main({!r}))"
+    with open_fake_hub() as hub:
+        for number in range(2):
+            file = tmp_path / f"{number}.parquet"
+            dataset.shard(2, number, contiguous=True).to_parquet(file)
+            path = f"data/train-{number:05}-of-00002.parquet"
+            hub.dataset_files["owner/clips", "main", path] = file.read_bytes()
+        data = ["--data_path", "owner/clips", "--split", "train", *COLUMNS]
+
+        def run(module: str, arguments: list[str], **variables: str) -> str:
+            found = hub.run(
+                code.format(module, arguments),
+                HF_HOME=str(tmp_path / "home"),
+                CUDA_VISIBLE_DEVICES="",
+                **variables,
+            )
+            assert found.returncode == 0, found.stdout + found.stderr
+            return found.stdout
+
+        printed = run("ltu.finetune", flags(checkpoint, data, tmp_path / "run"))
+        assert "owner/clips [train]: 12 examples, 10 with audio" in printed
+        assert losses(tmp_path / "run") == losses(plain)
+        index = tmp_path / "clips.arrow"
+        arguments = ["owner/clips", *data[2:], "--base_model", str(checkpoint)]
+        run("ltu.index_dataset", [*arguments, "--output_path", str(index)], HF_HUB_OFFLINE="1")
+        assert sorted(hub.downloads).count("data/train-00000-of-00002.parquet") == 1
+    train(flags(checkpoint, index, tmp_path / "indexed"))
+    assert losses(tmp_path / "indexed") == losses(plain)

@@ -126,8 +126,7 @@ def name_of_clip(text: str | os.PathLike) -> str | None:
     clip = TableClip.parse(text)
     if clip is None:
         raise TableClipError("missing", "is not TABLE_FILE#COLUMN[ROW]")
-    entry = _read_entry(clip)
-    path = entry.get("path") if isinstance(entry, dict) else None
+    _, path = _take_apart(_read_entry(clip))
     return os.path.basename(path) if path else None
 
 
