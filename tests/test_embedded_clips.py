@@ -124,7 +124,9 @@ def test_round_trip_by_the_real_datasets(tmp_path):
     # The folder, the sample that refers to it, and Parquet with clips give the same again.
     for number, again in enumerate([tmp_path / "saved" / "train", embedded]):
         output = tmp_path / "again" / f"{number}.parquet"
-        assert contents(load(run(shuffle, again, output, "--embed_audio"))) == expected
+        loaded = load(run(shuffle, again, output, "--embed_audio"))
+        assert contents(loaded) == expected
+        assert sorted(clip["path"] for clip in loaded["audio"] if clip) == names
     output = run(filter_unanswerable, sampled, tmp_path / "again" / "f.parquet", "--embed_audio")
     assert contents(load(output)) == without_audio
 
