@@ -461,7 +461,7 @@ def _download(names: list[str], dataset: HubDataset, found: RepoFiles) -> Path:
             f"hf download {dataset.repo} --repo-type dataset"
         ) from error
     except HfHubHTTPError as error:
-        raise _explain(dataset, dataset.revision, error) from error
+        raise _explain(dataset, found.commit, error) from error
     missing = [name for name in names if not Path(folder, name).is_file()]
     if missing:
         raise OSError(f"{dataset}: {missing[0]} was not downloaded to {folder}. Run it again.")
