@@ -43,12 +43,15 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from data.command_line import OUTPUT_HELP, command_parser
+from data.command_line import INPUT_HELP, OUTPUT_HELP, command_parser
 from data.corrections import Corrections
-from data.provenance import audio_root_of, write_examples, write_provenance
+from data.embedded_clips import add_embed_flags, make_embedder, reader_of, resolve_ids
+from data.provenance import clip_facts, write_examples, write_provenance
 from data.shuffle import DiskSort, add_order_flags, order_facts, shuffle_examples
 from data.temporary_files import temporary_folder
+from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
 from ltu.data.dataset_io import encode_line, typed_examples
+from ltu.data.dataset_source import DatasetSource, find_source
 from ltu.data.transcripts import TRANSCRIPT_RULES
 from ltu.files import run_command
 
@@ -124,61 +127,74 @@ def read_recipe(name: str) -> Recipe:
 
 
 def part_examples(
-    path: Path, part: RecipePart, generator: random.Random, folder: str | None = None
+    source: DatasetSource,
+    part: RecipePart,
+    generator: random.Random,
+    columns: ColumnFlags,
+    folder: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a file, repeated and prefixed as its part of the recipe says.
+    """Yield the examples of a dataset, repeated and prefixed as its part of the recipe says.
 
     Args:
-        path: the dataset file.
+        source: the dataset.
         part: the part of the recipe.
         generator: samples the questions that get the prefix, and what is repeated.
+        columns: of the dataset.
         folder: for temporary files. If it is given, examples are repeated as in the original.
     """
     repeats = {pattern.lower(): times for pattern, times in part.repeat.items()}
     fraction = part.closed_ended_fraction
     if folder is not None and repeats:
-        examples = resampled_examples(path, repeats, generator, folder)
+        examples = resampled_examples(source, repeats, generator, columns, folder)
     else:
-        examples = repeated_examples(path, repeats)
+        examples = repeated_examples(source, repeats, columns)
     for example in examples:
         if fraction and generator.random() < fraction:
             example["instruction"] = f"{CLOSED_ENDED}{example.get('instruction', '')}"
         yield example
 
 
-def repeated_examples(path: Path, repeats: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Yield every example of a file as often as its dataset is repeated.
+def repeated_examples(
+    source: DatasetSource, repeats: dict[str, int], columns: ColumnFlags
+) -> Iterator[dict[str, Any]]:
+    """Yield every example as often as its dataset is repeated.
 
     Args:
-        path: the dataset file.
+        source: the dataset file or folder.
         repeats: pattern of a dataset -> how often its examples are repeated.
+        columns: of the source.
     """
     for repetition in range(max([1, *repeats.values()])):
-        for example in typed_examples(path):
+        for example in typed_examples(source, columns):
             if repetition < repeats.get(_pattern_of(example, repeats), 1):
                 yield example
 
 
 def resampled_examples(
-    path: Path, repeats: dict[str, int], generator: random.Random, folder: str
+    source: DatasetSource,
+    repeats: dict[str, int],
+    generator: random.Random,
+    columns: ColumnFlags,
+    folder: str,
 ) -> Iterator[dict[str, Any]]:
-    """Yield every example of a file once, then random ones, as the original does.
+    """Yield every example once, then random ones, as the original does.
 
     A dataset of n examples that is repeated r times has n (r - 1) additional examples, each of them
     sampled from all n with `random.choices`. They are yielded in the order in which they are
     sampled. Two numbers of 8 bytes for each are in memory.
 
     Args:
-        path: the dataset file, which is read twice.
+        source: the dataset file or folder, which is read twice.
         repeats: pattern of a dataset -> r.
         generator: samples the examples.
+        columns: of the source.
         folder: for temporary files, which take as many bytes as the additional examples.
 
     Raises:
         ValueError: the number of examples changed between the two readings.
     """
     counts: Counter[str] = Counter()  # Pattern -> n.
-    for example in typed_examples(path):
+    for example in typed_examples(source, columns):
         pattern = _pattern_of(example, repeats)
         if pattern is not None:
             counts[pattern] += 1
@@ -200,7 +216,7 @@ def resampled_examples(
     lines = DiskSort(folder)
     step = 2**64 // max(1, num_sampled)
     read: Counter[str] = Counter()
-    for example in typed_examples(path):
+    for example in typed_examples(source, columns):
         pattern = _pattern_of(example, repeats)
         if pattern is None:
             continue
@@ -210,7 +226,9 @@ def resampled_examples(
             lines.add(b"%016x" % (position * step) + encode_line(example))
         read[pattern] += 1
     if read != counts:
-        raise ValueError(f"{path} changed while it was read for the second time. Run it again.")
+        raise ValueError(
+            f"{source.name} changed while it was read for the second time. Run it again."
+        )
     for line in lines:
         yield json.loads(line)
 
@@ -324,8 +342,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--data_path",
         nargs="+",
         metavar="[PART=]FILE",
-        help="The dataset files to read: JSON lists, JSON lines or Parquet.",
+        help=f"{INPUT_HELP} Several can be given.",
     )
+    add_column_flags(parser)
     parser.add_argument("--output_path", type=Path, help=OUTPUT_HELP)
     parser.add_argument("--recipe", help="The name or the file of a recipe.")
     parser.add_argument(
@@ -351,6 +370,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="Print the recipes and their parts.")
     add_order_flags(parser)
+    add_embed_flags(parser)
     args = parser.parse_args(argv)
     if not args.list and not (args.data_path and args.output_path):
         parser.error("--data_path and --output_path are required")
@@ -399,6 +419,9 @@ def main(argv: list[str] | None = None) -> int:
     recipe = read_recipe(args.recipe) if args.recipe else None
     parts = parse_parts(args.data_path, recipe, args.partial)
     check_effects(args, recipe, parts)
+    columns = read_column_flags(args)
+    sources = [find_source(path, columns.split) for _, path in parts]
+    embedder = make_embedder(args, sources)
     part_of = recipe.parts if recipe else {}
     counts = Counts()
     corrections = make_corrections(args, recipe)
@@ -408,20 +431,25 @@ def main(argv: list[str] | None = None) -> int:
         # The original's order reads everything twice.
         counts = Counts()
         corrections = make_corrections(args, recipe)
-        for name, path in parts:
+        for (name, _), source in zip(parts, sources, strict=True):
             part = part_of.get(name, RecipePart())
-            for example in part_examples(path, part, generator, folder):
-                corrections.apply(example)
-                counts.add(name, example)
-                yield example
+            yield from resolve_ids(embedder, part_of_output(name, source, part, generator), source)
+
+    def part_of_output(
+        name: str, source: DatasetSource, part: RecipePart, generator: random.Random
+    ) -> Iterator[dict[str, Any]]:
+        for example in part_examples(source, part, generator, columns, folder):
+            corrections.apply(example)
+            counts.add(name, example)
+            yield example
 
     # Write the examples in random order, or in that of the files.
-    files = [path for _, path in parts]
     if args.original_repeats:
         repeats_folder = temporary_folder(args.output_path, "combine")
     else:
         repeats_folder = nullcontext()
-    with repeats_folder as folder, write_examples(args.output_path, files) as output:
+    writer = write_examples(args.output_path, sources, reader_of(embedder))
+    with repeats_folder as folder, writer as output:
         if args.no_shuffle:
             lines = (encode_line(example) for example in examples(random.Random(args.seed)))
         else:
@@ -443,9 +471,9 @@ def main(argv: list[str] | None = None) -> int:
         "repeats": "original" if args.original_repeats else "exact",
         "corrections": corrections.to_dict(),
         "differences": unlike,
-        **audio_root_of(args.output_path, files),
+        **clip_facts(args, args.output_path, sources, columns),
     }
-    write_provenance(args.output_path, "combine", files, **facts)
+    write_provenance(args.output_path, "combine", sources, **facts)
     print(f"{args.output_path}: {output.count:,} examples")
     for name, count in counts.part.items():
         print(f"  {name}: {count:,}")

@@ -4,7 +4,13 @@ import argparse
 import os
 from pathlib import Path
 
-INPUT_HELP = "The dataset file to read: a JSON list, JSON lines or Parquet."
+from ltu.data.columns import add_column_flags, read_column_flags
+from ltu.data.dataset_source import DatasetSource, find_source
+
+INPUT_HELP = (
+    "The dataset to read: a JSON list, JSON lines or Parquet; a folder of datasets' save_to_disk; "
+    "or OWNER/NAME[:CONFIG[:SPLIT]] of the hub."
+)
 OUTPUT_HELP = "The dataset file to write; its suffix selects the format."
 
 
@@ -25,9 +31,19 @@ def command_parser(
     )
     if data_path:
         parser.add_argument("--data_path", required=True, type=Path, help=data_path)
+        add_column_flags(parser)
     if output_path:
         parser.add_argument("--output_path", required=True, type=Path, help=output_path)
     return parser
+
+
+def source_of(args: argparse.Namespace) -> DatasetSource:
+    """Return the dataset that --data_path and --split name.
+
+    Raises:
+        OSError, ValueError: it is not there, or the split is not clear.
+    """
+    return find_source(args.data_path, read_column_flags(args).split)
 
 
 def add_audio_root(parser: argparse.ArgumentParser) -> None:

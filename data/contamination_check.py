@@ -33,21 +33,27 @@ from pathlib import Path
 import numpy as np
 
 from data.audio_ids import stem, youtube
-from data.command_line import add_audio_root, add_workers, command_parser
+from data.command_line import add_audio_root, add_workers, command_parser, source_of
 from data.duplicate_detection import DuplicateDetector, first_clips
-from data.provenance import audio_root_of, write_examples, write_provenance
+from data.embedded_clips import add_embed_flags, make_embedder, reader_of, resolve_ids
+from data.provenance import clip_facts, write_examples, write_provenance
 from data.worker_pool import decoding_pool
 from ltu.data.audio import AudioError, load_audio
 from ltu.data.check_examples import NO_AUDIO
+from ltu.data.columns import ColumnFlags, read_column_flags
 from ltu.data.dataset_io import typed_examples
+from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.table_clip import TableClip
 from ltu.files import run_command
 
 CLIPS_AT_ONCE = 4096  # Clips that are given to the workers at once.
 SHOWN = 10  # Clips that are listed.
 
 
-def id_of(audio_id: str) -> str:
-    """Return the clip id that clips are compared by."""
+def id_of(audio_id: str) -> str | None:
+    """Return the clip id that clips are compared by; None for a clip of a table, which has none."""
+    if TableClip.parse(audio_id) is not None:
+        return None
     return youtube(audio_id) or stem(audio_id)
 
 
@@ -70,15 +76,15 @@ def hash_clips(names: Iterable[str], root: Path, workers: int) -> Iterator[tuple
             yield from zip(block, pool.map(hash_content, paths, chunksize=16), strict=True)
 
 
-def clips_of(path: Path) -> Iterator[str]:
-    """Return every `audio_id` of a dataset file once, in constant memory."""
+def clips_of(source: DatasetSource, columns: ColumnFlags) -> Iterator[str]:
+    """Return every `audio_id` of a dataset once, in constant memory."""
     with tempfile.TemporaryDirectory() as folder:
         clips = DuplicateDetector(folder)
-        for number, example in enumerate(typed_examples(path)):
+        for number, example in enumerate(typed_examples(source, columns)):
             if example.get("audio_id") not in NO_AUDIO:
                 clips.add(example["audio_id"], number)
         firsts = clips.firsts()
-    return (audio_id for audio_id, _ in first_clips(path, firsts))
+    return (audio_id for audio_id, _ in first_clips(source, firsts, columns))
 
 
 @dataclass
@@ -110,21 +116,26 @@ class Unreadable:
 
 
 def read_eval_clips(
-    paths: list[Path], root: Path | None, has_content: bool, workers: int, unreadable: Unreadable
+    sources: list[DatasetSource],
+    root: Path | None,
+    has_content: bool,
+    workers: int,
+    unreadable: Unreadable,
 ) -> EvalClips:
-    """Read the clips of the evaluation files.
+    """Read the clips of the evaluation sets.
 
     Args:
-        paths: the evaluation files.
+        sources: the evaluation sets.
         root: folder of their clips (None: the folder of each file).
         has_content: whether to decode the clips, so that they can be compared by content.
         workers: number of processes that decode.
         unreadable: clips that cannot be decoded are added to it.
     """
     eval_clips = EvalClips()
-    for path in paths:
+    for source in sources:
+        name = source.path.name
         clips: dict[str, None] = {}  # An ordered set.
-        for example in typed_examples(path):
+        for example in typed_examples(source):
             if example.get("audio_id") not in NO_AUDIO:
                 clips[example["audio_id"]] = None
 
@@ -132,23 +143,23 @@ def read_eval_clips(
         times = Counter(id_of(clip) for clip in clips if not youtube(clip))
         ambiguous = []
         for clip in clips:
-            if times[id_of(clip)] > 1:
+            if id_of(clip) is None or times[id_of(clip)] > 1:
                 ambiguous.append(clip)
             else:
-                eval_clips.by_id[id_of(clip)] = f"{path.name}: {clip}"
+                eval_clips.by_id[id_of(clip)] = f"{name}: {clip}"
         if ambiguous and not has_content:
             eval_clips.num_not_compared += len(ambiguous)
             print(
-                f"{path}: {len(ambiguous):,} clips were not compared, because they have no unique "
-                f"name, such as {ambiguous[0]}. Use --content."
+                f"{source.name}: {len(ambiguous):,} clips were not compared, because they have no "
+                f"unique name, such as {ambiguous[0]}. Use --content."
             )
 
         if has_content:
-            for clip, digest in hash_clips(clips, root or path.parent, workers):
+            for clip, digest in hash_clips(clips, root or source.root, workers):
                 if digest is None:
-                    unreadable.add(f"{path.name}: {clip}")
+                    unreadable.add(f"{name}: {clip}")
                 else:
-                    eval_clips.by_content[digest] = f"{path.name}: {clip}"
+                    eval_clips.by_content[digest] = f"{name}: {clip}"
     return eval_clips
 
 
@@ -159,7 +170,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         nargs="+",
         type=Path,
-        help="The dataset files of evaluation questions to compare with.",
+        help="The evaluation sets to compare with, each as --data_path; only their clips are read.",
     )
     add_audio_root(parser)
     parser.add_argument(
@@ -176,21 +187,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="A dataset file for the training examples without the clips that were found.",
     )
     add_workers(parser)
+    add_embed_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    columns = read_column_flags(args)
+    source = source_of(args)
+    eval_sources = [find_source(path) for path in args.eval_files]
+    embedder = make_embedder(args, [source])
     unreadable = Unreadable()
     eval_clips = read_eval_clips(
-        args.eval_files, args.eval_root, args.content, args.workers, unreadable
+        eval_sources, args.eval_root, args.content, args.workers, unreadable
     )
 
     # Compare by content: decode every training clip once.
     copies: dict[str, str] = {}  # Training clip -> description of the evaluation clip.
     if args.content:
-        root = args.audio_root or args.data_path.parent
-        for clip, digest in hash_clips(clips_of(args.data_path), root, args.workers):
+        root = args.audio_root or source.root
+        for clip, digest in hash_clips(clips_of(source, columns), root, args.workers):
             if digest is None:
                 unreadable.add(clip)
             elif digest in eval_clips.by_content:
@@ -200,37 +216,49 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, str] = {}
     num_examples = 0
     num_contaminated = 0
-    for example in typed_examples(args.data_path):
+    not_compared: set[str] = set()  # Clips of tables, if they are not decoded.
+    for example in typed_examples(source, columns):
         num_examples += 1
         clip = example.get("audio_id")
         if clip in NO_AUDIO:
             continue
         if clip in copies:
             found[clip] = f"content of {copies[clip]}"
+        elif id_of(clip) is None:
+            if not args.content:
+                not_compared.add(clip)
+            continue
         elif id_of(clip) in eval_clips.by_id:
             found[clip] = f"id of {eval_clips.by_id[id_of(clip)]}"
         else:
             continue
         num_contaminated += 1
     print(
-        f"{args.data_path}: {num_contaminated:,} of {num_examples:,} examples are on "
+        f"{source.name}: {num_contaminated:,} of {num_examples:,} examples are on "
         f"{len(found):,} clips of the evaluation sets"
     )
     for clip in sorted(found)[:SHOWN]:
         print(f"  {clip}: {found[clip]}")
+    if not_compared:
+        print(
+            f"  {len(not_compared):,} clips were not compared, because clips of a table have no "
+            "names. Use --content."
+        )
     if unreadable.count:
         print(f"  {unreadable.count:,} clips cannot be decoded: {', '.join(unreadable.names)}")
 
     if args.clean_path:
-        inputs = [args.data_path, *args.eval_files]
-        with write_examples(args.clean_path, inputs) as output:
-            for example in typed_examples(args.data_path):
-                if example.get("audio_id") not in found:
-                    output.write(example)
+        inputs = [source, *eval_sources]
+        with write_examples(args.clean_path, inputs, reader_of(embedder)) as output:
+            examples = typed_examples(source, columns)
+            clean = (example for example in examples if example.get("audio_id") not in found)
+            for example in resolve_ids(embedder, clean, source):
+                output.write(example)
         facts = {"content": args.content, "num_examples": output.count, "removed": num_contaminated}
-        facts |= audio_root_of(args.clean_path, [args.data_path], args.audio_root)
+        facts |= clip_facts(args, args.clean_path, [source], columns)
         write_provenance(args.clean_path, "contamination_check", inputs, **facts)
-    return int(bool(found or unreadable.count or eval_clips.num_not_compared))
+    num_not_compared = eval_clips.num_not_compared + len(not_compared)
+    return int(bool(found or unreadable.count or num_not_compared))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltu.data.audio import AudioError, decode_audio
+from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_io import typed_examples
+from ltu.data.dataset_source import DatasetSource
+from ltu.data.table_clip import TableClip
 
 AUDIO_FOLDER = "audio"  # Within the folder of the output.
 MAX_SHOWN = 240  # Characters of an audio_id in a message.
@@ -43,13 +46,16 @@ def identity_of(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def check_clips(names: set[str], data_path: Path, roots: list[Path]) -> list[CheckedClip]:
+def check_clips(
+    names: set[str], source: DatasetSource, roots: list[Path], columns: ColumnFlags
+) -> list[CheckedClip]:
     """Check that clips may be copied.
 
     Args:
         names: `audio_id`s.
-        data_path: the dataset file that names them.
+        source: the dataset that names them.
         roots: folders below which clips may be; relative `audio_id`s are relative to the first.
+        columns: of the dataset.
 
     Returns:
         the clips, sorted by `audio_id`.
@@ -77,7 +83,7 @@ def check_clips(names: set[str], data_path: Path, roots: list[Path]) -> list[Che
             if reason:
                 reasons[clip.audio_id] = reason
     if reasons:
-        raise ValueError(_refusal(data_path, reasons))
+        raise ValueError(_refusal(source, reasons, columns))
     return clips
 
 
@@ -87,6 +93,8 @@ def _find(name: str, root: Path, resolved_roots: list[Path]) -> CheckedClip:
     Raises:
         OSError, ValueError: it is not.
     """
+    if TableClip.parse(name) is not None:
+        raise ValueError("it is stored in a table, not in a file. Use --embed_audio")
     try:
         path = (root / name).resolve(strict=True)
     except RuntimeError as error:  # Before Python 3.13.
@@ -111,16 +119,16 @@ def _why_undecodable(clip: CheckedClip) -> str | None:
     return None
 
 
-def _refusal(data_path: Path, reasons: dict[str, str]) -> str:
+def _refusal(source: DatasetSource, reasons: dict[str, str], columns: ColumnFlags) -> str:
     """Return the message about clips that must not be copied, by the first of them in the file."""
-    for number, example in enumerate(typed_examples(data_path), start=1):
+    for number, example in enumerate(typed_examples(source, columns), start=1):
         name = example.get("audio_id")
         if name in reasons:
             return (
-                f"{data_path}, example {number}, audio_id {name[:MAX_SHOWN]!r}: {reasons[name]}. "
+                f"{source.name}, example {number}, audio_id {name[:MAX_SHOWN]!r}: {reasons[name]}. "
                 f"{len(reasons):,} of the sampled clips are refused, and nothing was copied."
             )
-    return f"{data_path} changed while it was read for the second time. Run it again."
+    return f"{source.name} changed while it was read for the second time. Run it again."
 
 
 @contextmanager

@@ -4,11 +4,12 @@ import hashlib
 import os
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
+from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_source import DatasetSource
 
 NUM_FILES = 256  # Each is small enough to be sorted in memory.
 MAX_BUFFERED = 2**18  # Values in memory before they are written to the files.
@@ -85,11 +86,13 @@ class DuplicateDetector:
         return np.sort(np.concatenate([np.zeros(0, np.int64), *numbers]))
 
 
-def first_clips(path: Path, firsts: np.ndarray) -> Iterator[tuple[str, str]]:
+def first_clips(
+    source: DatasetSource, firsts: np.ndarray, columns: ColumnFlags
+) -> Iterator[tuple[str, str]]:
     """Yield (audio_id, dataset) of the examples with these numbers, (n,) in ascending order."""
     wanted = iter(firsts.tolist())
     next_number = next(wanted, None)
-    for number, example in enumerate(stream_examples(path)):
+    for number, example in enumerate(stream_examples(source, columns)):
         if number == next_number:
             yield example["audio_id"], str(example.get("dataset"))
             next_number = next(wanted, None)

@@ -21,8 +21,10 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 
-from data.command_line import command_parser
-from data.provenance import audio_root_of, write_examples, write_provenance
+from data.command_line import add_audio_root, command_parser, source_of
+from data.embedded_clips import add_embed_flags, make_embedder, reader_of, resolve_ids
+from data.provenance import clip_facts, files_of, write_examples, write_provenance
+from ltu.data.columns import read_column_flags
 from ltu.data.dataset_io import ExampleWriter, encode_line, typed_examples
 from ltu.files import run_command
 
@@ -150,14 +152,21 @@ def main(argv: list[str] | None = None) -> int:
         default="refusal",
         help="The rule that drops examples (default: refusal).",
     )
+    add_audio_root(parser)
+    add_embed_flags(parser)
     args = parser.parse_args(argv)
+    columns = read_column_flags(args)
+    source = source_of(args)
+    embedder = make_embedder(args, [source])
     num_dropped = {"original": 0, "refusal": 0}
     if args.dropped_path is None:
         dropped_writer = nullcontext()
     else:
-        dropped_writer = ExampleWriter(args.dropped_path, [args.data_path, args.output_path])
-    with write_examples(args.output_path, [args.data_path]) as remaining, dropped_writer as dropped:
-        for example in typed_examples(args.data_path):
+        dropped_writer = ExampleWriter(args.dropped_path, [*files_of([source]), args.output_path])
+    writer = write_examples(args.output_path, [source], reader_of(embedder))
+    with writer as remaining, dropped_writer as dropped:
+        examples = typed_examples(source, columns)
+        for example in resolve_ids(embedder, examples, source):
             output = example.get("output")
             if not isinstance(output, str):
                 output = ""
@@ -175,8 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     # Record and print the counts of both rules.
     total = remaining.count + num_dropped[args.rule]
     facts = {"rule": args.rule, "num_examples": total, "dropped": num_dropped}
-    facts |= audio_root_of(args.output_path, [args.data_path])
-    write_provenance(args.output_path, "filter_unanswerable", [args.data_path], **facts)
+    facts |= clip_facts(args, args.output_path, [source], columns)
+    write_provenance(args.output_path, "filter_unanswerable", [source], **facts)
     print(f"{args.output_path}: {remaining.count:,} of {total:,} examples")
     for rule, number in num_dropped.items():
         used = "dropped" if rule == args.rule else "not used"

@@ -32,6 +32,9 @@ are an error. A clip is found only if its file exists.
 
 The memory grows with the number of local files (some 400 bytes each), not with the number of
 examples, which are read twice. `--relative` writes paths relative to the output.
+
+A clip in a table (TABLE_FILE#COLUMN[ROW]) is found by --prefix, if the table is there:
+--prefix =DIR/ puts a folder in front of every audio_id.
 """
 
 import argparse
@@ -47,10 +50,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.audio_ids import SUFFIXES, is_same_segment, read_cells, segment, stem, youtube
-from data.command_line import command_parser
+from data.command_line import command_parser, source_of
 from data.provenance import write_examples, write_provenance
 from ltu.data.check_examples import NO_AUDIO
+from ltu.data.columns import read_column_flags
 from ltu.data.dataset_io import typed_examples
+from ltu.data.table_clip import TableClip
 from ltu.files import run_command
 
 HEADERS = {("id", "audio_id"), ("audio_id", "path"), ("audio_id", "file")}
@@ -150,6 +155,12 @@ def file_keys(name: str) -> list[str]:
     return [f"{key}/{start}" for start in times.starts] + [f"{key}/"]
 
 
+def is_clip(path: str) -> bool:
+    """Return whether a path is that of a file, or the name of a clip in a table that is there."""
+    clip = TableClip.parse(path)
+    return os.path.isfile(path if clip is None else clip.file)
+
+
 class ClipLocator:
     """Finds local clips.
 
@@ -225,7 +236,7 @@ class ClipLocator:
         if segment(audio_id) is None:
             paths.append(by_video)
         for path in [*paths, *by_prefix]:
-            if path and os.path.isfile(path):
+            if path and is_clip(path):
                 return Candidates([path], is_explicit=path in explicit)
         # A table entry for the video says nothing about the segment.
         if by_video and os.path.isfile(by_video):
@@ -429,8 +440,10 @@ def main(argv: list[str] | None = None) -> int:
         old, _, new = prefix.partition("=")
         prefixes.append((old, new))
     locator = ClipLocator(args.table, prefixes, args.folder)
+    columns = read_column_flags(args)
+    source = source_of(args)
     # Read the examples once to find out which files several clips match.
-    for example in typed_examples(args.data_path):
+    for example in typed_examples(source, columns):
         if example.get("audio_id") not in NO_AUDIO:
             locator.claim(str(example["audio_id"]), str(example.get("dataset")))
 
@@ -442,8 +455,8 @@ def main(argv: list[str] | None = None) -> int:
     first_missing: list[str] = []
     first_ambiguous: list[str] = []
     base = args.output_path.parent.absolute()
-    with write_examples(args.output_path, [args.data_path]) as output:
-        for number, example in enumerate(typed_examples(args.data_path), start=1):
+    with write_examples(args.output_path, [source]) as output:
+        for number, example in enumerate(typed_examples(source, columns), start=1):
             audio_id = example.get("audio_id")
             if audio_id in NO_AUDIO:
                 output.write(example)
@@ -483,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
         "folders": [f"{label}={path}" if label else str(path) for label, path in args.folder],
         "prefixes": args.prefix,
     }
-    write_provenance(args.output_path, "remap_paths", [args.data_path, *args.table], **facts)
+    write_provenance(args.output_path, "remap_paths", [source, *args.table], **facts)
     for dataset, numbers in coverage.items():
         print(f"  {dataset}: {numbers['found']:,} of {numbers['num_examples']:,} examples")
     if num_ambiguous:

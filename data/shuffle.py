@@ -2,6 +2,7 @@
 
     python -m data.shuffle --data_path A.json --output_path B.json --seed 1
     python -m data.shuffle --data_path A.json --output_path B.json --original_shuffle
+    python -m data.shuffle --data_path A.json --output_path B.parquet --embed_audio
 
 The shuffle is exact: every order has the same probability. Each example gets a random key of 64
 bits, and the examples are sorted by their keys with temporary files next to the output, each small
@@ -23,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from data.command_line import command_parser
-from data.provenance import audio_root_of, write_examples, write_provenance
+from data.command_line import add_audio_root, command_parser, source_of
+from data.embedded_clips import add_embed_flags, make_embedder, reader_of, resolve_ids
+from data.provenance import clip_facts, write_examples, write_provenance
 from data.temporary_files import temporary_folder
+from ltu.data.columns import read_column_flags
 from ltu.data.dataset_io import encode_line, typed_examples
 from ltu.files import run_command
 
@@ -175,20 +178,24 @@ def order_facts(seed: int, is_original: bool) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser(__doc__)
     add_order_flags(parser)
+    add_audio_root(parser)
+    add_embed_flags(parser)
     args = parser.parse_args(argv)
-    with write_examples(args.output_path, [args.data_path]) as output:
-        lines = shuffle_examples(
-            lambda _: typed_examples(args.data_path),
-            args.output_path,
-            args.seed,
-            args.original_shuffle,
-        )
+    columns = read_column_flags(args)
+    source = source_of(args)
+    embedder = make_embedder(args, [source])
+
+    def examples(_: random.Random) -> Iterable[dict[str, Any]]:
+        return resolve_ids(embedder, typed_examples(source, columns), source)
+
+    with write_examples(args.output_path, [source], reader_of(embedder)) as output:
+        lines = shuffle_examples(examples, args.output_path, args.seed, args.original_shuffle)
         for line in lines:
             output.write(line)
     facts = {"num_examples": output.count}
     facts |= order_facts(args.seed, args.original_shuffle)
-    facts |= audio_root_of(args.output_path, [args.data_path])
-    write_provenance(args.output_path, "shuffle", [args.data_path], **facts)
+    facts |= clip_facts(args, args.output_path, [source], columns)
+    write_provenance(args.output_path, "shuffle", [source], **facts)
     print(f"{args.output_path}: {output.count} examples")
     return 0
 

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from data.combine import CLOSED_ENDED
-from data.command_line import command_parser
+from data.command_line import command_parser, source_of
 from data.duplicate_detection import DuplicateDetector
 from data.temporary_files import temporary_folder
 from ltu.data.check_examples import NO_AUDIO
+from ltu.data.columns import ColumnFlags, read_column_flags
 from ltu.data.dataset_io import KEYS, typed_examples
+from ltu.data.dataset_source import DatasetSource
 from ltu.files import run_command, write_json
 
 TEXTS = ("instruction", "input", "output")
@@ -91,16 +93,17 @@ class ExampleCounts:
         return sum(number for keys, number in self.key_sets.items() if key not in keys)
 
 
-def count_examples(path: Path, folder: str) -> dict[str, Any]:
-    """Return the report on a dataset file.
+def count_examples(source: DatasetSource, folder: str, columns: ColumnFlags) -> dict[str, Any]:
+    """Return the report on a dataset.
 
     Args:
-        path: the dataset file.
+        source: the dataset.
         folder: for the temporary files.
+        columns: of the dataset.
     """
     counts = ExampleCounts()
     values = {key: DuplicateDetector(folder, key) for key in DISTINCT}
-    for example in typed_examples(path):
+    for example in typed_examples(source, columns):
         counts.add(example)
         for key in DISTINCT:
             value = example.get(key)
@@ -175,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="A PNG file for the plots.")
     args = parser.parse_args(argv)
     with temporary_folder(args.output_path, "stats") as folder:
-        report = count_examples(args.data_path, folder)
+        report = count_examples(source_of(args), folder, read_column_flags(args))
     write_json(report, args.output_path)
     print(f"{'examples':10}{report['num_examples']:>12,}")
     for name in DISTINCT.values():

@@ -20,6 +20,7 @@ The exit code is 1 if more than `--max_bad` examples or clips are wrong, or if t
 examples.
 """
 
+import io
 import json
 import tempfile
 from collections import Counter, defaultdict
@@ -27,14 +28,14 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import soundfile
 
-from data.command_line import add_audio_root, command_parser
+from data.command_line import add_audio_root, command_parser, source_of
 from data.duplicate_detection import DuplicateDetector, first_clips
 from ltu.data.audio import (
     MAX_SECONDS,
@@ -52,11 +53,16 @@ from ltu.data.check_examples import (
     parse_ignored_keys,
     what_is_wrong,
 )
+from ltu.data.columns import ColumnFlags, read_column_flags
 from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_source import DatasetSource
+from ltu.data.table_clip import TableClip, TableClipError, find_content
 from ltu.files import run_command, write_json
 
 SHOWN = 10  # Errors of each kind that are listed.
 CLIPS_AT_ONCE = 4096
+# Consecutive clips of a Parquet file are in the same row group, which a thread reads once.
+CLIPS_OF_A_THREAD = 64
 # Keys that an example may lack.
 OPTIONAL_KEYS = ("input", "dataset", "task")
 
@@ -76,14 +82,19 @@ class Findings:
 
 
 def check_examples(
-    path: Path, folder: str, findings: Findings, ignored_keys: Collection[str] = ()
+    source: DatasetSource,
+    folder: str,
+    findings: Findings,
+    columns: ColumnFlags,
+    ignored_keys: Collection[str] = (),
 ) -> tuple[int, Counter[str], np.ndarray]:
-    """Check every example of a dataset file.
+    """Check every example of a dataset.
 
     Args:
-        path: the dataset file.
+        source: the dataset.
         folder: for the temporary files.
         findings: the errors are added to them.
+        columns: of the dataset.
         ignored_keys: further keys that examples may have.
 
     Returns:
@@ -95,7 +106,7 @@ def check_examples(
     contents = DuplicateDetector(folder, "examples")
     missing_keys: Counter[str] = Counter()
     count = 0
-    for number, example in enumerate(stream_examples(path)):
+    for number, example in enumerate(stream_examples(source, columns)):
         count += 1
         reason = what_is_wrong(example, True, ignored_keys)
         if reason:
@@ -139,16 +150,23 @@ def read_header(path: Path) -> ClipFacts:
     Raises:
         AudioError: the clip does not exist, or training would refuse it.
     """
-    if not path.is_file():
+    content: bytes | Path = path
+    if TableClip.parse(path) is not None:
+        try:
+            content = find_content(path)
+        except TableClipError as error:
+            raise AudioError(str(path), error.reason, str(error)) from error
+    is_stored = isinstance(content, bytes)
+    if not is_stored and not content.is_file():
         raise AudioError(str(path), "missing", "no such file")
     try:
-        header = soundfile.info(str(path))
+        header = soundfile.info(io.BytesIO(content) if is_stored else str(content))
     except soundfile.SoundFileError as error:
         raise AudioError(str(path), "unreadable", "libsndfile cannot open it") from error
     if not MIN_SAMPLES / SAMPLING_RATE <= header.duration <= MAX_SECONDS:
         reason = "too_long" if header.duration > MAX_SECONDS else "too_short"
         raise AudioError(str(path), reason, f"{header.duration:.3f} s long")
-    expected_seconds = read_expected_seconds(path, header.duration)
+    expected_seconds = read_expected_seconds(content, header.duration)
     return ClipFacts(header.samplerate, header.duration, expected_seconds)
 
 
@@ -188,6 +206,9 @@ def check_clips(
         except AudioError as error:
             return error
 
+    def check_part(part: list[tuple[str, str]]) -> list[ClipFacts | AudioError]:
+        return [check_clip(clip) for clip in part]
+
     total: Counter[str] = Counter()
     usable: Counter[str] = Counter()
     rates: Counter[str] = Counter()
@@ -196,7 +217,9 @@ def check_clips(
     first_cut = []
     with ThreadPoolExecutor() as pool:
         while block := list(islice(clips, CLIPS_AT_ONCE)):
-            results = pool.map(check_clip, block)
+            starts = range(0, len(block), CLIPS_OF_A_THREAD)
+            parts = [block[start : start + CLIPS_OF_A_THREAD] for start in starts]
+            results = chain.from_iterable(pool.map(check_part, parts))
             for (audio_id, dataset), result in zip(block, results, strict=True):
                 total[dataset] += 1
                 if isinstance(result, AudioError):
@@ -250,20 +273,24 @@ def main(argv: list[str] | None = None) -> int:
     add_ignored_keys(parser)
     args = parser.parse_args(argv)
     ignored_keys = parse_ignored_keys(args.ignored_keys)
+    columns = read_column_flags(args)
+    source = source_of(args)
     findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
-        count, missing_keys, firsts = check_examples(args.data_path, folder, findings, ignored_keys)
+        count, missing_keys, firsts = check_examples(
+            source, folder, findings, columns, ignored_keys
+        )
     if not count:
-        raise ValueError(f"{args.data_path} contains no examples. Training refuses such a file.")
+        raise ValueError(f"{source.name} contains no examples. Training refuses such a file.")
     report: dict[str, Any] = {
         "num_examples": count,
         "clips": len(firsts),
         "missing_keys": dict(missing_keys),
     }
     if not args.no_audio:
-        root = args.audio_root or args.data_path.parent
+        root = args.audio_root or source.root
         check = partial(decode_clip, downmix=args.downmix) if args.decode else read_header
-        report |= check_clips(first_clips(args.data_path, firsts), root, check, findings)
+        report |= check_clips(first_clips(source, firsts, columns), root, check, findings)
     report |= {"wrong": dict(findings.counts), "first_errors": dict(findings.first)}
     print(json.dumps(report, indent=1))
     if args.output_path:

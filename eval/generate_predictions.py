@@ -18,7 +18,7 @@ import ltu_as  # noqa: F401  registers its classes, so that the engine opens bot
 from eval.classification import Classes
 from eval.report import (
     PREDICTIONS,
-    file_record,
+    dataset_record,
     provenance_file,
     read_provenance,
     write_records,
@@ -27,6 +27,7 @@ from eval.scorer_interface import ANSWERED
 from eval.tasks import Task
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import read_examples
+from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_io import encode_line, stream_examples
 from ltu.files import replace_file, sha256_of, write_json
 from ltu.inference.batch_inference import (
@@ -50,6 +51,7 @@ class GenerationSettings:
         seed: seed of sampling in the first trial; the next trial has the next seed.
         audio_root: folder of relative `audio_id`s; None is the folder of the questions.
         ignored_keys: further keys that questions may have.
+        columns: split and names of columns of the questions.
         label_prompt: question of `score_labels`.
         label_answer: template of a class as the answer, for `score_labels`.
     """
@@ -58,8 +60,17 @@ class GenerationSettings:
     seed: int = 42
     audio_root: Path | None = None
     ignored_keys: frozenset[str] = frozenset()
+    columns: ColumnFlags = field(default_factory=ColumnFlags)
     label_prompt: str = "Closed-ended question: Generate audio labels."
     label_answer: str = "Labels: {}"
+
+    def read_questions(self, path: Path) -> list[dict]:
+        """Return the questions of a data set.
+
+        Raises:
+            DatasetError: as `ltu.data.check_examples.checked_examples`.
+        """
+        return read_examples(path, self.audio_root, False, self.ignored_keys, self.columns)
 
     def parse_flags(self, model: str) -> argparse.Namespace:
         """Return the flags of the engine and of generation for a model.
@@ -92,7 +103,7 @@ def provenance(model: str, questions: Path, settings: GenerationSettings) -> dic
         "decoding": check_decoding(batch_settings.decoding),
         "flags": settings.flags,
         "seed": settings.seed,
-        "questions": file_record(questions),
+        "questions": dataset_record(questions, settings.columns),
         "audio_root": str(settings.audio_root or questions.parent),
     }
 
@@ -120,7 +131,7 @@ def generate(
     for task, path in questions.items():
         wanted[task] = provenance(model, path, settings)
         if not is_done(folder / f"{task}{PREDICTIONS}", wanted[task]):
-            todo[task] = read_examples(path, settings.audio_root, False, settings.ignored_keys)
+            todo[task] = settings.read_questions(path)
             is_sampled = wanted[task]["decoding"]["do_sample"]
             trials[task] = number_trials(todo[task], is_sampled)
             num_trials = max(num_trials, max(trials[task]) + 1)
@@ -221,7 +232,7 @@ def score_labels(
     first line is their provenance; a clip that failed is retried by the next run.
     """
     examples = []
-    for example in read_examples(questions, settings.audio_root, False, settings.ignored_keys):
+    for example in settings.read_questions(questions):
         examples.append(example | {"instruction": settings.label_prompt})
     candidates = label_candidates(task, settings.label_answer)
     wanted = provenance(model, questions, settings)

@@ -18,7 +18,9 @@ from scipy import stats
 
 from eval.scorer_interface import Outcome
 from eval.tasks import Task
-from ltu.data.dataset_io import ExampleWriter
+from ltu.data.columns import ColumnFlags
+from ltu.data.dataset_io import ExampleWriter, hash_source
+from ltu.data.dataset_source import find_source
 from ltu.files import read_json_object, replace_file, sha256_of, write_json
 
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
@@ -201,6 +203,12 @@ def write_records(records: Iterable[dict], path: Path) -> None:
 def file_record(path: Path) -> dict[str, str]:
     """Return path and sha256 of a file."""
     return {"path": str(path), "sha256": sha256_of(path)}
+
+
+def dataset_record(path: Path, columns: ColumnFlags) -> dict[str, str]:
+    """Return path and sha256 of a data set, and its split if it has several."""
+    record = {"path": str(path), "sha256": hash_source(find_source(path, columns.split), columns)}
+    return record if columns.split is None else record | {"split": columns.split}
 
 
 def provenance_file(predictions: Path) -> Path:

@@ -25,7 +25,7 @@ TASK.predictions.json, .provenance.json, .items.jsonl and .confusion.png.
 import argparse
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,8 @@ from eval.judge import Judge
 from eval.scorer_interface import Context, EvaluationError, Outcome, load_predictions
 from eval.tasks import TASKS, Task, find_task
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
+from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
+from ltu.data.dataset_source import is_dataset_folder
 from ltu.files import read_json_object, run_command
 from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.model_card import EvaluationResult, save_evaluation
@@ -65,6 +67,7 @@ class ScoringSettings:
         whisper_text: JSON audio_id -> transcript; None takes the transcripts in the predictions.
         judge: The judge of open-ended answers, None if there is none.
         ignored_keys: Further keys that questions may have.
+        columns: Split and names of columns of the questions.
     """
 
     output_dir: Path
@@ -74,6 +77,7 @@ class ScoringSettings:
     whisper_text: Path | None
     judge: Judge | None
     ignored_keys: frozenset[str] = frozenset()
+    columns: ColumnFlags = field(default_factory=ColumnFlags)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """
     questions = {}
     if args.questions:
-        questions = find_files(args.task, args.questions)
+        questions = find_questions(args.task, args.questions, args.split)
     models = []
     scorings = []
     left_out = []
@@ -175,6 +179,22 @@ def make_plan(args: argparse.Namespace) -> Plan:
             if task not in files:
                 left_out.append(f"{name}, {task}: no predictions")
     return Plan(models, scorings, left_out)
+
+
+def find_questions(tasks: list[str], path: Path, split: str | None) -> dict[str, Path]:
+    """Return the data set of each task: those of `find_files`, or one that is no file.
+
+    Raises:
+        EvaluationError: A file is missing, or one data set is given for several tasks.
+    """
+    if path.is_file() or not (is_dataset_folder(path) or split is not None):
+        return find_files(tasks, path)
+    if len(tasks) > 1 or "all" in tasks:
+        raise EvaluationError(
+            f"{path} is one data set, for one --task; several tasks need a folder with the file of "
+            "each task."
+        )
+    return {tasks[0]: path}
 
 
 def find_files(tasks: list[str], path: Path, suffix: str = "") -> dict[str, Path]:
@@ -252,7 +272,10 @@ def score_labels(
 
 
 def read_predictions(
-    path: Path, questions: Path | None, ignored_keys: frozenset[str] = frozenset()
+    path: Path,
+    questions: Path | None,
+    ignored_keys: frozenset[str] = frozenset(),
+    columns: ColumnFlags | None = None,
 ) -> list[dict]:
     """Read predictions with `prompt`, `pred`, `ref` and `audio_id`.
 
@@ -263,12 +286,16 @@ def read_predictions(
     """
     predictions = load_predictions(path)
     if questions:
-        predictions += missing_predictions(predictions, path, questions, ignored_keys)
+        predictions += missing_predictions(predictions, path, questions, ignored_keys, columns)
     return predictions
 
 
 def missing_predictions(
-    predictions: list[dict], path: Path, questions: Path, ignored_keys: frozenset[str]
+    predictions: list[dict],
+    path: Path,
+    questions: Path,
+    ignored_keys: frozenset[str],
+    columns: ColumnFlags | None = None,
 ) -> list[dict]:
     """Return a prediction without an answer for each question that has no prediction.
 
@@ -277,7 +304,9 @@ def missing_predictions(
     """
     # Collect the references of each question, and remove those that have a prediction.
     open_references: dict[tuple, list[Any]] = defaultdict(list)
-    for example in read_examples(questions, need_output=False, ignored_keys=ignored_keys):
+    for example in read_examples(
+        questions, need_output=False, ignored_keys=ignored_keys, columns=columns
+    ):
         question = (example.get("audio_id"), example["instruction"])
         open_references[question].append(example.get("output"))
     for number, prediction in enumerate(predictions, start=1):
@@ -299,7 +328,9 @@ def missing_predictions(
 def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
     """Return the result of one predictions file, and write its items and its confusion matrix."""
     task = find_task(scoring.task)
-    predictions = read_predictions(scoring.predictions, scoring.questions, settings.ignored_keys)
+    predictions = read_predictions(
+        scoring.predictions, scoring.questions, settings.ignored_keys, settings.columns
+    )
     embedder = LazyEmbedder(settings.open_embedder)
     context = Context(
         protocol=settings.protocol,
@@ -337,7 +368,7 @@ def score(scoring: Scoring, settings: ScoringSettings) -> report.Result:
         scoring=method,
         summary=summary,
         num_predictions=None if num_predictions == summary.num_examples else num_predictions,
-        origin=trace(predictions, scoring.predictions, scoring.questions),
+        origin=trace(predictions, scoring.predictions, scoring.questions, settings.columns),
         embedder=embedder.used,
     )
 
@@ -380,7 +411,9 @@ def find_scorer(task: Task) -> Callable[[list[dict], Task, Context], Outcome]:
         raise EvaluationError(f"{error}: the task {task.name} needs it. {hint}") from None
 
 
-def trace(predictions: list[dict], path: Path, questions: Path | None) -> dict[str, Any]:
+def trace(
+    predictions: list[dict], path: Path, questions: Path | None, columns: ColumnFlags
+) -> dict[str, Any]:
     """Return prompt, weights and decoding, as far as the predictions and their provenance say."""
     prompts = Counter(prediction["prompt"] for prediction in predictions)
     prompt, count = prompts.most_common(1)[0]
@@ -391,7 +424,7 @@ def trace(predictions: list[dict], path: Path, questions: Path | None) -> dict[s
         "checkpoint": ", ".join(sorted(checkpoints)),
     }
     if questions:
-        found["questions"] = report.file_record(questions)
+        found["questions"] = report.dataset_record(questions, columns)
     return found | report.read_provenance(path) | {"predictions": report.file_record(path)}
 
 
@@ -501,7 +534,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="[NAME=]P.json",
         help="The predictions files, or folders of them, that are only scored.",
     )
-    add("--questions", type=Path, help="The dataset file, or a folder with the file of each task.")
+    add(
+        "--questions",
+        type=Path,
+        help="The data set, or a folder with the dataset file of each task.",
+    )
     add(
         "--max_bad",
         type=int,
@@ -514,6 +551,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="Folder of relative audio_ids (default: the folder of the questions).",
     )
     add_ignored_keys(parser)
+    add_column_flags(parser)
     add("--output_dir", type=Path, help="The folder of the report.")
     add(
         "--update_model_card",
@@ -658,6 +696,7 @@ def scoring_settings(args: argparse.Namespace) -> ScoringSettings:
         whisper_text=args.whisper_text,
         judge=judge,
         ignored_keys=parse_ignored_keys(args.ignored_keys),
+        columns=read_column_flags(args),
     )
 
 
@@ -668,6 +707,7 @@ def generation_settings(args: argparse.Namespace) -> GenerationSettings:
         seed=args.seed,
         audio_root=args.audio_root,
         ignored_keys=parse_ignored_keys(args.ignored_keys),
+        columns=read_column_flags(args),
         label_prompt=args.label_prompt,
         label_answer=args.label_answer,
     )

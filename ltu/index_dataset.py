@@ -1,6 +1,7 @@
 """Writes an Arrow index of a dataset file, which training maps into memory.
 
 python -m ltu.index_dataset all.json --base_model DIR        writes all.json.arrow
+python -m ltu.index_dataset esc50 --split train --base_model DIR     writes esc50/train.arrow
 """
 
 import argparse
@@ -9,6 +10,7 @@ from pathlib import Path
 from transformers import AutoProcessor
 
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys
+from ltu.data.columns import add_column_flags, read_column_flags
 from ltu.files import run_command
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
@@ -22,7 +24,10 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "data_path", type=Path, help="The dataset file: a JSON list, JSON lines or Parquet."
+        "data_path",
+        type=Path,
+        help="The dataset: a JSON list, JSON lines, Parquet, a folder of datasets' save_to_disk, a "
+        "folder of Parquet files, or a data set of the hub (owner/name).",
     )
     parser.add_argument(
         "--base_model",
@@ -46,10 +51,12 @@ def main(argv: list[str] | None = None) -> None:
         help="The number of clips that may fail to be transcribed, for models with transcripts.",
     )
     add_ignored_keys(parser)
+    add_column_flags(parser)
     add_front_end_flags(parser)
     args = parser.parse_args(argv)
 
     ignored_keys = parse_ignored_keys(args.ignored_keys)
+    columns = read_column_flags(args)
     processor = AutoProcessor.from_pretrained(find_checkpoint(args.base_model, CHECKPOINT_FILES))
     processor.front_end.configure(**read_front_end_flags(args))
     index = build_index(
@@ -59,8 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         args.audio_root,
         args.max_bad,
         ignored_keys,
+        columns,
     )
     examples = IndexedExamples(index)
+    for line in examples.about["described"]:
+        print(line)
     num_tokens = examples.num_tokens.float()  # (examples,)
     print(
         f"{index}: {len(examples)} examples, {num_tokens.mean():.1f} text tokens on average, "

@@ -26,6 +26,9 @@ from pathlib import Path
 import torch
 
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
+from ltu.data.columns import add_column_flags, read_column_flags
+from ltu.data.dataset_io import describe_columns
+from ltu.data.dataset_source import find_source
 from ltu.files import run_command
 from ltu.inference.batch_inference import (
     BatchSettings,
@@ -47,7 +50,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--data_path",
         required=True,
         nargs="+",
-        help="Dataset files with the questions: JSON list, JSON lines (also .gz, .zst) or Parquet.",
+        help="Data sets with the questions: JSON list, JSON lines (also .gz, .zst), Parquet, a "
+        "folder of datasets' save_to_disk, or a data set of the hub (owner/name).",
     )
     parser.add_argument(
         "--output_path",
@@ -71,6 +75,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--check_batch", type=int, nargs="?", const=16, metavar="N", help=check_help
     )
     add_ignored_keys(parser)
+    add_column_flags(parser)
     add_batch_flags(parser)
     args = parser.parse_args(argv)
     outputs = [Path(path).absolute() for path in args.output_path or []]
@@ -100,9 +105,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     settings = BatchSettings.from_flags(args)
     ignored_keys = parse_ignored_keys(args.ignored_keys)
+    columns = read_column_flags(args)
     files = []
     for path in args.data_path:
-        files.append(read_examples(path, args.audio_root, False, ignored_keys))
+        for line in describe_columns(find_source(path, columns.split), columns):
+            print(f"{path}: {line}")
+        files.append(read_examples(path, args.audio_root, False, ignored_keys, columns))
     if args.check_batch:
         args.cache_mb = 0  # A clip that was encoded alone must be encoded in its batch too.
         examples = list(chain.from_iterable(files))

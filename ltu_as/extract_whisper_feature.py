@@ -32,7 +32,9 @@ from transformers import AutoProcessor
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from ltu.data.audio import SAMPLING_RATE, AudioError, Waveform, decode_audio
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
+from ltu.data.columns import add_column_flags, read_column_flags
 from ltu.data.dataset_parser import DatasetError
+from ltu.data.table_clip import TableClipError, clip_exists, record_clip
 from ltu.files import FileRecord, replace_file, run_command
 from ltu.models.device_check import check_device
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint
@@ -89,9 +91,9 @@ def load(path: str) -> LoadedClip | AudioError:
     # The record is made first. If the file changes meanwhile, the record does not fit it, and the
     # next run extracts the clip again.
     source = None
-    with suppress(OSError):  # The decoder says why it cannot be read.
-        if os.path.isfile(path):  # A pipe could be read for ever.
-            source = FileRecord.of(path)
+    with suppress(OSError, TableClipError):  # The decoder says why it cannot be read.
+        if clip_exists(path):  # A pipe could be read for ever.
+            source = record_clip(path)
     try:
         return LoadedClip(decode_audio(path, downmix=DOWNMIX), source)
     except AudioError as error:
@@ -254,7 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         "--data_path",
         required=True,
         nargs="+",
-        help="Dataset files: JSON list, JSON lines (also .gz, .zst) or Parquet.",
+        help="Data sets: JSON list, JSON lines (also .gz, .zst), Parquet, folders of datasets' "
+        "save_to_disk, or data sets of the hub (owner/name).",
     )
     parser.add_argument("--output_dir", required=True, help="Folder to write the features to.")
     parser.add_argument(
@@ -289,14 +292,16 @@ def main(argv: list[str] | None = None) -> int:
         help="Device of Whisper: cuda, cuda:1 or cpu. The default is a GPU if there is one.",
     )
     add_ignored_keys(parser)
+    add_column_flags(parser)
     args = parser.parse_args(argv)
     if args.device is not None:
         check_device(args.device)
 
     ignored_keys = parse_ignored_keys(args.ignored_keys)
+    columns = read_column_flags(args)
     examples = []
     for path in args.data_path:
-        examples += read_examples(path, args.audio_root, False, ignored_keys)
+        examples += read_examples(path, args.audio_root, False, ignored_keys, columns)
     clips = clips_of(examples, args.transcribe)
     extractor = extractor_of(args)
     store = FeatureStore.create(args.output_dir, extractor.describe())

@@ -19,7 +19,6 @@ are never used.
 
 import hashlib
 import json
-import os
 import re
 import zipfile
 import zlib
@@ -36,6 +35,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ltu.data.audio import AudioSource
+from ltu.data.table_clip import (
+    TableClip,
+    clip_exists,
+    fits_record,
+    mtime_of_clip,
+    record_clip,
+)
 from ltu.files import FileRecord, check_regular_file, read_json_object, replace_file
 
 # The unsigned integers of the same size, by the name of a float type.
@@ -273,14 +279,14 @@ class FeatureStore:
         header = self._read_header(audio_id)
         if header is None:
             return ClipState.NEW
-        has_sound = os.path.isfile(path)
+        has_sound = clip_exists(path)
         if has_sound and header.source is None:
             return ClipState.UNRECORDED
-        if has_sound and not header.source.fits(path):
+        if has_sound and not fits_record(header.source, path):
             return ClipState.CHANGED
         if with_transcript and header.transcript is None:
             return ClipState.UNTRANSCRIBED
-        if has_sound and os.stat(path).st_mtime_ns != header.source.mtime_ns:
+        if has_sound and mtime_of_clip(path) != header.source.mtime_ns:
             return ClipState.MOVED
         return ClipState.KEPT
 
@@ -299,8 +305,8 @@ class FeatureStore:
         if isinstance(audio, bytes):
             is_same_size = len(audio) == header.source.size
             return not is_same_size or hashlib.sha256(audio).hexdigest() != header.source.sha256
-        if isinstance(audio, str | Path) and os.path.isfile(audio):
-            return not header.source.fits(audio)
+        if isinstance(audio, str | Path) and clip_exists(audio):
+            return not fits_record(header.source, audio)
         return False
 
     def check_current(self, audio_id: str, audio: AudioSource) -> None:
@@ -370,7 +376,7 @@ class FeatureStore:
 
     def renew_record(self, audio_id: str, path: str | Path) -> None:
         """Record the time of audio of `ClipState.MOVED`, so that no reader has to hash it."""
-        source = FileRecord.of(path)
+        source = record_clip(path)
         with _open(self.path_of(audio_id)) as file:
             header = ClipHeader.of(file)
             tensors = {name: file.get_tensor(name) for name in ("high", "low")}
@@ -427,6 +433,8 @@ class FeatureStore:
 
     def _find_original(self, audio_id: str) -> Path | None:
         """Return the path of the original's features of a clip, or None if there are none."""
+        if TableClip.parse(audio_id) is not None:  # Its table would give its name to all clips.
+            return None
         stem = audio_id.rpartition("/")[2].rpartition(".")[0]
         for name in (original_name(audio_id), f"{stem}.npz"):
             path = self.folder / name

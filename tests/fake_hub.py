@@ -150,7 +150,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not any(of_repo == repo for of_repo, _, _ in self.server.dataset_files):
             return self.reply(b"", 401, {"X-Error-Code": "RepoNotFound"})
         if kind == "revision":
-            commit = self.server.commit_of(repo, revision)
+            # A commit is a revision, too.
+            is_commit = bool(self.server.files_at(repo, revision))
+            commit = revision if is_commit else self.server.commit_of(repo, revision)
             if commit is None:
                 return self.reply(b"", 404, {"X-Error-Code": "RevisionNotFound"})
             files = self.server.files_at(repo, commit)

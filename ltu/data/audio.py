@@ -1,5 +1,7 @@
 """Loads a clip (a path, bytes or an array) as a mono waveform at 16 kHz, or says why it cannot.
 
+A path may also be the name of a clip in a table, TABLE_FILE#COLUMN[ROW] (`ltu.data.table_clip`).
+
 A clip of several channels becomes mono by a rule, `Downmix`. The first channel is used by default,
 as in the demo of the original LTU. LTU-AS uses the mean of all channels: the original decodes with
 ffmpeg, whose mono is the mean of both channels of a stereo clip. (For more channels ffmpeg has
@@ -40,6 +42,7 @@ import torch
 import torchaudio.functional
 
 from ltu.data.audio_header import DataSize, has_mp3_length, read_data_size
+from ltu.data.table_clip import TableClip, TableClipError, find_content
 
 logger = logging.getLogger(__name__)
 
@@ -199,14 +202,16 @@ def describe_cut(seconds: float, expected_seconds: float | None) -> str | None:
     )
 
 
-def read_expected_seconds(path: str | Path, seconds: float) -> float | None:
+def read_expected_seconds(source: str | Path | bytes, seconds: float) -> float | None:
     """Return the length that the header of a wav, aiff, w64 or au promises; else None.
 
     Args:
-        path: the file.
+        source: the file, or its bytes.
         seconds: its length, as libsndfile reports it: never more than the file has.
     """
-    with open(path, "rb") as stream:
+    if isinstance(source, bytes):
+        return _scale_length(_read_data_size(_Bytes(source)), seconds)
+    with open(source, "rb") as stream:
         return _scale_length(_read_data_size(stream.fileno()), seconds)
 
 
@@ -269,10 +274,10 @@ def decode_audio(
     """Load a clip as a mono waveform at 16 kHz.
 
     Args:
-        source: a file, the bytes of a file, or an array: (samples,) or (channels, samples), at
-            16 kHz unless it is given as `(array, rate in Hz)`. Integer arrays are scaled by the
-            range of their type, as the same samples in a file would be. A `Waveform` is returned
-            unchanged.
+        source: a file, a clip in a table, the bytes of a file, or an array: (samples,) or
+            (channels, samples), at 16 kHz unless it is given as `(array, rate in Hz)`. Integer
+            arrays are scaled by the range of their type, as the same samples in a file would be. A
+            `Waveform` is returned unchanged.
         max_seconds: a clip that turns out to be longer while it is decoded is refused.
         on_block: called after each block of up to `BLOCK` values is decoded; what it raises ends
             decoding.
@@ -297,6 +302,8 @@ def decode_audio(
             )
         return source
     if isinstance(source, str | Path):
+        if TableClip.parse(source) is not None:
+            return _decode_table_clip(str(source), downmix, limits)
         return _decode_file(str(source), downmix, limits)
     if isinstance(source, bytes):
         return _decode(_Bytes(source), f"<{len(source)} bytes>", downmix, limits)
@@ -378,6 +385,20 @@ def _decode_array(
     blocks = (_to_mono(_to_float(channels[:, at : at + BLOCK]), downmix) for at in starts)
     source = _Source(name, rate, len(channels), downmix)
     return _resample_and_check(blocks, source, limits)
+
+
+def _decode_table_clip(name: str, downmix: Downmix, limits: _Limits) -> Waveform:
+    """Decode a clip in a table, or the file that the table has the path of."""
+    try:
+        content = find_content(name)
+    except TableClipError as error:
+        raise AudioError(name, error.reason, str(error)) from error
+    if isinstance(content, bytes):
+        return _decode(_Bytes(content), name, downmix, limits)
+    try:
+        return _decode_file(str(content), downmix, limits)
+    except AudioError as error:
+        raise AudioError(name, error.reason, f"{error.detail} ({content})") from error
 
 
 def _decode_file(path: str, downmix: Downmix, limits: _Limits) -> Waveform:

@@ -12,15 +12,17 @@ ignored, the whole file would be text only, without a word.
 import argparse
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError, Downmix, decode_audio
-from ltu.data.dataset_io import AUDIO_HINT, KEYS, stream_examples, wrong_type
+from ltu.data.columns import ColumnFlags
+from ltu.data.dataset_io import AUDIO_HINT, KEYS, find_columns, stream_source, wrong_type
 from ltu.data.dataset_parser import DatasetError
+from ltu.data.dataset_source import find_source
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +98,14 @@ def read_examples(
     audio_root: str | Path | None = None,
     need_output: bool = True,
     ignored_keys: Collection[str] = (),
+    columns: ColumnFlags | None = None,
 ) -> list[dict]:
     """Return all examples of `checked_examples`.
 
     Raises:
         DatasetError: as `checked_examples`.
     """
-    return list(checked_examples(path, audio_root, need_output, ignored_keys))
+    return list(checked_examples(path, audio_root, need_output, ignored_keys, columns))
 
 
 def checked_examples(
@@ -110,16 +113,19 @@ def checked_examples(
     audio_root: str | Path | None = None,
     need_output: bool = True,
     ignored_keys: Collection[str] = (),
+    columns: ColumnFlags | None = None,
     max_errors: int = 10,
 ) -> Iterator[dict]:
     """Yield the examples `{"instruction", "input"?, "audio_id", "output", "dataset"?, "task"?}`.
 
     Args:
         path: the dataset file, in any format of `ltu.data.dataset_io`.
-        audio_root: folder of relative `audio_id`s; by default the folder of the file.
+        audio_root: folder of relative `audio_id`s; by default the folder of the file. Clips that
+            lie in a table have none.
         need_output: whether every example must have an answer (training) or may lack one
             (questions).
         ignored_keys: keys that examples may have besides these.
+        columns: the split, and the names of the columns.
         max_errors: after so many invalid examples, reading stops.
 
     Yields:
@@ -129,14 +135,19 @@ def checked_examples(
         DatasetError: the file has no examples; or, at the end, examples are invalid. The message
             lists the first `max_errors` of them by number (from 1).
     """
-    path = Path(path)
-    root = Path(audio_root or path.parent)
+    columns = columns or ColumnFlags()
+    source = find_source(path, columns.split)
+    found = find_columns(source, columns)
+    if found is not None:
+        found.check(source.name, need_output, has_root=audio_root is not None)
+    names = columns.names if found is None else found.columns
+    root = Path(audio_root or source.root)
     errors = []
     number = 0
-    for number, example in enumerate(stream_examples(path), start=1):
-        reason = what_is_wrong(example, need_output, ignored_keys)
+    for number, example in enumerate(stream_source(source, columns), start=1):
+        reason = what_is_wrong(example, need_output, ignored_keys, names)
         if reason:
-            errors.append(f"{path}, example {number}: {reason}")
+            errors.append(f"{source.name}, example {number}: {reason}")
             if len(errors) == max_errors:
                 break
         elif not errors:
@@ -144,7 +155,7 @@ def checked_examples(
     if errors:
         raise DatasetError("\n".join(errors))
     if not number:
-        raise DatasetError(f"{path} contains no examples.")
+        raise DatasetError(f"{source.name} contains no examples.")
 
 
 def with_audio(example: dict, root: Path) -> dict:
@@ -155,7 +166,10 @@ def with_audio(example: dict, root: Path) -> dict:
 
 
 def what_is_wrong(
-    example: dict, need_output: bool, ignored_keys: Collection[str] = ()
+    example: dict,
+    need_output: bool,
+    ignored_keys: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> str | None:
     """Return why an example is invalid and what to do, or None.
 
@@ -163,10 +177,11 @@ def what_is_wrong(
         example: the example, as it is in the dataset file.
         need_output: whether it must have an answer.
         ignored_keys: keys that it may have besides `KEYS`.
+        names: the columns that its values are of, by key, where they have other names.
     """
     return (
         _what_is_wrong_with_keys(example, need_output, ignored_keys)
-        or wrong_type(example)
+        or wrong_type(example, names)
         or _what_is_wrong_with_texts(example, need_output)
     )
 
@@ -239,7 +254,8 @@ def check_audio(examples: list[dict], downmix: Downmix = "first") -> dict[str, A
     """
     errors = {}
     cut_short = []
-    paths = sorted({example["audio"] for example in examples if example["audio"]})
+    # In the order of the examples: a table is then read once from its start to its end.
+    paths = list(dict.fromkeys(example["audio"] for example in examples if example["audio"]))
     for path in tqdm(paths, desc="checking audio", unit="clip"):
         try:
             clip = decode_audio(path, downmix=downmix)

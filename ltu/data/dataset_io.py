@@ -1,28 +1,39 @@
 """Reads and writes dataset files, one example at a time.
 
 The formats are a JSON list, JSON lines (`.jsonl`) and Parquet; JSON also compressed (`.gz`,
-`.zst`). A reader goes by the first bytes of a file, a writer by its name.
+`.zst`). A reader goes by the first bytes of a file, a writer by its name. Readers also take folders
+that the library `datasets` has saved, folders of Parquet files and data sets of the hub
+(`ltu.data.dataset_source`), and other names of columns (`ltu.data.columns`).
 
 `stream_examples` yields any objects; `typed_examples` also checks that each is an example: it has
 at least one of the keys, and the values of the keys are texts or null.
 
-The keys of an example and their order are preserved. Parquet has a column for each key: a null in
-it means that the example lacks the key, so that the `audio_id` null is stored as "empty". A key
-that only later examples have is an error. An example with keys within a value cannot be stored in
-Parquet.
+The keys of an example and their order are preserved. Parquet has a column for each key, also one
+with the clips themselves (`ltu.data.parquet_writer`). A key that only later examples have is an
+error. An example with keys within a value cannot be stored in Parquet.
 
 A file gets its name only when it is complete and on the disk.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
+from ltu.data.columns import ColumnFlags, ColumnMap
 from ltu.data.dataset_parser import DatasetError, LineSplitter, ListSplitter
-from ltu.files import check_output, lock_file, sync_and_rename
+from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.table_clip import TableClip
+from ltu.data.table_reader import open_columns, table_examples
+from ltu.files import check_output, lock_file, sha256_of, sync_and_rename
+
+# JSON needs no pyarrow.
+if TYPE_CHECKING:
+    from ltu.data.parquet_writer import ClipContent, ParquetTable
 
 BLOCK = 2**20  # bytes
 EXAMPLES_AT_ONCE = 8192  # examples that are written at once; in Parquet, a row group
@@ -37,22 +48,92 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _encode = msgspec.json.Encoder().encode
 
 
-def stream_examples(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a dataset file, in constant memory.
+def stream_examples(
+    path: str | Path | DatasetSource, columns: ColumnFlags | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a data set, in constant memory.
+
+    Args:
+        path: a file, a folder or a data set of the hub, see `ltu.data.dataset_source`; or what
+            `find_source` has found.
+        columns: its split, and the names of its columns.
 
     Raises:
-        DatasetError: the file is malformed, cut off or missing.
+        DatasetError: the data set is malformed, cut off or missing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DatasetError(
-            f"{path} is not there. Give a JSON list, JSON lines or Parquet file (also .gz, .zst)."
-        )
+    columns = columns or ColumnFlags()
+    return stream_source(find_source(path, columns.split), columns)
+
+
+def stream_source(source: DatasetSource, columns: ColumnFlags) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a data set, in constant memory; raises as `stream_examples`."""
+    found = find_columns(source, columns)
+    if found is not None:
+        yield from table_examples(source, found)
+        return
+    if source.kind == "parquet":
+        for file in source.files:
+            yield from _parquet_examples(file)
+        return
+    for number, example in enumerate(_json_examples(source.files[0]), start=1):
+        try:
+            yield columns.rename_keys(example)
+        except DatasetError as error:
+            raise DatasetError(f"{source.name}, example {number}: {error}") from error
+
+
+def find_columns(source: DatasetSource, columns: ColumnFlags) -> ColumnMap | None:
+    """Find the columns of a table that are used.
+
+    Returns:
+        None for JSON, and for a Parquet file whose columns are the keys of examples.
+
+    Raises:
+        DatasetError: as `stream_examples`.
+    """
+    return None if source.kind == "json" else open_columns(source, columns)
+
+
+def describe_columns(source: DatasetSource, columns: ColumnFlags) -> list[str]:
+    """Return what the start of a run prints about columns; nothing if there is nothing to say.
+
+    Raises:
+        DatasetError: as `stream_examples`.
+    """
+    found = find_columns(source, columns)
+    return columns.describe() if found is None else found.describe()
+
+
+def hash_source(source: DatasetSource, columns: ColumnFlags) -> str:
+    """Return a sha256 of a data set: of a file, its content.
+
+    Of a table it covers the examples as they are used, and the sizes of its files, but not the
+    content of its clips, which may be terabytes. The content of the clips of a JSON file is not
+    covered either. Names of files and folders are not covered.
+
+    Raises:
+        DatasetError: as `stream_examples`.
+    """
+    if find_columns(source, columns) is None:
+        digest = sha256_of(*source.files)
+        if not columns.renames:
+            return digest
+        return hashlib.sha256(_encode([digest, columns.to_json()])).hexdigest()
+    hashed = hashlib.sha256()
+    for file in source.files:
+        hashed.update(b"%d," % file.stat().st_size)
+    for example in stream_source(source, columns):
+        # The position of a clip follows from its place among the examples.
+        clip = TableClip.parse(example.get("audio_id") or "")
+        if clip is not None:
+            example = example | {"audio_id": f"#{clip.column}[{clip.row}]"}
+        hashed.update(encode_line(example) + b"\n")
+    return hashed.hexdigest()
+
+
+def _json_examples(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         magic = file.read(4)
-    if magic == b"PAR1":
-        yield from _parquet_examples(path)
-        return
     with _open_to_read(path, magic) as file:
         first = _read(file, path)
         # Skip the byte order mark and white space; then `[` begins a list.
@@ -70,13 +151,17 @@ def stream_examples(path: str | Path) -> Iterator[dict[str, Any]]:
             data = data[used:] + block
 
 
-def typed_examples(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the examples of a dataset file, in constant memory, after a check of their types.
+def typed_examples(
+    path: str | Path | DatasetSource, columns: ColumnFlags | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the examples of a data set, in constant memory, after a check of their types.
+
+    Arguments are those of `stream_examples`.
 
     Raises:
         DatasetError: as `stream_examples`; or an example has none of `KEYS`, or a wrong type.
     """
-    for number, example in enumerate(stream_examples(path), start=1):
+    for number, example in enumerate(stream_examples(path, columns), start=1):
         # One look at the types of all values passes nearly every example, and is fast.
         is_text = TEXT_TYPES.issuperset(map(type, example.values()))
         if not is_text or "instruction" not in example:
@@ -84,25 +169,36 @@ def typed_examples(path: str | Path) -> Iterator[dict[str, Any]]:
             if reason is None and not any(key in example for key in KEYS):
                 reason = f"none of the keys {', '.join(KEYS)}, only {str(list(example))[:300]}"
             if reason:
+                name = path.name if isinstance(path, DatasetSource) else path
                 raise DatasetError(
-                    f"{path}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
+                    f"{name}, example {number}: {reason.rstrip('.')}. Fix or remove the example; "
                     "data.validate lists all that are wrong."
                 )
         yield example
 
 
-def wrong_type(example: dict[str, Any]) -> str | None:
+def wrong_type(example: dict[str, Any], names: Mapping[str, str] | None = None) -> str | None:
     """Return which of the `KEYS` of an example has a value that is neither text nor null, or None.
 
     Other keys may have any value.
+
+    Args:
+        example: the example.
+        names: the columns that its values are of, by key, where they have other names.
     """
+    names = names or {}
     for key in KEYS:
         value = example.get(key)
         if type(value) in TEXT_TYPES:
             continue
+        label = repr(key)
+        column = names.get(key, key)
+        if column != key:
+            label = f"{key!r}, from the column {column!r},"
         if key == "audio_id":
-            return f"{key!r} is a {type(value).__name__}. {AUDIO_HINT}"
-        return f"{key!r} is a {type(value).__name__}, not text"
+            return f"{label} is a {type(value).__name__}. {AUDIO_HINT}"
+        hint = "" if column == key else ". Name a column of texts, or of labels (ClassLabel)"
+        return f"{label} is a {type(value).__name__}, not text{hint}"
     return None
 
 
@@ -163,16 +259,23 @@ class ExampleWriter:
     Args:
         path: the file; its suffixes decide the format.
         inputs: files that are read at the same time, and so must not be `path`.
+        read_clip: returns the clip of an `audio_id`, which is then stored in the file; None for
+            questions without audio. The file must be Parquet.
 
     Attributes:
         count: how many examples were written.
 
     Raises:
         ValueError: another name is needed, another run writes the same file, or the examples do not
-            fit the format.
+            fit the format, or a clip cannot be read.
     """
 
-    def __init__(self, path: str | Path, inputs: Iterable[str | Path] = ()):
+    def __init__(
+        self,
+        path: str | Path,
+        inputs: Iterable[str | Path] = (),
+        read_clip: "Callable[[str | None], ClipContent | None] | None" = None,
+    ):
         self.path = Path(path)
         self.unfinished = self.path.with_name(f"{self.path.name}.tmp")
         outputs = {self.path.resolve(), self.unfinished.resolve()}
@@ -181,9 +284,12 @@ class ExampleWriter:
                 f"{path} or {self.unfinished.name} is an input. Give the output another name."
             )
         self.kind, self.codec = _format_of(self.path)
+        if read_clip is not None and self.kind != "parquet":
+            raise ValueError(f"{path}: only Parquet stores clips. Name the output .parquet.")
+        self.read_clip = read_clip
         self.count = 0
         self.lines: list[bytes] = []
-        self.table: Any = None  # pyarrow's writer, once the columns are known
+        self.table: ParquetTable | None = None
 
     def __enter__(self) -> "ExampleWriter":
         check_output(self.path)
@@ -197,20 +303,35 @@ class ExampleWriter:
             self.file = self.unfinished.open("wb")
         if self.kind == "list":
             self.file.write(b"[")
+        if self.kind == "parquet":
+            from ltu.data.parquet_writer import ParquetTable
+
+            self.table = ParquetTable(self.file, KEYS, EXAMPLES_AT_ONCE, self.read_clip)
         return self
 
     def write(self, example: dict[str, Any] | bytes) -> None:
         """Add an example, or the line that `encode_line` made of it."""
         line = example if isinstance(example, bytes) else encode_line(example)
-        self.lines.append(line)
         self.count += 1
+        if self.table is not None:
+            with self._named_errors():
+                self.table.add(json.loads(line))
+            return
+        self.lines.append(line)
         if len(self.lines) == EXAMPLES_AT_ONCE:
             self._flush()
 
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Put the path in front of errors about the table."""
+        try:
+            yield
+        except ValueError as error:
+            hint = "" if self.read_clip is not None else ". Write .jsonl."
+            raise ValueError(f"{self.path}: {error}{hint}") from error
+
     def _flush(self) -> None:
-        if self.kind == "parquet":
-            self._write_table([json.loads(line) for line in self.lines])
-        elif self.lines and self.kind == "lines":
+        if self.lines and self.kind == "lines":
             self.file.write(b"\n".join(self.lines) + b"\n")
         elif self.lines:
             if self.count > len(self.lines):
@@ -218,39 +339,12 @@ class ExampleWriter:
             self.file.write(b"\n" + b",\n".join(self.lines))
         self.lines = []
 
-    def _write_table(self, examples: list[dict]) -> None:
-        """Write examples as a row group of Parquet; raise ValueError if they do not fit it."""
-        import pyarrow
-        import pyarrow.parquet
-
-        first = self.count - len(examples) + 1
-        try:
-            if self.table is None:
-                schema = pyarrow.schema(_columns(examples))
-                self.table = pyarrow.parquet.ParquetWriter(self.file, schema, compression="zstd")
-            for number, example in enumerate(examples, start=first):
-                # A null would mean that the example lacks the key, which it must have.
-                if "audio_id" in example and example["audio_id"] is None:
-                    example["audio_id"] = "empty"
-                unknown = example.keys() - set(self.table.schema.names)
-                if unknown:
-                    raise ValueError(
-                        f"example {number} has {min(unknown)!r}, which the first examples lack"
-                    )
-            self.table.write_table(pyarrow.Table.from_pylist(examples, self.table.schema))
-        except (pyarrow.ArrowException, OverflowError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.path}: examples {first} to {self.count} fit no table: {error}. "
-                "Write .jsonl."
-            ) from error
-
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
                 self._finish()
         finally:
             if self.table is not None:
-                # A writer that is not closed here would write to a closed file later.
                 self.table.close()
             self.file.close()
             if self.unfinished:
@@ -259,38 +353,14 @@ class ExampleWriter:
 
     def _finish(self) -> None:
         """Write what is left and give the file its name."""
-        if self.lines or self.table is None:
-            self._flush()
+        if self.table is not None:
+            with self._named_errors():
+                self.table.finish()
+        self._flush()
         if self.kind == "list" and self.count:
             self.file.write(b"\n")
         if self.kind == "list":
             self.file.write(b"]\n")
-        if self.table is not None:
-            self.table.close()
         self.file.close()
         sync_and_rename(self.unfinished, self.path)
         self.unfinished = None  # The name may belong to another run from now on.
-
-
-def _columns(examples: list[dict]) -> list[tuple[str, Any]]:
-    """Return name and type of every column of a table.
-
-    The keys of the examples are first, in their order, then the usual keys. A column is of text
-    unless these examples have other values.
-    """
-    import pyarrow
-
-    names: dict[str, None] = {}  # An ordered set.
-    for example in examples:
-        names.update(dict.fromkeys(example))
-    names.update(dict.fromkeys(KEYS))
-    columns = []
-    for name in names:
-        values = [example[name] for example in examples if example.get(name) is not None]
-        is_text = all(isinstance(value, str) for value in values)
-        column_type = pyarrow.string() if is_text else pyarrow.array(values).type
-        if "struct<" in str(column_type):
-            # pyarrow would drop keys that only later examples have in it, without an error.
-            raise ValueError(f"{name!r} has keys of its own")
-        columns.append((name, column_type))
-    return columns

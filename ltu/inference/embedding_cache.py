@@ -30,6 +30,7 @@ from ltu.data.audio import (
     Waveform,
     load_audio,
 )
+from ltu.data.table_clip import TableClip, sha256_of_clip
 from ltu.files import sha256_of
 from ltu.inference.requests import Request
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
@@ -48,13 +49,15 @@ ENCODED = "encoded:"
 def hash_content(audio: AudioSource) -> str | None:
     """Return the kind of a clip's content, and a sha256 of all that decides how it is decoded.
 
-    A file and its bytes are of one kind, because they are decoded alike: rate and channels are
-    stated in them. For an array they are part of the hash.
+    A file, a clip in a table and their bytes are of one kind, because they are decoded alike: rate
+    and channels are stated in them. For an array they are part of the hash.
 
     Returns None if there is nothing to read.
     """
     if isinstance(audio, str | Path):
         try:
+            if TableClip.parse(audio) is not None:
+                return ENCODED + sha256_of_clip(audio)
             status = os.stat(audio)
             # A pipe, or a file of the kernel's, which has no size, could be read for ever.
             is_readable = stat.S_ISREG(status.st_mode) and status.st_size

@@ -20,6 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ltu.checkpoints.open_checkpoint import QUANTIZATIONS
 from ltu.data.check_examples import IGNORED_KEYS_HELP
+from ltu.data.columns import ColumnFlags
 from ltu.files import read_json_object
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
@@ -173,14 +174,15 @@ class ModelArguments:
         return None
 
 
-@dataclass
-class DataArguments:
+@dataclass(kw_only=True)
+class DataArguments(ColumnFlags):
     """Flags of the dataset."""
 
     data_path: str = field(
         metadata={
-            "help": "The dataset file: a JSON list, JSON lines, Parquet, or the index of one of "
-            "them (ltu.index_dataset)."
+            "help": "The dataset: a JSON list, JSON lines, Parquet, a folder of datasets' "
+            "save_to_disk, a folder of Parquet files, a data set of the hub (owner/name), or the "
+            "index of one of them (ltu.index_dataset)."
         }
     )
     audio_root: str | None = field(

@@ -36,8 +36,11 @@ from ltu.data.check_examples import (
     list_errors,
     with_audio,
 )
+from ltu.data.columns import ColumnFlags
+from ltu.data.dataset_io import describe_columns, find_columns, hash_source
 from ltu.data.dataset_parser import DatasetError
-from ltu.files import FileRecord, check_regular_file, lock_file, sha256_of, sync_and_rename
+from ltu.data.dataset_source import INDEX_ENDING, DatasetSource, find_source, index_path_of
+from ltu.files import check_regular_file, lock_file, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
 
 # Only where there is an index. As in `ltu.data.dataset_io`, JSON needs no pyarrow.
@@ -46,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENDING = ".arrow"
 VERSION = 2  # Of the rules by which examples are checked before they are indexed.
 EXAMPLES_AT_ONCE = 16_384  # Examples in one record batch.
 TEXTS = ("instruction", "input", "audio_id", "output")
@@ -63,6 +65,7 @@ def build_index(
     audio_root: str | Path | None = None,
     max_bad: int = 0,
     ignored_keys: Collection[str] = (),
+    columns: ColumnFlags | None = None,
 ) -> Path:
     """Check and tokenize every example, in constant memory.
 
@@ -71,12 +74,13 @@ def build_index(
     Args:
         path: the dataset file, in any format of `ltu.data.dataset_io`.
         processor: the processor of the checkpoint that is to be trained.
-        output: the index. The default is FILE.arrow next to the dataset file, where training looks
-            for it.
+        output: the index. The default is FILE.arrow next to the dataset file (FOLDER/SPLIT.arrow
+            for a split of a folder), where training looks for it.
         audio_root: folder to which `audio_id`s are relative. Only LTU-AS reads clips, to make
             missing transcripts.
         max_bad: how many clips may fail to be transcribed; their examples get the transcript "".
         ignored_keys: further keys that examples may have; the index does not contain them.
+        columns: the split, and the names of the columns.
 
     Returns:
         The path of the index.
@@ -87,13 +91,19 @@ def build_index(
     """
     import pyarrow
 
-    path = Path(path)
-    output = Path(output or f"{path}{ENDING}")
-    examples = checked_examples(path, audio_root, ignored_keys=ignored_keys)
+    columns = columns or ColumnFlags()
+    source = find_source(path, columns.split)
+    if output is None and not source.is_local:
+        raise DatasetError(
+            f"{source.name} has no folder of its own for an index. Give --output_path FILE.arrow, "
+            "and train with --data_path FILE.arrow."
+        )
+    output = Path(output or index_path_of(path, columns.split))
+    examples = checked_examples(path, audio_root, ignored_keys=ignored_keys, columns=columns)
     # Read the first example now: a file that is not valid fails before it is hashed.
     first = next(examples)
-    state = path.stat()
-    schema = _index_schema(path, state, processor)
+    state = (source.size, source.mtime_ns)
+    schema = _index_schema(source, columns, output, processor)
     unfinished = output.with_name(f"{output.name}.tmp")
     errors: dict[str, AudioError] = {}
     is_renamed = False
@@ -104,20 +114,18 @@ def build_index(
             pyarrow.ipc.new_file(file, schema) as table,
             tqdm(desc="indexing", unit="example", unit_scale=True) as bar,
         ):
-            for columns in _tokenize_blocks(first, examples, processor, errors):
-                table.write_batch(pyarrow.record_batch(columns, schema=schema))
-                bar.update(len(columns[0]))
+            for values in _tokenize_blocks(first, examples, processor, errors):
+                table.write_batch(pyarrow.record_batch(values, schema=schema))
+                bar.update(len(values[0]))
                 if len(errors) >= max_bad + MAX_LISTED_CLIPS:
                     break  # Enough to list; transcribing the rest may take days.
-        check_num_errors(errors, path, max_bad)
+        check_num_errors(errors, source.name, max_bad)
         if errors:
             logger.warning(
                 '%d clips have the transcript "" now:\n%s', len(errors), list_errors(errors)
             )
-        new_state = path.stat()
-        is_same_size = new_state.st_size == state.st_size
-        if not is_same_size or new_state.st_mtime_ns != state.st_mtime_ns:
-            raise DatasetError(f"{path} changed while it was read. Index it again.")
+        if (source.size, source.mtime_ns) != state:
+            raise DatasetError(f"{source.name} changed while it was read. Index it again.")
         sync_and_rename(unfinished, output)
         is_renamed = True
     finally:
@@ -127,22 +135,41 @@ def build_index(
     return output
 
 
-def _index_schema(path: Path, state: os.stat_result, processor: LtuProcessor) -> "pyarrow.Schema":
+def _index_schema(
+    source: DatasetSource, columns: ColumnFlags, output: Path, processor: LtuProcessor
+) -> "pyarrow.Schema":
     """Return the columns of an index, with a description of the dataset file as metadata."""
     import pyarrow
 
     about = {
         "version": VERSION,
-        "source": path.name,
-        "bytes": state.st_size,
-        "mtime_ns": state.st_mtime_ns,
-        "sha256": sha256_of(path),
+        "source": source.short_name,
+        "bytes": source.size,
+        "mtime_ns": source.mtime_ns,
+        "sha256": hash_source(source, columns),
         "transcribes": processor.front_end.transcribes,
+        "columns": columns.to_json(),
+        "described": describe_columns(source, columns),
+        "root": _root_of_clips(source, columns, output),
     }
     fields = [(name, pyarrow.string()) for name in TEXTS]
     fields += [(name, pyarrow.int32()) for name in COUNTS]
     fields.append((CLIP_HASH, pyarrow.int64()))
     return pyarrow.schema(fields, {"ltu": json.dumps(about)})
+
+
+def _root_of_clips(source: DatasetSource, columns: ColumnFlags, output: Path) -> str | None:
+    """Return where the tables with the clips are: relative to the index if it can move with them.
+
+    Returns:
+        None if the clips are files: their folder is that of the index, or `--audio_root`.
+    """
+    found = find_columns(source, columns)
+    if found is None or not found.has_clips:
+        return None
+    if not source.is_local:
+        return str(source.root.absolute())
+    return os.path.relpath(source.root.absolute(), output.parent.absolute())
 
 
 def _tokenize_blocks(
@@ -267,7 +294,6 @@ class IndexedExamples(Sequence):
         import pyarrow
 
         self.path = Path(path)
-        self.audio_root = Path(audio_root or self.path.parent)
         try:
             check_regular_file(path)
             table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
@@ -284,6 +310,14 @@ class IndexedExamples(Sequence):
                 f"{path} was made by another version of this program, whose rules for examples "
                 "were others. Build it again."
             )
+        root = self.about.get("root")
+        if root is not None and audio_root is not None:
+            raise DatasetError(
+                f"--audio_root has no effect: the clips of {path} are in tables. Leave the flag "
+                "out."
+            )
+        self.audio_root = audio_root  # As it was given, for `__reduce__`.
+        self.root = Path(audio_root or self.path.parent / (root or ""))
         self.part = torch.arange(len(num_tokens)) if part is None else part
         self.num_tokens = num_tokens[self.part]  # (n,) int32
         self.num_prompt_tokens = num_prompt_tokens[self.part]  # (n,) int32
@@ -301,7 +335,7 @@ class IndexedExamples(Sequence):
         number, position = divmod(int(self.part[index]), len(self.batches[0]))
         batch = self.batches[number]
         example = {name: batch.column(name)[position].as_py() for name in TEXTS}
-        return with_audio(example, self.audio_root)
+        return with_audio(example, self.root)
 
     def __reduce__(self) -> tuple:
         # A spawned worker maps the index again.
@@ -343,27 +377,59 @@ class IndexedExamples(Sequence):
             )
 
 
-def find_index(path: str | Path, audio_root: str | Path | None = None) -> IndexedExamples | None:
+def find_index(
+    path: str | Path,
+    audio_root: str | Path | None = None,
+    columns: ColumnFlags | None = None,
+) -> IndexedExamples | None:
     """Open the index at `path`, or the one next to the dataset file `path`.
+
+    Args:
+        path: of the index or of the data set.
+        audio_root: as for `IndexedExamples`.
+        columns: the split, and the names of the columns. With the path of an index, they need not
+            be repeated.
 
     Returns:
         The examples of the index, or None if there is no index.
 
     Raises:
-        DatasetError: the dataset file is not the one that was indexed.
+        DatasetError: the dataset file is not the one that was indexed, or other columns were.
     """
     path = Path(path)
-    if path.suffix == ENDING:
-        return IndexedExamples(path, audio_root)
-    index_path = path.with_name(f"{path.name}{ENDING}")
-    if not index_path.is_file():
+    columns = columns or ColumnFlags()
+    is_index = path.suffix == INDEX_ENDING
+    index_path = path if is_index else index_path_of(path, columns.split)
+    if not is_index and not index_path.is_file():
         return None
     indexed = IndexedExamples(index_path, audio_root)
-    about = indexed.about
-    source = FileRecord(about["bytes"], about["mtime_ns"], about["sha256"])
-    if path.is_file() and not source.fits(path):
+    stored = indexed.about.get("columns", {})
+    if stored != columns.to_json() and (columns.renames or not is_index):
         raise DatasetError(
-            f"{path} is not the file that {index_path} was made of. Index it again, or remove the "
-            "index."
+            f"{index_path} was made with {_show_flags(stored)}, now there are "
+            f"{_show_flags(columns.to_json())}. Index the data set again, or remove the index."
+        )
+    if not is_index and path.exists() and not _is_source_of(indexed, path, columns):
+        kind = "folder" if path.is_dir() else "file"
+        raise DatasetError(
+            f"{path} is not the {kind} that {index_path} was made of. Index it again, or remove "
+            "the index."
         )
     return indexed
+
+
+def _show_flags(flags: dict[str, str]) -> str:
+    shown = [f"--{name} {value!r}" for name, value in flags.items()]
+    return ", ".join(shown) or "no flags for columns"
+
+
+def _is_source_of(indexed: IndexedExamples, path: Path, columns: ColumnFlags) -> bool:
+    """Return whether a data set is still the one that was indexed.
+
+    It is only read if its time differs, as that of a copy does.
+    """
+    source = find_source(path, columns.split)
+    about = indexed.about
+    if source.size != about["bytes"]:
+        return False
+    return source.mtime_ns == about["mtime_ns"] or hash_source(source, columns) == about["sha256"]

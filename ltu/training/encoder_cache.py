@@ -39,6 +39,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm import tqdm
 
 from ltu.data.audio import AudioError
+from ltu.data.table_clip import (
+    TableClip,
+    TableClipError,
+    sha256_of_clip,
+    version_of_clip,
+)
 from ltu.files import replace_file, sha256_of
 from ltu.models.audio_front_end import AudioFrontEnd
 from ltu.models.configuration_ltu import LtuConfig
@@ -195,7 +201,13 @@ class ClipVersions:
 
 
 def version_of(path: str | Path) -> bytes | None:
-    """Return a digest of the path, size and time of change of a file; None if it is no file."""
+    """Return a digest of the path, size and time of change of a file; None if it is no file.
+
+    For a clip in a table it is that of `version_of_clip`.
+    """
+    if TableClip.parse(path) is not None:
+        text = version_of_clip(path)
+        return text and hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -382,13 +394,15 @@ class ClipsToEncode(Dataset):
             version = version_of(source)
             if version is None:
                 return None
-            key = bytes.fromhex(sha256_of(source))
+            is_in_table = TableClip.parse(source) is not None
+            digest = sha256_of_clip(source) if is_in_table else sha256_of(source)
+            key = bytes.fromhex(digest)
             if self.known.find(key) is None:
                 features = self.front_end.load_features(example)
             # The features of a file that was replaced meanwhile would get the hash of another one.
             if version_of(source) != version:
                 return None
-        except (AudioError, OSError):
+        except (AudioError, OSError, TableClipError):
             return None
         return LoadedClip(_name_of(example), version, key, features)
 

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,8 +21,9 @@ from ltu.data.check_examples import (
     parse_ignored_keys,
     read_examples,
 )
+from ltu.data.dataset_io import describe_columns, hash_source
 from ltu.data.dataset_parser import DatasetError
-from ltu.files import sha256_of
+from ltu.data.dataset_source import find_source
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.training.arguments import DataArguments, RunArguments
 from ltu.training.dataset import ExampleEncoder, NoAnswerError, QaDataset
@@ -49,7 +49,8 @@ class DatasetSummary:
 
     Attributes:
         name: of the dataset file, without its folder.
-        sha256: of the dataset file, also if only its index is there.
+        sha256: of the dataset file, also if only its index is there; of a table, see
+            `ltu.data.dataset_io.hash_source`.
         num_examples: examples, also those that are held out.
         num_with_audio: examples that have a clip.
         num_clips: distinct clips.
@@ -58,6 +59,8 @@ class DatasetSummary:
             that it cuts completely; None if it is not known, because more than `MAX_UNINDEXED`
             examples have no index.
         num_without_answer: answers that are cut completely; None as above.
+        columns: which columns are used for what, and which are not used; empty for a file whose
+            keys are those of examples.
     """
 
     name: str
@@ -68,6 +71,7 @@ class DatasetSummary:
     cutoff_len: int
     num_truncated: int | None
     num_without_answer: int | None
+    columns: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
         """Return what `--plan` and the start of training print."""
@@ -84,7 +88,7 @@ class DatasetSummary:
             )
         elif self.num_without_answer:
             answers += f", {self.num_without_answer} of them completely, which are skipped"
-        return [audio, answers]
+        return [audio, *self.columns, answers]
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,13 @@ def make_datasets(
 def _open_examples(data: DataArguments, processor: LtuProcessor) -> Examples:
     """Return the examples of the index, if there is one, or of the dataset file."""
     ignored_keys = parse_ignored_keys(data.ignored_keys)
-    indexed = find_index(data.data_path, data.audio_root)
+    indexed = find_index(data.data_path, data.audio_root, data)
     if indexed is not None:
         indexed.check(processor)
         return indexed
-    examples = read_examples(data.data_path, data.audio_root, ignored_keys=ignored_keys)
+    examples = read_examples(
+        data.data_path, data.audio_root, ignored_keys=ignored_keys, columns=data
+    )
     errors: dict[str, AudioError] = {}
     examples = processor.front_end.add_transcripts(examples, errors)
     check_num_errors(errors, data.data_path, data.max_bad)
@@ -208,9 +214,12 @@ def _summarize(
         name = examples.about["source"]
         digest = examples.about["sha256"]
         num_with_audio, num_clips = examples.count_audio()
+        columns = examples.about.get("described", [])
     else:
-        name = Path(data.data_path).name
-        digest = sha256_of(data.data_path)
+        source = find_source(data.data_path, data.split)
+        name = source.short_name
+        digest = hash_source(source, data)
+        columns = describe_columns(source, data)
         audio_ids = [example["audio_id"] for example in examples if example["audio"] is not None]
         num_with_audio = len(audio_ids)
         num_clips = len(set(audio_ids))
@@ -228,6 +237,7 @@ def _summarize(
         cutoff_len=data.cutoff_len,
         num_truncated=num_truncated,
         num_without_answer=num_without_answer,
+        columns=tuple(columns),
     )
 
 
