@@ -150,9 +150,9 @@ def test_losses_and_resumed_losses_equal_those_from_json(
         path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)
     }
     assert sorted(written) == before
-    # Resume in the middle, from a copy elsewhere: the content is compared, not place and time.
-    shutil.copytree(tmp_path / "set", tmp_path / "copy" / "set", copy_function=shutil.copyfile)
-    moved = [word.replace(str(tmp_path), str(tmp_path / "copy")) for word in data]
+    # Resume in the middle, from a copy of another name and time: the content is compared.
+    shutil.copytree(tmp_path / "set", tmp_path / "copy", copy_function=shutil.copyfile)
+    moved = [word.replace(str(tmp_path / "set"), str(tmp_path / "copy")) for word in data]
     resumed = {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-3"}
     train(flags(checkpoint, moved, tmp_path / "resumed", **resumed))
     assert losses(tmp_path / "resumed")[-3:] == losses(plain)[-3:]
