@@ -56,7 +56,6 @@ def table_examples(source: DatasetSource, columns: ColumnMap) -> Iterator[dict[s
     """
     keys = {key: name for key, name in columns.columns.items() if key != "audio_id"}
     audio = columns.columns.get("audio_id")
-    labels = {key: columns.labels[name] for key, name in keys.items() if name in columns.labels}
     names = [*dict.fromkeys(keys.values())]
     for file in source.files:
         missing = set(columns.columns.values()) - set(_read_schema(source, file).names)
@@ -73,19 +72,27 @@ def table_examples(source: DatasetSource, columns: ColumnMap) -> Iterator[dict[s
             else:
                 audio_ids = _clip_names(source, file, audio, row, has_audio)
             for index, audio_id in enumerate(audio_ids):
-                example = {}
-                for key, name in keys.items():
-                    value = values[name][index]
-                    if key in labels:
-                        value = _label_of(value, labels[key])
-                    if value is not None or key not in OPTIONAL_KEYS:
-                        example[key] = value
-                if columns.question is not None:
-                    example["instruction"] = columns.question
-                if audio is not None:
-                    example["audio_id"] = audio_id
-                yield example
+                texts = {key: values[name][index] for key, name in keys.items()}
+                yield _make_example(columns, texts, audio_id)
             row += len(audio_ids)
+
+
+def _make_example(
+    columns: ColumnMap, texts: dict[str, Any], audio_id: str | None
+) -> dict[str, Any]:
+    """Return an example of the values of a row."""
+    example = {}
+    for key, value in texts.items():
+        names = columns.labels.get(columns.columns[key])
+        if names is not None:
+            value = _label_of(value, names)
+        if value is not None or key not in OPTIONAL_KEYS:
+            example[key] = value
+    if columns.question is not None:
+        example["instruction"] = columns.question
+    if "audio_id" in columns.columns:
+        example["audio_id"] = audio_id
+    return example
 
 
 def _clip_names(
