@@ -467,6 +467,19 @@ def test_a_damaged_folder_is_one_line(tmp_path):
         state.write_text(text)
         with pytest.raises(ValueError, match=message):
             list(stream_examples(tmp_path / "set", WITH_TEXT))
+    state.write_text(good)
+    info = tmp_path / "set" / "dataset_info.json"
+    described = info.read_text()
+    labels = ColumnFlags(question="What?", answer_column="label")
+    for text, message in (
+        (described.replace('"names"', '"nothing"'), "labels of the column 'label' have no names"),
+        ('{"features": [1]}', "'output', from the column 'label', is a int, not text"),
+    ):
+        info.write_text(text)
+        with pytest.raises(DatasetError, match=message):
+            read_examples(tmp_path / "set", columns=labels)
+    with pytest.raises(DatasetError, match="is an index or one shard. Give the dataset file, or"):
+        list(stream_examples(shard, WITH_TEXT))
     state.unlink()
     check("is a folder, but none that save_to_disk of `datasets` has written")
 

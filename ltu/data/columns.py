@@ -243,7 +243,10 @@ def map_columns(
     for column in columns.values():
         feature = features.get(column)
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            labels[column] = [str(name) for name in feature.get("names") or []]
+            names = feature.get("names")
+            if not isinstance(names, list):
+                raise DatasetError(f"{path}: the labels of the column {column!r} have no names.")
+            labels[column] = [str(name) for name in names]
     for key in ("dataset", "task"):
         # Others use these names for other things: numbers, lists.
         column = columns.get(key)

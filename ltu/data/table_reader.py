@@ -44,7 +44,8 @@ def open_columns(source: DatasetSource, flags: ColumnFlags) -> ColumnMap | None:
     features = features_of(schema)
     info = source.files[0].parent / INFO
     if source.kind == "arrow" and info.is_file():
-        features = read_json_object(info).get("features") or {}
+        stored = read_json_object(info).get("features")
+        features = stored if isinstance(stored, dict) else {}
     return map_columns(schema, features, flags, source.name)
 
 
