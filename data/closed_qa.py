@@ -1,12 +1,15 @@
 r"""Generates closed-ended questions and answers by rule from the metadata of your own clips.
 
     python -m data.closed_qa --metadata CLIPS.csv --output_path EXAMPLES.json --dataset my_set
+    python -m data.closed_qa --metadata OWNER/NAME::train --output_path EXAMPLES.json \
+        --columns labels=category
     python -m data.closed_qa --metadata CLIPS.json --output_path EXAMPLES.jsonl \
         --tasks cla_label cla_label_des --descriptions DESCRIPTIONS.json \
         --columns labels=tags audio_id=file_name --audio_ids OUT/audio_ids.csv
 
-CLIPS is CSV, TSV, JSON, JSON lines or Parquet, with one record for each clip. A record has
-`audio_id` and any of these keys, from which the tasks on the right are generated:
+CLIPS is CSV, TSV, JSON, JSON lines, Parquet, a folder of datasets' save_to_disk or a dataset of the
+hub, with one record for each clip. A record has `audio_id`, or a column of clips, and any of these
+keys, from which the tasks on the right are generated:
 
     labels            list, or text with ";"    -> cla_label; cla_label_des, if all labels are in
                                                    --descriptions
@@ -55,6 +58,8 @@ from data.combine import CLOSED_ENDED
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.dataset_io import stream_examples
+from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.table_reader import map_all_columns, table_examples
 from ltu.files import run_command
 
 # Cut points in Hz between the five names of pitch, as in LTU-AS's own generators.
@@ -78,6 +83,8 @@ GENDERS = {
 TEXT_KEYS = ("dataset", "gender", "emotion", "text", "input")
 NUMBER_KEYS = ("age", "pitch", "speed", "energy", "sentiment")
 LIST_KEYS = ("labels", "caption", "genre")
+
+CELLS = (".csv", ".tsv")  # Suffixes of metadata that are no dataset.
 
 Fields = dict[str, str]  # Placeholder in a question or an answer -> the text that fills it.
 
@@ -392,14 +399,17 @@ def examples_of(
 
 
 def read_records(
-    file: Path, columns: dict[str, list[str]], separator: str, audio_ids: dict | None
+    file: "Path | DatasetSource",
+    columns: dict[str, list[str]],
+    separator: str,
+    audio_ids: dict | None,
 ) -> Iterator[dict]:
     """Yield the records of a metadata file with the keys that the tasks need.
 
     A cell of a table may contain JSON.
 
     Args:
-        file: the metadata.
+        file: the metadata: a CSV or TSV file, or a dataset.
         columns: our key -> keys of the file; several of them make a list.
         separator: between labels, or genres, in a text.
         audio_ids: id of a clip in the file -> `audio_id`; other clips are left out. None: the ids
@@ -408,8 +418,9 @@ def read_records(
     Raises:
         ValueError: a record has no `audio_id`, or the file cannot be read.
     """
-    is_table = file.suffix.lower() in (".csv", ".tsv")
-    records = _table(file) if is_table else stream_examples(file)
+    records = _rows(file) if isinstance(file, DatasetSource) else _table(file)
+    if isinstance(file, DatasetSource):
+        file = file.path
     for number, record in enumerate(records, start=1):
         # Rename the columns of --columns.
         for ours, theirs in columns.items():
@@ -438,6 +449,18 @@ def read_records(
             yield record
         elif audio_id in audio_ids:
             yield record | {"audio_id": audio_ids[audio_id]}
+
+
+def _rows(source: DatasetSource) -> Iterator[dict]:
+    """Yield the records of a dataset with all their keys, and `audio_id` for a clip in a table."""
+    if not _has_clips(source):
+        return stream_examples(source)
+    return table_examples(source, map_all_columns(source))
+
+
+def _has_clips(source: DatasetSource) -> bool:
+    """Return whether a dataset is a table with a column of clips."""
+    return source.kind != "json" and map_all_columns(source) is not None
 
 
 def _table(file: Path) -> Iterator[dict]:
@@ -566,7 +589,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         type=Path,
         metavar="CLIPS",
-        help="The metadata of the clips: CSV, TSV, JSON, JSON lines or Parquet.",
+        help="The metadata of the clips: CSV, TSV, JSON, JSON lines, Parquet, a folder of "
+        "datasets' save_to_disk, or OWNER/NAME[:CONFIG[:SPLIT]] of the hub.",
     )
     parser.add_argument(
         "--tasks",
@@ -630,10 +654,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     # Read the templates, and everything that the rules need besides the records.
-    inputs = list(filter(None, [args.metadata, args.audio_ids, args.descriptions, args.cuts]))
+    metadata = args.metadata
+    if metadata.suffix.lower() not in CELLS:
+        metadata = find_source(metadata)
+    inputs = list(filter(None, [metadata, args.audio_ids, args.descriptions, args.cuts]))
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     audio_ids = read_audio_ids(args.audio_ids) if args.audio_ids else None
-    read = partial(read_records, args.metadata, args.columns, args.separator, audio_ids)
+    read = partial(read_records, metadata, args.columns, args.separator, audio_ids)
     settings = RuleSettings(args.dataset, args.seed, args.prefix_fraction, args.style)
     if args.descriptions:
         settings.descriptions = read_descriptions(args.descriptions)
@@ -675,7 +702,10 @@ def main(argv: list[str] | None = None) -> int:
     }
     # The ids of audio_ids.csv are relative to its folder; those of other metadata may not be paths.
     if args.audio_ids:
-        facts |= audio_root_of(args.output_path, [args.output_path], args.audio_ids.parent)
+        output_source = find_source(args.output_path)
+        facts |= audio_root_of(args.output_path, [output_source], args.audio_ids.parent)
+    elif isinstance(metadata, DatasetSource) and _has_clips(metadata):
+        facts |= audio_root_of(args.output_path, [metadata])
     write_provenance(
         args.output_path, "closed_qa", inputs, **facts, tasks=args.tasks, counts=dict(counts)
     )

@@ -90,7 +90,7 @@ def audio_root_of(
     print(
         f"{output}: its audio_ids are relative to {len(found)} folders ({', '.join(found)}), so no "
         "--audio_root finds all of them: make the ids of every input absolute first, with "
-        "data.remap_paths."
+        "data.remap_paths, or store the clips with --embed_audio."
     )
     return {"audio_root": found}
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -61,6 +61,8 @@ from ltu.files import run_command, write_json
 
 SHOWN = 10  # Errors of each kind that are listed.
 CLIPS_AT_ONCE = 4096
+# Consecutive clips of a Parquet file are in the same row group, which a thread reads once.
+CLIPS_OF_A_THREAD = 64
 # Keys that an example may lack.
 OPTIONAL_KEYS = ("input", "dataset", "task")
 
@@ -204,6 +206,9 @@ def check_clips(
         except AudioError as error:
             return error
 
+    def check_part(part: list[tuple[str, str]]) -> list[ClipFacts | AudioError]:
+        return [check_clip(clip) for clip in part]
+
     total: Counter[str] = Counter()
     usable: Counter[str] = Counter()
     rates: Counter[str] = Counter()
@@ -212,7 +217,9 @@ def check_clips(
     first_cut = []
     with ThreadPoolExecutor() as pool:
         while block := list(islice(clips, CLIPS_AT_ONCE)):
-            results = pool.map(check_clip, block)
+            starts = range(0, len(block), CLIPS_OF_A_THREAD)
+            parts = [block[start : start + CLIPS_OF_A_THREAD] for start in starts]
+            results = chain.from_iterable(pool.map(check_part, parts))
             for (audio_id, dataset), result in zip(block, results, strict=True):
                 total[dataset] += 1
                 if isinstance(result, AudioError):

@@ -240,13 +240,9 @@ def map_columns(
         elif key in schema.names and key != audio:
             columns[key] = key
     labels = {}
-    for column in columns.values():
-        feature = features.get(column)
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            names = feature.get("names")
-            if not isinstance(names, list):
-                raise DatasetError(f"{path}: the labels of the column {column!r} have no names.")
-            labels[column] = [str(name) for name in names]
+    for column, names in labels_of(features, path).items():
+        if column in columns.values():
+            labels[column] = names
     for key in ("dataset", "task"):
         # Others use these names for other things: numbers, lists.
         column = columns.get(key)
@@ -297,6 +293,22 @@ def _is_text(kind: "pyarrow.DataType") -> bool:
         or pyarrow.types.is_large_string(kind)
         or pyarrow.types.is_string_view(kind)
     )
+
+
+def labels_of(features: dict[str, Any], path: object) -> dict[str, list[str]]:
+    """Return the names of the labels of each column of the type ClassLabel.
+
+    Raises:
+        DatasetError: the labels of a column of `path` have no names.
+    """
+    labels = {}
+    for column, feature in features.items():
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            names = feature.get("names")
+            if not isinstance(names, list):
+                raise DatasetError(f"{path}: the labels of the column {column!r} have no names.")
+            labels[column] = [str(name) for name in names]
+    return labels
 
 
 def features_of(schema: "pyarrow.Schema") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, metadata_load, snapshot_download
 from huggingface_hub.errors import (
@@ -30,6 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from tqdm.auto import tqdm
 
 NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?"
@@ -51,6 +53,14 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 BETWEEN_WORDS = r"[-._ 0-9/]"
+
+
+class _NoProgressBar(tqdm):
+    """Shows nothing while files are listed; their download has a bar."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **(kwargs | {"disable": True}))
+
 
 Layout = dict[str, dict[str, list[str]]]  # Config -> split -> files, in order.
 
@@ -157,6 +167,7 @@ def _list_files(dataset: HubDataset, revision: str | None) -> RepoFiles:
             revision=revision,
             allow_patterns=[README, "*.parquet"],
             dry_run=True,
+            tqdm_class=_NoProgressBar,
         )
     except DryRunError as error:
         return _list_cached_files(dataset, revision, error.__cause__)

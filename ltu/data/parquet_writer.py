@@ -19,10 +19,10 @@ import pyarrow.parquet
 
 AUDIO_COLUMN = "audio"
 AUDIO_TYPE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-# A row group with clips is at most so large, so that one clip is read without many others, and that
-# writing takes constant memory. `datasets` writes 100 rows, too.
+# A row group with clips ends after so many rows, as in `datasets`, or after so many bytes: reading
+# in random order reads half a group for each clip, and writing takes constant memory.
 CLIPS_AT_ONCE = 100
-CLIP_BYTES_AT_ONCE = 2**26
+CLIP_BYTES_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltu.data.columns import ColumnFlags, ColumnMap, features_of, is_clip_type, map_columns
+from ltu.data.columns import (
+    ColumnFlags,
+    ColumnMap,
+    features_of,
+    is_clip_type,
+    labels_of,
+    map_columns,
+)
 from ltu.data.dataset_parser import DatasetError
 from ltu.data.dataset_source import DatasetSource
 from ltu.data.table_clip import BATCH_BYTES, TableClip, has_null_bytes, map_arrow
@@ -41,12 +48,36 @@ def open_columns(source: DatasetSource, flags: ColumnFlags) -> ColumnMap | None:
     has_clips = any(is_clip_type(column.type) for column in schema)
     if source.kind == "parquet" and not has_clips and not flags.renames:
         return None
-    features = features_of(schema)
+    return map_columns(schema, _read_features(source, schema), flags, source.name)
+
+
+def map_all_columns(source: DatasetSource) -> ColumnMap | None:
+    """Return all columns of a table by their own names, but for that of clips, the `audio_id`.
+
+    Returns:
+        None for a table without a column of clips.
+
+    Raises:
+        DatasetError: as `map_columns`; or a file is damaged.
+    """
+    schema = _read_schema(source, source.files[0])
+    features = _read_features(source, schema)
+    used = map_columns(schema, features, ColumnFlags(), source.name)
+    if not used.has_clips:
+        return None
+    columns = {column.name: column.name for column in schema if not is_clip_type(column.type)}
+    columns["audio_id"] = used.columns["audio_id"]
+    unused = tuple(name for name in schema.names if name not in columns.values())
+    return ColumnMap(columns, None, True, labels_of(features, source.name), unused)
+
+
+def _read_features(source: DatasetSource, schema: "pyarrow.Schema") -> dict[str, Any]:
+    """Return the features of a table, as `datasets` describes them, or nothing."""
     info = source.files[0].parent / INFO
     if source.kind == "arrow" and info.is_file():
-        stored = read_json_object(info).get("features")
-        features = stored if isinstance(stored, dict) else {}
-    return map_columns(schema, features, flags, source.name)
+        features = read_json_object(info).get("features")
+        return features if isinstance(features, dict) else {}
+    return features_of(schema)
 
 
 def table_examples(source: DatasetSource, columns: ColumnMap) -> Iterator[dict[str, Any]]:
