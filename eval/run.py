@@ -40,7 +40,8 @@ from eval.scorer_interface import Context, EvaluationError, Outcome, load_predic
 from eval.tasks import TASKS, Task, find_task
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
-from ltu.data.dataset_source import is_dataset_folder
+from ltu.data.dataset_io import describe_columns
+from ltu.data.dataset_source import find_source, is_dataset_folder
 from ltu.files import read_json_object, run_command
 from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.model_card import EvaluationResult, save_evaluation
@@ -227,6 +228,16 @@ def find_files(tasks: list[str], path: Path, suffix: str = "") -> dict[str, Path
     if not found or (missing and not is_all):
         raise EvaluationError(f"{missing[0]} is not there.")
     return found
+
+
+def print_columns(plan: Plan, columns: ColumnFlags) -> None:
+    """Print which columns of the questions are used for what, where the flags or a table say so."""
+    paths: dict[Path, None] = {}  # An ordered set.
+    for model in plan.models:
+        paths.update(dict.fromkeys(model.questions.values()))
+    for path in paths:
+        for line in describe_columns(find_source(path, columns.split), columns):
+            print(f"{path}: {line}")
 
 
 # --- Generating
@@ -726,6 +737,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = make_plan(args)
     if not plan.scorings and not any(model.questions for model in plan.models):
         raise EvaluationError(f"Nothing is left to score. {'; '.join(plan.left_out)}.")
+    print_columns(plan, read_column_flags(args))
     generation = generation_settings(args)
     settings = scoring_settings(args)
     # Check the flags of ltu.inference_batch before hours of work, not after.

@@ -108,9 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     columns = read_column_flags(args)
     files = []
     for path in args.data_path:
-        for line in describe_columns(find_source(path, columns.split), columns):
+        source = find_source(path, columns.split)
+        for line in describe_columns(source, columns):
             print(f"{path}: {line}")
-        files.append(read_examples(path, args.audio_root, False, ignored_keys, columns))
+        files.append(read_examples(source, args.audio_root, False, ignored_keys, columns))
     if args.check_batch:
         args.cache_mb = 0  # A clip that was encoded alone must be encoded in its batch too.
         examples = list(chain.from_iterable(files))

@@ -9,8 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -469,6 +467,19 @@ def test_a_damaged_folder_is_one_line(tmp_path):
         state.write_text(text)
         with pytest.raises(ValueError, match=message):
             list(stream_examples(tmp_path / "set", WITH_TEXT))
+    state.write_text(good)
+    info = tmp_path / "set" / "dataset_info.json"
+    described = info.read_text()
+    labels = ColumnFlags(question="What?", answer_column="label")
+    for text, message in (
+        (described.replace('"names"', '"nothing"'), "labels of the column 'label' have no names"),
+        ('{"features": [1]}', "'output', from the column 'label', is a int, not text"),
+    ):
+        info.write_text(text)
+        with pytest.raises(DatasetError, match=message):
+            read_examples(tmp_path / "set", columns=labels)
+    with pytest.raises(DatasetError, match="is an index or one shard. Give the dataset file, or"):
+        list(stream_examples(shard, WITH_TEXT))
     state.unlink()
     check("is a folder, but none that save_to_disk of `datasets` has written")
 
@@ -517,35 +528,28 @@ def test_missing_and_empty_data_sets(tmp_path):
 # --- memory
 
 
-def test_text_of_a_large_table_is_read_in_constant_memory(tmp_path):
-    """The clips, 600 MB, are not read; nothing of 300 times the file is in memory."""
+def test_large_row_groups_are_read_in_parts(tmp_path, monkeypatch):
+    """The texts without the clips, and of a row group of 40 MB only a part at a time."""
+    monkeypatch.setattr(table_clip, "BATCH_BYTES", 2**21)
     path = tmp_path / "a.parquet"
-    schema = pyarrow.schema(
-        {"audio": pyarrow.struct({"bytes": "binary", "path": "string"}), "text": "string"}
-    )
-    content = os.urandom(2**20)
-    with pyarrow.parquet.ParquetWriter(path, schema, compression="none") as writer:
-        for _ in range(6):
-            audio = [{"bytes": content, "path": None}] * 100
-            rows = {"audio": audio, "text": ["a"] * 100}
-            writer.write_table(pyarrow.table(rows, schema))
-    code = f"""
-import resource
-from ltu.data.columns import ColumnFlags
-from ltu.data.dataset_io import stream_examples
-from ltu.data.table_clip import read_clip_bytes
-columns = ColumnFlags(question="?", answer_column="text")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-names = [example["audio_id"] for example in stream_examples({str(path)!r}, columns)]
-streamed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for name in names[::7]:
-    assert len(read_clip_bytes({str(tmp_path)!r} + "/" + name)) == 2**20
-read = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(len(names), (streamed - before) // 1024, (read - before) // 1024)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    count, streamed, read = map(int, result.stdout.split())
-    assert count == 600
-    assert streamed < 100  # MB
-    assert read < 400  # MB; a row group has 100 MB.
+    struct = pyarrow.struct({"bytes": "binary", "path": "string"})
+    schema = pyarrow.schema({"audio": struct, "text": "string"})
+    content = os.urandom(2**18)
+    # A page, here of 4 clips, is what is read at least; by default one has up to 1,024 rows.
+    pages = {"write_batch_size": 4, "data_page_size": 2**20, "use_dictionary": False}
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="none", **pages) as writer:
+        for _ in range(2):
+            audio = [{"bytes": content, "path": None}] * 160
+            writer.write_table(pyarrow.table({"audio": audio, "text": ["a"] * 160}, schema))
+    before = pyarrow.total_allocated_bytes()
+    largest = 0
+    names = []
+    for example in stream_examples(path, WITH_TEXT):
+        names.append(tmp_path / example["audio_id"])
+        largest = max(largest, pyarrow.total_allocated_bytes() - before)
+    assert len(names) == 320
+    assert largest < 1e6
+    for name in names[::3]:
+        assert read_clip_bytes(name) == content
+        largest = max(largest, pyarrow.total_allocated_bytes() - before)
+    assert 1e6 < largest < 12e6

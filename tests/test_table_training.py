@@ -150,9 +150,9 @@ def test_losses_and_resumed_losses_equal_those_from_json(
         path for path in tmp_path.rglob("*") if tmp_path / "run" not in (path, *path.parents)
     }
     assert sorted(written) == before
-    # Resume in the middle, from a copy elsewhere: the content is compared, not place and time.
-    shutil.copytree(tmp_path / "set", tmp_path / "copy" / "set", copy_function=shutil.copyfile)
-    moved = [word.replace(str(tmp_path), str(tmp_path / "copy")) for word in data]
+    # Resume in the middle, from a copy of another name and time: the content is compared.
+    shutil.copytree(tmp_path / "set", tmp_path / "copy", copy_function=shutil.copyfile)
+    moved = [word.replace(str(tmp_path / "set"), str(tmp_path / "copy")) for word in data]
     resumed = {"resume_from_checkpoint": tmp_path / "run" / "checkpoint-3"}
     train(flags(checkpoint, moved, tmp_path / "resumed", **resumed))
     assert losses(tmp_path / "resumed")[-3:] == losses(plain)[-3:]
@@ -556,31 +556,29 @@ def test_data_sets_with_the_columns_of_the_hub(checkpoint, tmp_path):
 def test_training_and_an_index_of_a_data_set_of_the_hub(checkpoint, rows, plain, tmp_path):
     """With the real client; nothing is downloaded twice, and the index names the cached files."""
     dataset = as_dataset(rows)
-    code = "import sys; from {} import main; sys.exit(main({!r}))"
+    data = ["--data_path", "owner/clips", "--split", "train", *COLUMNS]
+    index = tmp_path / "clips.arrow"
+    words = ["owner/clips", *data[2:], "--base_model", str(checkpoint)]
+    code = f"""
+from ltu import finetune, index_dataset
+finetune.main({flags(checkpoint, data, tmp_path / "run")!r})
+index_dataset.main({[*words, "--output_path", str(index)]!r})
+try:
+    index_dataset.main({words!r})
+except ValueError as error:
+    print("ERROR", error)
+"""
     with open_fake_hub() as hub:
         for number in range(2):
             file = tmp_path / f"{number}.parquet"
             dataset.shard(2, number, contiguous=True).to_parquet(file)
             path = f"data/train-{number:05}-of-00002.parquet"
             hub.dataset_files["owner/clips", "main", path] = file.read_bytes()
-        data = ["--data_path", "owner/clips", "--split", "train", *COLUMNS]
-
-        def run(module: str, arguments: list[str], **variables: str) -> str:
-            found = hub.run(
-                code.format(module, arguments),
-                HF_HOME=str(tmp_path / "home"),
-                CUDA_VISIBLE_DEVICES="",
-                **variables,
-            )
-            assert found.returncode == 0, found.stdout + found.stderr
-            return found.stdout
-
-        printed = run("ltu.finetune", flags(checkpoint, data, tmp_path / "run"))
-        assert "owner/clips [train]: 12 examples, 10 with audio" in printed
-        assert losses(tmp_path / "run") == losses(plain)
-        index = tmp_path / "clips.arrow"
-        arguments = ["owner/clips", *data[2:], "--base_model", str(checkpoint)]
-        run("ltu.index_dataset", [*arguments, "--output_path", str(index)], HF_HUB_OFFLINE="1")
-        assert sorted(hub.downloads).count("data/train-00000-of-00002.parquet") == 1
+        found = hub.run(code, HF_HOME=str(tmp_path / "home"), CUDA_VISIBLE_DEVICES="")
+        assert found.returncode == 0, found.stdout + found.stderr
+        assert sorted(hub.downloads) == [f"data/train-{n:05}-of-00002.parquet" for n in range(2)]
+    assert "owner/clips [train]: 12 examples, 10 with audio" in found.stdout
+    assert "ERROR owner/clips [train] has no folder of its own for an index" in found.stdout
+    assert losses(tmp_path / "run") == losses(plain)
     train(flags(checkpoint, index, tmp_path / "indexed"))
     assert losses(tmp_path / "indexed") == losses(plain)

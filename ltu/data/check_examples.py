@@ -22,7 +22,7 @@ from ltu.data.audio import AudioError, Downmix, decode_audio
 from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_io import AUDIO_HINT, KEYS, find_columns, stream_source, wrong_type
 from ltu.data.dataset_parser import DatasetError
-from ltu.data.dataset_source import find_source
+from ltu.data.dataset_source import DatasetSource, find_source
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def parse_ignored_keys(text: str) -> frozenset[str]:
 
 
 def read_examples(
-    path: str | Path,
+    path: str | Path | DatasetSource,
     audio_root: str | Path | None = None,
     need_output: bool = True,
     ignored_keys: Collection[str] = (),
@@ -109,7 +109,7 @@ def read_examples(
 
 
 def checked_examples(
-    path: str | Path,
+    path: str | Path | DatasetSource,
     audio_root: str | Path | None = None,
     need_output: bool = True,
     ignored_keys: Collection[str] = (),
@@ -119,7 +119,8 @@ def checked_examples(
     """Yield the examples `{"instruction", "input"?, "audio_id", "output", "dataset"?, "task"?}`.
 
     Args:
-        path: the dataset file, in any format of `ltu.data.dataset_io`.
+        path: the dataset file, in any format of `ltu.data.dataset_io`; or what `find_source` has
+            found.
         audio_root: folder of relative `audio_id`s; by default the folder of the file. Clips that
             lie in a table have none.
         need_output: whether every example must have an answer (training) or may lack one

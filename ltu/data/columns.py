@@ -240,7 +240,7 @@ def map_columns(
         elif key in schema.names and key != audio:
             columns[key] = key
     labels = {}
-    for column, names in labels_of(features).items():
+    for column, names in labels_of(features, path).items():
         if column in columns.values():
             labels[column] = names
     for key in ("dataset", "task"):
@@ -295,12 +295,19 @@ def _is_text(kind: "pyarrow.DataType") -> bool:
     )
 
 
-def labels_of(features: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the names of the labels of each column of the type ClassLabel."""
+def labels_of(features: dict[str, Any], path: object) -> dict[str, list[str]]:
+    """Return the names of the labels of each column of the type ClassLabel.
+
+    Raises:
+        DatasetError: the labels of a column of `path` have no names.
+    """
     labels = {}
     for column, feature in features.items():
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            labels[column] = [str(name) for name in feature.get("names") or []]
+            names = feature.get("names")
+            if not isinstance(names, list):
+                raise DatasetError(f"{path}: the labels of the column {column!r} have no names.")
+            labels[column] = [str(name) for name in names]
     return labels
 
 

@@ -103,6 +103,11 @@ def find_source(path: "str | Path | DatasetSource", split: str | None = None) ->
     if path.is_file():
         if split is not None:
             raise DatasetError(f"--split {split}: {path} is a file, which has no splits.")
+        if path.suffix == INDEX_ENDING:
+            raise DatasetError(
+                f"{path} is an index or one shard. Give the dataset file, or the folder that "
+                "`datasets` has saved."
+            )
         with path.open("rb") as file:
             is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
         kind = "parquet" if is_parquet else "json"

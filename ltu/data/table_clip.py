@@ -10,8 +10,8 @@ as `datasets.Audio` stores them. A struct whose bytes are null is the file at it
 absolute, or relative to the folder of the table. Nothing is copied to the disk.
 
 An Arrow shard is mapped into memory. Of a Parquet file, each thread holds about `BATCH_BYTES` of
-its last row group: reading clips in their order reads the file once, but a clip elsewhere costs the
-reading of its row group up to that clip.
+its last row group (at least a page, which writers make of up to 1,024 rows): reading clips in their
+order reads the file once, but a clip elsewhere costs the reading of its row group up to that clip.
 """
 
 import hashlib

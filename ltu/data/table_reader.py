@@ -68,14 +68,15 @@ def map_all_columns(source: DatasetSource) -> ColumnMap | None:
     columns = {column.name: column.name for column in schema if not is_clip_type(column.type)}
     columns["audio_id"] = used.columns["audio_id"]
     unused = tuple(name for name in schema.names if name not in columns.values())
-    return ColumnMap(columns, None, True, labels_of(features), unused)
+    return ColumnMap(columns, None, True, labels_of(features, source.name), unused)
 
 
 def _read_features(source: DatasetSource, schema: "pyarrow.Schema") -> dict[str, Any]:
     """Return the features of a table, as `datasets` describes them, or nothing."""
     info = source.files[0].parent / INFO
     if source.kind == "arrow" and info.is_file():
-        return read_json_object(info).get("features") or {}
+        features = read_json_object(info).get("features")
+        return features if isinstance(features, dict) else {}
     return features_of(schema)
 
 
@@ -87,7 +88,6 @@ def table_examples(source: DatasetSource, columns: ColumnMap) -> Iterator[dict[s
     """
     keys = {key: name for key, name in columns.columns.items() if key != "audio_id"}
     audio = columns.columns.get("audio_id")
-    labels = {key: columns.labels[name] for key, name in keys.items() if name in columns.labels}
     names = [*dict.fromkeys(keys.values())]
     for file in source.files:
         missing = set(columns.columns.values()) - set(_read_schema(source, file).names)
@@ -104,19 +104,27 @@ def table_examples(source: DatasetSource, columns: ColumnMap) -> Iterator[dict[s
             else:
                 audio_ids = _clip_names(source, file, audio, row, has_audio)
             for index, audio_id in enumerate(audio_ids):
-                example = {}
-                for key, name in keys.items():
-                    value = values[name][index]
-                    if key in labels:
-                        value = _label_of(value, labels[key])
-                    if value is not None or key not in OPTIONAL_KEYS:
-                        example[key] = value
-                if columns.question is not None:
-                    example["instruction"] = columns.question
-                if audio is not None:
-                    example["audio_id"] = audio_id
-                yield example
+                texts = {key: values[name][index] for key, name in keys.items()}
+                yield _make_example(columns, texts, audio_id)
             row += len(audio_ids)
+
+
+def _make_example(
+    columns: ColumnMap, texts: dict[str, Any], audio_id: str | None
+) -> dict[str, Any]:
+    """Return an example of the values of a row."""
+    example = {}
+    for key, value in texts.items():
+        names = columns.labels.get(columns.columns[key])
+        if names is not None:
+            value = _label_of(value, names)
+        if value is not None or key not in OPTIONAL_KEYS:
+            example[key] = value
+    if columns.question is not None:
+        example["instruction"] = columns.question
+    if "audio_id" in columns.columns:
+        example["audio_id"] = audio_id
+    return example
 
 
 def _clip_names(
