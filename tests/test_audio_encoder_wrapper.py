@@ -293,11 +293,12 @@ def test_a_frozen_encoder_has_no_dropout_and_can_be_cached(
         assert (states[1][key] - value).abs().max() < 1e-5, key
 
 
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2"])
 def test_a_plan_of_memory(
-    write_initial: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    write_initial: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture, name: str
 ) -> None:
     rows = tiny.write_rows(tmp_path / "rows", 4)
-    flags = tiny.training_flags(write_initial("whisper"), rows, tmp_path / "run")
+    flags = tiny.training_flags(write_initial(name), rows, tmp_path / "run")
     finetune([*flags, "--plan", "--gpu_memory", "24"])
     assert "GiB" in capsys.readouterr().out
 
@@ -401,6 +402,25 @@ def test_other_models_are_refused(
     assert "python -m ltu.convert_checkpoint --init" in message
     flags = [*start.split()[:-1], "--num_audio_tokens", "8"]
     assert "only for an --audio_encoder of transformers" in refused(flags, capsys)
+
+
+WRONG_CONFIGS = {
+    "sizes that do not fit": {"hidden_size": 31},
+    "code of its own": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}},
+    "an unknown type": {"model_type": "mine"},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_a_config_that_cannot_be_built_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, case: str
+) -> None:
+    folder = shutil.copytree(root / "wav2vec2", tmp_path / "wrong")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | WRONG_CONFIGS[case]))
+    flags = f"--init --llm {root}/llm --audio_encoder {folder} --output_dir {tmp_path}/out"
+    message = refused([*flags.split(), "--chunk_seconds", "1.28"], capsys)
+    assert str(folder) in message or "model type `mine`" in message
 
 
 def test_missing_weights_are_not_made_up(

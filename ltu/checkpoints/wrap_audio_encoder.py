@@ -125,7 +125,10 @@ def wrap_audio_encoder(
             that are used.
     """
     config, extractor = open_audio_model(name)
-    encoder_class, encoder_config = find_encoder_class(config)
+    try:
+        encoder_class, encoder_config = find_encoder_class(config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     with torch.random.fork_rng([]):  # The random weights of the projector stay the same.
         encoder = encoder_class(encoder_config).eval()
     input_name = find_input_name(encoder)
