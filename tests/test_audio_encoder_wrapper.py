@@ -293,11 +293,12 @@ def test_a_frozen_encoder_has_no_dropout_and_can_be_cached(
         assert (states[1][key] - value).abs().max() < 1e-5, key
 
 
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2"])
 def test_a_plan_of_memory(
-    write_initial: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    write_initial: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture, name: str
 ) -> None:
     rows = tiny.write_rows(tmp_path / "rows", 4)
-    flags = tiny.training_flags(write_initial("whisper"), rows, tmp_path / "run")
+    flags = tiny.training_flags(write_initial(name), rows, tmp_path / "run")
     finetune([*flags, "--plan", "--gpu_memory", "24"])
     assert "GiB" in capsys.readouterr().out
 
@@ -335,6 +336,31 @@ def refused(flags: list[str], capsys: pytest.CaptureFixture, command: Callable =
     return message
 
 
+STEPS_A_SECOND = [
+    ("whisper", 0.5, 25),
+    ("whisper", 5, 250),
+    ("whisper", 10, 500),
+    ("whisper", 30, 1500),
+    # The feature extractor repeats short clips; the first repetition is used.
+    ("clap", 5, 16),
+    # It normalises the whole chunk, so a change at the end changes all features.
+    ("wav2vec2-bert", 0.5, 24),
+]
+
+
+@pytest.mark.parametrize(("name", "seconds", "num_steps"), STEPS_A_SECOND)
+def test_time_steps_of_a_chunk(root: Path, name: str, seconds: float, num_steps: int) -> None:
+    """50 positions a second for Whisper, whatever the length of the chunk; 32 in 10 s for CLAP."""
+    assert wrap_audio_encoder(root / name, 1, seconds).config.num_time_steps == num_steps
+
+
+def test_a_short_chunk_is_trained(root: Path, tmp_path: Path) -> None:
+    """SpecAugment of wav2vec2 would fail, because its masks are longer than such a chunk."""
+    flags = f"--init --llm {root}/llm --audio_encoder {root}/wav2vec2 --num_audio_tokens 2"
+    convert([*flags.split(), "--chunk_seconds", "0.15", "--output_dir", str(tmp_path / "init")])
+    trained(tmp_path / "init", tmp_path / "trained", trainable_params="all")
+
+
 REFUSED = {
     "too many tokens": ("whisper", "--num_audio_tokens 65 --chunk_seconds 1.28", "Give at most 64"),
     "no such layer": ("whisper", "--encoder_layers 3", "layers 0 (its input) to 2"),
@@ -346,6 +372,7 @@ REFUSED = {
     ),
     "crops clips": ("clap", "--chunk_seconds 10.24", "Give --chunk_seconds 10 or less"),
     "cuts clips": ("whisper", "--chunk_seconds 31", "Give --chunk_seconds 30 or less"),
+    "cuts a tenth of a second": ("whisper", "--chunk_seconds 30.1", "Give --chunk_seconds 30 or"),
     "cuts spectrograms": ("ast", "--num_audio_tokens 4", "Give --chunk_seconds 1 or less"),
     "no length": ("whisper", "--chunk_seconds 0", "it must be from 0.1 to 3600"),
     "no tokens": ("whisper", "--num_audio_tokens 0", "it must be at least 1"),
@@ -375,6 +402,25 @@ def test_other_models_are_refused(
     assert "python -m ltu.convert_checkpoint --init" in message
     flags = [*start.split()[:-1], "--num_audio_tokens", "8"]
     assert "only for an --audio_encoder of transformers" in refused(flags, capsys)
+
+
+WRONG_CONFIGS = {
+    "sizes that do not fit": {"hidden_size": 31},
+    "code of its own": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}},
+    "an unknown type": {"model_type": "mine"},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_a_config_that_cannot_be_built_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture, case: str
+) -> None:
+    folder = shutil.copytree(root / "wav2vec2", tmp_path / "wrong")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | WRONG_CONFIGS[case]))
+    flags = f"--init --llm {root}/llm --audio_encoder {folder} --output_dir {tmp_path}/out"
+    message = refused([*flags.split(), "--chunk_seconds", "1.28"], capsys)
+    assert str(folder) in message or "model type `mine`" in message
 
 
 def test_missing_weights_are_not_made_up(

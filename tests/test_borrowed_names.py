@@ -142,6 +142,11 @@ BORROWED_NAMES = [
         "RuntimeError",
     ),
     BorrowedName(
+        "torch._subclasses.fake_tensor:DynamicOutputShapeException",
+        "ltu/training/memory_estimate.py",
+        "RuntimeError",
+    ),
+    BorrowedName(
         "torch.utils._python_dispatch:TorchDispatchMode",
         "ltu/training/memory_estimate.py",
         "torch.distributed._tools.mem_tracker, once it takes frozen parameters",

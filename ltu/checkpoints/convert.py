@@ -345,8 +345,10 @@ class LtuConverter:
         if not (Path(path) / "config.json").is_file():
             return False
         model_type = read_json_object(Path(path) / "config.json").get("model_type")
-        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str):
             return False
+        if model_type not in CONFIG_MAPPING:
+            return True  # Of another version of transformers, or with code of its own.
         config_class = CONFIG_MAPPING[model_type]
         # A released folder of the original is that of a Llama with an audio encoder in it.
         if config_class is LlamaConfig or issubclass(config_class, LtuConfig):

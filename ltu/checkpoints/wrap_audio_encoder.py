@@ -45,9 +45,13 @@ DEFAULT_NUM_AUDIO_TOKENS = 32
 DEFAULT_CHUNK_SECONDS = 10.24
 # Lengths of a chunk that are tried to say which one is possible, in seconds.
 TRIED_SECONDS = (30.0, 20.0, 10.24, 10.0, 8.0, 5.0, 4.0, 2.0, 1.0, 0.5)
-# The end of a chunk whose features are looked for.
-END_FRACTION = 0.02
-# Of the largest change of the features; smaller changes come from normalising the whole waveform.
+# The end of a chunk, in seconds, that must reach the features. It is longer than a frame, because
+# some feature extractors drop a last frame that is not whole.
+END_SECONDS = 0.05
+# Points of a chunk, as fractions, after which the waveform is changed to find the first feature
+# that changes with it.
+CHANGE_POINTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# Of the largest change of the features. Smaller ones come from normalising the whole waveform.
 MIN_CHANGE = 0.05
 MAX_SPECIAL_TOKENS = 4  # In front of the patches of a spectrogram: AST has two.
 MAX_CONSTANT_VALUES = 16  # Of an input that is the same for all clips.
@@ -121,7 +125,10 @@ def wrap_audio_encoder(
             that are used.
     """
     config, extractor = open_audio_model(name)
-    encoder_class, encoder_config = find_encoder_class(config)
+    try:
+        encoder_class, encoder_config = find_encoder_class(config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     with torch.random.fork_rng([]):  # The random weights of the projector stay the same.
         encoder = encoder_class(encoder_config).eval()
     input_name = find_input_name(encoder)
@@ -184,11 +191,21 @@ def open_audio_model(name: str | Path) -> tuple[PreTrainedConfig, FeatureExtract
             f"{name} is a {config.model_type} without a feature extractor for audio "
             f"(preprocessor_config.json): {reason}"
         ) from error
-    # DDP needs a gradient of each layer in each step.
-    for key in vars(config):
-        if key.endswith("layerdrop"):
-            setattr(config, key, 0.0)
+    _switch_off_random_parts(config)
     return config, extractor
+
+
+def _switch_off_random_parts(config: PreTrainedConfig) -> None:
+    """Switch off layer drop and SpecAugment in a config and the configs in it.
+
+    DDP needs a gradient of each layer in each step. SpecAugment would mask positions when the
+    encoder is trained, and fails for chunks that are shorter than a mask.
+    """
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _switch_off_random_parts(value)
+        elif key.endswith("layerdrop") or (key.startswith("mask_") and key.endswith("_prob")):
+            setattr(config, key, 0.0)
 
 
 def make_noise(num_samples: int, num_changed: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +254,7 @@ def _try_chunk(
         ValueError: the feature extractor makes no features of that name.
     """
     chunk_samples = round(chunk_seconds * SAMPLING_RATE)
-    whole, other_end = make_noise(chunk_samples, max(1, round(END_FRACTION * chunk_samples)))
+    whole, other_end = make_noise(chunk_samples, round(END_SECONDS * SAMPLING_RATE))
     half = whole[: chunk_samples // 2]
     run = partial(run_feature_extractor, extractor, chunk_samples=chunk_samples)
 
@@ -274,22 +291,15 @@ def _try_chunk(
     features = of_whole[input_name]
     if not np.array_equal(features, call(whole, padding)[input_name]):
         return None
-    change = np.abs(features - call(other_end, padding)[input_name])
-    if not change.any():
+    if np.array_equal(features, call(other_end, padding)[input_name]):
         return None
-    # Along time, few features belong to the end of the chunk. Along other axes, most change.
-    is_changed = change > MIN_CHANGE * change.max()
-    changed_along = []
-    for axis in range(change.ndim):
-        other_axes = tuple(other for other in range(change.ndim) if other != axis)
-        changed_along.append(is_changed.any(axis=other_axes))
-    along_time = min(changed_along, key=np.mean)  # (features along time,) bool
-    # Frames overlap, so those at both borders of the end change too: as many before it as after it.
-    # With s of these, `changed = END_FRACTION * end + 2 * s` and `last = end + s`.
-    last = int(np.flatnonzero(along_time)[-1]) + 1
-    num_changed = int(along_time.sum())
-    end = (last - num_changed / 2) / (1 - END_FRACTION / 2)
-    chunk_fraction = min(1.0, end / len(along_time))
+    chunk_fraction = 1.0
+    if padding == "fixed":  # Otherwise, there are as many features as a chunk has.
+        changes = []
+        for point in CHANGE_POINTS:
+            _, other = make_noise(chunk_samples, round((1 - point) * chunk_samples))
+            changes.append(np.abs(features - call(other, padding)[input_name]))
+        chunk_fraction = _measure_chunk_fraction(changes)
 
     constants = {}
     for name, value in of_whole.items():
@@ -298,6 +308,28 @@ def _try_chunk(
             constants[name] = value.tolist()
     shape = list(features.shape)
     return FeatureLayout(padding, shape, chunk_fraction, constants)
+
+
+def _measure_chunk_fraction(changes: list[np.ndarray]) -> float:
+    """Return the part of the features, along time, that belongs to the chunk.
+
+    Frames overlap, so the first that changes is somewhat before the point where the waveform does,
+    by the same amount at each point. The slope does not depend on this amount.
+
+    Args:
+        changes: of the features (*feature_shape), for each of `CHANGE_POINTS`.
+    """
+    fractions = []
+    for axis in range(changes[0].ndim):
+        other_axes = tuple(other for other in range(changes[0].ndim) if other != axis)
+        first_changed = []
+        for change in changes:
+            is_changed = (change > MIN_CHANGE * change.max()).any(axis=other_axes)
+            first_changed.append(np.flatnonzero(is_changed)[0])
+        slope = np.polyfit(CHANGE_POINTS, first_changed, 1)[0]
+        fractions.append(slope / changes[0].shape[axis])
+    # Along other axes than time, the first of the features changes at each point.
+    return float(np.clip(max(fractions), 0, 1))
 
 
 def measure_time(

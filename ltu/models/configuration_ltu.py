@@ -332,9 +332,17 @@ def open_model_config(name: str | os.PathLike, **hub_kwargs: Any) -> PreTrainedC
         check_files(Path(name))
         path = Path(name, "config.json")
         check_numbers(read_json_object(path), str(path))
-    with refuse_malformed(f"{name}: config.json"):
-        config = AutoConfig.from_pretrained(name, **hub_kwargs)
-        check_sizes(config)
+    hub_kwargs = {
+        "trust_remote_code": False
+    } | hub_kwargs  # By default, transformers asks on stdin.
+    try:
+        with refuse_malformed(f"{name}: config.json"):
+            config = AutoConfig.from_pretrained(name, **hub_kwargs)
+            check_sizes(config)
+    except OSError as error:
+        if str(name) in str(error):
+            raise
+        raise OSError(f"{name}: {error}") from error
     return config
 
 

@@ -33,7 +33,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -136,6 +140,9 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        # Transformers 5.17 compares a random number with a layer drop of 0 to skip a layer.
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return False
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
@@ -326,7 +333,7 @@ def trace_training(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _trace(model, num_rows, text_tokens, accumulates, bf16, cuda)
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"The memory of this model cannot be estimated, because its code depends on the values "
             f"of its tensors ({error.func})."
