@@ -59,7 +59,8 @@ class DatasetSource:
     @property
     def short_name(self) -> str:
         """The name without the folder of a file."""
-        return self.name if not self.is_local else self.name.removeprefix(f"{self.root}{os.sep}")
+        root = str(self.root).rstrip(os.sep)
+        return self.name.removeprefix(f"{root}{os.sep}") if self.is_local else self.name
 
     @property
     def size(self) -> int:
@@ -168,7 +169,10 @@ def _find_saved(folder: Path, root: Path) -> DatasetSource:
     """Return the shards of one split that `datasets` has saved."""
     if not (folder / STATE).is_file():
         raise DatasetError(f"{folder} has no {STATE}. Copy the folder again, or save it again.")
-    if "_indices_data_files" in read_json_object(folder / STATE):
+    state = read_json_object(folder / STATE)
+    if state.get("_data_files") == []:
+        raise DatasetError(f"{folder} contains no examples.")
+    if "_indices_data_files" in state:
         raise DatasetError(
             f"{folder} was saved by an old version of `datasets`, with a list of indices. Load it "
             "with a newer one and save it again."

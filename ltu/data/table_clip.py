@@ -71,9 +71,14 @@ class TableClip:
 
     @classmethod
     def parse(cls, text: str | os.PathLike) -> "TableClip | None":
-        """Return the clip that has this name, or None if it is that of a file."""
+        """Return the clip that has this name, or None if it is that of a file.
+
+        A file that has such a name is a file: `clip#1[2]` may be anything.
+        """
         match = NAME.fullmatch(os.fspath(text))
-        return match and cls(match[1], match[2], int(match[3]))
+        if match is None or os.path.lexists(text):
+            return None
+        return cls(match[1], match[2], int(match[3]))
 
     def __str__(self) -> str:
         return f"{self.file}#{self.column}[{self.row}]"
@@ -113,8 +118,9 @@ def find_content(text: str | os.PathLike) -> bytes | Path:
         return content
     if content is None and path:
         return Path(clip.file).parent / path
-    kind = "its bytes are null" if content is None else "it has 0 bytes"
-    raise TableClipError("unreadable", f"{kind}, and it has no path")
+    if content is None:
+        raise TableClipError("unreadable", "its bytes are null, and it has no path")
+    raise TableClipError("unreadable", "it has 0 bytes")
 
 
 def name_of_clip(text: str | os.PathLike) -> str | None:
@@ -374,7 +380,7 @@ def _open(clip: TableClip) -> _Column:
     except KeyError as error:
         raise TableClipError("missing", f"the table has no column {clip.column!r}") from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise TableClipError("unreadable", f"its table cannot be read ({error})") from error
+        raise _unreadable(error) from error
     if clip.row >= table.num_rows:
         raise TableClipError("missing", f"the table has {table.num_rows} rows, counted from 0")
     while len(tables) >= MAX_OPEN_TABLES:
@@ -405,4 +411,10 @@ def _read_entry(clip: TableClip) -> "pyarrow.Scalar":
     except (pyarrow.ArrowException, OSError, ValueError, StopIteration) as error:
         # The reader may be in the middle of a row group.
         del _open_tables.tables[clip.file, clip.column]
-        raise TableClipError("unreadable", f"its table cannot be read ({error})") from error
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> TableClipError:
+    """Return the error for a table that cannot be read, in one line."""
+    reason = " ".join(str(error).split())
+    return TableClipError("unreadable", f"its table cannot be read ({reason})")
