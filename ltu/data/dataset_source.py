@@ -135,6 +135,11 @@ def is_dataset_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in (STATE, SPLITS)) or any(path.glob("*.parquet"))
 
 
+def is_dataset_name(path: Path) -> bool:
+    """Return whether a path is no file or folder, but a pattern or the name of a hub data set."""
+    return not path.exists() and (glob.has_magic(str(path)) or HubDataset.parse(path) is not None)
+
+
 def _find_in_folder(path: Path, split: str | None) -> DatasetSource:
     if (path / SPLITS).is_file():
         splits = _read_names(path / SPLITS, "splits")
