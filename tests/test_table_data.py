@@ -556,6 +556,10 @@ def test_damaged_parquet_is_one_line(tmp_path):
     with pytest.raises(TableClipError, match="its table cannot be read") as clip_error:
         read_clip_bytes(f"{path}#audio[0]")
     assert "\n" not in f"{error.value}{clip_error.value}"
+    # An encrypted file begins and ends with other letters.
+    path.write_bytes(b"PARE" + content[4:-4] + b"PARE")
+    with pytest.raises(DatasetError, match="a.parquet: cannot be read .*encrypt"):
+        list(stream_examples(path, WITH_TEXT))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.parquet").write_text("no table")
     with pytest.raises(DatasetError, match="a.parquet is not a Parquet file"):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ltu.data.dataset_parser import DatasetError
 from ltu.data.hub_dataset import HubDataset, find_hub_dataset
-from ltu.data.table_clip import PARQUET_MAGIC
+from ltu.data.table_clip import is_parquet
 from ltu.files import read_json_object
 
 INDEX_ENDING = ".arrow"
@@ -109,9 +109,7 @@ def find_source(path: "str | Path | DatasetSource", split: str | None = None) ->
                 f"{path} is an index or one shard. Give the dataset file, or the folder that "
                 "`datasets` has saved."
             )
-        with path.open("rb") as file:
-            is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-        kind = "parquet" if is_parquet else "json"
+        kind = "parquet" if is_parquet(path) else "json"
         return DatasetSource(path, (path,), kind, path.parent, str(path))
     if glob.has_magic(str(path)):
         files = [Path(found) for found in sorted(glob.glob(str(path)))]
@@ -229,9 +227,8 @@ def _files_of_split(path: Path, files: list[Path], split: str | None) -> list[Pa
 
 def _parquet_source(path: Path, files: list[Path], name: str, is_local: bool) -> DatasetSource:
     for file in files:
-        with file.open("rb") as opened:
-            if opened.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
-                raise DatasetError(f"{file} is not a Parquet file. Download or write it again.")
+        if not is_parquet(file):
+            raise DatasetError(f"{file} is not a Parquet file. Download or write it again.")
     root = path.parent
     if not is_local:
         root = Path(os.path.commonpath([file.parent.absolute() for file in files]))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 NAME = re.compile(r"(?s)(.+)#([^#]+)\[([0-9]+)\]")
-PARQUET_MAGIC = b"PAR1"
+PARQUET_MAGIC = (b"PAR1", b"PARE")  # The second one is that of encrypted files.
 # How an Arrow stream ends. A file that is cut between two record batches lacks it.
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BATCH_BYTES = 2**26  # Of the clips of a row group that are in memory, about.
@@ -331,6 +331,16 @@ def map_arrow(path: str | os.PathLike) -> "pyarrow.Table":
         ) from error
 
 
+def is_parquet(path: str | os.PathLike) -> bool:
+    """Return whether a file begins as Parquet does.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(4) in PARQUET_MAGIC
+
+
 def has_null_bytes(file: "pyarrow.parquet.ParquetFile", column: str) -> bool:
     """Return whether a Parquet column of clips may have one without bytes, by its statistics."""
     metadata = file.metadata
@@ -390,9 +400,7 @@ def _open(clip: TableClip) -> _Column:
 
 
 def _open_column(clip: TableClip) -> _Column:
-    with open(clip.file, "rb") as file:
-        is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-    if is_parquet:
+    if is_parquet(clip.file):
         return _ParquetColumn(clip.file, clip.column)
     return _ArrowColumn(clip.file, clip.column)
 
