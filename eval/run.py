@@ -41,7 +41,7 @@ from eval.tasks import TASKS, Task, find_task
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
 from ltu.data.dataset_io import describe_columns
-from ltu.data.dataset_source import find_source, is_dataset_folder
+from ltu.data.dataset_source import find_source, is_dataset_folder, is_dataset_name
 from ltu.files import read_json_object, run_command
 from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.model_card import EvaluationResult, save_evaluation
@@ -188,7 +188,8 @@ def find_questions(tasks: list[str], path: Path, split: str | None) -> dict[str,
     Raises:
         EvaluationError: A file is missing, or one data set is given for several tasks.
     """
-    if path.is_file() or not (is_dataset_folder(path) or split is not None):
+    is_data_set = split is not None or is_dataset_folder(path) or is_dataset_name(path)
+    if path.is_file() or not is_data_set:
         return find_files(tasks, path)
     if len(tasks) > 1 or "all" in tasks:
         raise EvaluationError(

@@ -205,7 +205,9 @@ def test_invalid_examples_are_named_and_leave_no_file(processor, data_path):
     examples[10]["output"] = None
     examples[20]["audio_id"] = 3
     data_path.write_text(json.dumps(examples))
-    with pytest.raises(DatasetError, match="example 11: .*null\n.*example 21: 'audio_id' is a int"):
+    with pytest.raises(
+        DatasetError, match="example 11: 'output' is null.*\n.*example 21: 'audio_id' is a int"
+    ):
         build_index(data_path, processor)
     assert not list(data_path.parent.glob("*.arrow*"))
 

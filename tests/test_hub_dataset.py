@@ -12,17 +12,24 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ltu.data import hub_dataset
 from ltu.data.hub_dataset import HubDataset
 from tests.fake_hub import FakeHub, open_fake_hub
 
-# Finds datasets, and prints for each its files or the error.
+# Finds datasets, and prints for each its files or the error. The module is loaded by its path:
+# importing the package would import transformers, which takes most of the time.
 FIND = """
+import importlib.util
 import json
-from ltu.data.hub_dataset import find_hub_dataset
+import sys
+spec = importlib.util.spec_from_file_location("hub_dataset", {module!r})
+hub_dataset = importlib.util.module_from_spec(spec)
+sys.modules["hub_dataset"] = hub_dataset
+spec.loader.exec_module(hub_dataset)
 found = []
 for name in {names!r}:
     try:
-        paths = find_hub_dataset(name)
+        paths = hub_dataset.find_hub_dataset(name)
     except (OSError, ValueError) as error:
         found.append(str(error))
     else:
@@ -55,7 +62,9 @@ def put(hub: FakeHub, repo: str, *names: str, revision: str = "main", readme: st
 
 def find(hub: FakeHub, home: Path, *names: str, **variables: str) -> list[list[str] | str]:
     """Return the files of each dataset, or its error, from a process of its own."""
-    found = hub.run(FIND.format(names=names), HF_HOME=str(home), **variables)
+    found = hub.run(
+        FIND.format(module=hub_dataset.__file__, names=names), HF_HOME=str(home), **variables
+    )
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
 

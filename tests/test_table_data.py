@@ -23,7 +23,9 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
+    Image,
     Value,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
@@ -34,11 +36,12 @@ from ltu.data.check_examples import read_examples
 from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
 from ltu.data.dataset_io import describe_columns, hash_source, stream_examples, typed_examples
 from ltu.data.dataset_parser import DatasetError
-from ltu.data.dataset_source import find_source
+from ltu.data.dataset_source import DatasetSource, find_source
 from ltu.data.table_clip import (
     TableClip,
     TableClipError,
     read_clip_bytes,
+    record_clip,
     sha256_of_clip,
     version_of_clip,
 )
@@ -179,7 +182,7 @@ def test_a_clip_that_is_a_path(tmp_path):
     assert [example["audio"] is None for example in examples] == [False] * 4 + [True, False]
     found = [read_clip_bytes(examples[number]["audio"]) for number in range(3)]
     assert found == [wav(1), wav(2), wav(3)]
-    for number, text in ((3, "its bytes are null, and it has no path"), (5, "it has 0 bytes")):
+    for number, text in ((3, "its bytes are null, and it has no path"), (5, r"it has 0 bytes\.")):
         with pytest.raises(AudioError, match=rf"t.parquet#audio\[{number}\]: {text}"):
             decode_audio(examples[number]["audio"])
     versions = [version_of_clip(examples[number]["audio"]) for number in range(3)]
@@ -292,7 +295,61 @@ def test_types_of_columns(tmp_path, kind):
         assert bytes_of(examples, tmp_path) == clips
 
 
+def test_a_file_with_the_name_of_a_clip_is_a_file(tmp_path):
+    names = ["a#b.wav", "a#audio[3]", "set.parquet#audio[0]"]
+    make_dataset(1).to_parquet(tmp_path / "set.parquet")
+    examples = []
+    for number, name in enumerate(names, start=50):
+        (tmp_path / name).write_bytes(wav(number))
+        examples.append({"instruction": "q", "audio_id": name, "output": "a"})
+    (tmp_path / "all.json").write_text(json.dumps(examples))
+    for number, example in enumerate(read_examples(tmp_path / "all.json"), start=50):
+        path = example["audio"]
+        assert TableClip.parse(path) is None
+        np.testing.assert_array_equal(
+            decode_audio(path).waveform, decode_audio(wav(number)).waveform
+        )
+        assert record_clip(path).sha256 == sha256_of(path)
+
+
 # --- columns
+
+
+def test_columns_that_are_images_are_no_clips(tmp_path):
+    dataset = make_dataset(2).rename_column("audio", "sound")
+    images = [{"bytes": b"GIF89a", "path": None}] * 2
+    features = Features({"image": STRUCT})
+    pictures = Dataset.from_dict({"image": images}, features=features)
+    pictures = pictures.cast_column("image", Image(decode=False))
+    both = concatenate_datasets([pictures, dataset], axis=1)
+    both.save_to_disk(tmp_path / "set")
+    both.to_parquet(tmp_path / "a.parquet")
+    for path in (tmp_path / "set", tmp_path / "a.parquet"):
+        [first, _] = read_examples(path, columns=WITH_TEXT)
+        assert first["audio_id"].endswith("#sound[0]")
+
+
+def test_a_column_of_binaries_that_are_paths_is_an_error(tmp_path):
+    for column in ("audio_id", "recording"):
+        for value in (b"a.wav", "ü.wav".encode()):
+            table = pyarrow.table({column: [value], "text": ["a"]})
+            pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+            with pytest.raises(DatasetError, match=f"'{column}' is a text in a column of binaries"):
+                read_examples(tmp_path / "a.parquet", columns=WITH_TEXT)
+    for value in (None, wav(0), b"\xff" * 9):
+        column = pyarrow.array([value, wav(1)], pyarrow.binary())
+        table = pyarrow.table({"audio_id": column, "text": ["a", "b"]})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        assert len(read_examples(tmp_path / "a.parquet", columns=WITH_TEXT)) == 2
+
+
+def test_text_that_is_not_utf_8_is_named_by_its_row(tmp_path):
+    binary = pyarrow.array([b"good", b"good", b"bad\xff"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, binary.buffers())
+    clips = pyarrow.array([wav(number) for number in range(3)])
+    pyarrow.parquet.write_table(pyarrow.table({"audio": clips, "text": text}), tmp_path / "a.pq")
+    with pytest.raises(DatasetError, match=r"a.pq, row 2 \(from 0\): the value of .*'text'"):
+        read_examples(tmp_path / "a.pq", columns=WITH_TEXT)
 
 
 def test_columns_are_found_and_named(tmp_path):
@@ -370,12 +427,12 @@ def test_other_mistakes_with_columns(tmp_path):
         read_examples(tmp_path / "lists", columns=columns)
     missing = dataset.map(lambda row: {"text": None if row["id"] == 1 else row["text"]})
     missing.save_to_disk(tmp_path / "null")
-    with pytest.raises(DatasetError, match="null, example 2: 'instruction' or 'output' is null"):
+    with pytest.raises(DatasetError, match="null, example 2: 'output', from the column 'text',"):
         read_examples(tmp_path / "null", columns=WITH_TEXT)
     labels = dataset.map(lambda row: {"label": -1 if row["id"] == 1 else row["label"]})
     labels.save_to_disk(tmp_path / "label")
     columns = ColumnFlags(question="What?", answer_column="label")
-    with pytest.raises(DatasetError, match="label, example 2: 'instruction' or 'output' is null"):
+    with pytest.raises(DatasetError, match="2: 'output', from the column 'label', is null, or the"):
         read_examples(tmp_path / "label", columns=columns)
 
 
@@ -492,6 +549,17 @@ def test_damaged_parquet_is_one_line(tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(DatasetError, match="a.parquet: cannot be read"):
             list(stream_examples(path, WITH_TEXT))
+    # What pyarrow says of such a footer ends with a line end.
+    path.write_bytes(content[:-300] + b"\x0e" * 292 + content[-8:])
+    with pytest.raises(DatasetError, match="a.parquet: cannot be read") as error:
+        list(stream_examples(path, WITH_TEXT))
+    with pytest.raises(TableClipError, match="its table cannot be read") as clip_error:
+        read_clip_bytes(f"{path}#audio[0]")
+    assert "\n" not in f"{error.value}{clip_error.value}"
+    # An encrypted file begins and ends with other letters.
+    path.write_bytes(b"PARE" + content[4:-4] + b"PARE")
+    with pytest.raises(DatasetError, match="a.parquet: cannot be read .*encrypt"):
+        list(stream_examples(path, WITH_TEXT))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.parquet").write_text("no table")
     with pytest.raises(DatasetError, match="a.parquet is not a Parquet file"):
@@ -505,6 +573,9 @@ def test_missing_and_empty_data_sets(tmp_path):
     for name in ("a.parquet", "b.parquet"):
         with pytest.raises(DatasetError, match="parquet contains no examples"):
             read_examples(tmp_path / name, columns=WITH_TEXT)
+    make_dataset(9).select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(DatasetError, match="none contains no examples"):
+        read_examples(tmp_path / "none", columns=WITH_TEXT)
     splits = DatasetDict(train=make_dataset(1), test=make_dataset(1))
     splits.save_to_disk(tmp_path / "splits")
     for split, text in ((None, "choose one with --split"), ("dev", "--split dev is none of them")):
@@ -523,6 +594,12 @@ def test_missing_and_empty_data_sets(tmp_path):
         DatasetError, match="--split train: .*a.parquet is a file, which has no splits"
     ):
         find_source(tmp_path / "a.parquet", "train")
+
+
+def test_short_names():
+    for path, name in (("/a.json", "a.json"), ("b/a.json", "a.json"), ("a.json", "a.json")):
+        path = Path(path)
+        assert DatasetSource(path, (path,), "json", path.parent, str(path)).short_name == name
 
 
 # --- memory

@@ -18,7 +18,9 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoProcessor
 
 from eval import report, text_embeddings
+from eval.run import find_questions
 from eval.run import main as evaluate
+from eval.scorer_interface import EvaluationError
 from ltu import index_dataset
 from ltu.data.check_examples import read_examples
 from ltu.data.columns import ColumnFlags
@@ -158,6 +160,7 @@ def test_losses_and_resumed_losses_equal_those_from_json(
     assert losses(tmp_path / "resumed")[-3:] == losses(plain)[-3:]
 
 
+@pytest.mark.slow
 def test_ranks_train_as_from_json(checkpoint, rows, tmp_path):
     found = []
     for name, data in (("json", rows), ("table", write_table(rows, tmp_path, "split"))):
@@ -449,6 +452,18 @@ def test_features_of_clips_in_a_table_are_stored_once(tmp_path, capsys):
 
 
 # --- eval
+
+
+def test_questions_of_eval_may_be_named_by_a_pattern_or_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("owner/name::test", "owner/name:clean:test", "owner/name", "set/test-*.parquet"):
+        path = Path(name)
+        assert find_questions(["esc50"], path, None) == {"esc50": path}
+        with pytest.raises(EvaluationError, match="is one data set, for one --task"):
+            find_questions(["esc50", "fma"], path, None)
+    for name in ("gone", "gone.json", "./owner/gone.json"):
+        with pytest.raises(EvaluationError, match=f"{Path(name)} is not there"):
+            find_questions(["esc50"], Path(name), None)
 
 
 def test_eval_takes_questions_from_a_table(checkpoint, tmp_path, monkeypatch):

@@ -20,7 +20,14 @@ from tqdm import tqdm
 
 from ltu.data.audio import AudioError, Downmix, decode_audio
 from ltu.data.columns import ColumnFlags
-from ltu.data.dataset_io import AUDIO_HINT, KEYS, find_columns, stream_source, wrong_type
+from ltu.data.dataset_io import (
+    AUDIO_HINT,
+    KEYS,
+    find_columns,
+    label_key,
+    stream_source,
+    wrong_type,
+)
 from ltu.data.dataset_parser import DatasetError
 from ltu.data.dataset_source import DatasetSource, find_source
 
@@ -183,7 +190,7 @@ def what_is_wrong(
     return (
         _what_is_wrong_with_keys(example, need_output, ignored_keys)
         or wrong_type(example, names)
-        or _what_is_wrong_with_texts(example, need_output)
+        or _what_is_wrong_with_texts(example, need_output, names or {})
     )
 
 
@@ -214,11 +221,17 @@ def _what_is_wrong_with_keys(
     return None
 
 
-def _what_is_wrong_with_texts(example: dict, need_output: bool) -> str | None:
-    if example["instruction"] is None or (need_output and example["output"] is None):
-        return "'instruction' or 'output' is null"
+def _what_is_wrong_with_texts(
+    example: dict, need_output: bool, names: Mapping[str, str]
+) -> str | None:
+    for key in ("instruction", "output") if need_output else ("instruction",):
+        if example[key] is None:
+            # datasets writes the label -1 for none.
+            kind = "null, or the label -1" if names else "null"
+            return f"{label_key(key, names)} is {kind}. Remove the example."
     if need_output and not example["output"].strip():
-        return "'output' is empty. Write the answer, or remove the example."
+        label = label_key("output", names)
+        return f"{label} is empty. Write the answer, or remove the example."
     return None
 
 

@@ -229,7 +229,7 @@ def map_columns(
                 f"{', '.join(schema.names)}."
             )
     columns = {}
-    audio = flags.audio_column or _find_audio_column(schema, path)
+    audio = flags.audio_column or _find_audio_column(schema, features, path)
     if audio is not None:
         columns["audio_id"] = audio
     for key in TEXT_KEYS:
@@ -256,11 +256,19 @@ def map_columns(
     return ColumnMap(columns, flags.question, has_clips, labels, unused)
 
 
-def _find_audio_column(schema: "pyarrow.Schema", path: object) -> str | None:
+def _find_audio_column(
+    schema: "pyarrow.Schema", features: dict[str, Any], path: object
+) -> str | None:
     for name in AUDIO_NAMES:
         if name in schema.names:
             return name
-    found = [column.name for column in schema if is_clip_type(column.type)]
+    found = []
+    for column in schema:
+        # Images and videos are structs of bytes and path, too.
+        feature = features.get(column.name)
+        kind = feature.get("_type", "Audio") if isinstance(feature, dict) else "Audio"
+        if is_clip_type(column.type) and kind in ("Audio", "Value"):
+            found.append(column.name)
     if len(found) > 1:
         raise DatasetError(
             f"{path} has several columns of clips: {', '.join(found)}. Choose one with "

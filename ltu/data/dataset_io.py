@@ -27,7 +27,6 @@ import msgspec
 from ltu.data.columns import ColumnFlags, ColumnMap
 from ltu.data.dataset_parser import DatasetError, LineSplitter, ListSplitter
 from ltu.data.dataset_source import DatasetSource, find_source
-from ltu.data.table_clip import TableClip
 from ltu.data.table_reader import open_columns, table_examples
 from ltu.files import check_output, lock_file, sha256_of, sync_and_rename
 
@@ -114,7 +113,8 @@ def hash_source(source: DatasetSource, columns: ColumnFlags) -> str:
     Raises:
         DatasetError: as `stream_examples`.
     """
-    if find_columns(source, columns) is None:
+    found = find_columns(source, columns)
+    if found is None:
         digest = sha256_of(*source.files)
         if not columns.renames:
             return digest
@@ -123,10 +123,10 @@ def hash_source(source: DatasetSource, columns: ColumnFlags) -> str:
     for file in source.files:
         hashed.update(b"%d," % file.stat().st_size)
     for example in stream_source(source, columns):
-        # The position of a clip follows from its place among the examples.
-        clip = TableClip.parse(example.get("audio_id") or "")
-        if clip is not None:
-            example = example | {"audio_id": f"#{clip.column}[{clip.row}]"}
+        # The file of a clip follows from its place among the examples; #COLUMN[ROW] remains.
+        audio_id = example.get("audio_id")
+        if found.has_clips and audio_id is not None:
+            example = example | {"audio_id": f"#{audio_id.rpartition('#')[2]}"}
         hashed.update(encode_line(example) + b"\n")
     return hashed.hexdigest()
 
@@ -191,15 +191,19 @@ def wrong_type(example: dict[str, Any], names: Mapping[str, str] | None = None) 
         value = example.get(key)
         if type(value) in TEXT_TYPES:
             continue
-        label = repr(key)
-        column = names.get(key, key)
-        if column != key:
-            label = f"{key!r}, from the column {column!r},"
+        label = label_key(key, names)
         if key == "audio_id":
             return f"{label} is a {type(value).__name__}. {AUDIO_HINT}"
-        hint = "" if column == key else ". Name a column of texts, or of labels (ClassLabel)"
+        is_renamed = names.get(key, key) != key
+        hint = ". Name a column of texts, or of labels (ClassLabel)" if is_renamed else ""
         return f"{label} is a {type(value).__name__}, not text{hint}"
     return None
+
+
+def label_key(key: str, names: Mapping[str, str]) -> str:
+    """Return a key for a message, with the column that its value is of if that has another name."""
+    column = names.get(key, key)
+    return repr(key) if column == key else f"{key!r}, from the column {column!r},"
 
 
 def _open_to_read(path: Path, magic: bytes) -> IO[bytes]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ltu.data.dataset_parser import DatasetError
 from ltu.data.hub_dataset import HubDataset, find_hub_dataset
-from ltu.data.table_clip import PARQUET_MAGIC
+from ltu.data.table_clip import is_parquet
 from ltu.files import read_json_object
 
 INDEX_ENDING = ".arrow"
@@ -59,7 +59,8 @@ class DatasetSource:
     @property
     def short_name(self) -> str:
         """The name without the folder of a file."""
-        return self.name if not self.is_local else self.name.removeprefix(f"{self.root}{os.sep}")
+        root = str(self.root).rstrip(os.sep)
+        return self.name.removeprefix(f"{root}{os.sep}") if self.is_local else self.name
 
     @property
     def size(self) -> int:
@@ -108,9 +109,7 @@ def find_source(path: "str | Path | DatasetSource", split: str | None = None) ->
                 f"{path} is an index or one shard. Give the dataset file, or the folder that "
                 "`datasets` has saved."
             )
-        with path.open("rb") as file:
-            is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-        kind = "parquet" if is_parquet else "json"
+        kind = "parquet" if is_parquet(path) else "json"
         return DatasetSource(path, (path,), kind, path.parent, str(path))
     if glob.has_magic(str(path)):
         files = [Path(found) for found in sorted(glob.glob(str(path)))]
@@ -132,6 +131,11 @@ def _find_on_hub(dataset: HubDataset, split: str | None) -> tuple[Path, ...]:
 def is_dataset_folder(path: Path) -> bool:
     """Return whether a folder is a data set, not one of dataset files."""
     return any((path / name).is_file() for name in (STATE, SPLITS)) or any(path.glob("*.parquet"))
+
+
+def is_dataset_name(path: Path) -> bool:
+    """Return whether a path is no file or folder, but a pattern or the name of a hub data set."""
+    return not path.exists() and (glob.has_magic(str(path)) or HubDataset.parse(path) is not None)
 
 
 def _find_in_folder(path: Path, split: str | None) -> DatasetSource:
@@ -168,7 +172,10 @@ def _find_saved(folder: Path, root: Path) -> DatasetSource:
     """Return the shards of one split that `datasets` has saved."""
     if not (folder / STATE).is_file():
         raise DatasetError(f"{folder} has no {STATE}. Copy the folder again, or save it again.")
-    if "_indices_data_files" in read_json_object(folder / STATE):
+    state = read_json_object(folder / STATE)
+    if state.get("_data_files") == []:
+        raise DatasetError(f"{folder} contains no examples.")
+    if "_indices_data_files" in state:
         raise DatasetError(
             f"{folder} was saved by an old version of `datasets`, with a list of indices. Load it "
             "with a newer one and save it again."
@@ -220,9 +227,8 @@ def _files_of_split(path: Path, files: list[Path], split: str | None) -> list[Pa
 
 def _parquet_source(path: Path, files: list[Path], name: str, is_local: bool) -> DatasetSource:
     for file in files:
-        with file.open("rb") as opened:
-            if opened.read(len(PARQUET_MAGIC)) != PARQUET_MAGIC:
-                raise DatasetError(f"{file} is not a Parquet file. Download or write it again.")
+        if not is_parquet(file):
+            raise DatasetError(f"{file} is not a Parquet file. Download or write it again.")
     root = path.parent
     if not is_local:
         root = Path(os.path.commonpath([file.parent.absolute() for file in files]))

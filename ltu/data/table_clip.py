@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 NAME = re.compile(r"(?s)(.+)#([^#]+)\[([0-9]+)\]")
-PARQUET_MAGIC = b"PAR1"
+PARQUET_MAGIC = (b"PAR1", b"PARE")  # The second one is that of encrypted files.
 # How an Arrow stream ends. A file that is cut between two record batches lacks it.
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BATCH_BYTES = 2**26  # Of the clips of a row group that are in memory, about.
@@ -71,9 +71,14 @@ class TableClip:
 
     @classmethod
     def parse(cls, text: str | os.PathLike) -> "TableClip | None":
-        """Return the clip that has this name, or None if it is that of a file."""
+        """Return the clip that has this name, or None if it is that of a file.
+
+        A file that has such a name is a file: `clip#1[2]` may be anything.
+        """
         match = NAME.fullmatch(os.fspath(text))
-        return match and cls(match[1], match[2], int(match[3]))
+        if match is None or os.path.lexists(text):
+            return None
+        return cls(match[1], match[2], int(match[3]))
 
     def __str__(self) -> str:
         return f"{self.file}#{self.column}[{self.row}]"
@@ -113,8 +118,9 @@ def find_content(text: str | os.PathLike) -> bytes | Path:
         return content
     if content is None and path:
         return Path(clip.file).parent / path
-    kind = "its bytes are null" if content is None else "it has 0 bytes"
-    raise TableClipError("unreadable", f"{kind}, and it has no path")
+    if content is None:
+        raise TableClipError("unreadable", "its bytes are null, and it has no path")
+    raise TableClipError("unreadable", "it has 0 bytes")
 
 
 def name_of_clip(text: str | os.PathLike) -> str | None:
@@ -325,6 +331,16 @@ def map_arrow(path: str | os.PathLike) -> "pyarrow.Table":
         ) from error
 
 
+def is_parquet(path: str | os.PathLike) -> bool:
+    """Return whether a file begins as Parquet does.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(4) in PARQUET_MAGIC
+
+
 def has_null_bytes(file: "pyarrow.parquet.ParquetFile", column: str) -> bool:
     """Return whether a Parquet column of clips may have one without bytes, by its statistics."""
     metadata = file.metadata
@@ -374,7 +390,7 @@ def _open(clip: TableClip) -> _Column:
     except KeyError as error:
         raise TableClipError("missing", f"the table has no column {clip.column!r}") from error
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise TableClipError("unreadable", f"its table cannot be read ({error})") from error
+        raise _unreadable(error) from error
     if clip.row >= table.num_rows:
         raise TableClipError("missing", f"the table has {table.num_rows} rows, counted from 0")
     while len(tables) >= MAX_OPEN_TABLES:
@@ -384,9 +400,7 @@ def _open(clip: TableClip) -> _Column:
 
 
 def _open_column(clip: TableClip) -> _Column:
-    with open(clip.file, "rb") as file:
-        is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-    if is_parquet:
+    if is_parquet(clip.file):
         return _ParquetColumn(clip.file, clip.column)
     return _ArrowColumn(clip.file, clip.column)
 
@@ -405,4 +419,10 @@ def _read_entry(clip: TableClip) -> "pyarrow.Scalar":
     except (pyarrow.ArrowException, OSError, ValueError, StopIteration) as error:
         # The reader may be in the middle of a row group.
         del _open_tables.tables[clip.file, clip.column]
-        raise TableClipError("unreadable", f"its table cannot be read ({error})") from error
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> TableClipError:
+    """Return the error for a table that cannot be read, in one line."""
+    reason = " ".join(str(error).split())
+    return TableClipError("unreadable", f"its table cannot be read ({reason})")

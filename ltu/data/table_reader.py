@@ -20,7 +20,14 @@ from ltu.data.columns import (
 )
 from ltu.data.dataset_parser import DatasetError
 from ltu.data.dataset_source import DatasetSource
-from ltu.data.table_clip import BATCH_BYTES, TableClip, has_null_bytes, map_arrow
+from ltu.data.table_clip import (
+    BATCH_BYTES,
+    TableClip,
+    TableClipError,
+    has_null_bytes,
+    map_arrow,
+    read_clip_bytes,
+)
 from ltu.files import read_json_object
 
 # Only where there are tables. As in `ltu.data.dataset_io`, JSON needs no pyarrow.
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 ROWS_AT_ONCE = 8192
+MAX_PATH_BYTES = 4096  # Of a path, on Linux.
 INFO = "dataset_info.json"  # Of a split that `datasets` has saved.
 # In a table, null says that an example lacks these.
 OPTIONAL_KEYS = ("input", "dataset", "task")
@@ -44,11 +52,39 @@ def open_columns(source: DatasetSource, flags: ColumnFlags) -> ColumnMap | None:
     Raises:
         DatasetError: as `map_columns`; or a file is damaged.
     """
+    import pyarrow
+
     schema = _read_schema(source, source.files[0])
     has_clips = any(is_clip_type(column.type) for column in schema)
     if source.kind == "parquet" and not has_clips and not flags.renames:
         return None
-    return map_columns(schema, _read_features(source, schema), flags, source.name)
+    found = map_columns(schema, _read_features(source, schema), flags, source.name)
+    if found.has_clips and not pyarrow.types.is_struct(
+        schema.field(found.columns["audio_id"]).type
+    ):
+        _check_no_path(source, found.columns["audio_id"])
+    return found
+
+
+def _check_no_path(source: DatasetSource, column: str) -> None:
+    """Check that the first value of a column of binaries is no path.
+
+    Programs that know no type for text write paths as binaries, which look like clips.
+
+    Raises:
+        DatasetError: it is short, printable text.
+    """
+    first = str(TableClip(str(source.files[0]), column, 0))
+    try:
+        text = read_clip_bytes(first)[: MAX_PATH_BYTES + 1].decode()
+    except (TableClipError, UnicodeDecodeError):  # The example with this clip is the error.
+        return
+    if len(text) <= MAX_PATH_BYTES and text.isprintable():
+        raise DatasetError(
+            f"{source.name}, example 1: {column!r} is a text in a column of binaries "
+            f"({text[:80]!r}), not the bytes of an audio file. If it is a path, write the column "
+            "as text."
+        )
 
 
 def map_all_columns(source: DatasetSource) -> ColumnMap | None:
@@ -98,9 +134,9 @@ def table_examples(source: DatasetSource, columns: ColumnMap) -> Iterator[dict[s
             )
         row = 0
         for batch, has_audio in _batches(source, file, names, audio, columns.has_clips):
-            values = {name: batch.column(name).to_pylist() for name in names}
+            values = {name: _values_of(batch, name, file, row) for name in names}
             if audio is not None and not columns.has_clips:
-                audio_ids = batch.column(audio).to_pylist()
+                audio_ids = _values_of(batch, audio, file, row)
             else:
                 audio_ids = _clip_names(source, file, audio, row, has_audio)
             for index, audio_id in enumerate(audio_ids):
@@ -125,6 +161,27 @@ def _make_example(
     if "audio_id" in columns.columns:
         example["audio_id"] = audio_id
     return example
+
+
+def _values_of(batch: "pyarrow.RecordBatch", name: str, file: Path, first: int) -> list[Any]:
+    """Return the values of a column of the rows of a file from `first` on.
+
+    Raises:
+        DatasetError: one of them has no Python value, such as text that is not UTF-8.
+    """
+    column = batch.column(name)
+    try:
+        return column.to_pylist()
+    except (OverflowError, ValueError):
+        for row, value in enumerate(column, start=first):
+            try:
+                value.as_py()
+            except (OverflowError, ValueError) as error:
+                raise DatasetError(
+                    f"{file}, row {row} (from 0): the value of the column {name!r} cannot be read "
+                    f"({error}). Fix or remove the row."
+                ) from error
+        raise
 
 
 def _clip_names(
@@ -224,4 +281,5 @@ def _damage_of(file: Path) -> Iterator[None]:
     except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         if str(file) in str(error):
             raise DatasetError(str(error)) from error
-        raise DatasetError(f"{file}: cannot be read ({error}). Copy or write it again.") from error
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{file}: cannot be read ({reason}). Copy or write it again.") from error
