@@ -106,6 +106,12 @@ def _clap_steps(model: PreTrainedModel, features: Tensor) -> Tensor:
     return model.audio_model(features).last_hidden_state.mean(2).transpose(1, 2)
 
 
+def _fused_clap_steps(model: PreTrainedModel, features: Tensor) -> Tensor:
+    # The feature extractor says of each clip alone that it is longer than the others.
+    output = model.audio_model(features, is_longer=torch.tensor([[True]]))
+    return output.last_hidden_state.mean(2).transpose(1, 2)
+
+
 FAMILIES = {
     "ast": Family(
         transformers.ASTModel,
@@ -144,6 +150,18 @@ FAMILIES = {
         transformers.ClapConfig(audio_config=CLAP_AUDIO, text_config=CLAP_TEXT, projection_dim=16),
         transformers.ClapFeatureExtractor(truncation="rand_trunc"),
         _clap_steps,
+        chunk_seconds=10.0,
+        lora=("query", "value"),
+    ),
+    "clap-fused": Family(
+        transformers.ClapModel,
+        transformers.ClapConfig(
+            audio_config=CLAP_AUDIO | {"enable_fusion": True},
+            text_config=CLAP_TEXT,
+            projection_dim=16,
+        ),
+        transformers.ClapFeatureExtractor(),
+        _fused_clap_steps,
         chunk_seconds=10.0,
         lora=("query", "value"),
     ),

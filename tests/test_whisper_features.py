@@ -248,7 +248,7 @@ def test_another_whisper_is_refused(tiny_whisper: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_waveform_is_refused(extractor) -> None:
-    with pytest.raises(ValueError, match="defined at 16000 Hz, got 44100 Hz"):
+    with pytest.raises(ValueError, match="must have 16000 Hz, got 44100 Hz"):
         extractor(noise(1, 0), sampling_rate=44_100)
     with pytest.raises(AudioError, match="10.0 ms of sound"):
         extractor(noise(0.01, 0))

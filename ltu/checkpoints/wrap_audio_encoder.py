@@ -141,7 +141,13 @@ def wrap_audio_encoder(
     for noise in make_noise(chunk_samples, chunk_samples // 2):
         output = run_feature_extractor(extractor, noise, chunk_samples, features.padding)
         pair.append(torch.from_numpy(output[input_name]))
-    layout = measure_time(encoder, torch.stack(pair), hidden_layer, constants)
+    try:
+        layout = measure_time(encoder, torch.stack(pair), hidden_layer, {})
+        constants = {}  # The encoder does not need them.
+    except ValueError:
+        if not constants:
+            raise
+        layout = measure_time(encoder, torch.stack(pair), hidden_layer, constants)
     num_time_steps = max(1, round(features.chunk_fraction * layout.num_steps))
     if num_audio_tokens > num_time_steps:
         raise ValueError(
