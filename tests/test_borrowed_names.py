@@ -147,6 +147,11 @@ BORROWED_NAMES = [
         "RuntimeError",
     ),
     BorrowedName(
+        "torch:ops.aten._local_scalar_dense",
+        "ltu/training/memory_estimate.py",
+        "DataDependentOutputException, which ends the estimate on transformers 5.17",
+    ),
+    BorrowedName(
         "torch.utils._python_dispatch:TorchDispatchMode",
         "ltu/training/memory_estimate.py",
         "torch.distributed._tools.mem_tracker, once it takes frozen parameters",

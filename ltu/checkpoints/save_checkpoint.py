@@ -464,7 +464,9 @@ def plan_merge(config: LtuConfig, folder: Path, llm: str | None) -> MergedModel:
 
     if config.named_encoder is not None:
         find_audio_encoder(config, folder)
-        for key, value in load_encoder_weights(config.audio_config.encoder).items():
+        audio_config = config.audio_config
+        weights = load_encoder_weights(audio_config.encoder, audio_config.encoder_config)
+        for key, value in weights.items():
             state[f"audio_tower.encoder.{key}"] = value
         with_lora.audio_tower.own_weights()
         config.audio_config.encoder = None

@@ -157,7 +157,7 @@ def wrap_audio_encoder(
     used = find_used_parameters(encoder, pair[0], hidden_layer, constants)
     del encoder
 
-    check_weights(name, used)
+    check_weights(name, config, used)
     wrapper_config = AudioEncoderWrapperConfig(
         encoder_config=config,
         encoder=str(name),
@@ -446,17 +446,19 @@ def find_used_parameters(
     return {name for name, parameter in encoder.named_parameters() if parameter in used}
 
 
-def check_weights(name: str | Path, used: set[str]) -> None:
+def check_weights(name: str | Path, config: PreTrainedConfig, used: set[str]) -> None:
     """Check the files of an audio model.
 
     Args:
+        name: its folder or hub id.
+        config: by which the encoder is built.
         used: names of the parameters that are needed.
 
     Raises:
         ValueError: one of them is not in the files, which transformers would make up, or a weight
             is NaN or infinite.
     """
-    weights = load_encoder_weights(name)
+    weights = load_encoder_weights(name, config)
     missing = sorted(used - weights.keys())
     if missing:
         raise ValueError(

@@ -6,6 +6,7 @@ wav2vec2), or patches of a spectrogram (AST), or a map of frequency and time (CL
 frequency is taken, then over neighbouring time steps, so that a chunk has `num_audio_tokens`.
 """
 
+import copy
 import inspect
 from functools import cached_property
 from math import prod
@@ -77,7 +78,8 @@ class AudioEncoderWrapperModel(PreTrainedModel):
         Raises:
             ValueError: they do not fit the config.
         """
-        weights = load_encoder_weights(self.config.encoder, **hub_kwargs)
+        config = self.config
+        weights = load_encoder_weights(config.encoder, config.encoder_config, **hub_kwargs)
         names = {name.replace(".base_layer.", "."): name for name in self.encoder.state_dict()}
         state = {names.get(name, name): value for name, value in weights.items()}
         with refuse_malformed(f"The audio encoder {self.config.encoder}"):
@@ -267,16 +269,24 @@ def find_encoder_class(
     return type(encoder), encoder.config
 
 
-def load_encoder_weights(name: str | Path, **hub_kwargs: Any) -> dict[str, Tensor]:
+def load_encoder_weights(
+    name: str | Path, config: PreTrainedConfig, **hub_kwargs: Any
+) -> dict[str, Tensor]:
     """Return the weights of the audio encoder of a model, fp32, by their names in the encoder.
 
     Args:
         name: folder or hub id of the whole model.
+        config: of the whole model, by which a checkpoint builds the encoder.
+        hub_kwargs: arguments of `AutoModel.from_pretrained`, such as `token`.
 
     Weights that the files lack, which transformers would make up, are left out.
     """
     model, info = AutoModel.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, **hub_kwargs
+        name,
+        config=copy.deepcopy(config),
+        dtype=torch.float32,
+        output_loading_info=True,
+        **hub_kwargs,
     )
     encoder = find_encoder(model)
     prefix = next(f"{path}." if path else "" for path, m in model.named_modules() if m is encoder)
