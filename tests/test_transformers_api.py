@@ -9,10 +9,13 @@ import pickle
 import runpy
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -37,10 +40,12 @@ from transformers import (
 )
 
 from ltu import LtuForConditionalGeneration, LtuProcessor
+from ltu.data.audio import AudioError
+from ltu.models import stock_arguments
 from ltu.models.generation_ltu import COUNTING_PROCESSORS
 from ltu.models.generation_ltu import REFUSED_OPTIONS as GENERATE_OPTIONS
 from ltu.models.prompt_template import load_prompt_template
-from ltu.models.stock_arguments import STOCK_ARGUMENTS
+from ltu.models.stock_arguments import STOCK_ARGUMENTS, fetch_clip
 from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
 from ltu_as.convert_checkpoint import main as convert
 from tests.test_any_llm import byte_tokenizer
@@ -249,6 +254,51 @@ def test_a_clip_has_many_forms(root: Path, processors: dict, address: str) -> No
         processor.apply_chat_template([question("Loud?", base64="?")], **ASK)
     with pytest.raises(ValueError, match="holds audio, path, but one clip"):
         processor.apply_chat_template([question("Loud?", audio=samples, path=path)], **ASK)
+
+
+@pytest.fixture
+def raw_address() -> Iterator[tuple[str, list[bytes]]]:
+    """Address of a server that sends the given pieces, 50 ms apart."""
+    pieces: list[bytes] = []
+
+    class Send(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            with suppress(OSError):  # The client may have left.
+                for piece in pieces:
+                    self.request.sendall(piece)
+                    time.sleep(0.05)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Send) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/clip.wav", pieces
+        server.shutdown()
+
+
+def test_a_part_of_a_clip_is_no_clip(
+    root: Path, raw_address: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a file could be decoded too."""
+    url, pieces = raw_address
+    data = (root / "clip.wav").read_bytes()
+    header = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data)
+    pieces[:] = [header, data]
+    assert fetch_clip(url) == data
+    pieces[:] = [header, data[:20_000]]
+    with pytest.raises(AudioError, match="broke after 20,000 bytes.* Check the address"):
+        fetch_clip(url)
+    # A server that sends a byte now and then.
+    monkeypatch.setattr(stock_arguments, "MAX_FETCH_SECONDS", 0.1)
+    pieces[:] = [header, *([b"x"] * 20)]
+    with pytest.raises(AudioError, match="bytes in 0 seconds"):
+        fetch_clip(url)
+    pieces[:] = [b"HTTP/1.1 302 Found\r\nLocation: file:///etc/hostname\r\n\r\n"]
+    with pytest.raises(AudioError, match="not allowed"):
+        fetch_clip(url)
+    monkeypatch.setattr(stock_arguments, "MAX_FETCHED", 1000)
+    pieces[:] = [header, data]
+    with pytest.raises(AudioError, match="1,000 bytes or more"):
+        fetch_clip(url)
 
 
 def test_an_array_has_a_sampling_rate(processors: dict) -> None:
@@ -585,6 +635,13 @@ def test_whole_sequences_are_decoded(models: dict, processors: dict, kind: str) 
         assert processor.decode(tokens[0], **options) == whole[0]
     with_control = processor.batch_decode(output)
     assert all(text not in ("", prompt) for text, prompt in zip(with_control, whole, strict=True))
+    # What the stock method takes: scalars of libraries, options by position, a single sequence.
+    text = processor.decode(output[0], True)
+    assert text == processor.decode(output[0], skip_special_tokens=True)
+    assert processor.decode(list(output[0]), True) == text
+    assert processor.decode(list(output[0].numpy()), True) == text
+    assert processor.batch_decode(output[0], True) == [text]
+    assert processor.batch_decode([]) == []
     # The tokenizer may have a token of this number that the language model does not know.
     extractor, template = processor.feature_extractor, processor.prompt_template
     smaller = type(processor)(extractor, processor.tokenizer, 2, 270, template)
