@@ -4,6 +4,7 @@ An argument of transformers' processors or of `generate` does what it does there
 """
 
 import base64
+import inspect
 import json
 import pickle
 import runpy
@@ -31,6 +32,7 @@ from transformers import (
     BatchFeature,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     TextIteratorStreamer,
@@ -796,7 +798,44 @@ REFUSED_OPTIONS: dict[str, Any] = {
     "prefill_chunk_size": 4,
     "encoder_repetition_penalty": 1.5,
     "encoder_no_repeat_ngram_size": 2,
+    "cache_implementation": "paged",
+    "token_healing": True,
 }
+
+
+# Options of generate that were tried with audio.
+TRIED_OPTIONS = set(
+    """
+    bad_words_ids begin_suppress_tokens bos_token_id cache_config compile_config disable_compile
+    do_sample early_stopping eos_token_id epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_eos_token_id generation_config guidance_scale inputs
+    length_penalty logits_processor low_memory max_cache_len max_length max_new_tokens max_time
+    min_length min_new_tokens min_p negative_prompt_attention_mask negative_prompt_ids num_beams
+    num_return_sequences output_attentions output_hidden_states output_logits output_scores
+    pad_token_id prefix_allowed_tokens_fn remove_invalid_values renormalize_logits
+    return_dict_in_generate sequence_bias stop_strings stopping_criteria streamer suppress_tokens
+    synced_gpus temperature top_h top_k top_p transformers_version typical_p use_cache
+    watermarking_config
+    """.split()
+)
+# Of models with a decoder, of drafting, of continuous batching, and of code that is fetched.
+UNUSED_OPTIONS = set(
+    """
+    decoder_start_token_id forced_bos_token_id assistant_confidence_threshold
+    assistant_ensemble_weight assistant_lookbehind is_assistant max_matching_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule target_lookbehind
+    continuous_batching_config constraints custom_generate diversity_penalty dola_layers
+    force_words_ids num_beam_groups penalty_alpha
+    """.split()
+)
+
+
+def test_no_option_of_generate_is_unknown() -> None:
+    """An option of a new release is tried with audio, or refused."""
+    parameters = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    known = TRIED_OPTIONS | UNUSED_OPTIONS | GENERATE_OPTIONS.keys() | COUNTING_PROCESSORS.keys()
+    assert parameters | fields <= known
 
 
 @pytest.mark.parametrize("name", REFUSED_OPTIONS)
