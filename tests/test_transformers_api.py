@@ -429,6 +429,16 @@ def test_a_text_is_a_text(processors: dict, text: Any) -> None:
         processors["ltu"](text=text)
 
 
+@pytest.mark.parametrize("text", ["<sound>\nLoud?", "<|audio_bos|><|AUDIO|>Loud?", "[AUDIO] Loud?"])
+def test_a_placeholder_of_another_model_is_no_text(processors: dict, text: str) -> None:
+    with pytest.raises(ValueError, match="a placeholder of other models") as error:
+        processors["ltu"](text=text, audio=clip(1))
+    assert "\n" not in str(error.value)
+    # About HTML, without a clip.
+    processors["ltu"](text="<audio> plays a sound. What is <video>?")
+    processors["ltu"](text="Is <audio> loud?", audio=clip(1))
+
+
 @pytest.mark.parametrize("conversation", [[], [[]], ["Loud?"], [{"content": "Loud?"}]])
 def test_a_conversation_has_messages(processors: dict, conversation: list) -> None:
     with pytest.raises(ValueError, match="no messages|an object with role and content"):

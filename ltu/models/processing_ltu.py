@@ -64,8 +64,8 @@ from ltu.models.stock_arguments import (
 REPLACEMENT = "\ufffd"  # The character that stands for bytes that are no UTF-8.
 # A token of tokenizers that spell rare characters in bytes, as Llama's does.
 BYTE = re.compile("<0x([0-9A-F]{2})>")
-
-
+# What other models take in place of a clip, such as <sound>, <|AUDIO|> and [AUDIO].
+OTHER_PLACEHOLDER = re.compile(r"\s*[<\[]\|?\w*(audio|sound)\w*\|?[>\]]", re.IGNORECASE)
 # A question that no user asks: a character that Unicode reserves for the internal use of programs.
 QUESTION = "\ufdd2"
 
@@ -347,7 +347,8 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
             ltu.data.audio.AudioError: a clip cannot be decoded; the message has its path and the
                 reason.
             ValueError: the lists have unequal lengths, a text is a rendered prompt that was
-                changed, or an argument has no meaning here.
+                changed, or begins with the placeholder of another model, or an argument has no
+                meaning here.
         """
         arguments = read_processing_arguments(kwargs | {"return_tensors": return_tensors})
         texts = [text] if isinstance(text, str) else text
@@ -369,6 +370,12 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
         conversations = []
         for question, given, clip in zip(texts, transcripts, clips, strict=True):
             self._check_question(question)
+            placeholder = None if clip is None else OTHER_PLACEHOLDER.match(question)
+            if placeholder is not None:
+                raise ValueError(
+                    f"The text begins with {placeholder[0].strip()!r}, a placeholder of other "
+                    "models, which would be text here. Leave it out: the clip comes first anyway."
+                )
             conversations.append(Conversation([user_message(question, given, clip)]))
         return self._batch(conversations, arguments)
 
