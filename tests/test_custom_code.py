@@ -16,6 +16,7 @@ from ltu import LtuForConditionalGeneration, LtuProcessor
 from ltu.checkpoints.open_checkpoint import open_model
 from ltu.convert_checkpoint import main as convert
 from ltu.models.custom_code import CODE_FOLDER, CONFIG_FILES
+from ltu.models.provenance import hash_settings
 from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
 from tests import tiny
 from tests.audio_encoders import FAMILIES, write_audio_model
@@ -182,6 +183,13 @@ def test_a_folder_without_code_names_none(folders: dict[str, Path], tmp_path: Pa
     for name in CONFIG_FILES:
         assert "auto_map" not in json.loads((tmp_path / "saved" / name).read_text())
         assert "auto_map" in json.loads((folders["ltu"] / name).read_text())
+
+
+def test_code_is_no_setting_of_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A run whose parent is saved again with code can be resumed."""
+    for part in (LtuForConditionalGeneration, LtuProcessor):
+        part.from_pretrained(folders["ltu"]).save_pretrained(tmp_path)
+    assert hash_settings(tmp_path) == hash_settings(folders["ltu"])
 
 
 def test_a_class_of_the_user_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -4,15 +4,19 @@ An argument of transformers' processors or of `generate` does what it does there
 """
 
 import base64
+import inspect
 import json
 import pickle
 import runpy
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import pytest
@@ -28,6 +32,7 @@ from transformers import (
     BatchFeature,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     TextIteratorStreamer,
@@ -37,10 +42,12 @@ from transformers import (
 )
 
 from ltu import LtuForConditionalGeneration, LtuProcessor
+from ltu.data.audio import AudioError
+from ltu.models import stock_arguments
 from ltu.models.generation_ltu import COUNTING_PROCESSORS
 from ltu.models.generation_ltu import REFUSED_OPTIONS as GENERATE_OPTIONS
 from ltu.models.prompt_template import load_prompt_template
-from ltu.models.stock_arguments import STOCK_ARGUMENTS
+from ltu.models.stock_arguments import STOCK_ARGUMENTS, fetch_clip
 from ltu_as import LtuAsForConditionalGeneration, LtuAsProcessor
 from ltu_as.convert_checkpoint import main as convert
 from tests.test_any_llm import byte_tokenizer
@@ -251,6 +258,51 @@ def test_a_clip_has_many_forms(root: Path, processors: dict, address: str) -> No
         processor.apply_chat_template([question("Loud?", audio=samples, path=path)], **ASK)
 
 
+@pytest.fixture
+def raw_address() -> Iterator[tuple[str, list[bytes]]]:
+    """Address of a server that sends the given pieces, 50 ms apart."""
+    pieces: list[bytes] = []
+
+    class Send(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            with suppress(OSError):  # The client may have left.
+                for piece in pieces:
+                    self.request.sendall(piece)
+                    time.sleep(0.05)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Send) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/clip.wav", pieces
+        server.shutdown()
+
+
+def test_a_part_of_a_clip_is_no_clip(
+    root: Path, raw_address: tuple[str, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a file could be decoded too."""
+    url, pieces = raw_address
+    data = (root / "clip.wav").read_bytes()
+    header = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data)
+    pieces[:] = [header, data]
+    assert fetch_clip(url) == data
+    pieces[:] = [header, data[:20_000]]
+    with pytest.raises(AudioError, match="broke after 20,000 bytes.* Check the address"):
+        fetch_clip(url)
+    # A server that sends a byte now and then.
+    monkeypatch.setattr(stock_arguments, "MAX_FETCH_SECONDS", 0.1)
+    pieces[:] = [header, *([b"x"] * 20)]
+    with pytest.raises(AudioError, match="bytes in 0 seconds"):
+        fetch_clip(url)
+    pieces[:] = [b"HTTP/1.1 302 Found\r\nLocation: file:///etc/hostname\r\n\r\n"]
+    with pytest.raises(AudioError, match="not allowed"):
+        fetch_clip(url)
+    monkeypatch.setattr(stock_arguments, "MAX_FETCHED", 1000)
+    pieces[:] = [header, data]
+    with pytest.raises(AudioError, match="1,000 bytes or more"):
+        fetch_clip(url)
+
+
 def test_an_array_has_a_sampling_rate(processors: dict) -> None:
     processor = processors["ltu"]
     samples = clip(1, 1.0)
@@ -375,6 +427,16 @@ def test_rows_of_one_length_need_no_padding(processors: dict) -> None:
 def test_a_text_is_a_text(processors: dict, text: Any) -> None:
     with pytest.raises(ValueError, match="^text is "):
         processors["ltu"](text=text)
+
+
+@pytest.mark.parametrize("text", ["<sound>\nLoud?", "<|audio_bos|><|AUDIO|>Loud?", "[AUDIO] Loud?"])
+def test_a_placeholder_of_another_model_is_no_text(processors: dict, text: str) -> None:
+    with pytest.raises(ValueError, match="a placeholder of other models") as error:
+        processors["ltu"](text=text, audio=clip(1))
+    assert "\n" not in str(error.value)
+    # About HTML, without a clip.
+    processors["ltu"](text="<audio> plays a sound. What is <video>?")
+    processors["ltu"](text="Is <audio> loud?", audio=clip(1))
 
 
 @pytest.mark.parametrize("conversation", [[], [[]], ["Loud?"], [{"content": "Loud?"}]])
@@ -585,6 +647,13 @@ def test_whole_sequences_are_decoded(models: dict, processors: dict, kind: str) 
         assert processor.decode(tokens[0], **options) == whole[0]
     with_control = processor.batch_decode(output)
     assert all(text not in ("", prompt) for text, prompt in zip(with_control, whole, strict=True))
+    # What the stock method takes: scalars of libraries, options by position, a single sequence.
+    text = processor.decode(output[0], True)
+    assert text == processor.decode(output[0], skip_special_tokens=True)
+    assert processor.decode(list(output[0]), True) == text
+    assert processor.decode(list(output[0].numpy()), True) == text
+    assert processor.batch_decode(output[0], True) == [text]
+    assert processor.batch_decode([]) == []
     # The tokenizer may have a token of this number that the language model does not know.
     extractor, template = processor.feature_extractor, processor.prompt_template
     smaller = type(processor)(extractor, processor.tokenizer, 2, 270, template)
@@ -739,7 +808,44 @@ REFUSED_OPTIONS: dict[str, Any] = {
     "prefill_chunk_size": 4,
     "encoder_repetition_penalty": 1.5,
     "encoder_no_repeat_ngram_size": 2,
+    "cache_implementation": "paged",
+    "token_healing": True,
 }
+
+
+# Options of generate that were tried with audio.
+TRIED_OPTIONS = set(
+    """
+    bad_words_ids begin_suppress_tokens bos_token_id cache_config compile_config disable_compile
+    do_sample early_stopping eos_token_id epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_eos_token_id generation_config guidance_scale inputs
+    length_penalty logits_processor low_memory max_cache_len max_length max_new_tokens max_time
+    min_length min_new_tokens min_p negative_prompt_attention_mask negative_prompt_ids num_beams
+    num_return_sequences output_attentions output_hidden_states output_logits output_scores
+    pad_token_id prefix_allowed_tokens_fn remove_invalid_values renormalize_logits
+    return_dict_in_generate sequence_bias stop_strings stopping_criteria streamer suppress_tokens
+    synced_gpus temperature top_h top_k top_p transformers_version typical_p use_cache
+    watermarking_config
+    """.split()
+)
+# Of models with a decoder, of drafting, of continuous batching, and of code that is fetched.
+UNUSED_OPTIONS = set(
+    """
+    decoder_start_token_id forced_bos_token_id assistant_confidence_threshold
+    assistant_ensemble_weight assistant_lookbehind is_assistant max_matching_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule target_lookbehind
+    continuous_batching_config constraints custom_generate diversity_penalty dola_layers
+    force_words_ids num_beam_groups penalty_alpha
+    """.split()
+)
+
+
+def test_no_option_of_generate_is_unknown() -> None:
+    """An option of a new release is tried with audio, or refused."""
+    parameters = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    known = TRIED_OPTIONS | UNUSED_OPTIONS | GENERATE_OPTIONS.keys() | COUNTING_PROCESSORS.keys()
+    assert parameters | fields <= known
 
 
 @pytest.mark.parametrize("name", REFUSED_OPTIONS)

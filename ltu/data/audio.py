@@ -84,6 +84,7 @@ HINTS = {
     "missing": (
         "Check the path; relative paths are looked up from the dataset file or from --audio_root."
     ),
+    "unreachable": "Check the address, or download the file and give its path.",
     "unreadable": "Convert it to wav, flac, ogg or mp3, or leave it out.",
     "too_short": "Use a clip of at least 25 ms, or leave it out.",
     "too_long": "Cut it into parts.",

@@ -7,7 +7,9 @@ requires. All entries of `auto_map` name one module, `custom_code/entry.py`, bec
 runs a module that it looks up by name a second time.
 
 A model or processor that was opened by such code writes the code again when it is saved. Our own
-classes open such a folder like any other, and do not use the code in it.
+classes open such a folder like any other, and do not use the code in it. In one process, the code
+that was opened first serves all further folders of its kind, whatever code they hold: the Auto
+classes prefer classes that are registered.
 """
 
 import ast

@@ -47,10 +47,17 @@ class RefusedOption:
     Args:
         reason: why not, and what to use instead.
         off: the value with which `generate` does not use it.
+        only: the value that cannot work, if other values can.
     """
 
     reason: str
     off: float | bool | None = None
+    only: str | None = None
+
+    def refuses(self, value: Any) -> bool:
+        if self.only is not None:
+            return value == self.only
+        return value not in (None, self.off)
 
 
 # By the name of the option.
@@ -68,6 +75,10 @@ REFUSED_OPTIONS = {
     "speculation_type": RefusedOption(NO_DRAFT),
     "encoder_repetition_penalty": RefusedOption("use repetition_penalty", 1.0),
     "encoder_no_repeat_ngram_size": RefusedOption("use no_repeat_ngram_size", 0),
+    "cache_implementation": RefusedOption(
+        "continuous batching gets tokens alone, without audio", only="paged"
+    ),
+    "token_healing": RefusedOption("the prompt would be tokenized again, without audio", False),
 }
 
 
@@ -176,9 +187,8 @@ class LtuGenerationMixin(GenerationMixin):
         for name, counting in COUNTING_PROCESSORS.items():
             value = self._read_option(name, kwargs)
             if value not in (None, counting.off):
-                kwargs[name] = (
-                    counting.off
-                )  # Switches the stock one off, also in generation_config.
+                # Switches the stock one off, also in generation_config.
+                kwargs[name] = counting.off
                 processors.append(TextProcessor(counting.stock_class(value), is_text))
         # A caller may give a stock one too.
         stock_classes = tuple(counting.stock_class for counting in COUNTING_PROCESSORS.values())
@@ -204,7 +214,7 @@ class LtuGenerationMixin(GenerationMixin):
         """
         for name, refused in REFUSED_OPTIONS.items():
             value = self._read_option(name, kwargs)
-            if value not in (None, refused.off):
+            if refused.refuses(value):
                 raise ValueError(f"generate does not take {name}: {refused.reason}.")
 
 

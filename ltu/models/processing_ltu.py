@@ -24,6 +24,7 @@ from transformers import (
     BatchFeature,
     ProcessorMixin,
 )
+from transformers.utils import to_py_obj
 
 from ltu.data.audio import AudioSource
 from ltu.models.audio_front_end import make_front_end
@@ -63,8 +64,8 @@ from ltu.models.stock_arguments import (
 REPLACEMENT = "\ufffd"  # The character that stands for bytes that are no UTF-8.
 # A token of tokenizers that spell rare characters in bytes, as Llama's does.
 BYTE = re.compile("<0x([0-9A-F]{2})>")
-
-
+# What other models take in place of a clip, such as <sound>, <|AUDIO|> and [AUDIO].
+OTHER_PLACEHOLDER = re.compile(r"\s*[<\[]\|?\w*(audio|sound)\w*\|?[>\]]", re.IGNORECASE)
 # A question that no user asks: a character that Unicode reserves for the internal use of programs.
 QUESTION = "\ufdd2"
 
@@ -346,7 +347,8 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
             ltu.data.audio.AudioError: a clip cannot be decoded; the message has its path and the
                 reason.
             ValueError: the lists have unequal lengths, a text is a rendered prompt that was
-                changed, or an argument has no meaning here.
+                changed, or begins with the placeholder of another model, or an argument has no
+                meaning here.
         """
         arguments = read_processing_arguments(kwargs | {"return_tensors": return_tensors})
         texts = [text] if isinstance(text, str) else text
@@ -368,6 +370,12 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
         conversations = []
         for question, given, clip in zip(texts, transcripts, clips, strict=True):
             self._check_question(question)
+            placeholder = None if clip is None else OTHER_PLACEHOLDER.match(question)
+            if placeholder is not None:
+                raise ValueError(
+                    f"The text begins with {placeholder[0].strip()!r}, a placeholder of other "
+                    "models, which would be text here. Leave it out: the clip comes first anyway."
+                )
             conversations.append(Conversation([user_message(question, given, clip)]))
         return self._batch(conversations, arguments)
 
@@ -615,23 +623,34 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
         """The names of what `__call__` returns."""
         return ["input_ids", "attention_mask", *self.feature_extractor.model_input_names]
 
-    def decode(self, token_ids: Any, **kwargs: Any) -> str | list[str]:
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str | list[str]:
         """Decode tokens as the stock method does, with its arguments.
 
         Audio placeholders have no text, and are left out. Bytes that are no UTF-8 do not change the
         text around them.
         """
-        tokens = self._without_placeholders(token_ids)
+        tokens = self._without_placeholders(to_py_obj(token_ids))
+        options = {
+            "skip_special_tokens": skip_special_tokens,
+            "clean_up_tokenization_spaces": clean_up_tokenization_spaces,
+            **kwargs,
+        }
         if isinstance(tokens, list) and any(isinstance(part, list) for part in tokens):
-            return [self.decode(part, **kwargs) for part in tokens]
-        text = self.tokenizer.decode(tokens, **kwargs)
+            return [self.decode(part, **options) for part in tokens]
+        text = self.tokenizer.decode(tokens, **options)
         # A tokenizer that is not fast decodes with sentencepiece itself.
         if REPLACEMENT not in text or not self.tokenizer.is_fast or not isinstance(tokens, list):
             return text
-        if kwargs.get("clean_up_tokenization_spaces"):
+        if clean_up_tokenization_spaces:
             return text
         words = self.tokenizer.convert_ids_to_tokens(
-            tokens, skip_special_tokens=kwargs.get("skip_special_tokens", False)
+            tokens, skip_special_tokens=skip_special_tokens
         )
         # Language models have more tokens than their tokenizers know.
         words = [word for word in words if word is not None]
@@ -639,9 +658,12 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
             text = self.tokenizer.convert_tokens_to_string(replace_wrong_bytes(words))
         return text
 
-    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """Decode several sequences, as `decode` does."""
-        return [self.decode(tokens, **kwargs) for tokens in sequences]
+    def batch_decode(self, sequences: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Decode several sequences as `decode` does; a single one becomes a list of one text."""
+        if len(sequences) == 0:
+            return []
+        texts = self.decode(sequences, *args, **kwargs)
+        return [texts] if isinstance(texts, str) else texts
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -649,13 +671,11 @@ class LtuProcessor(CustomCodeMixin, ProcessorMixin):
         """Decode what `generate` returned, as the pipeline "any-to-any" needs it."""
         return self.decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def _without_placeholders(self, tokens: Any) -> Any:
+    def _without_placeholders(self, tokens: int | list) -> int | list:
         """Return tokens as lists of the same depth, without audio placeholders."""
-        if hasattr(tokens, "tolist"):
-            tokens = tokens.tolist()
-        if not isinstance(tokens, list | tuple):
+        if not isinstance(tokens, list):
             return [] if tokens == self.audio_token_id else tokens
-        if any(isinstance(part, int) for part in tokens):
+        if not any(isinstance(part, list) for part in tokens):
             return [token for token in tokens if token != self.audio_token_id]
         return [self._without_placeholders(part) for part in tokens]
 

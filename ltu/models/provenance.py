@@ -170,7 +170,9 @@ def hash_settings(folder: Path) -> str:
     for name in ("processor_config.json", "tokenizer.json"):
         path = folder / name
         settings[name] = read_json_object(path) if path.is_file() else None
-    extractor = (settings["processor_config.json"] or {}).get("feature_extractor", {})
+    processor = settings["processor_config.json"] or {}
+    processor.pop("auto_map", None)  # Code for processes without this package.
+    extractor = processor.get("feature_extractor", {})
     for name in MODEL_NAMES:
         extractor.pop(name, None)
     text = json.dumps(settings, sort_keys=True)

@@ -7,6 +7,7 @@ refused with the reason. No argument is ignored.
 
 import base64
 import re
+import time
 import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -22,8 +23,10 @@ from ltu.models.config_checks import show
 GROUPS = ("text_kwargs", "audio_kwargs", "common_kwargs")
 WEB_URL = re.compile("https?://", re.IGNORECASE)
 DATA_URL = re.compile("data:[^,]*;base64,", re.IGNORECASE)
-FETCH_SECONDS = 10.0  # without an answer of the server
+FETCH_SECONDS = 10.0  # without a byte from the server
+MAX_FETCH_SECONDS = 600.0  # of a whole file
 MAX_FETCHED = 2**30  # bytes
+READ_SIZE = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -165,16 +168,27 @@ def fetch_clip(url: str) -> bytes:
     """Fetch the file of a clip by http(s).
 
     Raises:
-        AudioError: the server cannot be reached, or has no such file, or one of `MAX_FETCHED`.
+        AudioError: the server cannot be reached, is too slow, has no such file, or one of
+            `MAX_FETCHED`, or the connection broke.
     """
+    data = bytearray()
+    deadline = time.monotonic() + MAX_FETCH_SECONDS
     try:
         with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as reply:
-            data = reply.read(MAX_FETCHED)
+            while part := reply.read1(READ_SIZE):
+                data += part
+                if len(data) >= MAX_FETCHED:
+                    raise AudioError(url, "too_long", f"the file has {MAX_FETCHED:,} bytes or more")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{len(data):,} bytes in {MAX_FETCH_SECONDS:.0f} seconds")
+            # Of the length that the server has announced, what did not arrive.
+            if reply.length:
+                raise OSError(f"the connection broke after {len(data):,} bytes")
+    except AudioError:
+        raise
     except (OSError, ValueError, HTTPException) as error:
-        raise AudioError(url, "missing", f"cannot be fetched ({error})") from error
-    if len(data) == MAX_FETCHED:
-        raise AudioError(url, "too_long", f"the file has {MAX_FETCHED:,} bytes or more")
-    return data
+        raise AudioError(url, "unreachable", f"cannot be fetched ({error})") from error
+    return bytes(data)
 
 
 def decode_base64(text: str) -> bytes:
