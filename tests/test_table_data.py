@@ -376,6 +376,14 @@ def test_columns_are_found_and_named(tmp_path):
     fixed = ColumnFlags(question="What?")
     assert read_examples(path, columns=fixed)[1]["instruction"] == "What?"
     assert "not used: instruction, id" in describe_columns(find_source(path), fixed)[0]
+    # Usual names are found too, unless a flag uses the column.
+    path = tmp_path / "usual"
+    dataset.rename_columns({"text": "question", "label": "answer"}).save_to_disk(path)
+    assert read_examples(path)[1]["instruction"] == "text 1"
+    assert read_examples(path)[1]["output"] == "rain"
+    assert read_examples(path, columns=fixed)[1]["instruction"] == "What?"
+    with pytest.raises(DatasetError, match="no column of questions"):
+        read_examples(path, columns=ColumnFlags(answer_column="question"))
     # The labels of Parquet are in its metadata.
     dataset.to_parquet(tmp_path / "a.parquet")
     assert list(stream_examples(tmp_path / "a.parquet", columns))[1]["output"] == "rain"

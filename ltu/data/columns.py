@@ -4,9 +4,9 @@ The examples of this project have the keys `instruction`, `input`, `audio_id` an
 sets of other people have other names: `ColumnFlags` are the flags by which a user gives them, and
 `ColumnMap` is what they mean for one table. Both work for every format.
 
-Without flags, columns with the names of the keys are used. A column of clips (of the type Audio of
-the library `datasets`, or of the bytes of files) is found by its type. A column of labels
-(ClassLabel) gives the names of its labels.
+Without flags, columns with the names of the keys are used, in tables also `question` and `answer`.
+A column of clips (of the type Audio of the library `datasets`, or of the bytes of files) is found
+by its type. A column of labels (ClassLabel) gives the names of its labels.
 """
 
 import argparse
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 AUDIO_NAMES = ("audio_id", "audio")  # Columns that are the clip without a flag, the first of them.
+# Columns that are questions and answers of a table if no flag and no key names them. `text` is none
+# of them: it is the transcript of one data set and the answer of another.
+OTHER_COLUMNS = {"instruction": "question", "output": "answer"}
 TEXT_KEYS = ("instruction", "input", "output", "dataset", "task")
 
 
@@ -239,6 +242,8 @@ def map_columns(
             columns[key] = flags.names[key]
         elif key in schema.names and key != audio:
             columns[key] = key
+        elif _is_free(OTHER_COLUMNS.get(key), schema, flags):
+            columns[key] = OTHER_COLUMNS[key]
     labels = {}
     for column, names in labels_of(features, path).items():
         if column in columns.values():
@@ -254,6 +259,11 @@ def map_columns(
     used = set(columns.values())
     unused = tuple(name for name in schema.names if name not in used)
     return ColumnMap(columns, flags.question, has_clips, labels, unused)
+
+
+def _is_free(column: str | None, schema: "pyarrow.Schema", flags: ColumnFlags) -> bool:
+    """Return whether a table has a column that no flag names."""
+    return column in schema.names and column not in flags.names.values()
 
 
 def _find_audio_column(
