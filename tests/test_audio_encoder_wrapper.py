@@ -155,6 +155,10 @@ class TestEachFamily:
         targets = f"[{','.join(FAMILIES[name].lora)}]"
         output = trained(start, tmp_path / "lora", encoder_lora_target_modules=targets)
         assert audio_config_of(output)["encoder"] is not None
+        card = (output / "README.md").read_text()
+        family = FAMILIES[name].config.model_type
+        assert f"{family} of transformers ({name}, not in this folder) with LoRA of rank 8" in card
+        assert f"of the audio encoder ({family} of transformers)\n" in card
         before = AutoModelForCausalLM.from_pretrained(start).audio_tower
         model = AutoModelForCausalLM.from_pretrained(output)
         state = {key.replace(".base_layer.", "."): value for key, value in _state(model).items()}
@@ -295,6 +299,7 @@ def test_the_original_has_no_lora_on_its_audio_encoder(
 ) -> None:
     start = tiny.write_checkpoint(tmp_path / "start", root / "llm")
     output = trained(start, tmp_path / "run", encoder_lora_target_modules="[qkv]")
+    assert "with LoRA of rank 8 on ['qkv'], 2 embeddings" in (output / "README.md").read_text()
     export = ["--to_original", str(tmp_path / "original.pth")]
     message = refused(["--model", str(output), *export], capsys)
     assert "has LoRA on its audio encoder, which the original has not" in message
