@@ -5,6 +5,7 @@ The audio tokens are compared with what transformers computes without our code.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,10 @@ class TestEachFamily:
         targets = f"[{','.join(FAMILIES[name].lora)}]"
         output = trained(start, tmp_path / "lora", encoder_lora_target_modules=targets)
         assert audio_config_of(output)["encoder"] is not None
+        card = (output / "README.md").read_text()
+        family = FAMILIES[name].config.model_type
+        assert f"{family} of transformers ({name}, not in this folder) with LoRA of rank 8" in card
+        assert f"of the audio encoder ({family} of transformers)\n" in card
         before = AutoModelForCausalLM.from_pretrained(start).audio_tower
         model = AutoModelForCausalLM.from_pretrained(output)
         state = {key.replace(".base_layer.", "."): value for key, value in _state(model).items()}
@@ -244,12 +249,65 @@ def test_a_checkpoint_is_no_audio_encoder(
         convert(flags.split())
 
 
-def test_lora_without_effect_is_refused(
-    write_initial: Callable[[str], Path], tmp_path: Path
+def test_lora_of_layers_that_are_not_used(root: Path, tmp_path: Path) -> None:
+    """With --encoder_layers 1, LoRA on q_proj trains in the first layer only."""
+    flags = f"--init --llm {root}/llm --audio_encoder {root}/whisper --encoder_layers 1"
+    convert([*flags.split(), "--chunk_seconds", "1.28", "--output_dir", str(tmp_path / "init")])
+    output = trained(tmp_path / "init", tmp_path / "run", encoder_lora_target_modules="[q_proj]")
+    state = load_file(output / "model.safetensors")
+    key = "audio_tower.encoder.layers.{}.self_attn.q_proj.lora_B.default.weight"
+    assert state[key.format(0)].abs().max() > 0
+    assert state[key.format(1)].abs().max() == 0
+
+
+REFUSED_LORA = {
+    "its attention uses the weights of q_proj, but does not call it": (
+        "wavlm",
+        "[q_proj]",
+        "LoRA on .*q_proj has no effect",
+    ),
+    "an encoder that reads an attribute of the layer": ("whisper", "[conv1]", "does not run with"),
+    "a layer that peft does not know": ("whisper", "[layer_norm]", "peft cannot add LoRA of r 8"),
+    "a convolution with groups": ("wav2vec2", "[conv]", "could not be merged"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_LORA)
+def test_lora_that_cannot_work_is_refused(
+    write_initial: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    case: str,
 ) -> None:
-    """WavLM's attention uses the weights of q_proj, but does not call it."""
-    with pytest.raises(ValueError, match="LoRA on .*q_proj has no effect"):
-        trained(write_initial("wavlm"), tmp_path / "x", encoder_lora_target_modules="[q_proj]")
+    name, targets, expected = REFUSED_LORA[case]
+    rows = tiny.write_rows(tmp_path / "rows", 4)
+    flags = tiny.training_flags(write_initial(name), rows, tmp_path / "run")
+    flags += ["--encoder_lora_target_modules", targets]
+    assert re.search(expected, refused(flags, capsys, finetune))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_lora_that_the_tokens_do_not_depend_on_is_refused(root: Path, tmp_path: Path) -> None:
+    flags = f"--init --llm {root}/llm --audio_encoder {root}/whisper --encoder_layers 0"
+    convert([*flags.split(), "--chunk_seconds", "1.28", "--output_dir", str(tmp_path / "init")])
+    with pytest.raises(ValueError, match="the audio tokens do not depend on these layers"):
+        trained(tmp_path / "init", tmp_path / "run", encoder_lora_target_modules="[q_proj]")
+
+
+def test_the_original_has_no_lora_on_its_audio_encoder(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    start = tiny.write_checkpoint(tmp_path / "start", root / "llm")
+    output = trained(start, tmp_path / "run", encoder_lora_target_modules="[qkv]")
+    assert "with LoRA of rank 8 on ['qkv'], 2 embeddings" in (output / "README.md").read_text()
+    export = ["--to_original", str(tmp_path / "original.pth")]
+    message = refused(["--model", str(output), *export], capsys)
+    assert "has LoRA on its audio encoder, which the original has not" in message
+    assert not (tmp_path / "original.pth").exists()
+    convert(["--model", str(output), "--merge", "--output_dir", str(tmp_path / "merged")])
+    convert(["--model", str(tmp_path / "merged"), *export])
+    keys = torch.load(tmp_path / "original.pth", weights_only=True).keys()
+    assert not [key for key in keys if "lora" in key or "base_layer" in key]
 
 
 def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

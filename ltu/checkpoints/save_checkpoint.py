@@ -266,8 +266,8 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
         are not restored, each with the reason.
 
     Raises:
-        ValueError: the original has no such audio encoder or language model, or a weight is NaN or
-            infinite.
+        ValueError: the original has no such audio encoder or language model, or no LoRA on it, or a
+            weight is NaN or infinite.
     """
     audio_encoder = config.audio_config.model_type
     llm = config.text_config.model_type
@@ -275,6 +275,11 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
         raise ValueError(
             f"{folder} has {audio_encoder} and {llm}; "
             "the original opens CAV-MAE or TLTR with Llama only."
+        )
+    if config.encoder_lora is not None:
+        raise ValueError(
+            f"{folder} has LoRA on its audio encoder, which the original has not: merge it first, "
+            "with --merge."
         )
     state = load_state(folder)
     keys = in_original_order(match_keys(state, build_on_meta(config), folder))

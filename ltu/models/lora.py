@@ -8,6 +8,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEF
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
+from ltu.models.config_checks import LIBRARY_ERRORS
+
 
 def find_targets(
     model: PreTrainedModel,
@@ -62,7 +64,7 @@ def inject_lora(model: PreTrainedModel, lora: dict) -> None:
         lora: arguments of peft's `LoraConfig`.
 
     Raises:
-        ValueError: peft does not know one of the arguments.
+        ValueError: peft does not know one of the arguments, or adds no LoRA to such a layer.
     """
     try:
         config = LoraConfig(**lora)
@@ -72,7 +74,14 @@ def inject_lora(model: PreTrainedModel, lora: dict) -> None:
             f"The LoRA settings {lora} are no arguments of peft's LoraConfig ({error}). Use the "
             f"names {known} in config.json."
         ) from error
-    inject_adapter_in_model(config, model)
+    try:
+        inject_adapter_in_model(config, model)
+    except (ValueError, *LIBRARY_ERRORS) as error:  # peft knows some classes of layers only.
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"peft cannot add LoRA of r {config.r} to {lora['target_modules']} of this "
+            f"{model.config.model_type}: {reason}"
+        ) from error
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
@@ -108,14 +117,14 @@ def _is_offloaded(language_model: PreTrainedModel) -> bool:
 
 def find_tied_lora(language_model: PreTrainedModel) -> tuple[str, str] | None:
     """Return the names of two weights that are one tensor and that LoRA is on, or None."""
-    changed = {f"{name}.weight" for name in _lora_layers(language_model)}
+    changed = {f"{name}.weight" for name in lora_layers(language_model)}
     for pair in language_model.all_tied_weights_keys.items():
         if changed & set(pair):
             return pair
     return None
 
 
-def _lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
+def lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the layers of peft by their names."""
     layers = {}
     for name, module in language_model.named_modules():
@@ -142,7 +151,7 @@ def merge_lora(language_model: PreTrainedModel) -> None:
     tied = find_tied_lora(language_model)
     if tied is not None:
         raise ValueError(f"LoRA is on one of {tied}, which are one tensor: it cannot be merged.")
-    for name, layer in _lora_layers(language_model).items():
+    for name, layer in lora_layers(language_model).items():
         layer.merge()
         language_model.set_submodule(name, layer.get_base_layer())
     # peft would otherwise take a later LoRA for a second one next to this.

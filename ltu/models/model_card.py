@@ -121,8 +121,8 @@ The oldest stage is first. A dash is not recorded.
 
 ## Licence
 
-The licences of the language model, of the audio encoder ({encoder}) and of the training data apply
-to these weights. This card does not state a licence of its own.
+The licences of the language model, of the audio encoder ({encoder_name})
+and of the training data apply to these weights. This card does not state a licence of its own.
 
 {licence}
 """
@@ -319,6 +319,7 @@ def render_model_card(folder: Path, stage: StageRecord, tags: Sequence[str] = ()
         status=_describe_status(record, stage),
         config=config,
         encoder=_describe_encoder(config),
+        encoder_name=_name_encoder(config),
         audio_width=config.audio_config.hidden_size,
         text=config.text_config,
         language_model=language_model or "random weights",
@@ -352,17 +353,19 @@ def render_model_card(folder: Path, stage: StageRecord, tags: Sequence[str] = ()
 # --- parts of the card
 
 
-def _describe_encoder(config: LtuConfig) -> str:
-    """Return what the audio encoder is, and where its weights are."""
-    audio_config = config.audio_config
-    model_type = audio_config.model_type
-    wrapped = getattr(audio_config, "encoder_config", None)
+def _name_encoder(config: LtuConfig) -> str:
+    model_type = config.audio_config.model_type
+    wrapped = getattr(config.audio_config, "encoder_config", None)
     if wrapped is None:
         return AUDIO_ENCODERS.get(model_type, model_type)
-    place = "in this folder"
+    return f"{wrapped.model_type} of transformers"
+
+
+def _describe_encoder(config: LtuConfig) -> str:
+    """Return what the audio encoder is, where its weights are, and its LoRA."""
+    text = _name_encoder(config)
     if config.named_encoder is not None:
-        place = f"{public_value(config.named_encoder)}, not in this folder"
-    text = f"{wrapped.model_type} of transformers ({place})"
+        text += f" ({public_value(config.named_encoder)}, not in this folder)"
     if config.encoder_lora:
         text += " with LoRA of rank {r} on {target_modules}".format(**config.encoder_lora)
     return text

@@ -41,7 +41,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 from typing_extensions import Unpack
 
-from ltu.models.config_checks import refuse_malformed
+from ltu.models.config_checks import LIBRARY_ERRORS, refuse_malformed
 from ltu.models.configuration_ltu import IGNORED, LtuConfig, find_model, open_model_config
 from ltu.models.custom_code import CustomCodeMixin
 from ltu.models.finite_weights import check_finite
@@ -52,7 +52,7 @@ from ltu.models.locate_checkpoint import (
     hash_model,
     weight_files,
 )
-from ltu.models.lora import find_parameters, find_targets, inject_lora, merge_lora
+from ltu.models.lora import find_parameters, find_targets, inject_lora, lora_layers, merge_lora
 from ltu.models.model_card import CARD, add_model_card
 from ltu.models.weight_headers import StoredTensor, read_headers
 
@@ -186,18 +186,61 @@ class LtuForConditionalGeneration(CustomCodeMixin, PreTrainedModel, LtuGeneratio
             "lora_dropout": lora_dropout,
             "target_modules": targets,
         }
+        self.audio_tower.requires_grad_(True)
+        used_before = self._find_used_in_audio_tower()
         inject_lora(self.audio_tower, self.config.encoder_lora)
-        # Some attention layers of torch use the weights of a layer without calling the layer.
+        try:
+            used = self._find_used_in_audio_tower()
+        except LIBRARY_ERRORS as error:  # It needs more of a layer than its output.
+            raise ValueError(
+                f"The audio encoder does not run with LoRA on {targets} ({type(error).__name__}: "
+                f"{error}). Name other layers: {flag}"
+            ) from error
+        self._check_encoder_lora(used_before, used)
+
+    def _find_used_in_audio_tower(self) -> set[nn.Parameter]:
+        """Return the parameters with `requires_grad` that the audio tokens depend on."""
         weight = self.multi_modal_projector.linear.weight
         features = weight.new_zeros(1, *self.config.audio_config.feature_shape)
         with torch.enable_grad():
-            used = find_parameters(self.audio_tower(features))
-        for name, parameter in self.audio_tower.named_parameters():
-            if ".lora_" in name and parameter not in used:
+            return find_parameters(self.audio_tower(features))
+
+    def _check_encoder_lora(self, used_before: set[nn.Parameter], used: set[nn.Parameter]) -> None:
+        """Check that LoRA can be merged, and that the audio tokens depend on it.
+
+        It may also be in layers that the tokens do not depend on, such as later ones than the layer
+        whose hidden states are used.
+
+        Args:
+            used_before: the parameters that the tokens depended on without LoRA.
+            used: those that they depend on now.
+
+        Raises:
+            ValueError: one of the two does not hold.
+        """
+        hint = "Name other layers: --encoder_lora_target_modules"
+        layers = lora_layers(self.audio_tower)
+        for name, layer in layers.items():
+            base_layer = layer.get_base_layer()
+            base = set(base_layer.parameters())
+            lora = set(layer.parameters()) - base
+            is_parameter = "weight" in dict(base_layer.named_parameters(recurse=False))
+            if getattr(base_layer, "groups", 1) > 1 or not is_parameter:
                 raise ValueError(
-                    f"LoRA on {name.split('.lora_')[0]} has no effect, because the audio encoder "
-                    f"uses its weights without calling the layer. Name other layers: {flag}"
+                    f"LoRA on {name} could not be merged, because it is a convolution with groups "
+                    f"or with weights that are computed. {hint}"
                 )
+            # Some attention layers of torch use the weights of a layer without calling the layer.
+            if used_before & base and not used & lora:
+                raise ValueError(
+                    f"LoRA on {name} has no effect, because the audio encoder uses its weights "
+                    f"without calling the layer. {hint}"
+                )
+        if not any(used & set(layer.parameters()) for layer in layers.values()):
+            raise ValueError(
+                f"LoRA on {', '.join(layers)} has no effect, because the audio tokens do not "
+                f"depend on these layers. {hint}"
+            )
 
     def merge_lora(self) -> None:
         """Add the product of LoRA to the weights of its model, and remove LoRA.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -117,9 +117,14 @@ def find_layer_classes(model: LtuForConditionalGeneration) -> list[str]:
         declared = set(getattr(part, "_no_split_modules", None) or ())
         classes = {type(module).__name__ for module in part.modules()} & declared
         if not classes:
+            repeated = set()
+            for module in part.modules():
+                if isinstance(module, nn.ModuleList) and len(module) > 1:
+                    repeated |= {type(layer).__name__ for layer in module}
             raise ValueError(
                 f"--fsdp: {type(part).__name__} does not declare its layers (_no_split_modules). "
-                "Name their classes as transformer_layer_cls_to_wrap in --fsdp_config."
+                "Name the classes of the layers of both models as transformer_layer_cls_to_wrap in "
+                f"--fsdp_config; repeated ones are {', '.join(sorted(repeated))}."
             )
         found |= classes
     return sorted(found)
