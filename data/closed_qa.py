@@ -58,7 +58,7 @@ from data.combine import CLOSED_ENDED
 from data.command_line import command_parser
 from data.provenance import audio_root_of, write_examples, write_provenance
 from ltu.data.dataset_io import stream_examples
-from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.dataset_source import DatasetSource, find_dataset
 from ltu.data.table_reader import map_all_columns, table_examples
 from ltu.files import run_command
 
@@ -656,7 +656,7 @@ def main(argv: list[str] | None = None) -> int:
     # Read the templates, and everything that the rules need besides the records.
     metadata = args.metadata
     if metadata.suffix.lower() not in CELLS:
-        metadata = find_source(metadata)
+        metadata = find_dataset(metadata)
     inputs = list(filter(None, [metadata, args.audio_ids, args.descriptions, args.cuts]))
     texts = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     audio_ids = read_audio_ids(args.audio_ids) if args.audio_ids else None
@@ -702,7 +702,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     # The ids of audio_ids.csv are relative to its folder; those of other metadata may not be paths.
     if args.audio_ids:
-        output_source = find_source(args.output_path)
+        output_source = find_dataset(args.output_path)
         facts |= audio_root_of(args.output_path, [output_source], args.audio_ids.parent)
     elif isinstance(metadata, DatasetSource) and _has_clips(metadata):
         facts |= audio_root_of(args.output_path, [metadata])

@@ -51,7 +51,7 @@ from data.shuffle import DiskSort, add_order_flags, order_facts, shuffle_example
 from data.temporary_files import temporary_folder
 from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
 from ltu.data.dataset_io import encode_line, typed_examples
-from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.dataset_source import DatasetSource, find_dataset
 from ltu.data.transcripts import TRANSCRIPT_RULES
 from ltu.files import run_command
 
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = parse_parts(args.data_path, recipe, args.partial)
     check_effects(args, recipe, parts)
     columns = read_column_flags(args)
-    sources = [find_source(path, columns.split) for _, path in parts]
+    sources = [find_dataset(path, columns.split) for _, path in parts]
     embedder = make_embedder(args, sources)
     part_of = recipe.parts if recipe else {}
     counts = Counts()

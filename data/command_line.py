@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ltu.data.columns import add_column_flags, read_column_flags
-from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.dataset_source import DatasetSource, find_dataset
 
 INPUT_HELP = (
     "The dataset to read: a JSON list, JSON lines or Parquet; a folder of datasets' save_to_disk; "
@@ -43,7 +43,7 @@ def source_of(args: argparse.Namespace) -> DatasetSource:
     Raises:
         OSError, ValueError: it is not there, or the split is not clear.
     """
-    return find_source(args.data_path, read_column_flags(args).split)
+    return find_dataset(args.data_path, read_column_flags(args).split)
 
 
 def add_audio_root(parser: argparse.ArgumentParser) -> None:

@@ -42,7 +42,7 @@ from ltu.data.audio import AudioError, load_audio
 from ltu.data.check_examples import NO_AUDIO
 from ltu.data.columns import ColumnFlags, read_column_flags
 from ltu.data.dataset_io import typed_examples
-from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.dataset_source import DatasetSource, find_dataset
 from ltu.data.table_clip import TableClip
 from ltu.files import run_command
 
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     columns = read_column_flags(args)
     source = source_of(args)
-    eval_sources = [find_source(path) for path in args.eval_files]
+    eval_sources = [find_dataset(path) for path in args.eval_files]
     embedder = make_embedder(args, [source])
     unreadable = Unreadable()
     eval_clips = read_eval_clips(

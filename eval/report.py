@@ -20,7 +20,7 @@ from eval.scorer_interface import Outcome
 from eval.tasks import Task
 from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_io import ExampleWriter, hash_source
-from ltu.data.dataset_source import find_source
+from ltu.data.dataset_source import find_dataset
 from ltu.files import read_json_object, replace_file, sha256_of, write_json
 
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
@@ -207,7 +207,7 @@ def file_record(path: Path) -> dict[str, str]:
 
 def dataset_record(path: Path, columns: ColumnFlags) -> dict[str, str]:
     """Return path and sha256 of a data set, and its split if it has several."""
-    record = {"path": str(path), "sha256": hash_source(find_source(path, columns.split), columns)}
+    record = {"path": str(path), "sha256": hash_source(find_dataset(path, columns.split), columns)}
     return record if columns.split is None else record | {"split": columns.split}
 
 

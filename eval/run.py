@@ -41,7 +41,7 @@ from eval.tasks import TASKS, Task, find_task
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
 from ltu.data.dataset_io import describe_columns
-from ltu.data.dataset_source import find_source, is_dataset_folder, is_dataset_name
+from ltu.data.dataset_source import find_dataset, is_dataset_folder, is_dataset_name
 from ltu.files import read_json_object, run_command
 from ltu.models.locate_checkpoint import find_checkpoint
 from ltu.models.model_card import EvaluationResult, save_evaluation
@@ -237,7 +237,7 @@ def print_columns(plan: Plan, columns: ColumnFlags) -> None:
     for model in plan.models:
         paths.update(dict.fromkeys(model.questions.values()))
     for path in paths:
-        for line in describe_columns(find_source(path, columns.split), columns):
+        for line in describe_columns(find_dataset(path, columns.split), columns):
             print(f"{path}: {line}")
 
 

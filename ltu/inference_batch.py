@@ -28,7 +28,7 @@ import torch
 from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.data.columns import add_column_flags, read_column_flags
 from ltu.data.dataset_io import describe_columns
-from ltu.data.dataset_source import find_source
+from ltu.data.dataset_source import find_dataset
 from ltu.files import run_command
 from ltu.inference.batch_inference import (
     BatchSettings,
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = read_column_flags(args)
     files = []
     for path in args.data_path:
-        source = find_source(path, columns.split)
+        source = find_dataset(path, columns.split)
         for line in describe_columns(source, columns):
             print(f"{path}: {line}")
         files.append(read_examples(source, args.audio_root, False, ignored_keys, columns))

@@ -35,7 +35,7 @@ from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_e
 from ltu.data.columns import add_column_flags, read_column_flags
 from ltu.data.dataset_io import describe_columns
 from ltu.data.dataset_parser import DatasetError
-from ltu.data.dataset_source import find_source
+from ltu.data.dataset_source import find_dataset
 from ltu.data.table_clip import TableClipError, clip_exists, record_clip
 from ltu.files import FileRecord, replace_file, run_command
 from ltu.models.device_check import check_device
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = read_column_flags(args)
     examples = []
     for path in args.data_path:
-        source = find_source(path, columns.split)
+        source = find_dataset(path, columns.split)
         for line in describe_columns(source, columns):
             print(f"{path}: {line}")
         examples += read_examples(source, args.audio_root, False, ignored_keys, columns)

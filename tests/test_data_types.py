@@ -25,7 +25,7 @@ from data.audio_ids import read_cells, read_ids
 from data.provenance import audio_root_of
 from ltu.data.check_examples import what_is_wrong
 from ltu.data.dataset_io import KEYS, DatasetError, ExampleWriter, stream_examples, typed_examples
-from ltu.data.dataset_source import find_source
+from ltu.data.dataset_source import find_dataset
 from ltu.files import run_command
 
 GOOD = {
@@ -308,7 +308,7 @@ def test_a_damaged_provenance_file_is_named(tmp_path, content):
     path = tmp_path / "good.json.provenance.json"
     path.write_text(content)
     with pytest.raises(ValueError) as error:
-        audio_root_of(tmp_path / "out" / "b.json", [find_source(tmp_path / "good.json")])
+        audio_root_of(tmp_path / "out" / "b.json", [find_dataset(tmp_path / "good.json")])
     assert str(error.value).startswith(str(path))
 
 

@@ -1,4 +1,4 @@
-"""Tests that the data commands read tables with clips and write them, beside the real `datasets`.
+"""Tests that data commands read and write tables with clips, compared with the real `datasets`.
 
 `datasets` reads what --embed_audio wrote, and writes the folders that the commands read.
 """

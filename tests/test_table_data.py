@@ -36,7 +36,7 @@ from ltu.data.check_examples import read_examples
 from ltu.data.columns import ColumnFlags, add_column_flags, read_column_flags
 from ltu.data.dataset_io import describe_columns, hash_source, stream_examples, typed_examples
 from ltu.data.dataset_parser import DatasetError
-from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.dataset_source import DatasetSource, find_dataset
 from ltu.data.table_clip import (
     TableClip,
     TableClipError,
@@ -92,7 +92,7 @@ def bytes_of(examples: list[dict], root: Path) -> list[bytes | None]:
 def assert_equals(path: Path, columns: ColumnFlags, reference: Dataset) -> None:
     """Compare what is read with what the library `datasets` reads."""
     examples = list(stream_examples(path, columns))
-    root = find_source(path, columns.split).root
+    root = find_dataset(path, columns.split).root
     assert [example["output"] for example in examples] == list(reference["text"])
     expected = [audio["bytes"] for audio in reference["audio"]]
     assert bytes_of(examples, root) == expected
@@ -247,15 +247,15 @@ def test_several_parquet_files_are_one_data_set(tmp_path):
     assert_equals(Path(f"{folder}/train-*"), WITH_TEXT, reference)
     for path in (folder, folder / "*.parquet"):
         with pytest.raises(DatasetError, match="has the splits train, validation; choose one with"):
-            find_source(path)
+            find_dataset(path)
     with pytest.raises(DatasetError, match="train, validation; --split test is none of them"):
-        find_source(folder, "test")
+        find_dataset(folder, "test")
     # The hub's own conversion: CONFIG/SPLIT/0000.parquet.
     (folder / "clean" / "train.100").mkdir(parents=True)
     for number in range(2):
         shutil.copy(files[number], folder / "clean" / "train.100" / f"{number:04}.parquet")
-    assert len(find_source(folder / "clean" / "train.100").files) == 2
-    assert len(find_source(folder / "clean", "train.100").files) == 2
+    assert len(find_dataset(folder / "clean" / "train.100").files) == 2
+    assert len(find_dataset(folder / "clean", "train.100").files) == 2
     # A column that only the first file has.
     make_dataset(2).remove_columns("text").to_parquet(files[2])
     with pytest.raises(
@@ -356,7 +356,7 @@ def test_columns_are_found_and_named(tmp_path):
     path = tmp_path / "set"
     dataset = make_dataset(3).rename_column("audio", "recording")
     dataset.save_to_disk(path)
-    source = find_source(path)
+    source = find_dataset(path)
     columns = ColumnFlags(question_column="text", answer_column="label")
     assert list(stream_examples(path, columns))[1] == {
         "instruction": "text 1",
@@ -375,7 +375,7 @@ def test_columns_are_found_and_named(tmp_path):
     assert read_examples(path)[1]["output"] == "rain"
     fixed = ColumnFlags(question="What?")
     assert read_examples(path, columns=fixed)[1]["instruction"] == "What?"
-    assert "not used: instruction, id" in describe_columns(find_source(path), fixed)[0]
+    assert "not used: instruction, id" in describe_columns(find_dataset(path), fixed)[0]
     # Usual names are found too, unless a flag uses the column.
     path = tmp_path / "usual"
     dataset.rename_columns({"text": "question", "label": "answer"}).save_to_disk(path)
@@ -462,7 +462,7 @@ def test_names_of_keys_for_json(tmp_path):
             "audio": str(tmp_path / "2.wav"),
         }
     path = tmp_path / "a.json"
-    source = find_source(path)
+    source = find_dataset(path)
     assert "audio_id from 'path', instruction from 'q'" in describe_columns(source, columns)[0]
     assert describe_columns(source, ColumnFlags()) == []
     # Other keys are an error as before, and so is a key that a flag names and that is not there.
@@ -588,20 +588,20 @@ def test_missing_and_empty_data_sets(tmp_path):
     splits.save_to_disk(tmp_path / "splits")
     for split, text in ((None, "choose one with --split"), ("dev", "--split dev is none of them")):
         with pytest.raises(DatasetError, match=f"splits has the splits train, test; {text}"):
-            find_source(tmp_path / "splits", split)
+            find_dataset(tmp_path / "splits", split)
     shutil.rmtree(tmp_path / "splits" / "test")
     with pytest.raises(DatasetError, match="test has no state.json"):
-        find_source(tmp_path / "splits", "test")
+        find_dataset(tmp_path / "splits", "test")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="it has no .parquet files"):
-        find_source(tmp_path / "empty")
+        find_dataset(tmp_path / "empty")
     for path in ("gone.json", "gone-*.parquet"):
         with pytest.raises(DatasetError, match="is not there. Give a JSON list"):
-            find_source(tmp_path / path)
+            find_dataset(tmp_path / path)
     with pytest.raises(
         DatasetError, match="--split train: .*a.parquet is a file, which has no splits"
     ):
-        find_source(tmp_path / "a.parquet", "train")
+        find_dataset(tmp_path / "a.parquet", "train")
 
 
 def test_short_names():

@@ -371,13 +371,8 @@ class LtuConverter:
         if Path(path).is_dir():
             path = Path(path).resolve()
         wrapped = wrap_audio_encoder(path, **settings.arguments())
-        hidden_size = wrapped.config.hidden_size
-        state = {
-            "audio_tower.feature_mean": torch.zeros(hidden_size),
-            "audio_tower.feature_std": torch.ones(hidden_size),
-        }
         return AudioEncoderParts(
-            wrapped.config, state, extractor_settings=wrapped.extractor_settings
+            wrapped.config, state={}, extractor_settings=wrapped.extractor_settings
         )
 
     def _random_audio_encoder(self) -> AudioEncoderParts:

@@ -29,7 +29,7 @@ from ltu.data.dataset_io import (
     wrong_type,
 )
 from ltu.data.dataset_parser import DatasetError
-from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.dataset_source import DatasetSource, find_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def checked_examples(
     """Yield the examples `{"instruction", "input"?, "audio_id", "output", "dataset"?, "task"?}`.
 
     Args:
-        path: the dataset file, in any format of `ltu.data.dataset_io`; or what `find_source` has
+        path: the dataset file, in any format of `ltu.data.dataset_io`; or what `find_dataset` has
             found.
         audio_root: folder of relative `audio_id`s; by default the folder of the file. Clips that
             lie in a table have none.
@@ -144,7 +144,7 @@ def checked_examples(
             lists the first `max_errors` of them by number (from 1).
     """
     columns = columns or ColumnFlags()
-    source = find_source(path, columns.split)
+    source = find_dataset(path, columns.split)
     found = find_columns(source, columns)
     if found is not None:
         found.check(source.name, need_output, has_root=audio_root is not None)

@@ -26,7 +26,7 @@ import msgspec
 
 from ltu.data.columns import ColumnFlags, ColumnMap
 from ltu.data.dataset_parser import DatasetError, LineSplitter, ListSplitter
-from ltu.data.dataset_source import DatasetSource, find_source
+from ltu.data.dataset_source import DatasetSource, find_dataset
 from ltu.data.table_reader import open_columns, table_examples
 from ltu.files import check_output, lock_file, sha256_of, sync_and_rename
 
@@ -54,14 +54,14 @@ def stream_examples(
 
     Args:
         path: a file, a folder or a data set of the hub, see `ltu.data.dataset_source`; or what
-            `find_source` has found.
+            `find_dataset` has found.
         columns: its split, and the names of its columns.
 
     Raises:
         DatasetError: the data set is malformed, cut off or missing.
     """
     columns = columns or ColumnFlags()
-    return stream_source(find_source(path, columns.split), columns)
+    return stream_source(find_dataset(path, columns.split), columns)
 
 
 def stream_source(source: DatasetSource, columns: ColumnFlags) -> Iterator[dict[str, Any]]:

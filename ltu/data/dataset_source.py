@@ -90,7 +90,7 @@ def index_path_of(path: str | Path, split: str | None = None) -> Path:
     return path.with_name(f"{path.name}{INDEX_ENDING}")
 
 
-def find_source(path: "str | Path | DatasetSource", split: str | None = None) -> DatasetSource:
+def find_dataset(path: "str | Path | DatasetSource", split: str | None = None) -> DatasetSource:
     """Find the files of a data set. One that was found is returned as it is.
 
     Raises:

@@ -5,7 +5,7 @@ the `audio_id` null is stored as "empty".
 
 With clips, the column `audio` stands in the place of `audio_id`. It is a struct of the bytes of the
 clip's file and the name of the file, null without a clip, and the metadata of the file say that it
-is of the type Audio: the library `datasets` and the viewer of the hub read it as such. The bytes
+is of the type Audio: the library `datasets` reads it as such. The bytes
 are those of the file; nothing is decoded. A clip is stored once for each of its examples.
 """
 

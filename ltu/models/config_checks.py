@@ -156,6 +156,10 @@ class ProcessorFields(BaseModel):
     add_bos: bool | None = Field(None, description="true, false or null")
 
 
+ModelName = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]  # A folder or hub id.
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+A_SHA256 = "a sha256 of 64 hexadecimal digits, or null"
+LORA = "an object with r, lora_alpha, lora_dropout and target_modules, or null"
 TokenId = Annotated[int, Field(ge=-1, le=LARGEST["vocab_size"])]  # -1 is no token.
 A_TOKEN = f"a whole number from -1 to {LARGEST['vocab_size']}, or null"
 
@@ -165,23 +169,17 @@ class LtuFields(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    language_model: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")] | None = Field(
+    language_model: ModelName | None = Field(
         None, description="the folder or hub id of a language model, or null"
     )
-    language_model_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
-        None, description="a sha256 of 64 hexadecimal digits, or null"
-    )
+    language_model_sha256: Sha256 | None = Field(None, description=A_SHA256)
     bos_token_id: TokenId | None = Field(None, description=A_TOKEN)
     eos_token_id: TokenId | list[TokenId] | None = Field(
         None, description=f"{A_TOKEN}, or a list of such numbers"
     )
     pad_token_id: TokenId | None = Field(None, description=A_TOKEN)
-    lora: LoraSettings | None = Field(
-        None, description="an object with r, lora_alpha, lora_dropout and target_modules, or null"
-    )
-    encoder_lora: LoraSettings | None = Field(
-        None, description="an object with r, lora_alpha, lora_dropout and target_modules, or null"
-    )
+    lora: LoraSettings | None = Field(None, description=LORA)
+    encoder_lora: LoraSettings | None = Field(None, description=LORA)
     prompt_template: PromptTemplateFields | None = Field(
         None, description="an object with name, prompt_no_input and prompt_input"
     )

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, PreTrainedConfig
 
-from ltu.models.config_checks import LARGEST, LARGEST_LAYER, check_fields, check_sizes
+from ltu.models.config_checks import (
+    A_SHA256,
+    LARGEST,
+    LARGEST_LAYER,
+    ModelName,
+    Sha256,
+    check_fields,
+    check_sizes,
+)
 from ltu.models.configuration_ltu import as_config
 
 MAX_CHUNK_SECONDS = 3600.0
@@ -24,12 +32,10 @@ class AudioEncoderWrapperFields(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    encoder: Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")] | None = Field(
+    encoder: ModelName | None = Field(
         None, description="the folder or hub id of an audio model, or null"
     )
-    encoder_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
-        None, description="a sha256 of 64 hexadecimal digits, or null"
-    )
+    encoder_sha256: Sha256 | None = Field(None, description=A_SHA256)
     hidden_layer: int | str = Field(description='"last", "mean" or the number of a layer')
     hidden_size: Annotated[int, Field(ge=1, le=LARGEST["hidden_size"])] = Field(
         description=f"a whole number from 1 to {LARGEST['hidden_size']}"

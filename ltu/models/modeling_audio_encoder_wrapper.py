@@ -56,8 +56,6 @@ class AudioEncoderWrapperModel(PreTrainedModel):
         self.fixed_parameter_names = frozenset(
             name for name, parameter in self.named_parameters() if not parameter.requires_grad
         )
-        self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
-        self.register_buffer("feature_std", torch.ones(config.hidden_size))
         self.post_init()
 
     def init_weights(self) -> None:
@@ -140,8 +138,7 @@ class AudioEncoderWrapperModel(PreTrainedModel):
         )
         steps = self._time_steps(hidden)[:, : config.num_time_steps]  # (batch, steps, hidden)
         pooling = pooling_matrix(config.num_time_steps, config.num_audio_tokens).to(steps)
-        tokens = pooling @ steps  # (batch, num_audio_tokens, hidden_size)
-        return (tokens - self.feature_mean) / self.feature_std
+        return pooling @ steps  # (batch, num_audio_tokens, hidden_size)
 
     def _time_steps(self, hidden: Tensor) -> Tensor:
         """Return the time steps `(batch, steps, hidden_size)` among hidden states.

@@ -39,7 +39,7 @@ from ltu.data.check_examples import (
 from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_io import describe_columns, find_columns, hash_source
 from ltu.data.dataset_parser import DatasetError
-from ltu.data.dataset_source import INDEX_ENDING, DatasetSource, find_source, index_path_of
+from ltu.data.dataset_source import INDEX_ENDING, DatasetSource, find_dataset, index_path_of
 from ltu.files import check_regular_file, lock_file, sync_and_rename
 from ltu.models.processing_ltu import LtuProcessor
 
@@ -92,7 +92,7 @@ def build_index(
     import pyarrow
 
     columns = columns or ColumnFlags()
-    source = find_source(path, columns.split)
+    source = find_dataset(path, columns.split)
     if output is None and not source.is_local:
         raise DatasetError(
             f"{source.name} has no folder of its own for an index. Give --output_path FILE.arrow, "
@@ -428,7 +428,7 @@ def _is_source_of(indexed: IndexedExamples, path: Path, columns: ColumnFlags) ->
 
     It is only read if its time differs, as that of a copy does.
     """
-    source = find_source(path, columns.split)
+    source = find_dataset(path, columns.split)
     about = indexed.about
     if source.size != about["bytes"]:
         return False

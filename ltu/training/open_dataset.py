@@ -23,7 +23,7 @@ from ltu.data.check_examples import (
 )
 from ltu.data.dataset_io import describe_columns, hash_source
 from ltu.data.dataset_parser import DatasetError
-from ltu.data.dataset_source import find_source
+from ltu.data.dataset_source import find_dataset
 from ltu.models.processing_ltu import LtuProcessor
 from ltu.training.arguments import DataArguments, RunArguments
 from ltu.training.dataset import ExampleEncoder, NoAnswerError, QaDataset
@@ -216,7 +216,7 @@ def _summarize(
         num_with_audio, num_clips = examples.count_audio()
         columns = examples.about.get("described", [])
     else:
-        source = find_source(data.data_path, data.split)
+        source = find_dataset(data.data_path, data.split)
         name = source.short_name
         digest = hash_source(source, data)
         columns = describe_columns(source, data)
