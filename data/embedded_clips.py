@@ -2,8 +2,8 @@
 
 A dataset file may name any file of the machine, and the output may be published. A clip is stored
 only if it is, after all links are followed, a regular file below the folder of its dataset or below
---allowed_root, or lies in a table that the command reads or that is below these folders. It is not
-decoded: the stored bytes are those of the file.
+--allowed_root that decodes as audio (silent, short and long clips do), or lies in a table that the
+command reads or that is below these folders. The stored bytes are those of the file.
 
 Relative audio_ids are made absolute when they are read, because a command may combine datasets of
 several folders.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.provenance import clip_root_of
+from ltu.data.audio import AudioError, decode_audio
 from ltu.data.check_examples import NO_AUDIO
 from ltu.data.dataset_source import DatasetSource
 from ltu.data.parquet_writer import ClipContent
@@ -109,7 +110,13 @@ class ClipEmbedder:
     def _read_file(self, path: Path) -> ClipContent:
         self._check_place(path)
         check_regular_file(path)
-        return ClipContent(path.read_bytes(), path.name)
+        content = path.read_bytes()
+        try:
+            decode_audio(content)
+        except AudioError as error:
+            if error.reason == "unreadable":
+                raise ValueError(f"not audio that can be decoded: {error.detail}") from error
+        return ClipContent(content, path.name)
 
     def _check_place(self, path: Path) -> None:
         """Check that a clip or a table may be read.

@@ -167,6 +167,8 @@ def test_a_command_writes_the_same_bytes_again(tmp_path):
         ("link.wav", "is outside of"),
         ("../other.parquet#audio[0]", "is outside of"),
         ("loop.wav", "loop"),
+        ("private.txt", "not audio that can be decoded"),
+        ("set.parquet", "not audio that can be decoded"),
         ("set.parquet#audio[99]", "has 2 rows"),
         ("set.parquet#sound[0]", "has no column 'sound'"),
     ],
@@ -175,6 +177,7 @@ def test_what_is_no_clip_of_the_dataset_is_not_stored(tmp_path, name, reason):
     source = make_set(tmp_path / "set", ["a.wav"])
     os.mkfifo(source.parent / "pipe.wav")
     (source.parent / "loop.wav").symlink_to("loop.wav")
+    (source.parent / "private.txt").write_text("a password next to the clips")
     (tmp_path / "secret.wav").write_text("secret")
     (source.parent / "link.wav").symlink_to(tmp_path / "secret.wav")
     run(shuffle, source, source.parent / "set.parquet", "--embed_audio")
