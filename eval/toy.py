@@ -14,6 +14,11 @@ or a description is no category.
 `wrong` and `none` are the same questions with a clip of another category and without audio, scored
 against the same references: a right answer is a guess.
 
+If the folder of a stage has `open.json`, the answers to `heldout_open.json`, a second table is about
+them (`eval.toy_open`). If it has `loss_right.json`, `loss_wrong.json` and `loss_none.json` of
+`eval.answer_loss`, a third one has the losses of the reference answers, which also say something
+about a stage that answers in no trained form yet.
+
 The intervals are 95 % Wilson intervals: each clip has one question, and is held out in one fold
 only.
 """
@@ -30,7 +35,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from eval import toy_baselines
+from eval import toy_baselines, toy_open
 from eval.scorer_interface import (
     Context,
     EvaluationError,
@@ -44,6 +49,7 @@ from ltu.files import run_command, write_json
 
 TOY = Path(__file__).parent.parent / "data" / "toy"
 CONDITIONS = ("right", "wrong", "none")
+LOSSES = tuple(f"loss_{condition}" for condition in CONDITIONS)
 # The answer formats of questions.json that name label and category.
 CLASSIFICATION = ("cla_label_des", "cla_label")
 # Columns of the table: field of a row -> title.
@@ -54,7 +60,20 @@ COLUMNS = {
     "label": "exact label",
     "well_formed": "well-formed",
 }
-COLUMN_WIDTH = 17
+OPEN_COLUMNS = {
+    "sentences": "sentences",
+    "own_label": "own label",
+    "open_right": "right",
+    "distinct": "distinct",
+    "top_five": "top five",
+}
+LOSS_COLUMNS = {
+    "loss_right": "right audio",
+    "loss_wrong": "other category's",
+    "loss_none": "no audio",
+    "loss_gain": "other's - right",
+}
+COLUMN_WIDTH = 19
 
 Predictions = list[dict]
 Stages = dict[str, dict[str, Predictions]]  # stage ("stage1", ...) -> condition -> predictions
@@ -155,6 +174,44 @@ class Rate:
         return f"{self.fraction:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A mean and its 95 % interval, of a normal distribution."""
+
+    count: int
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Mean":
+        """Return the mean of independent values; the interval of a single one is infinite."""
+        mean = float(np.mean(values))
+        margin = float("inf")
+        if len(values) > 1:
+            margin = float(1.96 * np.std(values, ddof=1) / len(values) ** 0.5)
+        return cls(len(values), mean, mean - margin, mean + margin)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """A fraction that describes a set of answers, and so has no interval."""
+
+    part: int
+    count: int
+    fraction: float
+
+    @classmethod
+    def of(cls, part: int, count: int) -> "Fraction":
+        return cls(part, count, part / count)
+
+    def __str__(self) -> str:
+        return f"{self.fraction:.2f}"
+
+
 @dataclass
 class Hits:
     """Whether category, label and form of each answer are right."""
@@ -175,6 +232,11 @@ class Row:
         well_formed: Answers of the trained form with the right audio.
         wrong: Right categories with a clip of another category.
         none: Right categories without audio.
+        sentences, own_label, open_right, distinct, top_five: Of the answers to open-ended
+            questions, see `eval.toy_open`.
+        loss_right, loss_wrong, loss_none: Losses of the reference answers, nats per token.
+        loss_gain: By how much the loss is lower with the right audio than with a clip of another
+            category, from clip to clip.
     """
 
     name: str
@@ -183,6 +245,15 @@ class Row:
     well_formed: Rate | None = None
     wrong: Rate | None = None
     none: Rate | None = None
+    sentences: Rate | None = None
+    own_label: Rate | None = None
+    open_right: Rate | None = None
+    distinct: Fraction | None = None
+    top_five: Fraction | None = None
+    loss_right: Mean | None = None
+    loss_wrong: Mean | None = None
+    loss_none: Mean | None = None
+    loss_gain: Mean | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row without the columns that it lacks."""
@@ -217,11 +288,13 @@ class Table:
 
 @dataclass
 class Toy:
-    """The clips by file name, the folds (held-out file names) and the reader of answers."""
+    """The clips by file name, the folds (held-out file names) and the readers of answers."""
 
     clips: dict[str, dict]
     folds: list[list[str]]
     reader: Reader
+    mentions: toy_open.Mentions
+    closed_prefixes: list[str]
 
     @classmethod
     def load(cls, folder: Path = TOY) -> "Toy":
@@ -235,7 +308,17 @@ class Toy:
         answers = json.loads((folder / "questions.json").read_text(encoding="utf-8"))["answers"]
         formats = [answers[task] for task in CLASSIFICATION]
         folds = json.loads((folder / "split.json").read_text(encoding="utf-8"))["folds"]
-        return cls(clips, folds, Reader(formats, categories))
+        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))["labels"]
+        category_of_phrase = {}
+        for clip in clips.values():
+            category_of_phrase[labels[clip["label"]]["phrase"]] = clip["category"]
+        return cls(
+            clips,
+            folds,
+            Reader(formats, categories),
+            toy_open.Mentions(category_of_phrase),
+            toy_open.closed_prefixes(answers),
+        )
 
     def training(self, fold: int) -> list[str]:
         """Return the files of the training clips of a fold."""
@@ -320,18 +403,24 @@ def read_predictions(folder: Path) -> Stages:
 
 
 def read_stage(folder: Path) -> dict[str, Predictions]:
-    """Read the predictions of one stage, by condition. "show" are those to be shown.
+    """Read the predictions of one stage, by condition, and the losses.
+
+    "show" are predictions to be shown, "open" those for open-ended questions.
 
     Raises:
         EvaluationError: The conditions do not have the same questions.
     """
     stage = {}
-    for name in (*CONDITIONS, "show"):
+    for name in (*CONDITIONS, "show", "open"):
         path = folder / f"{name}.json"
         if path.is_file():
             stage[name] = load_predictions(path)
+    for name in LOSSES:
+        path = folder / f"{name}.json"
+        if path.is_file():
+            stage[name] = json.loads(path.read_text(encoding="utf-8"))
     references = _references(stage["right"])
-    for name in CONDITIONS:
+    for name in (*CONDITIONS, *LOSSES):
         if name in stage and _references(stage[name]) != references:
             raise EvaluationError(
                 f"{folder / f'{name}.json'} does not have the questions of right.json. "
@@ -369,7 +458,7 @@ def fold_of(predictions: Predictions, toy: Toy) -> int:
     return found
 
 
-def stage_rows(folds: list[Stages], reader: Reader) -> list[Row]:
+def stage_rows(folds: list[Stages], toy: Toy) -> list[Row]:
     """Return the rows of the table for the stages that every fold has, pooled over folds.
 
     Raises:
@@ -387,21 +476,69 @@ def stage_rows(folds: list[Stages], reader: Reader) -> list[Row]:
     rows = []
     for stage in sorted(common):
         own_stages = [fold[stage] for fold in folds]
-        right = pooled_hits(own_stages, "right", reader)
+        right = pooled_hits(own_stages, "right", toy.reader)
         row = Row(
             name=stage,
             right=Rate.of(right.category),
             label=Rate.of(right.label),
             well_formed=Rate.of(right.well_formed),
         )
-        wrong = pooled_hits(own_stages, "wrong", reader)
+        wrong = pooled_hits(own_stages, "wrong", toy.reader)
         if wrong is not None:
             row.wrong = Rate.of(wrong.category)
-        none = pooled_hits(own_stages, "none", reader)
+        none = pooled_hits(own_stages, "none", toy.reader)
         if none is not None:
             row.none = Rate.of(none.category)
+        if all("open" in own_stage for own_stage in own_stages):
+            add_open(row, own_stages, toy)
+        if all(name in own_stage for own_stage in own_stages for name in LOSSES):
+            add_losses(row, own_stages)
         rows.append(row)
     return rows
+
+
+def add_open(row: Row, stages: list[dict[str, Predictions]], toy: Toy) -> None:
+    """Add what the answers to open-ended questions are, pooled over folds, to the row of a stage.
+
+    Raises:
+        EvaluationError: The answers of a fold are about other clips than its labels.
+    """
+    counts = toy_open.OpenCounts([], [], [], [])
+    for stage in stages:
+        own_categories = []
+        right_categories = []
+        for prediction in stage["right"]:
+            answer = prediction["pred"] if failure(prediction, "strict") is None else ""
+            own_categories.append((toy.reader.read(answer) or (None, None))[1])
+            right_categories.append(toy.clips[Path(prediction["audio_id"]).name]["category"])
+        found = toy_open.count(
+            stage["open"],
+            stage["right"],
+            own_categories,
+            right_categories,
+            toy.mentions,
+            toy.closed_prefixes,
+        )
+        counts.extend(found)
+    num_answers = len(counts.texts)
+    row.sentences = Rate.of(counts.sentences)
+    row.own_label = Rate.of(counts.own_label)
+    row.open_right = Rate.of(counts.right)
+    row.distinct = Fraction.of(counts.num_distinct, num_answers)
+    row.top_five = Fraction.of(counts.num_stock, num_answers)
+
+
+def add_losses(row: Row, stages: list[dict[str, Predictions]]) -> None:
+    """Add the losses of the reference answers, pooled over folds, to the row of a stage."""
+    losses: dict[str, list[float]] = {name: [] for name in LOSSES}
+    for stage in stages:
+        for name in LOSSES:
+            losses[name] += [entry["loss"] for entry in stage[name]]
+    row.loss_right = Mean.of(losses["loss_right"])
+    row.loss_wrong = Mean.of(losses["loss_wrong"])
+    row.loss_none = Mean.of(losses["loss_none"])
+    gains = np.subtract(losses["loss_wrong"], losses["loss_right"])
+    row.loss_gain = Mean.of(gains.tolist())
 
 
 def pooled_hits(
@@ -453,20 +590,50 @@ def baseline_rate(toy: Toy, folds: list[int], method: Callable[..., list[str]], 
 
 
 def format_table(table: Table) -> str:
-    """Return the table as text."""
-    width = max(len(row.name) for row in table.rows)
+    """Return the tables of closed-ended questions, open-ended questions and losses as text."""
     fold_names = ", ".join(map(str, table.folds))
     lines = [
         f"{table.clips} held-out clips, fold {fold_names}; fractions with 95 % intervals.",
         "First three columns: the category is right. Last two, with the right audio: the exact",
         "label is right, and the answer has the form that was trained.",
         "",
-        format_row("", width, list(COLUMNS.values())),
+        *format_columns(table.rows, COLUMNS),
     ]
-    for row in table.rows:
-        cells = [str(getattr(row, name) or "-") for name in COLUMNS]
-        lines.append(format_row(row.name, width, cells))
+    with_open = [row for row in table.rows if row.sentences is not None]
+    if with_open:
+        lines += [
+            "",
+            "Open-ended questions, one about each clip: the answer is a sentence and no label list;",
+            "it names the category of the model's own label; it names the right category; different",
+            "answers; answers that are one of the five most frequent.",
+            "",
+            *format_columns(with_open, OPEN_COLUMNS),
+        ]
+    with_losses = [row for row in table.rows if row.loss_gain is not None]
+    if with_losses:
+        lines += [
+            "",
+            "Loss of the reference answers, nats per token, means with 95 % intervals. The last",
+            "column is above 0 if the model takes something from the audio.",
+            "",
+            *format_columns(with_losses, LOSS_COLUMNS),
+        ]
     return "\n".join(lines)
+
+
+def format_columns(rows: list[Row], columns: dict[str, str]) -> list[str]:
+    """Return the lines of a table.
+
+    Args:
+        rows: its rows.
+        columns: field of a row -> title.
+    """
+    width = max(len(row.name) for row in rows)
+    lines = [format_row("", width, list(columns.values()))]
+    for row in rows:
+        cells = [str(getattr(row, name) or "-") for name in columns]
+        lines.append(format_row(row.name, width, cells))
+    return lines
 
 
 def format_row(name: str, width: int, cells: list[str]) -> str:
@@ -504,7 +671,7 @@ def evaluate(folders: list[Path], audio_encoder: Path | None) -> Table:
     toy = Toy.load()
     stages = [read_predictions(folder) for folder in folders]
     folds = find_folds(stages, toy)
-    rows = stage_rows(stages, toy.reader) + baseline_rows(toy, folds, audio_encoder)
+    rows = stage_rows(stages, toy) + baseline_rows(toy, folds, audio_encoder)
     last = stages[0][max(stages[0])]
     every_fifth = last["right"][:: max(1, len(last["right"]) // 5)]
     return Table(

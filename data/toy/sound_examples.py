@@ -176,6 +176,14 @@ def heldout_examples(heldout: list[Sound], folder: Path, name: str) -> dict[str,
         wrong.append(example | {"audio_id": committed_id(other, AUDIO, folder)})
         none.append(example | {"audio_id": "empty"})
 
+    # Ask one open-ended question about each clip, each task as often as the others.
+    open_questions = []
+    for number, sound in enumerate(heldout):
+        rng = Random(f"{name}/open/{sound['file']}")
+        task = OPEN_TASKS[number % len(OPEN_TASKS)]
+        audio_id = committed_id(sound, AUDIO, folder)
+        open_questions.append(make_example(task, [sound], audio_id, rng, "test"))
+
     # Select the sounds of the demo, each of another category, and then their questions.
     rng = Random(f"{name}/show")
     by_category = defaultdict(list)
@@ -190,5 +198,6 @@ def heldout_examples(heldout: list[Sound], folder: Path, name: str) -> dict[str,
         "heldout_right": right,
         "heldout_wrong": wrong,
         "heldout_none": none,
+        "heldout_open": open_questions,
         "heldout_show": show,
     }

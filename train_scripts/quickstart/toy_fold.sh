@@ -24,8 +24,9 @@ case $kind in
         stages="$stages stage3_all_close stage4_all_mix"
         init_flags=(--audio_encoder "${AUDIO_ENCODER:-pretrained_mdls/yamnet}")
         cutoff_len=108
-        generate_flags=(--max_new_tokens 40)
-        question_sets="heldout_right heldout_wrong heldout_none heldout_show"
+        front_end_flags=()
+        generate_flags=(--max_new_tokens 60)
+        question_sets="heldout_right heldout_open heldout_wrong heldout_none heldout_show"
         last_question_sets=""
         ;;
     ltu_as)
@@ -35,8 +36,9 @@ case $kind in
         init_flags=(--whisper "$whisper" --feature_root "$FEATURES")
         init_flags+=(--standardize_on "$DATA/stage2.json")
         cutoff_len=160
-        generate_flags=(--max_new_tokens 60 --feature_root "$FEATURES")
-        question_sets="heldout_right heldout_wrong heldout_none"
+        front_end_flags=(--feature_root "$FEATURES")
+        generate_flags=(--max_new_tokens 60 "${front_end_flags[@]}")
+        question_sets="heldout_right heldout_open heldout_wrong heldout_none"
         # Only after the last stage, because generating answers takes minutes.
         last_question_sets="show speech_gender speech_gender_empty speech_words_right"
         last_question_sets+=" speech_words_whisper speech_words_wrong speech_words_none"
@@ -82,11 +84,20 @@ for stage in $stages; do
     bash "train_scripts/$kind/$stage.sh" --seed "$seed" @train_scripts/quickstart/toy.args \
         "${stage_flags[@]}" "$@"
 
-    # After stage 1, LTU-AS does not generate well-formed answers yet.
-    case $kind/$stage in ltu_as/stage1_*) continue ;; esac
+    # The losses of the reference answers, with the right clip, another one and none.
+    losses=()
+    for condition in right wrong none; do
+        losses+=("$EXP/$stage/answers/loss_$condition.json")
+    done
+    if [ "$EXP/$stage/model.safetensors" -nt "${losses[2]}" ]; then
+        "$PYTHON" -m eval.answer_loss --model "$EXP/$stage" ${front_end_flags[@]+"${front_end_flags[@]}"} \
+            --data_path "$DATA"/heldout_{right,wrong,none}.json --output_path "${losses[@]}"
+    fi
 
     questions=() answers=()
     names=$question_sets
+    # After stage 1, no answer has the trained form yet.
+    case $stage in stage1_*) names="heldout_right heldout_open" ;; esac
     if [ "$stage" = "$last_stage" ]; then names="$names $last_question_sets"; fi
     for name in $names; do
         questions+=("$DATA/$name.json")
