@@ -130,7 +130,7 @@ def test_every_label_and_category_has_texts():
     )
     for name, texts in labels.items():
         assert texts["phrase"], name
-        assert len(texts["descriptions"]) == len(set(texts["descriptions"])) >= 2, name
+        assert len(texts["descriptions"]) == len(set(texts["descriptions"])) >= 4, name
         for description in texts["descriptions"]:
             assert not re.search(r"->|[.:;\n]", description), (name, description)
             assert not set(categories) & set(re.findall(r"\w+", description)), (name, description)
@@ -139,15 +139,56 @@ def test_every_label_and_category_has_texts():
 def test_test_questions_are_never_training_questions():
     for kind in ("closed", "open"):
         for task, texts in sound_examples.QUESTIONS[kind].items():
-            assert (
-                len(set(texts["train"])) == len(texts["train"]) >= (20 if kind == "closed" else 3)
-            ), task
-            assert len(set(texts["test"])) == len(texts["test"]) >= 2, task
+            train, test = (20, 5) if kind == "closed" else (24, 8)
+            if task == "how_many":
+                train, test = 12, 4
+            assert len(set(texts["train"])) == len(texts["train"]) >= train, task
+            assert len(set(texts["test"])) == len(texts["test"]) >= test, task
     tasks = [
         texts for kind in ("closed", "open") for texts in sound_examples.QUESTIONS[kind].values()
     ]
     train = {normalised(question) for texts in tasks for question in texts["train"]}
     assert not train & {normalised(question) for texts in tasks for question in texts["test"]}
+
+
+def open_answers(task: str) -> dict[str, list[str]]:
+    """Return the answer templates of an open task: "answers", or "answers_yes" and "_no"."""
+    texts = sound_examples.QUESTIONS["open"][task]
+    return {key: templates for key, templates in texts.items() if key.startswith("answers")}
+
+
+@pytest.mark.parametrize("task", sound_examples.QUESTIONS["open"])
+def test_every_open_answer_names_the_label_and_says_why(task):
+    minimum = {"yes_no": 5, "how_many": 4}.get(task, 8)
+    for templates in open_answers(task).values():
+        assert len(set(templates)) == len(templates) >= minimum
+        for template in templates:
+            fields = Counter(re.findall(r"{(\w+)}", template))
+            assert fields["phrase"] == 1, template
+            assert fields["other_phrase"] == (task == "how_many"), template
+            assert set(fields) & {"description", "reason", "meaning", "place", "kind"}, template
+
+
+def test_open_answers_look_like_no_closed_answer():
+    answers = sound_examples.QUESTIONS["answers"]
+    closed = {template.split(":")[0] + ":" for template in answers.values()}
+    assert closed == {"Labels:", "Audio caption:", "First:", "Order:"}
+    openings = []
+    for task in sound_examples.QUESTIONS["open"]:
+        for template in sum(open_answers(task).values(), []):
+            assert not template.startswith(tuple(closed)), template
+            assert re.fullmatch(r"([A-Z]|{caption} [A-Z])[^;\n]+\.", template), template
+            openings.append(" ".join(template.split()[:3]))
+    assert len(set(openings)) == len(openings), Counter(openings).most_common(3)
+
+
+def test_every_form_of_a_yes_or_no_question_contains_the_question():
+    texts = sound_examples.QUESTIONS["open"]["yes_no"]
+    for form in texts["train"] + texts["test"]:
+        assert form.count("{question}") == 1, form
+    for task, texts in sound_examples.QUESTIONS["open"].items():
+        if task != "yes_no":
+            assert "{" not in "".join(texts["train"] + texts["test"]), task
 
 
 # The built examples
