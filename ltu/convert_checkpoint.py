@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
     parser.add_argument(
         "--num_audio_tokens",
         type=int,
-        help="Audio tokens of a chunk, for an audio encoder of transformers "
+        help="Audio tokens of a chunk, for YAMNet or an audio encoder of transformers "
         f"({DEFAULT_NUM_AUDIO_TOKENS}).",
     )
     parser.add_argument(

@@ -209,7 +209,7 @@ def test_wrong_references_and_missing_answers_stop(tmp_path):
 
 @pytest.mark.parametrize(("num_right", "status"), [(7, 0), (6, 1)])
 def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, status):
-    """The bound of the category is 0.65."""
+    """The bound of the category is 0.70."""
     category = toy.Rate.of([True] * num_right + [False] * (10 - num_right))
     sounds = toy.Table(clips=10, folds=[0], rows=[toy.Row("stage3", right=category)], show=[])
     speech = Table(["fold0"], [toy_speech.Row("pitch", [category])])

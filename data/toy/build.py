@@ -13,9 +13,10 @@ Held-out clips are not changed: their examples point at the committed files. The
 sounds; held-out voices and sentences are the same in every fold. `sources.json` names the clips in
 every piece of training audio, so that tests can detect leakage.
 
-In the examples of LTU-AS, those about committed sounds have no `input`: Whisper transcribes them,
-in training and in use alike, and its hallucinated transcript of a drum is part of what the model
-must cope with. Where a test replaces the clip, the transcript is that of the new clip.
+In the examples of LTU-AS, the `input` of those about committed clips is what Whisper transcribes of
+them: its hallucinated transcript of a drum is part of what the model must cope with. For training
+it is in `transcripts.json`. Test questions have no `input`, so that Whisper transcribes the clip
+when they are answered. Where a test replaces the clip, the transcript is that of the new clip.
 """
 
 import argparse
@@ -27,7 +28,14 @@ from random import Random
 from data.command_line import command_parser
 from data.toy import sound_examples, speech_examples
 from data.toy.attribution import write_attribution
-from data.toy.sound_clips import HERE, Sound, make_split, read_fold, read_manifest
+from data.toy.sound_clips import (
+    HERE,
+    Sound,
+    make_split,
+    read_fold,
+    read_json,
+    read_manifest,
+)
 from data.toy.speech_clips import Clip, cut_offs, read_speech
 from data.toy.training_audio import (
     AudioPools,
@@ -37,7 +45,7 @@ from data.toy.training_audio import (
 )
 from ltu.files import run_command, write_json
 
-SPEECH_FRACTION = 0.4  # Of the examples of every stage of LTU-AS.
+SPEECH_FRACTION = 0.4  # Of the examples of every stage of LTU-AS, by default.
 # Stage of LTU-AS -> stages of LTU whose sound tasks it has, in equal parts, and the fractions of
 # the speech tasks. The last stage repeats classification: without it, a model that is trained for
 # so few steps forgets the format of its answers.
@@ -79,13 +87,26 @@ FOLDERS = {"ltu": "exp/toy_data", "ltu_as": "exp/toy_data_as"}
 
 @dataclass
 class BuildSettings:
-    """What is generated: the kind of model, a fold, the seed and the sizes."""
+    """What is generated.
+
+    Attributes:
+        kind: of the model, "ltu" or "ltu_as".
+        output_dir: the folder to write.
+        sizes: how much.
+        fold: whose sounds are held out.
+        seed: of the random streams.
+        speech_fraction: of the examples of LTU-AS, those about speech.
+        with_transcripts: whether the examples of LTU-AS about sounds have the transcript by
+            Whisper, or none.
+    """
 
     kind: str
     output_dir: Path
     sizes: Sizes
     fold: int = 0
     seed: int = 0
+    speech_fraction: float = SPEECH_FRACTION
+    with_transcripts: bool = True
 
 
 def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
@@ -108,7 +129,7 @@ def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
         sources |= speech_sources
         name = f"as/{name}"
         files = stages_ltu_as(settings, name, training, pools, clips, versions)
-        files |= heldout_ltu_as(name, heldout_sounds, clips, versions)
+        files |= heldout_ltu_as(settings, name, heldout_sounds, clips, versions)
 
     counts: Counter[tuple[str, str]] = Counter()
     for file, examples in files.items():
@@ -156,38 +177,47 @@ def stages_ltu_as(
     """
     cuts = cut_offs(clips)
     training_clips = [clip for clip in clips if clip["split"] == "train"]
+    transcripts = read_json("transcripts.json")
     files = {}
     for stage, count in zip(STAGES_AS, settings.sizes.num_examples, strict=True):
         sound_stages, fractions = STAGES_AS[stage]
         rng = Random(f"{name}/stage{stage}")
-        num_speech = round(SPEECH_FRACTION * count)
+        num_speech = round(settings.speech_fraction * count)
         examples = []
         for number, sound_stage in enumerate(sound_stages):
             num_sounds = (count - num_speech + number) // len(sound_stages)
             examples += sound_examples.stage_examples(sound_stage, num_sounds, training, pools, rng)
-        examples = without_input(examples)
+        if settings.with_transcripts:
+            examples = without_input(examples)
         examples += speech_examples.stage_examples(
             fractions, num_speech, training_clips, versions, cuts, rng
         )
+        examples = with_whisper_transcripts(examples, transcripts)
         rng.shuffle(examples)
         files[f"stage{stage}"] = examples
     return files
 
 
 def heldout_ltu_as(
-    name: str, heldout_sounds: Files, clips: list[Clip], versions: dict[str, list[Version]]
+    settings: BuildSettings,
+    name: str,
+    heldout_sounds: Files,
+    clips: list[Clip],
+    versions: dict[str, list[Version]],
 ) -> Files:
     """Return the test questions of LTU-AS and the five of its demo.
 
     Args:
+        settings: of the build.
         name: of the random streams.
         heldout_sounds: the test questions about sounds.
         clips: spoken clips.
         versions: file -> the committed clip first.
     """
-    files = {}
-    for file, examples in heldout_sounds.items():
-        files[file] = without_input(examples)
+    files = dict(heldout_sounds)
+    if settings.with_transcripts:
+        for file, examples in heldout_sounds.items():
+            files[file] = without_input(examples)
     files |= speech_examples.heldout_examples(clips, versions, name)
     files["show"] = shown_examples(files, clips, versions, name)
     del files["heldout_show"]
@@ -206,6 +236,22 @@ def without_input(examples: list[dict]) -> list[dict]:
             example = {key: value for key, value in example.items() if key != "input"}
         changed.append(example)
     return changed
+
+
+def with_whisper_transcripts(examples: list[dict], transcripts: dict[str, str]) -> list[dict]:
+    """Return the examples; those without `input` get the transcript of their clip.
+
+    Args:
+        examples: for training.
+        transcripts: file name of a committed clip -> what Whisper transcribes of it.
+    """
+    complete = []
+    for example in examples:
+        if "input" not in example:
+            text = transcripts[Path(example["audio_id"]).name]
+            example = speech_examples.with_transcript(example, text)
+        complete.append(example)
+    return complete
 
 
 def shown_examples(
@@ -277,6 +323,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="The number of versions of each spoken training clip, including the unchanged one.",
     )
     parser.add_argument(
+        "--speech_fraction",
+        type=float,
+        help=f"The fraction of LTU-AS's examples that are about speech ({SPEECH_FRACTION}).",
+    )
+    parser.add_argument(
+        "--no_sound_transcripts",
+        action="store_true",
+        help="LTU-AS gets an empty transcript with sounds, in training and in the test.",
+    )
+    parser.add_argument(
         "--write_split", action="store_true", help="Only write data/toy/split.json."
     )
     parser.add_argument(
@@ -287,8 +343,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.num_examples is not None:
         num_stages = len(sizes.num_examples)
         sizes.num_examples = parse_num_examples(parser, args.num_examples, num_stages)
-    if args.versions is not None and args.kind == "ltu":
-        parser.error("--versions is for --kind ltu_as only")
+    if args.kind == "ltu":
+        for flag in ("versions", "speech_fraction", "no_sound_transcripts"):
+            if getattr(args, flag):
+                parser.error(f"--{flag} is for --kind ltu_as only")
+    speech_fraction = SPEECH_FRACTION
+    if args.speech_fraction is not None:
+        speech_fraction = args.speech_fraction
+    if not 0 <= speech_fraction < 1:
+        parser.error(f"--speech_fraction must be from 0 to below 1, got {speech_fraction:g}")
     for flag in ("crops", "mixtures", "pairs", "versions"):
         value = getattr(args, flag)
         if value is None:
@@ -297,7 +360,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag} must be at least 1, got {value}")
         setattr(sizes, flag, value)
     folder = args.output_dir or Path(FOLDERS[args.kind]) / f"fold{args.fold}"
-    args.settings = BuildSettings(args.kind, folder, sizes, args.fold, args.seed)
+    args.settings = BuildSettings(
+        args.kind,
+        folder,
+        sizes,
+        args.fold,
+        args.seed,
+        speech_fraction,
+        not args.no_sound_transcripts,
+    )
     return args
 
 

@@ -175,6 +175,12 @@ class AudioEncoderParts:
     extractor_settings: dict[str, Any] = field(default_factory=dict)
 
 
+def _is_yamnet(path: str | Path) -> bool:
+    """Return whether a path is that of a folder of YAMNet."""
+    config_path = Path(path) / "config.json"
+    return config_path.is_file() and read_json_object(config_path).get("model_type") == "yamnet"
+
+
 @dataclass
 class LtuConverter:
     """Makes checkpoint folders of LTU; subclasses override what differs in other models.
@@ -313,6 +319,8 @@ class LtuConverter:
         """
         if path is not None and self._is_transformers_model(path):
             return self._wrap(path, settings)
+        if settings.given() and path is not None and _is_yamnet(path):
+            return self._pool_yamnet(path, settings)
         if settings.given():
             raise ValueError(
                 f"{', '.join(settings.given())}: only for an --audio_encoder of transformers, such "
@@ -374,6 +382,27 @@ class LtuConverter:
         return AudioEncoderParts(
             wrapped.config, state={}, extractor_settings=wrapped.extractor_settings
         )
+
+    def _pool_yamnet(self, path: str | Path, settings: EncoderSettings) -> AudioEncoderParts:
+        """Return YAMNet with another number of audio tokens.
+
+        Raises:
+            ValueError: YAMNet's time steps cannot be divided among so many tokens, or other
+                settings are given.
+        """
+        encoder = self.load_audio_encoder(path)
+        num_tokens = settings.arguments().get("num_audio_tokens")
+        others = [flag for flag in settings.given() if flag != "--num_audio_tokens"]
+        if others:
+            raise ValueError(f"{', '.join(others)}: YAMNet has its own. Leave it out.")
+        num_steps = encoder.config.num_time_steps
+        if num_steps % num_tokens:
+            raise ValueError(
+                f"--num_audio_tokens {num_tokens}: YAMNet has {num_steps} time steps. Give a "
+                "number that divides it."
+            )
+        encoder.config.time_pooling = num_steps // num_tokens
+        return encoder
 
     def _random_audio_encoder(self) -> AudioEncoderParts:
         print(

@@ -118,7 +118,8 @@ class YamnetConfig(PreTrainedConfig):
     Args:
         num_mel_bins, num_frames: size of the log-mel spectrogram; one frame is 10 ms.
         hidden_size: channels of the last convolution.
-        time_stride: frames per audio token, the product of the strides of the convolutions.
+        time_stride: frames per time step, the product of the strides of the convolutions.
+        time_pooling: neighbouring time steps that are averaged into one audio token.
         feature_divisor: see `CavMaeConfig`; YAMNet needs none.
     """
 
@@ -131,6 +132,7 @@ class YamnetConfig(PreTrainedConfig):
         hidden_size: int = 1024,
         num_classes: int = 521,
         time_stride: int = 32,
+        time_pooling: int = 1,
         initializer_range: float = 0.02,
         feature_divisor: float = 1.0,
         **kwargs: Any,
@@ -140,14 +142,25 @@ class YamnetConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_classes = num_classes
         self.time_stride = time_stride
+        self.time_pooling = time_pooling
         self.initializer_range = initializer_range
         self.feature_divisor = feature_divisor
         check_sizes(self)
+        if self.num_time_steps % time_pooling:
+            raise ValueError(
+                f"time_pooling is {time_pooling}, which does not divide the {self.num_time_steps} "
+                "time steps of YAMNet's output."
+            )
         super().__init__(**kwargs)
 
     @property
-    def num_audio_tokens(self) -> int:
+    def num_time_steps(self) -> int:
+        """Time steps of the output of the convolutions."""
         return ceil(self.num_frames / self.time_stride)
+
+    @property
+    def num_audio_tokens(self) -> int:
+        return self.num_time_steps // self.time_pooling
 
     @property
     def feature_shape(self) -> tuple[int, ...]:

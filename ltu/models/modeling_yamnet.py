@@ -6,7 +6,7 @@ convolutions.
 
 YAMNet was trained on patches of 0.96 s. Here it takes a chunk of 10.24 s at once, and the mean is
 taken over frequency only. So a spectrogram of 1024 x 64 becomes one token per 0.32 s, as with
-CAV-MAE.
+CAV-MAE, or the mean of several of them (`time_pooling`).
 
 `feature_mean` and `feature_std` (zeros and ones by default) scale the channels to a common range,
 because most channels are nearly always close to zero.
@@ -167,10 +167,13 @@ class YamnetModel(PreTrainedModel):
             input_features: `(batch, frames, num_mel_bins)`
 
         Returns:
-            `(batch, ceil(frames / 32), hidden_size)`
+            `(batch, ceil(frames / 32) / time_pooling, hidden_size)`
         """
         hidden_states = self.encode(input_features).mean(3).transpose(1, 2)  # (batch, 32, 1024)
-        return (hidden_states - self.feature_mean) / self.feature_std
+        hidden_states = (hidden_states - self.feature_mean) / self.feature_std
+        if self.config.time_pooling == 1:
+            return hidden_states
+        return hidden_states.unflatten(1, (-1, self.config.time_pooling)).mean(2)
 
     def classify(self, input_features: torch.Tensor) -> torch.Tensor:
         """Return the logits of the AudioSet classes; their sigmoid is the score of a class.

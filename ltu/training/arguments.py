@@ -44,6 +44,7 @@ SMALLEST = {
     "warmup_steps": 0,
     "max_steps": -1,
     "learning_rate": 0,
+    "projector_learning_rate": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
     "seed": 0,
@@ -317,6 +318,14 @@ class RunArguments(TrainingArguments):
     )
     learning_rate: float = field(
         default=1e-4, metadata={"help": "The learning rate after the warm-up."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The learning rate of the projection, with the same schedule; by default "
+            "--learning_rate, as in the papers. A projection that starts at random may need a "
+            "higher one."
+        },
     )
     warmup_steps: float = field(
         default=100,
@@ -640,12 +649,18 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
             parser.error("--gpu_memory is only for --plan")
         if not data_args.gpu_memory > 0:
             parser.error(f"--gpu_memory {data_args.gpu_memory}: it must be more than 0")
+    if run_args.projector_learning_rate is not None and run_args.deepspeed:
+        # With an optimizer in its config, DeepSpeed does not ask the Trainer for groups of weights.
+        parser.error(
+            "--projector_learning_rate with --deepspeed, whose config may have an optimizer of its "
+            "own: leave one of them out"
+        )
     values = vars(data_args) | vars(run_args)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name} {value}: it must be a finite number")
     for name, smallest in SMALLEST.items():
-        if values[name] < smallest:
+        if values[name] is not None and values[name] < smallest:
             parser.error(f"--{name} {values[name]}: it must be at least {smallest}")
     rows = run_args.rows_per_pass
     if rows != "auto" and not (rows.isdecimal() and int(rows) > 0):

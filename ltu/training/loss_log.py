@@ -115,8 +115,13 @@ def own_schedule(path: Path) -> Schedule | None:
     if not state:
         return None
     arguments = state["arguments"]
+    base = arguments["learning_rate"]
+    # The log has the learning rate of the first group of weights; in stage 1, of the projection.
+    projector_rate = arguments.get("projector_learning_rate")
+    if arguments.get("trainable_params") == "proj" and projector_rate is not None:
+        base = projector_rate
     return Schedule(
-        base=arguments["learning_rate"],
+        base=base,
         warmup=arguments["warmup_steps"],
         total=state["total_steps"],
         accumulation=state.get("accumulation"),

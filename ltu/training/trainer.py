@@ -150,6 +150,34 @@ class LtuTrainer(CompilingTrainer):
         """End training after the current step, with a checkpoint."""
         self.is_stopping = True
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer, with groups of the projection if that has its own learning rate.
+
+        Raises:
+            ValueError: the optimizer does not hold the weights of the projection in groups.
+        """
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = self.args.projector_learning_rate
+        if rate is None:
+            return optimizer
+        projector = set(self.model.multi_modal_projector.parameters())
+        num_found = 0
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if parameter in projector]
+            others = [parameter for parameter in group["params"] if parameter not in projector]
+            num_found += len(own)
+            if own and others:
+                group["params"] = others
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+            elif own:
+                group["lr"] = rate
+        if num_found < len(projector):
+            raise ValueError(
+                f"--projector_learning_rate with --optim {self.args.optim.value}, which has no "
+                "groups of weights: leave one of them out."
+            )
+        return optimizer
+
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Create the learning-rate scheduler.
 
