@@ -36,6 +36,8 @@ from ltu.files import run_command, write_json
 
 STAGE4 = "stage4_all_mix"
 SCRIPT = "train_scripts/quickstart/toy_fold.sh"
+# Of an audio encoder that is trained. At the learning rate of LoRA, so few clips would spoil it.
+ENCODER_RATE = "1e-4"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def run_fold(run: FoldRun) -> None:
         environment["STAGES"] = STAGE4
         flags = ["--base_model", str(run.folder / "init"), *learning_rates()]
     if run.trains_encoder:
-        environment["TRAIN_ENCODER"] = "yes"
+        environment["ENCODER_RATE"] = ENCODER_RATE
     command = ["bash", SCRIPT, run.kind, str(run.fold), str(run.seed), str(run.folder), *flags]
     log = run.folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -212,9 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = []
     for fold in args.folds:
         folder = args.output_dir / f"{name}{fold}"
-        runs.append(
-            FoldRun(args.kind, fold, args.seed, folder, args.alone, args.train_encoder)
-        )
+        runs.append(FoldRun(args.kind, fold, args.seed, folder, args.alone, args.train_encoder))
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run_fold, runs))
     folders = [run.folder for run in runs]

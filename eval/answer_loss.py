@@ -39,7 +39,7 @@ def compute_losses(engine: LtuEngine, examples: list[dict]) -> list[dict]:
     entries = []
     for example, request in zip(tqdm(examples, "loss", unit="answer"), requests, strict=True):
         try:
-            score = engine.score_labels(request, [example["output"]])[0]
+            score = engine.score(request, [example["output"]])[0]
         except AudioError as error:
             raise EvaluationError(f"{error}. Fix the clip, or leave its questions out.") from error
         loss = -score.log_likelihood / score.num_tokens

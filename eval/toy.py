@@ -14,8 +14,8 @@ or a description is no category.
 `wrong` and `none` are the same questions with a clip of another category and without audio, scored
 against the same references: a right answer is a guess.
 
-If the folder of a stage has `open.json`, the answers to `heldout_open.json`, a second table is about
-them (`eval.toy_open`). If it has `loss_right.json`, `loss_wrong.json` and `loss_none.json` of
+If a stage also has `open.json`, the answers to `heldout_open.json`, a second table is about them
+(`eval.toy_open`). If it has `loss_right.json`, `loss_wrong.json` and `loss_none.json` of
 `eval.answer_loss`, a third one has the losses of the reference answers, which also say something
 about a stage that answers in no trained form yet.
 
@@ -603,8 +603,8 @@ def format_table(table: Table) -> str:
     if with_open:
         lines += [
             "",
-            "Open-ended questions, one about each clip: the answer is a sentence and no label list;",
-            "it names the category of the model's own label; it names the right category; different",
+            "Open-ended questions, one about each clip: the answer is a sentence, not labels; it",
+            "names the category of the model's own label; it names the right category; different",
             "answers; answers that are one of the five most frequent.",
             "",
             *format_columns(with_open, OPEN_COLUMNS),

@@ -126,6 +126,15 @@ class WhisperFrontEnd(AudioFrontEnd):
                 f"of {own_name} ({str(own_fingerprint)[:12]}, {shape}). Extract them again: "
                 "python -m ltu_as.extract_whisper_feature --model DIR"
             )
+        stored_loops = bool(description.get("loop_short_clips"))
+        if description and stored_loops != extractor.loop_short_clips:
+            treatments = {True: "repeats clips shorter than a chunk", False: "pads them"}
+            raise ValueError(
+                f"The extraction of the features in {self.store.folder} "
+                f"{treatments[stored_loops]}; that of the checkpoint "
+                f"{treatments[extractor.loop_short_clips]}. Extract them again: "
+                "python -m ltu_as.extract_whisper_feature --model DIR"
+            )
         if description and description.get("channels") != DOWNMIX:
             warnings.warn(
                 f"The features in {self.store.folder} are those of the first channel of each clip; "

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,7 +33,8 @@ class LtuAsConverter(LtuConverter):
         whisper: the Whisper of the features, a name or an openai-whisper `.pt` file.
         transcription_model: the Whisper of the transcripts.
         feature_precision: of Whisper's encoder, "fp16" or "fp32".
-        feature_root: the folder of the features of the clips of `standardize_on`.
+        feature_root: the folder of the features of the clips of `standardize_on`. The number of
+            audio tokens, and whether short clips are repeated, are those of these features.
         standardize_on: a dataset file; a random TLTR scales each channel by its mean and standard
             deviation on these clips.
         ignored_keys: keys of its examples that are ignored, separated by commas.
@@ -119,13 +120,21 @@ class LtuAsConverter(LtuConverter):
             raise ValueError("--feature_root has an effect only with --standardize_on.")
         if self.ignored_keys and not self.standardize_on:
             raise ValueError("--ignored_keys has an effect only with --standardize_on.")
+        num_tokens = TltrConfig().num_audio_tokens
+        if self.feature_root:
+            num_tokens = self._describe_features().get("shape", [layers, num_tokens, width])[1]
         return TltrConfig(
             hidden_size=width,
             num_whisper_layers=layers,
+            num_audio_tokens=num_tokens,
             num_time_heads=self.num_time_heads,
             num_layer_heads=self.num_layer_heads,
             standardize=bool(self.standardize_on),
         )
+
+    def _describe_features(self) -> dict[str, Any]:
+        """Return the settings of the features in `feature_root`."""
+        return FeatureStore(self.feature_root).description
 
     def finish_audio_encoder(self, state: dict[str, Tensor]) -> None:
         """Add mean and standard deviation of the features of `--standardize_on` to the weights.
@@ -183,6 +192,12 @@ class LtuAsConverter(LtuConverter):
         }
         if is_original:
             settings["transcript_rule"] = "original"
+        if self.feature_root:
+            features = self._describe_features()
+            extractor = LtuAsFeatureExtractor()
+            extractor.num_tokens = features.get("shape", [0, extractor.num_tokens])[1]
+            settings["time_pooling"] = extractor.time_pooling
+            settings["loop_short_clips"] = features.get("loop_short_clips", False)
         # A model with an official name may not be downloaded yet; its fingerprint is set at the
         # first use.
         if Path(self.whisper).is_file():

@@ -243,6 +243,10 @@ def extractor_of(args: argparse.Namespace) -> LtuAsFeatureExtractor:
     for name in SETTINGS:
         if getattr(args, name) is not None:
             setattr(extractor, name, getattr(args, name))
+    if args.loop_short_clips:
+        extractor.loop_short_clips = True
+    if args.num_audio_tokens is not None:
+        extractor.num_tokens = args.num_audio_tokens
     is_cuda = args.device is None and torch.cuda.is_available()
     extractor.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if is_cuda else args.device
     return extractor
@@ -277,6 +281,17 @@ def main(argv: list[str] | None = None) -> int:
         "--language", help="Language of the speech, such as en. By default, Whisper detects it."
     )
     parser.add_argument(
+        "--loop_short_clips",
+        action="store_true",
+        help="With --whisper: repeat clips that are shorter than a chunk (10 s) instead of padding "
+        "them with silence, for a new TLTR.",
+    )
+    parser.add_argument(
+        "--num_audio_tokens",
+        type=int,
+        help="With --whisper: time steps of a chunk, for a new TLTR (25).",
+    )
+    parser.add_argument(
         "--transcribe",
         choices=("missing", "all", "none"),
         default="missing",
@@ -298,6 +313,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device is not None:
         check_device(args.device)
+    if args.model and (args.loop_short_clips or args.num_audio_tokens is not None):
+        parser.error(
+            "--loop_short_clips and --num_audio_tokens are for a new TLTR: with --model, the "
+            "settings of the checkpoint count"
+        )
 
     ignored_keys = parse_ignored_keys(args.ignored_keys)
     columns = read_column_flags(args)

@@ -123,6 +123,8 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
             `describe`; another encoder is an error.
         num_frames: frames of 10 ms in a chunk.
         time_pooling: positions of 20 ms that are averaged into one.
+        loop_short_clips: repeat a clip that is shorter than a chunk in the features; by default it
+            is padded with silence, as in the original. Transcripts are of the clip itself.
         language: of the speech, such as "en"; None lets Whisper detect it.
         transcript_rule: how transcripts are cleaned, a key of `TRANSCRIPT_RULES`: "original" as in
             the data of the released checkpoints.
@@ -145,6 +147,7 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
         padding_value: float = 0.0,
         language: str | None = None,
         transcript_rule: str = "clean",
+        loop_short_clips: bool = False,
         **kwargs,
     ):
         super().__init__(num_mel_bins, num_frames, sampling_rate, padding_value, **kwargs)
@@ -163,6 +166,7 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
         self.time_pooling = time_pooling
         self.language = language
         self.transcript_rule = transcript_rule
+        self.loop_short_clips = loop_short_clips
         self._device: str | None = None
 
     @classmethod
@@ -205,6 +209,21 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
     def num_tokens(self) -> int:
         """Time steps of the features of a chunk; the encoder has one position per two frames."""
         return self.num_frames // 2 // self.time_pooling
+
+    @num_tokens.setter
+    def num_tokens(self, num_tokens: int) -> None:
+        """Set `time_pooling` so that a chunk has so many time steps.
+
+        Raises:
+            ValueError: the positions of a chunk cannot be divided among them.
+        """
+        num_positions = self.num_frames // 2
+        if num_tokens < 1 or num_positions % num_tokens:
+            raise ValueError(
+                f"{num_tokens} audio tokens: Whisper has {num_positions} positions in a chunk. "
+                "Give a number that divides it."
+            )
+        self.time_pooling = num_positions // num_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, without the device."""
@@ -250,7 +269,7 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
         """Return the description by which a feature store recognises features of another kind.
 
         The model is loaded for it. The key `computed_in` is set only if the precision of the
-        encoder differs from `feature_precision`.
+        encoder differs from `feature_precision`, and `loop_short_clips` only if it is true.
         """
         _, fingerprint = self.load_encoder()
         description = {
@@ -265,6 +284,8 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
         }
         if self.device.type == "cpu" and self.feature_precision == "fp16":
             description["computed_in"] = "fp32"
+        if self.loop_short_clips:
+            description["loop_short_clips"] = True
         return description
 
     @torch.no_grad()
@@ -315,6 +336,10 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
 
     def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
         """Return chunks `(chunks, num_mel_bins, num_frames)` of the log-mel of a whole waveform."""
+        missing = self.chunk_samples - len(waveform)
+        if missing > 0 and self.loop_short_clips:
+            waveform = waveform.repeat(-(-self.chunk_samples // len(waveform)))
+            waveform = waveform[: self.chunk_samples]
         mel = log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu()
         mel = pad_or_trim(mel, num_chunks * self.num_frames)  # (mels, chunks x frames)
         return mel.unflatten(1, (num_chunks, -1)).transpose(0, 1)

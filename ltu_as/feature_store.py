@@ -60,6 +60,7 @@ COMPARED_SETTINGS = (
     "language",
     "transcript_rule",
     "channels",
+    "loop_short_clips",
 )
 
 

@@ -202,3 +202,18 @@ def test_standardisation_is_saved_with_the_weights(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     opened = model_class.from_pretrained(tmp_path).eval()
     assert torch.allclose(encode_noise(opened, shape), (plain - 0.25) / 2.0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_audio_tokens_of_yamnet_are_means_of_neighbours() -> None:
+    model_class, config, shape = TINY["yamnet"]
+    model = model_class(config).eval()
+    steps = encode_noise(model, shape)  # (batch, steps, channels)
+    assert steps.shape[1] == 3
+    pooled_config = YamnetConfig(hidden_size=64, num_classes=7, num_frames=96, time_pooling=3)
+    assert pooled_config.num_audio_tokens == 1
+    pooled = model_class(pooled_config).eval()
+    pooled.load_state_dict(model.state_dict())
+    assert torch.allclose(encode_noise(pooled, shape), steps.mean(1, keepdim=True), atol=1e-6)
+    with pytest.raises(ValueError, match="does not divide the 3 time steps"):
+        YamnetConfig(num_frames=96, time_pooling=2)

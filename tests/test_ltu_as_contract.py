@@ -351,6 +351,38 @@ def test_a_new_tltr_is_standardised(root: Path, features: Path, tmp_path: Path) 
         convert(f"{flags} --standardize_on {root}/rows.json".split())
 
 
+def test_a_new_model_takes_the_settings_of_its_features(root: Path, tmp_path: Path) -> None:
+    """Number of audio tokens and treatment of short clips are those of the feature folder."""
+    looped = tmp_path / "looped"
+    flags = f"--whisper {root}/whisper.pt --data_path {root}/rows.json --transcribe none"
+    extract([*flags.split(), "--output_dir", str(looped), *"--num_audio_tokens 5".split()])
+    with pytest.raises(ValueError, match="loop_short_clips None there, True now"):
+        more = "--num_audio_tokens 5 --loop_short_clips".split()
+        extract([*flags.split(), "--output_dir", str(looped), *more])
+    shutil.rmtree(looped)
+    extract([*flags.split(), "--output_dir", str(looped), *more])
+
+    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
+    flags += f" --output_dir {tmp_path}/out --standardize_on {root}/rows.json"
+    convert([*flags.split(), "--feature_root", str(looped)])
+    engine = LtuEngine.from_pretrained(tmp_path / "out", device="cpu")
+    assert engine.model.config.num_audio_tokens == 5
+    assert engine.processor.feature_extractor.loop_short_clips
+    request = Request(QUESTIONS[0], str(root / "0.wav"), "", "0.wav")
+    from_audio = engine.score(request, ["a dog"])[0].log_likelihood
+    engine = LtuEngine.from_pretrained(tmp_path / "out", device="cpu")
+    engine.processor.front_end.configure(feature_root=str(looped))
+    from_features = engine.score(request, ["a dog"])[0].log_likelihood
+    assert from_features == pytest.approx(from_audio, abs=1e-2)  # The stored ones are fp16.
+
+    # Features of padded clips are those of another treatment.
+    padded = tmp_path / "padded"
+    flags = f"--whisper {root}/whisper.pt --data_path {root}/rows.json --transcribe none"
+    extract([*flags.split(), "--output_dir", str(padded), *"--num_audio_tokens 5".split()])
+    with pytest.raises(ValueError, match="pads them; that of the checkpoint repeats"):
+        engine.processor.front_end.configure(feature_root=str(padded))
+
+
 def test_start_from_a_released_folder(root: Path, tmp_path: Path) -> None:
     """Of a vicuna_ltuas folder, audio encoder and projector are used, and other keys dropped."""
     from safetensors.torch import save_file

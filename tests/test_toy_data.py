@@ -408,7 +408,7 @@ def test_flags_change_the_sizes_of_one_run_only():
     flags = ["--num_examples", "1,2,3,4", "--crops", "1"]
     sizes = build.parse_args(flags).settings.sizes
     assert sizes == build.Sizes([1, 2, 3, 4], crops=1, mixtures=120, pairs=160)
-    assert build.DEFAULTS["ltu"].num_examples == [240, 1500, 700, 600]
+    assert build.DEFAULTS["ltu"].num_examples == [240, 1400, 480, 1000]
     assert build.DEFAULTS["ltu"].crops == 6
 
 

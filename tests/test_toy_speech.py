@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import soundfile
 
 from data.toy import build, speech_examples
 from data.toy.attribution import write_speech_attribution
-from data.toy.sound_clips import read_fold, read_json, read_manifest
+from data.toy.sound_clips import AUDIO, read_fold, read_json, read_manifest
 from data.toy.speech_clips import (
     PEAK,
     RATE,
@@ -27,6 +28,7 @@ from data.toy.speech_clips import (
 from eval import toy_speech
 from ltu.data.audio import load_audio
 from ltu.data.check_examples import read_examples
+from ltu_as.feature_extraction_ltu_as import DOWNMIX, LtuAsFeatureExtractor
 
 CLIPS = read_speech()
 BY_FILE = {clip["file"]: clip for clip in CLIPS}
@@ -254,37 +256,67 @@ def test_stages_have_the_requested_examples(built):
     assert abs(genders["Female."] - genders["Male."]) <= 6
 
 
-def test_input_of_sounds_is_absent_and_of_speech_empty_for_three_tenths(built):
-    """Only committed clips are transcribed by Whisper; rendered audio has an `input`."""
+def test_inputs_of_training_and_test_examples(built):
+    """Committed clips have Whisper's transcript, which is made when a test is answered."""
+    transcripts = read_json("transcripts.json")
     for stage in (1, 2, 3):
         for example in load(built, f"stage{stage}"):
             rendered = example["audio_id"].startswith("audio/")
-            assert example["dataset"] != "toy_sounds" or example.get("input") == (
-                "" if rendered else None
-            )
-            assert "input" in example or not rendered
+            if example["dataset"] == "toy_sounds":
+                name = Path(example["audio_id"]).name
+                assert example["input"] == ("" if rendered else transcripts[name])
         examples = spoken_examples(built, stage)
-        assert np.mean([example.get("input") == "" for example in examples]) == pytest.approx(
-            0.3, abs=0.02
-        )
-        assert sum("input" not in example for example in examples)
-        assert sum(bool(example.get("input")) for example in examples)
+        empty = [example["input"] == "" for example in examples]
+        assert np.mean(empty) == pytest.approx(0.3, abs=0.02)
         assert not [
             example
             for example in examples
-            if example["task"] in speech_examples.TRANSCRIPT_TASKS and example.get("input") == ""
+            if example["task"] in speech_examples.TRANSCRIPT_TASKS and example["input"] == ""
         ]
     for right, wrong in zip(
         load(built, "heldout_right"), load(built, "heldout_wrong"), strict=True
     ):
         assert right["output"] == wrong["output"]
         assert right["audio_id"] != wrong["audio_id"]
-    for name in ("heldout_right", "heldout_wrong", "heldout_none"):
+    for name in ("heldout_right", "heldout_open", "heldout_wrong", "heldout_none"):
         assert not [example for example in load(built, name) if "input" in example]
+
+
+def test_transcripts_are_there_for_every_clip_in_training():
+    transcripts = read_json("transcripts.json")
+    training = {clip["file"] for clip in CLIPS if clip["split"] == "train"}
+    sounds = {clip["file"] for clip in read_manifest()}
+    assert set(transcripts) == training | sounds
+    assert all(transcripts[file] for file in training)
+
+
+@pytest.mark.slow
+def test_transcripts_are_those_of_whisper():
+    whisper = Path("pretrained_mdls/whisper-tiny.en/whisper.pt")
+    if not whisper.is_file():
+        pytest.skip("python -m train_scripts.quickstart.download_pretrained makes this Whisper")
+    transcripts = read_json("transcripts.json")
+    extractor = LtuAsFeatureExtractor(None, None, str(whisper), transcription_model=None)
+    extractor.device = "cpu"
+    for name in sorted(transcripts)[::40]:
+        path = AUDIO / name if (AUDIO / name).is_file() else SPEECH / name
+        assert extractor.transcribe([load_audio(path, DOWNMIX)])[0] == transcripts[name]
+
+
+def test_sounds_without_transcripts(tmp_path):
+    """The flag of the comparison in docs/toy_experiment.md."""
+    settings = build.BuildSettings("ltu_as", tmp_path, SMALL, with_transcripts=False)
+    build.build(replace(settings, speech_fraction=0.2))
+    examples = load(tmp_path, "stage2")
+    sounds = [example for example in examples if example["dataset"] == "toy_sounds"]
+    assert all(example["input"] == "" for example in sounds)
+    assert len(sounds) == round(0.8 * len(examples))
+    assert all(example["input"] == "" for example in load(tmp_path, "heldout_right"))
 
 
 def test_training_examples_say_what_the_manifest_says(built):
     cuts, sources = cut_offs(CLIPS), load(built, "sources")
+    transcripts = read_json("transcripts.json")
     for example in spoken_examples(built):
         provenance = sources.get(
             example["audio_id"],
@@ -293,7 +325,7 @@ def test_training_examples_say_what_the_manifest_says(built):
         clip = BY_FILE[provenance["parts"][0]["clip"]]
         assert clip["split"] == "train"
         assert clip["voice"] not in TEST_VOICES
-        assert example.get("input") in (None, "", clip["text"])
+        assert example["input"] in ("", clip["text"], transcripts[clip["file"]])
         pitch, speed = pitch_and_speed(clip, provenance["factor"], cuts)
         outputs = {"speech_gender": clip["gender"].capitalize() + "."}
         outputs |= {

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from ltu.finetune import main
 from ltu.training.arguments import REFUSED, RunArguments, parse_args
+from ltu.training.loss_log import check, own_schedule, read_log
 from tests.tiny import LORA, write_checkpoint, write_llm, write_rows
 from tests.tiny import training_flags as flags
 
@@ -185,3 +188,65 @@ def test_checkpoints(run, tmp_path: Path) -> None:
         names[name] = sorted(path.name for path in (tmp_path / name).glob("checkpoint-*"))
     assert names["none"] == []
     assert names["quarters"] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def weights_of(folder: Path) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_projection_has_a_learning_rate_of_its_own(run, checkpoint, tmp_path: Path) -> None:
+    """At 0 the projection stays as it is while LoRA is trained; at that of LoRA nothing changes."""
+    run("--projector_learning_rate", "0", name="fixed")
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "fixed")
+    changed = {key for key in before if not after[key].equal(before[key])}
+    assert any(".lora_" in key for key in changed)
+    assert not any(key.startswith("multi_modal_projector.") for key in changed)
+    assert losses(run("--projector_learning_rate", "1e-2")) == losses(run(name="stock"))
+
+
+def test_the_audio_encoder_has_a_learning_rate_of_its_own(run, checkpoint, tmp_path) -> None:
+    """At 0 the encoder stays as it is while LoRA and the projection are trained."""
+    run("--encoder_learning_rate", "0", "--projector_learning_rate", "1e-3", name="fixed")
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "fixed")
+    changed = {key.split(".")[0] for key in before if not after[key].equal(before[key])}
+    assert changed == {"language_model", "multi_modal_projector"}
+    assert losses(run("--encoder_learning_rate", "1e-2")) == losses(run(name="stock"))
+
+
+def test_a_learning_rate_of_an_encoder_that_is_not_trained(capsys) -> None:
+    for more in (["--freeze_audio_tower"], ["--trainable_params", "proj"]):
+        message = error_of(capsys, "--encoder_learning_rate", "1e-4", *more)
+        assert "the audio encoder is not trained" in message
+
+
+def test_a_higher_learning_rate_of_the_projection_follows_the_schedule(run, tmp_path) -> None:
+    """Only the projection is trained; so a rate of its own is the rate of the whole run."""
+    proj = ["--trainable_params", "proj"]
+    own = run(*proj, "--learning_rate", "1e-9", "--projector_learning_rate", "3e-2", name="own")
+    whole = run(*proj, "--learning_rate", "3e-2", name="whole")
+    assert own == whole
+    schedule = own_schedule(tmp_path / "own")
+    assert schedule.base == 3e-2
+    assert check(read_log(tmp_path / "own"), schedule) == []
+
+
+def test_a_resumed_run_keeps_the_learning_rate_of_the_projection(run, tmp_path: Path) -> None:
+    rate = ["--projector_learning_rate", "3e-2", "--save_steps", "2"]
+    whole = run(*rate, name="whole")
+    run(*rate, "--max_steps", "4", name="stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-4")
+    for name in ("model.safetensors", "trainer_state.json"):
+        (tmp_path / "stopped" / name).unlink()
+    resumed = run(*rate, "--max_steps", "4", "--resume_from_checkpoint", "last", name="stopped")
+    assert losses(resumed) == losses(whole)
+    expected = weights_of(tmp_path / "whole")
+    assert all(weights_of(tmp_path / "stopped")[key].equal(expected[key]) for key in expected)
+
+
+def test_an_optimizer_without_groups_has_one_learning_rate(run, monkeypatch, capsys) -> None:
+    """transformers' layer-wise optimizers step in hooks, and give the Trainer a dummy."""
+    monkeypatch.setattr(
+        Trainer, "create_optimizer", lambda *args, **kwargs: LayerWiseDummyOptimizer()
+    )
+    with pytest.raises(ValueError, match="which has no groups of weights"):
+        run("--projector_learning_rate", "1e-3")

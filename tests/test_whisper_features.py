@@ -105,6 +105,31 @@ def test_batch_equals_single(extractor) -> None:
     assert extractor(clips, return_tensors="np").input_features.dtype == np.float32
 
 
+def test_a_short_clip_is_repeated_in_the_features_only(tiny_whisper: str, extractor) -> None:
+    looping = LtuAsFeatureExtractor(4, 64, tiny_whisper, None, "fp32", loop_short_clips=True)
+    looping.device = "cpu"
+    short = noise(3, 1)
+    repeated = np.resize(short, 160_000)
+    found = looping(short).input_features
+    assert torch.allclose(found, extractor(repeated).input_features, atol=1e-3)
+    assert not torch.allclose(found, extractor(short).input_features, atol=1e-1)
+    assert looping(noise(12, 2)).input_features.equal(extractor(noise(12, 2)).input_features)
+    assert looping.transcribe([short]) == extractor.transcribe([short])
+    assert looping.describe() == extractor.describe() | {"loop_short_clips": True}
+
+
+def test_fewer_time_steps_are_means_of_neighbours(tiny_whisper: str, extractor) -> None:
+    coarse = LtuAsFeatureExtractor(4, 64, tiny_whisper, None, "fp32")
+    coarse.device = "cpu"
+    coarse.num_tokens = 5
+    steps = extractor(noise(10, 0)).input_features  # (1, 4, 25, 64)
+    means = steps.unflatten(2, (5, 5)).mean(3)
+    assert torch.allclose(coarse(noise(10, 0)).input_features, means, atol=1e-5)
+    assert coarse.describe()["shape"] == [4, 5, 64]
+    with pytest.raises(ValueError, match="Give a number that divides it"):
+        coarse.num_tokens = 7
+
+
 def test_half_precision_on_a_cpu_is_rounded_and_described(tiny_whisper: str, extractor) -> None:
     half = LtuAsFeatureExtractor(4, 64, tiny_whisper, None, "fp16")
     half.device = "cpu"

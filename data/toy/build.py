@@ -79,7 +79,7 @@ class Sizes:
 
 # Kind -> sizes by default.
 DEFAULTS = {
-    "ltu": Sizes([240, 1500, 700, 600], crops=6, mixtures=120, pairs=160),
+    "ltu": Sizes([240, 1400, 480, 1000], crops=6, mixtures=120, pairs=160),
     "ltu_as": Sizes([160, 1440, 1200], crops=2, mixtures=40, pairs=40),
 }
 FOLDERS = {"ltu": "exp/toy_data", "ltu_as": "exp/toy_data_as"}
@@ -98,6 +98,7 @@ class BuildSettings:
         speech_fraction: of the examples of LTU-AS, those about speech.
         with_transcripts: whether the examples of LTU-AS about sounds have the transcript by
             Whisper, or none.
+        with_descriptions: whether some labels come after an acoustic description.
     """
 
     kind: str
@@ -107,6 +108,14 @@ class BuildSettings:
     seed: int = 0
     speech_fraction: float = SPEECH_FRACTION
     with_transcripts: bool = True
+    with_descriptions: bool = True
+
+    def fractions_of(self, stage: int) -> dict[str, float]:
+        """Return task -> fraction of the examples about sounds in a stage of LTU."""
+        fractions = sound_examples.STAGES[stage]
+        if self.with_descriptions:
+            return fractions
+        return sound_examples.without_descriptions(fractions)
 
 
 def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
@@ -153,7 +162,10 @@ def stages_ltu(
     files = {}
     for stage, count in zip(sound_examples.STAGES, settings.sizes.num_examples, strict=True):
         rng = Random(f"{name}/stage{stage}")
-        files[f"stage{stage}"] = sound_examples.stage_examples(stage, count, training, pools, rng)
+        fractions = settings.fractions_of(stage)
+        files[f"stage{stage}"] = sound_examples.stage_examples(
+            fractions, count, training, pools, rng
+        )
     return files
 
 
@@ -180,17 +192,18 @@ def stages_ltu_as(
     transcripts = read_json("transcripts.json")
     files = {}
     for stage, count in zip(STAGES_AS, settings.sizes.num_examples, strict=True):
-        sound_stages, fractions = STAGES_AS[stage]
+        sound_stages, speech_fractions = STAGES_AS[stage]
         rng = Random(f"{name}/stage{stage}")
         num_speech = round(settings.speech_fraction * count)
         examples = []
         for number, sound_stage in enumerate(sound_stages):
             num_sounds = (count - num_speech + number) // len(sound_stages)
-            examples += sound_examples.stage_examples(sound_stage, num_sounds, training, pools, rng)
+            fractions = settings.fractions_of(sound_stage)
+            examples += sound_examples.stage_examples(fractions, num_sounds, training, pools, rng)
         if settings.with_transcripts:
             examples = without_input(examples)
         examples += speech_examples.stage_examples(
-            fractions, num_speech, training_clips, versions, cuts, rng
+            speech_fractions, num_speech, training_clips, versions, cuts, rng
         )
         examples = with_whisper_transcripts(examples, transcripts)
         rng.shuffle(examples)
@@ -333,6 +346,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="LTU-AS gets an empty transcript with sounds, in training and in the test.",
     )
     parser.add_argument(
+        "--no_descriptions",
+        action="store_true",
+        help="No label comes after an acoustic description.",
+    )
+    parser.add_argument(
         "--write_split", action="store_true", help="Only write data/toy/split.json."
     )
     parser.add_argument(
@@ -368,6 +386,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.seed,
         speech_fraction,
         not args.no_sound_transcripts,
+        not args.no_descriptions,
     )
     return args
 

@@ -45,6 +45,7 @@ SMALLEST = {
     "max_steps": -1,
     "learning_rate": 0,
     "projector_learning_rate": 0,
+    "encoder_learning_rate": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
     "seed": 0,
@@ -325,6 +326,13 @@ class RunArguments(TrainingArguments):
             "help": "The learning rate of the projection, with the same schedule; by default "
             "--learning_rate, as in the papers. A projection that starts at random may need a "
             "higher one."
+        },
+    )
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The learning rate of the audio encoder, with the same schedule; by default "
+            "--learning_rate, as in the papers. A pretrained encoder may need a lower one."
         },
     )
     warmup_steps: float = field(
@@ -649,11 +657,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
             parser.error("--gpu_memory is only for --plan")
         if not data_args.gpu_memory > 0:
             parser.error(f"--gpu_memory {data_args.gpu_memory}: it must be more than 0")
-    if run_args.projector_learning_rate is not None and run_args.deepspeed:
-        # With an optimizer in its config, DeepSpeed does not ask the Trainer for groups of weights.
+    for name in ("projector_learning_rate", "encoder_learning_rate"):
+        if getattr(run_args, name) is not None and run_args.deepspeed:
+            # With an optimizer in its config, DeepSpeed does not ask the Trainer for groups.
+            parser.error(
+                f"--{name} with --deepspeed, whose config may have an optimizer of its own: leave "
+                "one of them out"
+            )
+    if run_args.encoder_learning_rate is not None and not model_args.trains_audio_tower:
         parser.error(
-            "--projector_learning_rate with --deepspeed, whose config may have an optimizer of its "
-            "own: leave one of them out"
+            "--encoder_learning_rate: the audio encoder is not trained. Leave it out, or train the "
+            "encoder: --trainable_params all, without --freeze_audio_tower"
         )
     values = vars(data_args) | vars(run_args)
     for name, value in values.items():

@@ -151,32 +151,51 @@ class LtuTrainer(CompilingTrainer):
         self.is_stopping = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, with groups of the projection if that has its own learning rate.
+        """Create the optimizer, with groups of the parts that have a learning rate of their own.
 
         Raises:
-            ValueError: the optimizer does not hold the weights of the projection in groups.
+            ValueError: the optimizer does not hold the weights of such a part in groups.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.projector_learning_rate
-        if rate is None:
-            return optimizer
-        projector = set(self.model.multi_modal_projector.parameters())
+        rates = {
+            "projector": (self.args.projector_learning_rate, self.model.multi_modal_projector),
+            "encoder": (self.args.encoder_learning_rate, self.model.audio_tower),
+        }
+        for name, (rate, part) in rates.items():
+            if rate is not None:
+                weights = {weight for weight in part.parameters() if weight.requires_grad}
+                self._set_learning_rate(optimizer, f"--{name}_learning_rate", weights, rate)
+        return optimizer
+
+    def _set_learning_rate(
+        self, optimizer: Any, flag: str, weights: set[torch.nn.Parameter], rate: float
+    ) -> None:
+        """Move weights into groups of their own with this learning rate.
+
+        Args:
+            optimizer: the optimizer, which is changed.
+            flag: the flag that gives the rate.
+            weights: the weights, all of which are trained.
+            rate: the learning rate after the warm-up.
+
+        Raises:
+            ValueError: the optimizer does not hold them in groups.
+        """
         num_found = 0
         for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if parameter in projector]
-            others = [parameter for parameter in group["params"] if parameter not in projector]
+            own = [weight for weight in group["params"] if weight in weights]
+            others = [weight for weight in group["params"] if weight not in weights]
             num_found += len(own)
             if own and others:
                 group["params"] = others
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
             elif own:
                 group["lr"] = rate
-        if num_found < len(projector):
+        if num_found < len(weights):
             raise ValueError(
-                f"--projector_learning_rate with --optim {self.args.optim.value}, which has no "
-                "groups of weights: leave one of them out."
+                f"{flag} with --optim {self.args.optim.value}, which has no groups of weights: "
+                "leave one of them out."
             )
-        return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Create the learning-rate scheduler.

@@ -7,9 +7,11 @@
 #   NUM_EXAMPLES  numbers of examples of the stages, with commas; the default is that of
 #                 data.toy.build
 #   AUDIO_ENCODER folder or hub id of another audio encoder for LTU; the default is YAMNet's
-#   AUDIO_TOKENS  audio tokens of a clip for LTU; the default is 8, of 1.28 s each
+#   AUDIO_TOKENS  audio tokens of a clip; the default is 8 of 1.28 s for LTU, 5 of 2 s for LTU-AS
+#   SHORT_CLIPS   what follows a short clip in the features of LTU-AS: loop, the default, repeats
+#                 it; pad is silence
 #   LORA_TARGETS  the layers that get LoRA, such as [q_proj,v_proj]; the default is all linear layers
-#   TRAIN_ENCODER if set, LTU's audio encoder is trained too
+#   ENCODER_RATE  if set, the audio encoder is trained too, from stage 2 on, at this learning rate
 #   LORA_RANK     the rank of LoRA; the default is 8. Alpha is twice the rank
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
@@ -44,6 +46,9 @@ case $kind in
         stages="$stages stage3_all_mix_v2"
         init_flags=(--whisper "$whisper" --feature_root "$FEATURES")
         init_flags+=(--standardize_on "$DATA/stage2.json")
+        extract_flags=(--num_audio_tokens "${AUDIO_TOKENS:-5}")
+        # Silence would be most of the audio tokens of the short clips.
+        if [ "${SHORT_CLIPS:=loop}" = loop ]; then extract_flags+=(--loop_short_clips); fi
         cutoff_len=160
         front_end_flags=(--feature_root "$FEATURES")
         generate_flags=(--max_new_tokens 60 "${front_end_flags[@]}")
@@ -82,6 +87,7 @@ fi
 if [ "$kind" = ltu_as ] && [ ! -f "$EXP/features_finished" ]; then
     step "Whisper's features and transcripts of every clip"
     "$PYTHON" -m ltu_as.extract_whisper_feature --whisper "$whisper" --feature_precision fp16 \
+        "${extract_flags[@]}" \
         --output_dir "$FEATURES" --data_path "$DATA"/stage*.json "$DATA"/heldout*.json \
         "$DATA"/speech*.json "$DATA/show.json"
     touch "$EXP/features_finished"
@@ -97,8 +103,8 @@ for stage in $stages; do
     # the model would name fewer labels exactly.
     stage_flags=(--cutoff_len "$cutoff_len")
     # An audio encoder that is not trained encodes each clip once for all stages (50 MB).
-    if [ -n "${TRAIN_ENCODER:-}" ]; then
-        stage_flags+=(--freeze_audio_tower False)
+    if [ -n "${ENCODER_RATE:-}" ] && [ "${stage%%_*}" != stage1 ]; then
+        stage_flags+=(--freeze_audio_tower False --encoder_learning_rate "$ENCODER_RATE")
     elif [ "$kind" = ltu ]; then
         stage_flags+=(--encoder_cache "$EXP/encoder_cache")
     fi

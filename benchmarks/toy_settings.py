@@ -1,0 +1,297 @@
+"""Compares the settings of the toy experiment in a designed experiment, on two of its folds.
+
+    python -m benchmarks.toy_settings --kind ltu --output_dir exp/settings_ltu
+    python -m benchmarks.toy_settings --kind ltu_as --output_dir exp/settings_ltu_as
+
+Seven settings have two levels each. Eight combinations of them are trained on each fold, a
+fractional factorial design of 2^(7-4) runs: every setting has each of its levels in four of them,
+and every pair of settings has each combination of levels in two. So all runs take part in every
+comparison, where one setting at a time would leave most of them out. The price: the effect of a
+setting cannot be told from certain interactions of two others.
+
+The runs have the first two stages, classification, and `--folds` 0 and 1. What is chosen by them is
+reported on the other folds, by `benchmarks.toy_cross_validation`.
+
+OUTPUT_DIR/results.json gets the fractions and losses of the runs and the effect of each setting: by
+how much the second level is better than the first. The interval is that of a mean over held-out
+clips; each clip's difference is one between the four runs of a fold with the one level and the four
+with the other. A finished run is not run again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.command_line import command_parser
+from eval import toy
+from eval.scorer_interface import load_predictions
+from ltu.files import run_command, write_json
+
+SCRIPT = "train_scripts/quickstart/toy_fold.sh"
+STAGE = "stage2_all_cla"
+# The level of each setting in each run. The first three columns are a full factorial design; the
+# others are their products.
+BASE = np.array([[number >> 2 & 1, number >> 1 & 1, number & 1] for number in range(8)])
+A, B, C = BASE.T
+DESIGN = np.stack([A, B, C, A ^ B ^ 1, A ^ C ^ 1, B ^ C ^ 1, A ^ B ^ C], 1)  # (runs, settings)
+QKV = "[q_proj,v_proj]"
+ALL_LINEAR = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of a setting: its name, and what `toy_fold.sh` gets for it."""
+
+    name: str
+    environment: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting and its two levels, of which the first one is that of the papers or the simpler."""
+
+    name: str
+    levels: tuple[Level, Level]
+
+
+COMMON = [
+    Setting(
+        "layers with LoRA",
+        (
+            Level("query, value", {"LORA_TARGETS": QKV}),
+            Level("all linear", {"LORA_TARGETS": ALL_LINEAR}),
+        ),
+    ),
+    Setting(
+        "learning rate of the projection",
+        (
+            Level("as of LoRA", {"PROJECTOR_RATIO": "1"}),
+            Level("four times", {"PROJECTOR_RATIO": "4"}),
+        ),
+    ),
+    Setting(
+        "learning rate of LoRA",
+        (Level("1e-3", {"RATE": "1e-3"}), Level("2e-3", {"RATE": "2e-3"})),
+    ),
+    Setting("rank of LoRA", (Level("8", {"LORA_RANK": "8"}), Level("32", {"LORA_RANK": "32"}))),
+    Setting("audio encoder", (Level("frozen"), Level("trained", {"ENCODER_RATE": "1e-4"}))),
+]
+SETTINGS = {
+    "ltu": [
+        *COMMON,
+        Setting(
+            "audio tokens",
+            (Level("32", {"AUDIO_TOKENS": "32"}), Level("8", {"AUDIO_TOKENS": "8"})),
+        ),
+        Setting(
+            "answers with a description",
+            (
+                Level("a quarter"),
+                Level("none", {"BUILD_FLAGS": "--no_descriptions"}),
+            ),
+        ),
+    ],
+    "ltu_as": [
+        *COMMON,
+        Setting(
+            "short clips",
+            (
+                Level("then silence", {"SHORT_CLIPS": "pad"}),
+                Level("repeated", {"SHORT_CLIPS": "loop"}),
+            ),
+        ),
+        Setting(
+            "transcript of sounds",
+            (
+                Level("Whisper's"),
+                Level("empty", {"BUILD_FLAGS": "--no_sound_transcripts"}),
+            ),
+        ),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: a row of the design on a fold."""
+
+    kind: str
+    fold: int
+    number: int
+    folder: Path
+
+
+def levels_of(kind: str, number: int) -> list[Level]:
+    """Return the level of each setting in a run."""
+    return [setting.levels[DESIGN[number, column]] for column, setting in enumerate(SETTINGS[kind])]
+
+
+def train(run: Run, num_examples: str | None) -> None:
+    """Train a run and generate its answers; the output goes to FOLDER.log.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    environment = dict(os.environ) | {
+        "OMP_NUM_THREADS": "1",
+        "QUESTIONS": "few",
+        "STAGES": f"stage1_proj_cla {STAGE}",
+    }
+    for level in levels_of(run.kind, run.number):
+        environment |= level.environment
+    rate = float(environment.pop("RATE"))
+    ratio = float(environment.pop("PROJECTOR_RATIO"))
+    flags = ["--learning_rate", f"{rate:g}", "--projector_learning_rate", f"{ratio * rate:g}"]
+    if num_examples:
+        environment["NUM_EXAMPLES"] = num_examples
+    if run.kind == "ltu_as":
+        # Runs of a fold whose clips are prepared in the same way share their features.
+        environment["FEATURES"] = str(
+            run.folder.parent / f"features_fold{run.fold}_{environment['SHORT_CLIPS']}"
+        )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = ["bash", SCRIPT, run.kind, str(run.fold), "0", str(run.folder), *flags]
+    log = run.folder.with_suffix(".log")
+    with open(log, "a", encoding="utf-8") as file:
+        finished = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if finished.returncode:
+        raise RuntimeError(f"{run.folder} ended with status {finished.returncode}: see {log}")
+
+
+def read_responses(folder: Path, reader: toy.Reader) -> dict[str, list[float]]:
+    """Return what is compared, for each held-out clip of a run, in the order of the clips.
+
+    Returns:
+        "category" and "label": 1 if it is right, else 0; "loss": of the reference answer, nats per
+        token, negative so that more is better.
+    """
+    answers = folder / STAGE / "answers"
+    hits = toy.score(load_predictions(answers / "right.json"), reader)
+    entries = json.loads((answers / "loss_right.json").read_text(encoding="utf-8"))
+    return {
+        "category": [float(hit) for hit in hits.category],
+        "label": [float(hit) for hit in hits.label],
+        "loss": [-entry["loss"] for entry in entries],
+    }
+
+
+def find_effects(
+    kind: str, responses: dict[tuple[int, int], dict[str, list[float]]], folds: list[int]
+) -> list[dict[str, Any]]:
+    """Return the effect of each setting on each response: second level minus first.
+
+    Args:
+        kind: "ltu" or "ltu_as".
+        responses: (fold, number of the run) -> what `read_responses` returns.
+        folds: the folds.
+    """
+    effects = []
+    for column, setting in enumerate(SETTINGS[kind]):
+        effect: dict[str, Any] = {
+            "setting": setting.name,
+            "levels": [level.name for level in setting.levels],
+        }
+        for response in ("category", "label", "loss"):
+            differences: list[float] = []
+            for fold in folds:
+                values = np.array([responses[fold, run][response] for run in range(len(DESIGN))])
+                is_second = DESIGN[:, column] == 1
+                # (clips,): each clip's mean over four runs, minus that over the other four.
+                differences += (values[is_second].mean(0) - values[~is_second].mean(0)).tolist()
+            effect[response] = asdict(toy.Mean.of(differences))
+        effects.append(effect)
+    return effects
+
+
+def format_results(kind: str, runs: list[dict], effects: list[dict]) -> str:
+    """Return the table of the runs and that of the effects as Markdown."""
+    names = [setting.name for setting in SETTINGS[kind]]
+    lines = [
+        f"| {' | '.join(names)} | category | exact label | loss |",
+        "|" + "---|" * (len(names) + 3),
+    ]
+    for run in runs:
+        cells = [*run["levels"]]
+        cells += [f"{run['category']:.2f}", f"{run['label']:.2f}", f"{-run['loss']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| second level instead of the first | category | exact label | loss |"]
+    lines.append("|---|---|---|---|")
+    for effect in effects:
+        first, second = effect["levels"]
+        cells = [f"{effect['setting']}: {second} instead of {first}"]
+        for response in ("category", "label", "loss"):
+            mean = effect[response]
+            low, high = mean["low"], mean["high"]
+            value = mean["mean"]
+            if response == "loss":  # Printed as a loss, which is better if it is lower.
+                low, high, value = -high, -low, -value
+            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = command_parser(__doc__, data_path=None, output_path=None)
+    parser.add_argument(
+        "--kind", choices=("ltu", "ltu_as"), default="ltu", help="The model to train."
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="The folder of the runs.")
+    parser.add_argument(
+        "--folds", type=int, nargs="+", default=[0, 1], help="Numbers of the folds."
+    )
+    parser.add_argument(
+        "--num_examples",
+        metavar="N,N,...",
+        help="Examples of all stages, as of data.toy.build; fewer are faster.",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="The number of runs at the same time.")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train the runs, and write and print the tables."""
+    args = parse_args(argv)
+    planned = []
+    for number in range(len(DESIGN)):
+        for fold in args.folds:
+            folder = args.output_dir / f"fold{fold}_run{number}"
+            planned.append(Run(args.kind, fold, number, folder))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run: train(run, args.num_examples), planned))
+
+    reader = toy.Toy.load().reader
+    responses = {}
+    for run in planned:
+        responses[run.fold, run.number] = read_responses(run.folder, reader)
+    runs = []
+    for number in range(len(DESIGN)):
+        row: dict[str, Any] = {"levels": [level.name for level in levels_of(args.kind, number)]}
+        for response in ("category", "label", "loss"):
+            values = [responses[fold, number][response] for fold in args.folds]
+            row[response] = float(np.mean(np.concatenate(values)))
+        runs.append(row)
+    effects = find_effects(args.kind, responses, args.folds)
+    result = {
+        "kind": args.kind,
+        "folds": args.folds,
+        "num_examples": args.num_examples,
+        "settings": [setting.name for setting in SETTINGS[args.kind]],
+        "runs": runs,
+        "effects": effects,
+    }
+    path = args.output_dir / "results.json"
+    write_json(result, path)
+    print(f"{format_results(args.kind, runs, effects)}\n\nThe tables as JSON: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)
