@@ -22,20 +22,17 @@ of training. The command exits with 1 if a bound that was set before measuring i
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks import toy_runs
 from data.command_line import command_parser
 from data.toy.build import DEFAULTS
 from eval import toy, toy_speech
 from ltu.files import run_command, write_json
 
 STAGE4 = "stage4_all_mix"
-SCRIPT = "train_scripts/quickstart/toy_fold.sh"
 # Of an audio encoder that is trained. At the learning rate of LoRA, so few clips would spoil it.
 ENCODER_RATE = "1e-4"
 
@@ -64,7 +61,7 @@ class FoldRun:
 
 def run_fold(run: FoldRun) -> None:
     """Train a fold and generate its answers; the output goes to FOLDER.log."""
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "QUESTIONS": "all"}
+    environment = {"QUESTIONS": "all"}
     flags = []
     if run.alone:
         num_examples = list(DEFAULTS["ltu"].num_examples)
@@ -74,13 +71,7 @@ def run_fold(run: FoldRun) -> None:
         flags = ["--base_model", str(run.folder / "init"), *learning_rates()]
     if run.trains_encoder:
         environment["ENCODER_RATE"] = ENCODER_RATE
-    command = ["bash", SCRIPT, run.kind, str(run.fold), str(run.seed), str(run.folder), *flags]
-    log = run.folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as file:
-        finished = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if finished.returncode:
-        raise RuntimeError(f"{run.folder} ended with status {finished.returncode}: see {log}")
+    toy_runs.run_fold(run.kind, run.fold, run.seed, run.folder, environment, flags)
 
 
 def learning_rates() -> list[str]:
@@ -215,8 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     for fold in args.folds:
         folder = args.output_dir / f"{name}{fold}"
         runs.append(FoldRun(args.kind, fold, args.seed, folder, args.alone, args.train_encoder))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(run_fold, runs))
+    toy_runs.run_all(run_fold, runs, args.jobs)
     folders = [run.folder for run in runs]
     seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
     if args.kind == "ltu_as":

@@ -12,29 +12,26 @@ setting cannot be told from certain interactions of two others.
 The runs have the first two stages, classification, and `--folds` 0 and 1. What is chosen by them is
 reported on the other folds, by `benchmarks.toy_cross_validation`.
 
-OUTPUT_DIR/results.json gets the fractions and losses of the runs and the effect of each setting: by
-how much the second level is better than the first. The interval is that of a mean over held-out
-clips; each clip's difference is one between the four runs of a fold with the one level and the four
-with the other. A finished run is not run again.
+OUTPUT_DIR/results.json gets the fractions and losses of the runs, and the effect of each setting:
+for each held-out clip, the mean over the four runs with the second level minus the mean over the
+four with the first. Its 95 % interval is that of the mean over clips. It does not contain the noise
+from training to training, so the effect on each fold is given too. A finished run is not run again.
 """
 
 import argparse
 import json
-import os
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import toy_runs
 from data.command_line import command_parser
 from eval import toy
 from eval.scorer_interface import load_predictions
 from ltu.files import run_command, write_json
 
-SCRIPT = "train_scripts/quickstart/toy_fold.sh"
 STAGE = "stage2_all_cla"
 # The level of each setting in each run. The first three columns are a full factorial design; the
 # others are their products.
@@ -135,16 +132,12 @@ def levels_of(kind: str, number: int) -> list[Level]:
 
 
 def train(run: Run, num_examples: str | None) -> None:
-    """Train a run and generate its answers; the output goes to FOLDER.log.
+    """Train a run and generate its answers.
 
     Raises:
-        RuntimeError: it failed.
+        ValueError: it failed.
     """
-    environment = dict(os.environ) | {
-        "OMP_NUM_THREADS": "1",
-        "QUESTIONS": "few",
-        "STAGES": f"stage1_proj_cla {STAGE}",
-    }
+    environment = {"QUESTIONS": "few", "STAGES": f"stage1_proj_cla {STAGE}"}
     for level in levels_of(run.kind, run.number):
         environment |= level.environment
     rate = float(environment.pop("RATE"))
@@ -157,13 +150,7 @@ def train(run: Run, num_examples: str | None) -> None:
         environment["FEATURES"] = str(
             run.folder.parent / f"features_fold{run.fold}_{environment['SHORT_CLIPS']}"
         )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    command = ["bash", SCRIPT, run.kind, str(run.fold), "0", str(run.folder), *flags]
-    log = run.folder.with_suffix(".log")
-    with open(log, "a", encoding="utf-8") as file:
-        finished = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if finished.returncode:
-        raise RuntimeError(f"{run.folder} ended with status {finished.returncode}: see {log}")
+    toy_runs.run_fold(run.kind, run.fold, 0, run.folder, environment, flags)
 
 
 def read_responses(folder: Path, reader: toy.Reader) -> dict[str, list[float]]:
@@ -171,7 +158,7 @@ def read_responses(folder: Path, reader: toy.Reader) -> dict[str, list[float]]:
 
     Returns:
         "category" and "label": 1 if it is right, else 0; "loss": of the reference answer, nats per
-        token, negative so that more is better.
+        token.
     """
     answers = folder / STAGE / "answers"
     hits = toy.score(load_predictions(answers / "right.json"), reader)
@@ -179,7 +166,7 @@ def read_responses(folder: Path, reader: toy.Reader) -> dict[str, list[float]]:
     return {
         "category": [float(hit) for hit in hits.category],
         "label": [float(hit) for hit in hits.label],
-        "loss": [-entry["loss"] for entry in entries],
+        "loss": [entry["loss"] for entry in entries],
     }
 
 
@@ -201,18 +188,23 @@ def find_effects(
         }
         for response in ("category", "label", "loss"):
             differences: list[float] = []
+            by_fold: list[float] = []
             for fold in folds:
                 values = np.array([responses[fold, run][response] for run in range(len(DESIGN))])
                 is_second = DESIGN[:, column] == 1
                 # (clips,): each clip's mean over four runs, minus that over the other four.
                 differences += (values[is_second].mean(0) - values[~is_second].mean(0)).tolist()
-            effect[response] = asdict(toy.Mean.of(differences))
+                by_fold.append(float(np.mean(differences[-values.shape[1] :])))
+            effect[response] = asdict(toy.Mean.of(differences)) | {"folds": by_fold}
         effects.append(effect)
     return effects
 
 
 def format_results(kind: str, runs: list[dict], effects: list[dict]) -> str:
-    """Return the table of the runs and that of the effects as Markdown."""
+    """Return the table of the runs and that of the effects as Markdown.
+
+    An effect has its interval in brackets, and the effects on each fold in parentheses.
+    """
     names = [setting.name for setting in SETTINGS[kind]]
     lines = [
         f"| {' | '.join(names)} | category | exact label | loss |",
@@ -220,7 +212,7 @@ def format_results(kind: str, runs: list[dict], effects: list[dict]) -> str:
     ]
     for run in runs:
         cells = [*run["levels"]]
-        cells += [f"{run['category']:.2f}", f"{run['label']:.2f}", f"{-run['loss']:.2f}"]
+        cells += [f"{run['category']:.2f}", f"{run['label']:.2f}", f"{run['loss']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| second level instead of the first | category | exact label | loss |"]
     lines.append("|---|---|---|---|")
@@ -229,11 +221,9 @@ def format_results(kind: str, runs: list[dict], effects: list[dict]) -> str:
         cells = [f"{effect['setting']}: {second} instead of {first}"]
         for response in ("category", "label", "loss"):
             mean = effect[response]
-            low, high = mean["low"], mean["high"]
-            value = mean["mean"]
-            if response == "loss":  # Printed as a loss, which is better if it is lower.
-                low, high, value = -high, -low, -value
-            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+            folds = ", ".join(f"{value:+.2f}" for value in mean["folds"])
+            interval = f"[{mean['low']:+.2f}, {mean['high']:+.2f}]"
+            cells.append(f"{mean['mean']:+.2f} {interval} ({folds})")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -265,8 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         for fold in args.folds:
             folder = args.output_dir / f"fold{fold}_run{number}"
             planned.append(Run(args.kind, fold, number, folder))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: train(run, args.num_examples), planned))
+    toy_runs.run_all(lambda run: train(run, args.num_examples), planned, args.jobs)
 
     reader = toy.Toy.load().reader
     responses = {}

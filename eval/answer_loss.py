@@ -24,7 +24,7 @@ from eval.scorer_interface import EvaluationError
 from ltu.data.audio import AudioError
 from ltu.data.check_examples import read_examples
 from ltu.files import run_command, write_json
-from ltu.inference.batch_inference import BatchSettings, make_requests
+from ltu.inference.batch_inference import BatchSettings, make_requests, refuse_outputs
 from ltu.inference.engine import LtuEngine
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 
@@ -86,6 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     num_inputs = len(args.data_path)
     if len(args.output_path) != num_inputs:
         parser.error(f"{num_inputs} dataset files, but {len(args.output_path)} --output_path")
+    refuse_outputs(parser, args.data_path, args.output_path)
     return args
 
 

@@ -498,7 +498,7 @@ def stage_rows(folds: list[Stages], toy: Toy) -> list[Row]:
 
 
 def add_open(row: Row, stages: list[dict[str, Predictions]], toy: Toy) -> None:
-    """Add what the answers to open-ended questions are, pooled over folds, to the row of a stage.
+    """Add the scores of open-ended answers, pooled over folds, to the row of a stage.
 
     Raises:
         EvaluationError: The answers of a fold are about other clips than its labels.
@@ -525,7 +525,7 @@ def add_open(row: Row, stages: list[dict[str, Predictions]], toy: Toy) -> None:
     row.own_label = Rate.of(counts.own_label)
     row.open_right = Rate.of(counts.right)
     row.distinct = Fraction.of(counts.num_distinct, num_answers)
-    row.top_five = Fraction.of(counts.num_stock, num_answers)
+    row.top_five = Fraction.of(counts.num_in_top, num_answers)
 
 
 def add_losses(row: Row, stages: list[dict[str, Predictions]]) -> None:

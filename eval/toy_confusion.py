@@ -57,7 +57,7 @@ def read_confusion(folders: list[Path]) -> Confusion:
     toy = Toy.load()
     stages_of_folds = [read_predictions(folder) for folder in folders]
     folds = find_folds(stages_of_folds, toy)
-    last_row = stage_rows(stages_of_folds, toy.reader)[-1]
+    last_row = stage_rows(stages_of_folds, toy)[-1]
     predictions: Predictions = []
     for stages in stages_of_folds:
         predictions += stages[last_row.name]["right"]

@@ -8,38 +8,42 @@ in a phrasing that training never saw, and four things are counted:
   the classification question about the same clip. An open-ended answer that is fluent but about
   another sound fails here.
 - "right": that category is the right one.
-- "distinct": the number of different answers, divided by the number of answers. A model that
-  has learned a few stock sentences gives few. "top five" is the fraction of answers that are one of
+- "distinct": the number of different answers, divided by the number of answers. A model that has
+  learned a few sentences by heart gives few. "top five" is the fraction of answers that are one of
   the five most frequent. Both describe this set of answers, so they have no interval.
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from eval.scorer_interface import EvaluationError, failure
 
 # A sentence has at least this many words, so that "Yes." and "A dog." are none.
-MIN_WORDS = 4
-STOCK = 5  # The number of most frequent answers in "top five".
+MIN_WORDS = 3
+# Between the fields of closed-ended answers.
+SEPARATORS = (";", "->")
+ARTICLE = re.compile(r"\Aan? ")
+TOP = 5  # The number of most frequent answers in "top five".
 
 
 class Mentions:
     """Finds the sounds that a text names.
 
     Args:
-        category_of_phrase: phrase of a label ("an alarm clock") -> category.
+        category_of_phrase: phrase of a label ("an alarm clock") -> category. Its article does not
+            matter: "the alarm clock" names it too.
     """
 
     def __init__(self, category_of_phrase: dict[str, str]):
         self.category_of_phrase = {}
         for phrase, category in category_of_phrase.items():
-            self.category_of_phrase[phrase.lower()] = category
+            name = ARTICLE.sub("", phrase.lower())
+            self.category_of_phrase[name] = category
         # Longer phrases first: "a steam train" does not name steam.
         phrases = sorted(self.category_of_phrase, key=len, reverse=True)
         alternatives = "|".join(map(re.escape, phrases))
-        self.pattern = re.compile(rf"\b(?:{alternatives})\b")
+        self.pattern = re.compile(rf"\b({alternatives})s?\b")
 
     def categories(self, text: str) -> set[str]:
         """Return the categories of the sounds that a text names."""
@@ -48,7 +52,7 @@ class Mentions:
 
 
 def is_sentence(answer: str, closed_prefixes: list[str]) -> bool:
-    """Return whether an answer is a sentence and no closed-ended answer.
+    """Return whether an answer is a sentence, and neither a list nor a closed-ended answer.
 
     Args:
         answer: the answer.
@@ -56,6 +60,7 @@ def is_sentence(answer: str, closed_prefixes: list[str]) -> bool:
     """
     text = answer.strip()
     is_closed = text.lower().startswith(tuple(prefix.lower() for prefix in closed_prefixes))
+    is_closed = is_closed or any(separator in text for separator in SEPARATORS)
     return not is_closed and len(text.split()) >= MIN_WORDS and text.endswith((".", "!", "?"))
 
 
@@ -92,9 +97,9 @@ class OpenCounts:
         return len(set(self.texts))
 
     @property
-    def num_stock(self) -> int:
+    def num_in_top(self) -> int:
         """The number of answers that are one of the most frequent ones."""
-        return sum(count for _, count in Counter(self.texts).most_common(STOCK))
+        return sum(count for _, count in Counter(self.texts).most_common(TOP))
 
 
 def count(
@@ -105,7 +110,7 @@ def count(
     mentions: Mentions,
     prefixes: list[str],
 ) -> OpenCounts:
-    """Count what the answers of a stage are.
+    """Score the open-ended answers of a stage on one fold.
 
     Args:
         answers: predictions for the open-ended questions.
@@ -133,6 +138,6 @@ def count(
     return counts
 
 
-def clips_of(predictions: list[dict]) -> list[Any]:
+def clips_of(predictions: list[dict]) -> list[str | None]:
     """Return the `audio_id` of each prediction."""
     return [prediction["audio_id"] for prediction in predictions]

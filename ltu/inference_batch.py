@@ -21,7 +21,6 @@ import argparse
 import os
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import torch
 
@@ -35,6 +34,7 @@ from ltu.inference.batch_inference import (
     add_batch_flags,
     answer_files,
     make_requests,
+    refuse_outputs,
 )
 from ltu.inference.batch_invariance import check_batch
 from ltu.inference.generation_flags import open_engine
@@ -78,21 +78,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_column_flags(parser)
     add_batch_flags(parser)
     args = parser.parse_args(argv)
-    outputs = [Path(path).absolute() for path in args.output_path or []]
     if args.check_batch is not None and args.check_batch < 2:
         parser.error(f"--check_batch {args.check_batch}: it compares 2 questions or more")
     if args.check_batch and args.engine == "vllm":
         parser.error("--check_batch is for the model in this process; leave --engine vllm out")
-    if args.check_batch and outputs:
+    if args.check_batch and args.output_path:
         parser.error("--check_batch writes nothing; leave --output_path out")
-    if len(args.data_path) != len(outputs) and not args.check_batch:
-        parser.error(f"{len(args.data_path)} files of questions, but {len(outputs)} --output_path")
-    inputs = [Path(path).absolute() for path in args.data_path]
-    if len({*outputs, *inputs}) < len(outputs) + len(set(inputs)):
-        parser.error("an --output_path is that of another file, or of the questions themselves")
-    for path in outputs:  # Before hours of work, not after.
-        if path.is_dir():
-            parser.error(f"--output_path {path} is a folder; name a file in it")
+    num_outputs = len(args.output_path or [])
+    if len(args.data_path) != num_outputs and not args.check_batch:
+        parser.error(f"{len(args.data_path)} files of questions, but {num_outputs} --output_path")
+    refuse_outputs(parser, args.data_path, args.output_path or [])
     rank = os.environ.get("LOCAL_RANK")
     if rank is not None and (
         args.device == "cuda" or (args.device is None and torch.cuda.is_available())

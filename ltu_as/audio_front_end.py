@@ -126,8 +126,9 @@ class WhisperFrontEnd(AudioFrontEnd):
                 f"of {own_name} ({str(own_fingerprint)[:12]}, {shape}). Extract them again: "
                 "python -m ltu_as.extract_whisper_feature --model DIR"
             )
+        # The original pads clips.
         stored_loops = bool(description.get("loop_short_clips"))
-        if description and stored_loops != extractor.loop_short_clips:
+        if stored_loops != extractor.loop_short_clips:
             treatments = {True: "repeats clips shorter than a chunk", False: "pads them"}
             raise ValueError(
                 f"The extraction of the features in {self.store.folder} "

@@ -25,7 +25,7 @@ class TltrConfig(PreTrainedConfig):
     Args:
         hidden_size: width of the Whisper encoder.
         num_whisper_layers: blocks of the Whisper encoder, whose outputs are the input of TLTR.
-        num_audio_tokens: time steps of 0.4 s; 25 are 10 s.
+        num_audio_tokens: time steps of a chunk of 10 s.
         num_time_heads, num_layer_heads: attention heads of the transformer over time, and of the
             transformer over layers.
         standardize: scale each channel of each layer to mean 0 and standard deviation 1 first, with

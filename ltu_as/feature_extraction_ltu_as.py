@@ -123,8 +123,8 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
             `describe`; another encoder is an error.
         num_frames: frames of 10 ms in a chunk.
         time_pooling: positions of 20 ms that are averaged into one.
-        loop_short_clips: repeat a clip that is shorter than a chunk in the features; by default it
-            is padded with silence, as in the original. Transcripts are of the clip itself.
+        loop_short_clips: repeat in the features what does not fill a chunk; by default it is padded
+            with silence, as in the original. Transcripts are of the clip itself.
         language: of the speech, such as "en"; None lets Whisper detect it.
         transcript_rule: how transcripts are cleaned, a key of `TRANSCRIPT_RULES`: "original" as in
             the data of the released checkpoints.
@@ -336,10 +336,12 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
 
     def extract_chunks(self, waveform: torch.Tensor, num_chunks: int) -> torch.Tensor:
         """Return chunks `(chunks, num_mel_bins, num_frames)` of the log-mel of a whole waveform."""
-        missing = self.chunk_samples - len(waveform)
+        missing = num_chunks * self.chunk_step - len(waveform)
         if missing > 0 and self.loop_short_clips:
-            waveform = waveform.repeat(-(-self.chunk_samples // len(waveform)))
-            waveform = waveform[: self.chunk_samples]
+            # Repeat what is in the last chunk until the chunk is full.
+            rest = waveform[(num_chunks - 1) * self.chunk_step :]
+            repeated = rest.repeat(-(-missing // len(rest)))[:missing]
+            waveform = torch.cat([waveform, repeated])
         mel = log_mel_spectrogram(waveform, self.num_mel_bins, device=self.device).cpu()
         mel = pad_or_trim(mel, num_chunks * self.num_frames)  # (mels, chunks x frames)
         return mel.unflatten(1, (num_chunks, -1)).transpose(0, 1)

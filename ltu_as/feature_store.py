@@ -222,8 +222,7 @@ class FeatureStore:
             raise ValueError(
                 f"{folder} holds features of Whisper {store.description['whisper_model']}, which "
                 f"differ from those of {description['whisper_model']}: {'; '.join(differences)}. "
-                "Choose another folder, or the same Whisper, --feature_precision and kind of "
-                "device."
+                "Choose another folder, or the same Whisper, settings and kind of device."
             )
         return store
 

@@ -60,6 +60,17 @@ def test_a_missing_clip_is_an_error_and_writes_nothing(checkpoint, tmp_path):
     assert not (tmp_path / "losses.json").exists()
 
 
+def test_the_data_is_not_replaced(checkpoint, tmp_path, capsys):
+    data_path = write_rows(tmp_path / "data", 2)
+    before = data_path.read_bytes()
+    flags = ["--model", str(checkpoint), "--data_path", str(data_path)]
+    for output_path, reason in ((data_path, "of the questions themselves"), (tmp_path, "a folder")):
+        with pytest.raises(SystemExit):
+            main([*flags, "--output_path", str(output_path)])
+        assert reason in capsys.readouterr().err
+    assert data_path.read_bytes() == before
+
+
 def test_each_dataset_file_needs_an_output(checkpoint, tmp_path, capsys):
     flags = ["--model", str(checkpoint), "--data_path", "a.json", "b.json"]
     with pytest.raises(SystemExit):

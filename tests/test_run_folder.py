@@ -304,6 +304,23 @@ def test_another_run_is_not_resumed(
     assert message in str(error.value)
 
 
+def test_a_run_of_a_version_without_a_flag_had_its_default(
+    checkpoint, data_path, whole_run, tmp_path
+):
+    """Its record lacks the flag, which must not make it the same run with any value."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    for path in [folder / "ltu_state.json", *folder.glob("checkpoint-*/ltu_state.json")]:
+        record = json.loads(path.read_text())
+        del record["arguments"]["projector_learning_rate"]
+        path.write_text(json.dumps(record))
+    settings = COMMON | {"resume_from_checkpoint": "last"}
+    assert main(flags(checkpoint, data_path, folder, **settings)) == 0
+    message = "--projector_learning_rate: None there, 0.001 here"
+    with pytest.raises(ValueError, match=message):
+        main(flags(checkpoint, data_path, folder, **settings, projector_learning_rate=1e-3))
+
+
 def test_flags_that_change_neither_loss_nor_order_may_differ(
     checkpoint, data_path, tmp_path, whole_run
 ):

@@ -276,14 +276,13 @@ echo "$module" >> "$(dirname "$0")/commands.txt"
         (
             "ltu",
             "data.toy.build ltu.convert_checkpoint"
-            + 4 * " ltu.finetune ltu.inference_batch eval.toy",
+            + 4 * " ltu.finetune eval.answer_loss ltu.inference_batch eval.toy",
             "stage4_all_mix",
         ),
         (
             "ltu_as",
             "data.toy.build ltu_as.extract_whisper_feature ltu_as.convert_checkpoint"
-            + " ltu_as.finetune"
-            + 2 * " ltu_as.finetune ltu_as.inference_batch eval.toy"
+            + 3 * " ltu_as.finetune eval.answer_loss ltu_as.inference_batch eval.toy"
             + " eval.toy_speech",
             "stage3_all_mix_v2",
         ),
@@ -309,7 +308,7 @@ def test_toy_fold(kind: str, expected: str, last_stage: str, tmp_path: Path) -> 
 
     weights = folder / last_stage / "model.safetensors"
     weights.unlink()
-    after_training = [f"{kind}.finetune", f"{kind}.inference_batch", "eval.toy"]
+    after_training = [f"{kind}.finetune", "eval.answer_loss", f"{kind}.inference_batch", "eval.toy"]
     if kind == "ltu_as":
         after_training.append("eval.toy_speech")
     assert run() == after_training
@@ -318,6 +317,65 @@ def test_toy_fold(kind: str, expected: str, last_stage: str, tmp_path: Path) -> 
     now = weights.stat().st_mtime
     os.utime(weights, (now + 10, now + 10))
     assert run() == after_training[1:]
+    os.utime(weights, (now - 10, now - 10))
+    (folder / last_stage / "answers" / "loss_none.json").unlink()
+    assert run() == ["eval.answer_loss"]
+
+    # Another setting needs another folder.
+    for name, value in (("AUDIO_TOKENS", "1"), ("BUILD_FLAGS", "--x"), ("NUM_EXAMPLES", "4")):
+        environment[name] = value
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        del environment[name]
+        assert done.returncode == 2
+        assert "give another DIR" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["ltu", "ltu_as"])
+def test_settings_of_a_toy_fold_reach_the_commands(kind: str, tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(TOY_STUB.replace('echo "$module"', 'echo "$module" "$@"'))
+    stub.chmod(0o755)
+    command = ["bash", "train_scripts/quickstart/toy_fold.sh", kind, "0", "0", str(tmp_path / "f")]
+    settings = {
+        "PYTHON": str(stub),
+        "AUDIO_TOKENS": "2",
+        "SHORT_CLIPS": "pad",
+        "LORA_TARGETS": "[v_proj]",
+        "LORA_RANK": "4",
+        "ENCODER_RATE": "1e-4",
+        "BUILD_FLAGS": "--no_descriptions",
+        "FEATURES": str(tmp_path / "shared"),
+        "QUESTIONS": "all",
+    }
+    subprocess.run(command, env=os.environ | settings, timeout=60, check=True)
+    lines = (tmp_path / "commands.txt").read_text().splitlines()
+    trainings = [line for line in lines if line.startswith(f"{kind}.finetune")]
+    assert "--no_descriptions" in lines[0]
+    assert "--encoder_learning_rate" not in trainings[0]
+    assert "--lora_r" not in trainings[0]
+    for line in trainings[1:-1]:
+        assert "--lora_target_modules [v_proj] --lora_r 4 --lora_alpha 8" in line
+        assert "--freeze_audio_tower False --encoder_learning_rate 1e-4" in line
+    # The last stage has half of the learning rates.
+    assert "--encoder_learning_rate 5e-05" in trainings[-1]
+    assert "--learning_rate 1e-3 --projector_learning_rate 4e-3" in trainings[-1]
+    init = next(line for line in lines if "--init" in line)
+    if kind == "ltu":
+        assert "--num_audio_tokens 2" in init
+    else:
+        extraction = next(line for line in lines if "extract_whisper_feature" in line)
+        assert f"--num_audio_tokens 2 --output_dir {tmp_path}/shared" in extraction
+        assert f"--feature_root {tmp_path}/shared" in init
+        assert "speech_words_none.json" in lines[-3]
+
+
+@pytest.mark.parametrize("setting", [("SHORT_CLIPS", "looped"), ("QUESTIONS", "All")])
+def test_a_misspelt_setting_of_a_toy_fold_is_an_error(setting, tmp_path: Path) -> None:
+    command = ["bash", "train_scripts/quickstart/toy_fold.sh", "ltu_as", "0", "0", str(tmp_path)]
+    environment = os.environ | dict([setting])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: {setting[0]}={setting[1]}: choose" in done.stderr
 
 
 def test_paths_are_relative_to_the_repository(tmp_path: Path) -> None:

@@ -34,11 +34,13 @@ def test_longer_phrases_win_and_parts_of_words_are_no_phrases():
     assert mentions.categories("I hear A Steam Train.") == {"vehicles"}
     assert mentions.categories("One hears steam and a fly.") == {"ambience", "animals"}
     assert mentions.categories("Steamy; a flying thing") == set()
+    assert mentions.categories("The steam train passes some flys.") == {"vehicles", "animals"}
 
 
 @pytest.mark.parametrize(
     "answer",
     ["Labels: dog; animals.", " labels: dog; animals.", "Audio caption: A dog barks twice.", ""]
+    + ["dog; animals; bark; loud.", "loud and short -> dog."]
     + ["First: dog; second: bell.", "Order: dog; bell.", "A dog.", "It is a dog that barks"],
 )
 def test_what_is_no_sentence(answer):

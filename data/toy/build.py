@@ -79,7 +79,7 @@ class Sizes:
 
 # Kind -> sizes by default.
 DEFAULTS = {
-    "ltu": Sizes([240, 1400, 480, 1000], crops=6, mixtures=120, pairs=160),
+    "ltu": Sizes([240, 1200, 400, 1300], crops=6, mixtures=120, pairs=160),
     "ltu_as": Sizes([160, 1440, 1200], crops=2, mixtures=40, pairs=40),
 }
 FOLDERS = {"ltu": "exp/toy_data", "ltu_as": "exp/toy_data_as"}

@@ -324,7 +324,8 @@ class LtuConverter:
         if settings.given():
             raise ValueError(
                 f"{', '.join(settings.given())}: only for an --audio_encoder of transformers, such "
-                "as the folder or hub id of a Whisper. The built-in encoders have their own sizes."
+                "as the folder or hub id of a Whisper (--num_audio_tokens also for YAMNet). The "
+                "other built-in encoders have their own sizes."
             )
         if path is None:
             return self._random_audio_encoder()

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -71,6 +71,19 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=8, help="Number of questions that are answered at once."
     )
     add_generation_flags(parser)
+
+
+def refuse_outputs(
+    parser: argparse.ArgumentParser, inputs: Sequence[str | Path], outputs: Sequence[str | Path]
+) -> None:
+    """End the command, before hours of work, if an output is an input, given twice, or a folder."""
+    input_paths = {Path(path).absolute() for path in inputs}
+    output_paths = [Path(path).absolute() for path in outputs]
+    if len({*output_paths, *input_paths}) < len(output_paths) + len(input_paths):
+        parser.error("an --output_path is that of another file, or of the questions themselves")
+    for path in output_paths:
+        if path.is_dir():
+            parser.error(f"--output_path {path} is a folder; name a file in it")
 
 
 class Ranks:

@@ -14,18 +14,19 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from uuid import uuid4
 
 from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
 
 from ltu.files import check_regular_file, lock_file, read_json_object, sync_files
 from ltu.models.audio_front_end import list_place_flags
 from ltu.models.locate_checkpoint import list_checkpoints
 from ltu.models.provenance import STATE, TRAINER_STATE, read_record, write_record
-from ltu.training.arguments import RunArguments
+from ltu.training.arguments import DataArguments, ModelArguments, RunArguments
 
 T = TypeVar("T")
 
@@ -183,11 +184,28 @@ def find_differences(stored: dict[str, Any], record: dict[str, Any]) -> list[str
     old_flags = stored.get("arguments", {})
     new_flags = record["arguments"]
     with_evaluation = depends_on_evaluation(new_flags)
-    # Another version of transformers may have other flags.
+    # A run that was recorded before there was a flag had its default. Another version of
+    # transformers may have other flags, which are not compared.
+    missing = {name: default for name, default in defaults().items() if name in new_flags}
+    old_flags = missing | old_flags
     for name in old_flags.keys() & new_flags.keys():
         if is_compared(name, with_evaluation) and old_flags[name] != new_flags[name]:
             differences.append(f"--{name}: {old_flags[name]} there, {new_flags[name]} here")
     return sorted(differences)
+
+
+def defaults() -> dict[str, Any]:
+    """Return the defaults of the flags that are None if they are not given, without the Trainer's.
+
+    Only for these is it certain what an older run did: as if there were no such flag.
+    """
+    trainer_flags = {field.name for field in fields(TrainingArguments)}
+    found = {}
+    for kind in (ModelArguments, DataArguments, RunArguments):
+        for flag in fields(kind):
+            if flag.init and flag.name not in trainer_flags and flag.default is None:
+                found[flag.name] = None
+    return found
 
 
 def _shorten(value: Any) -> str:

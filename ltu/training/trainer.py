@@ -157,6 +157,12 @@ class LtuTrainer(CompilingTrainer):
             ValueError: the optimizer does not hold the weights of such a part in groups.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
+        own_rates = (self.args.projector_learning_rate, self.args.encoder_learning_rate)
+        if "lomo" in self.args.optim.value and own_rates != (None, None):
+            raise ValueError(
+                f"--optim {self.args.optim.value} has one learning rate for all weights: leave "
+                "--projector_learning_rate and --encoder_learning_rate out."
+            )
         rates = {
             "projector": (self.args.projector_learning_rate, self.model.multi_modal_projector),
             "encoder": (self.args.encoder_learning_rate, self.model.audio_tower),
@@ -272,8 +278,17 @@ class LtuTrainer(CompilingTrainer):
             f"Step {step + 1} of {self.state.max_steps}: the losses of {sum(bad)} of its "
             f"{len(bad)} micro-batches are NaN or infinite, and the gradient norm is {norm}. "
             f"Training ends; the checkpoints in {self.args.output_dir} are of earlier steps. Lower "
-            f"--learning_rate (now {self.args.learning_rate}), or look at these examples: {listed}"
+            f"{self._list_learning_rates()}, or look at these examples: {listed}"
         )
+
+    def _list_learning_rates(self) -> str:
+        """Return the flags of the learning rates that are given, with their values."""
+        listed = f"--learning_rate (now {self.args.learning_rate})"
+        for name in ("projector_learning_rate", "encoder_learning_rate"):
+            rate = getattr(self.args, name)
+            if rate is not None:
+                listed += f" or --{name} (now {rate})"
+        return listed
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log metrics with the learning rate after the step, and the epoch by micro-batches."""

@@ -10,13 +10,14 @@
 #   AUDIO_TOKENS  audio tokens of a clip; the default is 8 of 1.28 s for LTU, 5 of 2 s for LTU-AS
 #   SHORT_CLIPS   what follows a short clip in the features of LTU-AS: loop, the default, repeats
 #                 it; pad is silence
-#   LORA_TARGETS  the layers that get LoRA, such as [q_proj,v_proj]; the default is all linear layers
-#   ENCODER_RATE  if set, the audio encoder is trained too, from stage 2 on, at this learning rate
+#   LORA_TARGETS  the layers that get LoRA, such as [q_proj,v_proj]; the default is all linear ones
+#   ENCODER_RATE  if set, the audio encoder is trained too, from stage 2 on, at this learning rate;
+#                 in the last stage at half of it
 #   LORA_RANK     the rank of LoRA; the default is 8. Alpha is twice the rank
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
 #   QUESTIONS     all: LTU-AS is asked about speech with a wrong transcript and without one, too;
-#                 few: labels of sounds and gender only
+#                 few: labels of sounds and gender, after the last stage only
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 kind=$1 fold=$2 seed=$3
@@ -32,8 +33,9 @@ stages="stage1_proj_cla stage2_all_cla"
 case $kind in
     ltu)
         stages="$stages stage3_all_close stage4_all_mix"
-        init_flags=(--audio_encoder "${AUDIO_ENCODER:-pretrained_mdls/yamnet}")
-        init_flags+=(--num_audio_tokens "${AUDIO_TOKENS:-8}")
+        init_flags=(--audio_encoder "${AUDIO_ENCODER:=pretrained_mdls/yamnet}")
+        if [ "$AUDIO_ENCODER" = pretrained_mdls/yamnet ]; then : "${AUDIO_TOKENS:=8}"; fi
+        init_flags+=(${AUDIO_TOKENS:+--num_audio_tokens "$AUDIO_TOKENS"})
         cutoff_len=108
         front_end_flags=()
         generate_flags=(--max_new_tokens 60)
@@ -46,9 +48,13 @@ case $kind in
         stages="$stages stage3_all_mix_v2"
         init_flags=(--whisper "$whisper" --feature_root "$FEATURES")
         init_flags+=(--standardize_on "$DATA/stage2.json")
-        extract_flags=(--num_audio_tokens "${AUDIO_TOKENS:-5}")
-        # Silence would be most of the audio tokens of the short clips.
-        if [ "${SHORT_CLIPS:=loop}" = loop ]; then extract_flags+=(--loop_short_clips); fi
+        extract_flags=(--num_audio_tokens "${AUDIO_TOKENS:=5}")
+        # Without the loop, most audio tokens of the short clips would be silence.
+        case ${SHORT_CLIPS:=loop} in
+            loop) extract_flags+=(--loop_short_clips) ;;
+            pad) ;;
+            *) echo "error: SHORT_CLIPS=$SHORT_CLIPS: choose loop or pad" >&2; exit 2 ;;
+        esac
         cutoff_len=160
         front_end_flags=(--feature_root "$FEATURES")
         generate_flags=(--max_new_tokens 60 "${front_end_flags[@]}")
@@ -62,19 +68,26 @@ case $kind in
         ;;
     *) echo "error: $kind: the first argument is ltu or ltu_as" >&2; exit 2 ;;
 esac
-# LoRA on all linear layers names labels better than on the query and value projections, at a fifth
-# more time; docs/toy_experiment.md has the comparison.
+# With so few steps, LoRA on all linear layers learns more than on the query and value projections.
 lora_targets=${LORA_TARGETS:-[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]}
 lora_rank=${LORA_RANK:-8}
-if [ "${QUESTIONS:-}" = few ]; then
-    question_sets="heldout_right"
-    if [ "$kind" = ltu_as ]; then last_question_sets="speech_gender speech_gender_empty"; fi
-fi
+case ${QUESTIONS:-} in
+    '' | all) ;;
+    few)
+        question_sets="heldout_right"
+        if [ "$kind" = ltu_as ]; then last_question_sets="speech_gender speech_gender_empty"; fi
+        ;;
+    *) echo "error: QUESTIONS=$QUESTIONS: choose all or few" >&2; exit 2 ;;
+esac
 stages=${STAGES:-$stages}
 last_stage=${stages##* }
 
-built="$kind, fold $fold, seed $seed, ${NUM_EXAMPLES:-default} examples"
-if [ -n "${BUILD_FLAGS:-}" ]; then built+=", $BUILD_FLAGS"; fi
+# What the folder is made of. The training itself compares its flags with those of a run that it
+# continues.
+built="$kind, fold $fold, seed $seed, ${NUM_EXAMPLES:-default} examples ${BUILD_FLAGS:-}"
+built+=" of data $(cat data/toy/*.json data/toy/*.jsonl data/toy/*.py | cksum | cut -d ' ' -f 1)"
+built+=", audio encoder ${AUDIO_ENCODER:-TLTR}, ${AUDIO_TOKENS:-all} audio tokens"
+if [ "$kind" = ltu_as ]; then built+=", short clips $SHORT_CLIPS, features $FEATURES"; fi
 if [ ! -f "$DATA/finished" ]; then
     step "Toy data: clips, training examples, held-out questions"
     "$PYTHON" -m data.toy.build --kind "$kind" --fold "$fold" --seed "$seed" \
@@ -99,12 +112,19 @@ fi
 
 for stage in $stages; do
     step "$stage"
-    # The last stage adds open-ended questions, at a quarter of the learning rate. At the full one,
-    # the model would name fewer labels exactly.
     stage_flags=(--cutoff_len "$cutoff_len")
     # An audio encoder that is not trained encodes each clip once for all stages (50 MB).
-    if [ -n "${ENCODER_RATE:-}" ] && [ "${stage%%_*}" != stage1 ]; then
-        stage_flags+=(--freeze_audio_tower False --encoder_learning_rate "$ENCODER_RATE")
+    encoder_rate=${ENCODER_RATE:-}
+    # The last stage adds open-ended questions, at half of the learning rates. At the full ones, the
+    # model would name fewer labels exactly.
+    case $kind/$stage in
+        ltu/stage4_* | ltu_as/stage3_*)
+            stage_flags+=(--learning_rate 1e-3 --projector_learning_rate 4e-3)
+            encoder_rate=${encoder_rate:+$(awk "BEGIN { print $encoder_rate / 2 }")}
+            ;;
+    esac
+    if [ -n "$encoder_rate" ] && [ "${stage%%_*}" != stage1 ]; then
+        stage_flags+=(--freeze_audio_tower False --encoder_learning_rate "$encoder_rate")
     elif [ "$kind" = ltu ]; then
         stage_flags+=(--encoder_cache "$EXP/encoder_cache")
     fi
@@ -115,13 +135,10 @@ for stage in $stages; do
             stage_flags+=(--lora_r "$lora_rank" --lora_alpha $((2 * lora_rank)))
             ;;
     esac
-    case $kind/$stage in
-        ltu/stage4_* | ltu_as/stage3_*)
-            stage_flags+=(--learning_rate 5e-4 --projector_learning_rate 2e-3)
-            ;;
-    esac
     bash "train_scripts/$kind/$stage.sh" --seed "$seed" @train_scripts/quickstart/toy.args \
         "${stage_flags[@]}" "$@"
+
+    if [ "${QUESTIONS:-}" = few ] && [ "$stage" != "$last_stage" ]; then continue; fi
 
     # The losses of the reference answers, with the right clip, another one and none.
     losses=()
@@ -129,16 +146,15 @@ for stage in $stages; do
         losses+=("$EXP/$stage/answers/loss_$condition.json")
     done
     if [ "$EXP/$stage/model.safetensors" -nt "${losses[2]}" ]; then
-        "$PYTHON" -m eval.answer_loss --model "$EXP/$stage" ${front_end_flags[@]+"${front_end_flags[@]}"} \
+        "$PYTHON" -m eval.answer_loss --model "$EXP/$stage" \
+            ${front_end_flags[@]+"${front_end_flags[@]}"} \
             --data_path "$DATA"/heldout_{right,wrong,none}.json --output_path "${losses[@]}"
     fi
 
     questions=() answers=()
     names=$question_sets
     # After stage 1, no answer has the trained form yet.
-    case $stage in
-        stage1_*) if [ "${QUESTIONS:-}" != few ]; then names="heldout_right heldout_open"; fi ;;
-    esac
+    case $stage in stage1_*) names="heldout_right heldout_open" ;; esac
     if [ "$stage" = "$last_stage" ]; then names="$names $last_question_sets"; fi
     for name in $names; do
         questions+=("$DATA/$name.json")

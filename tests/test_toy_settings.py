@@ -1,0 +1,102 @@
+"""Tests the designed experiment on the toy set, and how the benchmarks run folds."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import toy_runs, toy_settings
+from benchmarks.toy_settings import DESIGN, SETTINGS, STAGE, find_effects
+from tests.test_toy_eval import perfect
+
+
+def test_every_pair_of_settings_has_each_combination_twice():
+    assert DESIGN.shape == (8, 7)
+    for first, second in itertools.combinations(range(7), 2):
+        pairs = sorted(map(tuple, DESIGN[:, [first, second]].tolist()))
+        assert pairs == sorted([(0, 0), (0, 1), (1, 0), (1, 1)] * 2)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_effects_are_those_that_the_responses_have(kind):
+    """Each setting adds its own amount; the interval is 0 wide if all clips agree."""
+    amounts = np.array([0.5, -0.25, 0.125, 0, 1, 2, -4])
+    assert len(SETTINGS[kind]) == len(amounts)
+    responses = {}
+    for fold in (0, 1):
+        for run in range(8):
+            value = float(DESIGN[run] @ amounts) + 10 * fold
+            row = {"category": [value] * 3, "label": [2 * value] * 3, "loss": [value, value + 1]}
+            responses[fold, run] = row
+    for effect, amount in zip(find_effects(kind, responses, [0, 1]), amounts, strict=True):
+        assert effect["category"]["mean"] == pytest.approx(amount)
+        assert effect["category"]["high"] == pytest.approx(amount)
+        assert effect["label"]["folds"] == pytest.approx([2 * amount, 2 * amount])
+        assert effect["loss"]["mean"] == pytest.approx(amount)
+
+
+def test_runs_get_their_levels_and_not_the_shell(tmp_path, monkeypatch):
+    """The first level of a setting is the default, whatever the shell has."""
+    seen = {}
+
+    def run(command, env, **settings):
+        seen[Path(command[5]).name] = (command, env)
+        answers = Path(command[5]) / STAGE / "answers"
+        answers.mkdir(parents=True)
+        right = perfect(int(command[3]))
+        (answers / "right.json").write_text(json.dumps(right))
+        losses = [answer | {"loss": 1.0} for answer in right]
+        (answers / "loss_right.json").write_text(json.dumps(losses))
+        return toy_runs.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(toy_runs.subprocess, "run", run)
+    for name, value in (("ENCODER_RATE", "1"), ("BUILD_FLAGS", "--x"), ("AUDIO_TOKENS", "2")):
+        monkeypatch.setenv(name, value)
+    flags = ["--kind", "ltu_as", "--output_dir", str(tmp_path), "--num_examples", "8,8,8"]
+    toy_settings.main(flags)
+    assert len(seen) == 16
+    for number in range(8):
+        command, environment = seen[f"fold1_run{number}"]
+        levels = toy_settings.levels_of("ltu_as", number)
+        assert [level.name for level in levels] == [
+            setting.levels[level].name
+            for setting, level in zip(SETTINGS["ltu_as"], DESIGN[number], strict=True)
+        ]
+        assert environment.get("ENCODER_RATE") == levels[4].environment.get("ENCODER_RATE")
+        assert environment.get("BUILD_FLAGS") == levels[6].environment.get("BUILD_FLAGS")
+        assert "AUDIO_TOKENS" not in environment
+        assert environment["NUM_EXAMPLES"] == "8,8,8"
+        rate = float(command[command.index("--learning_rate") + 1])
+        projector = float(command[command.index("--projector_learning_rate") + 1])
+        assert rate == float(levels[2].environment["RATE"])
+        assert projector / rate == pytest.approx(float(levels[1].environment["PROJECTOR_RATIO"]))
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [run["category"] for run in result["runs"]] == [1.0] * 8
+    assert {effect["category"]["mean"] for effect in result["effects"]} == {0.0}
+
+
+def test_a_failed_fold_ends_the_benchmark(tmp_path, monkeypatch):
+    started = []
+
+    def run(command, **settings):
+        started.append(command)
+        return toy_runs.subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(toy_runs.subprocess, "run", run)
+    with pytest.raises(ValueError, match="ended with exit status 3: see .*log"):
+        toy_settings.main(["--kind", "ltu", "--output_dir", str(tmp_path), "--jobs", "1"])
+    assert len(started) == 1
+
+
+def test_every_setting_of_the_script_is_known():
+    script = toy_runs.SCRIPT.read_text(encoding="utf-8")
+    assert "LORA_RANK" in toy_runs.variables()
+    for name in toy_runs.variables():
+        assert f"${{{name}" in script or f"${name}" in script, name
+    for kind in SETTINGS:
+        for setting in SETTINGS[kind]:
+            for level in setting.levels:
+                names = set(level.environment) - {"RATE", "PROJECTOR_RATIO"}
+                assert names <= set(toy_runs.variables())
