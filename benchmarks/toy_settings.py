@@ -3,19 +3,21 @@
     python -m benchmarks.toy_settings --kind ltu --output_dir exp/settings_ltu
     python -m benchmarks.toy_settings --kind ltu_as --output_dir exp/settings_ltu_as
 
-Seven settings have two levels each. Eight combinations of them are trained on each fold, a
-fractional factorial design of 2^(7-4) runs: every setting has each of its levels in four of them,
-and every pair of settings has each combination of levels in two. So all runs take part in every
-comparison, where one setting at a time would leave most of them out. The price: the effect of a
-setting cannot be told from certain interactions of two others.
+Seven settings have two levels each. Sixteen combinations of them are trained on each fold, a
+fractional factorial design of 2^(7-3) runs: every setting has each of its levels in eight of them,
+and every pair of settings has each combination of levels in four. So all runs take part in every
+comparison, where one setting at a time would leave most of them out. The second eight runs have
+the opposite levels of the first eight, so that the effect of a setting is not mixed with the
+interaction of two others.
 
 The runs have the first two stages, classification, and `--folds` 0 and 1. What is chosen by them is
 reported on the other folds, by `benchmarks.toy_cross_validation`.
 
 OUTPUT_DIR/results.json gets the fractions and losses of the runs, and the effect of each setting:
-for each held-out clip, the mean over the four runs with the second level minus the mean over the
-four with the first. Its 95 % interval is that of the mean over clips. It does not contain the noise
-from training to training, so the effect on each fold is given too. A finished run is not run again.
+for each held-out clip, the mean over the eight runs with the second level minus the mean over the
+eight with the first. Its 95 % interval is that of the mean over clips. It does not contain the
+noise from training to training, so the effect on each fold is given too. A finished run is not run
+again.
 """
 
 import argparse
@@ -33,11 +35,12 @@ from eval.scorer_interface import load_predictions
 from ltu.files import run_command, write_json
 
 STAGE = "stage2_all_cla"
-# The level of each setting in each run. The first three columns are a full factorial design; the
-# others are their products.
+# The level of each setting in each run. In the first eight runs, three columns are a full factorial
+# design, and the others are their products.
 BASE = np.array([[number >> 2 & 1, number >> 1 & 1, number & 1] for number in range(8)])
 A, B, C = BASE.T
-DESIGN = np.stack([A, B, C, A ^ B ^ 1, A ^ C ^ 1, B ^ C ^ 1, A ^ B ^ C], 1)  # (runs, settings)
+HALF = np.stack([A, B, C, A ^ B ^ 1, A ^ C ^ 1, B ^ C ^ 1, A ^ B ^ C], 1)
+DESIGN = np.concatenate([HALF, 1 - HALF])  # (runs, settings)
 QKV = "[q_proj,v_proj]"
 ALL_LINEAR = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 
@@ -192,7 +195,7 @@ def find_effects(
             for fold in folds:
                 values = np.array([responses[fold, run][response] for run in range(len(DESIGN))])
                 is_second = DESIGN[:, column] == 1
-                # (clips,): each clip's mean over four runs, minus that over the other four.
+                # (clips,): each clip's mean over one half of the runs, minus that over the other.
                 differences += (values[is_second].mean(0) - values[~is_second].mean(0)).tolist()
                 by_fold.append(float(np.mean(differences[-values.shape[1] :])))
             effect[response] = asdict(toy.Mean.of(differences)) | {"folds": by_fold}

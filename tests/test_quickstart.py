@@ -192,6 +192,7 @@ def checkout(tmp_path: Path) -> Path:
     """A folder with quickstart.sh and an environment whose Python only creates its outputs."""
     folder = tmp_path / "my checkout"
     shutil.copytree(ROOT / "train_scripts", folder / "train_scripts")
+    (folder / "data").symlink_to(ROOT / "data")
     for name in ("quickstart.sh", "requirements.txt", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     stub = folder / ".venv" / "bin" / "python"

@@ -12,11 +12,13 @@ from benchmarks.toy_settings import DESIGN, SETTINGS, STAGE, find_effects
 from tests.test_toy_eval import perfect
 
 
-def test_every_pair_of_settings_has_each_combination_twice():
-    assert DESIGN.shape == (8, 7)
+def test_no_effect_is_mixed_with_another_or_with_the_interaction_of_two():
+    assert DESIGN.shape == (16, 7)
+    signs = 2 * DESIGN - 1
     for first, second in itertools.combinations(range(7), 2):
-        pairs = sorted(map(tuple, DESIGN[:, [first, second]].tolist()))
-        assert pairs == sorted([(0, 0), (0, 1), (1, 0), (1, 1)] * 2)
+        assert signs[:, first] @ signs[:, second] == 0
+        for third in range(7):
+            assert signs[:, first] * signs[:, second] @ signs[:, third] == 0
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -26,7 +28,7 @@ def test_effects_are_those_that_the_responses_have(kind):
     assert len(SETTINGS[kind]) == len(amounts)
     responses = {}
     for fold in (0, 1):
-        for run in range(8):
+        for run in range(len(DESIGN)):
             value = float(DESIGN[run] @ amounts) + 10 * fold
             row = {"category": [value] * 3, "label": [2 * value] * 3, "loss": [value, value + 1]}
             responses[fold, run] = row
@@ -56,8 +58,8 @@ def test_runs_get_their_levels_and_not_the_shell(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     flags = ["--kind", "ltu_as", "--output_dir", str(tmp_path), "--num_examples", "8,8,8"]
     toy_settings.main(flags)
-    assert len(seen) == 16
-    for number in range(8):
+    assert len(seen) == 32
+    for number in range(len(DESIGN)):
         command, environment = seen[f"fold1_run{number}"]
         levels = toy_settings.levels_of("ltu_as", number)
         assert [level.name for level in levels] == [
@@ -73,7 +75,7 @@ def test_runs_get_their_levels_and_not_the_shell(tmp_path, monkeypatch):
         assert rate == float(levels[2].environment["RATE"])
         assert projector / rate == pytest.approx(float(levels[1].environment["PROJECTOR_RATIO"]))
     result = json.loads((tmp_path / "results.json").read_text())
-    assert [run["category"] for run in result["runs"]] == [1.0] * 8
+    assert [run["category"] for run in result["runs"]] == [1.0] * 16
     assert {effect["category"]["mean"] for effect in result["effects"]} == {0.0}
 
 
