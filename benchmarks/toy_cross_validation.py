@@ -23,7 +23,7 @@ of training. The command exits with 1 if a bound that was set before measuring i
 import argparse
 import json
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import toy_runs
@@ -33,45 +33,29 @@ from eval import toy, toy_speech
 from ltu.files import run_command, write_json
 
 STAGE4 = "stage4_all_mix"
-# Of an audio encoder that is trained. At the learning rate of LoRA, so few clips would spoil it.
+# Of an audio encoder that is trained, a twentieth of that of LoRA.
 ENCODER_RATE = "1e-4"
 
 
-@dataclass(frozen=True)
-class FoldRun:
-    """How a fold is trained.
+def make_run(args: argparse.Namespace, fold: int) -> toy_runs.FoldRun:
+    """Return how a fold is trained.
 
-    Attributes:
-        kind: "ltu" or "ltu_as".
-        fold: its number.
-        seed: of the data and of the training.
-        folder: of the results.
-        alone: stage 4 starts from the initial checkpoint, with the number of examples, and so of
-            steps, of all stages together.
-        trains_encoder: the audio encoder is trained too.
+    With `--alone`, stage 4 starts from the initial checkpoint, with the number of examples, and so
+    of steps, of all stages together.
     """
-
-    kind: str
-    fold: int
-    seed: int
-    folder: Path
-    alone: bool = False
-    trains_encoder: bool = False
-
-
-def run_fold(run: FoldRun) -> None:
-    """Train a fold and generate its answers; the output goes to FOLDER.log."""
-    environment = {"QUESTIONS": "all"}
-    flags = []
-    if run.alone:
+    name = "alone" if args.alone else "fold"
+    folder = args.output_dir / f"{name}{fold}"
+    settings = {"QUESTIONS": "all"}
+    flags: list[str] = []
+    if args.alone:
         num_examples = list(DEFAULTS["ltu"].num_examples)
         num_examples[-1] = sum(num_examples)
-        environment["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
-        environment["STAGES"] = STAGE4
-        flags = ["--base_model", str(run.folder / "init"), *learning_rates()]
-    if run.trains_encoder:
-        environment["ENCODER_RATE"] = ENCODER_RATE
-    toy_runs.run_fold(run.kind, run.fold, run.seed, run.folder, environment, flags)
+        settings["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
+        settings["STAGES"] = STAGE4
+        flags = ["--base_model", str(folder / "init"), *learning_rates()]
+    if args.train_encoder:
+        settings["ENCODER_RATE"] = ENCODER_RATE
+    return toy_runs.FoldRun(args.kind, fold, folder, args.seed, settings, tuple(flags))
 
 
 def learning_rates() -> list[str]:
@@ -197,16 +181,9 @@ def main(argv: list[str] | None = None) -> int:
         1 if a bound is missed, else 0.
     """
     args = parse_args(argv)
-    name = "fold"
-    path = args.output_dir / "results.json"
-    if args.alone:
-        name = "alone"
-        path = args.output_dir / "results_alone.json"
-    runs = []
-    for fold in args.folds:
-        folder = args.output_dir / f"{name}{fold}"
-        runs.append(FoldRun(args.kind, fold, args.seed, folder, args.alone, args.train_encoder))
-    toy_runs.run_all(run_fold, runs, args.jobs)
+    path = args.output_dir / ("results_alone.json" if args.alone else "results.json")
+    runs = [make_run(args, fold) for fold in args.folds]
+    toy_runs.run_folds(runs, args.jobs)
     folders = [run.folder for run in runs]
     seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
     if args.kind == "ltu_as":

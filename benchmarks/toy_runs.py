@@ -3,13 +3,11 @@
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 SCRIPT = Path("train_scripts/quickstart/toy_fold.sh")
-T = TypeVar("T")
 
 
 def variables() -> list[str]:
@@ -22,58 +20,65 @@ def variables() -> list[str]:
     return names
 
 
-def run_fold(
-    kind: str,
-    fold: int,
-    seed: int,
-    folder: Path,
-    settings: dict[str, str],
-    flags: Sequence[str] = (),
-) -> None:
-    """Train a fold on one thread and generate its answers; the output goes to FOLDER.log.
+@dataclass(frozen=True)
+class FoldRun:
+    """A fold to train.
 
-    Args:
+    Attributes:
         kind: "ltu" or "ltu_as".
         fold: its number.
-        seed: of the data and of the training.
         folder: of the results.
+        seed: of the data and of the training.
         settings: variables of `toy_fold.sh`. Those of the shell do not count.
         flags: of `finetune`, for all stages.
+    """
+
+    kind: str
+    fold: int
+    folder: Path
+    seed: int = 0
+    settings: dict[str, str] = field(default_factory=dict)
+    flags: tuple[str, ...] = ()
+
+
+def run_fold(run: FoldRun) -> None:
+    """Train a fold on one thread and generate its answers; the output goes to FOLDER.log.
 
     Raises:
-        ValueError: it failed.
+        OSError: the log cannot be written.
+        ValueError: the fold failed.
     """
     environment = dict(os.environ)
     for name in variables():
         environment.pop(name, None)
-    environment |= {"OMP_NUM_THREADS": "1"} | settings
-    command = ["bash", str(SCRIPT), kind, str(fold), str(seed), str(folder), *flags]
-    log = folder.with_name(f"{folder.name}.log")
+    environment |= {"OMP_NUM_THREADS": "1"} | run.settings
+    command = ["bash", str(SCRIPT), run.kind, str(run.fold), str(run.seed), str(run.folder)]
+    log = run.folder.with_name(f"{run.folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{folder}: started, output in {log}", flush=True)
+    print(f"{run.folder}: started, output in {log}", flush=True)
     with open(log, "a", encoding="utf-8") as file:
-        finished = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        finished = subprocess.run(
+            [*command, *run.flags], env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     if finished.returncode:
-        raise ValueError(f"{folder} ended with exit status {finished.returncode}: see {log}")
-    print(f"{folder}: finished", flush=True)
+        raise ValueError(f"{run.folder} ended with exit status {finished.returncode}: see {log}")
+    print(f"{run.folder}: finished", flush=True)
 
 
-def run_all(run: Callable[[T], None], runs: list[T], jobs: int) -> None:
-    """Call a function for each run, for `jobs` of them at the same time.
-
-    After a failure no further run is started.
+def run_folds(runs: list[FoldRun], jobs: int) -> None:
+    """Run folds, `jobs` of them at the same time. After a failure no further one is started.
 
     Raises:
-        ValueError: a run failed.
+        OSError, ValueError: as `run_fold`.
     """
     has_failed = threading.Event()
 
-    def run_unless_failed(one: T) -> None:
+    def run_unless_failed(run: FoldRun) -> None:
         if has_failed.is_set():
             return
         try:
-            run(one)
-        except BaseException:
+            run_fold(run)
+        except (OSError, ValueError):
             has_failed.set()
             raise
 

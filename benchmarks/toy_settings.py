@@ -41,17 +41,21 @@ BASE = np.array([[number >> 2 & 1, number >> 1 & 1, number & 1] for number in ra
 A, B, C = BASE.T
 HALF = np.stack([A, B, C, A ^ B ^ 1, A ^ C ^ 1, B ^ C ^ 1, A ^ B ^ C], 1)
 DESIGN = np.concatenate([HALF, 1 - HALF])  # (runs, settings)
-QKV = "[q_proj,v_proj]"
+QUERY_VALUE = "[q_proj,v_proj]"
 ALL_LINEAR = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 
 
 @dataclass(frozen=True)
 class Level:
-    """A level of a setting: its name, and what `toy_fold.sh` gets for it."""
+    """A level of a setting.
+
+    Attributes:
+        name: for the tables.
+        settings: variables of `toy_fold.sh`, and RATE (of LoRA) and PROJECTOR_RATIO (to that rate).
+    """
 
     name: str
-    environment: dict[str, str] = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ COMMON = [
     Setting(
         "layers with LoRA",
         (
-            Level("query, value", {"LORA_TARGETS": QKV}),
+            Level("query, value", {"LORA_TARGETS": QUERY_VALUE}),
             Level("all linear", {"LORA_TARGETS": ALL_LINEAR}),
         ),
     ),
@@ -119,41 +123,37 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run: a row of the design on a fold."""
-
-    kind: str
-    fold: int
-    number: int
-    folder: Path
-
-
 def levels_of(kind: str, number: int) -> list[Level]:
     """Return the level of each setting in a run."""
     return [setting.levels[DESIGN[number, column]] for column, setting in enumerate(SETTINGS[kind])]
 
 
-def train(run: Run, num_examples: str | None) -> None:
-    """Train a run and generate its answers.
+def make_run(
+    kind: str, fold: int, number: int, output_dir: Path, num_examples: str | None
+) -> toy_runs.FoldRun:
+    """Return a row of the design on a fold.
 
-    Raises:
-        ValueError: it failed.
+    Args:
+        kind: "ltu" or "ltu_as".
+        fold: number of the fold.
+        number: of the row.
+        output_dir: the folder of all runs.
+        num_examples: of the stages, separated by commas; None for the default.
     """
-    environment = {"QUESTIONS": "few", "STAGES": f"stage1_proj_cla {STAGE}"}
-    for level in levels_of(run.kind, run.number):
-        environment |= level.environment
-    rate = float(environment.pop("RATE"))
-    ratio = float(environment.pop("PROJECTOR_RATIO"))
-    flags = ["--learning_rate", f"{rate:g}", "--projector_learning_rate", f"{ratio * rate:g}"]
+    settings = {"QUESTIONS": "few", "STAGES": f"stage1_proj_cla {STAGE}"}
+    for level in levels_of(kind, number):
+        settings |= level.settings
+    rate = float(settings.pop("RATE"))
+    ratio = float(settings.pop("PROJECTOR_RATIO"))
+    flags = ("--learning_rate", f"{rate:g}", "--projector_learning_rate", f"{ratio * rate:g}")
     if num_examples:
-        environment["NUM_EXAMPLES"] = num_examples
-    if run.kind == "ltu_as":
+        settings["NUM_EXAMPLES"] = num_examples
+    if kind == "ltu_as":
         # Runs of a fold whose clips are prepared in the same way share their features.
-        environment["FEATURES"] = str(
-            run.folder.parent / f"features_fold{run.fold}_{environment['SHORT_CLIPS']}"
-        )
-    toy_runs.run_fold(run.kind, run.fold, 0, run.folder, environment, flags)
+        features = output_dir / f"features_fold{fold}_{settings['SHORT_CLIPS']}"
+        settings["FEATURES"] = str(features)
+    folder = output_dir / f"fold{fold}_run{number}"
+    return toy_runs.FoldRun(kind, fold, folder, settings=settings, flags=flags)
 
 
 def read_responses(folder: Path, reader: toy.Reader) -> dict[str, list[float]]:
@@ -253,17 +253,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Train the runs, and write and print the tables."""
     args = parse_args(argv)
-    planned = []
+    planned = {}  # (fold, row of the design) -> run
     for number in range(len(DESIGN)):
         for fold in args.folds:
-            folder = args.output_dir / f"fold{fold}_run{number}"
-            planned.append(Run(args.kind, fold, number, folder))
-    toy_runs.run_all(lambda run: train(run, args.num_examples), planned, args.jobs)
+            planned[fold, number] = make_run(
+                args.kind, fold, number, args.output_dir, args.num_examples
+            )
+    toy_runs.run_folds(list(planned.values()), args.jobs)
 
     reader = toy.Toy.load().reader
     responses = {}
-    for run in planned:
-        responses[run.fold, run.number] = read_responses(run.folder, reader)
+    for key, run in planned.items():
+        responses[key] = read_responses(run.folder, reader)
     runs = []
     for number in range(len(DESIGN)):
         row: dict[str, Any] = {"levels": [level.name for level in levels_of(args.kind, number)]}

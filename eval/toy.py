@@ -325,6 +325,13 @@ class Toy:
         return [file for file in self.clips if file not in self.folds[fold]]
 
 
+def read_answer(prediction: dict, reader: Reader) -> tuple[str, str] | None:
+    """Return (label, category) of an answer, None if it failed or has another form."""
+    if failure(prediction, "strict") is not None:
+        return None
+    return reader.read(prediction["pred"])
+
+
 def score(predictions: Predictions, reader: Reader) -> Hits:
     """Return whether category, label and form of each prediction are right.
 
@@ -341,8 +348,7 @@ def score(predictions: Predictions, reader: Reader) -> Hits:
             )
         reference_label, reference_category = reference
         # Without the trained form an answer has neither label nor category.
-        answer = prediction["pred"] if failure(prediction, "strict") is None else ""
-        label, category = reader.read(answer) or (None, None)
+        label, category = read_answer(prediction, reader) or (None, None)
         hits.well_formed.append(label is not None)
         hits.category.append(category == reference_category)
         hits.label.append(label == reference_label)
@@ -508,8 +514,8 @@ def add_open(row: Row, stages: list[dict[str, Predictions]], toy: Toy) -> None:
         own_categories = []
         right_categories = []
         for prediction in stage["right"]:
-            answer = prediction["pred"] if failure(prediction, "strict") is None else ""
-            own_categories.append((toy.reader.read(answer) or (None, None))[1])
+            _, own_category = read_answer(prediction, toy.reader) or (None, None)
+            own_categories.append(own_category)
             right_categories.append(toy.clips[Path(prediction["audio_id"]).name]["category"])
         found = toy_open.count(
             stage["open"],
@@ -703,14 +709,9 @@ def find_folds(folders: list[Stages], toy: Toy) -> list[int]:
     return folds
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table and five answers, and write table.json."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add(
+def add_folds(parser: argparse.ArgumentParser) -> None:
+    """Add --folds."""
+    parser.add_argument(
         "--folds",
         nargs="+",
         type=Path,
@@ -718,6 +719,16 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="One folder for each fold.",
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and five answers, and write table.json."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    add_folds(parser)
+    add = parser.add_argument
     add(
         "--audio_encoder",
         type=Path,

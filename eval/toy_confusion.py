@@ -16,8 +16,17 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from eval.scorer_interface import failure
-from eval.toy import Predictions, Rate, Reader, Toy, find_folds, read_predictions, stage_rows
+from eval.toy import (
+    Predictions,
+    Rate,
+    Reader,
+    Toy,
+    add_folds,
+    find_folds,
+    read_answer,
+    read_predictions,
+    stage_rows,
+)
 from ltu.files import run_command
 
 NO_CATEGORY = "no category"
@@ -81,8 +90,7 @@ def count_answers(predictions: Predictions, reader: Reader, categories: list[str
     counts = np.zeros((len(categories), len(categories) + 1), dtype=int)
     for prediction in predictions:
         _, reference = reader.read(prediction["ref"])
-        answer = prediction["pred"] if failure(prediction, "strict") is None else ""
-        found = reader.read(answer)
+        found = read_answer(prediction, reader)
         column = column_of_none if found is None else categories.index(found[1])
         counts[categories.index(reference), column] += 1
     return counts
@@ -148,14 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--folds",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="One folder for each fold.",
-    )
+    add_folds(parser)
     parser.add_argument("--output_path", type=Path, required=True, help="The PNG that is written.")
     parser.add_argument("--model_name", default="", help="The name of the model, for the title.")
     args = parser.parse_args(argv)

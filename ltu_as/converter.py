@@ -120,21 +120,23 @@ class LtuAsConverter(LtuConverter):
             raise ValueError("--feature_root has an effect only with --standardize_on.")
         if self.ignored_keys and not self.standardize_on:
             raise ValueError("--ignored_keys has an effect only with --standardize_on.")
-        num_tokens = TltrConfig().num_audio_tokens
-        if self.feature_root:
-            num_tokens = self._describe_features().get("shape", [layers, num_tokens, width])[1]
         return TltrConfig(
             hidden_size=width,
             num_whisper_layers=layers,
-            num_audio_tokens=num_tokens,
+            num_audio_tokens=self._num_audio_tokens(),
             num_time_heads=self.num_time_heads,
             num_layer_heads=self.num_layer_heads,
             standardize=bool(self.standardize_on),
         )
 
     def _describe_features(self) -> dict[str, Any]:
-        """Return the settings of the features in `feature_root`."""
-        return FeatureStore(self.feature_root).description
+        """Return the settings of the features in `feature_root`, if it is given and states them."""
+        return FeatureStore(self.feature_root).description if self.feature_root else {}
+
+    def _num_audio_tokens(self) -> int:
+        """Return the time steps of the features in `feature_root`; by default the original's."""
+        shape = self._describe_features().get("shape")  # (layers, time, width)
+        return shape[1] if shape else TltrConfig().num_audio_tokens
 
     def finish_audio_encoder(self, state: dict[str, Tensor]) -> None:
         """Add mean and standard deviation of the features of `--standardize_on` to the weights.
@@ -192,12 +194,10 @@ class LtuAsConverter(LtuConverter):
         }
         if is_original:
             settings["transcript_rule"] = "original"
-        if self.feature_root:
-            features = self._describe_features()
-            extractor = LtuAsFeatureExtractor()
-            extractor.num_tokens = features.get("shape", [0, extractor.num_tokens])[1]
-            settings["time_pooling"] = extractor.time_pooling
-            settings["loop_short_clips"] = features.get("loop_short_clips", False)
+        extractor = LtuAsFeatureExtractor()
+        extractor.num_tokens = self._num_audio_tokens()
+        settings["time_pooling"] = extractor.time_pooling
+        settings["loop_short_clips"] = self._describe_features().get("loop_short_clips", False)
         # A model with an official name may not be downloaded yet; its fingerprint is set at the
         # first use.
         if Path(self.whisper).is_file():

@@ -112,7 +112,7 @@ class _FirstChunkDecoded:
 
 
 class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
-    """Extracts Whisper features `(clips, layers, 25, width)` and transcripts.
+    """Extracts Whisper features `(clips, layers, time, width)` and transcripts.
 
     Args:
         num_layers, hidden_size: of Whisper's encoder; None takes them from the model.
@@ -301,7 +301,7 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
         Arguments as for `ltu.LtuFeatureExtractor`.
 
         Returns:
-            `input_features`, `(chunks, layers, 25, width)` on the CPU, in `feature_precision`.
+            `input_features`, `(chunks, layers, time, width)` on the CPU, in `feature_precision`.
         """
         encoder = self.load_encoder()[0].encoder
         mels = super().__call__(raw_speech, *args, **kwargs).input_features
@@ -319,7 +319,7 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
         return BatchFeature({"input_features": features.numpy()}, tensor_type=return_tensors)
 
     def _layers(self, encoder: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Return layers `(chunks, layers, 25, width)` of log-mels `(chunks, mels, frames)`."""
+        """Return layers `(chunks, layers, time, width)` of log-mels `(chunks, mels, frames)`."""
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(x))))  # (chunks, width, positions)
         x = x.transpose(1, 2)  # (chunks, positions, width)
         x = (x + encoder.positional_embedding[: x.shape[1]]).to(x.dtype)
@@ -327,7 +327,7 @@ class LtuAsFeatureExtractor(SpectrogramFeatureExtractor):
         for block in encoder.blocks:
             x = block(x)
             pooled = x.unflatten(1, (self.num_tokens, self.time_pooling)).mean(2)
-            layers.append(pooled)  # (chunks, 25, width)
+            layers.append(pooled)  # (chunks, time, width)
         return torch.stack(layers, 1)
 
     def extract_features(self, waveform: torch.Tensor) -> torch.Tensor:

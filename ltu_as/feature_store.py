@@ -111,7 +111,7 @@ class ClipHeader:
         audio_id: the name of the clip in its example.
         transcript: None if the clip was not transcribed.
         seconds: duration of the clip.
-        shape: (layers, 25, width).
+        shape: (layers, time, width).
         dtype: "float16" or "float32".
         sum: checksum of the compressed features.
         source: what the audio was; None in the files of earlier versions.
@@ -149,7 +149,7 @@ class ClipHeader:
 class Stored(NamedTuple):
     """The stored features of a clip. The original's files hold the features only."""
 
-    features: torch.Tensor  # (layers, 25, width)
+    features: torch.Tensor  # (layers, time, width)
     transcript: str | None = None
     seconds: float | None = None
     is_cut_short: bool = False
@@ -167,7 +167,7 @@ class FeatureStore:
 
     Args:
         folder: of `extract_whisper_feature`, or of the original's `.npz` files, which is only read.
-        shape: (layers, 25, width) of the features that are needed. It is ignored if the folder
+        shape: (layers, time, width) of the features that are needed. It is ignored if the folder
             itself states the shape.
 
     Attributes:
@@ -336,7 +336,7 @@ class FeatureStore:
 
         Args:
             audio_id: the name of the clip in its example.
-            features: (layers, 25, width), in half or single precision.
+            features: (layers, time, width), in half or single precision.
             transcript: None if the clip was not transcribed.
             seconds: duration of the clip.
             source: what the audio was before it was decoded. Without it, a change of the audio is
@@ -507,7 +507,7 @@ def _checksum(content: np.ndarray) -> int:
 
 
 def _load_npz(path: Path) -> np.ndarray:
-    """Read features (layers, 25, width) of the original.
+    """Read features (layers, time, width) of the original.
 
     Raises:
         DamagedFeatures: the file cannot be read.

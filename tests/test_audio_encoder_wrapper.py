@@ -27,7 +27,9 @@ from ltu.data.audio import load_audio
 from ltu.finetune import main as finetune
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
+from ltu.models.configuration_ltu import YamnetConfig
 from ltu.models.modeling_audio_encoder_wrapper import AudioEncoderWrapperModel
+from ltu.models.modeling_yamnet import YamnetModel
 from ltu.serving.gradio_page import draw_spectrogram
 from ltu_as.convert_checkpoint import main as convert_as
 from tests import tiny
@@ -458,8 +460,29 @@ def test_other_models_are_refused(
     assert "without a feature extractor for audio" in refused([*start.split(), str(llm)], capsys)
     message = refused([*start.split(), str(root / "whisper"), "--whisper", "x"], capsys, convert_as)
     assert "python -m ltu.convert_checkpoint --init" in message
-    flags = [*start.split()[:-1], "--num_audio_tokens", "8"]
-    assert "only for an --audio_encoder of transformers" in refused(flags, capsys)
+    flags = [*start.split()[:-1], "--num_audio_tokens", "8", "--chunk_seconds", "5"]
+    message = refused(flags, capsys)
+    assert "--chunk_seconds: only for an --audio_encoder of transformers" in message
+    flags = [*start.split()[:-1], "--num_audio_tokens", "7"]
+    assert "cavmae has 64 time steps. Give a number that divides it" in refused(flags, capsys)
+
+
+def test_built_in_encoders_take_a_number_of_tokens(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """CAV-MAE of the original's file cannot have another number than the original's."""
+    YamnetModel(YamnetConfig(hidden_size=64, num_classes=7)).save_pretrained(tmp_path / "yamnet")
+    start = f"--init --llm {root}/llm --num_audio_tokens 8 --output_dir"
+    convert([*start.split(), str(tmp_path / "yam"), "--audio_encoder", str(tmp_path / "yamnet")])
+    convert([*start.split(), str(tmp_path / "cav")])
+    for name in ("yam", "cav"):
+        config = AutoConfig.from_pretrained(tmp_path / name)
+        assert config.num_audio_tokens == config.audio_config.num_audio_tokens == 8
+    message = refused(
+        ["--model", str(tmp_path / "cav"), "--to_original", str(tmp_path / "out.bin")], capsys
+    )
+    assert "averages 8 time steps of cavmae into an audio token" in message
+    assert not (tmp_path / "out.bin").exists()
 
 
 WRONG_CONFIGS = {

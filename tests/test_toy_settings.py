@@ -66,14 +66,14 @@ def test_runs_get_their_levels_and_not_the_shell(tmp_path, monkeypatch):
             setting.levels[level].name
             for setting, level in zip(SETTINGS["ltu_as"], DESIGN[number], strict=True)
         ]
-        assert environment.get("ENCODER_RATE") == levels[4].environment.get("ENCODER_RATE")
-        assert environment.get("BUILD_FLAGS") == levels[6].environment.get("BUILD_FLAGS")
+        assert environment.get("ENCODER_RATE") == levels[4].settings.get("ENCODER_RATE")
+        assert environment.get("BUILD_FLAGS") == levels[6].settings.get("BUILD_FLAGS")
         assert "AUDIO_TOKENS" not in environment
         assert environment["NUM_EXAMPLES"] == "8,8,8"
         rate = float(command[command.index("--learning_rate") + 1])
         projector = float(command[command.index("--projector_learning_rate") + 1])
-        assert rate == float(levels[2].environment["RATE"])
-        assert projector / rate == pytest.approx(float(levels[1].environment["PROJECTOR_RATIO"]))
+        assert rate == float(levels[2].settings["RATE"])
+        assert projector / rate == pytest.approx(float(levels[1].settings["PROJECTOR_RATIO"]))
     result = json.loads((tmp_path / "results.json").read_text())
     assert [run["category"] for run in result["runs"]] == [1.0] * 16
     assert {effect["category"]["mean"] for effect in result["effects"]} == {0.0}
@@ -100,5 +100,5 @@ def test_every_setting_of_the_script_is_known():
     for kind in SETTINGS:
         for setting in SETTINGS[kind]:
             for level in setting.levels:
-                names = set(level.environment) - {"RATE", "PROJECTOR_RATIO"}
+                names = set(level.settings) - {"RATE", "PROJECTOR_RATIO"}
                 assert names <= set(toy_runs.variables())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import toy_cross_validation
+from benchmarks import toy_cross_validation, toy_runs
 from eval import toy, toy_speech
 from eval.scorer_interface import EvaluationError
 from eval.toy_speech import (
@@ -213,7 +213,7 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
     category = toy.Rate.of([True] * num_right + [False] * (10 - num_right))
     sounds = toy.Table(clips=10, folds=[0], rows=[toy.Row("stage3", right=category)], show=[])
     speech = Table(["fold0"], [toy_speech.Row("pitch", [category])])
-    monkeypatch.setattr(toy_cross_validation, "run_fold", lambda *args: None)
+    monkeypatch.setattr(toy_runs, "run_folds", lambda *args: None)
     monkeypatch.setattr(toy, "evaluate", lambda *args, **kwargs: sounds)
     monkeypatch.setattr(toy_speech, "evaluate", lambda folders: speech)
     (tmp_path / "fold0" / "stage3_all_mix").mkdir(parents=True)

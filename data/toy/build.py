@@ -363,7 +363,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         sizes.num_examples = parse_num_examples(parser, args.num_examples, num_stages)
     if args.kind == "ltu":
         for flag in ("versions", "speech_fraction", "no_sound_transcripts"):
-            if getattr(args, flag):
+            if getattr(args, flag) not in (None, False):
                 parser.error(f"--{flag} is for --kind ltu_as only")
     speech_fraction = SPEECH_FRACTION
     if args.speech_fraction is not None:

@@ -175,12 +175,6 @@ class AudioEncoderParts:
     extractor_settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _is_yamnet(path: str | Path) -> bool:
-    """Return whether a path is that of a folder of YAMNet."""
-    config_path = Path(path) / "config.json"
-    return config_path.is_file() and read_json_object(config_path).get("model_type") == "yamnet"
-
-
 @dataclass
 class LtuConverter:
     """Makes checkpoint folders of LTU; subclasses override what differs in other models.
@@ -311,7 +305,8 @@ class LtuConverter:
                 original (of which the projection is loaded too); or a folder or hub id of an audio
                 model of transformers, which the checkpoint then names. None: the audio encoder is
                 random.
-            settings: of an audio model of transformers.
+            settings: of an audio model of transformers. CAV-MAE and YAMNet take the number of audio
+                tokens, too.
 
         Raises:
             ValueError: a key is unknown, or the file contains no audio encoder or that of the other
@@ -319,14 +314,17 @@ class LtuConverter:
         """
         if path is not None and self._is_transformers_model(path):
             return self._wrap(path, settings)
-        if settings.given() and path is not None and _is_yamnet(path):
-            return self._pool_yamnet(path, settings)
+        encoder = self._load_built_in(path)
         if settings.given():
-            raise ValueError(
-                f"{', '.join(settings.given())}: only for an --audio_encoder of transformers, such "
-                "as the folder or hub id of a Whisper (--num_audio_tokens also for YAMNet). The "
-                "other built-in encoders have their own sizes."
-            )
+            self._set_num_tokens(encoder.config, settings)
+        return encoder
+
+    def _load_built_in(self, path: str | Path | None) -> AudioEncoderParts:
+        """Return CAV-MAE, YAMNet or TLTR; without a path, a random one.
+
+        Raises:
+            ValueError: as of `load_audio_encoder`.
+        """
         if path is None:
             return self._random_audio_encoder()
         if not Path(path).is_dir():
@@ -384,26 +382,26 @@ class LtuConverter:
             wrapped.config, state={}, extractor_settings=wrapped.extractor_settings
         )
 
-    def _pool_yamnet(self, path: str | Path, settings: EncoderSettings) -> AudioEncoderParts:
-        """Return YAMNet with another number of audio tokens.
+    def _set_num_tokens(self, config: PreTrainedConfig, settings: EncoderSettings) -> None:
+        """Set the number of audio tokens of a built-in encoder.
 
         Raises:
-            ValueError: YAMNet's time steps cannot be divided among so many tokens, or other
-                settings are given.
+            ValueError: its time steps cannot be divided among so many, or other settings are given.
         """
-        encoder = self.load_audio_encoder(path)
-        num_tokens = settings.arguments().get("num_audio_tokens")
         others = [flag for flag in settings.given() if flag != "--num_audio_tokens"]
-        if others:
-            raise ValueError(f"{', '.join(others)}: YAMNet has its own. Leave it out.")
-        num_steps = encoder.config.num_time_steps
-        if num_steps % num_tokens:
+        if others or not hasattr(config, "time_pooling"):
             raise ValueError(
-                f"--num_audio_tokens {num_tokens}: YAMNet has {num_steps} time steps. Give a "
-                "number that divides it."
+                f"{', '.join(others or settings.given())}: only for an --audio_encoder of "
+                "transformers, such as the folder or hub id of a Whisper. The built-in encoders "
+                "have their own sizes."
             )
-        encoder.config.time_pooling = num_steps // num_tokens
-        return encoder
+        num_tokens = settings.arguments()["num_audio_tokens"]
+        if config.num_time_steps % num_tokens:
+            raise ValueError(
+                f"--num_audio_tokens {num_tokens}: this {config.model_type} has "
+                f"{config.num_time_steps} time steps. Give a number that divides it."
+            )
+        config.time_pooling = config.num_time_steps // num_tokens
 
     def _random_audio_encoder(self) -> AudioEncoderParts:
         print(

@@ -276,6 +276,12 @@ def to_original(config: LtuConfig, folder: Path, file: Path) -> tuple[int, dict[
             f"{folder} has {audio_encoder} and {llm}; "
             "the original opens CAV-MAE or TLTR with Llama only."
         )
+    time_pooling = getattr(config.audio_config, "time_pooling", None)
+    if time_pooling != getattr(type(config.audio_config)(), "time_pooling", None):
+        raise ValueError(
+            f"{folder} averages {time_pooling} time steps of {audio_encoder} into an audio token, "
+            "which the file cannot store: the original would average another number."
+        )
     if config.encoder_lora is not None:
         raise ValueError(
             f"{folder} has LoRA on its audio encoder, which the original has not: merge it first, "

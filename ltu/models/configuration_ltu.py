@@ -98,8 +98,13 @@ class CavMaeConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def num_time_steps(self) -> int:
+        """Time steps of the patches."""
+        return self.num_frames // self.patch_size
+
+    @property
     def num_audio_tokens(self) -> int:
-        return self.num_frames // self.patch_size // self.time_pooling
+        return self.num_time_steps // self.time_pooling
 
     @property
     def feature_shape(self) -> tuple[int, ...]:

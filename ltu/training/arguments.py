@@ -658,11 +658,18 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
         if not data_args.gpu_memory > 0:
             parser.error(f"--gpu_memory {data_args.gpu_memory}: it must be more than 0")
     for name in ("projector_learning_rate", "encoder_learning_rate"):
-        if getattr(run_args, name) is not None and run_args.deepspeed:
+        if getattr(run_args, name) is None:
+            continue
+        if run_args.deepspeed:
             # With an optimizer in its config, DeepSpeed does not ask the Trainer for groups.
             parser.error(
                 f"--{name} with --deepspeed, whose config may have an optimizer of its own: leave "
                 "one of them out"
+            )
+        if "lomo" in run_args.optim:
+            parser.error(
+                f"--{name} with --optim {run_args.optim.value}, which has one learning rate for "
+                "all weights: leave one of them out"
             )
     if run_args.encoder_learning_rate is not None and not model_args.trains_audio_tower:
         parser.error(

@@ -157,12 +157,6 @@ class LtuTrainer(CompilingTrainer):
             ValueError: the optimizer does not hold the weights of such a part in groups.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
-        own_rates = (self.args.projector_learning_rate, self.args.encoder_learning_rate)
-        if "lomo" in self.args.optim.value and own_rates != (None, None):
-            raise ValueError(
-                f"--optim {self.args.optim.value} has one learning rate for all weights: leave "
-                "--projector_learning_rate and --encoder_learning_rate out."
-            )
         rates = {
             "projector": (self.args.projector_learning_rate, self.model.multi_modal_projector),
             "encoder": (self.args.encoder_learning_rate, self.model.audio_tower),

@@ -51,6 +51,8 @@ class Stage:
         """
         log = read_log(folder)
         training = with_loss(log)
+        if not training:
+            raise ValueError(f"The log in {folder} has no losses. Train the stage to its end.")
         held_out = [entry for entry in log if "eval_loss" in entry]
         return cls(
             name=folder.name,

@@ -113,7 +113,6 @@ fi
 for stage in $stages; do
     step "$stage"
     stage_flags=(--cutoff_len "$cutoff_len")
-    # An audio encoder that is not trained encodes each clip once for all stages (50 MB).
     encoder_rate=${ENCODER_RATE:-}
     # The last stage adds open-ended questions, at half of the learning rates. At the full ones, the
     # model would name fewer labels exactly.
@@ -123,6 +122,7 @@ for stage in $stages; do
             encoder_rate=${encoder_rate:+$(awk "BEGIN { print $encoder_rate / 2 }")}
             ;;
     esac
+    # LTU's audio encoder encodes each clip once for all stages, unless it is trained.
     if [ -n "$encoder_rate" ] && [ "${stage%%_*}" != stage1 ]; then
         stage_flags+=(--freeze_audio_tower False --encoder_learning_rate "$encoder_rate")
     elif [ "$kind" = ltu ]; then

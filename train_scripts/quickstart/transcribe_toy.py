@@ -7,11 +7,11 @@ that nobody transcribes the same clips again. Transcripts of sounds are hallucin
 they will be in use. Held-out clips are transcribed when they are tested, by the same Whisper.
 """
 
-import argparse
 from pathlib import Path
 
 from tqdm import tqdm
 
+from data.command_line import command_parser
 from data.toy.sound_clips import AUDIO, HERE, read_manifest
 from data.toy.speech_clips import SPEECH, read_speech
 from ltu.data.audio import load_audio
@@ -34,11 +34,7 @@ def transcribe(whisper: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--whisper", type=Path, default=WHISPER, help="The openai-whisper .pt file."
     )
