@@ -66,8 +66,8 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
     parser.add_argument(
         "--num_audio_tokens",
         type=int,
-        help=f"Audio tokens of a chunk ({DEFAULT_NUM_AUDIO_TOKENS}), of CAV-MAE, YAMNet or an audio "
-        "encoder of transformers.",
+        help=f"Audio tokens of a chunk ({DEFAULT_NUM_AUDIO_TOKENS}), of CAV-MAE, YAMNet or an "
+        "audio encoder of transformers.",
     )
     parser.add_argument(
         "--chunk_seconds",
