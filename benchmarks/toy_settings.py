@@ -10,12 +10,15 @@ comparison, where one setting at a time would leave most of them out. The second
 the opposite levels of the first eight, so that the effect of a setting is not mixed with the
 interaction of two others.
 
+`--num_runs 8` has the first eight only, in half of the time: then each effect is mixed with the
+interactions of three pairs of other settings.
+
 The runs have the first two stages, classification, and `--folds` 0 and 1. What is chosen by them is
 reported on the other folds, by `benchmarks.toy_cross_validation`.
 
 OUTPUT_DIR/results.json gets the fractions and losses of the runs, and the effect of each setting:
-for each held-out clip, the mean over the eight runs with the second level minus the mean over the
-eight with the first. Its 95 % interval is that of the mean over clips. It does not contain the
+for each held-out clip, the mean over the runs with the second level minus the mean over those with
+the first. Its 95 % interval is that of the mean over clips. It does not contain the
 noise from training to training, so the effect on each fold is given too. A finished run is not run
 again.
 """
@@ -174,7 +177,10 @@ def read_responses(folder: Path, reader: toy.Reader) -> dict[str, list[float]]:
 
 
 def find_effects(
-    kind: str, responses: dict[tuple[int, int], dict[str, list[float]]], folds: list[int]
+    kind: str,
+    responses: dict[tuple[int, int], dict[str, list[float]]],
+    folds: list[int],
+    num_runs: int = len(DESIGN),
 ) -> list[dict[str, Any]]:
     """Return the effect of each setting on each response: second level minus first.
 
@@ -182,6 +188,7 @@ def find_effects(
         kind: "ltu" or "ltu_as".
         responses: (fold, number of the run) -> what `read_responses` returns.
         folds: the folds.
+        num_runs: the number of rows of the design that were run on each fold.
     """
     effects = []
     for column, setting in enumerate(SETTINGS[kind]):
@@ -193,8 +200,8 @@ def find_effects(
             differences: list[float] = []
             by_fold: list[float] = []
             for fold in folds:
-                values = np.array([responses[fold, run][response] for run in range(len(DESIGN))])
-                is_second = DESIGN[:, column] == 1
+                values = np.array([responses[fold, run][response] for run in range(num_runs)])
+                is_second = DESIGN[:num_runs, column] == 1
                 # (clips,): each clip's mean over one half of the runs, minus that over the other.
                 differences += (values[is_second].mean(0) - values[~is_second].mean(0)).tolist()
                 by_fold.append(float(np.mean(differences[-values.shape[1] :])))
@@ -246,6 +253,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="N,N,...",
         help="Examples of all stages, as of data.toy.build; fewer are faster.",
     )
+    parser.add_argument(
+        "--num_runs",
+        type=int,
+        choices=(len(HALF), len(DESIGN)),
+        default=len(DESIGN),
+        help="The number of rows of the design to run on each fold.",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="The number of runs at the same time.")
     return parser.parse_args(argv)
 
@@ -254,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train the runs, and write and print the tables."""
     args = parse_args(argv)
     planned = {}  # (fold, row of the design) -> run
-    for number in range(len(DESIGN)):
+    for number in range(args.num_runs):
         for fold in args.folds:
             planned[fold, number] = make_run(
                 args.kind, fold, number, args.output_dir, args.num_examples
@@ -266,13 +280,13 @@ def main(argv: list[str] | None = None) -> None:
     for key, run in planned.items():
         responses[key] = read_responses(run.folder, reader)
     runs = []
-    for number in range(len(DESIGN)):
+    for number in range(args.num_runs):
         row: dict[str, Any] = {"levels": [level.name for level in levels_of(args.kind, number)]}
         for response in ("category", "label", "loss"):
             values = [responses[fold, number][response] for fold in args.folds]
             row[response] = float(np.mean(np.concatenate(values)))
         runs.append(row)
-    effects = find_effects(args.kind, responses, args.folds)
+    effects = find_effects(args.kind, responses, args.folds, args.num_runs)
     result = {
         "kind": args.kind,
         "folds": args.folds,

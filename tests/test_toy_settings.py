@@ -21,25 +21,28 @@ def test_no_effect_is_mixed_with_another_or_with_the_interaction_of_two():
             assert signs[:, first] * signs[:, second] @ signs[:, third] == 0
 
 
+@pytest.mark.parametrize("num_runs", [8, 16])
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_effects_are_those_that_the_responses_have(kind):
+def test_effects_are_those_that_the_responses_have(kind, num_runs):
     """Each setting adds its own amount; the interval is 0 wide if all clips agree."""
     amounts = np.array([0.5, -0.25, 0.125, 0, 1, 2, -4])
     assert len(SETTINGS[kind]) == len(amounts)
     responses = {}
     for fold in (0, 1):
-        for run in range(len(DESIGN)):
+        for run in range(num_runs):
             value = float(DESIGN[run] @ amounts) + 10 * fold
             row = {"category": [value] * 3, "label": [2 * value] * 3, "loss": [value, value + 1]}
             responses[fold, run] = row
-    for effect, amount in zip(find_effects(kind, responses, [0, 1]), amounts, strict=True):
+    effects = find_effects(kind, responses, [0, 1], num_runs)
+    for effect, amount in zip(effects, amounts, strict=True):
         assert effect["category"]["mean"] == pytest.approx(amount)
         assert effect["category"]["high"] == pytest.approx(amount)
         assert effect["label"]["folds"] == pytest.approx([2 * amount, 2 * amount])
         assert effect["loss"]["mean"] == pytest.approx(amount)
 
 
-def test_runs_get_their_levels_and_not_the_shell(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_runs", [8, 16])
+def test_runs_get_their_levels_and_not_the_shell(num_runs, tmp_path, monkeypatch):
     """The first level of a setting is the default, whatever the shell has."""
     seen = {}
 
@@ -57,9 +60,9 @@ def test_runs_get_their_levels_and_not_the_shell(tmp_path, monkeypatch):
     for name, value in (("ENCODER_RATE", "1"), ("BUILD_FLAGS", "--x"), ("AUDIO_TOKENS", "2")):
         monkeypatch.setenv(name, value)
     flags = ["--kind", "ltu_as", "--output_dir", str(tmp_path), "--num_examples", "8,8,8"]
-    toy_settings.main(flags)
-    assert len(seen) == 32
-    for number in range(len(DESIGN)):
+    toy_settings.main([*flags, "--num_runs", str(num_runs)])
+    assert len(seen) == 2 * num_runs
+    for number in range(num_runs):
         command, environment = seen[f"fold1_run{number}"]
         levels = toy_settings.levels_of("ltu_as", number)
         assert [level.name for level in levels] == [
@@ -75,7 +78,7 @@ def test_runs_get_their_levels_and_not_the_shell(tmp_path, monkeypatch):
         assert rate == float(levels[2].settings["RATE"])
         assert projector / rate == pytest.approx(float(levels[1].settings["PROJECTOR_RATIO"]))
     result = json.loads((tmp_path / "results.json").read_text())
-    assert [run["category"] for run in result["runs"]] == [1.0] * 16
+    assert [run["category"] for run in result["runs"]] == [1.0] * num_runs
     assert {effect["category"]["mean"] for effect in result["effects"]} == {0.0}
 
 
