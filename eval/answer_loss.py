@@ -28,6 +28,8 @@ from ltu.inference.batch_inference import BatchSettings, make_requests, refuse_o
 from ltu.inference.engine import LtuEngine
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
 
+BATCH_SIZE = 64  # Answers whose audio embeddings are in memory at the same time.
+
 
 def compute_losses(engine: LtuEngine, examples: list[dict]) -> list[dict]:
     """Return an entry of the output for each example, as `read_examples` returns them.
@@ -36,12 +38,16 @@ def compute_losses(engine: LtuEngine, examples: list[dict]) -> list[dict]:
         EvaluationError: a clip cannot be decoded, or a loss is not finite.
     """
     requests = make_requests(examples, BatchSettings())
-    entries = []
-    for example, request in zip(tqdm(examples, "loss", unit="answer"), requests, strict=True):
+    answers = [example["output"] for example in examples]
+    scores = []
+    for start in tqdm(range(0, len(examples), BATCH_SIZE), "loss", unit="batch"):
+        batch = slice(start, start + BATCH_SIZE)
         try:
-            score = engine.score(request, [example["output"]])[0]
+            scores += engine.score_answers(requests[batch], answers[batch])
         except AudioError as error:
             raise EvaluationError(f"{error}. Fix the clip, or leave its questions out.") from error
+    entries = []
+    for example, score in zip(examples, scores, strict=True):
         loss = -score.log_likelihood / score.num_tokens
         if not math.isfinite(loss):
             raise EvaluationError(

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -514,3 +515,28 @@ def test_other_ways_to_compute_give_the_same_answers(folders, setting):
         requests, max_new_tokens=6
     )
     assert other == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_that_does_not_multiply_in_bf16_computes_in_fp32(
+    tmp_path, monkeypatch, caplog, dtype
+):
+    """If the dtype is not given, the device can be chosen, and the memory is large enough."""
+    llm = tiny.write_llm(tmp_path / "llm", dtype=dtype)
+    folder = tiny.write_checkpoint(tmp_path / "ltu", llm, tiny.LORA)
+
+    def dtype_of(**settings) -> torch.dtype:
+        engine = LtuEngine.from_pretrained(folder, device="cpu", **settings)
+        assert engine([Request("What?", tiny.clip(1))], max_new_tokens=3)[0].status == "ok"
+        return engine.model.get_output_embeddings().weight.dtype
+
+    monkeypatch.setattr("ltu.inference.engine.cpu_has_bf16", lambda: False)
+    assert dtype_of() == torch.float32
+    assert dtype_of(dtype=dtype) == dtype_of(device_map="cpu") == dtype
+    assert not caplog.records
+    memory = SimpleNamespace(available=1000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert dtype_of() == dtype
+    assert "so the language model is slow" in caplog.text
+    monkeypatch.setattr("ltu.inference.engine.cpu_has_bf16", lambda: True)
+    assert dtype_of() == dtype

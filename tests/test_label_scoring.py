@@ -139,6 +139,26 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> LtuEngine:
     return engine_of(tmp_path_factory.mktemp("llama"), "llama")
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "ltu_as"])
+def test_answers_of_a_batch_equal_each_alone(tmp_path: Path, kind: str) -> None:
+    """Rows of a batch differ in their lengths, and not all of them have audio."""
+    engine = engine_of(tmp_path, kind)
+    requests = [
+        Request(QUESTION, clip(1)),
+        Request("What?", clip(2, 1.5)),
+        Request("Why is it so?"),
+        Request(QUESTION, clip(1)),
+    ]
+    answers = ["dog", LABELS[6], "Male speech, man speaking", ""]
+    found = engine.score_answers(requests, answers)
+    in_pairs = engine.score_answers(requests, answers, tokens_at_once=200)
+    for request, answer, *both in zip(requests, answers, found, in_pairs, strict=True):
+        [expected] = alone(engine, request, [answer])
+        for score in both:
+            assert (score.text, score.num_tokens) == (answer, expected.num_tokens)
+            assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4)
+
+
 def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
     """Without the end, scores of one token are the distribution of the first token."""
     processor, request = llama.processor, Request(QUESTION, clip(1))

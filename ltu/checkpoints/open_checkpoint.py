@@ -1,12 +1,17 @@
 """Opens a checkpoint folder of any kind; the language model can be quantized to fit the device."""
 
+import logging
 from pathlib import Path
 
+import psutil
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ltu.models.modeling_ltu import LtuForConditionalGeneration
 from ltu.models.version_check import warn_about_untested_versions
+
+logger = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("4bit", "8bit")  # Bits of a weight of the language model, by bitsandbytes.
 
@@ -55,3 +60,29 @@ def open_model(
         raise ValueError(
             f"{error} (4 and 8 bit need pip install -e '.[4bit]'; sdpa needs no package)"
         ) from error
+
+
+def widen_to_float32(language_model: nn.Module) -> None:
+    """Convert the bf16 and fp16 weights of a language model to fp32 if they fit into the memory.
+
+    For a CPU that does not multiply in bf16. What it computes changes by rounding only.
+    """
+    halves = [
+        weight
+        for weight in language_model.parameters()
+        if weight.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not halves:
+        return
+    num_bytes = 4 * sum(weight.numel() for weight in halves)
+    available = psutil.virtual_memory().available
+    if num_bytes > available:
+        logger.warning(
+            "The CPU does not multiply in %s, so the language model is slow. In float32 it would "
+            "be faster, but takes %.1f GB, and %.1f GB of memory are free.",
+            str(halves[0].dtype).removeprefix("torch."),
+            num_bytes / 1e9,
+            available / 1e9,
+        )
+        return
+    language_model.float()

@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from ltu.checkpoints.open_checkpoint import open_model
+from ltu.checkpoints.open_checkpoint import open_model, widen_to_float32
 from ltu.data.audio import AudioClip, AudioError
 from ltu.inference.embedding_cache import EmbeddingCache
-from ltu.inference.label_scoring import score_labels
+from ltu.inference.label_scoring import score_answers, score_labels
 from ltu.inference.requests import (
     ROW_SETTINGS,
     Answer,
@@ -67,6 +67,7 @@ from ltu.models.device_check import (
     check_device,
     check_device_map,
     check_dtype,
+    cpu_has_bf16,
 )
 from ltu.models.locate_checkpoint import CHECKPOINT_FILES, find_checkpoint, sha256_of_weights
 from ltu.models.lora import can_merge_lora
@@ -145,7 +146,8 @@ class LtuEngine:
 
         Args:
             device: "cuda", "mps" or "cpu"; by default the best of them.
-            dtype: of the language model.
+            dtype: of the language model. "auto" is that of its files; on a CPU that does not
+                multiply in bf16, it is fp32 instead of bf16 and fp16 if that fits into the memory.
             language_model: another folder or hub id of the same language model.
             device_map: spreads the language model over GPUs ("auto"); then `device` is Whisper's
                 only.
@@ -176,6 +178,9 @@ class LtuEngine:
         if quantization and not device_map:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
+        is_on_cpu = torch.device(device).type == "cpu" and not device_map
+        if dtype == "auto" and is_on_cpu and not cpu_has_bf16():
+            widen_to_float32(model.language_model)
         processor = AutoProcessor.from_pretrained(folder)
         processor.check_config(model.config)
         processor.front_end.to(device)
@@ -408,6 +413,14 @@ class LtuEngine:
         """
         with self._generating:
             return score_labels(self, request, candidates, **settings)
+
+    def score_answers(self, requests: list[Request], answers: list[str], **settings: Any) -> list:
+        """Compute the log-likelihood of one answer to each request, in batches.
+
+        `ltu.inference.label_scoring.score_answers` describes settings and results.
+        """
+        with self._generating:
+            return score_answers(self, requests, answers, **settings)
 
     def inputs(self, requests: list[Request], new_tokens: int = 0) -> BatchFeature:
         """Make the arguments of `generate`, with positions left for `new_tokens`.

@@ -58,7 +58,8 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        help="Dtype of the language model: auto, float32, bfloat16 or float16.",
+        help="Dtype of the language model: float32, bfloat16, float16 or auto. auto is that of its "
+        "files, but float32 on a CPU that does not multiply in bf16, if it fits into the memory.",
     )
     parser.add_argument(
         "--quantization",

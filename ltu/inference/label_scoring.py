@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ltu.data.audio import AudioError
+from ltu.models.configuration_ltu import IGNORED
 from ltu.models.generation_ltu import find_cache
+from ltu.models.modeling_ltu import sum_losses
 from ltu.models.prompt_template import RenderedPrompt, escape_control_tokens
 
 
@@ -36,13 +38,19 @@ class Candidate:
         text: the candidate.
         tokens: of prompt and text, tokenized as one string.
         start: position of the first token that is not the prompt's.
+        embeds: audio embeddings in front of it, (chunks, audio tokens, hidden), or None.
         log_likelihood: the result.
     """
 
     text: str
     tokens: list[int]
     start: int
+    embeds: Tensor | None = None
     log_likelihood: float = 0.0
+
+    def score(self) -> LabelScore:
+        """Return the result."""
+        return LabelScore(self.text, self.log_likelihood, len(self.tokens) - self.start)
 
 
 @torch.no_grad()
@@ -67,6 +75,78 @@ def score_labels(
         ValueError: there are no candidates, or one has no tokens or does not fit into the language
             model.
         ltu.data.audio.AudioError: the clip cannot be decoded.
+    """
+    prompt, encoded = _encode_candidates(engine, request, candidates, with_end)
+
+    # Compute the audio and the tokens that all candidates share once.
+    num_shared = min(candidate.start for candidate in encoded)
+    inputs = engine.pad_batch([prompt[:num_shared]], [encoded[0].embeds])
+    prefix = engine.model(**inputs, use_cache=True, logits_to_keep=1)
+    width = inputs["input_ids"].shape[1]
+    for group in group_candidates(encoded, num_shared, width, tokens_at_once):
+        rests = [candidate.tokens[num_shared:] for candidate in group]
+        log_probabilities = _log_probabilities(engine, prefix, width, rests)
+        for candidate, values in zip(group, log_probabilities, strict=True):
+            candidate.log_likelihood = float(values[candidate.start - num_shared :].sum())
+    return [candidate.score() for candidate in encoded]
+
+
+@torch.no_grad()
+def score_answers(
+    engine: Any, requests: list[Any], answers: list[str], tokens_at_once: int = 8192
+) -> list[LabelScore]:
+    """Compute the log-likelihood of one answer to each request, in the order given.
+
+    Each score equals that of `score_labels` with the answer as the only candidate, with the end
+    token. Here, requests of about the same length share a forward pass.
+
+    Args:
+        engine: an `ltu.inference.engine.LtuEngine`.
+        requests: clips and questions; their decoding settings are not used.
+        answers: one for each request.
+        tokens_at_once: the number of tokens of a forward pass, which bounds the memory.
+
+    Raises:
+        ValueError: an answer has no tokens or does not fit into the language model.
+        ltu.data.audio.AudioError: a clip cannot be decoded.
+    """
+    encoded = []
+    for request, answer in zip(requests, answers, strict=True):
+        encoded += _encode_candidates(engine, request, [answer], with_end=True)[1]
+    num_chunks = [0 if candidate.embeds is None else len(candidate.embeds) for candidate in encoded]
+    width = max(num_chunks, default=0) * engine.model.config.num_audio_tokens
+    longest = width + max((len(candidate.tokens) for candidate in encoded), default=0)
+    window = getattr(engine.model.config.text_config, "sliding_window", None)
+    if window is not None and window < longest:
+        # A sliding window counts padding, so each row is alone.
+        tokens_at_once = 0
+    for group in group_candidates(encoded, 0, width, tokens_at_once):
+        rows = [candidate.tokens for candidate in group]
+        inputs = engine.pad_batch(rows, [candidate.embeds for candidate in group])
+        # The text is at the end of each row. The first of the kept positions predicts the first
+        # token of the longest answer.
+        num_kept = 1 + max(len(candidate.tokens) - candidate.start for candidate in group)
+        labels = torch.full((len(group), num_kept), IGNORED)
+        for row, candidate in enumerate(group):
+            answer_tokens = torch.tensor(candidate.tokens[candidate.start :])
+            labels[row, -len(answer_tokens) :] = answer_tokens
+        output = engine.model(**inputs, use_cache=False, logits_to_keep=num_kept)
+        losses = sum_losses(output.logits[:, -num_kept:], labels)
+        for candidate, loss in zip(group, losses.tolist(), strict=True):
+            candidate.log_likelihood = -loss
+    return [candidate.score() for candidate in encoded]
+
+
+def _encode_candidates(
+    engine: Any, request: Any, candidates: list[str], with_end: bool
+) -> tuple[list[int], list[Candidate]]:
+    """Encode a request and the candidates for its answer, with room for the longest of them.
+
+    Returns:
+        the tokens of the prompt, and the candidates.
+
+    Raises:
+        ValueError, ltu.data.audio.AudioError: as `score_labels`.
     """
     if isinstance(candidates, str) or not candidates:
         raise ValueError(f"Candidates are a list of one or more texts, not {candidates!r}.")
@@ -98,22 +178,9 @@ def score_labels(
             f"The longest candidate takes {length} tokens, "
             f"the language model {config.num_positions}."
         )
-
-    # Compute the audio and the tokens that all candidates share once.
-    num_shared = min(candidate.start for candidate in encoded)
-    inputs = engine.pad_batch([prompt[:num_shared]], [embeds])
-    prefix = engine.model(**inputs, use_cache=True, logits_to_keep=1)
-    width = inputs["input_ids"].shape[1]
-    for group in group_candidates(encoded, num_shared, width, tokens_at_once):
-        rests = [candidate.tokens[num_shared:] for candidate in group]
-        log_probabilities = _log_probabilities(engine, prefix, width, rests)
-        for candidate, values in zip(group, log_probabilities, strict=True):
-            candidate.log_likelihood = float(values[candidate.start - num_shared :].sum())
-    scores = []
     for candidate in encoded:
-        num_tokens = len(candidate.tokens) - candidate.start
-        scores.append(LabelScore(candidate.text, candidate.log_likelihood, num_tokens))
-    return scores
+        candidate.embeds = embeds
+    return prompt, encoded
 
 
 def _encode(processor: Any, rendered: RenderedPrompt, candidate: str, with_end: bool) -> list[int]:

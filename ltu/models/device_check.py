@@ -41,6 +41,25 @@ def _devices() -> str:
     return f"This machine has cpu and {accelerator.type}:0 to {accelerator.type}:{last}."
 
 
+def device_has_bf16() -> bool:
+    """Return whether the default device multiplies in bf16: CUDA does from Ampere on."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.backends.mps.is_available() and cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU multiplies in bf16, which takes AMX or AVX512-BF16.
+
+    Others convert to fp32 and back, which makes bf16 several times slower than fp32.
+    """
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        is_supported = getattr(torch.cpu, name, None)
+        if is_supported is not None and is_supported():
+            return True
+    return False
+
+
 def check_dtype(dtype: str | torch.dtype) -> None:
     """Check that weights can have a dtype; "auto" is that of the checkpoint.
 

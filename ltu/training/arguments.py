@@ -23,6 +23,7 @@ from ltu.data.check_examples import IGNORED_KEYS_HELP
 from ltu.data.columns import ColumnFlags
 from ltu.files import read_json_object
 from ltu.models.audio_front_end import add_front_end_flags, read_front_end_flags
+from ltu.models.device_check import device_has_bf16
 from ltu.models.modeling_ltu import TRAINABLE_PLANS
 from ltu.training import sharding
 
@@ -576,22 +577,6 @@ class RunArguments(TrainingArguments):
         have no clip.
         """
         return min(1, super().n_gpu)
-
-
-def device_has_bf16() -> bool:
-    """Return whether the device multiplies in bf16.
-
-    CUDA does from Ampere on, and a CPU with AMX or AVX512-BF16.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
-        return False
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        is_supported = getattr(torch.cpu, name, None)
-        if is_supported is not None and is_supported():
-            return True
-    return False
 
 
 class FlagParser(HfArgumentParser):

@@ -17,7 +17,8 @@
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
 #   QUESTIONS     all: LTU-AS is asked about speech with a wrong transcript and without one, too;
-#                 few: labels of sounds and gender, after the last stage only
+#                 few: labels of sounds and gender, after the last stage only, and no losses with
+#                 another clip or none
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 kind=$1 fold=$2 seed=$3
@@ -71,10 +72,11 @@ esac
 # With so few steps, LoRA on all linear layers learns more than on the query and value projections.
 lora_targets=${LORA_TARGETS:-[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]}
 lora_rank=${LORA_RANK:-8}
+conditions="right wrong none"
 case ${QUESTIONS:-} in
     '' | all) ;;
     few)
-        question_sets="heldout_right"
+        question_sets="heldout_right" conditions=right
         if [ "$kind" = ltu_as ]; then last_question_sets="speech_gender speech_gender_empty"; fi
         ;;
     *) echo "error: QUESTIONS=$QUESTIONS: choose all or few" >&2; exit 2 ;;
@@ -141,14 +143,16 @@ for stage in $stages; do
     if [ "${QUESTIONS:-}" = few ] && [ "$stage" != "$last_stage" ]; then continue; fi
 
     # The losses of the reference answers, with the right clip, another one and none.
-    losses=()
-    for condition in right wrong none; do
-        losses+=("$EXP/$stage/answers/loss_$condition.json")
+    questions=() losses=()
+    for condition in $conditions; do
+        questions+=("$DATA/heldout_$condition.json")
+        last_losses=$EXP/$stage/answers/loss_$condition.json
+        losses+=("$last_losses")
     done
-    if [ "$EXP/$stage/model.safetensors" -nt "${losses[2]}" ]; then
+    if [ "$EXP/$stage/model.safetensors" -nt "$last_losses" ]; then
         "$PYTHON" -m eval.answer_loss --model "$EXP/$stage" \
             ${front_end_flags[@]+"${front_end_flags[@]}"} \
-            --data_path "$DATA"/heldout_{right,wrong,none}.json --output_path "${losses[@]}"
+            --data_path "${questions[@]}" --output_path "${losses[@]}"
     fi
 
     questions=() answers=()
