@@ -186,7 +186,7 @@ BORROWED_NAMES = [
     ),
     BorrowedName(
         "torch.cpu:_is_amx_tile_supported",
-        "ltu/training/arguments.py",
+        "ltu/models/device_check.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
     ),
     BorrowedName(
