@@ -191,7 +191,7 @@ BORROWED_NAMES = [
     ),
     BorrowedName(
         "torch.cpu:_is_avx512_bf16_supported",
-        "ltu/training/arguments.py",
+        "ltu/models/device_check.py",
         "the flags of /proc/cpuinfo; without it, auto chooses fp32",
     ),
     *(
