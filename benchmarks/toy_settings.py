@@ -18,9 +18,8 @@ reported on the other folds, by `benchmarks.toy_cross_validation`.
 
 OUTPUT_DIR/results.json gets the fractions and losses of the runs, and the effect of each setting:
 for each held-out clip, the mean over the runs with the second level minus the mean over those with
-the first. Its 95 % interval is that of the mean over clips. It does not contain the
-noise from training to training, so the effect on each fold is given too. A finished run is not run
-again.
+the first. Its 95 % interval is that of the mean over clips. It does not contain the noise from
+training to training, so the effect on each fold is given too. A finished run is not run again.
 """
 
 import argparse

@@ -136,8 +136,8 @@ class TestEachFamily:
         alone = [next(iter(engine.run([request], 1, **decoding)))[1] for request in requests]
         assert [answer.text for answer in together] == [answer.text for answer in alone]
         assert all(answer.answered for answer in together)
-        heard = [round(answer.seconds_heard / seconds, 3) for answer in together]
-        assert heard == [2.5, 0.333, 0, 2]
+        used = [round(answer.seconds_heard / seconds, 3) for answer in together]
+        assert used == [2.5, 0.333, 0, 2]
         png = draw_spectrogram(tiny.clip(1, 2.0), engine.processor.feature_extractor)
         assert png.startswith(b"\x89PNG")
 

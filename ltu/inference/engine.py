@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 from ltu.checkpoints.open_checkpoint import open_model, widen_to_float32
 from ltu.data.audio import AudioClip, AudioError
 from ltu.inference.embedding_cache import EmbeddingCache
-from ltu.inference.label_scoring import score_answers, score_labels
+from ltu.inference.label_scoring import LabelScore, score_answers, score_labels
 from ltu.inference.requests import (
     ROW_SETTINGS,
     Answer,
@@ -178,8 +178,10 @@ class LtuEngine:
         if quantization and not device_map:
             device_map = {"": device}
         model = open_model(folder, dtype, language_model, device_map, quantization, attention)
-        is_on_cpu = torch.device(device).type == "cpu" and not device_map
-        if dtype == "auto" and is_on_cpu and not cpu_has_bf16():
+        devices = {torch.device(device).type}  # Those that will hold the language model.
+        if device_map:
+            devices = {weight.device.type for weight in model.language_model.parameters()}
+        if dtype == "auto" and devices == {"cpu"} and not quantization and not cpu_has_bf16():
             widen_to_float32(model.language_model)
         processor = AutoProcessor.from_pretrained(folder)
         processor.check_config(model.config)
@@ -406,7 +408,7 @@ class LtuEngine:
             is_left.set()
             pool.shutdown(wait=False)
 
-    def score(self, request: Request, candidates: list[str], **settings: Any) -> list[Any]:
+    def score(self, request: Request, candidates: list[str], **settings: Any) -> list[LabelScore]:
         """Compute the log-likelihood of each candidate as the answer.
 
         `ltu.inference.label_scoring.score_labels` describes settings and results.
@@ -414,7 +416,9 @@ class LtuEngine:
         with self._generating:
             return score_labels(self, request, candidates, **settings)
 
-    def score_answers(self, requests: list[Request], answers: list[str], **settings: Any) -> list:
+    def score_answers(
+        self, requests: list[Request], answers: list[str], **settings: Any
+    ) -> list[LabelScore]:
         """Compute the log-likelihood of one answer to each request, in batches.
 
         `ltu.inference.label_scoring.score_answers` describes settings and results.

@@ -126,7 +126,7 @@ def score_answers(
         # The text is at the end of each row. The first of the kept positions predicts the first
         # token of the longest answer.
         num_kept = 1 + max(len(candidate.tokens) - candidate.start for candidate in group)
-        labels = torch.full((len(group), num_kept), IGNORED)
+        labels = torch.full((len(group), num_kept), IGNORED)  # (rows, kept positions)
         for row, candidate in enumerate(group):
             answer_tokens = torch.tensor(candidate.tokens[candidate.start :])
             labels[row, -len(answer_tokens) :] = answer_tokens
