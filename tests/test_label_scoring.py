@@ -159,6 +159,17 @@ def test_answers_of_a_batch_equal_each_alone(tmp_path: Path, kind: str) -> None:
             assert score.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["sliding", "all_sliding"])
+def test_padding_is_not_in_the_window_of_attention(tmp_path: Path, kind: str) -> None:
+    """Logits of a short prompt equal those without the padding of a longer one."""
+    engine = engine_of(tmp_path, kind)
+    short = Request("What?", clip(1))
+    with torch.no_grad():
+        alone = engine.model(**engine.inputs([short])).logits[0, -1]  # (vocabulary,)
+        batch = engine.model(**engine.inputs([short, Request(QUESTION, clip(2))])).logits[0, -1]
+    assert batch == pytest.approx(alone, abs=1e-4)
+
+
 def test_probabilities_of_all_first_tokens_sum_to_one(llama: LtuEngine) -> None:
     """Without the end, scores of one token are the distribution of the first token."""
     processor, request = llama.processor, Request(QUESTION, clip(1))

@@ -482,14 +482,20 @@ class LtuEngine:
         return tokens, clip.embeds[: max(1, max_chunks)], transcript
 
     def pad_batch(self, tokens: list[list[int]], embeds: list[torch.Tensor | None]) -> BatchFeature:
-        """Make a batch `[audio][padding][text]` on the device of the language model.
+        """Make a batch `[padding][audio][text]` on the device of the language model.
+
+        Padding is in front, not between audio and text as in training, because a sliding window of
+        attention counts it: in between, it would make the window of a row smaller.
 
         Args:
             tokens: of the text of each row.
             embeds: audio embeddings of each row, (chunks, audio tokens, hidden), or None.
         """
         num_chunks = [0 if own is None else len(own) for own in embeds]
-        batch = BatchFeature(self.processor.pad_batch(tokens, num_chunks))
+        padded = self.processor.pad_batch(tokens, num_chunks)  # (rows, length) each
+        # Padding first; everything else keeps its order.
+        order = padded["attention_mask"].argsort(dim=1, stable=True)
+        batch = BatchFeature({name: value.gather(1, order) for name, value in padded.items()})
         batch = batch.to(self.model.get_input_embeddings().weight.device)
         present = [own for own in embeds if own is not None]
         if present:

@@ -115,11 +115,6 @@ def score_answers(
         encoded += _encode_candidates(engine, request, [answer], with_end=True)[1]
     num_chunks = [0 if candidate.embeds is None else len(candidate.embeds) for candidate in encoded]
     width = max(num_chunks, default=0) * engine.model.config.num_audio_tokens
-    longest = width + max((len(candidate.tokens) for candidate in encoded), default=0)
-    window = getattr(engine.model.config.text_config, "sliding_window", None)
-    if window is not None and window < longest:
-        # A sliding window counts padding, so each row is alone.
-        tokens_at_once = 0
     for group in group_candidates(encoded, 0, width, tokens_at_once):
         rows = [candidate.tokens for candidate in group]
         inputs = engine.pad_batch(rows, [candidate.embeds for candidate in group])
