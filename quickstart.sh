@@ -73,7 +73,8 @@ train_ltu_as() { bash train_scripts/quickstart/toy_fold.sh ltu_as 0 "$seed" "$EX
 
 show_ltu_as() {
     step "LTU-AS: results of the three stages on sounds, compared with the baselines"
-    "$PYTHON" -m eval.toy --folds "$EXP/ltu_as" --no_probe
+    "$PYTHON" -m eval.toy --folds "$EXP/ltu_as" \
+        --audio_encoder pretrained_mdls/whisper-tiny.en/whisper.pt
     step "LTU-AS: results on speech"
     "$PYTHON" -m eval.toy_speech --run "$EXP"/ltu_as/stage3*
     plot LTU-AS "$EXP/ltu_as"

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     folders = [run.folder for run in runs]
     seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
     if args.kind == "ltu_as":
-        table = toy.evaluate(folders, audio_encoder=None)
+        table = toy.evaluate(folders, Path("pretrained_mdls/whisper-tiny.en/whisper.pt"))
         speech = toy_speech.evaluate([max(folder.glob("stage3*")) for folder in folders])
         speech = replace(speech, runs=[folder.name for folder in folders])
         found = verdicts_as(table.rows, speech.rows)

@@ -88,7 +88,10 @@ COMMON = [
         (Level("1e-3", {"RATE": "1e-3"}), Level("2e-3", {"RATE": "2e-3"})),
     ),
     Setting("rank of LoRA", (Level("8", {"LORA_RANK": "8"}), Level("32", {"LORA_RANK": "32"}))),
-    Setting("audio encoder", (Level("frozen"), Level("trained", {"ENCODER_RATE": "1e-4"}))),
+    Setting(
+        "audio encoder",
+        (Level("frozen", {"ENCODER_RATE": ""}), Level("trained", {"ENCODER_RATE": "1e-4"})),
+    ),
 ]
 SETTINGS = {
     "ltu": [

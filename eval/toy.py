@@ -669,7 +669,8 @@ def evaluate(folders: list[Path], audio_encoder: Path | None) -> Table:
 
     Args:
         folders: One for each fold.
-        audio_encoder: Folder of the YAMNet for the linear probe; None leaves the probe out.
+        audio_encoder: For the linear probe, as in `toy_baselines.audio_encoder_means`; None leaves
+            it out.
 
     Raises:
         EvaluationError: The folders do not have the predictions of one fold each.
@@ -733,7 +734,7 @@ def main(argv: list[str] | None = None) -> None:
         "--audio_encoder",
         type=Path,
         default=Path("pretrained_mdls/yamnet"),
-        help="The folder of the YAMNet for the linear probe.",
+        help="The folder of the YAMNet, or the .pt file of the Whisper, for the linear probe.",
     )
     add("--no_probe", action="store_true", help="Leave the linear probe out.")
     add(

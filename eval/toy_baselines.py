@@ -1,20 +1,23 @@
 """Predicts the held-out toy clips without a language model.
 
 `majority` and `package` never use the audio. All drums come from one source package, so the package
-alone is a strong predictor. `probe` uses the input of the language model: it is a ridge regression
-on the mean of the audio embeddings.
+alone is a strong predictor. `probe` uses what the audio encoder computes, averaged over time, in a
+ridge regression. For LTU-AS it is the input of TLTR.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ltu.data.audio import load_audio
 from ltu.models.feature_extraction_ltu import YamnetFeatureExtractor
 from ltu.models.modeling_yamnet import YamnetModel
+from ltu_as.feature_extraction_ltu_as import DOWNMIX, LtuAsFeatureExtractor
 
 # Strength of the ridge regression on standardized features. Leave-one-out on the training clips
 # alone prefers 100 in four folds of five (30 in the other). On the held-out clips the category is
@@ -99,13 +102,43 @@ def ridge_classify(
 
 
 def audio_encoder_means(files: list[Path], audio_encoder: Path) -> dict[str, np.ndarray]:
-    """Return the mean of the audio embeddings of each clip by file name, float64 (hidden_size,)."""
-    model = YamnetModel.from_pretrained(audio_encoder).eval()
-    extractor = YamnetFeatureExtractor()
+    """Return what the audio encoder computes of each clip, averaged over time, by file name.
+
+    Args:
+        files: The clips.
+        audio_encoder: The folder of a YAMNet, whose means are float64 (hidden_size,), or an
+            openai-whisper `.pt` file, whose means are those of all layers, float64
+            (layers * width,).
+    """
+    embed = _whisper(audio_encoder) if audio_encoder.is_file() else _yamnet(audio_encoder)
     means = {}
     with torch.no_grad():
         for file in tqdm(files, desc="linear probe: encoding the clips", unit="clip"):
-            features = extractor(load_audio(file))["input_features"]
-            embeddings = model(features)  # (1, 32, 1024)
-            means[file.name] = embeddings[0].mean(0).double().numpy()
+            means[file.name] = embed(file).double().numpy()
     return means
+
+
+def _yamnet(folder: Path) -> Callable[[Path], Tensor]:
+    """Return a function that embeds a clip with YAMNet, (hidden_size,)."""
+    model = YamnetModel.from_pretrained(folder).eval()
+    extractor = YamnetFeatureExtractor()
+
+    def embed(file: Path) -> Tensor:
+        embeddings = model(extractor(load_audio(file))["input_features"])  # (1, 32, hidden_size)
+        return embeddings[0].mean(0)
+
+    return embed
+
+
+def _whisper(path: Path) -> Callable[[Path], Tensor]:
+    """Return a function that embeds a clip with all layers of Whisper, (layers * width,).
+
+    The features are those that the toy experiment stores for LTU-AS, before TLTR.
+    """
+    extractor = LtuAsFeatureExtractor(None, None, str(path), loop_short_clips=True)
+
+    def embed(file: Path) -> Tensor:
+        features = extractor([load_audio(file, downmix=DOWNMIX)]).input_features
+        return features[0].float().mean(1).flatten()  # (layers, time, width) -> (layers * width,)
+
+    return embed

@@ -369,6 +369,27 @@ def test_settings_of_a_toy_fold_reach_the_commands(kind: str, tmp_path: Path) ->
         assert "speech_words_none.json" in lines[-3]
 
 
+@pytest.mark.parametrize(
+    ("kind", "setting", "encoder_rates"),
+    [("ltu", {}, []), ("ltu_as", {}, ["1e-4", "5e-05"]), ("ltu_as", {"ENCODER_RATE": ""}, [])],
+)
+def test_a_toy_fold_trains_the_random_encoder_only(kind, setting, encoder_rates, tmp_path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(TOY_STUB.replace('echo "$module"', 'echo "$module" "$@"'))
+    stub.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "ENCODER_RATE"}
+    command = ["bash", "train_scripts/quickstart/toy_fold.sh", kind, "0", "0", str(tmp_path / "f")]
+    subprocess.run(
+        command, env=environment | setting | {"PYTHON": str(stub)}, timeout=60, check=True
+    )
+    rates = []
+    for line in (tmp_path / "commands.txt").read_text().splitlines():
+        words = line.split()
+        if "--encoder_learning_rate" in words:
+            rates.append(words[words.index("--encoder_learning_rate") + 1])
+    assert rates == encoder_rates
+
+
 @pytest.mark.parametrize("setting", [("SHORT_CLIPS", "looped"), ("QUESTIONS", "All")])
 def test_a_misspelt_setting_of_a_toy_fold_is_an_error(setting, tmp_path: Path) -> None:
     command = ["bash", "train_scripts/quickstart/toy_fold.sh", "ltu_as", "0", "0", str(tmp_path)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import toy_baselines
+from eval import toy, toy_baselines
 from eval.scorer_interface import EvaluationError
 from eval.toy import (
     Hits,
@@ -22,6 +22,9 @@ from eval.toy import (
     score,
     wilson,
 )
+from ltu.data.audio import load_audio
+from ltu_as.feature_extraction_ltu_as import DOWNMIX, LtuAsFeatureExtractor
+from tests.whisper_tiny import save_whisper
 
 TOY = Toy.load()
 READER = TOY.reader
@@ -247,6 +250,17 @@ def test_probe_separates_separable_classes():
     names = list(clips)
     guesses = toy_baselines.probe(means, clips, names[:16], names[16:], "category")
     assert guesses == [clips[file]["category"] for file in names[16:]]
+
+
+def test_probe_of_whisper_gets_the_features_of_ltu_as(tmp_path):
+    whisper = save_whisper(tmp_path / "whisper.pt")
+    file = toy.TOY / "audio" / next(iter(TOY.clips))
+    extractor = LtuAsFeatureExtractor(None, None, whisper, loop_short_clips=True)
+    extractor.num_tokens = 5  # as in toy_fold.sh
+    stored = extractor([load_audio(file, downmix=DOWNMIX)]).input_features[0]  # (layers, 5, width)
+    means = toy_baselines.audio_encoder_means([file], Path(whisper))
+    expected = stored.double().mean(1).flatten()
+    np.testing.assert_allclose(means[file.name], expected, rtol=0, atol=2e-3)
 
 
 # Folders of predictions

@@ -11,9 +11,10 @@
 #   SHORT_CLIPS   what follows a short clip in the features of LTU-AS: loop, the default, repeats
 #                 it; pad is silence
 #   LORA_TARGETS  the layers that get LoRA, such as [q_proj,v_proj]; the default is all linear ones
-#   ENCODER_RATE  if set, the audio encoder is trained too, from stage 2 on, at this learning rate;
-#                 in the last stage at half of it
-#   LORA_RANK     the rank of LoRA; the default is 8. Alpha is twice the rank
+#   ENCODER_RATE  the learning rate of the audio encoder from stage 2 on, and half of it in the last
+#                 stage; if empty, it stays frozen. The default is 1e-4 for LTU-AS, whose TLTR is
+#                 random, and empty for LTU
+#   LORA_RANK     the rank of LoRA; the default is 32. Alpha is twice the rank
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
 #   QUESTIONS     all: LTU-AS is asked about speech with a wrong transcript and without one, too;
@@ -34,6 +35,7 @@ stages="stage1_proj_cla stage2_all_cla"
 case $kind in
     ltu)
         stages="$stages stage3_all_close stage4_all_mix"
+        : "${ENCODER_RATE=}"
         init_flags=(--audio_encoder "${AUDIO_ENCODER:=pretrained_mdls/yamnet}")
         if [ "$AUDIO_ENCODER" = pretrained_mdls/yamnet ]; then : "${AUDIO_TOKENS:=8}"; fi
         init_flags+=(${AUDIO_TOKENS:+--num_audio_tokens "$AUDIO_TOKENS"})
@@ -45,6 +47,7 @@ case $kind in
         ;;
     ltu_as)
         export FEATURES=${FEATURES:-$EXP/features}
+        : "${ENCODER_RATE=1e-4}"
         whisper=pretrained_mdls/whisper-tiny.en/whisper.pt
         stages="$stages stage3_all_mix_v2"
         init_flags=(--whisper "$whisper" --feature_root "$FEATURES")
@@ -71,7 +74,7 @@ case $kind in
 esac
 # With so few steps, LoRA on all linear layers learns more than on the query and value projections.
 lora_targets=${LORA_TARGETS:-[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]}
-lora_rank=${LORA_RANK:-8}
+lora_rank=${LORA_RANK:-32}
 conditions="right wrong none"
 case ${QUESTIONS:-} in
     '' | all) ;;
@@ -115,7 +118,7 @@ fi
 for stage in $stages; do
     step "$stage"
     stage_flags=(--cutoff_len "$cutoff_len")
-    encoder_rate=${ENCODER_RATE:-}
+    encoder_rate=$ENCODER_RATE
     # The last stage adds open-ended questions, at half of the learning rates. At the full ones, the
     # model would name fewer labels exactly.
     case $kind/$stage in
