@@ -1,12 +1,7 @@
-"""Runs all five folds of the toy experiment, or stage 4 alone, to measure the curriculum.
+"""Runs all five folds of the toy experiment, and compares them with the bounds that were set.
 
     python -m benchmarks.toy_cross_validation --output_dir exp/toy
-    python -m benchmarks.toy_cross_validation --output_dir exp/toy --alone
-    python -m benchmarks.toy_cross_validation --output_dir exp/toy_trained --train_encoder
     python -m benchmarks.toy_cross_validation --output_dir exp/as --kind ltu_as
-
-The first command trains four stages on each of five folds. `--alone` takes as many steps, all of
-them in stage 4. `--train_encoder` trains the audio encoder too. LTU-AS has three stages.
 
 Each fold is `train_scripts/quickstart/toy_fold.sh`, as in the quickstart: the stage scripts with
 `toy.args`, on one thread, because another number of threads rounds differently. `--jobs` folds are
@@ -16,61 +11,19 @@ again.
 The folds of LTU-AS differ in their sounds. The held-out voices and sentences are the same in each
 fold, so their fractions are means over runs, not pooled.
 
-OUTPUT_DIR/results.json (results_alone.json) gets the table, pooled over the folds, and the seconds
-of training. The command exits with 1 if a bound that was set before measuring is missed.
+OUTPUT_DIR/results.json gets the table, pooled over the folds, and the seconds of training. The
+command exits with 1 if a bound that was set before measuring is missed.
 """
 
 import argparse
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import toy_runs
 from data.command_line import command_parser
-from data.toy.build import DEFAULTS
 from eval import toy, toy_speech
 from ltu.files import run_command, write_json
-
-STAGE4 = "stage4_all_mix"
-# Of an audio encoder that is trained, a twentieth of that of LoRA.
-ENCODER_RATE = "1e-4"
-
-
-def make_run(args: argparse.Namespace, fold: int) -> toy_runs.FoldRun:
-    """Return how a fold is trained.
-
-    With `--alone`, stage 4 starts from the initial checkpoint, with the number of examples, and so
-    of steps, of all stages together.
-    """
-    name = "alone" if args.alone else "fold"
-    folder = args.output_dir / f"{name}{fold}"
-    settings = {"QUESTIONS": "all"}
-    flags: list[str] = []
-    if args.alone:
-        num_examples = list(DEFAULTS["ltu"].num_examples)
-        num_examples[-1] = sum(num_examples)
-        settings["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
-        settings["STAGES"] = STAGE4
-        flags = ["--base_model", str(folder / "init"), *learning_rates()]
-    if args.train_encoder:
-        settings["ENCODER_RATE"] = ENCODER_RATE
-    return toy_runs.FoldRun(args.kind, fold, folder, args.seed, settings, tuple(flags))
-
-
-def learning_rates() -> list[str]:
-    """Return the flags with the learning rates of the earlier stages.
-
-    Stage 4 alone must learn what they otherwise do.
-    """
-    flags = shlex.split(
-        Path("train_scripts/quickstart/toy.args").read_text(encoding="utf-8"), comments=True
-    )
-    rates = []
-    for name in ("--learning_rate", "--projector_learning_rate"):
-        position = flags.index(name)
-        rates += flags[position : position + 2]
-    return rates
 
 
 def seconds_of_training(folder: Path) -> float:
@@ -156,19 +109,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--kind", choices=("ltu", "ltu_as"), default="ltu", help="The model to train."
     )
     parser.add_argument(
-        "--alone",
-        action="store_true",
-        help="Train stage 4 alone, for as many steps as the four stages.",
-    )
-    parser.add_argument(
-        "--train_encoder", action="store_true", help="Train the audio encoder of LTU too."
-    )
-    parser.add_argument(
         "--jobs", type=int, default=2, help="The number of folds that run at the same time."
     )
     args = parser.parse_args(argv)
-    if (args.alone or args.train_encoder) and args.kind != "ltu":
-        parser.error("--alone and --train_encoder are for LTU only")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: it must be at least 1")
     return args
@@ -181,8 +124,11 @@ def main(argv: list[str] | None = None) -> int:
         1 if a bound is missed, else 0.
     """
     args = parse_args(argv)
-    path = args.output_dir / ("results_alone.json" if args.alone else "results.json")
-    runs = [make_run(args, fold) for fold in args.folds]
+    path = args.output_dir / "results.json"
+    runs = []
+    for fold in args.folds:
+        folder = args.output_dir / f"fold{fold}"
+        runs.append(toy_runs.FoldRun(args.kind, fold, folder, args.seed, {"QUESTIONS": "all"}))
     toy_runs.run_folds(runs, args.jobs)
     folders = [run.folder for run in runs]
     seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}

@@ -1,13 +1,19 @@
-"""Runs folds of the toy experiment for the benchmarks, several at the same time."""
+"""Runs folds of the toy experiment for the benchmarks, and reads how their clips were answered."""
 
+import json
 import os
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from eval import toy
+from eval.scorer_interface import load_predictions
 
 SCRIPT = Path("train_scripts/quickstart/toy_fold.sh")
+RESPONSES = ("category", "label", "loss")
 
 
 def variables() -> list[str]:
@@ -84,3 +90,47 @@ def run_folds(runs: list[FoldRun], jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run_unless_failed, runs))
+
+
+def clip_name(entry: dict[str, Any]) -> str:
+    """Return the file name of the clip that a question is about."""
+    return Path(entry["audio_id"]).name
+
+
+def read_responses(stage: Path, reader: toy.Reader) -> dict[str, list[float]]:
+    """Return what is compared, for each held-out clip, in the order of their names.
+
+    Args:
+        stage: folder of a stage, with its answers.
+        reader: reads the answers.
+
+    Returns:
+        "category" and "label": 1 if it is right, else 0; "loss": of the reference answer, nats per
+        token.
+    """
+    answers = stage / "answers"
+    predictions = load_predictions(answers / "right.json")
+    entries = json.loads((answers / "loss_right.json").read_text(encoding="utf-8"))
+    predictions.sort(key=clip_name)
+    entries.sort(key=clip_name)
+    hits = toy.score(predictions, reader)
+    return {
+        "category": [float(hit) for hit in hits.category],
+        "label": [float(hit) for hit in hits.label],
+        "loss": [entry["loss"] for entry in entries],
+    }
+
+
+def format_differences(responses: dict[str, dict]) -> list[str]:
+    """Return a difference, its interval and the differences on each fold, for each response.
+
+    Args:
+        responses: "mean", "low", "high" and "folds" of each of `RESPONSES`.
+    """
+    cells = []
+    for response in RESPONSES:
+        mean = responses[response]
+        folds = ", ".join(f"{value:+.2f}" for value in mean["folds"])
+        interval = f"[{mean['low']:+.2f}, {mean['high']:+.2f}]"
+        cells.append(f"{mean['mean']:+.2f} {interval} ({folds})")
+    return cells

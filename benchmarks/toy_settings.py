@@ -23,7 +23,6 @@ training to training, so the effect on each fold is given too. A finished run is
 """
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ import numpy as np
 from benchmarks import toy_runs
 from data.command_line import command_parser
 from eval import toy
-from eval.scorer_interface import load_predictions
 from ltu.files import run_command, write_json
 
 STAGE = "stage2_all_cla"
@@ -161,23 +159,6 @@ def make_run(
     return toy_runs.FoldRun(kind, fold, folder, settings=settings, flags=flags)
 
 
-def read_responses(folder: Path, reader: toy.Reader) -> dict[str, list[float]]:
-    """Return what is compared, for each held-out clip of a run, in the order of the clips.
-
-    Returns:
-        "category" and "label": 1 if it is right, else 0; "loss": of the reference answer, nats per
-        token.
-    """
-    answers = folder / STAGE / "answers"
-    hits = toy.score(load_predictions(answers / "right.json"), reader)
-    entries = json.loads((answers / "loss_right.json").read_text(encoding="utf-8"))
-    return {
-        "category": [float(hit) for hit in hits.category],
-        "label": [float(hit) for hit in hits.label],
-        "loss": [entry["loss"] for entry in entries],
-    }
-
-
 def find_effects(
     kind: str,
     responses: dict[tuple[int, int], dict[str, list[float]]],
@@ -188,7 +169,7 @@ def find_effects(
 
     Args:
         kind: "ltu" or "ltu_as".
-        responses: (fold, number of the run) -> what `read_responses` returns.
+        responses: (fold, number of the run) -> what `toy_runs.read_responses` returns.
         folds: the folds.
         num_runs: the number of rows of the design that were run on each fold.
     """
@@ -198,7 +179,7 @@ def find_effects(
             "setting": setting.name,
             "levels": [level.name for level in setting.levels],
         }
-        for response in ("category", "label", "loss"):
+        for response in toy_runs.RESPONSES:
             differences: list[float] = []
             by_fold: list[float] = []
             for fold in folds:
@@ -231,11 +212,7 @@ def format_results(kind: str, runs: list[dict], effects: list[dict]) -> str:
     for effect in effects:
         first, second = effect["levels"]
         cells = [f"{effect['setting']}: {second} instead of {first}"]
-        for response in ("category", "label", "loss"):
-            mean = effect[response]
-            folds = ", ".join(f"{value:+.2f}" for value in mean["folds"])
-            interval = f"[{mean['low']:+.2f}, {mean['high']:+.2f}]"
-            cells.append(f"{mean['mean']:+.2f} {interval} ({folds})")
+        cells += toy_runs.format_differences(effect)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -280,11 +257,11 @@ def main(argv: list[str] | None = None) -> None:
     reader = toy.Toy.load().reader
     responses = {}
     for key, run in planned.items():
-        responses[key] = read_responses(run.folder, reader)
+        responses[key] = toy_runs.read_responses(run.folder / STAGE, reader)
     runs = []
     for number in range(args.num_runs):
         row: dict[str, Any] = {"levels": [level.name for level in levels_of(args.kind, number)]}
-        for response in ("category", "label", "loss"):
+        for response in toy_runs.RESPONSES:
             values = [responses[fold, number][response] for fold in args.folds]
             row[response] = float(np.mean(np.concatenate(values)))
         runs.append(row)

@@ -43,7 +43,7 @@ def test_effects_are_those_that_the_responses_have(kind, num_runs):
 
 @pytest.mark.parametrize("num_runs", [8, 16])
 def test_runs_get_their_levels_and_not_the_shell(num_runs, tmp_path, monkeypatch):
-    """The first level of a setting is the default, whatever the shell has."""
+    """What the shell has does not matter."""
     seen = {}
 
     def run(command, env, **settings):
