@@ -35,12 +35,6 @@ def seconds_of_training(folder: Path) -> float:
     return total
 
 
-def last_stage(rows: list[toy.Row]) -> toy.Row:
-    """Return the row of the last stage in a table."""
-    stages = [row for row in rows if row.name.startswith("stage")]
-    return max(stages, key=lambda row: row.name)
-
-
 def find_row(rows: list[toy.Row], start: str) -> toy.Row:
     """Return the row whose name begins so."""
     return next(row for row in rows if row.name.startswith(start))
@@ -48,7 +42,7 @@ def find_row(rows: list[toy.Row], start: str) -> toy.Row:
 
 def verdicts(rows: list[toy.Row]) -> dict[str, bool]:
     """Return the bounds that were set before measuring, and whether the last stage meets them."""
-    last = last_stage(rows)
+    last = toy_runs.last_stage(rows)
     right = last.right.fraction
     wrong = last.wrong.fraction
     label = last.label.fraction
@@ -85,7 +79,7 @@ def verdicts_open(row: toy.Row) -> dict[str, bool]:
 
 def verdicts_as(rows: list[toy.Row], speech: list[toy_speech.Row]) -> dict[str, bool]:
     """Return the bounds that were set for LTU-AS, and whether the last stage meets them."""
-    last = last_stage(rows)
+    last = toy_runs.last_stage(rows)
     category = last.right.fraction
     found = {f"category {category:.3f} >= 0.70": category >= 0.70} | verdicts_open(last)
     for row in speech:
@@ -98,23 +92,12 @@ def verdicts_as(rows: list[toy.Row], speech: list[toy_speech.Row]) -> dict[str, 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, data_path=None, output_path=None)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("exp/toy"), help="The folder of the folds."
-    )
-    parser.add_argument(
-        "--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="Numbers of the folds to run."
-    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the data and of the training.")
     parser.add_argument(
         "--kind", choices=("ltu", "ltu_as"), default="ltu", help="The model to train."
     )
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="The number of folds that run at the same time."
-    )
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: it must be at least 1")
-    return args
+    toy_runs.add_flags(parser, folds=[0, 1, 2, 3, 4])
+    return toy_runs.parse_flags(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:

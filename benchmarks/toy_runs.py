@@ -1,6 +1,6 @@
 """Runs folds of the toy experiment for the benchmarks, and reads how their clips were answered."""
 
-import json
+import argparse
 import os
 import subprocess
 import threading
@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from data.command_line import positive_int
 from eval import toy
-from eval.scorer_interface import load_predictions
 
 SCRIPT = Path("train_scripts/quickstart/toy_fold.sh")
+# Responses of a held-out clip that every run has; see `read_responses`.
 RESPONSES = ("category", "label", "loss")
 
 
@@ -92,44 +95,83 @@ def run_folds(runs: list[FoldRun], jobs: int) -> None:
         list(pool.map(run_unless_failed, runs))
 
 
-def clip_name(entry: dict[str, Any]) -> str:
-    """Return the file name of the clip that a question is about."""
-    return Path(entry["audio_id"]).name
-
-
-def read_responses(stage: Path, reader: toy.Reader) -> dict[str, list[float]]:
-    """Return what is compared, for each held-out clip, in the order of their names.
+def read_responses(run: FoldRun, toy_set: toy.Toy) -> dict[str, list[float]]:
+    """Return the responses of each held-out clip of a run, in the order of their names.
 
     Args:
-        stage: folder of a stage, with its answers.
-        reader: reads the answers.
+        run: a finished run; the answers are those after its last stage.
+        toy_set: the clips.
 
     Returns:
         "category" and "label": 1 if it is right, else 0; "loss": of the reference answer, nats per
-        token.
+        token. If questions were asked with a clip of another category too, "mismatched": 1 if the
+        category is right nevertheless, else 0; "loss_gain": by how much the loss is lower with the
+        right clip.
+
+    Raises:
+        EvaluationError: there are no such answers.
+        ValueError: the answers are about the clips of another fold.
     """
-    answers = stage / "answers"
-    predictions = load_predictions(answers / "right.json")
-    entries = json.loads((answers / "loss_right.json").read_text(encoding="utf-8"))
-    predictions.sort(key=clip_name)
-    entries.sort(key=clip_name)
-    hits = toy.score(predictions, reader)
-    return {
-        "category": [float(hit) for hit in hits.category],
-        "label": [float(hit) for hit in hits.label],
-        "loss": [entry["loss"] for entry in entries],
-    }
+    stages = toy.read_predictions(run.folder)
+    stage = stages[max(stages)]
+    fold = toy.fold_of(stage["right"], toy_set)
+    if fold != run.fold:
+        raise ValueError(f"{run.folder} has the clips of fold {fold}, not {run.fold}.")
+
+    hits = toy.score(stage["right"], toy_set.reader)
+    losses = np.array([entry["loss"] for entry in stage["loss_right"]])  # (clips,)
+    responses: dict[str, Any] = {"category": hits.category, "label": hits.label, "loss": losses}
+    if "wrong" in stage:
+        responses["mismatched"] = toy.score(stage["wrong"], toy_set.reader).category
+    if "loss_wrong" in stage:
+        other_losses = np.array([entry["loss"] for entry in stage["loss_wrong"]])  # (clips,)
+        responses["loss_gain"] = other_losses - losses
+    order = np.argsort([Path(entry["audio_id"]).name for entry in stage["right"]])  # (clips,)
+    return {name: np.array(values, float)[order].tolist() for name, values in responses.items()}
 
 
-def format_differences(responses: dict[str, dict]) -> list[str]:
-    """Return a difference, its interval and the differences on each fold, for each response.
+def last_stage(rows: list[toy.Row]) -> toy.Row:
+    """Return the row of the last stage in a table."""
+    stages = [row for row in rows if row.name.startswith("stage")]
+    return max(stages, key=lambda row: row.name)
+
+
+def add_flags(parser: argparse.ArgumentParser, folds: list[int]) -> None:
+    """Add --output_dir, --folds and --jobs.
 
     Args:
-        responses: "mean", "low", "high" and "folds" of each of `RESPONSES`.
+        parser: of the command.
+        folds: the default of --folds.
+    """
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="The folder of the runs and results.")
+    add("--folds", type=int, nargs="+", default=folds, help="Numbers of the folds (%(default)s).")
+    add(
+        "--jobs",
+        type=positive_int,
+        default=2,
+        help="The number of runs at the same time (%(default)s).",
+    )
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line. A fold that is given twice is an error."""
+    args = parser.parse_args(argv)
+    if len(set(args.folds)) != len(args.folds):
+        parser.error(f"--folds {' '.join(map(str, args.folds))}: give each fold once")
+    return args
+
+
+def format_differences(differences: dict[str, Any], responses: tuple[str, ...]) -> list[str]:
+    """Return each difference, its interval in brackets, and in parentheses that on each fold.
+
+    Args:
+        differences: response -> "mean", "low", "high" and "folds".
+        responses: the names of the responses.
     """
     cells = []
-    for response in RESPONSES:
-        mean = responses[response]
+    for response in responses:
+        mean = differences[response]
         folds = ", ".join(f"{value:+.2f}" for value in mean["folds"])
         interval = f"[{mean['low']:+.2f}, {mean['high']:+.2f}]"
         cells.append(f"{mean['mean']:+.2f} {interval} ({folds})")

@@ -212,7 +212,7 @@ def format_results(kind: str, runs: list[dict], effects: list[dict]) -> str:
     for effect in effects:
         first, second = effect["levels"]
         cells = [f"{effect['setting']}: {second} instead of {first}"]
-        cells += toy_runs.format_differences(effect)
+        cells += toy_runs.format_differences(effect, toy_runs.RESPONSES)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -222,10 +222,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
         "--kind", choices=("ltu", "ltu_as"), default="ltu", help="The model to train."
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="The folder of the runs.")
-    parser.add_argument(
-        "--folds", type=int, nargs="+", default=[0, 1], help="Numbers of the folds."
     )
     parser.add_argument(
         "--num_examples",
@@ -239,8 +235,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=len(DESIGN),
         help="The number of rows of the design to run on each fold.",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="The number of runs at the same time.")
-    return parser.parse_args(argv)
+    toy_runs.add_flags(parser, folds=[0, 1])
+    return toy_runs.parse_flags(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -254,10 +250,10 @@ def main(argv: list[str] | None = None) -> None:
             )
     toy_runs.run_folds(list(planned.values()), args.jobs)
 
-    reader = toy.Toy.load().reader
+    toy_set = toy.Toy.load()
     responses = {}
     for key, run in planned.items():
-        responses[key] = toy_runs.read_responses(run.folder / STAGE, reader)
+        responses[key] = toy_runs.read_responses(run, toy_set)
     runs = []
     for number in range(args.num_runs):
         row: dict[str, Any] = {"levels": [level.name for level in levels_of(args.kind, number)]}

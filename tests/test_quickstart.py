@@ -199,7 +199,8 @@ def checkout(tmp_path: Path) -> Path:
     stub.parent.mkdir(parents=True)
     # It also writes down its number of threads, and fails if its module is that of FAIL.
     shebang, rest = TOY_STUB.split("\n", 1)
-    record = 'echo "$2 $OMP_NUM_THREADS" >> "$(dirname "$0")/threads.txt"'
+    record = 'echo "$2 $OMP_NUM_THREADS" >> "$(dirname "$0")/threads.txt"\n'
+    record += 'echo "$*" >> "$(dirname "$0")/arguments.txt"'
     fail = 'if [ "$2" = "${FAIL:-}" ]; then echo "$2 fails"; exit 7; fi'
     stub.write_text(f"{shebang}\n{record}\n{fail}\n{rest}")
     stub.chmod(0o755)
@@ -244,6 +245,14 @@ def test_quickstart_trains_both_models(checkout: Path) -> None:
     assert f"cd {escaped}\n" in output
     threads = (checkout / ".venv" / "bin" / "threads.txt").read_text().split()[1::2]
     assert set(threads) == {"1"}
+
+    # The linear probe is on the audio encoder of the model.
+    arguments = (checkout / ".venv" / "bin" / "arguments.txt").read_text()
+    assert "-m eval.toy --folds exp/quickstart/seed0\n" in arguments
+    assert (
+        "-m eval.toy --folds exp/quickstart/seed0/ltu_as "
+        "--audio_encoder pretrained_mdls/whisper-tiny.en/whisper.pt\n"
+    ) in arguments
 
     # A second run trains nothing.
     status, output, modules = run_quickstart(checkout)

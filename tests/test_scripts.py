@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import ltu_as  # noqa: F401  adds the flags of Whisper
+from benchmarks import toy_runs
 from ltu import finetune
 from ltu.training.arguments import parse_args
 from tests.tiny import write_checkpoint, write_llm, write_rows
@@ -373,21 +374,43 @@ def test_settings_of_a_toy_fold_reach_the_commands(kind: str, tmp_path: Path) ->
     ("kind", "setting", "encoder_rates"),
     [("ltu", {}, []), ("ltu_as", {}, ["1e-4", "5e-05"]), ("ltu_as", {"ENCODER_RATE": ""}, [])],
 )
-def test_a_toy_fold_trains_the_random_encoder_only(kind, setting, encoder_rates, tmp_path) -> None:
+def test_defaults_of_a_toy_fold(kind, setting, encoder_rates, tmp_path) -> None:
+    """LoRA has rank 32, and only an encoder that starts at random is trained."""
     stub = tmp_path / "python"
     stub.write_text(TOY_STUB.replace('echo "$module"', 'echo "$module" "$@"'))
     stub.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name != "ENCODER_RATE"}
+    settings = toy_runs.variables()
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
     command = ["bash", "train_scripts/quickstart/toy_fold.sh", kind, "0", "0", str(tmp_path / "f")]
     subprocess.run(
         command, env=environment | setting | {"PYTHON": str(stub)}, timeout=60, check=True
     )
-    rates = []
+    lora, rates = [], []
     for line in (tmp_path / "commands.txt").read_text().splitlines():
         words = line.split()
         if "--encoder_learning_rate" in words:
             rates.append(words[words.index("--encoder_learning_rate") + 1])
+        if words[0] == f"{kind}.finetune":
+            lora.append("--lora_r 32 --lora_alpha 64" in line)
     assert rates == encoder_rates
+    assert lora == [False] + [True] * (len(lora) - 1)
+    assert len(lora) == {"ltu": 4, "ltu_as": 3}[kind]
+
+
+def test_last_questions_of_a_toy_fold(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(TOY_STUB)
+    stub.chmod(0o755)
+    command = ["bash", "train_scripts/quickstart/toy_fold.sh", "ltu", "0", "0", str(tmp_path / "f")]
+    environment = os.environ | {"PYTHON": str(stub), "QUESTIONS": "last"}
+    subprocess.run(command, env=environment, timeout=60, check=True)
+    commands = (tmp_path / "commands.txt").read_text().split()
+    asked = ["eval.answer_loss", "ltu.inference_batch", "eval.toy"]
+    assert commands[2:] == ["ltu.finetune"] * 4 + asked
+    answers = tmp_path / "f" / "stage4_all_mix" / "answers"
+    assert {"right.json", "wrong.json", "none.json", "open.json", "loss_wrong.json"} <= {
+        path.name for path in answers.iterdir()
+    }
 
 
 @pytest.mark.parametrize("setting", [("SHORT_CLIPS", "looped"), ("QUESTIONS", "All")])

@@ -236,9 +236,39 @@ def test_ridge_classify_equals_the_primal_solution():
         scaled.T @ scaled + 5.0 * np.eye(50), scaled.T @ (targets - targets.mean(0))
     )
     expected = (((test - mean) / deviation) @ weights + targets.mean(0)).argmax(1)
-    assert toy_baselines.ridge_classify(train, classes, test, 5.0) == [
+    assert toy_baselines.ridge_classify(train, classes, test, (5.0,)) == [
         str(index) for index in expected
     ]
+
+
+def test_ridge_classify_chooses_the_strength_by_leaving_out():
+    """The closed form must choose as regressions that leave out one clip each would."""
+    rng = np.random.default_rng(2)
+    classes = [str(index % 3) for index in range(30)]
+    train = rng.normal(size=(30, 50))
+    train[:, 0] += [index % 3 for index in range(30)]
+    test = rng.normal(size=(200, 50))
+    train = (train - train.mean(0)) / train.std(0)  # standardized as without leaving out
+    targets = np.eye(3)[[int(value) for value in classes]]
+    targets = targets - targets.mean(0)
+    num_right = {}
+    for strength in (0.01, 20.0, 5000.0):
+        num_right[strength] = 0
+        for clip in range(30):
+            rest = np.arange(30) != clip
+            gram = train[rest].T @ train[rest] + strength * np.eye(50)
+            outputs = train[clip] @ np.linalg.solve(gram, train[rest].T @ targets[rest])
+            num_right[strength] += classes[clip] == str((outputs + 1 / 3).argmax())
+    strengths = tuple(num_right)
+    best = max(strengths, key=lambda strength: num_right[strength])
+    assert sorted(num_right.values())[-1] > sorted(num_right.values())[-2]  # one is the best
+
+    def classify(*candidates: float) -> list[str]:
+        return toy_baselines.ridge_classify(train, classes, test, candidates)
+
+    assert classify(*strengths) == classify(best)
+    for other in set(strengths) - {best}:
+        assert classify(other) != classify(best)
 
 
 def test_probe_separates_separable_classes():
@@ -258,9 +288,12 @@ def test_probe_of_whisper_gets_the_features_of_ltu_as(tmp_path):
     extractor = LtuAsFeatureExtractor(None, None, whisper, loop_short_clips=True)
     extractor.num_tokens = 5  # as in toy_fold.sh
     stored = extractor([load_audio(file, downmix=DOWNMIX)]).input_features[0]  # (layers, 5, width)
-    means = toy_baselines.audio_encoder_means([file], Path(whisper))
-    expected = stored.double().mean(1).flatten()
-    np.testing.assert_allclose(means[file.name], expected, rtol=0, atol=2e-3)
+    means = toy_baselines.audio_encoder_means([file], Path(whisper))[file.name]
+    np.testing.assert_allclose(means, stored.double().mean(1).flatten(), rtol=0, atol=2e-3)
+    # With silence after the clip, the features would be others.
+    extractor.loop_short_clips = False
+    padded = extractor([load_audio(file, downmix=DOWNMIX)]).input_features[0]
+    assert np.abs(means - padded.double().mean(1).flatten().numpy()).max() > 0.02
 
 
 # Folders of predictions

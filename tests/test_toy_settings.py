@@ -69,7 +69,7 @@ def test_runs_get_their_levels_and_not_the_shell(num_runs, tmp_path, monkeypatch
             setting.levels[level].name
             for setting, level in zip(SETTINGS["ltu_as"], DESIGN[number], strict=True)
         ]
-        assert environment.get("ENCODER_RATE") == levels[4].settings.get("ENCODER_RATE")
+        assert environment["ENCODER_RATE"] == levels[4].settings["ENCODER_RATE"]
         assert environment.get("BUILD_FLAGS") == levels[6].settings.get("BUILD_FLAGS")
         assert "AUDIO_TOKENS" not in environment
         assert environment["NUM_EXAMPLES"] == "8,8,8"

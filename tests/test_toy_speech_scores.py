@@ -214,13 +214,20 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
     sounds = toy.Table(clips=10, folds=[0], rows=[toy.Row("stage3", right=category)], show=[])
     speech = Table(["fold0"], [toy_speech.Row("pitch", [category])])
     monkeypatch.setattr(toy_runs, "run_folds", lambda *args: None)
-    monkeypatch.setattr(toy, "evaluate", lambda *args, **kwargs: sounds)
+    encoders = []
+
+    def evaluate_sounds(folders, audio_encoder):
+        encoders.append(audio_encoder)
+        return sounds
+
+    monkeypatch.setattr(toy, "evaluate", evaluate_sounds)
     monkeypatch.setattr(toy_speech, "evaluate", lambda folders: speech)
     (tmp_path / "fold0" / "stage3_all_mix").mkdir(parents=True)
     flags = ["--kind", "ltu_as", "--folds", "0", "--output_dir", str(tmp_path)]
     assert toy_cross_validation.main(flags) == status
     verdicts = json.loads((tmp_path / "results.json").read_text())["verdicts"]
     assert list(verdicts.values()) == [status == 0]
+    assert encoders == [Path("pretrained_mdls/whisper-tiny.en/whisper.pt")]  # of the linear probe
 
 
 def test_no_answer_is_never_better_than_a_wrong_one(tmp_path):

@@ -18,8 +18,8 @@
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
 #   QUESTIONS     all: LTU-AS is asked about speech with a wrong transcript and without one, too;
-#                 few: labels of sounds and gender, after the last stage only, and no losses with
-#                 another clip or none
+#                 last: after the last stage only; few: as last, but only labels of sounds and
+#                 gender, and no losses with another clip or none
 # Finished work is skipped.
 source "$(dirname "$0")/../functions.sh"
 kind=$1 fold=$2 seed=$3
@@ -77,12 +77,12 @@ lora_targets=${LORA_TARGETS:-[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down
 lora_rank=${LORA_RANK:-32}
 conditions="right wrong none"
 case ${QUESTIONS:-} in
-    '' | all) ;;
+    '' | all | last) ;;
     few)
         question_sets="heldout_right" conditions=right
         if [ "$kind" = ltu_as ]; then last_question_sets="speech_gender speech_gender_empty"; fi
         ;;
-    *) echo "error: QUESTIONS=$QUESTIONS: choose all or few" >&2; exit 2 ;;
+    *) echo "error: QUESTIONS=$QUESTIONS: choose all, last or few" >&2; exit 2 ;;
 esac
 stages=${STAGES:-$stages}
 last_stage=${stages##* }
@@ -143,7 +143,9 @@ for stage in $stages; do
     bash "train_scripts/$kind/$stage.sh" --seed "$seed" @train_scripts/quickstart/toy.args \
         "${stage_flags[@]}" "$@"
 
-    if [ "${QUESTIONS:-}" = few ] && [ "$stage" != "$last_stage" ]; then continue; fi
+    case ${QUESTIONS:-} in
+        last | few) if [ "$stage" != "$last_stage" ]; then continue; fi ;;
+    esac
 
     # The losses of the reference answers, with the right clip, another one and none.
     questions=() losses=()
