@@ -132,7 +132,7 @@ def format_differences(differences: list[dict[str, Any]]) -> str:
     """Return the differences as a table in Markdown."""
     lines = [
         "| difference | category | exact label | loss | category, mismatched audio | loss, "
-        "mismatched - right audio |",
+        "mismatched - matched audio |",
         "|" + "---|" * (1 + len(RESPONSES)),
     ]
     for difference in differences:

@@ -54,8 +54,8 @@ LOSSES = tuple(f"loss_{condition}" for condition in CONDITIONS)
 CLASSIFICATION = ("cla_label_des", "cla_label")
 # Columns of the table: field of a row -> title.
 COLUMNS = {
-    "right": "right audio",
-    "wrong": "other category's",
+    "right": "matched audio",
+    "wrong": "mismatched audio",
     "none": "no audio",
     "label": "exact label",
     "well_formed": "well-formed",
@@ -68,10 +68,10 @@ OPEN_COLUMNS = {
     "top_five": "top five",
 }
 LOSS_COLUMNS = {
-    "loss_right": "right audio",
-    "loss_wrong": "other category's",
+    "loss_right": "matched audio",
+    "loss_wrong": "mismatched audio",
     "loss_none": "no audio",
-    "loss_gain": "other's - right",
+    "loss_gain": "mismatched - matched",
 }
 COLUMN_WIDTH = 19
 
@@ -227,16 +227,16 @@ class Row:
 
     Args:
         name: The stage or the baseline.
-        right: Right categories with the right audio.
-        label: Right labels with the right audio.
-        well_formed: Answers of the trained form with the right audio.
+        right: Right categories with the clip.
+        label: Right labels with the clip.
+        well_formed: Answers of the trained form with the clip.
         wrong: Right categories with a clip of another category.
         none: Right categories without audio.
         sentences, own_label, open_right, distinct, top_five: Of the answers to open-ended
             questions, see `eval.toy_open`.
         loss_right, loss_wrong, loss_none: Losses of the reference answers, nats per token.
-        loss_gain: By how much the loss is lower with the right audio than with a clip of another
-            category, from clip to clip.
+        loss_gain: By how much the loss is lower with the clip than with one of another category,
+            from clip to clip.
     """
 
     name: str
@@ -600,8 +600,9 @@ def format_table(table: Table) -> str:
     fold_names = ", ".join(map(str, table.folds))
     lines = [
         f"{table.clips} held-out clips, fold {fold_names}; fractions with 95 % intervals.",
-        "First three columns: the category is right. Last two, with the right audio: the exact",
-        "label is right, and the answer has the form that was trained.",
+        "First three columns: the category is right, with the clip, with one of another category",
+        "(mismatched) and without audio. Last two, with the clip: the exact label is right, and",
+        "the answer has the form that was trained.",
         "",
         *format_columns(table.rows, COLUMNS),
     ]

@@ -212,22 +212,26 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
     """The bound of the category is 0.70."""
     category = toy.Rate.of([True] * num_right + [False] * (10 - num_right))
     sounds = toy.Table(clips=10, folds=[0], rows=[toy.Row("stage3", right=category)], show=[])
-    speech = Table(["fold0"], [toy_speech.Row("pitch", [category])])
+    speech = Table(["fold0", "fold2"], [toy_speech.Row("pitch", [category, category])])
     monkeypatch.setattr(toy_runs, "run_folds", lambda *args: None)
-    encoders = []
+    encoders, tables = [], []
 
     def evaluate_sounds(folders, audio_encoder):
         encoders.append(audio_encoder)
+        tables.append([folder.name for folder in folders])
         return sounds
 
     monkeypatch.setattr(toy, "evaluate", evaluate_sounds)
     monkeypatch.setattr(toy_speech, "evaluate", lambda folders: speech)
-    (tmp_path / "fold0" / "stage3_all_mix").mkdir(parents=True)
-    flags = ["--kind", "ltu_as", "--folds", "0", "--output_dir", str(tmp_path)]
+    for fold in (0, 2):
+        (tmp_path / f"fold{fold}" / "stage3_all_mix").mkdir(parents=True)
+    flags = ["--kind", "ltu_as", "--folds", "0", "2", "--output_dir", str(tmp_path)]
     assert toy_cross_validation.main(flags) == status
     verdicts = json.loads((tmp_path / "results.json").read_text())["verdicts"]
     assert list(verdicts.values()) == [status == 0]
-    assert encoders == [Path("pretrained_mdls/whisper-tiny.en/whisper.pt")]  # of the linear probe
+    # The settings were chosen on folds 0 and 1.
+    assert tables == [["fold0", "fold2"], ["fold2"]]
+    assert set(encoders) == {Path("pretrained_mdls/whisper-tiny.en/whisper.pt")}
 
 
 def test_no_answer_is_never_better_than_a_wrong_one(tmp_path):
