@@ -90,7 +90,9 @@ last_stage=${stages##* }
 # What the folder is made of. The training itself compares its flags with those of a run that it
 # continues.
 built="$kind, fold $fold, seed $seed, ${NUM_EXAMPLES:-default} examples ${BUILD_FLAGS:-}"
-built+=" of data $(cat data/toy/*.json data/toy/*.jsonl data/toy/*.py | cksum | cut -d ' ' -f 1)"
+data_files=(data/toy/*.json data/toy/*.jsonl data/toy/*.py)
+if [ "$kind" = ltu_as ]; then data_files+=(data/toy/speech/*.json data/toy/speech/*.jsonl); fi
+built+=" of data $(cat "${data_files[@]}" | cksum | cut -d ' ' -f 1)"
 built+=", audio encoder ${AUDIO_ENCODER:-TLTR}, ${AUDIO_TOKENS:-all} audio tokens"
 if [ "$kind" = ltu_as ]; then built+=", short clips $SHORT_CLIPS, features $FEATURES"; fi
 if [ ! -f "$DATA/finished" ]; then
