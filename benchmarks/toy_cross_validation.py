@@ -26,13 +26,11 @@ from data.command_line import command_parser
 from eval import toy, toy_speech
 from ltu.files import run_command, write_json
 
-# Of the linear probe.
+# The encoders whose output the linear probe gets.
 AUDIO_ENCODERS = {
     "ltu": Path("pretrained_mdls/yamnet"),
     "ltu_as": Path("pretrained_mdls/whisper-tiny.en/whisper.pt"),
 }
-# `benchmarks.toy_settings` chose the settings on these folds.
-TUNING_FOLDS = (0, 1)
 
 
 def seconds_of_training(folder: Path) -> float:
@@ -105,7 +103,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kind", choices=("ltu", "ltu_as"), default="ltu", help="The model to train."
     )
-    toy_runs.add_flags(parser, folds=[0, 1, 2, 3, 4])
+    toy_runs.add_flags(parser)
     return toy_runs.parse_flags(parser, argv)
 
 
@@ -129,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
     result = table.to_json() | {"seconds_of_training": seconds}
     texts = [toy.format_table(table)]
-    others = [run.folder for run in runs if run.fold not in TUNING_FOLDS]
+    others = [run.folder for run in runs if run.fold not in toy_runs.TUNING_FOLDS]
     if others and len(others) < len(runs):
         other_table = toy.evaluate(others, audio_encoder)
         result["without_tuning_folds"] = other_table.to_json()

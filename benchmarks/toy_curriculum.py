@@ -35,8 +35,6 @@ from eval import toy
 from ltu.files import run_command, write_json
 
 STAGE4 = "stage4_all_mix"
-# The learning rate of a trained audio encoder is a twentieth of LoRA's.
-ENCODER_RATE = "1e-4"
 TOY_ARGS = Path("train_scripts/quickstart/toy.args")
 RESPONSES = (*toy_runs.RESPONSES, "mismatched", "loss_gain")
 
@@ -86,7 +84,7 @@ def make_run(
     settings = {"QUESTIONS": "last", "ENCODER_RATE": ""}
     flags: list[str] = []
     if training.has_trained_encoder:
-        settings["ENCODER_RATE"] = ENCODER_RATE
+        settings["ENCODER_RATE"] = toy_runs.ENCODER_RATE
     if training.is_alone:
         num_examples = [*num_examples[:-1], sum(num_examples)]
         settings["STAGES"] = STAGE4
@@ -94,7 +92,7 @@ def make_run(
         for name in ("--learning_rate", "--projector_learning_rate"):
             flags += [name, toy_flag(name)]
         if training.has_trained_encoder:
-            flags += ["--encoder_learning_rate", ENCODER_RATE]
+            flags += ["--encoder_learning_rate", toy_runs.ENCODER_RATE]
     settings["NUM_EXAMPLES"] = ",".join(map(str, num_examples))
     return toy_runs.FoldRun("ltu", fold, folder, settings=settings, flags=tuple(flags))
 
@@ -137,7 +135,7 @@ def format_differences(differences: list[dict[str, Any]]) -> str:
     ]
     for difference in differences:
         cells = [f"{difference['second']}, minus {difference['first']}"]
-        cells += toy_runs.format_differences(difference, RESPONSES)
+        cells += toy_runs.difference_cells(difference, RESPONSES)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,7 +149,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=",".join(map(str, DEFAULTS["ltu"].num_examples)),
         help="Examples of the four stages; fewer are faster (%(default)s).",
     )
-    toy_runs.add_flags(parser, folds=[0, 1, 2, 3, 4])
+    toy_runs.add_flags(parser)
     args = toy_runs.parse_flags(parser, argv)
     batch_size = int(toy_flag("--batch_size"))
     text = args.num_examples

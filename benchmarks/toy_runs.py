@@ -17,6 +17,11 @@ from eval import toy
 SCRIPT = Path("train_scripts/quickstart/toy_fold.sh")
 # Responses of a held-out clip that every run has; see `read_responses`.
 RESPONSES = ("category", "label", "loss")
+FOLDS = (0, 1, 2, 3, 4)
+# `benchmarks.toy_settings` compares settings on these folds.
+TUNING_FOLDS = (0, 1)
+# Of an audio encoder that is trained: a twentieth of LoRA's learning rate.
+ENCODER_RATE = "1e-4"
 
 
 def variables() -> list[str]:
@@ -136,7 +141,7 @@ def last_stage(rows: list[toy.Row]) -> toy.Row:
     return max(stages, key=lambda row: row.name)
 
 
-def add_flags(parser: argparse.ArgumentParser, folds: list[int]) -> None:
+def add_flags(parser: argparse.ArgumentParser, folds: tuple[int, ...] = FOLDS) -> None:
     """Add --output_dir, --folds and --jobs.
 
     Args:
@@ -145,7 +150,8 @@ def add_flags(parser: argparse.ArgumentParser, folds: list[int]) -> None:
     """
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="The folder of the runs and results.")
-    add("--folds", type=int, nargs="+", default=folds, help="Numbers of the folds (%(default)s).")
+    default = " ".join(map(str, folds))
+    add("--folds", type=int, nargs="+", default=folds, help=f"Numbers of the folds ({default}).")
     add(
         "--jobs",
         type=positive_int,
@@ -157,12 +163,13 @@ def add_flags(parser: argparse.ArgumentParser, folds: list[int]) -> None:
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line. A fold that is given twice is an error."""
     args = parser.parse_args(argv)
+    args.folds = list(args.folds)
     if len(set(args.folds)) != len(args.folds):
         parser.error(f"--folds {' '.join(map(str, args.folds))}: give each fold once")
     return args
 
 
-def format_differences(differences: dict[str, Any], responses: tuple[str, ...]) -> list[str]:
+def difference_cells(differences: dict[str, Any], responses: tuple[str, ...]) -> list[str]:
     """Return each difference, its interval in brackets, and in parentheses that on each fold.
 
     Args:

@@ -88,7 +88,10 @@ COMMON = [
     Setting("rank of LoRA", (Level("8", {"LORA_RANK": "8"}), Level("32", {"LORA_RANK": "32"}))),
     Setting(
         "audio encoder",
-        (Level("frozen", {"ENCODER_RATE": ""}), Level("trained", {"ENCODER_RATE": "1e-4"})),
+        (
+            Level("frozen", {"ENCODER_RATE": ""}),
+            Level("trained", {"ENCODER_RATE": toy_runs.ENCODER_RATE}),
+        ),
     ),
 ]
 SETTINGS = {
@@ -212,7 +215,7 @@ def format_results(kind: str, runs: list[dict], effects: list[dict]) -> str:
     for effect in effects:
         first, second = effect["levels"]
         cells = [f"{effect['setting']}: {second} instead of {first}"]
-        cells += toy_runs.format_differences(effect, toy_runs.RESPONSES)
+        cells += toy_runs.difference_cells(effect, toy_runs.RESPONSES)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -235,7 +238,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=len(DESIGN),
         help="The number of rows of the design to run on each fold.",
     )
-    toy_runs.add_flags(parser, folds=[0, 1])
+    toy_runs.add_flags(parser, toy_runs.TUNING_FOLDS)
     return toy_runs.parse_flags(parser, argv)
 
 

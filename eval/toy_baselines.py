@@ -137,7 +137,7 @@ def _embed_with_yamnet(folder: Path) -> Callable[[Path], Tensor]:
     extractor = YamnetFeatureExtractor()
 
     def embed(file: Path) -> Tensor:
-        embeddings = model(extractor(load_audio(file))["input_features"])  # (1, 32, hidden_size)
+        embeddings = model(extractor(load_audio(file))["input_features"])  # (1, time, hidden_size)
         return embeddings[0].mean(0)
 
     return embed

@@ -187,7 +187,7 @@ def test_transcript_and_embeddings_are_cached_separately(fresh):
 )
 def test_a_stream_grows_to_the_batchs_answer(engine, decoding):
     requests = [
-        Request("What do you hear?", tiny.clip(3)),
+        Request("What is this sound?", tiny.clip(3)),
         Request("And why?"),
         Request("Who?", b"no sound"),
     ]
@@ -228,7 +228,7 @@ def test_nobody_waits_any_more(ltu):
 
 
 def test_a_caller_that_stops_reading_cancels_the_answer(ltu):
-    requests = [Request("What do you hear?", tiny.clip(3)), Request("And why?")]
+    requests = [Request("What is this sound?", tiny.clip(3)), Request("And why?")]
     whole = ltu(requests, max_new_tokens=40, min_new_tokens=40)
     calls: list[int] = []
     settings = {"max_new_tokens": 40, "min_new_tokens": 40}
