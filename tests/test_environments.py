@@ -53,9 +53,8 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 # Minor versions of these are not compatible with each other, so that only tested ones are allowed.
 BOUNDED = ["accelerate", "gradio", "peft", "torch", "torchaudio", "transformers"]
-# ltu and ltu_as do not import these. transformers needs the first two for functions that they use,
-# train_scripts.torchrun the third one.
-INDIRECT = {"protobuf", "sentencepiece", "psutil"}
+# ltu and ltu_as do not import these. transformers needs them for functions that they use.
+INDIRECT = {"protobuf", "sentencepiece"}
 # Names of distributions that differ from those of their modules.
 DISTRIBUTIONS = {"whisper": "openai-whisper"}
 
