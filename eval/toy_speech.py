@@ -14,8 +14,7 @@ reference has words raises the word error rate more than an empty one; in the ro
 clip" it counts as one, so that no answer is never better than a wrong one.
 
 All runs have the same clips and voices, so each run has a column and a 95 % Wilson interval of its
-own; the mean over runs has none. Four training voices and three test voices say little about voices
-at large.
+own; the mean over runs has none. Seven test voices say little about voices at large.
 """
 
 import argparse

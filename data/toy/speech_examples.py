@@ -29,6 +29,14 @@ ALL = {
     "speech_speed": 0.125,
     "speech_joint": 0.15,
 }
+# Task -> what is equally frequent in its examples.
+BALANCED = {
+    "speech_gender": "voice",
+    "speech_pitch": "pitch",
+    "speech_speed": "speed",
+    "spoken_text": "text",
+    "speech_joint": "voice",
+}
 # Tasks whose answer repeats the transcript, so that `input` is never empty.
 TRANSCRIPT_TASKS = ("spoken_text", "speech_joint")
 # Fraction of the speech examples of a stage with an empty `input`. Half of the others contain the
@@ -128,9 +136,8 @@ def stage_examples(
     examples = []
     texts = []
     for task in fractions:
-        # Balance the answers of a task. Its training voices are two women and two men.
-        balanced = {"speech_pitch": "pitch", "speech_speed": "speed"}.get(task, "voice")
-        chosen = spread(clips, tasks.count(task), lambda clip, key=balanced: clip[key], rng)
+        # Balance the answers of a task. As many training voices are women as men.
+        chosen = spread(clips, tasks.count(task), lambda clip, key=BALANCED[task]: clip[key], rng)
         for clip in chosen:
             own = versions[clip["file"]]
             version = own[0] if task in TRANSCRIPT_TASKS else rng.choice(own)
