@@ -21,7 +21,7 @@ QUESTIONS = read_json("speech/questions.json")
 DATASET = "toy_speech"
 TASKS = ("speech_gender", "speech_pitch", "speech_speed", "spoken_text", "speech_joint")
 # Fraction of each task in the examples of a stage about speech.
-CLASSIFY = {"speech_gender": 0.5, "speech_pitch": 0.25, "speech_speed": 0.25}
+CLASSIFY = {"speech_gender": 0.7, "speech_pitch": 0.2, "speech_speed": 0.1}
 ALL = {
     "spoken_text": 0.35,
     "speech_gender": 0.25,
