@@ -64,20 +64,20 @@ fi
 
 train_ltu() {
     bash train_scripts/quickstart/toy_fold.sh ltu 0 "$seed" "$EXP"
-    step "LTU: results of the four stages, compared with the baselines"
-    "$PYTHON" -m eval.toy --folds "$EXP"
     plot LTU "$EXP"
+    step "LTU: results of the four stages, compared with the baselines"
+    "$PYTHON" -m eval.toy --folds "$EXP" --require_audio
 }
 
 train_ltu_as() { bash train_scripts/quickstart/toy_fold.sh ltu_as 0 "$seed" "$EXP/ltu_as"; }
 
 show_ltu_as() {
-    step "LTU-AS: results of the three stages on sounds, compared with the baselines"
-    "$PYTHON" -m eval.toy --folds "$EXP/ltu_as" \
-        --audio_encoder pretrained_mdls/whisper-tiny.en/whisper.pt
+    plot LTU-AS "$EXP/ltu_as"
     step "LTU-AS: results on speech"
     "$PYTHON" -m eval.toy_speech --run "$EXP"/ltu_as/stage3*
-    plot LTU-AS "$EXP/ltu_as"
+    step "LTU-AS: results of the three stages on sounds, compared with the baselines"
+    "$PYTHON" -m eval.toy --folds "$EXP/ltu_as" \
+        --audio_encoder pretrained_mdls/whisper-tiny.en/whisper.pt --require_audio
 }
 
 # plot NAME DIR: plots the losses of a model's stages, and the answers of the last one.

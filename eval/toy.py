@@ -690,6 +690,25 @@ def evaluate(folders: list[Path], audio_encoder: Path | None) -> Table:
     )
 
 
+def check_audio_is_used(table: Table) -> None:
+    """Raise an error if the last stage does not use the audio.
+
+    Raises:
+        EvaluationError: The interval of `loss_gain` is not above zero, or there are no losses.
+    """
+    last = [row for row in table.rows if row.name.startswith("stage")][-1]
+    if last.loss_gain is None:
+        raise EvaluationError(
+            f"{last.name} has no losses of the reference answers: run eval.answer_loss first."
+        )
+    if not last.loss_gain.low > 0:
+        raise EvaluationError(
+            "The model uses nothing of the audio: the loss of the reference answers is not lower "
+            f"with the clip than with one of another category ({last.loss_gain} nats per token). "
+            "Look whether the loss of a stage jumped and stayed high, and train with another seed."
+        )
+
+
 def find_folds(folders: list[Stages], toy: Toy) -> list[int]:
     """Return the fold of each folder.
 
@@ -739,6 +758,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("--no_probe", action="store_true", help="Leave the linear probe out.")
     add(
+        "--require_audio",
+        action="store_true",
+        help="Fail if the last stage uses nothing of the audio: the loss of the reference answers "
+        "is not lower with the clip than with one of another category.",
+    )
+    add(
         "--output_path",
         type=Path,
         help="The JSON file to write (default: table.json in the first folder).",
@@ -751,6 +776,8 @@ def main(argv: list[str] | None = None) -> None:
     print(format_table(table))
     print(f"\nFive answers of the last stage\n\n{format_show(table.show)}")
     print(f"\nThe table as JSON: {path}")
+    if args.require_audio:
+        check_audio_is_used(table)
 
 
 if __name__ == "__main__":

@@ -248,10 +248,10 @@ def test_quickstart_trains_both_models(checkout: Path) -> None:
 
     # The linear probe is on the audio encoder of the model.
     arguments = (checkout / ".venv" / "bin" / "arguments.txt").read_text()
-    assert "-m eval.toy --folds exp/quickstart/seed0\n" in arguments
+    assert "-m eval.toy --folds exp/quickstart/seed0 --require_audio\n" in arguments
     assert (
         "-m eval.toy --folds exp/quickstart/seed0/ltu_as "
-        "--audio_encoder pretrained_mdls/whisper-tiny.en/whisper.pt\n"
+        "--audio_encoder pretrained_mdls/whisper-tiny.en/whisper.pt --require_audio\n"
     ) in arguments
 
     # A second run trains nothing.

@@ -8,7 +8,7 @@ import pytest
 
 from data.toy import sound_examples
 from eval.scorer_interface import EvaluationError
-from eval.toy import Mean, Toy, evaluate, format_table
+from eval.toy import Mean, Toy, evaluate, format_table, main
 from eval.toy_open import Mentions, is_sentence
 from tests.test_toy_eval import perfect, write_fold
 
@@ -139,6 +139,26 @@ def test_losses_are_compared_clip_by_clip(tmp_path):
     assert row.loss_right.mean == pytest.approx(1.0 + 33 / 2)
     assert (row.loss_gain.mean, row.loss_gain.low) == pytest.approx((0.5, 0.5))
     assert "nats per token" in format_table(table)
+
+
+@pytest.mark.parametrize(
+    ("loss_wrong", "error"),
+    [(1.5, None), (1.0, "uses nothing of the audio"), (0.5, "uses nothing of the audio")],
+)
+def test_a_model_that_uses_nothing_of_the_audio_fails(tmp_path, loss_wrong, error):
+    folder = write_fold(tmp_path, 0, stages=1)
+    argv = ["--folds", str(folder), "--no_probe", "--require_audio"]
+    with pytest.raises(EvaluationError, match="stage1 has no losses"):
+        main(argv)
+    for condition, loss in {"right": 1.0, "wrong": loss_wrong, "none": 3.0}.items():
+        entries = [answer | {"loss": loss, "num_tokens": 5} for answer in perfect(0)]
+        write(folder, f"loss_{condition}", entries)
+    if error is None:
+        main(argv)
+        return
+    with pytest.raises(EvaluationError, match=error):
+        main(argv)
+    main(argv[:-1])  # Without the flag, the table is all that is wanted.
 
 
 def test_losses_of_other_answers_are_an_error(tmp_path):

@@ -86,8 +86,8 @@ another licence. This file is written by `python -m data.toy.render_speech` from
 |---|---|---|---|---|---|---|
 """
 SPEECH_NOTES = """
-`slt` and `slt_hts` are two synthesisers of one and the same speaker. `af_bella` to `bm_lewis` are \
-voices of one synthesiser, Kokoro-82M.
+`slt` and `slt_hts` are two synthesisers of one and the same speaker. The voices from \
+kokoro-js are of one synthesiser, Kokoro-82M.
 
 ## What the packages say
 

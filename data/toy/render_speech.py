@@ -78,12 +78,11 @@ SEMITONES = {
 KOKORO_SEMITONES = {"up": 3, "down": -3}
 # Synthetic voices by split.
 VOICES = {"train": ("slt", "rms", "joe"), "test": ("slt_hts", "awb", "kal")}
-# Voices of Kokoro: pairs of a woman and a man, and the number of sentences that both of them speak.
-# The test has the two American and the two British ones with the best grade in the package, and the
-# training the others, but not the whispering and the laughing one.
-KOKORO = {
+# Voices of Kokoro by split: pairs of a woman and a man, who speak the same sentences. For the test,
+# the American and the British pair with the best grades in the README of kokoro-js (of equal ones,
+# the first); for the training, ten pairs of the others.
+KOKORO_VOICES = {
     "train": (
-        5,
         ("af_alloy", "am_adam"),
         ("af_aoede", "am_echo"),
         ("af_bella", "am_eric"),
@@ -95,8 +94,9 @@ KOKORO = {
         ("bf_isabella", "bm_lewis"),
         ("bf_lily", "bm_george"),
     ),
-    "test": (8, ("af_heart", "am_fenrir"), ("bf_emma", "bm_fable")),
+    "test": (("af_heart", "am_fenrir"), ("bf_emma", "bm_fable")),
 }
+KOKORO_SENTENCES = {"train": 5, "test": 8}  # Of each voice.
 FLITE_PACKAGE = {
     "package": "deb flite 2.2-5",
     "licence": "CMU Flite licence (permissive, BSD-like)",
@@ -137,11 +137,20 @@ ABOUT: dict[str, dict[str, str]] = {
 }
 
 
-for _, *pairs in KOKORO.values():
-    for names in pairs:
-        for name, gender in zip(names, ("female", "male"), strict=True):
-            speaker = f"{name.split('_')[1]} (Kokoro-82M)"
-            ABOUT[name] = {"speaker": speaker, "gender": gender, **KOKORO_PACKAGE}
+def about_kokoro() -> dict[str, dict[str, str]]:
+    """Return the entries of ABOUT of the voices of Kokoro."""
+    about = {}
+    for pairs in KOKORO_VOICES.values():
+        for pair in pairs:
+            for voice, gender in zip(pair, ("female", "male"), strict=True):
+                _, name = voice.split("_")
+                speaker = f"{name} (Kokoro-82M)"
+                about[voice] = {"speaker": speaker, "gender": gender, **KOKORO_PACKAGE}
+    return about
+
+
+KOKORO = about_kokoro()
+ABOUT |= KOKORO
 
 
 @dataclass
@@ -160,7 +169,7 @@ class Synthesisers:
 
 
 @dataclass
-class Sentence:
+class Utterance:
     """What a voice speaks in a clip.
 
     Attributes:
@@ -180,7 +189,7 @@ class Sentence:
     shift: str
 
 
-def sentences(texts: dict[str, list[str]]) -> Iterator[Sentence]:
+def plan_utterances(texts: dict[str, list[str]]) -> Iterator[Utterance]:
     """Yield what each synthetic voice speaks.
 
     Args:
@@ -195,21 +204,22 @@ def sentences(texts: dict[str, list[str]]) -> Iterator[Sentence]:
             for number, text in enumerate(chosen):
                 stretch = round(OWN_STRETCH[voice] * STRETCH[(number + index) % 3], 3)
                 shift = PITCH_SHIFTS[number // 3 % 4]
-                yield Sentence(voice, number, text, split, stretch, shift)
+                yield Utterance(voice, number, text, split, stretch, shift)
             index += 1
-    for split, (count, *pairs) in KOKORO.items():
+    for split, pairs in KOKORO_VOICES.items():
+        count = KOKORO_SENTENCES[split]
         for index, pair in enumerate(pairs):
             for is_man, voice in enumerate(pair):
                 for number in range(count):
                     text = texts[split][(index * count + number) % len(texts[split])]
                     stretch = STRETCH[(number + index + is_man) % 3]
                     shift = PITCH_SHIFTS[(number + index) % 4]
-                    yield Sentence(voice, number, text, split, stretch, shift)
+                    yield Utterance(voice, number, text, split, stretch, shift)
 
 
-def synthesis_command(sentence: Sentence, programs: Synthesisers) -> tuple[list[str], str]:
+def synthesis_command(utterance: Utterance, programs: Synthesisers) -> tuple[list[str], str]:
     """Return the command that writes the spoken text into out.wav, and its standard input."""
-    voice, text, stretch = sentence.voice, sentence.text, sentence.stretch
+    voice, text, stretch = utterance.voice, utterance.text, utterance.stretch
     if voice == "joe":
         command = [programs.piper, "-m", programs.joe, "-f", "out.wav"]
         return [*command, "--length-scale", str(stretch)], text
@@ -221,38 +231,38 @@ def synthesis_command(sentence: Sentence, programs: Synthesisers) -> tuple[list[
         say = f'(utt.save.wave (SynthText "{text}") "out.wav")'
         return ["festival", "-b", f"(begin (voice_cmu_us_slt_arctic_hts) {rate} {say})"], ""
     settings = ["--setf", f"duration_stretch={stretch}"]
-    if sentence.shift in FLITE.get(voice, {}):
-        settings += ["--setf", f"int_f0_target_mean={FLITE[voice][sentence.shift]}"]
+    if utterance.shift in FLITE.get(voice, {}):
+        settings += ["--setf", f"int_f0_target_mean={FLITE[voice][utterance.shift]}"]
     return ["flite", "-voice", voice, *settings, "-t", text, "-o", "out.wav"], ""
 
 
-def speak_with_kokoro(sentence: Sentence, programs: Synthesisers, path: Path) -> str:
+def speak_with_kokoro(utterance: Utterance, programs: Synthesisers, path: Path) -> str:
     """Write the spoken text into a file and return what was called."""
     settings = {
-        "voice": sentence.voice,
-        "speed": round(1 / sentence.stretch, 3),
-        "lang": "en-gb" if sentence.voice.startswith("b") else "en-us",
+        "voice": utterance.voice,
+        "speed": round(1 / utterance.stretch, 3),
+        "lang": "en-gb" if utterance.voice.startswith("b") else "en-us",
     }
-    waveform, rate = programs.kokoro.create(sentence.text, **settings)
+    waveform, rate = programs.kokoro.create(utterance.text, **settings)
     soundfile.write(path, waveform, rate)
-    arguments = [repr(sentence.text), *(f"{name}={value!r}" for name, value in settings.items())]
+    arguments = [repr(utterance.text), *(f"{name}={value!r}" for name, value in settings.items())]
     return f"Kokoro.create({', '.join(arguments)})"
 
 
-def speak(sentence: Sentence, programs: Synthesisers) -> tuple[np.ndarray, str]:
+def speak(utterance: Utterance, programs: Synthesisers) -> tuple[np.ndarray, str]:
     """Synthesise a text.
 
     Returns:
         waveform at 8 kHz, (samples,), and the commands that made it, without paths.
     """
-    voice = sentence.voice
+    voice = utterance.voice
     with tempfile.TemporaryDirectory() as folder:
         name = "out.wav"
-        if ABOUT[voice]["package"] == KOKORO_PACKAGE["package"]:
-            recorded_command = speak_with_kokoro(sentence, programs, Path(folder) / name)
+        if voice in KOKORO:
+            recorded_command = speak_with_kokoro(utterance, programs, Path(folder) / name)
             shifts = KOKORO_SEMITONES
         else:
-            command, stdin = synthesis_command(sentence, programs)
+            command, stdin = synthesis_command(utterance, programs)
             recorded = []
             for part in command:
                 is_path = part in (programs.piper, programs.joe)
@@ -262,8 +272,8 @@ def speak(sentence: Sentence, programs: Synthesisers) -> tuple[np.ndarray, str]:
                 command, input=stdin, text=True, cwd=folder, check=True, capture_output=True
             )
             shifts = SEMITONES.get(voice, {})
-        if sentence.shift in shifts:
-            semitones = str(shifts[sentence.shift])
+        if utterance.shift in shifts:
+            semitones = str(shifts[utterance.shift])
             change = ["rubberband", "-q", "-F", "-p", semitones, name, "turned.wav"]
             subprocess.run(change, cwd=folder, check=True, capture_output=True)
             name = "turned.wav"
@@ -310,11 +320,12 @@ def render(voices: set[str], prompts: Path, programs: Synthesisers) -> list[Clip
         programs: that speak.
     """
     texts = read_json("speech/texts.json")
+    # Clips of other voices stay; their labels are named again, with the new cut points.
     kept = {clip["file"]: clip for clip in read_speech() if clip["voice"] not in voices}
     clips = []
     for number, (name, prompt) in enumerate(sorted(texts["prompts"].items())):
         file = f"allison_{number:02d}.flac"
-        if "allison" not in voices:
+        if file in kept:
             clips.append(kept[file])
             continue
         clip = {
@@ -328,18 +339,18 @@ def render(voices: set[str], prompts: Path, programs: Synthesisers) -> list[Clip
         }
         clips.append(record(clip, read_wave(prompts / f"{name}.wav")))
 
-    for sentence in tqdm(list(sentences(texts)), desc="speaking", unit="clip"):
-        file = f"{sentence.voice}_{sentence.number:02d}.flac"
-        if sentence.voice not in voices:
+    for utterance in tqdm(list(plan_utterances(texts)), desc="speaking", unit="clip"):
+        file = f"{utterance.voice}_{utterance.number:02d}.flac"
+        if file in kept:
             clips.append(kept[file])
             continue
-        waveform, command = speak(sentence, programs)
+        waveform, command = speak(utterance, programs)
         clip = {
             "file": file,
-            "text": sentence.text,
-            "voice": sentence.voice,
-            **ABOUT[sentence.voice],
-            "split": sentence.split,
+            "text": utterance.text,
+            "voice": utterance.voice,
+            **ABOUT[utterance.voice],
+            "split": utterance.split,
             "command": command,
             "transcript_check": "the text that was synthesised",
         }
@@ -352,7 +363,7 @@ def render(voices: set[str], prompts: Path, programs: Synthesisers) -> list[Clip
 
 
 def open_kokoro(model: Path, voices: Path) -> Any:
-    """Open Kokoro with the voices of ABOUT.
+    """Open Kokoro with its voices.
 
     Args:
         model: an ONNX file.
@@ -365,7 +376,7 @@ def open_kokoro(model: Path, voices: Path) -> Any:
 
     styles = {}
     for path in voices.glob("*.bin"):
-        if path.stem in ABOUT:
+        if path.stem in KOKORO:
             styles[path.stem] = np.fromfile(path, np.float32).reshape(-1, 1, 256)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "voices.npz"
@@ -395,13 +406,18 @@ def main() -> None:
     )
     args = parser.parse_args()
     voices = set(args.voices)
-    kokoro_voices = {name for name in voices if ABOUT[name]["author"] == KOKORO_PACKAGE["author"]}
-    needs = {"prompts": {"allison"}, "joe": {"joe"}}
-    needs |= dict.fromkeys(("kokoro", "kokoro_voices"), kokoro_voices)
+    needs = {
+        "prompts": {"allison"},
+        "joe": {"joe"},
+        "kokoro": set(KOKORO),
+        "kokoro_voices": set(KOKORO),
+    }
     for flag, users in needs.items():
         if users & voices and getattr(args, flag) is None:
             parser.error(f"The voice {min(users & voices)} needs --{flag}.")
-    kokoro = open_kokoro(args.kokoro, args.kokoro_voices) if kokoro_voices else None
+    kokoro = None
+    if voices & set(KOKORO):
+        kokoro = open_kokoro(args.kokoro, args.kokoro_voices)
     clips = render(voices, args.prompts, Synthesisers(args.piper, args.joe, kokoro))
     with open(SPEECH / "manifest.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips)
