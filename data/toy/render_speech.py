@@ -16,8 +16,8 @@ Every clip gets the same band (70 to 3600 Hz, 8 kHz), trimming and peak, so that
 nor level nor silence distinguishes the voices. The pitch is changed without moving the resonances
 of the voice (-F), so that it does not reveal the gender.
 
-piper and Kokoro are not deterministic, so their clips are not reproduced to the bit; all others
-are. With --voices, the clips of the other voices stay as they are.
+piper is not deterministic, so the clips of joe are not reproduced to the bit; all other clips are,
+those of Kokoro on the same CPU. With --voices, the clips of the other voices stay as they are.
 The texts are those of speech/texts.json. Pitch and speed are measured on the finished clip
 (`data.toy.speech_clips`).
 """
