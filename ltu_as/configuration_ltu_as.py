@@ -29,9 +29,9 @@ class TltrConfig(PreTrainedConfig):
         num_time_heads, num_layer_heads: attention heads of the transformer over time, and of the
             transformer over layers.
         standardize: scale each channel of each layer to mean 0 and standard deviation 1 first, with
-            statistics stored with the weights. A TLTR trained on AudioSet does not need it. A newly
-            initialised one does: a few channels of Whisper are large and constant, and would
-            dominate the output of the projector's LayerNorm.
+            statistics stored with the weights. `ltu_as.pretrain_tltr` does: a few channels of
+            Whisper are large and constant, and would dominate the output. The released TLTRs,
+            trained on AudioSet, do not.
         feature_divisor: see `ltu.CavMaeConfig`; TLTR needs none.
     """
 

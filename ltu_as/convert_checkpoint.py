@@ -8,8 +8,8 @@
     python -m ltu_as.convert_checkpoint --model DIR --merged_llm_dir DIR
 
 LLM is a folder or a hub id. `--audio_encoder` takes TLTR from a Whisper-AT file of the full width
-("ori"), such as whisper_at_large_v1.pth, or from a released folder, such as vicuna_ltuas. Without
-it, TLTR is initialised at random, with a warning.
+("ori"), such as whisper_at_large_v1.pth, from a file of `ltu_as.pretrain_tltr`, or from a released
+folder, such as vicuna_ltuas. Without it, TLTR is initialised at random, with a warning.
 """
 
 from functools import partial

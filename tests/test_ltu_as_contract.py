@@ -332,25 +332,6 @@ def test_start_from_a_whisper_at_file(root: Path, tmp_path: Path) -> None:
         init({"time_tr2.weight": torch.zeros(1)})
 
 
-def test_a_new_tltr_is_standardised(root: Path, features: Path, tmp_path: Path) -> None:
-    """Over the given clips, each channel of each layer has mean 0 and standard deviation 1."""
-    flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
-    flags += f" --output_dir {tmp_path}/out"
-    convert(f"{flags} --standardize_on {root}/rows.json --feature_root {features}".split())
-    audio_encoder = AutoModelForCausalLM.from_pretrained(tmp_path / "out").audio_tower
-    processor = AutoProcessor.from_pretrained(root / "init")
-    clips = [processor.front_end.load_features({"audio": root / f"{i}.wav"}) for i in range(6)]
-    inputs: list[torch.Tensor] = []
-    audio_encoder.time_tr.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    audio_encoder(torch.stack(clips))
-    channels = inputs[0].unflatten(0, (6, 4)).transpose(0, 1)  # (layers, clips, time, width)
-    channels = channels.flatten(1, 2)  # (layers, clips x time, width)
-    assert torch.allclose(channels.mean(1), torch.zeros(4, 64), atol=1e-3)
-    assert torch.allclose(channels.std(1, correction=0), torch.ones(4, 64), atol=1e-2)
-    with pytest.raises(ValueError, match="random TLTR"):
-        convert(f"{flags} --standardize_on {root}/rows.json".split())
-
-
 def test_a_new_model_takes_the_settings_of_its_features(root: Path, tmp_path: Path) -> None:
     """Number of audio tokens and treatment of short clips are those of the feature folder."""
     looped = tmp_path / "looped"
@@ -363,8 +344,8 @@ def test_a_new_model_takes_the_settings_of_its_features(root: Path, tmp_path: Pa
     extract([*flags.split(), "--output_dir", str(looped), *more])
 
     flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
-    flags += f" --output_dir {tmp_path}/out --standardize_on {root}/rows.json"
-    convert([*flags.split(), "--feature_root", str(looped)])
+    flags += f" --output_dir {tmp_path}/out --feature_root {looped}"
+    convert(flags.split())
     engine = LtuEngine.from_pretrained(tmp_path / "out", device="cpu")
     assert engine.model.config.num_audio_tokens == 5
     assert engine.processor.feature_extractor.loop_short_clips

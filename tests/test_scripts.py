@@ -282,7 +282,8 @@ echo "$module" >> "$(dirname "$0")/commands.txt"
         ),
         (
             "ltu_as",
-            "data.toy.build ltu_as.extract_whisper_feature ltu_as.convert_checkpoint"
+            "data.toy.build ltu_as.extract_whisper_feature ltu_as.pretrain_tltr"
+            + " ltu_as.convert_checkpoint"
             + 3 * " ltu_as.finetune eval.answer_loss ltu_as.inference_batch eval.toy"
             + " eval.toy_speech",
             "stage3_all_mix_v2",
@@ -366,33 +367,29 @@ def test_settings_of_a_toy_fold_reach_the_commands(kind: str, tmp_path: Path) ->
     else:
         extraction = next(line for line in lines if "extract_whisper_feature" in line)
         assert f"--num_audio_tokens 2 --output_dir {tmp_path}/shared" in extraction
+        pretraining = next(line for line in lines if line.startswith("ltu_as.pretrain_tltr"))
+        assert f"--feature_root {tmp_path}/shared --output_path {tmp_path}/f/tltr" in pretraining
         assert f"--feature_root {tmp_path}/shared" in init
+        assert f"--audio_encoder {tmp_path}/f/tltr.safetensors" in init
         assert "speech_words_none.json" in lines[-3]
 
 
-@pytest.mark.parametrize(
-    ("kind", "setting", "encoder_rates"),
-    [("ltu", {}, []), ("ltu_as", {}, ["1e-4", "5e-05"]), ("ltu_as", {"ENCODER_RATE": ""}, [])],
-)
-def test_defaults_of_a_toy_fold(kind, setting, encoder_rates, tmp_path) -> None:
-    """LoRA has rank 32, and only an encoder that starts at random is trained."""
+@pytest.mark.parametrize("kind", ["ltu", "ltu_as"])
+def test_defaults_of_a_toy_fold(kind: str, tmp_path: Path) -> None:
+    """LoRA has rank 32, and the audio encoder is frozen."""
     stub = tmp_path / "python"
     stub.write_text(TOY_STUB.replace('echo "$module"', 'echo "$module" "$@"'))
     stub.chmod(0o755)
     settings = toy_runs.variables()
     environment = {name: value for name, value in os.environ.items() if name not in settings}
     command = ["bash", "train_scripts/quickstart/toy_fold.sh", kind, "0", "0", str(tmp_path / "f")]
-    subprocess.run(
-        command, env=environment | setting | {"PYTHON": str(stub)}, timeout=60, check=True
-    )
-    lora, rates = [], []
+    subprocess.run(command, env=environment | {"PYTHON": str(stub)}, timeout=60, check=True)
+    lora = []
     for line in (tmp_path / "commands.txt").read_text().splitlines():
-        words = line.split()
-        if "--encoder_learning_rate" in words:
-            rates.append(words[words.index("--encoder_learning_rate") + 1])
-        if words[0] == f"{kind}.finetune":
+        assert "--encoder_learning_rate" not in line
+        if line.split()[0] == f"{kind}.finetune":
+            assert "--freeze_audio_tower False" not in line
             lora.append("--lora_r 32 --lora_alpha 64" in line)
-    assert rates == encoder_rates
     assert lora == [False] + [True] * (len(lora) - 1)
     assert len(lora) == {"ltu": 4, "ltu_as": 3}[kind]
 

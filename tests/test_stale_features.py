@@ -15,9 +15,9 @@ from ltu.index_dataset import main as index_dataset
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Request
 from ltu.inference_batch import main as inference_batch
-from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
 from ltu_as.feature_store import FeatureStore, StaleFeatures
+from ltu_as.pretrain_tltr import main as pretrain_tltr
 from tests import tiny
 from tests.whisper_tiny import write_ltu_as
 
@@ -140,11 +140,13 @@ def test_an_index_refuses_stale_transcripts(made: Path, root: Path) -> None:
     assert not list(root.glob("*.arrow*"))
 
 
-def test_standardization_refuses_stale_features(made: Path, root: Path) -> None:
-    flags = f"--init --llm {made}/llm --whisper {made}/whisper.pt --num_layer_heads 2"
-    flags += f" --output_dir {root}/out --standardize_on {root}/rows.json"
+def test_pretraining_refuses_stale_features(root: Path) -> None:
+    labels = [{"audio_id": f"{number}.wav", "labels": [str(number)]} for number in range(4)]
+    (root / "labels.json").write_text(json.dumps(labels))
+    flags = f"--data_path {root}/labels.json --feature_root {root}/features"
     with pytest.raises(StaleFeatures, match="2.wav: the audio has changed"):
-        convert(f"{flags} --feature_root {root}/features".split())
+        pretrain_tltr(f"{flags} --output_path {root}/tltr.safetensors".split())
+    assert not (root / "tltr.safetensors").exists()
 
 
 def test_features_without_their_sounds_stay_usable(

@@ -367,6 +367,30 @@ def test_training_examples_say_what_the_manifest_says(built):
         )
 
 
+def test_audio_labels_are_those_of_the_training_audio(built):
+    """Every clip in a stage has the labels of all that is in it; no held-out clip has any."""
+    sources = load(built, "sources")
+    sounds = {sound["file"]: sound for sound in read_fold(0)[0]}
+    voices = {"female": "woman speaking", "male": "man speaking"}
+    records = load(built, "audio_labels")
+    for record in records:
+        names = [Path(record["audio_id"]).name]
+        if record["audio_id"] in sources:
+            names = [part["clip"] for part in sources[record["audio_id"]]["parts"]]
+        expected = set()
+        for name in names:
+            if name in sounds:
+                expected |= {sounds[name]["label"], sounds[name]["category"]}
+            else:
+                assert BY_FILE[name]["split"] == "train"
+                expected |= {voices[BY_FILE[name]["gender"]], "speech"}
+        assert record["labels"] == sorted(expected)
+    stages = [example for stage in (1, 2, 3) for example in load(built, f"stage{stage}")]
+    assert [record["audio_id"] for record in records] == sorted(
+        {example["audio_id"] for example in stages}
+    )
+
+
 def test_changed_versions_are_faster_or_slower_by_twelve_percent_at_most(built):
     sources = {
         file: source

@@ -11,7 +11,8 @@ examples about the same sounds and about speech for the three stages of LTU-AS.
 The same arguments give the same bytes, JSON and audio; every item has a random stream of its own.
 Held-out clips are not changed: their examples point at the committed files. The folds divide the
 sounds; held-out voices and sentences are the same in every fold. `sources.json` names the clips in
-every piece of training audio, so that tests can detect leakage.
+every piece of training audio, so that tests can detect leakage. For LTU-AS, `audio_labels.json` has
+the labels of the training audio.
 
 In the examples of LTU-AS, the `input` of those about committed clips is what Whisper transcribes of
 them: its hallucinated transcript of a drum is part of what the model must cope with. For training
@@ -138,7 +139,9 @@ def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
         sources |= speech_sources
         name = f"as/{name}"
         files = stages_ltu_as(settings, name, training, pools, clips, versions)
+        labels = audio_labels(files, training, clips, sources)
         files |= heldout_ltu_as(settings, name, heldout_sounds, clips, versions)
+        write_json(labels, folder / "audio_labels.json")
 
     counts: Counter[tuple[str, str]] = Counter()
     for file, examples in files.items():
@@ -209,6 +212,35 @@ def stages_ltu_as(
         rng.shuffle(examples)
         files[f"stage{stage}"] = examples
     return files
+
+
+def audio_labels(
+    files: Files, training: list[Sound], clips: list[Clip], sources: dict[str, dict]
+) -> list[dict]:
+    """Return the labels of the training audio, from which `ltu_as.pretrain_tltr` learns.
+
+    Those of a sound are its label and its category, those of speech "speech" and the gender.
+
+    Args:
+        files: file name -> training examples, whose audio it is.
+        training: training sounds.
+        clips: spoken clips.
+        sources: `audio_id` of rendered audio -> its provenance.
+    """
+    labels = {sound["file"]: [sound["label"], sound["category"]] for sound in training}
+    for clip in clips:
+        if clip["split"] == "train":
+            person = {"female": "woman", "male": "man"}[clip["gender"]]
+            labels[clip["file"]] = [f"{person} speaking", "speech"]
+    records = []
+    audio_ids = {example["audio_id"] for examples in files.values() for example in examples}
+    for audio_id in sorted(audio_ids):
+        parts = [Path(audio_id).name]
+        if audio_id in sources:
+            parts = [part["clip"] for part in sources[audio_id]["parts"]]
+        names = sorted({name for part in parts for name in labels[part]})
+        records.append({"audio_id": audio_id, "labels": names})
+    return records
 
 
 def heldout_ltu_as(

@@ -198,9 +198,6 @@ class LtuConverter:
         """
         return cav_mae_config(state) if state else CavMaeConfig()
 
-    def finish_audio_encoder(self, state: dict[str, Tensor]) -> None:
-        """Add to `state` what a random audio encoder needs besides random weights."""
-
     def extractor_settings(self, is_original: bool) -> dict:
         """Return settings of the feature extractor, besides its sizes.
 
@@ -411,7 +408,6 @@ class LtuConverter:
         )
         config = self.make_audio_config({})
         state = _add_prefix("audio_tower", AutoModel.from_config(config).state_dict())
-        self.finish_audio_encoder(state)
         return AudioEncoderParts(config, state)
 
     def export_original(self, model: str | Path, file: str | Path) -> None:

@@ -12,8 +12,7 @@
 #                 it; pad is silence
 #   LORA_TARGETS  the layers that get LoRA, such as [q_proj,v_proj]; the default is all linear ones
 #   ENCODER_RATE  the learning rate of the audio encoder from stage 2 on, and half of it in the last
-#                 stage; if empty, it stays frozen. The default is 1e-4 for LTU-AS, whose TLTR is
-#                 random, and empty for LTU
+#                 stage; by default it stays frozen
 #   LORA_RANK     the rank of LoRA; the default is 32. Alpha is twice the rank
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
@@ -35,7 +34,6 @@ stages="stage1_proj_cla stage2_all_cla"
 case $kind in
     ltu)
         stages="$stages stage3_all_close stage4_all_mix"
-        : "${ENCODER_RATE=}"
         init_flags=(--audio_encoder "${AUDIO_ENCODER:=pretrained_mdls/yamnet}")
         if [ "$AUDIO_ENCODER" = pretrained_mdls/yamnet ]; then : "${AUDIO_TOKENS:=8}"; fi
         init_flags+=(${AUDIO_TOKENS:+--num_audio_tokens "$AUDIO_TOKENS"})
@@ -47,11 +45,10 @@ case $kind in
         ;;
     ltu_as)
         export FEATURES=${FEATURES:-$EXP/features}
-        : "${ENCODER_RATE=1e-4}"
         whisper=pretrained_mdls/whisper-tiny.en/whisper.pt
         stages="$stages stage3_all_mix_v2"
-        init_flags=(--whisper "$whisper" --feature_root "$FEATURES")
-        init_flags+=(--standardize_on "$DATA/stage2.json")
+        tltr=$EXP/tltr.safetensors
+        init_flags=(--whisper "$whisper" --feature_root "$FEATURES" --audio_encoder "$tltr")
         extract_flags=(--num_audio_tokens "${AUDIO_TOKENS:=5}")
         # Without the loop, most audio tokens of the short clips would be silence.
         case ${SHORT_CLIPS:=loop} in
@@ -112,6 +109,11 @@ if [ "$kind" = ltu_as ] && [ ! -f "$EXP/features_finished" ]; then
         "$DATA"/speech*.json "$DATA/show.json"
     touch "$EXP/features_finished"
 fi
+if [ "$kind" = ltu_as ] && [ ! -f "$tltr" ]; then
+    step "TLTR learns to name the labels of the training clips"
+    "$PYTHON" -m ltu_as.pretrain_tltr --data_path "$DATA/audio_labels.json" \
+        --feature_root "$FEATURES" --output_path "$tltr" --seed "$seed"
+fi
 if [ ! -f "$BASE/ltu_state.json" ]; then
     "$PYTHON" -m "$kind.convert_checkpoint" --init --llm pretrained_mdls/smollm2-135m-instruct \
         "${init_flags[@]}" --seed "$seed" --output_dir "$BASE"
@@ -120,7 +122,7 @@ fi
 for stage in $stages; do
     step "$stage"
     stage_flags=(--cutoff_len "$cutoff_len")
-    encoder_rate=$ENCODER_RATE
+    encoder_rate=${ENCODER_RATE:-}
     # The last stage adds open-ended questions, at half of the learning rates. At the full ones, the
     # model would name fewer labels exactly.
     case $kind/$stage in
