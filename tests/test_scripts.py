@@ -372,11 +372,12 @@ def test_settings_of_a_toy_fold_reach_the_commands(kind: str, tmp_path: Path) ->
         assert f"--feature_root {tmp_path}/shared" in init
         assert f"--audio_encoder {tmp_path}/f/tltr.safetensors" in init
         assert "speech_words_none.json" in lines[-3]
+        assert "speech_pitch.json" in lines[-3]
 
 
 @pytest.mark.parametrize("kind", ["ltu", "ltu_as"])
 def test_defaults_of_a_toy_fold(kind: str, tmp_path: Path) -> None:
-    """LoRA has rank 32, and the audio encoder is frozen."""
+    """LoRA has rank 32, the audio encoder is frozen, and the questions about speech are few."""
     stub = tmp_path / "python"
     stub.write_text(TOY_STUB.replace('echo "$module"', 'echo "$module" "$@"'))
     stub.chmod(0o755)
@@ -385,7 +386,11 @@ def test_defaults_of_a_toy_fold(kind: str, tmp_path: Path) -> None:
     command = ["bash", "train_scripts/quickstart/toy_fold.sh", kind, "0", "0", str(tmp_path / "f")]
     subprocess.run(command, env=environment | {"PYTHON": str(stub)}, timeout=60, check=True)
     lora = []
-    for line in (tmp_path / "commands.txt").read_text().splitlines():
+    lines = (tmp_path / "commands.txt").read_text().splitlines()
+    answering = [line for line in lines if "inference_batch" in line]
+    assert ("speech_words_whisper.json" in answering[-1]) == (kind == "ltu_as")
+    assert "speech_pitch.json" not in "".join(answering)
+    for line in lines:
         assert "--encoder_learning_rate" not in line
         if line.split()[0] == f"{kind}.finetune":
             assert "--freeze_audio_tower False" not in line

@@ -16,7 +16,8 @@
 #   LORA_RANK     the rank of LoRA; the default is 32. Alpha is twice the rank
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
-#   QUESTIONS     all: LTU-AS is asked about speech with a wrong transcript and without one, too;
+#   QUESTIONS     all: LTU-AS is also asked about pitch and speed, about the gender with a
+#                 transcript, and about the words with a wrong transcript and without one;
 #                 last: after the last stage only; few: as last, but only labels of sounds and
 #                 gender, and no losses with another clip or none
 # Finished work is skipped.
@@ -61,9 +62,9 @@ case $kind in
         generate_flags=(--max_new_tokens 60 "${front_end_flags[@]}")
         question_sets="heldout_right heldout_open heldout_wrong heldout_none"
         # Only after the last stage, because generating answers takes minutes.
-        last_question_sets="show speech_gender speech_gender_empty speech_words_right"
-        last_question_sets+=" speech_words_whisper speech_pitch speech_speed"
+        last_question_sets="show speech_gender_empty speech_words_right speech_words_whisper"
         if [ "${QUESTIONS:-}" = all ]; then
+            last_question_sets+=" speech_gender speech_pitch speech_speed"
             last_question_sets+=" speech_words_wrong speech_words_none"
         fi
         ;;
