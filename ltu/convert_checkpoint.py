@@ -20,7 +20,7 @@ is not copied, only the embeddings are read, for `--init`.
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,11 @@ USAGE = (
     "for --checkpoint, --merge and --merged_llm_dir, --lora_alpha and --lora_dropout for "
     "--checkpoint"
 )
+
+
+def settings_of(converter_class: type[LtuConverter]) -> list[Field]:
+    """Return the fields that flags set."""
+    return [field for field in fields(converter_class) if field.init]
 
 
 def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> argparse.Namespace:
@@ -59,9 +64,9 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
     )
     parser.add_argument(
         "--audio_encoder",
-        help="With --init: a .pth file, one of our folders of an audio encoder, a released vicuna "
-        "folder, or the folder or hub id of any audio model of transformers (Whisper, AST, "
-        "wav2vec2, CLAP, ...). Without it the audio encoder is random.",
+        help="With --init: a .pth file, a file of ltu_as.pretrain_tltr, one of our folders of an "
+        "audio encoder, a released vicuna folder, or the folder or hub id of any audio model of "
+        "transformers (Whisper, AST, wav2vec2, CLAP, ...). Without it the audio encoder is random.",
     )
     parser.add_argument(
         "--num_audio_tokens",
@@ -127,7 +132,7 @@ def parse_args(argv: list[str] | None, converter_class: type[LtuConverter]) -> a
     if not _is_consistent(args):
         parser.error(USAGE)
     if args.model:
-        for field in fields(converter_class):
+        for field in settings_of(converter_class):
             if getattr(args, field.name) != field.default:
                 parser.error(
                     f"--{field.name} is for --checkpoint and --init; {args.model} has its own."
@@ -168,7 +173,7 @@ def _encoder_settings(args: argparse.Namespace) -> EncoderSettings:
 
 def main(argv: list[str] | None = None, converter_class: type[LtuConverter] = LtuConverter) -> None:
     args = parse_args(argv, converter_class)
-    settings = {field.name: getattr(args, field.name) for field in fields(converter_class)}
+    settings = {field.name: getattr(args, field.name) for field in settings_of(converter_class)}
     converter = converter_class(**settings)
     torch.manual_seed(args.seed)
     if args.to_original:

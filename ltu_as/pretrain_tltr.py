@@ -1,14 +1,16 @@
-"""Trains a new TLTR to name the labels of clips, before LTU-AS is trained with it.
+"""Trains a new TLTR to name the labels of clips. LTU-AS can start from it.
 
     python -m ltu_as.pretrain_tltr --data_path labels.json --feature_root exp/features \\
         --output_path exp/tltr.safetensors
     python -m ltu_as.convert_checkpoint --init --llm LLM --whisper FILE.pt \\
-        --feature_root exp/features --audio_encoder exp/tltr.safetensors --output_dir DIR
+        --audio_encoder exp/tltr.safetensors --output_dir DIR
 
 The data are a JSON list of `{"audio_id": "dog.wav", "labels": ["dog", "animals"]}`. Their features
-are those of `ltu_as.extract_whisper_feature`. The file has the keys of a Whisper-AT file, and mean
-and standard deviation of each channel of each layer, by which TLTR scales its input. The released
-LTU-AS started from the TLTR of Whisper-AT, which had been trained to tag AudioSet.
+are those of `ltu_as.extract_whisper_feature`. The file has the keys of a Whisper-AT file, and the
+mean and the standard deviation of each channel of each layer, by which TLTR scales its input. The
+released LTU-AS started from the TLTR of Whisper-AT, which had been trained to tag AudioSet.
+
+One process trains it. A training that was stopped starts again.
 """
 
 import argparse
@@ -26,10 +28,11 @@ from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ltu.files import replace_file, run_command
+from ltu.files import check_output, check_regular_file, replace_file, run_command
 from ltu_as.configuration_ltu_as import TltrConfig
-from ltu_as.feature_store import FeatureStore
+from ltu_as.feature_store import EXTRACT, FeatureStore
 from ltu_as.modeling_tltr import TltrModel
+from ltu_as.tltr_file import Pretraining
 
 MIN_VARIANCE = 1e-10  # Of a channel, so that a constant one is not divided by zero.
 
@@ -45,17 +48,40 @@ class LabelledFeatures(Dataset):
     def __init__(self, store: FeatureStore, labels: dict[str, list[str]]):
         self.store = store
         self.audio_ids = list(labels)
-        self.names = sorted({name for listed in labels.values() for name in listed})
+        names: set[str] = set().union(*labels.values())
+        self.names = sorted(names)
+        index = {name: number for number, name in enumerate(self.names)}
         self.labels = torch.zeros(len(labels), len(self.names))
         for target, listed in zip(self.labels, labels.values(), strict=True):
-            target[[self.names.index(name) for name in listed]] = 1
+            target[[index[name] for name in listed]] = 1
 
     def __len__(self) -> int:
         return len(self.audio_ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        features = self.store.read(self.audio_ids[index]).features.float()
+        features = self.read(self.audio_ids[index]).float()
         return {"input_features": features, "labels": self.labels[index]}
+
+    def read(self, audio_id: str) -> Tensor:
+        """Return the features of a clip, (layers, time, width).
+
+        Raises:
+            ValueError: there are none, or they are not finite or of another shape than others.
+        """
+        stored = self.store.read(audio_id)
+        if stored is None:
+            raise ValueError(
+                f"{self.store.folder} holds no features of {audio_id}. Make them: {EXTRACT}. Where "
+                "the extraction failed, remove the clip from the labels."
+            )
+        if stored.features.ndim != 3 or not stored.features.isfinite().all():
+            raise ValueError(
+                f"{self.store.folder}: the features of {audio_id} are of shape "
+                f"{tuple(stored.features.shape)}, or not finite. Extract them again."
+            )
+        # A folder of the original does not state the shape. The first clip does.
+        self.store.shape = list(stored.features.shape)
+        return stored.features
 
     def loss_of_frequencies(self) -> float:
         """Return the loss if the frequencies of the labels are predicted for every clip."""
@@ -106,9 +132,10 @@ def read_labels(path: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: the file is no such list, or a record is invalid.
     """
+    check_regular_file(path)
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(records, list) or not records:
         raise ValueError(f'{path} must be a list of {{"audio_id": ..., "labels": [...]}}.')
@@ -118,8 +145,10 @@ def read_labels(path: Path) -> dict[str, list[str]]:
         if not isinstance(record, dict) or not isinstance(record.get("audio_id"), str):
             raise ValueError(f"{where}: 'audio_id' must be the name of a clip.")
         names = record.get("labels")
-        if not isinstance(names, list) or not names or not all(type(x) is str for x in names):
+        if not isinstance(names, list) or not names:
             raise ValueError(f"{where}: 'labels' must be a list of at least one label.")
+        if not all(isinstance(name, str) and name.strip() for name in names):
+            raise ValueError(f"{where}: a label is empty or no text.")
         if record["audio_id"] in labels:
             raise ValueError(f"{where}: {record['audio_id']!r} has a record already.")
         labels[record["audio_id"]] = names
@@ -130,18 +159,13 @@ def load_data(path: Path, feature_root: Path, audio_root: Path | None = None) ->
     """Return the clips of a dataset.
 
     Raises:
-        ValueError: the dataset is invalid, a clip has no features or those of other audio, or all
-            clips have the same labels.
+        ValueError: the dataset is invalid, a clip has features of other audio, or all clips have
+            the same labels.
     """
     labels = read_labels(path)
     store = FeatureStore(feature_root)
     for audio_id in labels:
         store.check_current(audio_id, (audio_root or path.parent) / audio_id)
-        if not store.has(audio_id):
-            raise ValueError(
-                f"{feature_root} holds no features of {audio_id}. Make them: "
-                "python -m ltu_as.extract_whisper_feature"
-            )
     data = LabelledFeatures(store, labels)
     if (data.labels == data.labels[0]).all():
         raise ValueError(f"{path}: all clips have the same labels: nothing can be learned.")
@@ -149,33 +173,26 @@ def load_data(path: Path, feature_root: Path, audio_root: Path | None = None) ->
 
 
 def train(
-    model: TltrForAudioClassification, data: LabelledFeatures, args: argparse.Namespace
+    model: TltrForAudioClassification, data: LabelledFeatures, settings: TrainingArguments
 ) -> None:
     """Train the model.
 
     Raises:
         ValueError: the loss or a weight is not finite.
     """
-    settings = TrainingArguments(
-        output_dir=str(args.output_path.parent),
-        num_train_epochs=args.num_epochs,
-        per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=0.01,
-        warmup_steps=10,
-        seed=args.seed,
-        logging_steps=10,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        dataloader_pin_memory=False,
-    )
-    loss = Trainer(model, settings, train_dataset=data).train().training_loss
-    if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in model.parameters()):
-        raise ValueError(
-            f"TLTR is not trained: its loss is {loss}. Choose a lower --learning_rate than "
-            f"{args.learning_rate:g}."
-        )
+    result = Trainer(model, settings, train_dataset=data).train()
+    is_finite = all(bool(weight.isfinite().all()) for weight in model.parameters())
+    check_loss(result.training_loss if is_finite else math.nan)
+
+
+def check_loss(loss: float) -> None:
+    """Check that the loss is finite.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not math.isfinite(loss):
+        raise ValueError(f"TLTR is not trained: its loss is {loss}. Lower --learning_rate.")
 
 
 @torch.no_grad()
@@ -211,23 +228,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output_path", type=Path, required=True, help="The .safetensors file to write."
     )
-    parser.add_argument("--num_epochs", type=float, default=8, help="Epochs (8).")
-    parser.add_argument("--batch_size", type=int, default=32, help="Clips of a step (32).")
-    parser.add_argument("--learning_rate", type=float, default=3e-4, help="Learning rate (3e-4).")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and the order.")
-    parser.add_argument("--num_time_heads", type=int, default=1, help="Attention heads over time.")
     parser.add_argument(
-        "--num_layer_heads", type=int, default=8, help="Attention heads over layers."
+        "--num_epochs", type=float, default=8, help="How often each clip is used (8)."
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="The number of clips of a step (32)."
+    )
+    parser.add_argument(
+        "--learning_rate", type=float, default=3e-4, help="The highest learning rate (3e-4)."
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="The seed of the weights and of the order of clips."
+    )
+    parser.add_argument(
+        "--num_time_heads", type=int, default=1, help="The attention heads over time (1)."
+    )
+    parser.add_argument(
+        "--num_layer_heads", type=int, default=8, help="The attention heads over layers (8)."
     )
     return parser.parse_args(argv)
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Check what would else be found after the training, and create the folder of the output.
+
+    Raises:
+        OSError, ValueError: a flag is impossible, or the file cannot be written.
+    """
+    for name in ("num_epochs", "batch_size", "learning_rate"):
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} {value:g}: it must be a number above 0.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("ltu_as.pretrain_tltr runs in one process. Start it without torchrun.")
+    output = args.output_path
+    if output.resolve() == args.data_path.resolve():
+        raise ValueError(f"--output_path {output} is also --data_path. Name another file.")
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(f"{output.parent} cannot be written to. Name another --output_path.")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    data = load_data(args.data_path, args.feature_root, args.audio_root)
-    layers, time, width = data[0]["input_features"].shape
+    check_flags(args)
     set_seed(args.seed)
+    data = load_data(args.data_path, args.feature_root, args.audio_root)
+    layers, time, width = data.read(data.audio_ids[0]).shape
     config = TltrConfig(
         hidden_size=width,
         num_whisper_layers=layers,
@@ -238,23 +286,41 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = TltrForAudioClassification(config, len(data.names))
     model.tltr.feature_mean, model.tltr.feature_std = data.mean_and_std()
-    train(model, data, args)
+    settings = TrainingArguments(
+        output_dir=str(args.output_path.parent),
+        num_train_epochs=args.num_epochs,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=0.01,
+        warmup_steps=10,
+        seed=args.seed,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+    train(model, data, settings)
     loss, accuracy = evaluate(model, data, args.batch_size)
-    if loss >= data.loss_of_frequencies():
+    check_loss(loss)
+    loss_of_frequencies = data.loss_of_frequencies()
+    if loss >= loss_of_frequencies:
         raise ValueError(
             f"TLTR has learned nothing from the features: its loss is {loss:.3f}, and that of the "
-            f"frequencies of the labels {data.loss_of_frequencies():.3f}. Train it for more "
-            "--num_epochs, or check the labels."
+            f"frequencies of the labels {loss_of_frequencies:.3f}. Raise --num_epochs or "
+            "--learning_rate, or check the labels."
         )
 
     state = {f"mlp_layer.{key}": value for key, value in model.mlp_layer.state_dict().items()}
     state |= model.tltr.state_dict()
     state = {key: value.cpu().contiguous() for key, value in state.items()}
-    replace_file(args.output_path, save(state, {"labels": json.dumps(data.names)}))
+    features = data.store.description | {"shape": [layers, time, width]}
+    pretraining = Pretraining(data.names, args.num_time_heads, args.num_layer_heads, features)
+    replace_file(args.output_path, save(state, pretraining.to_metadata()))
     print(
-        f"{args.output_path}: {len(data)} clips, {len(data.names)} labels. Of the training clips, "
-        f"{accuracy:.1%} have the most probable label; loss {loss:.3f}, that of the frequencies of "
-        f"the labels {data.loss_of_frequencies():.3f}."
+        f"{args.output_path}: {len(data)} clips, {len(data.names)} labels. The most probable label "
+        f"is right for {accuracy:.1%} of these clips; loss {loss:.3f}, that of the frequencies of "
+        f"the labels {loss_of_frequencies:.3f}."
     )
 
 

@@ -27,6 +27,7 @@ from ltu.training.dataset_index import IndexedExamples
 from ltu.training.trainer import make_trainer
 from ltu_as.convert_checkpoint import main as convert
 from ltu_as.extract_whisper_feature import main as extract
+from ltu_as.pretrain_tltr import main as pretrain_tltr
 from tests import tiny
 from tests.whisper_tiny import save_whisper
 
@@ -344,8 +345,12 @@ def test_a_new_model_takes_the_settings_of_its_features(root: Path, tmp_path: Pa
     extract([*flags.split(), "--output_dir", str(looped), *more])
 
     flags = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
-    flags += f" --output_dir {tmp_path}/out --feature_root {looped}"
-    convert(flags.split())
+    labels = [{"audio_id": f"{index}.wav", "labels": [f"{index % 2}"]} for index in range(6)]
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    tltr = tmp_path / "tltr.safetensors"
+    more = f"--feature_root {looped} --output_path {tltr} --audio_root {root} --num_layer_heads 2"
+    pretrain_tltr(f"--data_path {tmp_path}/labels.json --learning_rate 1e-2 {more}".split())
+    convert(f"{flags} --output_dir {tmp_path}/out --audio_encoder {tltr}".split())
     engine = LtuEngine.from_pretrained(tmp_path / "out", device="cpu")
     assert engine.model.config.num_audio_tokens == 5
     assert engine.processor.feature_extractor.loop_short_clips

@@ -1,15 +1,17 @@
 """Tests the pretraining of TLTR on the labels of clips, from features to a checkpoint."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from ltu.files import run_command
 from ltu_as.convert_checkpoint import main as convert
+from ltu_as.feature_extraction_ltu_as import LtuAsFeatureExtractor
 from ltu_as.feature_store import FeatureStore
 from ltu_as.pretrain_tltr import LabelledFeatures
 from ltu_as.pretrain_tltr import main as pretrain
@@ -24,12 +26,16 @@ OFFSET[3] = 50.0
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of features of 48 clips and their labels.
+    """Folder of a Whisper, a language model, features of 48 clips and their labels.
 
     Channel 10 of every layer is higher in the clips of a dog than in those of a cat.
     """
     folder = tmp_path_factory.mktemp("pretrain")
-    store = FeatureStore.create(folder / "features", {"shape": SHAPE, "whisper_model": "tiny"})
+    whisper = save_whisper(folder / "whisper.pt")
+    tiny.write_llm(folder / "llm")
+    extractor = LtuAsFeatureExtractor(None, None, whisper, feature_precision="fp32")
+    description = extractor.describe() | {"shape": SHAPE, "loop_short_clips": True}
+    store = FeatureStore.create(folder / "features", description)
     generator = torch.Generator().manual_seed(0)
     records = []
     for number in range(48):
@@ -55,13 +61,14 @@ def tltr(root: Path) -> Path:
     return root / "tltr.safetensors"
 
 
+def init_flags(root: Path, output: Path, tltr: Path, whisper: str = "whisper.pt") -> list[str]:
+    text = f"--init --llm {root}/llm --whisper {root}/{whisper} --output_dir {output}"
+    return f"{text} --audio_encoder {tltr}".split()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(root: Path, tltr: Path) -> Path:
-    save_whisper(root / "whisper.pt")
-    tiny.write_llm(root / "llm")
-    text = f"--init --llm {root}/llm --whisper {root}/whisper.pt --num_layer_heads 2"
-    text += f" --audio_encoder {tltr} --feature_root {root}/features --output_dir {root}/init"
-    convert(text.split())
+    convert(init_flags(root, root / "init", tltr))
     return root / "init"
 
 
@@ -75,6 +82,16 @@ def test_the_checkpoint_has_the_trained_tltr(tltr: Path, checkpoint: Path) -> No
     opened = AutoModelForCausalLM.from_pretrained(checkpoint).audio_tower.state_dict()
     assert set(opened) == set(state) - classifier
     assert all(torch.equal(opened[key], state[key]) for key in opened)
+
+
+def test_the_checkpoint_has_the_settings_of_the_pretraining(checkpoint: Path) -> None:
+    config = AutoConfig.from_pretrained(checkpoint)
+    assert config.audio_config.num_layer_heads == 2
+    assert config.audio_config.num_time_heads == 1
+    assert config.num_audio_tokens == 5
+    extractor = AutoProcessor.from_pretrained(checkpoint).feature_extractor
+    assert extractor.loop_short_clips
+    assert extractor.feature_precision == "fp32"
 
 
 def test_new_clips_are_told_apart(root: Path, tltr: Path, checkpoint: Path) -> None:
@@ -129,6 +146,15 @@ def test_same_seed_same_file(root: Path, tmp_path: Path) -> None:
     assert files[0] != files[2]
 
 
+def failed(command: Callable[[], None]) -> str:
+    """Return the line with which a command ends."""
+    with pytest.raises(SystemExit) as caught:
+        run_command(command)
+    assert str(caught.value).startswith("error: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
@@ -138,7 +164,7 @@ def test_same_seed_same_file(root: Path, tmp_path: Path) -> None:
         ([{"labels": ["dog"]}], "record 1: 'audio_id' must be"),
         ([{"audio_id": "0.wav", "labels": ["dog"]}] * 2, "record 2: '0.wav' has a record already"),
         ([{"audio_id": f"{i}.wav", "labels": ["dog"]} for i in range(3)], "nothing can be learned"),
-        ([{"audio_id": "gone.wav", "labels": ["dog"]}], "holds no features of gone.wav"),
+        ([{"audio_id": f"{name}.wav", "labels": [name]} for name in ("0", "gone")], "of gone.wav"),
     ],
 )
 def test_data_that_cannot_be_learned_from(
@@ -146,34 +172,74 @@ def test_data_that_cannot_be_learned_from(
 ) -> None:
     (tmp_path / "bad.json").write_text(json.dumps(records))
     output = tmp_path / "tltr.safetensors"
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: pretrain(flags(root, output, tmp_path / "bad.json")))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in failed(lambda: pretrain(flags(root, output, tmp_path / "bad.json")))
     assert not output.exists()
 
 
-def test_a_training_that_diverges_writes_nothing(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        # The loss of a step is not finite, and that after the last step only.
+        ("--learning_rate 1e30 --num_epochs 2", "TLTR is not trained: its loss is nan"),
+        ("--learning_rate 1e30 --num_epochs 2 --batch_size 64", "TLTR is not trained"),
+        ("--learning_rate 1e-9 --num_epochs 1", "TLTR has learned nothing from the features"),
+        ("--num_epochs 0", "--num_epochs 0: it must be"),
+        ("--num_epochs inf", "--num_epochs inf: it must be"),
+        ("--learning_rate nan", "--learning_rate nan: it must be"),
+        ("--batch_size -1", "--batch_size -1: it must be"),
+        ("--num_layer_heads 3", "hidden_size 64 does not divide by num_layer_heads 3"),
+    ],
+)
+def test_a_training_that_fails_writes_nothing(
+    more: str, message: str, root: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "tltr.safetensors"
-    text = [*flags(root, output), "--learning_rate", "1e30", "--num_epochs", "2"]
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: pretrain(text))
-    assert str(caught.value).startswith("error: TLTR is not trained: its loss is")
+    assert message in failed(lambda: pretrain([*flags(root, output), *more.split()]))
     assert not output.exists()
 
 
-def test_a_training_that_learns_nothing_writes_nothing(root: Path, tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_written_stop_first(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = root / "labels.json"
+    before = labels.read_bytes()
+    monkeypatch.setattr("ltu_as.pretrain_tltr.load_data", lambda *args: pytest.fail("too late"))
+    assert "is also --data_path" in failed(lambda: pretrain(flags(root, labels)))
+    assert labels.read_bytes() == before
+    assert "is a folder" in failed(lambda: pretrain(flags(root, tmp_path)))
+    failed(lambda: pretrain(flags(root, labels / "tltr.safetensors")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in failed(lambda: pretrain(flags(root, tmp_path / "tltr.safetensors")))
+
+
+def test_features_that_are_not_finite_are_named(root: Path, tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "features", FeatureStore(root / "features").description)
+    for number in range(3):
+        features = torch.ones(SHAPE) * (float("inf") if number == 1 else number)
+        store.write(f"{number}.wav", features, None, 1.0)
+    records = [{"audio_id": f"{number}.wav", "labels": [str(number)]} for number in range(3)]
+    (tmp_path / "labels.json").write_text(json.dumps(records))
     output = tmp_path / "tltr.safetensors"
-    text = [*flags(root, output), "--learning_rate", "1e-9", "--num_epochs", "1"]
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: pretrain(text))
-    assert str(caught.value).startswith("error: TLTR has learned nothing from the features")
-    assert not output.exists()
+    line = failed(lambda: pretrain(flags(tmp_path, output)))
+    assert "the features of 1.wav" in line
+    assert "not finite" in line
 
 
-def test_a_tltr_of_another_whisper_is_refused(root: Path, tltr: Path, checkpoint: Path) -> None:
+def test_a_tltr_of_another_whisper_is_refused(root: Path, tltr: Path) -> None:
+    """One of other sizes, and one of the same sizes with other weights."""
     save_whisper(root / "deeper.pt", n_audio_layer=6)
-    text = f"--init --llm {root}/llm --whisper {root}/deeper.pt --num_layer_heads 2"
-    text += f" --audio_encoder {tltr} --output_dir {root}/out"
-    with pytest.raises(ValueError, match="a TLTR for 4 layers, but Whisper .* has 6"):
-        convert(text.split())
+    save_whisper(root / "other.pt", suffix="other")
+    for name in ("deeper.pt", "other.pt"):
+        with pytest.raises(ValueError, match=r"features of Whisper whisper.pt \(4 layers of width"):
+            convert(init_flags(root, root / "out", tltr, name))
+    with pytest.raises(ValueError, match="--num_layer_heads 4, but TLTR was trained with 2"):
+        convert([*init_flags(root, root / "out", tltr), "--num_layer_heads", "4"])
+    assert not (root / "out").exists()
+
+
+def test_a_file_with_damaged_metadata_is_refused(root: Path, tltr: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "tltr.safetensors"
+    for metadata in ("[", "{}", '{"labels": [], "num_time_heads": 1}'):
+        save_file(load_file(tltr), damaged, {"pretraining": metadata})
+        with pytest.raises(ValueError, match="is damaged: it does not say how TLTR was trained"):
+            convert(init_flags(root, root / "out", damaged))

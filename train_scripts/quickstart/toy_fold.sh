@@ -49,7 +49,7 @@ case $kind in
         whisper=pretrained_mdls/whisper-tiny.en/whisper.pt
         stages="$stages stage3_all_mix_v2"
         tltr=$EXP/tltr.safetensors
-        init_flags=(--whisper "$whisper" --feature_root "$FEATURES" --audio_encoder "$tltr")
+        init_flags=(--whisper "$whisper" --audio_encoder "$tltr")
         extract_flags=(--num_audio_tokens "${AUDIO_TOKENS:=5}")
         # Without the loop, most audio tokens of the short clips would be silence.
         case ${SHORT_CLIPS:=loop} in
