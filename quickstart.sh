@@ -44,7 +44,8 @@ packages=3500 parts=171
 if wants_cpu_torch || [ "$(uname -s)" != Linux ]; then packages=500; fi
 if [ -n "$from_hub" ]; then parts=350; fi
 echo "Downloads once: about $packages MB of Python packages and $parts MB of pretrained components."
-echo "Training and evaluation of both models took 80 minutes on 2 cores without AVX-512."
+echo "Training and evaluation of both models took 80 minutes on 2 cores without AVX-512,"
+echo "before the last changes of LTU-AS."
 
 step "Python environment (.venv)"
 setup_venv quickstart

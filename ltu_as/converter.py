@@ -7,11 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ltu.checkpoints.convert import (
-    CONVERTERS,
-    AudioEncoderParts,
-    LtuConverter,
-)
+from ltu.checkpoints.convert import CONVERTERS, AudioEncoderParts, LtuConverter
 from ltu.checkpoints.original_checkpoints import KeyRule
 from ltu_as.configuration_ltu_as import LtuAsConfig, TltrConfig
 from ltu_as.feature_extraction_ltu_as import TEXT_MODELS, LtuAsFeatureExtractor

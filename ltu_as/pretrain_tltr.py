@@ -240,11 +240,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="The seed of the weights and of the order of clips."
     )
+    released = TltrConfig()
     parser.add_argument(
-        "--num_time_heads", type=int, default=1, help="The attention heads over time (1)."
+        "--num_time_heads",
+        type=int,
+        default=released.num_time_heads,
+        help="The attention heads over time; the default is that of the released TLTRs.",
     )
     parser.add_argument(
-        "--num_layer_heads", type=int, default=8, help="The attention heads over layers (8)."
+        "--num_layer_heads",
+        type=int,
+        default=released.num_layer_heads,
+        help="The attention heads over layers; the default is that of the released TLTRs.",
     )
     return parser.parse_args(argv)
 

@@ -37,7 +37,7 @@ from data.toy.sound_clips import (
     read_json,
     read_manifest,
 )
-from data.toy.speech_clips import Clip, cut_offs, read_speech
+from data.toy.speech_clips import PERSONS, Clip, cut_offs, read_speech
 from data.toy.training_audio import (
     AudioPools,
     Version,
@@ -129,6 +129,7 @@ def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
         training, folder, name, sizes.crops, sizes.mixtures, sizes.pairs
     )
     heldout_sounds = sound_examples.heldout_examples(heldout, folder, name)
+    others: dict[str, list[dict]] = {}  # File name -> what is no example.
     if settings.kind == "ltu":
         files = stages_ltu(settings, name, training, pools) | heldout_sounds
     else:
@@ -139,14 +140,13 @@ def build(settings: BuildSettings) -> Counter[tuple[str, str]]:
         sources |= speech_sources
         name = f"as/{name}"
         files = stages_ltu_as(settings, name, training, pools, clips, versions)
-        labels = audio_labels(files, training, clips, sources)
+        others["audio_labels"] = audio_labels(files, training, clips, sources)
         files |= heldout_ltu_as(settings, name, heldout_sounds, clips, versions)
-        write_json(labels, folder / "audio_labels.json")
 
     counts: Counter[tuple[str, str]] = Counter()
     for file, examples in files.items():
         counts.update((file, example["task"]) for example in examples)
-    for file, content in {**files, "sources": sources}.items():
+    for file, content in {**files, **others, "sources": sources}.items():
         write_json(content, folder / f"{file}.json")
     return counts
 
@@ -230,8 +230,7 @@ def audio_labels(
     labels = {sound["file"]: [sound["label"], sound["category"]] for sound in training}
     for clip in clips:
         if clip["split"] == "train":
-            person = {"female": "woman", "male": "man"}[clip["gender"]]
-            labels[clip["file"]] = [f"{person} speaking", "speech"]
+            labels[clip["file"]] = [f"{PERSONS[clip['gender']]} speaking", "speech"]
     records = []
     audio_ids = {example["audio_id"] for examples in files.values() for example in examples}
     for audio_id in sorted(audio_ids):

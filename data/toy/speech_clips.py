@@ -18,6 +18,7 @@ RATE = 8000  # Sampling rate of the committed clips in Hz, as of the recorded pr
 PEAK = 0.7
 PITCHES = ("low", "medium", "high")
 SPEEDS = ("slow", "normal", "fast")
+PERSONS = {"female": "woman", "male": "man"}  # By the gender of a voice.
 F0_RANGE = (60.0, 400.0)  # Hz
 FRAME = 0.05  # Seconds, three periods of the lowest voice.
 HOP = 0.01  # Seconds between the starts of two frames.

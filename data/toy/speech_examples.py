@@ -14,7 +14,7 @@ from random import Random
 from data import closed_qa
 from data.toy.sound_clips import read_json
 from data.toy.sound_examples import closed_question, tasks_of
-from data.toy.speech_clips import Clip, cut_offs, pitch_and_speed
+from data.toy.speech_clips import PERSONS, Clip, cut_offs, pitch_and_speed
 from data.toy.training_audio import Version
 
 QUESTIONS = read_json("speech/questions.json")
@@ -63,7 +63,7 @@ def make_example(
         "pitch": pitch,
         "speed": speed,
         "Gender": clip["gender"].capitalize(),
-        "person": {"female": "woman", "male": "man"}[clip["gender"]],
+        "person": PERSONS[clip["gender"]],
     }
     if task in QUESTIONS["open"]:
         texts = QUESTIONS["open"][task]
