@@ -47,13 +47,11 @@ from data.toy.training_audio import (
 from ltu.files import run_command, write_json
 
 SPEECH_FRACTION = 0.4  # Of the examples of every stage of LTU-AS, by default.
-# Stage of LTU-AS -> stages of LTU whose sound tasks it has, in equal parts, and the fractions of
-# the speech tasks. The last stage repeats classification: without it, a model that is trained for
-# so few steps forgets the format of its answers.
+# Stage of LTU-AS -> stage of LTU whose sound tasks it has, and the fractions of the speech tasks.
 STAGES_AS = {
-    1: ([1], speech_examples.CLASSIFY),
-    2: ([2], speech_examples.CLASSIFY),
-    3: ([2, 4], speech_examples.ALL),
+    1: (1, speech_examples.CLASSIFY),
+    2: (2, speech_examples.CLASSIFY),
+    3: (4, speech_examples.ALL),
 }
 
 Files = dict[str, list[dict]]  # File name without .json -> examples.
@@ -81,7 +79,7 @@ class Sizes:
 # Kind -> sizes by default.
 DEFAULTS = {
     "ltu": Sizes([240, 1200, 400, 1300], crops=6, mixtures=120, pairs=160),
-    "ltu_as": Sizes([160, 1440, 1200], crops=2, mixtures=40, pairs=40),
+    "ltu_as": Sizes([160, 1200, 1440], crops=2, mixtures=40, pairs=40),
 }
 FOLDERS = {"ltu": "exp/toy_data", "ltu_as": "exp/toy_data_as"}
 
@@ -195,14 +193,12 @@ def stages_ltu_as(
     transcripts = read_json("transcripts.json")
     files = {}
     for stage, count in zip(STAGES_AS, settings.sizes.num_examples, strict=True):
-        sound_stages, speech_fractions = STAGES_AS[stage]
+        sound_stage, speech_fractions = STAGES_AS[stage]
         rng = Random(f"{name}/stage{stage}")
         num_speech = round(settings.speech_fraction * count)
-        examples = []
-        for number, sound_stage in enumerate(sound_stages):
-            num_sounds = (count - num_speech + number) // len(sound_stages)
-            fractions = settings.fractions_of(sound_stage)
-            examples += sound_examples.stage_examples(fractions, num_sounds, training, pools, rng)
+        examples = sound_examples.stage_examples(
+            settings.fractions_of(sound_stage), count - num_speech, training, pools, rng
+        )
         if settings.with_transcripts:
             examples = without_input(examples)
         examples += speech_examples.stage_examples(

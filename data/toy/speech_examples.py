@@ -23,10 +23,10 @@ TASKS = ("speech_gender", "speech_pitch", "speech_speed", "spoken_text", "speech
 # Fraction of each task in the examples of a stage about speech.
 CLASSIFY = {"speech_gender": 0.7, "speech_pitch": 0.2, "speech_speed": 0.1}
 ALL = {
-    "spoken_text": 0.35,
-    "speech_gender": 0.25,
-    "speech_pitch": 0.125,
-    "speech_speed": 0.125,
+    "spoken_text": 0.45,
+    "speech_gender": 0.2,
+    "speech_pitch": 0.1,
+    "speech_speed": 0.1,
     "speech_joint": 0.15,
 }
 # Task -> what is equally frequent in its examples.

@@ -11,8 +11,7 @@
 #   SHORT_CLIPS   what follows a short clip in the features of LTU-AS: loop, the default, repeats
 #                 it; pad is silence
 #   LORA_TARGETS  the layers that get LoRA, such as [q_proj,v_proj]; the default is all linear ones
-#   ENCODER_RATE  the learning rate of the audio encoder from stage 2 on, and half of it in the last
-#                 stage; by default it stays frozen
+#   ENCODER_RATE  the learning rate of the audio encoder from stage 2 on; by default it stays frozen
 #   LORA_RANK     the rank of LoRA; the default is 32. Alpha is twice the rank
 #   BUILD_FLAGS   flags of data.toy.build
 #   FEATURES      folder of Whisper's features, which several folders DIR may share
@@ -39,6 +38,7 @@ case $kind in
         if [ "$AUDIO_ENCODER" = pretrained_mdls/yamnet ]; then : "${AUDIO_TOKENS:=8}"; fi
         init_flags+=(${AUDIO_TOKENS:+--num_audio_tokens "$AUDIO_TOKENS"})
         cutoff_len=108
+        lora_stage_flags=()
         front_end_flags=()
         generate_flags=(--max_new_tokens 60)
         question_sets="heldout_right heldout_open heldout_wrong heldout_none heldout_show"
@@ -58,6 +58,7 @@ case $kind in
             *) echo "error: SHORT_CLIPS=$SHORT_CLIPS: choose loop or pad" >&2; exit 2 ;;
         esac
         cutoff_len=160
+        lora_stage_flags=(--warmup_steps 30)
         front_end_flags=(--feature_root "$FEATURES")
         generate_flags=(--max_new_tokens 60 "${front_end_flags[@]}")
         question_sets="heldout_right heldout_open heldout_wrong heldout_none"
@@ -123,24 +124,24 @@ fi
 for stage in $stages; do
     step "$stage"
     stage_flags=(--cutoff_len "$cutoff_len")
-    encoder_rate=${ENCODER_RATE:-}
     # The last stage adds open-ended questions, at half of the learning rates. At the full ones, the
-    # model would name fewer labels exactly.
+    # model would name fewer labels exactly. LTU-AS has half of them from stage 2 on, because at the
+    # full ones its loss jumps (docs/toy_experiment.md).
     case $kind/$stage in
-        ltu/stage4_* | ltu_as/stage3_*)
+        ltu/stage4_* | ltu_as/stage[23]_*)
             stage_flags+=(--learning_rate 1e-3 --projector_learning_rate 4e-3)
-            encoder_rate=${encoder_rate:+$(awk "BEGIN { print $encoder_rate / 2 }")}
             ;;
     esac
     # LTU's audio encoder encodes each clip once for all stages, unless it is trained.
-    if [ -n "$encoder_rate" ] && [ "${stage%%_*}" != stage1 ]; then
-        stage_flags+=(--freeze_audio_tower False --encoder_learning_rate "$encoder_rate")
+    if [ -n "${ENCODER_RATE:-}" ] && [ "${stage%%_*}" != stage1 ]; then
+        stage_flags+=(--freeze_audio_tower False --encoder_learning_rate "$ENCODER_RATE")
     elif [ "$kind" = ltu ]; then
         stage_flags+=(--encoder_cache "$EXP/encoder_cache")
     fi
     case $stage in
         stage1_*) ;;
         *)
+            stage_flags+=(${lora_stage_flags[@]+"${lora_stage_flags[@]}"})
             stage_flags+=(--lora_target_modules "$lora_targets")
             stage_flags+=(--lora_r "$lora_rank" --lora_alpha $((2 * lora_rank)))
             ;;
