@@ -234,6 +234,29 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
     assert set(encoders) == {Path("pretrained_mdls/whisper-tiny.en/whisper.pt")}
 
 
+def test_the_bound_of_the_gender_is_for_all_voices_and_for_each(tmp_path):
+    """Of the men, 13 of 20 are right, of all clips 33 of 40."""
+    voices = {"slt_hts": 20, "kal": 13}
+    hits = {voice: [number < right for number in range(20)] for voice, right in voices.items()}
+    rows = []
+    for name, answers in (
+        ("gender, no transcript", [*hits["slt_hts"], *hits["kal"]]),
+        ("gender, no transcript: slt_hts (female)", hits["slt_hts"]),
+        ("gender, no transcript: kal (male)", hits["kal"]),
+        ("gender, no transcript: well-formed", [False] * 40),
+        ("gender, no transcript: if always the most frequent", [True, False]),
+        ("pitch", [False]),
+    ):
+        rows.append(toy_speech.Row(name, [toy.Rate.of(answers)]))
+    sounds = [toy.Row("stage3", right=toy.Rate.of([True]))]
+    assert toy_cross_validation.verdicts_as(sounds, rows) == {
+        "category 1.000 >= 0.70": True,
+        "gender, no transcript 0.825 >= 0.80": True,
+        "gender, no transcript: slt_hts (female) 1.000 >= 0.80": True,
+        "gender, no transcript: kal (male) 0.650 >= 0.80": False,
+    }
+
+
 def test_no_answer_is_never_better_than_a_wrong_one(tmp_path):
     """An answer with many wrong words has a word error rate above 1, an empty one has 1."""
     title = "WER, no transcript: at most 1 a clip"
