@@ -20,7 +20,7 @@ RESPONSES = ("category", "label", "loss")
 FOLDS = (0, 1, 2, 3, 4)
 # `benchmarks.toy_settings` compares settings on these folds.
 TUNING_FOLDS = (0, 1)
-# Of an audio encoder that is trained: a twentieth of LoRA's learning rate.
+# Of an audio encoder that is trained: a twentieth of LoRA's learning rate in `toy.args`.
 ENCODER_RATE = "1e-4"
 
 

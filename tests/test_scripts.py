@@ -394,6 +394,14 @@ def test_defaults_of_a_toy_fold(kind: str, tmp_path: Path) -> None:
             assert "--freeze_audio_tower False" not in line
             lora.append("--lora_r 32 --lora_alpha 64" in line)
     assert lora == [False] + [True] * (len(lora) - 1)
+    # LTU has half of the learning rates in its last stage, LTU-AS in all that train LoRA.
+    trainings = [line for line in lines if line.startswith(f"{kind}.finetune")]
+    half = ["--learning_rate 1e-3 --projector_learning_rate 4e-3" in line for line in trainings]
+    long_warmup = ["--warmup_steps 30" in line for line in trainings]
+    if kind == "ltu":
+        assert (half, long_warmup) == ([False] * 3 + [True], [False] * 4)
+    else:
+        assert half == long_warmup == [False, True, True]
     assert len(lora) == {"ltu": 4, "ltu_as": 3}[kind]
 
 

@@ -38,7 +38,6 @@ case $kind in
         if [ "$AUDIO_ENCODER" = pretrained_mdls/yamnet ]; then : "${AUDIO_TOKENS:=8}"; fi
         init_flags+=(${AUDIO_TOKENS:+--num_audio_tokens "$AUDIO_TOKENS"})
         cutoff_len=108
-        lora_stage_flags=()
         front_end_flags=()
         generate_flags=(--max_new_tokens 60)
         question_sets="heldout_right heldout_open heldout_wrong heldout_none heldout_show"
@@ -58,7 +57,6 @@ case $kind in
             *) echo "error: SHORT_CLIPS=$SHORT_CLIPS: choose loop or pad" >&2; exit 2 ;;
         esac
         cutoff_len=160
-        lora_stage_flags=(--warmup_steps 30)
         front_end_flags=(--feature_root "$FEATURES")
         generate_flags=(--max_new_tokens 60 "${front_end_flags[@]}")
         question_sets="heldout_right heldout_open heldout_wrong heldout_none"
@@ -125,12 +123,12 @@ for stage in $stages; do
     step "$stage"
     stage_flags=(--cutoff_len "$cutoff_len")
     # The last stage adds open-ended questions, at half of the learning rates. At the full ones, the
-    # model would name fewer labels exactly. LTU-AS has half of them from stage 2 on, because at the
-    # full ones its loss jumps (docs/toy_experiment.md).
+    # model would name fewer labels exactly. LTU-AS has half of them and a longer warm-up from stage
+    # 2 on, because its loss jumped otherwise (docs/toy_experiment.md).
+    half_rates=(--learning_rate 1e-3 --projector_learning_rate 4e-3)
     case $kind/$stage in
-        ltu/stage4_* | ltu_as/stage[23]_*)
-            stage_flags+=(--learning_rate 1e-3 --projector_learning_rate 4e-3)
-            ;;
+        ltu/stage4_*) stage_flags+=("${half_rates[@]}") ;;
+        ltu_as/stage[23]_*) stage_flags+=("${half_rates[@]}" --warmup_steps 30) ;;
     esac
     # LTU's audio encoder encodes each clip once for all stages, unless it is trained.
     if [ -n "${ENCODER_RATE:-}" ] && [ "${stage%%_*}" != stage1 ]; then
@@ -141,7 +139,6 @@ for stage in $stages; do
     case $stage in
         stage1_*) ;;
         *)
-            stage_flags+=(${lora_stage_flags[@]+"${lora_stage_flags[@]}"})
             stage_flags+=(--lora_target_modules "$lora_targets")
             stage_flags+=(--lora_r "$lora_rank" --lora_alpha $((2 * lora_rank)))
             ;;
