@@ -212,7 +212,7 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
     """The bound of the category is 0.70."""
     category = toy.Rate.of([True] * num_right + [False] * (10 - num_right))
     sounds = toy.Table(clips=10, folds=[0], rows=[toy.Row("stage3", right=category)], show=[])
-    speech = Table(["fold0", "fold2"], [toy_speech.Row("pitch", [category, category])])
+    speech = Table(["fold2", "fold3"], [toy_speech.Row("pitch", [category, category])])
     monkeypatch.setattr(toy_runs, "run_folds", lambda *args: None)
     encoders, tables = [], []
 
@@ -223,14 +223,14 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
 
     monkeypatch.setattr(toy, "evaluate", evaluate_sounds)
     monkeypatch.setattr(toy_speech, "evaluate", lambda folders: speech)
-    for fold in (0, 2):
+    for fold in (2, 3):
         (tmp_path / f"fold{fold}" / "stage3_all_mix").mkdir(parents=True)
-    flags = ["--kind", "ltu_as", "--folds", "0", "2", "--output_dir", str(tmp_path)]
+    flags = ["--kind", "ltu_as", "--folds", "2", "3", "--output_dir", str(tmp_path)]
     assert toy_cross_validation.main(flags) == status
     verdicts = json.loads((tmp_path / "results.json").read_text())["verdicts"]
     assert list(verdicts.values()) == [status == 0]
-    # The settings were chosen on folds 0 and 1.
-    assert tables == [["fold0", "fold2"], ["fold2"]]
+    # The settings were chosen on folds 0, 1 and 2.
+    assert tables == [["fold2", "fold3"], ["fold3"]]
     assert set(encoders) == {Path("pretrained_mdls/whisper-tiny.en/whisper.pt")}
 
 
