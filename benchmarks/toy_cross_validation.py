@@ -12,8 +12,8 @@ The folds of LTU-AS differ in their sounds. The held-out voices and sentences ar
 fold, so their fractions are means over runs, not pooled.
 
 OUTPUT_DIR/results.json gets the table, pooled over the folds, the same without the folds on which
-the settings were chosen, and the seconds of training. The command exits with 1 if a bound
-that was set before measuring is missed.
+the settings were chosen, and the seconds of training, null for a fold whose training was stopped
+and continued. The command exits with 1 if a bound that was set before measuring is missed.
 """
 
 import argparse
@@ -35,13 +35,21 @@ AUDIO_ENCODERS = {
 TUNING_FOLDS = {"ltu": toy_runs.TUNING_FOLDS, "ltu_as": (*toy_runs.TUNING_FOLDS, 2)}
 
 
-def seconds_of_training(folder: Path) -> float:
-    """Return the sum of the runtimes that the Trainer measured in the stages of a fold."""
+def seconds_of_training(folder: Path) -> float | None:
+    """Return the sum of the runtimes that the Trainer measured in the stages of a fold.
+
+    It is None if a stage was stopped and continued, because the Trainer states the runtime of the
+    last part only.
+    """
     total = 0.0
     for path in folder.glob("stage*/trainer_state.json"):
-        for entry in json.loads(path.read_text(encoding="utf-8"))["log_history"]:
-            total += entry.get("train_runtime", 0.0)
-    return total
+        state = json.loads(path.read_text(encoding="utf-8"))
+        summary = state["log_history"][-1]
+        total += summary["train_runtime"]
+        num_steps = summary["train_runtime"] * summary["train_steps_per_second"]
+        if num_steps < 0.99 * state["max_steps"]:  # The Trainer rounds the steps per second.
+            return None
+    return round(total, 1)
 
 
 def find_row(rows: list[toy.Row], start: str) -> toy.Row:
@@ -131,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     folders = [run.folder for run in runs]
     audio_encoder = AUDIO_ENCODERS[args.kind]
     table = toy.evaluate(folders, audio_encoder)
-    seconds = {folder.name: round(seconds_of_training(folder), 1) for folder in folders}
+    seconds = {folder.name: seconds_of_training(folder) for folder in folders}
     result = table.to_json() | {"seconds_of_training": seconds}
     texts = [toy.format_table(table)]
     others = [run.folder for run in runs if run.fold not in TUNING_FOLDS[args.kind]]

@@ -234,6 +234,19 @@ def test_a_missed_bound_is_the_exit_status(tmp_path, monkeypatch, num_right, sta
     assert set(encoders) == {Path("pretrained_mdls/whisper-tiny.en/whisper.pt")}
 
 
+def test_no_seconds_of_a_training_that_was_continued(tmp_path):
+    """The second part of stage 2 has 122 of its 360 steps."""
+    for stage, seconds, rate in (("stage1", 99.0, 0.404), ("stage2", 621.6, 0.196)):
+        summary = {"train_runtime": seconds, "train_steps_per_second": rate}
+        state = {"max_steps": 40, "log_history": [{"loss": 1.0}, summary]}
+        if stage == "stage2":
+            state["max_steps"] = 360
+            assert toy_cross_validation.seconds_of_training(tmp_path) == 99.0
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    assert toy_cross_validation.seconds_of_training(tmp_path) is None
+
+
 def test_the_bound_of_the_gender_is_for_all_voices_and_for_each(tmp_path):
     """Of the men, 13 of 20 are right, of all clips 33 of 40."""
     voices = {"slt_hts": 20, "kal": 13}
