@@ -31,7 +31,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import openai  # noqa: E402
+try:
+    import openai  # noqa: E402
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install -e '.[qa]'") from error
 import torch  # noqa: E402
 
 from benchmarks.hostile_clients import HostileClient, heavy_clip  # noqa: E402

@@ -31,7 +31,10 @@ from pathlib import Path
 # On a shared machine, spinning threads would also measure the other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import openai  # noqa: E402
+try:
+    import openai  # noqa: E402
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install -e '.[qa]'") from error
 import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 

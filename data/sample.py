@@ -12,9 +12,9 @@ questions it has.
 
 --embed_audio stores the clips in the output, a Parquet file. --copy_audio copies them into audio/
 next to the output, and the audio_ids of the output are then relative to it. Both take a clip only
-if it is, after all links are followed, below --audio_root or an --allowed_root, and --copy_audio
-only if it decodes as audio. Otherwise nothing is written: the dataset file may name any file of
-this machine, and the copy may be published.
+if it is, after all links are followed, below --audio_root or an --allowed_root, and decodes as
+audio. Otherwise nothing is written: the dataset file may name any file of this machine, and the
+copy may be published.
 """
 
 import hashlib

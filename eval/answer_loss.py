@@ -22,7 +22,7 @@ from tqdm import tqdm
 import ltu_as  # noqa: F401  registers the classes that the Auto classes look up
 from eval.scorer_interface import EvaluationError
 from ltu.data.audio import AudioError
-from ltu.data.check_examples import read_examples
+from ltu.data.check_examples import add_ignored_keys, parse_ignored_keys, read_examples
 from ltu.files import run_command, write_json
 from ltu.inference.batch_inference import BatchSettings, make_requests, refuse_outputs
 from ltu.inference.engine import LtuEngine
@@ -87,6 +87,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--audio_root",
         help="The folder to which audio_ids are relative (default: that of the dataset file).",
     )
+    add_ignored_keys(parser)
     add_front_end_flags(parser)
     args = parser.parse_args(argv)
     num_inputs = len(args.data_path)
@@ -99,9 +100,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the losses, and print the mean of each dataset file."""
     args = parse_args(argv)
+    ignored_keys = parse_ignored_keys(args.ignored_keys)
     datasets = []
     for path in args.data_path:
-        examples = read_examples(path, args.audio_root)
+        examples = read_examples(path, args.audio_root, ignored_keys=ignored_keys)
         if not examples:
             raise EvaluationError(f"{path} has no examples.")
         datasets.append(examples)

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+try:
+    from scipy import stats
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install -e '.[eval]'") from error
 
 from eval.scorer_interface import Outcome
 from eval.tasks import Task

@@ -25,7 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jiwer
+try:
+    import jiwer
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install -e '.[eval]'") from error
+
 import numpy as np
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 

@@ -51,6 +51,8 @@ TESTS = [
 # constraints.txt has wheels for these. A platform is (sys_platform, platform_machine).
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
+# The commands are in these folders.
+FOLDERS = ["ltu", "ltu_as", "data", "eval", "qa_generation", "train_scripts", "benchmarks"]
 # Minor versions of these are not compatible with each other, so that only tested ones are allowed.
 BOUNDED = ["accelerate", "gradio", "peft", "torch", "torchaudio", "transformers"]
 # ltu and ltu_as do not import these. transformers needs them for functions that they use.
@@ -167,6 +169,49 @@ def test_a_task_names_the_extra_it_needs(tmp_path, monkeypatch) -> None:
     message = r"jiwer.* librispeech needs it. pip install -e '.\[eval\]'"
     with pytest.raises(ValueError, match=message):
         run.main(argv)
+
+
+def test_a_command_names_the_extra_it_needs() -> None:
+    """Without the packages of the extras, a command can be imported, or exits with a hint."""
+    # The packages that no requirement in requirements.txt needs.
+    hidden = "bitsandbytes datasets gguf jiwer liger_kernel onnx openai prometheus_client"
+    hidden += " pycocoevalcap scipy sklearn tensorboard trl wandb"
+    code = f"""
+import importlib
+import sys
+from pathlib import Path
+
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *args):
+        is_hidden = name.partition(".")[0] in {hidden.split()}
+        return None if is_hidden else self.finder.find_spec(name, *args)
+
+sys.meta_path[:] = [Finder(finder) for finder in sys.meta_path]
+for folder in {FOLDERS}:
+    for path in sorted(Path(folder).rglob("*.py")):
+        if "__main__" in path.read_text(encoding="utf-8"):
+            name = ".".join(path.with_suffix("").parts)
+            try:
+                importlib.import_module(name)
+            except (ImportError, SystemExit) as error:
+                print(name, type(error).__name__, error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.splitlines()
+    form = re.compile(r"\S+ SystemExit error: No module named '\w+': pip install -e '\.\[\w+\]'")
+    assert [line for line in lines if not form.fullmatch(line)] == []
+    needed = {line.split()[0]: re.findall(r"\[(\w+)\]", line) for line in lines}
+    assert needed["ltu.serve"] == needed["ltu_as.serve"] == ["serve"]
+    assert needed["eval.run"] == ["eval"]
+    assert "ltu.finetune" not in needed
 
 
 def at_lower_bound(requirement: Requirement) -> str:

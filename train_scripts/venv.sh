@@ -55,7 +55,7 @@ setup_venv() {
     install+=(--constraint constraints.txt)
     if wants_cpu_torch && ! .venv/bin/python -m pip show --quiet torch 2> /dev/null; then
         # Without dependencies: the CPU index does not have all the versions of constraints.txt.
-        echo "No NVIDIA GPU: trying torch's CPU build (460 MB of packages instead of 3,300 MB)"
+        echo "No NVIDIA GPU: trying torch's CPU build (500 MB of packages instead of 3,500 MB)"
         "${install[@]}" --retries 0 --timeout 10 --quiet --no-deps \
             --index-url https://download.pytorch.org/whl/cpu torch torchaudio 2> /dev/null \
             || echo "torch's CPU build cannot be downloaded: installing PyPI's"

@@ -25,7 +25,7 @@ from ltu.data.audio import SAMPLING_RATE, load_audio
 # Fraction of the samples that gives every category the same probability. The others give it to
 # every clip.
 BALANCE = 0.25
-# Speeds of the changed versions of speech. Without them, the model would memorise the four voices.
+# Speeds of the changed versions of speech. Without them, the model would memorise the voices.
 PERCENT = (88, 91, 94, 97, 103, 106, 109, 112)
 
 

@@ -18,7 +18,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install -e '.[serve]'") from error
 
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, Request

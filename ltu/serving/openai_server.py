@@ -24,17 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-try:
-    import uvicorn
-    from fastapi import Depends, FastAPI
-    from fastapi import Request as HttpRequest
-    from fastapi.responses import PlainTextResponse, Response, StreamingResponse
-    from fastapi.security import HTTPBearer
-    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-except ImportError as error:
-    raise SystemExit(f"error: {error}. The server's packages: pip install -e '.[serve]'") from error
+import uvicorn
+from fastapi import Depends, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ltu.data.audio import AudioError
 from ltu.inference.engine import LtuEngine
