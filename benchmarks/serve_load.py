@@ -31,19 +31,20 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-try:
-    import openai  # noqa: E402
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -e '.[qa]'") from error
 import torch  # noqa: E402
 
 from benchmarks.hostile_clients import HostileClient, heavy_clip  # noqa: E402
 from benchmarks.report import print_report, write_report  # noqa: E402
 from data.command_line import command_parser  # noqa: E402
-from ltu.files import run_command  # noqa: E402
+from ltu.files import missing_package, run_command  # noqa: E402
 from ltu.inference.generation_flags import open_engine  # noqa: E402
 from ltu.inference.requests import Request  # noqa: E402
 from ltu.serve import read_flags  # noqa: E402
+
+try:
+    import openai  # noqa: E402
+except ImportError as error:
+    raise missing_package(error, "qa") from error
 
 AUDIO = Path(__file__).parents[1] / "data" / "toy" / "audio"
 QUESTIONS = [

@@ -31,10 +31,6 @@ from pathlib import Path
 # On a shared machine, spinning threads would also measure the other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-try:
-    import openai  # noqa: E402
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -e '.[qa]'") from error
 import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
@@ -49,7 +45,12 @@ from ltu import (  # noqa: E402
     LtuForConditionalGeneration,
     LtuProcessor,
 )
-from ltu.files import run_command  # noqa: E402
+from ltu.files import missing_package, run_command  # noqa: E402
+
+try:
+    import openai  # noqa: E402
+except ImportError as error:
+    raise missing_package(error, "qa") from error
 
 NAME = "wait"  # The model's name for clients.
 NUM_CLIPS = 4

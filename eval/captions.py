@@ -89,7 +89,7 @@ def captions(predictions: list[dict], task: Task, context: Context) -> Outcome:
         trials = [_trial(answers, number) for number in range(len(clips[0]))]
         scores = _score(references, trials)
     except ImportError as error:
-        raise EvaluationError(f"{error}: captions need it. pip install pycocoevalcap") from None
+        raise EvaluationError(f"{error}: captions need it. pip install -e '.[eval]'") from None
     for name, values in scores.means.items():
         for item, mean in zip(items, values.mean(0), strict=True):
             item[name] = float(mean)

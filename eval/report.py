@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-try:
-    from scipy import stats
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -e '.[eval]'") from error
-
 from eval.scorer_interface import Outcome
 from eval.tasks import Task
 from ltu.data.columns import ColumnFlags
 from ltu.data.dataset_io import ExampleWriter, hash_source
 from ltu.data.dataset_source import find_dataset
-from ltu.files import read_json_object, replace_file, sha256_of, write_json
+from ltu.files import missing_package, read_json_object, replace_file, sha256_of, write_json
+
+try:
+    from scipy import stats
+except ImportError as error:
+    raise missing_package(error, "eval") from error
 
 PACKAGES = "numpy scipy jiwer openai-whisper pycocoevalcap matplotlib torch transformers".split()
 PREDICTIONS = ".predictions.json"  # follows the name of a task

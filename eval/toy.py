@@ -34,11 +34,6 @@ from typing import Any
 
 import numpy as np
 
-try:
-    from scipy import stats
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -e '.[eval]'") from error
-
 from eval import toy_baselines, toy_open
 from eval.scorer_interface import (
     Context,
@@ -49,7 +44,12 @@ from eval.scorer_interface import (
     start_items,
 )
 from eval.tasks import Task
-from ltu.files import run_command, write_json
+from ltu.files import missing_package, run_command, write_json
+
+try:
+    from scipy import stats
+except ImportError as error:
+    raise missing_package(error, "eval") from error
 
 TOY = Path(__file__).parent.parent / "data" / "toy"
 CONDITIONS = ("right", "wrong", "none")

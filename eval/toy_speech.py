@@ -25,18 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-try:
-    import jiwer
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -e '.[eval]'") from error
-
 import numpy as np
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 from eval.scorer_interface import EvaluationError, failure, load_predictions
-from eval.speech import error_rate
 from eval.toy import TOY, Rate, format_row
-from ltu.files import run_command, write_json
+from ltu.files import missing_package, run_command, write_json
+
+try:
+    import jiwer
+
+    from eval.speech import error_rate  # It imports jiwer, too.
+except ImportError as error:
+    raise missing_package(error, "eval") from error
 
 # Name of the dataset file -> form of an answer; the group is the chosen value.
 CHOICES = {

@@ -237,6 +237,16 @@ def lock_file(path: Path, output: Path) -> IO[bytes]:
         file.close()
 
 
+def missing_package(error: ImportError, extra: str) -> SystemExit:
+    """Return what ends a command that cannot import a package of an extra.
+
+    Args:
+        error: that of the import.
+        extra: the extra of pyproject.toml that has the package.
+    """
+    return SystemExit(f"error: {error}: pip install -e '.[{extra}]'")
+
+
 def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> None:
     """Run a command and exit with its status.
 

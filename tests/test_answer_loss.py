@@ -76,3 +76,16 @@ def test_each_dataset_file_needs_an_output(checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*flags, "--output_path", str(tmp_path / "losses.json")])
     assert "2 dataset files, but 1 --output_path" in capsys.readouterr().err
+
+
+def test_other_keys_are_refused_unless_they_are_named(checkpoint, tmp_path):
+    data_path = write_rows(tmp_path / "data", 2)
+    examples = json.loads(data_path.read_text())
+    data_path.write_text(json.dumps([example | {"split": "test"} for example in examples]))
+    output_path = tmp_path / "losses.json"
+    flags = ["--model", str(checkpoint), "--data_path", str(data_path)]
+    flags += ["--output_path", str(output_path)]
+    with pytest.raises(ValueError, match="--ignored_keys split"):
+        main(flags)
+    main([*flags, "--ignored_keys", "split"])
+    assert len(json.loads(output_path.read_text())) == 2

@@ -18,14 +18,15 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-except ImportError as error:
-    raise SystemExit(f"error: {error}: pip install -e '.[serve]'") from error
-
+from ltu.files import missing_package
 from ltu.inference.engine import LtuEngine
 from ltu.inference.requests import Answer, Request
 from ltu.serving.request_parser import ApiError, PendingRequest
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+except ImportError as error:
+    raise missing_package(error, "serve") from error
 
 LATENCY_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)  # seconds
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # requests
